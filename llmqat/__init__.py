@@ -1,0 +1,52 @@
+"""llmqat: low-bit quantization-aware training of Hugging Face causal language models.
+
+Public names are resolved on first use, so that `import llmqat` and `llmqat --help` load no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from llmqat.data.synthesis import synthesize
+    from llmqat.evaluate.perplexity import evaluate
+    from llmqat.export.checkpoint import load, save
+    from llmqat.layers.config import QuantConfig
+    from llmqat.layers.prepare import convert, prepare
+    from llmqat.train.trainer import QATArguments, QATTrainer
+
+_HOMES = {
+    "QATArguments": "llmqat.train.trainer",
+    "QATTrainer": "llmqat.train.trainer",
+    "QuantConfig": "llmqat.layers.config",
+    "convert": "llmqat.layers.prepare",
+    "evaluate": "llmqat.evaluate.perplexity",
+    "load": "llmqat.export.checkpoint",
+    "prepare": "llmqat.layers.prepare",
+    "save": "llmqat.export.checkpoint",
+    "synthesize": "llmqat.data.synthesis",
+}
+
+__all__ = [
+    "QATArguments",
+    "QATTrainer",
+    "QuantConfig",
+    "convert",
+    "evaluate",
+    "load",
+    "prepare",
+    "save",
+    "synthesize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Returns the public object `name`, importing its home module on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmqat' has no attribute {name!r}; public names are {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
