@@ -1,0 +1,239 @@
+"""The integer grid: weight = (code - zero_point) * scale, and its fake-quantized form with gradients.
+
+One number everywhere: training forward, evaluation and the packed file share the functions of this file, so a weight
+has the same value in all three, bit for bit. What makes that possible:
+
+- A scale is snapped to bfloat16 *inside* the forward (straight-through), so the trained scale is the stored one.
+- code * scale is exact in float32 (8 bits times 8 bits of mantissa) and rounded once to the compute dtype.
+- The autograd Function saves the weight and the scale and recomputes the rest: no copy of the weight is kept.
+
+The symmetric grid uses the full range [-2^(b-1), 2^(b-1)-1] and its scale may be negative, so that the entry of
+largest magnitude can take the one extra code on either side.
+
+Work is done in row chunks that stay in a core's cache: the arithmetic is a dozen elementwise passes, and done on a
+whole weight each of them would go through main memory.
+
+Letters: O out features, I in features, G scales per row, g = I / G weights per scale. A scale of shape [O, G] governs
+the weight seen as [O, G, g]; one scale per channel is [O, 1], one per tensor is [1, 1] with the weight as [1, 1, O*I].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCALE_FLOOR = 1e-5
+_CHUNK_ELEMENTS = 65_536
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The set of integer codes of a scheme.
+
+    Attributes:
+        num_bits: bits a code, 2 to 8.
+        symmetric: True for signed codes around zero, False for unsigned codes with a zero point.
+    """
+
+    num_bits: int
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError when `num_bits` is not in 2..8."""
+        if not 2 <= self.num_bits <= 8:
+            raise ValueError(f"num_bits={self.num_bits} is not supported; choose 2 to 8")
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -(2 ** (self.num_bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return 2 ** (self.num_bits - 1) - 1 if self.symmetric else 2**self.num_bits - 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Smallest integer dtype that holds every code."""
+        return torch.int8 if self.symmetric else torch.uint8
+
+
+def snap_scale(scale: Tensor) -> Tensor:
+    """Returns `scale` on the bfloat16 grid with |scale| >= 1e-5, as float32, with a straight-through gradient."""
+    return _SnapScale.apply(scale)  # type: ignore[no-untyped-call]
+
+
+def scale_from_log(initial_scale: Tensor, log_scale: Tensor, gradient_factor: float) -> Tensor:
+    """Returns snap(initial_scale * exp(log_scale)), the scale that the forward uses.
+
+    A step of the optimizer on `log_scale` is a relative step of the scale, so one learning rate fits all models.
+
+    Args:
+        initial_scale: [O, G] float32, signed; where the scale starts.
+        log_scale: [O, G] float32; the learned theta, 0 at the start.
+        gradient_factor: multiplies theta's gradient; LSQ's 1/sqrt(g * qmax).
+
+    Source: LSQ (1902.08153) section 2.2 for the factor; exponential form so that the sign and positivity hold.
+    """
+    return snap_scale(initial_scale * torch.exp(_ScaleGradient.apply(log_scale.float(), gradient_factor)))  # type: ignore[no-untyped-call]
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Returns the integer codes of `weight`: clip(round(w / s) + z, qmin, qmax), half to even.
+
+    Args:
+        weight: [O, I], any float dtype.
+        scale: [O, G] float32, snapped.
+        zero_point: [O, G] float32 holding integers, or None for 0.
+        grid: the code range.
+
+    Returns:
+        [O, I] of `grid.code_dtype`.
+    """
+    codes = torch.empty(weight.shape, dtype=grid.code_dtype, device=weight.device)
+    flat = codes.view(-1, _group_size(weight, scale))
+    for rows, w, s, z in _chunks(weight, scale, zero_point):
+        flat[rows] = _rounded(w, s, z).clamp_(grid.qmin, grid.qmax).to(grid.code_dtype)
+    return codes
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Returns (code - zero_point) * scale, computed in float32 and rounded once to `dtype`.
+
+    Args:
+        codes: [O, I] integers.
+        scale: [O, G], any float dtype (bfloat16 values are exact).
+        zero_point: [O, G] or None.
+        dtype: of the result.
+    """
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    flat = weight.view(-1, _group_size(codes, scale))
+    for rows, q, s, z in _chunks(codes, scale, zero_point):
+        flat[rows] = (q if z is None else q - z) * s
+    return weight
+
+
+def fake_quantize(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Returns dequantize(quantize(weight)) as a differentiable function of weight and scale.
+
+    With v = w/s, r = round(v) + z, q = clip(r, qmin, qmax), inside = [q == r]:
+        dL/dw = dL/dŵ * inside
+        dL/ds = sum over the group of dL/dŵ * (q - z - v if inside else q - z)
+        dL/dz = sum over the group of dL/dŵ * (0 if inside else -s)
+
+    Args:
+        weight: [O, I] float; the master weight.
+        scale: [O, G] float32, from `snap_scale`.
+        zero_point: [O, G] float32 holding integers, or None.
+        grid: the code range.
+        dtype: of the result; the weight's by default.
+
+    Returns:
+        [O, I] in `dtype`.
+
+    Source: LSQ (1902.08153) equations 1-3; LSQ+ (2004.09576) section 3 for the zero point.
+    """
+    return _FakeQuantize.apply(weight, scale, zero_point, grid, dtype or weight.dtype)  # type: ignore[no-untyped-call]
+
+
+class _SnapScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor) -> Tensor:
+        snapped = scale.to(torch.bfloat16).float()
+        floor = torch.tensor(SCALE_FLOOR, dtype=torch.bfloat16).float().to(scale.device)
+        # bfloat16(1e-5) lies just above 1e-5, so the floor itself is a stored value; the sign of zero is plus.
+        return torch.where(snapped.abs() < SCALE_FLOOR, torch.where(snapped < 0, -floor, floor), snapped)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.grid = grid
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        flat = out.view(-1, _group_size(weight, scale))
+        for rows, w, s, z in _chunks(weight, scale, zero_point):
+            q = _rounded(w, s, z).clamp_(grid.qmin, grid.qmax)
+            flat[rows] = (q if z is None else q.sub_(z)).mul_(s)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, zero_point = ctx.saved_tensors
+        grid: Grid = ctx.grid
+        group_size = _group_size(weight, scale)
+        needs_zero = zero_point is not None and ctx.needs_input_grad[2]
+        grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        grad_scale = torch.empty(scale.numel(), 1, dtype=torch.float32, device=weight.device)
+        grad_zero = torch.empty_like(grad_scale) if needs_zero else None
+        flat_grad = grads[0].reshape(-1, group_size)
+        flat_grad_weight = grad_weight.view(-1, group_size)
+        for rows, w, s, z in _chunks(weight, scale, zero_point):
+            g = flat_grad[rows].float()
+            v = w / s
+            r = v.round()
+            if z is not None:
+                r += z
+            q = r.clamp(grid.qmin, grid.qmax)
+            inside = r.eq_(q)
+            if grad_zero is not None:
+                grad_zero[rows] = ((inside - 1).mul_(g)).sum(-1, keepdim=True) * s
+            if z is not None:
+                q -= z
+            grad_scale[rows] = q.sub_(v.mul_(inside)).mul_(g).sum(-1, keepdim=True)
+            flat_grad_weight[rows] = g * inside
+        return (
+            grad_weight,
+            grad_scale.view(scale.shape),
+            None if grad_zero is None else grad_zero.view(scale.shape),
+            None,
+            None,
+        )
+
+
+def _group_size(weight: Tensor, scale: Tensor) -> int:
+    return weight.numel() // scale.numel()
+
+
+def _rounded(w: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
+    v = (w / s).round_()
+    return v if z is None else v.add_(z)
+
+
+def _chunks(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """Yields (rows, weight rows [n, g] float32, scale [n, 1] float32, zero point [n, 1] or None), n*g cache-sized."""
+    group_size = _group_size(weight, scale)
+    flat = weight.reshape(-1, group_size)
+    scales = scale.reshape(-1, 1).float()
+    zeros = None if zero_point is None else zero_point.reshape(-1, 1).float()
+    # A GPU wants one launch over everything; only a CPU gains from staying in cache.
+    step = max(1, _CHUNK_ELEMENTS // group_size) if weight.device.type == "cpu" else max(1, flat.shape[0])
+    for start in range(0, flat.shape[0], step):
+        rows = slice(start, start + step)
+        yield rows, flat[rows].float(), scales[rows], None if zeros is None else zeros[rows]

@@ -1,0 +1,134 @@
+"""Where a scale starts: the plain range, or the clip ratio that loses least.
+
+Plain rounding takes the scale from the extreme of a group. Below 8 bits it pays to clip that extreme: the search tries
+a grid of clip ratios, and for the symmetric grid both signs of the scale (the sign decides on which side the one extra
+code lies), and keeps for each group the candidate with the smallest sum_j h_j (ŵ_j - w_j)^2, where h_j = E[x_j^2] is
+the mean square of input feature j over calibration text: the diagonal of the layer's Hessian.
+
+Letters: O out features, I in features, G scales per row, g weights per scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmqat.grid.integer import Grid, snap_scale
+
+CLIP_RATIOS = tuple(1.05 - 0.02 * i for i in range(36))
+_CHUNK_ELEMENTS = 65_536
+
+
+def minmax_scale(weight: Tensor, grid: Grid, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Returns (scale, zero_point) of plain rounding: the range of each group, unclipped.
+
+    Symmetric: max|w| / (2^(b-1) - 1), the field's plain "absmax" rounding. Asymmetric: (max - min) / (2^b - 1) over a
+    range that includes 0.
+
+    Args:
+        weight: [O, I] float.
+        grid: the code range.
+        shape: (O, G), (O, 1) or (1, 1): the scale's.
+
+    Returns:
+        scale [*shape] float32 snapped, zero_point [*shape] float32 or None when symmetric.
+    """
+    low, high = torch.aminmax(weight.detach().reshape(shape[0] * shape[1], -1).float(), dim=-1, keepdim=True)
+    scale, zero_point = _plain(low, high, grid)
+    return scale.view(shape), None if zero_point is None else zero_point.view(shape)
+
+
+@torch.no_grad()
+def search_scale(
+    weight: Tensor, grid: Grid, shape: tuple[int, int], importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the (scale, zero_point) with the least weighted squared error: plain rounding, clip ratios, both signs.
+
+    Args:
+        weight: [O, I] float.
+        grid: the code range.
+        shape: (O, G), (O, 1) or (1, 1): the scale's.
+        importance: [I] float, h_j >= 0; equal weights when None.
+
+    Returns:
+        scale [*shape] float32 snapped, zero_point [*shape] float32 or None when symmetric.
+
+    Raises:
+        ValueError: when the weight or the importance is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()) or (
+        importance is not None and not bool(torch.isfinite(importance).all())
+    ):
+        raise ValueError("the weight or its importance holds NaN or infinity; the scale search needs finite numbers")
+    flat = weight.detach().reshape(shape[0] * shape[1], -1)
+    spread = None if importance is None else _group_importance(importance, weight, shape)
+    scales = torch.empty(flat.shape[0], 1, device=weight.device)
+    zeros = None if grid.symmetric else torch.empty_like(scales)
+    step = max(1, _CHUNK_ELEMENTS // flat.shape[1]) if weight.device.type == "cpu" else flat.shape[0]
+    for start in range(0, flat.shape[0], step):
+        rows = slice(start, start + step)
+        chunk = flat[rows].float()
+        h = None if spread is None else spread[torch.arange(flat.shape[0])[rows] % spread.shape[0]]
+        scale, zero_point = _search_rows(chunk, grid, h)
+        scales[rows] = scale
+        if zeros is not None and zero_point is not None:
+            zeros[rows] = zero_point
+    return scales.view(shape), None if zeros is None else zeros.view(shape)
+
+
+def _search_rows(w: Tensor, grid: Grid, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    low, high = torch.aminmax(w, dim=-1, keepdim=True)
+    root = None if h is None else h.sqrt()
+    buffers = torch.empty_like(w), torch.empty_like(w)
+    best_scale, best_zero = _plain(low, high, grid)
+    best_error = _weighted_error(w, best_scale, best_zero, grid, root, buffers)
+    for ratio in CLIP_RATIOS:
+        for sign in (1.0, -1.0) if grid.symmetric else (1.0,):
+            scale, zero_point = _candidate(low, high, grid, ratio, sign)
+            error = _weighted_error(w, scale, zero_point, grid, root, buffers)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            if zero_point is not None and best_zero is not None:
+                best_zero = torch.where(better, zero_point, best_zero)
+    return best_scale, best_zero
+
+
+def _weighted_error(
+    w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, root: Tensor | None, buffers: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Returns s^2 * sum_j h_j (q_j - v_j)^2 [n, 1] with v = w/s; `root` is sqrt(h). Every pass stays in cache."""
+    v, q = buffers
+    torch.mul(w, scale.reciprocal(), out=v)
+    if zero_point is not None:
+        v.add_(zero_point)
+    torch.clamp(v, grid.qmin, grid.qmax, out=q)
+    q.round_().sub_(v)
+    if root is not None:
+        q.mul_(root)
+    return torch.linalg.vecdot(q, q).unsqueeze(-1).mul_(scale.square())
+
+
+def _plain(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    if grid.symmetric:
+        return snap_scale(torch.maximum(high, -low) / grid.qmax), None
+    return _candidate(low, high, grid, 1.0, 1.0)
+
+
+def _candidate(low: Tensor, high: Tensor, grid: Grid, ratio: float, sign: float) -> tuple[Tensor, Tensor | None]:
+    """Returns the snapped scale and the zero point for the range [low, high] * ratio; sign -1 turns the scale over."""
+    if grid.symmetric:
+        # The entry of largest magnitude lands on qmin = -2^(b-1): a negative maximum takes a positive scale.
+        extreme = torch.where(high > -low, high, low)
+        return snap_scale(extreme * (sign * ratio / grid.qmin)), None
+    low, high = low.clamp(max=0) * ratio, high.clamp(min=0) * ratio
+    scale = snap_scale((high - low) / grid.qmax)
+    return scale, torch.round(-low / scale).clamp_(grid.qmin, grid.qmax)
+
+
+def _group_importance(importance: Tensor, weight: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Returns importance [I] as rows [n, g] such that scale number k uses row k % n."""
+    h = importance.to(weight.device).float()
+    if shape == (1, 1):
+        return h.repeat(weight.shape[0]).view(1, -1)
+    return h.view(shape[1], -1)

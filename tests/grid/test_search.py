@@ -1,0 +1,77 @@
+"""Scale starts: against brute force, and never worse than what they replace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmqat.grid import Grid, dequantize, minmax_scale, quantize, search_scale, snap_scale
+from llmqat.grid.search import CLIP_RATIOS
+
+GRIDS = [Grid(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+SHAPES = [(6, 4), (6, 1), (1, 1)]
+
+
+def _error(
+    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, h: torch.Tensor
+) -> torch.Tensor:
+    return ((dequantize(quantize(w, scale, zero, grid), scale, zero, torch.float32) - w).square() * h).double()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_search_loses_no_more_than_plain_rounding(grid: Grid, shape: tuple[int, int]) -> None:
+    weight, h = torch.randn(6, 64), torch.rand(64)
+    plain = _error(weight, *minmax_scale(weight, grid, shape), grid, h).sum()
+    found = _error(weight, *search_scale(weight, grid, shape, h), grid, h).sum()
+    assert found <= plain * (1 + 1e-5)
+
+
+def test_search_finds_the_best_of_its_candidates_by_brute_force() -> None:
+    grid, weight, h = Grid(3), torch.randn(4, 32), torch.rand(32)
+    scale, _ = search_scale(weight, grid, (4, 2), h)
+    for row in range(4):
+        for group in range(2):
+            w = weight[row : row + 1, group * 16 : group * 16 + 16]
+            weights = h[group * 16 : group * 16 + 16]
+            extreme = w.flatten()[w.abs().argmax()]
+            errors = {}
+            for ratio in CLIP_RATIOS:
+                for sign in (1, -1):
+                    s = snap_scale((extreme * sign * ratio / -4).view(1, 1))
+                    errors[float(s)] = float(_error(w, s, None, grid, weights).sum())
+            chosen = float(_error(w, scale[row : row + 1, group : group + 1], None, grid, weights).sum())
+            assert chosen == pytest.approx(min(errors.values()), rel=1e-5)
+
+
+def test_plain_rounding_is_absmax() -> None:
+    scale, zero = minmax_scale(torch.tensor([[1.0, -3.5, 2.0, 0.0]]), Grid(4), (1, 1))
+    assert scale.item() == 0.5
+    assert zero is None
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_group_of_zeros_stays_zero(grid: Grid) -> None:
+    for start in (minmax_scale, search_scale):
+        scale, zero = start(torch.zeros(2, 32), grid, (2, 1))
+        assert torch.isfinite(scale).all()
+        assert not dequantize(quantize(torch.zeros(2, 32), scale, zero, grid), scale, zero, torch.float32).any()
+
+
+def test_important_inputs_are_rounded_better() -> None:
+    grid, weight = Grid(2), torch.randn(64, 32)
+    h = torch.ones(32)
+    h[:4] = 1000.0
+    weighted = _error(weight, *search_scale(weight, grid, (64, 1), h), grid, torch.ones(32))
+    plain = _error(weight, *search_scale(weight, grid, (64, 1)), grid, torch.ones(32))
+    assert weighted[:, :4].sum() < plain[:, :4].sum()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
+    weight = torch.randn(2, 32)
+    with pytest.raises(ValueError, match="finite"):
+        search_scale(weight, Grid(4), (2, 1), torch.full((32,), bad))
+    weight[0, 0] = bad
+    with pytest.raises(ValueError, match="finite"):
+        search_scale(weight, Grid(4), (2, 1))
