@@ -1,0 +1,11 @@
+"""Matrix products with a packed weight: one file a back end, and the choice among them.
+
+`packed_linear` takes the first registered kernel that accepts the shapes and dtypes at hand; one that declines says
+why, and that reason is logged once. "reference" always accepts: it dequantizes and multiplies, and is what the proof
+of an export compares against. Kernels take tensors only.
+"""
+
+from llmqat.kernels.reference import PackedWeight
+from llmqat.kernels.registry import KERNELS, Kernel, packed_linear
+
+__all__ = ["KERNELS", "Kernel", "PackedWeight", "packed_linear"]

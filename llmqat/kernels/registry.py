@@ -1,0 +1,72 @@
+"""The kernels of llmqat in order of preference, and the choice among them by shape, dtype and device."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from torch import Tensor
+
+from llmqat.kernels.cpu import CpuDequantizeKernel, CpuInt4Kernel
+from llmqat.kernels.reference import PackedWeight, ReferenceKernel
+
+logger = logging.getLogger(__name__)
+
+
+class Kernel(Protocol):
+    """A way of computing x @ ŵ.T for a packed weight.
+
+    Attributes:
+        name: what a user passes as `kernel=`.
+    """
+
+    name: str
+
+    def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
+        """Returns why this kernel cannot run here, or None when it can."""
+
+    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        """Returns x [*, I] times the dequantized weight [O, I] transposed, plus bias [O]: [*, O] in x's dtype."""
+
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (CpuInt4Kernel(), CpuDequantizeKernel(), ReferenceKernel())
+}
+_logged: set[str] = set()
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, kernel: str = "auto") -> Tensor:
+    """Returns x [*, I] times the packed weight transposed, plus bias: [*, O] in x's dtype.
+
+    Args:
+        x: activations.
+        weight: the packed weight and its scales.
+        bias: [O] in x's dtype, or None.
+        kernel: "auto" for the first that accepts, or a name in `KERNELS`.
+
+    Raises:
+        ValueError: for an unknown kernel name, or a named kernel that cannot run here.
+    """
+    if kernel != "auto":
+        return _named(kernel, x, weight).linear(x, weight, bias)
+    for candidate in KERNELS.values():
+        reason = candidate.declines(x, weight)
+        if reason is None:
+            return candidate.linear(x, weight, bias)
+        _log_once(f"kernel {candidate.name} is not used: {reason}")
+    raise AssertionError("unreachable: the reference kernel accepts everything")
+
+
+def _named(kernel: str, x: Tensor, weight: PackedWeight) -> Kernel:
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is unknown; choose auto, {', '.join(KERNELS)}")
+    reason = KERNELS[kernel].declines(x, weight)
+    if reason is not None:
+        raise ValueError(f"kernel={kernel!r} cannot run here: {reason}; choose 'auto' or 'reference'")
+    return KERNELS[kernel]
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.info(message)
