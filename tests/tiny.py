@@ -1,0 +1,90 @@
+"""Tiny random models and a tokenizer, made on the spot: what the tests train, pack and load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB_SIZE = 384
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_llama(tied: bool = True, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a random two-layer Llama in float32, evaluation mode."""
+    torch.manual_seed(seed)
+    return _sharpened(LlamaForCausalLM(LlamaConfig(**{**_SHAPE, "tie_word_embeddings": tied, **changes})))
+
+
+def tiny_qwen2(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a random two-layer Qwen2 (biases on q, k, v) in float32, evaluation mode."""
+    torch.manual_seed(seed)
+    shape = {key: value for key, value in _SHAPE.items() if key != "head_dim"}
+    model = Qwen2ForCausalLM(Qwen2Config(**{**shape, "tie_word_embeddings": False, **changes}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return _sharpened(model)
+
+
+def tiny_qwen3(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a random two-layer Qwen3 (norms on q and k) in float32, evaluation mode."""
+    torch.manual_seed(seed)
+    return _sharpened(Qwen3ForCausalLM(Qwen3Config(**{**_SHAPE, "tie_word_embeddings": True, **changes})))
+
+
+def _sharpened(model: PreTrainedModel) -> PreTrainedModel:
+    """Enlarges the initial weights, so that outputs depend on the input visibly."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+            elif "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Returns a byte-level tokenizer of 384 entries with a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<s>", "</s>"]
+    vocabulary = {token: index for index, token in enumerate(specials + alphabet)}
+    vocabulary |= {f"<unused{i}>": len(vocabulary) + i for i in range(VOCAB_SIZE - len(vocabulary))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=256,
+    )
