@@ -109,8 +109,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in the autocast dtype or else x's."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = _compute_dtype(x)
         weight = self.quantized_weight(dtype) if self.enabled else self.weight.to(dtype)
         return F.linear(x.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))
 
@@ -134,3 +133,11 @@ def quantizers_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Returns the autocast dtype where autocast is on, or else x's."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -1,0 +1,93 @@
+"""Every kernel against the reference, over the schemes and shapes it accepts, and the choice among them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from llmqat.kernels import KERNELS, packed_linear
+from llmqat.kernels import registry
+from llmqat.layers import PackedLinear, QuantLinear, WeightConfig
+
+SCHEMES = [
+    WeightConfig(num_bits=bits, symmetric=symmetric, strategy="group" if group else "channel", group_size=group)
+    for bits in (2, 3, 4, 8)
+    for symmetric in (True, False)
+    for group in (32, 64, 128, 48, None)
+]
+
+
+def _packed(scheme: WeightConfig, out_features: int = 64, in_features: int = 384) -> PackedLinear:
+    return PackedLinear.from_quant_linear(
+        QuantLinear.from_linear(nn.Linear(in_features, out_features, bias=False), scheme)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32, 33, 200])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_a_kernel_agrees_with_the_product_in_float64(name: str, scheme: WeightConfig, rows: int) -> None:
+    layer, x = _packed(scheme), torch.randn(rows, 384).bfloat16()
+    weight = layer.packed_weight()
+    if KERNELS[name].declines(x, weight) is not None:
+        assert name != "reference"
+        return
+    exact = x.double() @ layer.dequantized_weight(torch.bfloat16).double().T
+    bias = torch.randn(64).bfloat16()
+    got = packed_linear(x, weight, bias, name).double()
+    # bfloat16 inputs are exact in the product; the sum runs in float32 and is rounded to bfloat16 once or twice
+    # (8 bits: half a unit is 2^-9 of the value). The int4 kernel forms each weight (q - 8) * s in bfloat16 again, 2^-9
+    # of each term; together below 2^-7 of the sum of magnitudes.
+    magnitude = x.double().abs() @ layer.dequantized_weight(torch.bfloat16).double().abs().T
+    bound = 2**-7 * (exact.abs() + bias.double().abs()) + 2**-8 * magnitude + 1e-6
+    assert ((got - (exact + bias.double())).abs() <= bound).all()
+
+
+def test_which_kernel_runs_is_decided_by_rows_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    for name, kernel in KERNELS.items():
+
+        def spy(x, weight, bias, _name=name, _linear=kernel.linear):  # type: ignore[no-untyped-def]
+            used.append(_name)
+            return _linear(x, weight, bias)
+
+        monkeypatch.setattr(kernel, "linear", spy)
+    weight = _packed(WeightConfig(num_bits=4, group_size=64)).packed_weight()
+    for rows, dtype in ((1, torch.bfloat16), (32, torch.bfloat16), (33, torch.bfloat16), (1, torch.float32)):
+        packed_linear(torch.randn(rows, 384).to(dtype), weight)
+    tensor = _packed(WeightConfig(num_bits=4, strategy="tensor")).packed_weight()
+    packed_linear(torch.randn(40, 384).bfloat16(), tensor)
+    assert used == ["cpu-int4", "cpu-int4", "cpu-dequantize", "cpu-dequantize", "reference"]
+
+
+def test_the_int4_layout_is_built_once() -> None:
+    layer = _packed(WeightConfig(num_bits=4, group_size=64))
+    x = torch.randn(1, 384).bfloat16()
+    layer(x)
+    blob = layer.packed_weight().layouts["cpu-int4"][0]
+    layer(x)
+    assert layer.packed_weight().layouts["cpu-int4"][0] is blob
+
+
+def test_a_reason_for_falling_back_is_logged_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_logged", set())
+    weight = _packed(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
+    with caplog.at_level(logging.INFO, logger="llmqat"):
+        for _ in range(3):
+            packed_linear(torch.randn(1, 384).bfloat16(), weight)
+    assert [r.getMessage() for r in caplog.records] == [
+        "kernel cpu-int4 is not used: it needs a symmetric grid of at most 4 bits"
+    ]
+
+
+def test_a_kernel_asked_for_by_name_must_fit() -> None:
+    weight = _packed(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
+    with pytest.raises(ValueError, match="cannot run here: it needs a symmetric grid"):
+        packed_linear(torch.randn(1, 384).bfloat16(), weight, kernel="cpu-int4")
+    with pytest.raises(ValueError, match="kernel='cuda' is unknown; choose auto, cpu-int4"):
+        packed_linear(torch.randn(1, 384).bfloat16(), weight, kernel="cuda")

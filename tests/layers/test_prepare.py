@@ -1,0 +1,178 @@
+"""prepare and convert on whole models, the audit, and every way of asking for the wrong thing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmqat.layers import PRESETS, PackedLinear, QuantConfig, QuantLinear, WeightConfig, audit, convert, prepare
+from llmqat.models import cast_parameters
+from tests.tiny import tiny_llama, tiny_qwen2, tiny_qwen3
+
+MODELS = {
+    "llama-tied": lambda: tiny_llama(),
+    "llama-untied": lambda: tiny_llama(tied=False),
+    "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
+}
+CONFIGS = {
+    **{name: QuantConfig.preset(name, **({"group_size": 32} if name != "int8" else {})) for name in PRESETS},
+    "int4-asymmetric": QuantConfig.preset("int4", group_size=32, symmetric=False),
+    "mixed": QuantConfig.preset(
+        "int4", group_size=32, overrides={"re:.*down_proj": WeightConfig(num_bits=8, strategy="channel")}
+    ),
+}
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), cast_parameters(model, torch.bfloat16):
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_convert_changes_no_logit(make, config: QuantConfig) -> None:  # type: ignore[no-untyped-def]
+    model, ids = make(), torch.randint(2, 258, (2, 24))
+    plain = _logits(model, ids)
+    report = prepare(model, config)
+    expected = {
+        f"model.layers.{i}.{'self_attn' if p[0] in 'qkvo' else 'mlp'}.{p}.weight" for i in (0, 1) for p in PROJECTIONS
+    }
+    assert {entry.name for entry in report.quantized} == expected
+    prepared = _logits(model, ids)
+    assert not torch.equal(prepared, plain)
+    convert(model)
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == len(expected)
+    for layer in packed:
+        layer.kernel = "reference"
+    assert torch.equal(_logits(model, ids), prepared)
+    assert {entry.name for entry in audit(model).quantized} == expected
+    assert audit(model).bytes_after == report.bytes_after
+
+
+def test_the_audit_lists_every_tensor_once_with_its_reason() -> None:
+    model = tiny_llama()
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    report = prepare(model, QuantConfig.preset("int4", group_size=32, ignore=["re:.*o_proj"]))
+    assert sorted(entry.name for entry in report.entries) == sorted(names)
+    reasons = {entry.name: entry.reason for entry in report.kept}
+    assert reasons["model.layers.0.self_attn.o_proj.weight"] == "quant.ignore has 're:.*o_proj'"
+    assert reasons["lm_head.weight"] == "tied to model.embed_tokens.weight"
+    assert reasons["model.embed_tokens.weight"] == "embedding, left alone by default"
+    assert reasons["model.norm.weight"] == "normalization stays in high precision"
+    assert all(entry.reason for entry in report.kept)
+    assert report.average_bits == 4.5
+
+
+def test_average_bits_at_g64_are_four_and_a_quarter() -> None:
+    report = prepare(tiny_llama(), QuantConfig.preset("int4", group_size=64))
+    assert report.average_bits == 4.25
+
+
+def test_an_untied_output_head_is_left_alone() -> None:
+    report = prepare(tiny_llama(tied=False), QuantConfig.preset("int4", group_size=32))
+    assert {entry.name: entry.reason for entry in report.kept}["lm_head.weight"] == "output head, left alone by default"
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    convert(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_prepare_shares_the_weights_and_records_the_configuration() -> None:
+    model = tiny_llama()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    config = QuantConfig.preset("int3", group_size=32)
+    prepare(model, config)
+    assert model.model.layers[0].mlp.up_proj.weight is weight
+    assert QuantConfig.model_validate(model.config.llmqat) == config
+
+
+@pytest.mark.parametrize("field", ["targets", "ignore", "overrides"])
+def test_a_pattern_that_matches_nothing_is_an_error(field: str) -> None:
+    value = {"re:.*dwn_proj": None} if field == "overrides" else ["re:.*dwn_proj"]
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=rf"quant\.{field} has 're:\.\*dwn_proj', which matches no nn\.Linear"):
+        prepare(model, QuantConfig.preset("int4", group_size=32, **{field: value}))
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def test_a_group_size_that_does_not_divide_leaves_the_model_unchanged() -> None:
+    model = tiny_llama()
+    with pytest.raises(
+        ValueError, match=r"group_size=48 does not divide in_features=64 of model\.layers\.0\.self_attn\.q_proj"
+    ):
+        prepare(model, QuantConfig.preset("int4", group_size=48))
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def test_preparing_twice_and_converting_nothing_are_refused() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="no QuantLinear to convert"):
+        convert(model)
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    with pytest.raises(ValueError, match="prepared already"):
+        prepare(model, QuantConfig.preset("int4", group_size=32))
+
+
+def test_ignoring_everything_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing is left to quantize"):
+        prepare(tiny_llama(), QuantConfig.preset("int4", group_size=32, ignore=["Linear"]))
+
+
+def test_any_module_can_be_prepared() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    x = torch.randn(3, 64)
+    report = prepare(model, QuantConfig.preset("int8"))
+    assert [entry.name for entry in report.quantized] == ["0.weight", "2.weight"]
+    expected = copy.deepcopy(model)(x)
+    assert torch.equal(convert(model, torch.float32)(x), expected)
+
+
+def test_prepare_works_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = tiny_llama(tied=False)
+    report = prepare(model, QuantConfig.preset("int4", group_size=32))
+    assert len(report.quantized) == 14
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_bits": 9}, "less than or equal to 8"),
+        ({"num_bits": 4, "strategy": "group"}, "group_size=None"),
+        ({"num_bits": 4, "strategy": "channel", "group_size": 32}, "group_size=32 with strategy='channel'"),
+        ({"num_bitz": 4}, "did you mean 'num_bits'"),
+    ],
+)
+def test_a_wrong_scheme_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WeightConfig.model_validate(values)
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="preset 'int5' is unknown; choose one of int8, int4"):
+        QuantConfig.preset("int5")
+
+
+def test_overrides_win_over_the_default_and_the_last_one_over_the_first() -> None:
+    model = tiny_llama()
+    eight = WeightConfig(num_bits=8, strategy="channel")
+    prepare(
+        model,
+        QuantConfig.preset(
+            "int4", group_size=32, overrides={"re:.*down_proj": eight, "re:.*layers\\.1\\..*down_proj": None}
+        ),
+    )
+    assert model.model.layers[0].mlp.down_proj.weights == eight
+    assert isinstance(model.model.layers[1].mlp.down_proj, nn.Linear)
+    assert model.model.layers[1].mlp.up_proj.weights.num_bits == 4
