@@ -1,0 +1,279 @@
+"""QATTrainer and the loops that are not ours: they train a prepared model, and compute what they say."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from llmqat import QATArguments, QATTrainer, QuantConfig, prepare
+from llmqat.layers import QuantLinear
+from llmqat.models import cast_parameters
+from tests.tiny import tiny_llama, tiny_qwen2
+
+
+class Blocks(Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, count: int = 16, length: int = 32, seed: int = 0) -> None:
+        self.ids = torch.randint(2, 258, (count, length), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def _pair(bits: int = 3, tied: bool = True) -> tuple[PreTrainedModel, PreTrainedModel]:
+    teacher = tiny_llama(tied)
+    student = copy.deepcopy(teacher)
+    prepare(student, QuantConfig.preset(f"int{bits}", group_size=32))
+    return student, teacher
+
+
+def _arguments(folder: Path, **changes: Any) -> QATArguments:
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return QATArguments(**{**options, **changes})
+
+
+def _kl(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    q = torch.log_softmax(student(ids).logits[:, :-1].float(), -1)
+    p = torch.log_softmax(teacher(ids).logits[:, :-1].float(), -1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def test_distillation_brings_the_student_nearer(tmp_path: Path) -> None:
+    student, teacher = _pair(bits=2)
+    ids = Blocks().ids
+    with torch.no_grad():
+        before = _kl(student, teacher, ids)
+    trainer = QATTrainer(model=student, teacher=teacher, args=_arguments(tmp_path, bf16=False), train_dataset=Blocks())
+    trainer.train()
+    with torch.no_grad():
+        after = _kl(student, teacher, ids)
+    assert after < 0.8 * before
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 8
+    layer = next(module for module in student.modules() if isinstance(module, QuantLinear))
+    assert layer.log_scale.abs().max() > 0
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradients_are_those_of_the_plain_formula(tmp_path: Path, tied: bool, bf16: bool) -> None:
+    student, teacher = _pair(tied=tied)
+    ids = Blocks(4).ids
+    plain = copy.deepcopy(student)
+    trainer = QATTrainer(model=student, teacher=teacher, args=_arguments(tmp_path, bf16=bf16), train_dataset=Blocks())
+    loss = trainer.training_step(student, {"input_ids": ids, "labels": ids}, torch.tensor(4 * 31))
+    if bf16:
+        with cast_parameters(plain, torch.bfloat16):
+            expected = _kl(plain, teacher, ids)
+            expected.backward()
+    else:
+        expected = _kl(plain, teacher, ids)
+        expected.backward()
+    tolerance = 0.02 if bf16 else 1e-5
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for (name, got), want in zip(student.named_parameters(), plain.parameters(), strict=True):
+        assert got.grad is not None, name
+        error = (got.grad - want.grad).norm() / want.grad.norm()  # type: ignore[operator, union-attr]
+        # bfloat16 rounds a gradient at every product: 2^-8 each, a few dozen of them in two layers.
+        assert error < (0.1 if bf16 else 1e-4), (name, float(error))
+
+
+def test_the_training_forward_computes_with_the_numbers_of_the_checkpoint(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    seen: list[torch.Tensor] = []
+    layer = student.model.layers[1].mlp.down_proj
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    trainer = QATTrainer(model=student, teacher=teacher, args=_arguments(tmp_path, bf16=True), train_dataset=Blocks())
+    ids = Blocks(2).ids
+    trainer.training_step(student, {"input_ids": ids, "labels": ids}, torch.tensor(2 * 31))
+    student.eval()
+    with torch.no_grad(), cast_parameters(student, torch.bfloat16):
+        student(ids)
+    assert seen[0].dtype == torch.bfloat16
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    weights = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        student, teacher = _pair()
+        data = Blocks()
+        # Unequal numbers of labels per micro-batch: a mean of means would differ.
+        labels = data.ids.clone()
+        labels[::3, 10:] = -100
+        rows = [{"input_ids": row, "labels": label} for row, label in zip(data.ids, labels, strict=True)]
+        arguments = _arguments(
+            tmp_path,
+            bf16=False,
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            max_grad_norm=0.0,
+        )
+        QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=rows).train()
+        weights.append(student.model.layers[0].mlp.up_proj.weight.detach().clone())
+    assert torch.allclose(*weights, atol=1e-6)
+    assert not torch.equal(weights[0], tiny_llama().model.layers[0].mlp.up_proj.weight)
+
+
+def test_parameter_groups_have_their_own_rates_and_no_decay_on_scales(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    arguments = _arguments(
+        tmp_path, learning_rate=2e-5, scale_learning_rate=3e-3, norm_learning_rate=4e-4, weight_decay=0.1
+    )
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
+    groups = trainer.create_optimizer().param_groups
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    described = [
+        ({names[id(p)].rsplit(".", 1)[-1] for p in group["params"]}, group["lr"], group["weight_decay"])
+        for group in groups
+    ]
+    assert described == [({"weight"}, 2e-5, 0.1), ({"log_scale"}, 3e-3, 0.0), ({"weight"}, 4e-4, 0.0)]
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_frozen_embeddings_do_not_move(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    before = student.get_input_embeddings().weight.detach().clone()
+    arguments = _arguments(tmp_path, max_steps=2, freeze_embeddings=True)
+    QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks()).train()
+    assert torch.equal(student.get_input_embeddings().weight, before)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
+    weights = []
+    for checkpointing in (False, True):
+        student, teacher = _pair()
+        arguments = _arguments(tmp_path, max_steps=2, bf16=True, gradient_checkpointing=checkpointing)
+        QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks()).train()
+        weights.append(student.model.layers[0].self_attn.q_proj.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_a_resumed_run_ends_bit_identical(tmp_path: Path) -> None:
+    def run(folder: Path, stop: int | None, resume: bool) -> PreTrainedModel:
+        student, teacher = _pair()
+        arguments = _arguments(folder, max_steps=6, save_strategy="steps", save_steps=3)
+        trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
+        if stop is not None:
+            trainer.add_callback(_StopAt(stop))
+        trainer.train(resume_from_checkpoint=resume or None)
+        return student
+
+    whole = run(tmp_path / "whole", None, False)
+    run(tmp_path / "halves", 3, False)
+    resumed = run(tmp_path / "halves", None, True)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def _StopAt(step: int) -> Any:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> Any:
+            control.should_training_stop = state.global_step >= step
+            return control
+
+    return Stop()
+
+
+def test_evaluation_reports_the_same_divergence(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    trainer = QATTrainer(
+        model=student,
+        teacher=teacher,
+        args=_arguments(tmp_path, bf16=False),
+        train_dataset=Blocks(),
+        eval_dataset=Blocks(8),
+    )
+    with torch.no_grad():
+        expected = _kl(student, teacher, Blocks(8).ids).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_low_precision_masters_are_raised(tmp_path: Path) -> None:
+    teacher = tiny_llama().to(torch.bfloat16)
+    student = copy.deepcopy(teacher)
+    prepare(student, QuantConfig.preset("int4", group_size=32))
+    QATTrainer(model=student, teacher=teacher, args=_arguments(tmp_path), train_dataset=Blocks())
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+
+
+def test_a_stock_trainer_trains_a_prepared_model(tmp_path: Path) -> None:
+    student, _ = _pair()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=10,
+        per_device_train_batch_size=4,
+        learning_rate=2e-3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=student, args=arguments, train_dataset=Blocks(4))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    layer = student.model.layers[0].mlp.up_proj
+    assert layer.log_scale.abs().max() > 0
+
+
+def test_a_plain_accelerate_loop_trains_a_prepared_model() -> None:
+    student, _ = _pair()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=0.0)
+    model, optimizer, loader = accelerator.prepare(student, optimizer, DataLoader(Blocks(8), batch_size=4))
+    losses = []
+    for _ in range(6):
+        for batch in loader:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_model_that_is_not_prepared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"call llmqat\.prepare"):
+        QATTrainer(model=tiny_llama(), teacher=tiny_llama(), args=_arguments(tmp_path), train_dataset=Blocks())
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    student, _ = _pair()
+    with pytest.raises(ValueError, match="vocabulary has 384 entries, the teacher's 400"):
+        QATTrainer(model=student, teacher=tiny_qwen2(vocab_size=400), args=_arguments(tmp_path), train_dataset=Blocks())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"fp16": True}, "fp16=True is refused"), ({"scale_learning_rate": -1.0}, "is negative")]
+)
+def test_wrong_arguments_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _arguments(tmp_path, **changes)
