@@ -1,0 +1,294 @@
+"""Decoding many rows in lockstep, one token a row a step, over an unchanged transformers model.
+
+What makes it fast, on a CPU above all:
+
+- **The key-value cache is a list of contiguous pieces** of `PIECE` positions, made as they are needed. Nothing is
+  concatenated or copied, and only pieces that hold something are read. A growing tensor is copied whole every step,
+  and a view into a long one is copied by the batched matrix product, which wants its operands contiguous.
+- **Attention of one query is two batched matrix products a piece**, with the query heads that share a key-value head as
+  the rows of one product. The fused CPU kernel is made for many queries and spends its time in setting up each head.
+- **No mask is built by the model.** Our attention is registered under a name of its own, takes the cache as a keyword
+  (transformers hands keywords down to it) and adds one [B, L] bias, which also separates documents that share a row.
+- **Sampling draws one uniform number a row** and inverts the distribution function in two levels, instead of one
+  exponential for each of the B x V probabilities.
+
+Letters: B rows, L positions, N key-value heads, G query heads per key-value head, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+PIECE = 64
+"""Positions in one piece of the cache: smaller ones mean more calls, larger ones more reading of empty positions."""
+ATTENTION_NAME = "llmqat_lockstep"
+_CHANGE_ARITHMETIC = ("softcap", "s_aux", "position_bias")
+"""Keywords of attention functions (other than a window, which is checked) that change what attention computes."""
+_TRIAL_TOKENS = 6
+_SAMPLED_ROWS = 16
+_BUCKET = 256
+"""Vocabulary entries summed together in the first level of sampling."""
+
+
+class LockstepError(RuntimeError):
+    """A model asks of its attention what `lockstep_attention` does not do."""
+
+
+class LockstepCache:
+    """Keys and values of B rows that all stand at the same position, and from where on each row may look back.
+
+    Attributes:
+        length: positions held, the open one included.
+        bias: what is added to attention scores, 0 or -inf: [B, length rounded up to whole pieces].
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.bias = torch.empty(0)
+        self._layers: dict[int, LayerCache] = {}
+
+    def advance(self, starts: Tensor, dtype: torch.dtype) -> None:
+        """Opens the next position; row b attends to positions starts[b] to this one.
+
+        Args:
+            starts: position of the first visible token of each row, int64 [B].
+            dtype: of keys and values.
+        """
+        self.length += 1
+        positions = torch.arange(-(-self.length // PIECE) * PIECE, device=starts.device)
+        hidden = (positions < starts[:, None]) | (positions >= self.length)
+        self.bias = torch.zeros(hidden.shape, dtype=dtype, device=starts.device).masked_fill_(hidden, float("-inf"))
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> LayerCache:
+        """Puts key and value [B, N, 1, D] of the open position in place and returns the layer's cache."""
+        held = self._layers.setdefault(layer, LayerCache())
+        held.write(self.length - 1, key.flatten(0, 2), value.flatten(0, 2))
+        return held
+
+    @property
+    def layers(self) -> int:
+        """Number of layers that have stored something."""
+        return len(self._layers)
+
+
+class LayerCache:
+    """One layer's keys and values: all full positions in one contiguous tensor, and an open piece of PIECE positions.
+
+    Attributes:
+        keys: [B*N, L, D] (when there are any) and [B*N, PIECE, D].
+        values: [B*N, D, L], turned as the product with the weights reads it fastest, and [B*N, PIECE, D].
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def write(self, position: int, key: Tensor, value: Tensor) -> None:
+        """Stores key and value [B*N, D] at `position`, which follows the last one written."""
+        slot = position % PIECE
+        if slot == 0:
+            self._open_piece(key, value)
+        self.keys[-1][:, slot] = key
+        self.values[-1][:, slot] = value
+
+    def _open_piece(self, key: Tensor, value: Tensor) -> None:
+        if self.keys:
+            full_values = [*self.values[:-1], self.values[-1].transpose(1, 2)]
+            self.keys = [torch.cat(self.keys, dim=1)]
+            self.values = [torch.cat(full_values, dim=2).contiguous()]
+        self.keys.append(key.new_zeros(len(key), PIECE, key.shape[-1]))
+        self.values.append(value.new_zeros(len(value), PIECE, value.shape[-1]))
+
+    def scores(self, queries: Tensor, bias: Tensor, scaling: float) -> Tensor:
+        """Returns bias + scaling * query . key as [B, N*G, L].
+
+        Args:
+            queries: [B*N, D, G].
+            bias: [B, L].
+            scaling: factor of the products.
+        """
+        products = torch.cat([torch.bmm(piece, queries) for piece in self.keys], dim=1)  # [B*N, L, G]
+        products = products.view(len(bias), -1, *products.shape[1:]).transpose(2, 3).flatten(1, 2)
+        return torch.add(bias[:, None], products, alpha=scaling)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Returns the values' sum, weighted by `weights` [B*N, G, L], as [B*N, G, D]."""
+        output = torch.bmm(weights[..., -PIECE:], self.values[-1])
+        if len(self.values) == 1:
+            return output
+        full = torch.bmm(self.values[0], weights[..., :-PIECE].transpose(1, 2))
+        return output + full.transpose(1, 2)
+
+
+def lockstep_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    lockstep: LockstepCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Returns the attention output [B, 1, N*G, D] of one query position over the lockstep cache.
+
+    Raises:
+        LockstepError: for anything else than plain attention of one query.
+    """
+    if lockstep is None:
+        raise LockstepError(f"{type(module).__name__} does not hand keywords down to its attention function")
+    unknown = [name for name in _CHANGE_ARITHMETIC if kwargs.get(name) is not None]
+    if unknown or query.shape[2] != 1:
+        raise LockstepError(f"{type(module).__name__} asks for {', '.join(unknown) or 'several queries at once'}")
+    batch, query_heads, _, size = query.shape
+    heads = key.shape[1]
+    held = lockstep.store(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    queries = query.reshape(batch * heads, query_heads // heads, size).transpose(1, 2).contiguous()
+    scores = held.scores(queries, lockstep.bias, size**-0.5 if scaling is None else scaling)
+    weights = torch.softmax(scores, dim=-1)
+    return held.mix(weights.view(batch * heads, query_heads // heads, -1)).reshape(batch, 1, query_heads, -1), None
+
+
+class LockstepDecoder:
+    """Decodes with `LockstepCache` and `lockstep_attention`; made by `open_decoder`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache = LockstepCache()
+
+    def step(self, tokens: Tensor, starts: Tensor) -> Tensor:
+        """Feeds one token a row and returns the logits [B, V] of what follows.
+
+        Args:
+            tokens: int64 [B].
+            starts: position in the row at which the row's present document began, int64 [B].
+        """
+        positions = self.cache.length - starts
+        self.cache.advance(starts, self.model.dtype)
+        output = self.model(
+            input_ids=tokens[:, None],
+            position_ids=positions[:, None],
+            use_cache=False,
+            lockstep=self.cache,
+            return_dict=True,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+class StockDecoder:
+    """Decodes with the model's own attention and a `DynamicCache`: slower, for models that lockstep does not fit."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+        self.length = 0
+
+    def step(self, tokens: Tensor, starts: Tensor) -> Tensor:
+        """Feeds one token a row and returns the logits [B, V] of what follows; arguments as in LockstepDecoder."""
+        visible = torch.arange(self.length + 1, device=tokens.device) >= starts[:, None]
+        output = self.model(
+            input_ids=tokens[:, None],
+            position_ids=(self.length - starts)[:, None],
+            attention_mask=visible.long(),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        self.length += 1
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+Decoder = LockstepDecoder | StockDecoder
+
+
+@contextmanager
+def open_decoder(model: PreTrainedModel, length: int) -> Iterator[Decoder]:
+    """Yields a decoder for rows of up to `length` tokens: in lockstep where that is right for `model`, else stock.
+
+    Which one is decided by the model's own logits on a few tokens; the reason for the stock one is logged.
+    """
+    obstacle = lockstep_obstacle(model, length)
+    if obstacle is None:
+        with lockstep_attention_in(model):
+            yield LockstepDecoder(model)
+    else:
+        log.warning("decoding with %s's own attention, which is slower: %s", type(model).__name__, obstacle)
+        yield StockDecoder(model)
+
+
+@contextmanager
+def lockstep_attention_in(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model` computes its attention with `lockstep_attention`."""
+    AttentionInterface.register(ATTENTION_NAME, lockstep_attention)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = ATTENTION_NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def lockstep_obstacle(model: PreTrainedModel, length: int) -> str | None:
+    """Returns why `lockstep_attention` would not give `model`'s own logits on rows of `length` tokens, or None."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"it has layers of kind {', '.join(sorted(kinds))}"
+    if window is not None and window < length and (getattr(config, "layer_types", None) is None or len(kinds) > 1):
+        return f"its attention window of {window} tokens is shorter than {length}"
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(2 * _TRIAL_TOKENS, device=model.device) * 7919 % vocabulary).view(2, _TRIAL_TOKENS)
+    starts = torch.zeros(2, dtype=torch.int64, device=model.device)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        try:
+            with lockstep_attention_in(model):
+                decoder = LockstepDecoder(model)
+                found = torch.stack([decoder.step(column, starts) for column in ids.unbind(1)], dim=1).float()
+        except (LockstepError, TypeError) as error:
+            return str(error)
+    if decoder.cache.layers != config.num_hidden_layers:
+        return f"{decoder.cache.layers} of its {config.num_hidden_layers} layers use the attention registry"
+    difference = float((found - expected).norm() / expected.norm())
+    tolerance = 1e-4 if expected.dtype == model.dtype else 0.05
+    return None if difference < tolerance else f"logits differ by {difference:.2g} of their size in a trial"
+
+
+def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Returns `sample_rows`, a few rows at a time: what they need then stays in the processor's cache."""
+    pairs = zip(logits.split(_SAMPLED_ROWS), uniforms.split(_SAMPLED_ROWS), strict=True)
+    return torch.cat([sample_rows(*pair) for pair in pairs])
+
+
+def sample_rows(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Returns one token a row, drawn from softmax(logits) by inverting its distribution function at `uniforms`.
+
+    Args:
+        logits: [B, V], any floating dtype.
+        uniforms: float64 [B] in [0, 1).
+    """
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    short = -weights.shape[-1] % _BUCKET
+    if short:
+        weights = nn.functional.pad(weights, (0, short))
+    weights = weights.view(len(weights), -1, _BUCKET)
+    buckets = weights.sum(-1).double().cumsum(-1)
+    target = uniforms[:, None] * buckets[:, -1:]
+    bucket = torch.searchsorted(buckets, target, right=True).clamp_(max=buckets.shape[-1] - 1)
+    target = target - torch.where(bucket > 0, buckets.gather(-1, (bucket - 1).clamp(min=0)), 0.0)
+    inner = weights.gather(1, bucket[..., None].expand(-1, 1, _BUCKET)).squeeze(1).double().cumsum(-1)
+    # The bucket's own sum is rounded differently from the sum of its entries: stay on its last possible entry.
+    target = torch.minimum(target, inner[:, -1:] * (1 - 2**-40))
+    return (bucket * _BUCKET + torch.searchsorted(inner, target, right=True)).squeeze(-1)

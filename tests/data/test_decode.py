@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from llmqat.data import decode
+from llmqat.data.decode import LockstepDecoder, StockDecoder, lockstep_attention_in, open_decoder, sample
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_qwen3
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama with grouped queries": tiny_llama,
+    "llama without": lambda: tiny_llama(num_key_value_heads=4),
+    "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
+}
+SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "PIECE", 4)
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def decoded(decoder: LockstepDecoder | StockDecoder, ids: Tensor, starts: Tensor) -> Tensor:
+    return torch.stack([decoder.step(*pair) for pair in zip(ids.unbind(1), starts.unbind(1), strict=True)], dim=1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_lockstep_logits_are_those_of_a_full_forward(name: str):
+    model, ids = MODELS[name](), random_ids(3, 19)
+    with lockstep_attention_in(model):
+        found = decoded(LockstepDecoder(model), ids, torch.zeros_like(ids))
+    torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LockstepDecoder, StockDecoder])
+@torch.no_grad()
+def test_a_document_does_not_see_what_lies_before_it_in_its_row(kind: type[LockstepDecoder | StockDecoder]):
+    model, ids = tiny_llama(), random_ids(2, 15)
+    begins = [(0, 6, 9), (0, 1)]
+    starts = torch.tensor([[max(b for b in row if b <= position) for position in range(15)] for row in begins])
+    with open_decoder(model, 15) as decoder:
+        assert isinstance(decoder, LockstepDecoder)
+        found = decoded(decoder if kind is LockstepDecoder else StockDecoder(tiny_llama()), ids, starts)
+    for row, at in enumerate(begins):
+        for begin, end in zip(at, (*at[1:], 15), strict=True):
+            alone = model(ids[row : row + 1, begin:end]).logits
+            torch.testing.assert_close(found[row : row + 1, begin:end], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_bfloat16_logits_are_as_near_to_float32_as_stock_ones():
+    exact, model, ids = tiny_llama(), tiny_llama().to(torch.bfloat16), random_ids(4, 33)
+    expected = exact(ids).logits
+    with lockstep_attention_in(model):
+        found = decoded(LockstepDecoder(model), ids, torch.zeros_like(ids))
+    error, stock_error = ((logits.float() - expected).norm() for logits in (found, model(ids).logits))
+    assert error < 1.5 * stock_error
+
+
+@pytest.mark.real
+@torch.no_grad()
+def test_the_real_model_in_bfloat16(smollm2: tuple[PreTrainedModel, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode, "PIECE", 16)
+    model = smollm2[0]
+    ids = torch.randint(20, 49152, (2, 20), generator=torch.Generator().manual_seed(0))
+    with lockstep_attention_in(model):
+        found = decoded(LockstepDecoder(model), ids, torch.zeros_like(ids)).float().log_softmax(-1)
+    expected = model(ids).logits.float().log_softmax(-1)
+    divergence = (expected.exp() * (expected - found)).sum(-1)
+    assert divergence.mean() < 0.005  # nats; the stock cached forward is at 0.002, and itself 0.0016 from float32
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_llama()
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="stop"), open_decoder(model, 8):
+        raise RuntimeError("stop")
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)), "window of 8"),
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, sliding_window=64)), "softcap"),
+    ],
+)
+def test_other_attention_falls_back_and_says_why(
+    model: Callable[[], PreTrainedModel], reason: str, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.WARNING), open_decoder(model().eval(), 16) as decoder:
+        assert isinstance(decoder, StockDecoder)
+    assert reason in caplog.text
+
+
+def test_a_long_enough_window_is_no_obstacle():
+    with open_decoder(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64)).eval(), 16) as decoder:
+        assert isinstance(decoder, LockstepDecoder)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 256, 1000])
+def test_sampling_inverts_the_distribution_function(vocabulary: int):
+    logits = 2 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(0))
+    count = 20_000
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    drawn = torch.cat([sample(logits.expand(len(part), -1), part) for part in uniforms.split(2000)])
+    shares = torch.bincount(drawn, minlength=vocabulary) / count
+    torch.testing.assert_close(shares, torch.softmax(logits[0], -1), atol=2 / count, rtol=0)
+    assert torch.equal(drawn, drawn.sort().values)
+
+
+def test_sampling_never_draws_the_impossible():
+    logits = torch.full((3, 600), float("-inf"))
+    logits[0, 5], logits[1, 599], logits[2, [0, 300]] = 1.0, 1.0, 1.0
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        drawn = sample(logits, torch.full((3,), uniform, dtype=torch.float64))
+        assert drawn[:2].tolist() == [5, 599]
+        assert drawn[2] in (0, 300)
+
+
+def test_an_unaware_attention_is_reported():
+    with pytest.raises(decode.LockstepError, match="does not hand keywords down"):
+        decode.lockstep_attention(nn.Identity(), *[torch.zeros(1, 1, 1, 4)] * 3, None)

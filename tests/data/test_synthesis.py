@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmqat.data import synthesis
+from llmqat.data.synthesis import repeated_share, synthesize
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+EOS = 1
+
+
+def written(model: PreTrainedModel | None = None, tokens: int = 200, **options: Any) -> Any:
+    values = {"block_size": 32, "chat_share": 0.0, "batch_size": 4, **options}
+    return synthesize(model or tiny_llama(), tiny_tokenizer(), tokens, **values)
+
+
+def documents_of(blocks: Any) -> list[list[int]]:
+    documents: list[list[int]] = [[]]
+    for token in blocks.ids.flatten().tolist():
+        documents[-1].append(token)
+        if token == EOS:
+            documents.append([])
+    return [document for document in documents if document]
+
+
+def test_the_seed_makes_the_text():
+    first, again, other = written(seed=3), written(seed=3), written(seed=4)
+    assert first.ids.shape == (7, 32)
+    assert first.sha256 == again.sha256 != other.sha256
+    assert "seed 3, rows 4+4" in first.source
+
+
+def test_global_random_state_is_neither_used_nor_touched():
+    model = tiny_llama()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = written(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert written(model).sha256 == first.sha256
+
+
+def test_training_mode_comes_back():
+    model = tiny_llama().train()
+    written(model, tokens=32)
+    assert model.training
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_progress_reaches_the_total():
+    seen: list[tuple[int, int]] = []
+    written(progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_documents_start_with_an_ordinary_token_and_greedy_ones():
+    model = tiny_llama()
+    ids = written(model, chat_share=0.0).ids
+    special = set(tiny_tokenizer().all_special_ids)
+    with torch.no_grad():
+        likely = model(ids).logits.argmax(-1)
+    assert not special & set(ids[:, 0].tolist())
+    assert torch.equal(ids[:, 1:3], likely[:, 0:2])
+
+
+class Scripted:
+    """Stands in for sampling: ends row r's document whenever its count of draws reaches a multiple of `after[r]`."""
+
+    def __init__(self, after: list[int], token: int | None = None) -> None:
+        self.after, self.token, self.draws = after, token, 0
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        self.draws += 1
+        filler = 10 + self.draws if self.token is None else self.token
+        ends = [self.after[row % len(self.after)] for row in range(len(logits))]
+        return torch.tensor([EOS if self.draws % after == 0 else filler for after in ends])
+
+
+def test_a_new_document_begins_where_one_ends(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(synthesis, "sample", Scripted([12, 1000]))
+    blocks = written(tokens=64, batch_size=64)
+    assert blocks.details["documents"] >= 4
+    first = documents_of(blocks)[0]
+    assert len(first) == 13
+    assert first[-1] == EOS
+    assert blocks.ids[0, 13] >= 2  # the next one's start token
+    assert blocks.ids[1].tolist().count(EOS) == 0
+
+
+def test_the_next_document_does_not_see_the_one_before(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(synthesis, "sample", Scripted([12, 12, 12]))
+    model = tiny_llama()
+    ids = written(model, tokens=64, batch_size=64).ids
+    with torch.no_grad():
+        alone = model(ids[:, 13:]).logits.argmax(-1)
+    assert torch.equal(ids[:, 14:16], alone[:, :2])  # its greedy tokens
+
+
+def test_documents_that_end_at_once_are_dropped(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(synthesis, "sample", Scripted([1000, 7] * 2))
+    blocks = written(tokens=64, batch_size=4)
+    assert blocks.details["dropped"]["ended at once"] >= 4
+    assert EOS not in blocks.ids
+
+
+def test_a_model_that_only_repeats_itself_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(synthesis, "sample", Scripted([1000] * 4, token=9))
+    with pytest.raises(ValueError, match=r"nothing usable.*'repeats itself': \d+"):
+        written(tokens=96, batch_size=4)
+
+
+def test_chat_documents_follow_the_template(monkeypatch: pytest.MonkeyPatch):
+    tokenizer, newline = tiny_tokenizer(), tiny_tokenizer()("\n")["input_ids"][0]
+
+    class EndsTurn(Scripted):
+        def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+            self.draws += 1
+            return torch.full((len(logits),), newline if self.draws == 10 else 100 + self.draws)
+
+    monkeypatch.setattr(synthesis, "sample", EndsTurn([]))
+    blocks = written(tokens=64, batch_size=64, block_size=40, chat_share=1.0)
+    assert blocks.details["documents_by_kind"] == {"chat": 3}
+    text = tokenizer.decode(blocks.ids[0])
+    assert text.startswith("<user>")
+    assert text.count("<assistant>") == 1
+    assert text.index("\n<assistant>") > len("<user>")
+
+
+def test_an_end_of_text_in_the_users_turn_becomes_the_templates_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(synthesis, "sample", Scripted([12] * 3))
+    blocks = written(tokens=64, batch_size=64, block_size=40, chat_share=1.0)
+    text = tiny_tokenizer().decode(blocks.ids[0])
+    assert 0 < text.index("\n<assistant>") < text.index("</s>")
+
+
+def test_a_large_cache_means_fewer_rows(monkeypatch: pytest.MonkeyPatch):
+    per_token = synthesis.cache_bytes_per_token(tiny_llama())
+    assert per_token == 2 * 2 * 2 * 16 * 4
+    monkeypatch.setattr(synthesis, "CACHE_BYTES", 3 * 32 * per_token)
+    assert "rows 3+3+2" in written(batch_size=100).source
+
+
+def test_blocks_longer_than_the_context_are_refused():
+    with pytest.raises(ValueError, match=r"data\.block_size=512 is more than the model's context of 256"):
+        written(block_size=512)
+
+
+def test_repeated_share():
+    assert repeated_share(list(range(20))) == 0
+    assert repeated_share([1, 2] * 20) == 1 - 2 / 37
+    assert repeated_share([1]) == 0
+
+
+def test_a_tokenizer_without_a_template_gives_plain_documents():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    blocks = synthesize(tiny_llama(), tokenizer, 64, block_size=32, chat_share=1.0)
+    assert set(blocks.details["documents_by_kind"]) == {"plain"}
