@@ -1,0 +1,293 @@
+"""Perplexity of a text, and how far a model is from its reference on the same tokens.
+
+A text is cut once into windows of equal length, and every model of a comparison scores exactly these windows:
+
+    text -> tokens -> TokenWindows [N, L] -> final hidden states -> metrics.token_statistics -> Evaluation
+
+Nothing outside a window is seen when its tokens are scored. With a stride shorter than the window, windows overlap: the
+overlap is context, and each token is scored once. Perplexity is exp(mean negative log-likelihood of the scored tokens).
+
+The divergence is KL(reference || model), the mean over the same scored tokens. The reference runs once: its final
+hidden states are kept ([N, L, D] in its own dtype, 23 MB for 40 windows of 512 at D = 576), its logits never are. Judge
+a quantized model by this divergence first: a perplexity below that of full precision is a model that has learned the
+text's domain, not one that is closer to its original.
+
+Shapes: N windows, L tokens in a window, B windows in a forward, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.metrics import IGNORED_LABEL, Predictor, TokenStatistics, token_statistics
+from llmqat.models import capture_hidden, cast_parameters, head_weight, logit_transform
+
+Progress = Callable[[int, int], None]
+"""Called after each batch with the tokens done and the tokens in all."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindows:
+    """A text cut into windows of equal length, and which of their tokens are scored."""
+
+    ids: Tensor  # int64 [N, L]
+    labels: Tensor  # int64 [N, L], the ids where a token is scored at its own position, -100 elsewhere
+    stride: int  # text tokens from the start of one window to the next
+    sha256: str  # of the text in UTF-8, or of the token ids where no text was given
+    source: str  # where the text came from, for the table
+
+    @property
+    def window(self) -> int:
+        """Tokens in a window, its BOS token included."""
+        return self.ids.shape[1]
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that are scored; a window's first token never is, because nothing precedes it."""
+        return int(self.labels[:, 1:].ne(IGNORED_LABEL).sum())
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model scored on one text."""
+
+    perplexity: float  # exp(nll)
+    nll: float  # mean negative log-likelihood, nats a token
+    kl: float | None  # mean KL(reference || model), nats a token; None without a reference
+    top1: float | None  # share of tokens where model and reference rank the same token first
+    tokens: int  # tokens scored
+    windows: int
+    window: int  # tokens in a window
+    stride: int
+    text_sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON takes them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The reference model's side of a comparison on one text: all that is needed of it after it is let go."""
+
+    windows: TokenWindows
+    hidden: Tensor  # [N, L, D] on the CPU, in the model's dtype
+    predictor: Predictor
+    evaluation: Evaluation  # of the reference itself: its divergence is 0 and its agreement 1
+
+
+def windows_from_text(
+    text: str,
+    tokenizer: Any,
+    window: int = 512,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    source: str = "text",
+) -> TokenWindows:
+    """Returns `text` as windows of `window` tokens; what is left at the end and fills no window is not scored.
+
+    Where the tokenizer puts a BOS token before a text, one opens every window and is not scored: such a model is never
+    deployed without it.
+
+    Args:
+        text: all of it; the windows are taken from its start.
+        tokenizer: a transformers tokenizer.
+        window: tokens in a window, its BOS token included.
+        stride: text tokens from the start of one window to the next; None means windows that do not overlap.
+        max_windows: windows kept, from the start; None keeps all.
+        source: where the text came from, for messages and the table.
+
+    Raises:
+        ValueError: if the text is empty or shorter than a window, or the numbers make no windows.
+    """
+    if not text.strip():
+        raise ValueError(f"{source} is empty; evaluation needs a text of at least {window} tokens")
+    prefix, ids = _tokenize(text, tokenizer)
+    body = window - len(prefix)
+    _check_shape(window, body, stride, max_windows)
+    if len(ids) < body:
+        raise ValueError(
+            f"{source} has {len(ids)} tokens, fewer than one window of {window}; give a longer text or a shorter window"
+        )
+    stride = min(stride or body, body)
+    bodies = torch.tensor(ids).unfold(0, body, stride)[:max_windows]
+    labels = bodies.clone()
+    labels[1:, : body - stride] = IGNORED_LABEL
+    opening = torch.tensor(prefix, dtype=torch.int64).expand(len(bodies), -1)
+    return TokenWindows(
+        ids=torch.cat([opening, bodies], dim=1),
+        labels=torch.cat([torch.full_like(opening, IGNORED_LABEL), labels], dim=1),
+        stride=stride,
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        source=source,
+    )
+
+
+def windows_from_blocks(ids: Tensor, source: str = "blocks", sha256: str | None = None) -> TokenWindows:
+    """Returns token blocks [N, L] that exist already (held-out training blocks) as windows, all tokens scored.
+
+    Args:
+        ids: int64 [N, L].
+        source: where they came from.
+        sha256: hash of what they were made of; taken from the ids when None.
+    """
+    if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
+        raise ValueError(f"blocks of {source} have shape {tuple(ids.shape)}; expected [N >= 1, L >= 2]")
+    digest = sha256 or hashlib.sha256(ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+    return TokenWindows(ids=ids, labels=ids, stride=ids.shape[1], sha256=digest, source=source)
+
+
+def evaluate(
+    model: nn.Module,
+    windows: TokenWindows | Tensor,
+    reference: Reference | nn.Module | None = None,
+    *,
+    batch_size: int = 4,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Returns the model's perplexity on `windows`, and its divergence from `reference` if there is one.
+
+    Args:
+        model: a transformers causal language model: plain, fake-quantized or packed.
+        windows: from `windows_from_text` or `windows_from_blocks`, or token ids [N, L].
+        reference: what the divergence is measured from. Give `keep_reference(...)` when several models are compared: a
+            model given here runs anew.
+        batch_size: windows in a forward.
+        dtype: evaluate a model with float32 masters as its checkpoint of this dtype will be; None takes it as it is.
+        progress: called with (tokens done, tokens in all) after each forward.
+
+    Raises:
+        ValueError: if the reference was kept for other windows, or has another vocabulary.
+    """
+    windows = windows_from_blocks(windows, "ids") if isinstance(windows, Tensor) else windows
+    kept = keep_reference(reference, windows, batch_size=batch_size) if isinstance(reference, nn.Module) else reference
+    if kept is not None and not torch.equal(kept.windows.labels, windows.labels):
+        raise ValueError(
+            f"the reference was kept for the windows of {kept.windows.source} and the model is evaluated on those of "
+            f"{windows.source}; a divergence needs the same windows"
+        )
+    total = TokenStatistics(0.0, None, None, 0) if kept is None else TokenStatistics(0.0, 0.0, 0, 0)
+    with _deployed(model, dtype):
+        predictor = _predictor(model)
+        for rows, hidden in _final_hidden_states(model, windows, batch_size, progress):
+            total += _score(predictor, hidden, windows.labels[rows], kept, rows)
+    return _evaluation(total, windows)
+
+
+def keep_reference(
+    model: nn.Module, windows: TokenWindows, *, batch_size: int = 4, progress: Progress | None = None
+) -> Reference:
+    """Returns what later comparisons with `model` on `windows` need; the model itself may then be let go."""
+    kept: list[Tensor] = []
+    total = TokenStatistics(0.0, None, None, 0)
+    with _deployed(model, None):
+        predictor = _predictor(model)
+        for rows, hidden in _final_hidden_states(model, windows, batch_size, progress):
+            kept.append(hidden.cpu())
+            total += _score(predictor, hidden, windows.labels[rows], None, rows)
+    own = TokenStatistics(nll_sum=total.nll_sum, kl_sum=0.0, top1_matches=total.tokens, tokens=total.tokens)
+    return Reference(windows=windows, hidden=torch.cat(kept), predictor=predictor, evaluation=_evaluation(own, windows))
+
+
+def _tokenize(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Returns the BOS token that the tokenizer puts before a text, if any, and the tokens of the text without it."""
+    empty = list(tokenizer("", verbose=False)["input_ids"])
+    prefix = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
+    return prefix, list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _check_shape(window: int, body: int, stride: int | None, max_windows: int | None) -> None:
+    if body < 2:
+        raise ValueError(f"window={window} leaves {body} tokens of text in a window; choose at least 8")
+    if stride is not None and not 1 <= stride <= window:
+        raise ValueError(f"stride={stride} is not between 1 and window={window}; leave it out for no overlap")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows={max_windows} scores nothing; choose at least 1, or leave it out for all")
+
+
+@torch.no_grad()
+def _final_hidden_states(
+    model: nn.Module, windows: TokenWindows, batch_size: int, progress: Progress | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields the rows of each batch of windows and their final hidden states [B, L, D]."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} evaluates nothing; choose at least 1")
+    device = head_weight(model)[0].device
+    with capture_hidden(model) as captured:
+        for start in range(0, len(windows), batch_size):
+            rows = slice(start, min(start + batch_size, len(windows)))
+            model(input_ids=windows.ids[rows].to(device), use_cache=False)
+            yield rows, captured.take()
+            if progress is not None:
+                progress(rows.stop * windows.window, windows.ids.numel())
+
+
+@contextmanager
+def _deployed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, the model drops nothing at random and its parameters read in `dtype`; afterwards it is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with nullcontext() if dtype is None else cast_parameters(model, dtype):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _score(
+    predictor: Predictor, hidden: Tensor, labels: Tensor, reference: Reference | None, rows: slice
+) -> TokenStatistics:
+    """Returns the statistics of one batch: hidden [B, L, D] at position t predicts the label [B, L] at t + 1."""
+    next_labels = labels[:, 1:].reshape(-1).to(hidden.device)
+    if reference is None:
+        return token_statistics(_predicting(hidden), predictor, next_labels)
+    states = _predicting(reference.hidden[rows]).to(hidden.device)
+    return token_statistics(
+        _predicting(hidden), predictor, next_labels, states, _on(reference.predictor, hidden.device)
+    )
+
+
+def _predicting(hidden: Tensor) -> Tensor:
+    """Returns the hidden states [B*(L-1), D] that have a next token."""
+    return hidden[:, :-1].flatten(0, 1)
+
+
+def _predictor(model: nn.Module) -> Predictor:
+    head, bias = head_weight(model)
+    return Predictor(
+        head=head.detach(),
+        bias=None if bias is None else bias.detach(),
+        transform=logit_transform(getattr(model, "config", None)),
+    )
+
+
+def _on(predictor: Predictor, device: torch.device) -> Predictor:
+    bias = None if predictor.bias is None else predictor.bias.to(device)
+    return Predictor(predictor.head.to(device), bias, predictor.transform)
+
+
+def _evaluation(total: TokenStatistics, windows: TokenWindows) -> Evaluation:
+    nll = total.nll_sum / total.tokens
+    return Evaluation(
+        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        nll=nll,
+        kl=None if total.kl_sum is None else total.kl_sum / total.tokens,
+        top1=None if total.top1_matches is None else total.top1_matches / total.tokens,
+        tokens=total.tokens,
+        windows=len(windows),
+        window=windows.window,
+        stride=windows.stride,
+        text_sha256=windows.sha256,
+    )

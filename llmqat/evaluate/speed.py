@@ -1,0 +1,186 @@
+"""What a model costs to run: tokens decoded a second, and bytes on disk by part.
+
+Decoding is measured as a chat feels it: a prompt of fixed length goes through the model once (prefill), then tokens
+follow one at a time through the key-value cache, greedily, each fed back in. Only the steps are timed for the decode
+figure; the median of several repeats is given, after one that is thrown away. Figures from different machines, or from
+one machine at different times, are not comparable: compare models measured one after the other.
+
+Bytes are read from the headers of the safetensors files, so a checkpoint of any size takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llmqat.models import check_safetensors, head_weight, weight_files
+
+PARTS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("linears", re.compile(r"\.weight_packed$")),
+    ("scales", re.compile(r"\.weight_(scale|zero_point)$")),
+    ("other", re.compile(r"\.weight_shape$")),
+    ("embeddings", re.compile(r"(embed|wte|wpe|lm_head)")),
+)
+"""The first pattern found in a tensor's name says its part; of the rest, matrices are linears and vectors other."""
+
+_BYTES_OF = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """Medians over the repeats."""
+
+    decode_tokens_per_second: float
+    prefill_tokens_per_second: float
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    threads: int  # of torch on the CPU
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON takes them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DiskUsage:
+    """Bytes of a checkpoint folder by part."""
+
+    linears: int  # matrices of linear layers, packed or not
+    scales: int  # scales and zero points of packed linears
+    embeddings: int  # token embeddings and the output head
+    other: int  # norms, biases, the shapes of packed linears
+    headers: int  # of the safetensors files
+    files: int  # tokenizer, configuration, everything that is not safetensors
+    linear_weights: int  # number of weights in the linears, not bytes
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole folder."""
+        return self.linears + self.scales + self.embeddings + self.other + self.headers + self.files
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the safetensors files alone."""
+        return self.total - self.files
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits on disk of an average weight of a linear layer, its scales included; None without linears."""
+        return 8 * (self.linears + self.scales) / self.linear_weights if self.linear_weights else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields and what is derived from them as JSON takes them."""
+        derived = {name: getattr(self, name) for name in ("total", "weight_bytes", "bits_per_weight")}
+        return {**asdict(self), **derived}
+
+
+@torch.no_grad()
+def decode_speed(
+    model: nn.Module, *, prompt_tokens: int = 64, new_tokens: int = 32, repeats: int = 3, seed: int = 0
+) -> DecodeSpeed:
+    """Returns how fast `model` reads a prompt and writes tokens, at batch size 1.
+
+    Args:
+        model: a transformers causal language model.
+        prompt_tokens: random tokens of the prompt; what they say does not matter to the speed.
+        new_tokens: tokens timed in each repeat.
+        repeats: timed repeats, after one that is not timed.
+        seed: of the prompt.
+
+    Raises:
+        ValueError: if one of the counts is below 1.
+    """
+    for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
+        if count < 1:
+            raise ValueError(f"{name}={count} measures nothing; choose at least 1")
+    head = head_weight(model)[0]
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(head.shape[0], (1, prompt_tokens), generator=generator).to(head.device)
+    was_training = model.training
+    model.eval()
+    try:
+        timed = [_time_once(model, prompt, new_tokens) for _ in range(repeats + 1)][1:]
+    finally:
+        model.train(was_training)
+    return DecodeSpeed(
+        decode_tokens_per_second=new_tokens / median(decode for _, decode in timed),
+        prefill_tokens_per_second=prompt_tokens / median(prefill for prefill, _ in timed),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=torch.get_num_threads(),
+    )
+
+
+def disk_usage(path: Path | str) -> DiskUsage:
+    """Returns the bytes of a checkpoint folder by part; only headers and the shapes of packed layers are read.
+
+    Raises:
+        FileNotFoundError: if the folder holds no safetensors.
+        ValueError: if one of its safetensors files is truncated or damaged.
+    """
+    folder = Path(path)
+    shards = weight_files(folder)
+    sizes = dict.fromkeys(("linears", "scales", "embeddings", "other"), 0)
+    weights = 0
+    for shard in shards:
+        check_safetensors(shard)
+        with safe_open(shard, framework="pt") as tensors:
+            names = set(tensors.keys())
+            for name in names:
+                entry = tensors.get_slice(name)
+                part = _part_of(name, entry.get_shape())
+                sizes[part] += math.prod(entry.get_shape()) * _BYTES_OF.get(entry.get_dtype(), 1)
+                if part == "linears":
+                    shape = name.replace(".weight_packed", ".weight_shape")
+                    packed = shape != name and shape in names
+                    weights += math.prod(tensors.get_tensor(shape).tolist() if packed else entry.get_shape())
+    weight_bytes = sum(shard.stat().st_size for shard in shards)
+    every_byte = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return DiskUsage(
+        **sizes,
+        headers=weight_bytes - sum(sizes.values()),
+        files=every_byte - weight_bytes,
+        linear_weights=weights,
+    )
+
+
+def _time_once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Returns the seconds of one prefill and of the decode steps after it."""
+    clock = _Clock(prompt.device)
+    start = clock.now()
+    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    prefilled = clock.now()
+    for _ in range(new_tokens):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    return prefilled - start, clock.now() - prefilled
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Wall time after all work queued on the device is done."""
+
+    device: torch.device
+
+    def now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _part_of(name: str, shape: list[int]) -> str:
+    for part, pattern in PARTS:
+        if pattern.search(name):
+            return part
+    return "linears" if len(shape) >= 2 else "other"

@@ -1,0 +1,89 @@
+"""The benchmark scripts under eval/, run on a tiny model: they end with their headline, `name: number`."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmqat.export import save
+from llmqat.layers import QuantConfig, prepare
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+SCRIPTS = Path(__file__).parents[2] / "eval"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+
+
+def headline(output: str) -> dict[str, float]:
+    lines = [re.fullmatch(r"([^:]+): ([-0-9.e+]+)", line) for line in output.splitlines()]
+    return {match[1]: float(match[2]) for match in lines if match}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "original")
+    tiny_tokenizer().save_pretrained(tmp_path / "original")
+    return tmp_path / "original"
+
+
+def test_every_script_is_described() -> None:
+    scripts = sorted(path.name for path in SCRIPTS.glob("*.py"))
+    assert {"training_speed.py", "wikitext.py"} <= set(scripts)
+    readme = (SCRIPTS / "README.md").read_text(encoding="utf-8")
+    assert [name for name in scripts if name not in readme] == []
+
+
+def test_wikitext(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset("int4", group_size=64))
+    save(model, tmp_path / "packed", tiny_tokenizer())
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is long enough for some windows. " * 20, encoding="utf-8")
+    arguments = ["--text", str(text), "--window", "64", "--max-windows", "4", "--json", str(tmp_path / "out.json")]
+    packed = str(tmp_path / "packed")
+    run(monkeypatch, "wikitext.py", "--model", packed, "--reference", str(folder), "--speed", *arguments)
+    output = capsys.readouterr().out
+    found = headline(output)
+    assert list(found)[-1] == "perplexity"
+    assert output.rstrip().splitlines()[-1].startswith("perplexity: ")
+    assert found["kl"] > 0
+    assert found["bits per weight"] == 4.25
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["full precision", "packed"]
+    assert found["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=1e-5)
+    assert found["reference perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-5)
+
+
+def test_wikitext_of_several_models_names_each(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is long enough for some windows. " * 20, encoding="utf-8")
+    again = tmp_path / "again"
+    tiny_llama(seed=1).save_pretrained(again)
+    tiny_tokenizer().save_pretrained(again)
+    run(monkeypatch, "wikitext.py", "--model", str(folder), str(again), "--text", str(text), "--window", "64")
+    found = headline(capsys.readouterr().out)
+    assert found["original perplexity"] != found["again perplexity"]
+
+
+def test_training_speed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--steps", "1", "--block-size", "32", "--batch-size", "2")
+    run(monkeypatch, "training_speed.py", "--model", str(folder), *arguments)
+    output = capsys.readouterr().out
+    found = headline(output)
+    assert list(found)[-3:] == ["plain training tokens/s", "speed against plain", "training tokens/s"]
+    assert all(value > 0 for value in found.values())
+    for part in ("teacher forward", "student forward", "loss", "backward", "optimizer"):
+        (line,) = (line for line in output.splitlines() if f" {part} " in line)
+        assert re.search(r"\d+ +│ +\d+ +│", line)

@@ -1,0 +1,97 @@
+"""Bytes of a checkpoint by part, against the files, and decoding that is measured without changing the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmqat.evaluate.speed import decode_speed, disk_usage
+from llmqat.export import save
+from llmqat.layers import QuantConfig, convert, prepare
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_tokenizer
+
+# A layer of the tiny Llama: q and o 64 x 64, k and v 32 x 64, gate, up and down 128 x 64; there are two.
+LINEAR_WEIGHTS = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+EMBEDDING = VOCAB_SIZE * 64
+
+
+@pytest.mark.parametrize(("tied", "embeddings"), [(True, EMBEDDING), (False, 2 * EMBEDDING)])
+def test_a_full_precision_folder_by_part(tmp_path: Path, tied: bool, embeddings: int) -> None:
+    tiny_llama(tied=tied).to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    usage = disk_usage(tmp_path)
+    assert usage.linears == 2 * LINEAR_WEIGHTS
+    assert usage.embeddings == 2 * embeddings
+    assert (usage.scales, usage.other) == (0, 2 * 5 * 64)
+    assert usage.bits_per_weight == 16
+    assert usage.total == sum(file.stat().st_size for file in tmp_path.iterdir())
+    weights = (tmp_path / "model.safetensors").stat().st_size
+    assert usage.headers + usage.linears + usage.embeddings + usage.other == weights
+
+
+@pytest.mark.parametrize(("preset", "group", "bits"), [("int4", 64, 4.25), ("int4", 32, 4.5), ("int8", 64, 8.25)])
+def test_a_packed_folder_has_the_bits_it_claims(tmp_path: Path, preset: str, group: int, bits: float) -> None:
+    model = tiny_llama()
+    audit = prepare(model, QuantConfig.preset(preset, group_size=group))
+    report = save(model, tmp_path / "packed", tiny_tokenizer())
+    usage = disk_usage(tmp_path / "packed")
+    assert usage.linear_weights == LINEAR_WEIGHTS
+    assert usage.bits_per_weight == bits == report.bits_per_weight == audit.average_bits
+    assert usage.total == report.folder_bytes
+    assert usage.headers == report.bytes["headers"]
+
+
+def test_shards_add_up(tmp_path: Path) -> None:
+    model = tiny_qwen2().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="60KB")
+    one, many = disk_usage(tmp_path / "one"), disk_usage(tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert (one.linears, one.embeddings, one.other) == (many.linears, many.embeddings, many.other)
+    assert many.total == sum(file.stat().st_size for file in (tmp_path / "many").iterdir())
+
+
+def test_a_damaged_or_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        disk_usage(tmp_path)
+    tiny_llama().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
+        disk_usage(tmp_path)
+
+
+def test_to_dict_is_complete(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    usage = disk_usage(tmp_path)
+    parts: dict[str, Any] = usage.to_dict()
+    names = ("linears", "scales", "embeddings", "other", "headers", "files")
+    assert sum(parts[name] for name in names) == parts["total"]
+    assert parts["bits_per_weight"] == 32
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_decoding_feeds_each_token_back(packed: bool) -> None:
+    model = tiny_llama().train()
+    if packed:
+        prepare(model, QuantConfig.preset("int4", group_size=32))
+        convert(model)
+    lengths: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    speed = decode_speed(model, prompt_tokens=7, new_tokens=3, repeats=2)
+    hook.remove()
+    assert lengths == [7, 1, 1, 1] * 3
+    assert speed.decode_tokens_per_second > 0
+    assert speed.prefill_tokens_per_second > 0
+    assert (speed.prompt_tokens, speed.new_tokens, speed.repeats) == (7, 3, 2)
+    assert model.training
+
+
+def test_decoding_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="new_tokens=0 measures nothing"):
+        decode_speed(tiny_llama(), new_tokens=0)

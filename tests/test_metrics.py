@@ -1,0 +1,169 @@
+"""Chunked statistics and the chunked loss against plain full-logit computation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmqat.metrics import IGNORED_LABEL, LogitTransform, Predictor, TokenStatistics, forward_kl, token_statistics
+from llmqat.metrics import _argmax as fast_argmax
+
+
+def soft_cap(logits: Tensor) -> Tensor:
+    return torch.tanh(logits / 3) * 3
+
+
+def states(tokens: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Predictor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, 16, generator=generator).to(dtype)
+    head = torch.randn(vocabulary, 16, generator=generator).mul(0.5).to(dtype)
+    bias = torch.randn(vocabulary, generator=generator).to(dtype)
+    labels = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(7))
+    return hidden, Predictor(head, bias), labels
+
+
+def plain_statistics(
+    hidden: Tensor, model: Predictor, labels: Tensor, reference_hidden: Tensor, reference: Predictor
+) -> TokenStatistics:
+    """All logits at once, in the model's dtype, then float64."""
+
+    def log_probs(states: Tensor, predictor: Predictor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(states, predictor.head, predictor.bias)
+        logits = logits if predictor.transform is None else predictor.transform(logits)
+        return logits, F.log_softmax(logits.double(), dim=-1)
+
+    logits, own = log_probs(hidden, model)
+    reference_logits, target = log_probs(reference_hidden, reference)
+    scored = labels != IGNORED_LABEL
+    return TokenStatistics(
+        nll_sum=float(F.nll_loss(own[scored], labels[scored], reduction="sum")),
+        kl_sum=float(F.kl_div(own[scored], target[scored], log_target=True, reduction="sum")),
+        top1_matches=int((logits.argmax(-1) == reference_logits.argmax(-1))[scored].sum()),
+        tokens=int(scored.sum()),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transform", [None, soft_cap])
+@pytest.mark.parametrize("chunk_tokens", [1, 24, 512])
+@pytest.mark.parametrize("vocabulary", [384, 101])
+def test_statistics_equal_full_logits(
+    dtype: torch.dtype, transform: LogitTransform | None, chunk_tokens: int, vocabulary: int
+) -> None:
+    hidden, model, labels = states(50, vocabulary, dtype)
+    reference_hidden, reference, _ = states(50, vocabulary, dtype, seed=1)
+    model = Predictor(model.head, model.bias, transform)
+    labels[::7] = IGNORED_LABEL
+    found = token_statistics(hidden, model, labels, reference_hidden, reference, chunk_tokens)
+    plain = plain_statistics(hidden, model, labels, reference_hidden, reference)
+    assert found.tokens == plain.tokens == 42
+    # A matrix product in bfloat16 may round otherwise when its rows are taken in chunks: one unit in 2^8 of a logit.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    assert found.nll_sum == pytest.approx(plain.nll_sum, rel=tolerance)
+    assert found.kl_sum == pytest.approx(plain.kl_sum, rel=tolerance)
+    if dtype == torch.float32:
+        assert found.top1_matches == plain.top1_matches
+
+
+def test_no_token_means_nothing_is_counted() -> None:
+    hidden, model, labels = states(5, 11, torch.float32)
+    labels.fill_(IGNORED_LABEL)
+    assert token_statistics(hidden, model, labels) == TokenStatistics(0.0, None, None, 0)
+    assert token_statistics(hidden, model, labels, hidden, model) == TokenStatistics(0.0, 0.0, 0, 0)
+
+
+def test_a_model_does_not_diverge_from_itself() -> None:
+    hidden, model, labels = states(40, 200, torch.bfloat16)
+    found = token_statistics(hidden, model, labels, hidden, model)
+    assert (found.kl_sum, found.top1_matches, found.tokens) == (0.0, 40, 40)
+
+
+def test_uniform_logits_cost_the_logarithm_of_the_vocabulary() -> None:
+    model = Predictor(torch.zeros(96, 4))
+    found = token_statistics(torch.randn(10, 4), model, torch.arange(10))
+    assert found.nll_sum == pytest.approx(10 * math.log(96), rel=1e-6)
+    assert found.kl_sum is None
+
+
+def test_divergence_is_from_the_reference_to_the_model() -> None:
+    # Bernoulli(3/4) as the reference, Bernoulli(1/2) as the model: 3/4 ln(3/2) + 1/4 ln(1/2).
+    reference = Predictor(torch.zeros(2, 1), torch.tensor([math.log(3), 0.0]))
+    model = Predictor(torch.zeros(2, 1))
+    found = token_statistics(torch.zeros(1, 1), model, torch.zeros(1, dtype=torch.long), torch.zeros(1, 1), reference)
+    assert found.kl_sum == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+
+
+def test_a_model_of_another_width_can_be_the_reference() -> None:
+    hidden, model, labels = states(9, 30, torch.float32)
+    found = token_statistics(hidden, model, labels, torch.randn(9, 5), Predictor(torch.randn(30, 5)))
+    assert found.kl_sum is not None
+    assert found.kl_sum > 0
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    hidden, model, labels = states(3, 10, torch.float32)
+    with pytest.raises(ValueError, match="give both or neither"):
+        token_statistics(hidden, model, labels, reference_hidden=hidden)
+    with pytest.raises(ValueError, match="vocabulary of 10 and its reference one of 12"):
+        token_statistics(hidden, model, labels, hidden, Predictor(torch.zeros(12, 16)))
+    with pytest.raises(ValueError, match="with a reference"):
+        TokenStatistics(1.0, None, None, 1) + TokenStatistics(1.0, 0.0, 0, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    blocks=st.integers(1, 4),
+    tail=st.sampled_from([0, 0, 1, 63]),
+    levels=st.integers(1, 5),
+    seed=st.integers(0, 2**16),
+)
+def test_fast_argmax_is_argmax_with_ties(rows: int, blocks: int, tail: int, levels: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(levels, (rows, 64 * blocks + tail), generator=generator).float()
+    assert torch.equal(fast_argmax(logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("transform", [None, soft_cap])
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 512])
+def test_forward_kl_and_its_gradients_equal_autograd(transform: LogitTransform | None, chunk_tokens: int) -> None:
+    hidden, student, _ = states(33, 70, torch.float32)
+    teacher_hidden, teacher, _ = states(33, 70, torch.float32, seed=1)
+    weights = torch.rand(33)
+    weights[::5] = 0
+
+    def leaves() -> tuple[Tensor, Tensor, Tensor]:
+        assert student.bias is not None
+        return (
+            hidden.clone().requires_grad_(),
+            student.head.clone().requires_grad_(),
+            student.bias.clone().requires_grad_(),
+        )
+
+    chunked = leaves()
+    own = Predictor(chunked[1], chunked[2], transform)
+    loss = forward_kl(chunked[0], own, teacher_hidden, teacher, weights, chunk_tokens)
+    plain = leaves()
+    logits = F.linear(*plain)
+    log_probs = F.log_softmax(logits if transform is None else transform(logits), dim=-1)
+    target = F.log_softmax(F.linear(teacher_hidden, teacher.head, teacher.bias), dim=-1)
+    expected = (F.kl_div(log_probs, target, log_target=True, reduction="none").sum(-1) * weights).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    for found, wanted in zip(chunked, plain, strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_training_loss_and_evaluation_agree() -> None:
+    hidden, model, labels = states(20, 64, torch.bfloat16)
+    reference_hidden, reference, _ = states(20, 64, torch.bfloat16, seed=1)
+    loss = forward_kl(hidden, model, reference_hidden, reference, torch.ones(20))
+    statistics = token_statistics(hidden, model, labels, reference_hidden, reference)
+    assert float(loss) == pytest.approx(statistics.kl_sum, rel=1e-5)
