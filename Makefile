@@ -14,7 +14,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RECIPE := recipes/smollm2-135m-int4.yaml
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+
+# Nine tenths of what is installed is never imported: bytecode is made at the first import, not for all files by pip.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

@@ -1,0 +1,436 @@
+"""The command line: words, help and exit codes. What the commands do is done by the rooms they call.
+
+Heavy imports (torch, transformers) happen inside the commands, so that `llmqat --help` answers at once.
+
+Exit codes: 0 done; 2 the user's mistake, told in one message without a traceback (`llmqat --traceback COMMAND ...`
+shows it); 1 ours, with the traceback; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from llmqat.evaluate.compare import Comparison
+    from llmqat.layers import AuditEntry, CoverageAudit
+    from llmqat.recipe import RunResult
+
+USER_MISTAKES = (ValueError, OSError, ImportError)
+"""What a room raises when the input, the files or the installed packages are not what they must be."""
+
+_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class _Group(typer.core.TyperGroup):
+    """Turns a user's mistake into a message and exit code 2; anything else keeps its traceback and gives 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except USER_MISTAKES as error:
+            if ctx.params.get("show_traceback"):
+                traceback.print_exc()
+            errors.print("error: ", style="bold red", end="")
+            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(EXIT_USER) from error
+        except KeyboardInterrupt as error:
+            errors.print("interrupted; `llmqat train` goes on from its last checkpoint when the command is given again")
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+MODEL_HELP = "Hub id, folder (full precision or packed), .gguf file, or package:NAME/FILE.gguf."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe (.yaml), or the folder of a run.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change, such as train.max_steps=60."),
+]
+OutOption = Annotated[Path, typer.Option(help="Folder to write to; must not exist.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the output folder.")]
+SchemeOption = Annotated[str, typer.Option(help="Preset: int8, int4, int3 or int2.")]
+GroupSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="Weights that share one scale; the preset's own where not given.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(help="UTF-8 text file or folder; may be given again. Python's own manual where not given."),
+]
+WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+StrideOption = Annotated[int | None, typer.Option(min=1, help="Tokens between window starts; else no overlap.")]
+MaxWindowsOption = Annotated[int, typer.Option(min=0, help="Windows scored in each text, from its start; 0 for all.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+
+
+@app.callback()
+def _start(
+    show_traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of every error.")] = False,
+) -> None:
+    """Low-bit quantization-aware training of Hugging Face causal language models.
+
+    Begin with: llmqat train recipes/smollm2-135m-int4.yaml
+    """
+    main_process = os.environ.get("RANK", "0") == "0"
+    console.quiet = not main_process
+    handler = RichHandler(console=errors, show_time=False, show_path=False, show_level=False, highlighter=None)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import of a kernel that nobody asked for
+    logging.getLogger("llmqat").setLevel(logging.INFO if main_process else logging.ERROR)
+
+
+def main() -> None:
+    """Runs the command line and exits with its code."""
+    app()
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None, overwrite: OverwriteOption = False) -> None:
+    """Runs a recipe: calibrates, trains, saves a proved packed checkpoint, and compares it.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+
+    **Examples**
+
+        llmqat train recipes/smollm2-135m-int4.yaml
+
+        llmqat train recipes/smollm2-135m-int4.yaml model=HuggingFaceTB/SmolLM2-135M train.max_steps=60 output=runs/mine
+
+        accelerate launch -m llmqat train recipes/smollm2-135m-int4.yaml
+    """
+    from llmqat.recipe import load_recipe, run
+
+    result = run(load_recipe(recipe, overrides or ()), overwrite=overwrite)
+    if result is not None:  # this is the main process
+        _print_run(result)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Shows what a recipe would quantize, how many steps and tokens it would train, and the memory; trains nothing.
+
+    **Examples**
+
+        llmqat plan recipes/smollm2-135m-int4.yaml
+
+        llmqat plan recipes/smollm2-135m-int4.yaml quant.preset=int3 train.max_steps=100
+    """
+    from llmqat.recipe import load_recipe, plan_run
+
+    planned = plan_run(load_recipe(recipe, overrides or ()))
+    _print_audit(planned.coverage)
+    unknown = "known when the text is read"
+    steps, tokens, blocks = (
+        unknown if count is None else f"{count:,}" for count in (planned.steps, planned.tokens, planned.blocks)
+    )
+    console.print(f"text: blocks {blocks}; training: steps {steps}, tokens {tokens}", highlight=False)
+    memory = f"{planned.state_bytes / 1e9:.2f} GB"
+    console.print(f"memory: {memory} for teacher, masters, gradients and AdamW; activations on top", highlight=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    models: ModelsArgument,
+    text: TextOption = None,
+    window: WindowOption = 512,
+    stride: StrideOption = None,
+    max_windows: MaxWindowsOption = 40,
+    reference: Annotated[str | None, typer.Option(help="Model that divergence (KL, top-1) is measured from.")] = None,
+    batch_size: BatchSizeOption = 4,
+    json_file: JsonOption = None,
+) -> None:
+    """Scores models on the same windows of text: perplexity, and divergence from a reference.
+
+    **Examples**
+
+        llmqat eval runs/smollm2-135m-int4/model --text notes.txt --json notes.json
+
+        llmqat eval runs/a/model runs/b/model --reference HuggingFaceTB/SmolLM2-135M --window 512 --max-windows 40
+    """
+    from llmqat.recipe import EvaluationSettings, compare_models
+
+    settings = EvaluationSettings(
+        texts=tuple(text or EvaluationSettings().texts),
+        window=window,
+        stride=stride,
+        max_windows=max_windows or None,
+        batch_size=batch_size,
+        speed=False,
+    )
+    _print_comparison(compare_models(models, settings, reference), json_file)
+
+
+@app.command()
+def compare(
+    models: ModelsArgument,
+    reference: Annotated[str, typer.Option(help="Full-precision model that the others are compared with.")],
+    text: TextOption = None,
+    window: WindowOption = 512,
+    stride: StrideOption = None,
+    max_windows: MaxWindowsOption = 40,
+    batch_size: BatchSizeOption = 4,
+    json_file: JsonOption = None,
+) -> None:
+    """Puts models beside a reference: perplexity, divergence, size on disk, decoded tokens a second.
+
+    **Examples**
+
+        llmqat compare runs/a/model runs/b/model --reference HuggingFaceTB/SmolLM2-135M --json ab.json
+    """
+    from llmqat.recipe import EvaluationSettings, compare_models
+
+    settings = EvaluationSettings(
+        texts=tuple(text or EvaluationSettings().texts),
+        window=window,
+        stride=stride,
+        max_windows=max_windows or None,
+        batch_size=batch_size,
+    )
+    _print_comparison(compare_models(models, settings, reference), json_file)
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    out: OutOption,
+    scheme: SchemeOption = "int4",
+    group_size: GroupSizeOption = None,
+    method: Annotated[str, typer.Option(help="search: scales from calibration; rtn: plain rounding.")] = "search",
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file or folder to calibrate on.")] = None,
+    synthetic: Annotated[int, typer.Option(min=1, help="Without --text: tokens for the model to write.")] = 16384,
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block of calibration text.")] = 512,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Quantizes a model without training it, and saves a proved packed checkpoint.
+
+    **Examples**
+
+        llmqat quantize HuggingFaceTB/SmolLM2-135M --scheme int4 --group-size 64 --synthetic 16384 --out smollm2-int4
+
+        llmqat quantize ./model --scheme int8 --method rtn --out model-int8
+    """
+    from llmqat.recipe import quantize_model
+
+    report = quantize_model(
+        model,
+        out,
+        scheme=scheme,
+        group_size=group_size,
+        method=method,
+        text=text,
+        tokens=synthetic,
+        block_size=block_size,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    _print_checkpoint(report)
+
+
+@app.command()
+def synthesize(
+    model: ModelArgument,
+    out: OutOption,
+    tokens: Annotated[str, typer.Option(help="Tokens to write: 65536, 64k (64,000) or 1M (1,000,000).")] = "65536",
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 512,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Lets a model write its own training text, as token blocks in a parquet file (columns input_ids and text).
+
+    **Examples**
+
+        llmqat synthesize HuggingFaceTB/SmolLM2-135M --tokens 1M --out written
+
+        llmqat train recipes/smollm2-135m-int4.yaml data.source=dataset data.path=written data.column=text
+    """
+    from llmqat.recipe import synthesize_to
+
+    path, blocks = synthesize_to(
+        model, out, tokens=_count(tokens), block_size=block_size, seed=seed, overwrite=overwrite
+    )
+    console.print(f"{path}: {len(blocks):,} blocks of {blocks.block_size} tokens", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def audit(
+    model: ModelArgument,
+    scheme: SchemeOption = "int4",
+    group_size: GroupSizeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Lists every parameter tensor: quantized how, or left alone and why; bytes before and after.
+
+    A packed checkpoint is shown as it is; any other model as --scheme would leave it.
+
+    **Examples**
+
+        llmqat audit HuggingFaceTB/SmolLM2-135M --scheme int4 --group-size 64
+
+        llmqat audit runs/smollm2-135m-int4/model
+    """
+    from llmqat.recipe import coverage_of, scheme_of
+
+    coverage = coverage_of(model, scheme_of(scheme, group_size))
+    _print_audit(coverage)
+    if json_file is not None:
+        json_file.write_text(json.dumps(coverage.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def chat(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and stop, instead of asking for lines.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message that opens the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token each time.")] = 0.7,
+    seed: SeedOption = 0,
+) -> None:
+    """Talks with a model, word by word as it writes; completes plainly where it has no chat template.
+
+    **Examples**
+
+        llmqat chat runs/smollm2-135m-int4/model
+
+        llmqat chat HuggingFaceTB/SmolLM2-135M --prompt "Once upon a time" --max-new-tokens 64
+    """
+    from llmqat.recipe import Conversation
+
+    talk = Conversation.open(model, system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if prompt is not None:
+        talk.say(prompt)
+        return
+    console.print(f"{talk.kind}; an empty line or Ctrl-D ends it", style="dim")
+    while line := _ask():
+        talk.say(line)
+
+
+def _ask() -> str:
+    try:
+        return console.input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _count(text: str) -> int:
+    """Returns the number in "65536", "64k" or "1M"."""
+    factor = {"k": 1_000, "M": 1_000_000}.get(text[-1:], 1)
+    digits = text if factor == 1 else text[:-1]
+    if not digits.isdecimal() or int(digits) == 0:
+        raise ValueError(f"--tokens {text!r} is not a count; write 65536, 64k or 1M")
+    return int(digits) * factor
+
+
+# What is shown
+
+
+def _print_run(result: RunResult) -> None:
+    _print_comparison(result.comparison)
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
+    console.print(f"seconds: {seconds}; in all {sum(result.seconds.values()):.0f}", highlight=False)
+    training = result.training
+    console.print(
+        f"trained {training['tokens']:,} tokens in {training['steps']} steps, "
+        f"{training['tokens_per_second']:.0f} tokens/s; loss {training['first_loss']} -> {training['last_loss']} nats",
+        highlight=False,
+    )
+    _print_checkpoint(result.report)
+
+
+def _print_checkpoint(report: Any) -> None:
+    parts = ", ".join(f"{part} {size:,}" for part, size in report.bytes.items() if size)
+    console.print(f"{report.bits_per_weight:.2f} bits a packed weight; bytes: {parts}", highlight=False)
+    console.print(f"checkpoint: {report.folder}", highlight=False, soft_wrap=True, style="bold")
+    console.print(
+        f"next: llmqat chat {report.folder}\n"
+        f"      llmqat eval {report.folder} --text YOUR.txt\n"
+        f"      llmqat audit {report.folder}\n"
+        f"      AutoModelForCausalLM.from_pretrained({str(report.folder)!r}) in plain transformers; vLLM loads it too",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _print_comparison(comparison: Comparison, json_file: Path | None = None) -> None:
+    from llmqat.evaluate.compare import render, write_json
+
+    console.print(render(comparison))
+    if json_file is not None:
+        write_json(comparison, json_file)
+
+
+def _print_audit(coverage: CoverageAudit) -> None:
+    table = Table()
+    for column in ("tensors", "", "shape", "treatment", "bytes before", "after"):
+        numeric = column in ("", "bytes before", "after")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for names, entries in _alike(coverage):
+        first = entries[0]
+        before, after = (sum(sizes) for sizes in zip(*((e.bytes_before, e.bytes_after) for e in entries), strict=True))
+        table.add_row(
+            names,
+            f"{len(entries)}",
+            "×".join(map(str, first.shape)),
+            f"{first.treatment}: {first.reason}" if first.reason else first.treatment,
+            f"{before:,}",
+            f"{after:,}",
+        )
+    console.print(table)
+    console.print(
+        f"{len(coverage.quantized)} tensors quantized at {coverage.average_bits:.2f} bits a weight, "
+        f"{len(coverage.kept)} kept; {coverage.bytes_before:,} bytes before, {coverage.bytes_after:,} after "
+        f"({coverage.average_bits_of_all:.2f} bits a parameter of the whole model)",
+        highlight=False,
+    )
+
+
+def _alike(coverage: CoverageAudit) -> list[tuple[str, list[AuditEntry]]]:
+    """Returns the tensors in groups that differ in nothing but the layer's number, each with a name for all of it."""
+    groups: dict[tuple[Any, ...], list[AuditEntry]] = {}
+    for entry in coverage.entries:
+        key = (_LAYER_NUMBER.sub(".*.", entry.name, count=1), entry.shape, entry.treatment, entry.reason)
+        groups.setdefault(key, []).append(entry)
+    return [(_common_name(key[0], entries), entries) for key, entries in groups.items()]
+
+
+def _common_name(pattern: str, entries: list[AuditEntry]) -> str:
+    numbers = [int(found[1]) for entry in entries if (found := _LAYER_NUMBER.search(entry.name))]
+    if len(numbers) < 2:
+        return entries[0].name
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    spans = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return pattern.replace(".*.", f".{spans}.", 1)

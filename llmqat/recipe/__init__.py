@@ -1,0 +1,34 @@
+"""One YAML file that says everything about a run, the folder that the run leaves behind, and what commands do.
+
+config.py      the recipe: types, YAML, overrides       pipeline.py    from the model to the compared checkpoint
+folder.py      what a run leaves on disk                evaluation.py  texts cut into windows, models compared on them
+plan.py        what a recipe would do                   quantize.py    calibration only, no training
+text.py        text that a model writes                 chat.py        a conversation with a model
+"""
+
+from llmqat.recipe.chat import Conversation
+from llmqat.recipe.config import EvaluationSettings, Recipe, load_recipe, scheme_of, training_arguments
+from llmqat.recipe.evaluation import compare_models
+from llmqat.recipe.folder import open_run_folder
+from llmqat.recipe.pipeline import RunResult, run
+from llmqat.recipe.plan import Plan, coverage_of, plan_run
+from llmqat.recipe.quantize import quantize_model
+from llmqat.recipe.text import synthesize_to
+
+__all__ = [
+    "Conversation",
+    "EvaluationSettings",
+    "Plan",
+    "Recipe",
+    "RunResult",
+    "compare_models",
+    "coverage_of",
+    "load_recipe",
+    "open_run_folder",
+    "plan_run",
+    "quantize_model",
+    "run",
+    "scheme_of",
+    "synthesize_to",
+    "training_arguments",
+]

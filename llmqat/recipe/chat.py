@@ -1,0 +1,69 @@
+"""A conversation in the terminal: what the model writes is shown word by word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from llmqat.export import load_any
+
+
+class Conversation:
+    """A model, and what has been said so far. Without a chat template every line is completed on its own."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system: str | None, settings: dict[str, Any]
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    @classmethod
+    def open(
+        cls, spec: str, system: str | None = None, *, max_new_tokens: int, temperature: float, seed: int
+    ) -> Conversation:
+        """Returns a conversation with the model that `spec` names, packed or not, on the accelerator if there is one.
+
+        Args:
+            spec: what `export.load_any` takes.
+            system: system message that opens the conversation.
+            max_new_tokens: most tokens of one answer.
+            temperature: of sampling; 0 takes the most probable token.
+            seed: of sampling.
+        """
+        model, tokenizer = load_any(spec)
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        torch.manual_seed(seed)
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            settings["temperature"] = temperature
+        return cls(model, tokenizer, system, settings)
+
+    @property
+    def kind(self) -> str:
+        """'chat' or 'completion'."""
+        return "chat" if self.tokenizer.chat_template else "completion"
+
+    def say(self, line: str) -> str:
+        """Shows the model's answer to `line` as it is written, and returns it."""
+        inputs = self._inputs(line).to(self.model.device)
+        output = self.model.generate(
+            **inputs, **self.settings, streamer=self.streamer, pad_token_id=self.tokenizer.eos_token_id
+        )
+        answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        if self.kind == "chat":
+            self.messages.append({"role": "assistant", "content": answer})
+        return str(answer)
+
+    def _inputs(self, line: str) -> Any:
+        if self.kind == "completion":
+            return self.tokenizer(line, return_tensors="pt")
+        self.messages.append({"role": "user", "content": line})
+        return self.tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )

@@ -1,0 +1,258 @@
+"""The recipe: one YAML file that says everything about a run.
+
+A recipe names the model, the output folder and a seed, and holds one section for each room of the package: `quant`,
+`data`, `calibrate`, `train`, `evaluate`. Each section is the configuration class of its room, so this file only puts
+them together; `train` takes the fields of `transformers.TrainingArguments` verbatim. Any key can be given on the
+command line as `train.learning_rate=1e-4`. What nobody understands is refused, with the nearest key that exists.
+
+    recipe.yaml + key=value  ->  load_recipe  ->  Recipe (immutable)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from llmqat.calibrate import CalibrationConfig
+from llmqat.config import Config, unknown_key_message
+from llmqat.data.config import DataConfig
+from llmqat.layers import QuantConfig
+from llmqat.train import QATArguments
+
+RECIPE_FILE = "recipe.yaml"
+"""Name of the recipe in a run folder."""
+TRAINER_FOLDER = "checkpoints"
+"""Name of the trainer's folder in a run folder."""
+PYDOC = "pydoc"
+"""Stands for the prose of the Python version in use among evaluate.texts."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number (YAML 1.1 calls it text), and a key given twice is an error."""
+
+
+_FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Returns what the YAML `text` says; `source` names it in errors.
+
+    Raises:
+        ValueError: when the text is not YAML or gives a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from error
+
+
+class EvaluationSettings(Config):
+    """What the comparison at the end measures."""
+
+    texts: tuple[str, ...] = (PYDOC,)
+    """Texts to score: paths of UTF-8 files, or `pydoc`, the prose of the Python version in use."""
+    window: int = Field(default=512, ge=2)
+    """Tokens in a window; nothing outside a window is seen when its tokens are scored."""
+    stride: int | None = Field(default=None, ge=1)
+    """Tokens from the start of one window to the next; None means `window`, windows that do not overlap."""
+    max_windows: int | None = Field(default=40, ge=1)
+    """Windows scored in each text, from its start; None scores all of it."""
+    batch_size: int = Field(default=4, ge=1)
+    """Windows in one forward pass."""
+    speed: bool = True
+    """Whether decoded tokens a second are measured as well."""
+
+
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "logging_first_step": True,
+    "logging_steps": 1,
+    "save_total_limit": 1,
+    "report_to": "none",
+    "remove_unused_columns": False,
+}
+"""Where a recipe says nothing, these stand in place of the defaults of `TrainingArguments`."""
+
+OWNED_BY_RECIPE = {"output_dir": "output", "seed": "seed"}
+"""TrainingArguments fields that have a key of their own at the top of the recipe."""
+
+
+class Recipe(Config):
+    """Everything about one run. The same recipe, seed and versions give the same checkpoint."""
+
+    model: str
+    """Hub id, folder, .gguf file, or `package:` and the path of a file inside an installed Python package."""
+    output: Path
+    """Run folder, made by the run; it holds the checkpoint in `model/`."""
+    seed: int = 0
+    """Seed of the order of samples, and of the text that the model writes unless data.seed says otherwise."""
+    quant: QuantConfig = Field(default_factory=lambda: QuantConfig.preset("int4"))
+    """Scheme: `preset` and what differs from it, or the fields of a QuantConfig."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """Text to calibrate and train on; by default the model writes it."""
+    calibrate: CalibrationConfig = Field(default_factory=CalibrationConfig)
+    """Ranges before training."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Fields of QATArguments: those of transformers.TrainingArguments and a few more; checked by name and type."""
+    evaluate: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    """The comparison at the end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seed_the_text(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(data := values.get("data", {}), dict) and "seed" in values:
+            return {**values, "data": {"seed": values["seed"], **data}}
+        return values
+
+    @field_validator("quant", mode="before")
+    @classmethod
+    def _expand_preset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return QuantConfig.preset(value)
+        if isinstance(value, Mapping) and "preset" in value:
+            if "weights" in value:
+                raise ValueError("preset and weights exclude each other; put num_bits, group_size, … beside the preset")
+            changes = {key: entry for key, entry in value.items() if key != "preset"}
+            return QuantConfig.preset(value["preset"], **changes)
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _check_training_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_training_fields(value)
+
+
+def scheme_of(preset: str, group_size: int | None = None) -> QuantConfig:
+    """Returns the scheme of a preset, with another group size where one is given.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    return QuantConfig.preset(preset) if group_size is None else QuantConfig.preset(preset, group_size=group_size)
+
+
+def check_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `values` with the types that QATArguments declares for them (the text "1e-4" becomes a number).
+
+    Raises:
+        ValueError: for a name that QATArguments does not have, for one that the recipe sets itself, and for a value
+            that is not of the declared type.
+    """
+    names = {field.name for field in dataclasses.fields(QATArguments) if field.init}
+    hints = get_type_hints(QATArguments)
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in OWNED_BY_RECIPE:
+            raise ValueError(f"train.{key} is not set here; use {OWNED_BY_RECIPE[key]!r} at the top of the recipe")
+        if key not in names:
+            raise ValueError(unknown_key_message(key, names, "train (QATArguments)"))
+        checked[key] = _of_declared_type(f"train.{key}", value, hints[key])
+    return checked
+
+
+def _of_declared_type(key: str, value: Any, hint: Any) -> Any:
+    wanted = getattr(hint, "__name__", None) or str(hint)
+    if isinstance(value, bool) and hint in (int, float):
+        raise ValueError(f"{key}={value!r} is not a {wanted}")
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{key}={value!r} is not a {wanted}: {error.errors()[0]['msg']}") from error
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Returns the recipe in the YAML file `path`, or in the run folder `path`, changed by `key=value` overrides.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for what is not YAML, for an unknown key, a wrong type, or an override that is not `key=value`.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / RECIPE_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"no recipe at {file}; give a .yaml file such as those in recipes/, or a run folder")
+    values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no recipe: expected `key: value` lines, found {type(values).__name__}")
+    for override in overrides:
+        apply_override(values, override)
+    return recipe_from(values, str(file))
+
+
+def recipe_from(values: Mapping[str, Any], source: str) -> Recipe:
+    """Returns the recipe that `values` describe; errors name `source`, the key, the value and what is allowed.
+
+    Raises:
+        ValueError: for an unknown key, a missing one, or a value of the wrong type.
+    """
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError(f"{source}: " + "\n".join(_explain(entry) for entry in error.errors())) from error
+
+
+def _explain(entry: Any, inside: str = "") -> str:
+    key = ".".join(part for part in (inside, *map(str, entry["loc"])) if part)
+    cause = entry.get("ctx", {}).get("error")
+    if isinstance(cause, ValidationError):  # a preset builds its configuration inside a validator
+        return "\n".join(_explain(inner, key) for inner in cause.errors())
+    message = str(entry["msg"]).removeprefix("Value error, ")
+    if entry["type"] == "missing":
+        return f"{key} is missing; add it to the recipe or give {key}=VALUE"
+    if entry["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={entry['input']!r}: {message}"
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets one `dotted.key=value` in `values`, in place; the value is read as YAML.
+
+    Raises:
+        ValueError: when `=` is missing or the key goes through something that has no keys.
+    """
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ValueError(f"{override!r} is not an override; write key=value, for example train.learning_rate=1e-4")
+    *parents, last = key.split(".")
+    section = values
+    for depth, parent in enumerate(parents):
+        inner = section.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"{override!r}: {'.'.join(parents[: depth + 1])} is {inner!r}, which has no key {last!r}")
+        section = inner
+    section[last] = parse_yaml(text, f"the value of {key}")
+
+
+def training_arguments(recipe: Recipe) -> QATArguments:
+    """Returns the trainer's arguments: `recipe.train` over `TRAIN_DEFAULTS`.
+
+    Raises:
+        ValueError: when TrainingArguments refuses a value or a combination.
+    """
+    fields = {**TRAIN_DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **recipe.train}
+    try:
+        return QATArguments(output_dir=str(recipe.output / TRAINER_FOLDER), seed=recipe.seed, **fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"train: {error}") from error

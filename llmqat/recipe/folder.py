@@ -1,0 +1,118 @@
+"""The run folder: what one run leaves on disk, and how an interrupted run is found again.
+
+    recipe.yaml          the recipe, overrides included
+    blocks.safetensors   the text that was calibrated and trained on
+    checkpoints/         the trainer's own, removed when the run has finished
+    model/               the packed checkpoint
+    results.json         the figures; written last, so a run is finished when it is there
+
+A folder that holds anything else is never touched, not even with `--overwrite`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmqat.data import TokenBlocks, read_blocks, save_blocks
+from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, load_recipe
+
+BLOCKS_FILE = "blocks.safetensors"
+CHECKPOINT_FOLDER = "model"
+RESULTS_FILE = "results.json"
+
+
+def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
+    """Makes the run folder of `recipe`, or finds the interrupted run of the same recipe in it.
+
+    Args:
+        recipe: its `output` is the folder.
+        overwrite: whether what an earlier run left there is removed. Only a folder that holds a recipe is.
+
+    Returns:
+        Whether an interrupted run goes on.
+
+    Raises:
+        FileExistsError: the folder holds a finished run, the run of another recipe, or something that is no run.
+    """
+    folder = recipe.output
+    file = folder / RECIPE_FILE
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output={folder} is a file; choose another output")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not file.is_file():
+            raise FileExistsError(f"output={folder} exists and is no run of llmqat; choose another output=FOLDER")
+        if not overwrite:
+            _check_same_run(recipe, folder)
+            return True
+        for name in (TRAINER_FOLDER, CHECKPOINT_FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (RESULTS_FILE, BLOCKS_FILE, RECIPE_FILE):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(
+        file, yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    )
+    return False
+
+
+def _check_same_run(recipe: Recipe, folder: Path) -> None:
+    if (folder / RESULTS_FILE).is_file():
+        raise FileExistsError(
+            f"output={folder} holds a finished run; use its {CHECKPOINT_FOLDER}/, choose another output=FOLDER, "
+            "or run it anew with --overwrite"
+        )
+    earlier = _flat(load_recipe(folder).model_dump(mode="json"))
+    now = _flat(recipe.model_dump(mode="json"))
+    differing = [
+        f"{key}={now.get(key)!r} (there: {earlier.get(key)!r})"
+        for key in sorted(earlier.keys() | now.keys())
+        if earlier.get(key) != now.get(key) and key != "output"
+    ]
+    if differing:
+        raise FileExistsError(
+            f"output={folder} holds an interrupted run of another recipe: {'; '.join(differing)}; give the same values "
+            "to go on with it, choose another output=FOLDER, or start anew with --overwrite"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes beside `path` and renames, so that `path` is absent or whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def kept_blocks(folder: Path, make: Callable[[], TokenBlocks]) -> TokenBlocks:
+    """Returns the run's text: from the folder where an earlier start has left it there, else made and left there."""
+    path = folder / BLOCKS_FILE
+    if path.is_file():
+        return read_blocks(path)
+    blocks = make()
+    save_blocks(blocks, path)
+    return blocks
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """Returns the trainer's newest checkpoint that has its last file; None when an interruption cut all short."""
+    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(whole, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(path: Path) -> int:
+    """Returns the optimizer step at which the trainer wrote the checkpoint folder `path`."""
+    return int(path.name.rpartition("-")[2])

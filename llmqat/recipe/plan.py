@@ -1,0 +1,79 @@
+"""What a recipe would do, told from the model's configuration alone: coverage, steps, tokens, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
+from llmqat.export import FORMATS, load
+from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
+from llmqat.models import read_config, resolve_spec
+from llmqat.recipe.config import Recipe, training_arguments
+
+BYTES_PER_TRAINED_PARAMETER = 16
+"""float32 master, gradient, and two moments of AdamW."""
+BYTES_PER_TEACHER_PARAMETER = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a recipe would do."""
+
+    coverage: CoverageAudit
+    """Every parameter tensor: quantized how, or left alone and why."""
+    blocks: int | None
+    """Blocks of training text; None where the amount is known only when the text is read."""
+    steps: int | None
+    """Optimizer steps; None as for blocks."""
+    tokens: int | None
+    """Tokens trained on, repeats counted."""
+    state_bytes: int
+    """Memory of teacher, masters, gradients and optimizer state with AdamW; activations come on top."""
+
+
+def plan_run(recipe: Recipe) -> Plan:
+    """Returns what `recipe` would do; no weights are loaded, but a GGUF file is dequantized to the cache once.
+
+    Raises:
+        FileNotFoundError: the model is not there.
+        ValueError: the scheme or the trainer's arguments do not do.
+    """
+    arguments = training_arguments(recipe)
+    coverage = coverage_of(recipe.model, recipe.quant)
+    wanted = recipe.data.tokens or (DEFAULT_SYNTHETIC_TOKENS if recipe.data.source == "synthetic" else None)
+    blocks = None if wanted is None else math.ceil(wanted / recipe.data.block_size)
+    samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    steps: int | None = arguments.max_steps
+    if arguments.max_steps <= 0:
+        steps = None if blocks is None else math.ceil(math.ceil(blocks / samples) * arguments.num_train_epochs)
+    parameters = sum(entry.numel for entry in coverage.entries if entry.bytes_before)
+    return Plan(
+        coverage=coverage,
+        blocks=blocks,
+        steps=steps,
+        tokens=None if steps is None else steps * samples * recipe.data.block_size,
+        state_bytes=parameters * (BYTES_PER_TRAINED_PARAMETER + BYTES_PER_TEACHER_PARAMETER),
+    )
+
+
+def coverage_of(spec: str, quant: QuantConfig) -> CoverageAudit:
+    """Returns the coverage audit of a packed checkpoint as it is, or of any other model as `quant` would leave it.
+
+    Raises:
+        FileNotFoundError: the model is not there.
+        ValueError: a target matches nothing, or a group size does not divide.
+    """
+    config = read_config(resolve_spec(spec), spec)
+    if any(format.is_packed(config) for format in FORMATS.values()):
+        return audit(load(spec))
+    return prepare(_without_weights(config), quant)
+
+
+def _without_weights(config: PreTrainedConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+    return model

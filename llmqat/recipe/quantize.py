@@ -1,0 +1,72 @@
+"""Quantization without training: a recipe's rooms up to calibration, then straight to the packed checkpoint."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from llmqat.calibrate import CalibrationConfig
+from llmqat.data import DataConfig, load_blocks
+from llmqat.export.checkpoint import ExportReport, save
+from llmqat.layers import prepare
+from llmqat.models import load_model
+from llmqat.recipe.config import scheme_of
+from llmqat.recipe.pipeline import calibrate, needs_text, token_bar
+
+METHODS: dict[str, Literal["minmax", "weighted_mse"]] = {"rtn": "minmax", "search": "weighted_mse"}
+"""The command line's word for a method -> `calibrate.method`."""
+
+
+def quantize_model(
+    spec: str,
+    folder: Path,
+    *,
+    scheme: str = "int4",
+    group_size: int | None = None,
+    method: str = "search",
+    text: Path | None = None,
+    tokens: int = 16384,
+    block_size: int = 512,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Writes `spec` packed to `folder`, with scales from calibration, proves it, and returns what was written.
+
+    Args:
+        spec: what `load_model` takes.
+        folder: must not exist, unless `overwrite`.
+        scheme: a preset of QuantConfig.
+        group_size: weights that share one scale; the preset's own where not given.
+        method: `rtn` (plain rounding) or `search` (clip ratios weighted by the inputs' mean squares).
+        text: a file or folder to calibrate on; where not given, the model writes the text.
+        tokens: how much text is used.
+        block_size: tokens in a block of it.
+        seed: of what the model writes.
+        overwrite: whether a model that lies in `folder` is replaced.
+
+    Raises:
+        FileExistsError: the folder exists.
+        FileNotFoundError: the model or the text is not there.
+        ValueError: the model, text, method or scheme does not do.
+    """
+    if method not in METHODS:
+        raise ValueError(f"--method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if folder.exists() and not overwrite:  # save would say so too, but only after the calibration
+        raise FileExistsError(f"output folder {folder} exists already; choose another --out, or give --overwrite")
+    model, tokenizer = load_model(spec, torch.float32)
+    prepare(model, scheme_of(scheme, group_size))
+    calibration = CalibrationConfig(method=METHODS[method], blocks=math.ceil(tokens / block_size))
+    facts: dict[str, Any] = {"model": spec, "calibrate": calibration.model_dump(mode="json")}
+    ids = None
+    if needs_text(calibration):
+        source: dict[str, Any] = {"source": "synthetic"} if text is None else {"source": "text", "path": text}
+        data = DataConfig(**source, tokens=tokens, block_size=block_size, seed=seed)
+        with token_bar("text") as progress:
+            blocks = load_blocks(data, tokenizer, load_model(spec, torch.bfloat16)[0], progress)
+        facts["text"] = {"source": blocks.source, "sha256": blocks.sha256, "tokens": blocks.tokens}
+        ids = blocks.ids
+    calibrate(model, ids, calibration)
+    return save(model, folder, tokenizer, run=facts, overwrite=overwrite)

@@ -1,0 +1,71 @@
+"""`accelerate launch` and `torchrun` start the recipe: world size asserted, weights equal on all processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.small import small
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "smollm2-135m-int4.yaml"
+RECORDER = ROOT / "tests" / "flows" / "record_training.py"
+# Eight blocks are one step of four on each of two processes, or of eight on one: every step sees the same text, so the
+# loss must fall. Plain gradient descent in float32 makes it depend on the size of the gradient, which AdamW would hide.
+STEPS = (
+    "quant.preset=int2",
+    "train={max_steps: 6, optim: sgd, max_grad_norm: 0, learning_rate: 0.3, scale_learning_rate: 0.3, "
+    "lr_scheduler_type: constant, bf16: false, logging_steps: 1, save_steps: 3, per_device_train_batch_size: 4}",
+)
+
+
+def launched(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+
+
+def test_two_processes_train_the_same_weights_as_one(tiny_folder: Path, tmp_path: Path, environment: dict[str, str]):
+    both, one = tmp_path / "both", tmp_path / "one"
+    both.mkdir()
+    one.mkdir()
+    words = ["train", str(RECIPE)]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RECORDER), str(both)]
+    done = launched([*torchrun, *words, *small(tiny_folder, both / "run", *STEPS)], environment)
+    first, second = records(both)
+    assert first["world_size"] == second["world_size"] == 2
+    assert first["digest"] == second["digest"]
+    assert all(map(math.isfinite, first["losses"]))
+    assert first["losses"][-1] < 0.8 * first["losses"][0]
+    results = json.loads((both / "run" / "results.json").read_text())
+    assert results["training"]["processes"] == 2
+    assert results["training"]["tokens"] == 6 * 2 * 4 * 32
+    assert done.stdout.count("checkpoint:") == 1  # one process reports
+
+    alone = small(tiny_folder, one / "run", *STEPS, "train.per_device_train_batch_size=8")
+    launched(["tests.flows.record_training", str(one), *words, *alone], environment)
+    assert records(one)[0]["losses"] == pytest.approx(first["losses"], rel=1e-3)
+
+
+def test_accelerate_launch_runs_the_recipe(tiny_folder: Path, tmp_path: Path, environment: dict[str, str]):
+    words = ["train", str(RECIPE), *small(tiny_folder, tmp_path / "run")]
+    accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    done = launched(
+        [*accelerate, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "llmqat", *words], environment
+    )
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["training"]["processes"] == 1
+    assert results["training"]["steps"] == 2
+    assert "checkpoint:" in done.stdout

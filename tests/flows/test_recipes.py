@@ -1,0 +1,135 @@
+"""The shipped recipes, run for their first steps on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import llmqat
+from llmqat.recipe import RunResult, load_recipe, run
+from llmqat.train import QATTrainer
+from tests.flows.small import small
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+ROLES = ["full precision", "plain rounding", "training-free", "trained"]
+
+
+def run_small(path: Path, model: Path, output: Path, *more: str, overwrite: bool = False) -> RunResult:
+    result = run(load_recipe(path, small(model, output, *more)), overwrite=overwrite)
+    assert result is not None
+    return result
+
+
+def test_all_recipes_were_found():
+    assert len(RECIPES) == 1
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_runs_and_leaves_what_it_promises(path: Path, tiny_folder: Path, tmp_path: Path):
+    result = run_small(path, tiny_folder, tmp_path / "run")
+    assert result.training["steps"] == 2
+    assert result.training["tokens"] == 2 * 4 * 32
+    assert list(result.seconds) == ["load", "text", "calibrate", "train", "save", "evaluate"]
+    assert [row.role for row in result.comparison.rows] == ROLES
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [row["role"] for row in results["comparison"]["rows"]] == ROLES
+    recorded = json.loads((result.checkpoint / "llmqat.json").read_text())
+    assert recorded["run"]["recipe"]["seed"] == 0
+    assert recorded["run"]["results"]["comparison"] == results["comparison"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    ids = torch.arange(2, 26)[None]
+    stock = AutoModelForCausalLM.from_pretrained(result.checkpoint, dtype=torch.bfloat16)
+    ours = llmqat.load(result.checkpoint, kernel="reference")
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, ours(ids).logits)
+
+
+def test_synthetic_text_is_the_default_and_kept(tiny_folder: Path, tmp_path: Path):
+    result = run_small(
+        RECIPES[0], tiny_folder, tmp_path / "run", "data={source: synthetic, tokens: 128, block_size: 32}"
+    )
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["text"]["source"].startswith("synthesized by")
+    assert load_file(tmp_path / "run" / "blocks.safetensors")["ids"].shape == (4, 32)
+    assert result.comparison.rows[0].role == "full precision"
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = run_small(RECIPES[0], tiny_folder, tmp_path / "whole", "train.max_steps=4")
+    steps: list[int] = []
+    training_step = QATTrainer.training_step
+
+    def counted(trainer: QATTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        steps.append(trainer.state.global_step)
+        if len(steps) == 3:
+            raise Interrupted
+        return training_step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(QATTrainer, "training_step", counted)
+    with pytest.raises(Interrupted):
+        run_small(RECIPES[0], tiny_folder, tmp_path / "run", "train.max_steps=4")
+    assert not (tmp_path / "run" / "results.json").exists()
+    with pytest.raises(FileExistsError, match=r"train\.max_steps=5 \(there: 4\)"):
+        run_small(RECIPES[0], tiny_folder, tmp_path / "run", "train.max_steps=5")
+    resumed = run_small(RECIPES[0], tiny_folder, tmp_path / "run", "train.max_steps=4")
+    assert resumed.training["resumed_from"] == "checkpoint-2"
+    assert steps == [0, 1, 2, 2, 3]
+    expected, found = (load_file(result.checkpoint / "model.safetensors") for result in (whole, resumed))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_interrupted_after_training_only_saves_and_evaluates(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmqat.recipe.pipeline.compare", fail)
+        with pytest.raises(Interrupted):
+            run_small(RECIPES[0], tiny_folder, tmp_path / "run")
+    result = run_small(RECIPES[0], tiny_folder, tmp_path / "run")
+    assert result.training["resumed_from"] == "checkpoint-2"
+    assert [row.role for row in result.comparison.rows] == ROLES
+
+
+def test_a_finished_run_is_refused_and_stays_as_it_was(tiny_folder: Path, tmp_path: Path):
+    result = run_small(RECIPES[0], tiny_folder, tmp_path / "run")
+    before = (result.checkpoint / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        run_small(RECIPES[0], tiny_folder, tmp_path / "run")
+    assert (result.checkpoint / "model.safetensors").read_bytes() == before
+    again = run_small(RECIPES[0], tiny_folder, tmp_path / "run", overwrite=True)
+    assert (again.checkpoint / "model.safetensors").read_bytes() == before  # same recipe, same seed
+
+
+def test_bad_input_costs_no_training(tiny_folder: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"quant\.group_size=96 does not divide in_features=64"):
+        run_small(RECIPES[0], tiny_folder, tmp_path / "a", "quant.group_size=96")
+    with pytest.raises(FileNotFoundError, match="no text at"):
+        run_small(RECIPES[0], tiny_folder, tmp_path / "b", "evaluate.texts=[absent.txt]")
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(ValueError, match="fewer than one window"):
+        run_small(RECIPES[0], tiny_folder, tmp_path / "c", f"evaluate.texts=[{tmp_path}/short.txt]")
+    with pytest.raises(ValueError, match=r"block_size=32"):
+        run_small(
+            RECIPES[0],
+            tiny_folder,
+            tmp_path / "d",
+            f"data={{source: text, path: {tmp_path}/short.txt, block_size: 32}}",
+        )
+    assert not list(tmp_path.glob("*/checkpoints"))

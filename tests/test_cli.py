@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from llmqat import cli
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+COMMANDS = ["train", "plan", "eval", "compare", "quantize", "synthesize", "audit", "chat"]
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "int8"
+    done = call("quantize", str(tiny), "--scheme", "int8", "--method", "rtn", "--out", str(folder))
+    assert done.exit_code == 0
+    return folder
+
+
+def call(*words: str, **options: object):
+    cli.console.width = cli.errors.width = 200
+    return runner.invoke(cli.app, list(words), **options)
+
+
+def refusal(*words: str) -> str:
+    done = call(*words)
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    return " ".join(done.output.split())
+
+
+def recipe(tmp_path: Path, model: Path | str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {model}\noutput: {tmp_path / 'run'}\n")
+    return str(path)
+
+
+def test_every_command_has_help_with_an_example():
+    assert sorted(typer.main.get_command(cli.app).commands) == sorted(COMMANDS)
+    for command in COMMANDS:
+        done = call(command, "--help")
+        assert done.exit_code == 0
+        assert "Examples" in done.output
+        assert f"llmqat {command} " in done.output
+
+
+def test_help_loads_no_torch():
+    code = (
+        "import sys; from typer.testing import CliRunner; from llmqat.cli import app; "
+        "assert CliRunner().invoke(app, ['train', '--help']).exit_code == 0; "
+        "heavy = {'torch', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])
+
+
+def test_exit_codes_of_the_real_process():
+    command = [sys.executable, "-m", "llmqat"]
+    root = Path(__file__).resolve().parents[1]
+    assert subprocess.run([*command, "--help"], cwd=root, capture_output=True).returncode == 0
+    assert subprocess.run([*command, "no-such-command"], cwd=root, capture_output=True).returncode == 2
+    missing = subprocess.run([*command, "train", "absent.yaml"], cwd=root, capture_output=True, text=True)
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: no recipe at absent.yaml")
+    assert missing.stdout == ""
+
+
+def test_our_own_fault_keeps_its_traceback_and_gives_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def broken(*_: object) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("llmqat.recipe.load_recipe", broken)
+    done = call("train", recipe(tmp_path, "m"))
+    assert done.exit_code == 1
+    assert isinstance(done.exception, AssertionError)
+
+
+def test_traceback_is_shown_when_asked_for(capfd: pytest.CaptureFixture[str]):
+    done = call("--traceback", "train", "absent.yaml")
+    assert done.exit_code == 2
+    assert "Traceback" in done.output + capfd.readouterr().err
+
+
+def test_interruption_has_a_code_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmqat.recipe.load_recipe", interrupted)
+    assert call("train", recipe(tmp_path, "m")).exit_code == 130
+
+
+def test_unknown_key_names_the_nearest(tmp_path: Path, tiny: Path):
+    assert "did you mean 'learning_rate'" in refusal("train", recipe(tmp_path, tiny), "train.learning_rat=1")
+
+
+def test_missing_model_is_told_before_anything_else(tmp_path: Path):
+    message = refusal("train", recipe(tmp_path, tmp_path / "nowhere"))
+    assert "nowhere' does not exist" in message
+
+
+def test_broken_model_folder_is_told(tmp_path: Path, tiny: Path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in tiny.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes()[: 2000 if path.suffix == ".safetensors" else None])
+    assert "truncated" in refusal("quantize", str(folder), "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_output_is_refused_and_kept(tmp_path: Path, tiny: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for command in ("quantize", "synthesize"):
+        assert "exists already" in refusal(command, str(tiny), "--out", str(tmp_path / "out"))
+    assert "holds no model" in refusal(
+        "quantize", str(tiny), "--method", "rtn", "--out", str(tmp_path / "out"), "--overwrite"
+    )
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert "is no run of llmqat" in refusal("train", recipe(tmp_path, tiny), "--overwrite")
+
+
+def test_group_size_that_does_not_divide_names_layer_and_choices(tiny: Path):
+    message = refusal("audit", str(tiny), "--group-size", "48")
+    assert "quant.group_size=48 does not divide in_features=64 of model.layers.0.self_attn.q_proj" in message
+    assert "choose one of 32, 64" in message
+
+
+def test_unknown_scheme_method_and_count_name_the_choices(tiny: Path, tmp_path: Path):
+    assert "int8, int4, int3, int2" in refusal("audit", str(tiny), "--scheme", "int5")
+    assert "rtn, search" in refusal("quantize", str(tiny), "--method", "magic", "--out", str(tmp_path / "o"))
+    assert "write 65536, 64k or 1M" in refusal(
+        "synthesize", str(tiny), "--tokens", "many", "--out", str(tmp_path / "o")
+    )
+
+
+@pytest.mark.parametrize(("text", "count"), [("65536", 65536), ("64k", 64_000), ("1M", 1_000_000)])
+def test_counts(text: str, count: int):
+    assert cli._count(text) == count
+
+
+def test_plan_shows_coverage_steps_and_memory_and_writes_nothing(tmp_path: Path, tiny: Path):
+    done = call("plan", recipe(tmp_path, tiny), "train.max_steps=7", "data.block_size=32")
+    assert done.exit_code == 0
+    assert "training: steps 7, tokens 896" in done.output
+    assert "14 tensors quantized" in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_counts_epochs(tmp_path: Path, tiny: Path):
+    words = ["data={tokens: 1000, block_size: 32}", "train={num_train_epochs: 3, per_device_train_batch_size: 5}"]
+    done = call("plan", recipe(tmp_path, tiny), *words)
+    assert "blocks 32; training: steps 21" in done.output
+
+
+def test_audit_names_every_tensor_once_and_why(tiny: Path, tmp_path: Path):
+    done = call("audit", str(tiny), "--scheme", "int4", "--group-size", "32", "--json", str(tmp_path / "audit.json"))
+    assert done.exit_code == 0
+    assert "model.layers.0-1.mlp.up_proj.weight" in done.output
+    assert "tied to model.embed_tokens.weight" in done.output
+    written = json.loads((tmp_path / "audit.json").read_text())
+    names = {entry["name"] for entry in written["entries"]}
+    assert names == {name for name, _ in tiny_llama().named_parameters(remove_duplicate=False)}
+    assert {entry["treatment"] for entry in written["entries"]} == {"int4 g32", "kept"}
+
+
+def test_audit_of_a_packed_checkpoint_is_what_lies_there(packed: Path):
+    done = call("audit", str(packed))
+    assert done.exit_code == 0
+    assert "int8 channel" in done.output
+    assert "int4" not in done.output
+
+
+def test_quantize_searches_on_given_text_and_says_what_is_next(tiny: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("some words that are repeated many times over. " * 40)
+    out = tmp_path / "out"
+    done = call("quantize", str(tiny), "--text", str(tmp_path / "text.txt"), "--block-size", "64", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    assert f"llmqat chat {out}" in done.output
+    run = json.loads((out / "llmqat.json").read_text())["run"]
+    assert run["calibrate"]["method"] == "weighted_mse"
+    assert run["text"]["source"] == f"text {tmp_path / 'text.txt'}"
+
+
+def test_eval_scores_every_model_on_the_same_windows(tiny: Path, packed: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("some words that are repeated many times over. " * 40)
+    words = ["--text", str(tmp_path / "text.txt"), "--window", "64", "--max-windows", "3"]
+    done = call("eval", str(packed), *words, "--reference", str(tiny), "--json", str(tmp_path / "eval.json"))
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "eval.json").read_text())
+    reference, quantized = written["rows"]
+    assert (reference["kl"], reference["top1"]) == (0.0, 1.0)
+    assert 0 < quantized["kl"] < 0.1
+    assert quantized["perplexity"] == pytest.approx(reference["perplexity"], rel=0.05)
+    assert written["texts"]["text.txt"]["windows"] == 3
+
+
+def test_eval_of_a_text_that_does_not_do(tiny: Path, tmp_path: Path):
+    assert "no text at" in refusal("eval", str(tiny), "--text", str(tmp_path / "absent.txt"))
+    (tmp_path / "empty.txt").write_text("  \n")
+    assert "is empty" in refusal("eval", str(tiny), "--text", str(tmp_path / "empty.txt"))
+    (tmp_path / "short.txt").write_text("short")
+    assert "fewer than one window" in refusal("eval", str(tiny), "--text", str(tmp_path / "short.txt"))
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    assert "is not UTF-8" in refusal("eval", str(tiny), "--text", str(tmp_path / "latin.txt"))
+
+
+def test_synthesize_writes_blocks_that_datasets_reads(tiny: Path, tmp_path: Path):
+    from datasets import load_dataset
+
+    out = tmp_path / "text"
+    done = call("synthesize", str(tiny), "--tokens", "200", "--block-size", "32", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    assert "7 blocks of 32 tokens" in done.output
+    rows = load_dataset("parquet", data_files=str(out / "blocks.parquet"), split="train", cache_dir=str(tmp_path))
+    assert len(rows) == 7
+    assert {len(ids) for ids in rows["input_ids"]} == {32}
+    assert isinstance(rows[0]["text"], str)
+
+
+def test_chat_answers_a_prompt_and_a_conversation(tiny: Path, packed: Path):
+    for model in (tiny, packed):
+        done = call("chat", str(model), "--prompt", "hello", "--max-new-tokens", "4", "--temperature", "0")
+        assert done.exit_code == 0, done.output
+    done = call("chat", str(tiny), "--max-new-tokens", "2", input="one\ntwo\n\n")
+    assert done.exit_code == 0, done.output
+    assert "chat; an empty line" in done.output
+    assert done.output.count("> ") >= 3
+
+
+def test_chat_without_a_template_completes(tiny: Path):
+    from llmqat.recipe import Conversation
+
+    talk = Conversation.open(str(tiny), max_new_tokens=2, temperature=0.0, seed=0)
+    talk.tokenizer.chat_template = None
+    assert talk.kind == "completion"
+    assert isinstance(talk.say("once upon"), str)
+    assert talk.messages == []

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmqat.layers import QuantConfig, WeightConfig
+from llmqat.recipe import Recipe, load_recipe, open_run_folder, training_arguments
+from llmqat.recipe.config import apply_override, parse_yaml
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
+
+
+def written(tmp_path: Path, **values: Any) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model": "some/model", "output": str(tmp_path / "out"), **values}))
+    return path
+
+
+def refusal(tmp_path: Path, *overrides: str, **values: Any) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_recipe(written(tmp_path, **values), overrides)
+    return str(caught.value)
+
+
+def test_all_shipped_recipes_were_found():
+    assert [path.name for path in RECIPES] == ["smollm2-135m-int4.yaml"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_is_valid_and_says_command_machine_time_result(path: Path):
+    recipe = load_recipe(path)
+    training_arguments(recipe)
+    for line, word in zip(path.read_text().splitlines(), ["command:", "machine:", "time:", "result:"], strict=False):
+        assert line.startswith(f"# {word}")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_takes_a_hub_model(path: Path):
+    assert load_recipe(path, ["model=HuggingFaceTB/SmolLM2-135M"]).model == "HuggingFaceTB/SmolLM2-135M"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("-2E5", -2e5),
+        ("1.5e-3", 1.5e-3),
+        ("3", 3),
+        ("0.5", 0.5),
+        ("true", True),
+        ("null", None),
+        ("[a, b]", ["a", "b"]),
+        ("e4", "e4"),
+        ("runs/1e-4", "runs/1e-4"),
+        ("", None),
+    ],
+)
+def test_values_are_read_as_people_write_them(text: str, value: Any):
+    parsed = parse_yaml(text, "test")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_a_key_given_twice_is_refused():
+    with pytest.raises(ValueError, match=r"'seed' is given twice"):
+        parse_yaml("seed: 1\nseed: 2", "recipe.yaml")
+
+
+def test_overrides_reach_nested_keys_and_make_sections(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path), ["train.learning_rate=1e-4", "quant.preset=int3", "seed=7", "model=x=y"])
+    assert recipe.train == {"learning_rate": 1e-4}
+    assert recipe.quant == QuantConfig.preset("int3")
+    assert recipe.seed == 7
+    assert recipe.model == "x=y"
+
+
+@pytest.mark.parametrize("override", ["train.max_steps", "=3", "train..max_steps=3"])
+def test_override_that_is_none_is_refused(override: str):
+    with pytest.raises(ValueError, match="not an override; write key=value"):
+        apply_override({}, override)
+
+
+def test_override_through_a_value_is_refused():
+    with pytest.raises(ValueError, match="model is 'm', which has no key 'size'"):
+        apply_override({"model": "m"}, "model.size=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("modle=x", ["'modle'", "did you mean 'model'"]),
+        ("quant.groupsize=32", ["quant", "'groupsize'"]),
+        ("quant.preset=int5", ["quant", "'int5'", "int4"]),
+        ("data.block_sise=32", ["data", "'block_sise'", "did you mean 'block_size'"]),
+        ("calibrate.methd=x", ["calibrate", "did you mean 'method'"]),
+        ("calibrate.method=gptq", ["calibrate.method='gptq'", "weighted_mse"]),
+        ("evaluate.windw=5", ["evaluate", "did you mean 'window'"]),
+        ("train.learning_rat=1", ["train", "did you mean 'learning_rate'"]),
+        ("train.learning_rate=fast", ["train.learning_rate='fast'", "float"]),
+        ("train.max_steps=2.5", ["train.max_steps=2.5", "int"]),
+        ("train.max_steps=true", ["train.max_steps=True", "int"]),
+        ("train.bf16=perhaps", ["train.bf16='perhaps'", "bool"]),
+        ("train.output_dir=x", ["train.output_dir", "'output'"]),
+        ("train.seed=3", ["train.seed", "'seed'"]),
+        ("seed=many", ["seed='many'", "integer"]),
+        ("quant.num_bits=9", ["quant.num_bits=9", "less than or equal to 8"]),
+        ("quant.weights={num_bits: 3}", ["quant", "exclude each other"]),
+        ("data.path=x", ["data", "data.path", "synthetic"]),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_key_value_and_way_out(tmp_path: Path, override: str, parts: list[str]):
+    message = refusal(tmp_path, override, quant={"preset": "int4"})
+    assert "recipe.yaml" in message
+    for part in parts:
+        assert part in message
+    assert "validation error" not in message
+
+
+def test_missing_model_is_named(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("output: x\n")
+    with pytest.raises(ValueError, match=r"model is missing; add it to the recipe or give model=VALUE"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
+def test_a_file_without_keys_is_refused(tmp_path: Path, text: str):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="holds no recipe"):
+        load_recipe(path)
+
+
+def test_broken_yaml_names_the_file(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: [unclosed\n")
+    with pytest.raises(ValueError, match=r"r\.yaml is not valid YAML"):
+        load_recipe(path)
+
+
+def test_missing_recipe_says_what_to_give(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"no recipe at .*; give a \.yaml file"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_quant_takes_a_preset_name_a_preset_with_changes_or_all_fields(tmp_path: Path):
+    by_name = load_recipe(written(tmp_path, quant="int8")).quant
+    assert by_name == QuantConfig.preset("int8")
+    changed = load_recipe(written(tmp_path, quant={"preset": "int4", "group_size": 32, "ignore": ["re:.*down"]})).quant
+    assert changed == QuantConfig.preset("int4", group_size=32, ignore=("re:.*down",))
+    full = load_recipe(written(tmp_path, quant={"weights": {"num_bits": 3, "strategy": "channel"}})).quant
+    assert full.weights == WeightConfig(num_bits=3, strategy="channel", group_size=None)
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path, quant={"preset": "int2"}, train={"learning_rate": "1e-4"}))
+    open_run_folder(recipe)
+    assert load_recipe(recipe.output) == recipe
+    assert isinstance(recipe.train["learning_rate"], float)
+
+
+def test_one_seed_serves_the_text_too_unless_it_has_its_own(tmp_path: Path):
+    assert load_recipe(written(tmp_path, seed=5)).data.seed == 5
+    assert load_recipe(written(tmp_path, seed=5, data={"seed": 6})).data.seed == 6
+
+
+def test_a_recipe_with_text_files_reads_back_as_itself(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path, data={"source": "text", "path": str(tmp_path / "a.txt")}))
+    open_run_folder(recipe)
+    assert load_recipe(recipe.output) == recipe
+
+
+def test_training_arguments_carry_the_recipe(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path, seed=5, train={"max_steps": 3, "scale_learning_rate": 0.01, "bf16": False}))
+    arguments = training_arguments(recipe)
+    assert (arguments.max_steps, arguments.seed, arguments.scale_learning_rate) == (3, 5, 0.01)
+    assert arguments.report_to == []
+    assert Path(arguments.output_dir).parent == recipe.output
+
+
+def test_a_combination_that_the_trainer_refuses_is_a_clear_error(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path, train={"optim": "adamw_magic"}))
+    with pytest.raises(ValueError, match=r"train: .*adamw_magic"):
+        training_arguments(recipe)
+
+
+def test_run_folder_of_the_same_recipe_goes_on_and_of_another_is_refused(tmp_path: Path):
+    path = written(tmp_path, train={"max_steps": 3})
+    assert open_run_folder(load_recipe(path)) is False
+    assert open_run_folder(load_recipe(path)) is True
+    with pytest.raises(FileExistsError, match=r"train\.max_steps=4 \(there: 3\)"):
+        open_run_folder(load_recipe(path, ["train.max_steps=4"]))
+    assert open_run_folder(load_recipe(path, ["train.max_steps=4"]), overwrite=True) is False
+
+
+def test_finished_run_is_refused_unless_overwritten(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path))
+    open_run_folder(recipe)
+    (recipe.output / "results.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        open_run_folder(recipe)
+    assert open_run_folder(recipe, overwrite=True) is False
+    assert not (recipe.output / "results.json").exists()
+
+
+def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path))
+    recipe.output.mkdir()
+    (recipe.output / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="is no run of llmqat"):
+            open_run_folder(recipe, overwrite=overwrite)
+    assert (recipe.output / "thesis.tex").read_text() == "years of work"
+
+
+def test_recipes_are_immutable(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+    assert isinstance(recipe, Recipe)
