@@ -18,6 +18,8 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 
 # Nine tenths of what is installed is never imported: bytecode is made at the first import, not for all files by pip.
 export PYTHONDONTWRITEBYTECODE :=
+# Threads that wait do not spin: beside another busy process, spinning made single operations a hundred times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

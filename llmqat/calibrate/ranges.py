@@ -1,8 +1,14 @@
-"""Setting every layer's starting scale: plain range, least squared error, or that error weighted by E[x^2]."""
+"""Setting every layer's starting scale: plain range, least squared error, or that error weighted by E[x^2].
+
+The search is hundreds of elementwise passes over slices that fit a core's cache; splitting each of them over cores costs
+more than it gives. So on a CPU the layers are spread over threads, and each thread computes alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +38,32 @@ def calibrate_ranges(
     if method not in ("minmax", "mse", "weighted_mse"):
         raise ValueError(f"calibrate.method={method!r} is unknown; choose minmax, mse or weighted_mse")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    for name in wrap(list(layers)):
+    missing = [name for name in layers if moments is None or name not in moments]
+    if method == "weighted_mse" and missing:
+        raise ValueError(f"method weighted_mse needs E[x^2] of {missing[0]}; run collect_moments on this model first")
+
+    @torch.no_grad()
+    def start(name: str) -> tuple[Tensor, Tensor | None]:
         layer = layers[name]
         shape = (layer.log_scale.shape[0], layer.log_scale.shape[1])
         if method == "minmax":
-            layer.set_scale(*minmax_scale(layer.weight, layer.grid, shape))
-            continue
-        importance = None
-        if method == "weighted_mse":
-            if moments is None or name not in moments:
-                raise ValueError(f"method weighted_mse needs E[x^2] of {name}; run collect_moments on this model first")
-            importance = moments[name]
-        layer.set_scale(*search_scale(layer.weight, layer.grid, shape, importance))
+            return minmax_scale(layer.weight, layer.grid, shape)
+        importance = moments[name] if moments is not None and method == "weighted_mse" else None
+        return search_scale(layer.weight, layer.grid, shape, importance)
+
+    on_cpu = all(layer.weight.device.type == "cpu" for layer in layers.values())
+    workers = torch.get_num_threads() if on_cpu else 1
+    with _one_thread_an_operation(), ThreadPoolExecutor(workers) as pool:
+        for name, found in zip(wrap(list(layers)), pool.map(start, layers), strict=True):
+            layers[name].set_scale(*found)
+
+
+@contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    """Inside, torch runs each operation on the thread that called it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -244,9 +244,9 @@ def candidate_from(
 
 def render(comparison: Comparison, title: str | None = None) -> RenderableType:
     """Returns the comparison as a rich table, a section for each text, with the findings below it."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("model", overflow="fold")
-    for heading in ("bits", "MB on\ndisk", "tokens/s", "perplexity", "KL", "top-1", "gap closed\nppl / KL"):
+    for heading in ("bits", "MB on\ndisk", "tok/s", "perplexity", "KL", "top-1", "gap closed\nppl / KL"):
         table.add_column(heading, justify="right", vertical="bottom")
     for position, text in enumerate(comparison.texts):
         if len(comparison.texts) > 1:
