@@ -1,7 +1,7 @@
 """Setting every layer's starting scale: plain range, least squared error, or that error weighted by E[x^2].
 
-The search is hundreds of elementwise passes over slices that fit a core's cache; splitting each of them over cores costs
-more than it gives. So on a CPU the layers are spread over threads, and each thread computes alone.
+The search is hundreds of elementwise passes over slices that fit a core's cache; splitting each of them over cores
+costs more than it gives. So on a CPU the layers are spread over threads, and each thread computes alone.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmqat.grid.fused import fused_kernels
+
 SCALE_FLOOR = 1e-5
 _CHUNK_ELEMENTS = 65_536
 
@@ -173,7 +175,11 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(weight, scale, zero_point)
-        ctx.grid = grid
+        ctx.grid, ctx.dtype = grid, dtype
+        fused = fused_kernels(grid.qmin, grid.qmax, dtype, weight.device) if zero_point is None else None
+        if fused is not None:
+            pair = weight.reshape(-1, _group_size(weight, scale)), scale.reshape(-1, 1)
+            return fused.forward(*pair).view(weight.shape)
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         flat = out.view(-1, _group_size(weight, scale))
         for rows, w, s, z in _chunks(weight, scale, zero_point):
@@ -186,6 +192,11 @@ class _FakeQuantize(torch.autograd.Function):
         weight, scale, zero_point = ctx.saved_tensors
         grid: Grid = ctx.grid
         group_size = _group_size(weight, scale)
+        fused = fused_kernels(grid.qmin, grid.qmax, ctx.dtype, weight.device) if zero_point is None else None
+        if fused is not None:
+            pair = weight.reshape(-1, group_size), scale.reshape(-1, 1)
+            dense, scales = fused.backward(*pair, grads[0].reshape(-1, group_size))
+            return dense.view(weight.shape).to(weight.dtype), scales.view(scale.shape), None, None, None
         needs_zero = zero_point is not None and ctx.needs_input_grad[2]
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         grad_scale = torch.empty(scale.numel(), 1, dtype=torch.float32, device=weight.device)

@@ -24,11 +24,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import is_torch_cuda_available
 
+from llmqat.grid import fusing
 from llmqat.layers import QuantLinear
 from llmqat.metrics import IGNORED_LABEL, Predictor, forward_kl
 from llmqat.models import capture_hidden, cast_parameters, head_weight, logit_transform
 
 logger = logging.getLogger(__name__)
+
+FUSING_PAYS = 10_000_000
+"""Quantized weights from which compiling the fake-quantize kernel (about ten seconds) pays in a short run."""
 
 
 def processor_has_bf16() -> bool:
@@ -74,6 +78,8 @@ class QATArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} is negative; a learning rate is 0 or more")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else TrainingArguments refuses bf16, which this processor may well have
         if self.fp16:
             raise ValueError("fp16=True is refused: small scales and their gradients underflow; use bf16 or float32")
         super().__post_init__()
@@ -111,13 +117,14 @@ class QATTrainer(Trainer):
         super().__init__(model=model, args=args, **options)
         # The loss is divided by num_items_in_batch in compute_loss; Trainer must count the tokens and not divide again.
         self.model_accepts_loss_kwargs = True
+        self._fuse = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantLinear)) >= FUSING_PAYS
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Runs forward and backward; both read unquantized parameters in the checkpoint's dtype."""
-        with self._checkpoint_numbers(model):
+        with self._checkpoint_numbers(model), fusing() if self._fuse else nullcontext():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
 

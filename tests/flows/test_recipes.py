@@ -34,7 +34,7 @@ def test_all_recipes_were_found():
 def test_shipped_recipe_runs_and_leaves_what_it_promises(path: Path, tiny_folder: Path, tmp_path: Path):
     result = run_small(path, tiny_folder, tmp_path / "run")
     assert result.training["steps"] == 2
-    assert result.training["tokens"] == 2 * 4 * 32
+    assert result.training["tokens"] == 2 * 2 * 32
     assert list(result.seconds) == ["load", "text", "calibrate", "train", "save", "evaluate"]
     assert [row.role for row in result.comparison.rows] == ROLES
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -1,0 +1,107 @@
+"""Fake quantization's forward and backward as one fused kernel each, made by torch.compile where a compiler is there.
+
+Eager, each is a handful of elementwise passes over slices that fit the cache; fused, it is one pass, three times as
+fast. Compiling takes seconds, so it happens only inside `fusing()`, which training opens. A fused pair is used only
+after it gave the eager forward and weight gradient bit for bit in a trial; where there is no compiler or the trial
+fails, the reason is logged once and the eager passes stay.
+
+Letters: N scales, g weights per scale; the weight is seen as [N, g], the scale as [N, 1].
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_TRIAL_SHAPE = (4099, 32)
+
+
+@dataclass(frozen=True)
+class FusedKernels:
+    """The two passes, symmetric grid.
+
+    Attributes:
+        forward: (weight [N, g], scale [N, 1]) -> fake-quantized weight [N, g] in the dtype asked for.
+        backward: (weight, scale, gradient [N, g]) -> (weight's gradient [N, g] float32, scale's gradient [N]).
+    """
+
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+_state = {"fusing": False}
+
+
+@contextmanager
+def fusing() -> Iterator[None]:
+    """Inside, fake quantization runs on fused kernels where they can be made."""
+    before = _state["fusing"]
+    _state["fusing"] = True
+    try:
+        yield
+    finally:
+        _state["fusing"] = before
+
+
+def fused_kernels(qmin: int, qmax: int, dtype: torch.dtype, device: torch.device) -> FusedKernels | None:
+    """Returns the fused pair of a symmetric grid for an output dtype; None outside `fusing` or without a compiler."""
+    if not _state["fusing"] or device.type == "meta":
+        return None
+    return _tried(qmin, qmax, dtype, device.type)
+
+
+@functools.cache
+def _tried(qmin: int, qmax: int, dtype: torch.dtype, device: str) -> FusedKernels | None:
+    eager = _passes(qmin, qmax, dtype)
+    try:
+        compiled = FusedKernels(
+            torch.compile(eager.forward, dynamic=True, fullgraph=True),
+            torch.compile(eager.backward, dynamic=True, fullgraph=True),
+        )
+        same = _agree(eager, compiled, qmax, dtype, device)
+    except Exception as error:  # a compiler can fail in any way; without it training is slower, not wrong
+        logger.warning("fake quantization is not fused (slower): %s", str(error).strip().splitlines()[0][:200])
+        return None
+    if not same:
+        logger.warning(
+            "fake quantization is not fused (slower): the compiled kernel rounds otherwise than the eager one"
+        )
+        return None
+    return compiled
+
+
+def _passes(qmin: int, qmax: int, dtype: torch.dtype) -> FusedKernels:
+    def forward(weight: Tensor, scale: Tensor) -> Tensor:
+        return (torch.clamp(torch.round(weight.float() / scale), qmin, qmax) * scale).to(dtype)
+
+    def backward(weight: Tensor, scale: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        v = weight.float() / scale
+        r = torch.round(v)
+        q = torch.clamp(r, qmin, qmax)
+        inside = (r == q).float()
+        g = gradient.float()
+        return g * inside, ((q - v * inside) * g).sum(-1)
+
+    return FusedKernels(forward, backward)
+
+
+def _agree(eager: FusedKernels, compiled: FusedKernels, qmax: int, dtype: torch.dtype, device: str) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(_TRIAL_SHAPE, generator=generator).to(device)
+    scale = (torch.randn(_TRIAL_SHAPE[0], 1, generator=generator).to(torch.bfloat16).float() * 2 / qmax).to(device)
+    scale = torch.where(scale == 0, 1.0, scale)
+    gradient = torch.randn(_TRIAL_SHAPE, generator=generator).to(device, dtype)
+    same_forward = torch.equal(eager.forward(weight, scale), compiled.forward(weight, scale))
+    (weights, scales), (own_weights, own_scales) = (
+        pair.backward(weight, scale, gradient) for pair in (eager, compiled)
+    )
+    # The scale's gradient is a sum, whose order differs.
+    return same_forward and torch.equal(weights, own_weights) and torch.allclose(scales, own_scales, 1e-3, 1e-3)

@@ -1,0 +1,66 @@
+"""The fused kernels: the eager numbers, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from llmqat.grid import Grid, fake_quantize, fused, fusing, snap_scale
+
+
+@pytest.fixture
+def fresh() -> None:
+    fused._tried.cache_clear()
+
+
+def _gradients(dtype: torch.dtype, columns: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, columns, generator=generator).requires_grad_()
+    scale = snap_scale(torch.randn(40, columns // 32, generator=generator) * 0.2).requires_grad_()
+    out = fake_quantize(weight, scale, None, Grid(4), dtype)
+    upstream = torch.randn(40, columns, generator=generator).to(dtype)
+    return out, *torch.autograd.grad(out, (weight, scale), upstream)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_fused_is_eager_bit_for_bit() -> None:
+    for dtype, columns in ((torch.bfloat16, 96), (torch.float32, 160)):
+        eager = _gradients(dtype, columns)
+        with fusing():
+            compiled = _gradients(dtype, columns)
+            assert fused.fused_kernels(-8, 7, dtype, torch.device("cpu")) is not None
+        assert torch.equal(eager[0], compiled[0])
+        assert torch.equal(eager[1], compiled[1])
+        assert torch.allclose(eager[2], compiled[2], rtol=1e-4, atol=1e-4)
+    assert fused.fused_kernels(-8, 7, torch.float32, torch.device("cpu")) is None
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_compiler_the_eager_passes_stay_and_the_reason_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*args: object, **options: object) -> None:
+        raise RuntimeError("no C++ compiler here")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    eager = _gradients(torch.bfloat16, 96)
+    with fusing(), caplog.at_level(logging.WARNING, logger="llmqat"):
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(_gradients(torch.bfloat16, 96), eager, strict=True))
+    assert [r.getMessage() for r in caplog.records] == ["fake quantization is not fused (slower): no C++ compiler here"]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_kernel_that_rounds_otherwise_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: _nudged(function(*args)))
+    with fusing(), caplog.at_level(logging.WARNING, logger="llmqat"):
+        assert fused.fused_kernels(-8, 7, torch.bfloat16, torch.device("cpu")) is None
+    assert "rounds otherwise" in caplog.text
+
+
+def _nudged(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    return result + 1 if isinstance(result, torch.Tensor) else result
