@@ -9,6 +9,8 @@ Letters: R rows, C codes per row, b bits.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -56,10 +58,11 @@ def unpack_int32(packed: Tensor, grid: Grid, columns: int) -> Tensor:
             f"packed codes are {packed.dtype} of {packed.shape[-1]} words a row; "
             f"{columns} codes of {bits} bits need torch.int32 of {words}"
         )
-    if 32 % bits == 0:
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-        spread = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-        return (spread.view(packed.shape[0], -1)[:, :columns] + grid.qmin).to(grid.code_dtype)
+    if 8 % bits == 0 and sys.byteorder == "little":
+        packed_bytes = packed.contiguous().view(torch.uint8)
+        spread = torch.stack([(packed_bytes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
+        codes = spread.view(packed.shape[0], -1)[:, :columns]
+        return (codes.view(grid.code_dtype) + grid.qmin) if grid.symmetric else codes.contiguous()
     unsigned = torch.nn.functional.pad(packed.to(torch.int64) & 0xFFFFFFFF, (0, 1))
     codes = torch.empty(packed.shape[0], columns, dtype=grid.code_dtype, device=packed.device)
     for word, shift, selected in _positions(columns, bits, packed.device):
