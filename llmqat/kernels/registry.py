@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmqat.kernels.cpu import CpuDequantizeKernel, CpuInt4Kernel
+from llmqat.kernels.cpu import MAX_DECODE_ROWS, CpuDequantizeKernel, CpuInt4Kernel
 from llmqat.kernels.reference import PackedWeight, ReferenceKernel
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, k
         reason = candidate.declines(x, weight)
         if reason is None:
             return candidate.linear(x, weight, bias)
-        _log_once(f"kernel {candidate.name} is not used: {reason}")
+        if x.numel() <= MAX_DECODE_ROWS * weight.in_features:  # with more rows no decode kernel is wanted anyway
+            _log_once(f"kernel {candidate.name} is not used: {reason}")
     raise AssertionError("unreachable: the reference kernel accepts everything")
 
 
