@@ -53,7 +53,7 @@ class _Group(typer.core.TyperGroup):
             errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_USER) from error
         except KeyboardInterrupt as error:
-            errors.print("interrupted; `llmqat train` goes on from its last checkpoint when the command is given again")
+            errors.print("interrupted; a `train` goes on from its last checkpoint when the same command is given again")
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
@@ -225,7 +225,9 @@ def quantize(
     group_size: GroupSizeOption = None,
     method: Annotated[str, typer.Option(help="search: scales from calibration; rtn: plain rounding.")] = "search",
     text: Annotated[Path | None, typer.Option(help="UTF-8 text file or folder to calibrate on.")] = None,
-    synthetic: Annotated[int, typer.Option(min=1, help="Without --text: tokens for the model to write.")] = 16384,
+    synthetic: Annotated[
+        int, typer.Option(min=1, help="Tokens to calibrate on; written by the model without --text.")
+    ] = 16384,
     block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block of calibration text.")] = 512,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,

@@ -412,11 +412,15 @@ def capture_hidden(model: nn.Module) -> Iterator[CapturedHidden]:
         captured.hidden = hidden
         return hidden[..., :1]
 
+    own = head.__dict__.get("forward")  # accelerate's device hooks are such a forward of the instance
     head.forward = stand_in
     try:
         yield captured
     finally:
-        del head.forward
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
 
 
 def output_head(model: nn.Module) -> nn.Module:
@@ -446,11 +450,13 @@ def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
 
     Args:
         config: a transformers model configuration (Cohere's `logit_scale`, Granite's `logits_scaling`, Gemma's
-            `final_logit_softcapping`).
+            `final_logit_softcapping` and its names elsewhere).
     """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     factor = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
-    cap = getattr(config, "final_logit_softcapping", None)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    cap = next((getattr(config, name) for name in caps if getattr(config, name, None) is not None), None)
     if factor == 1.0 and divisor == 1.0 and cap is None:
         return None
 

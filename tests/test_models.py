@@ -350,3 +350,12 @@ def test_cast_parameters_reads_in_dtype_with_gradients_and_restores() -> None:
     assert dict(model.named_parameters()).keys() == before.keys()
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_capturing_hidden_states_leaves_a_forward_of_the_head_s_own():
+    model = tiny_llama()
+    model.lm_head.forward = hooked = model.lm_head.forward
+    with capture_hidden(model) as captured:
+        model(torch.ones(1, 3, dtype=torch.long))
+    assert captured.take().shape == (1, 3, 64)
+    assert model.lm_head.forward is hooked

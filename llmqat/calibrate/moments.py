@@ -40,6 +40,8 @@ def collect_moments(
     if blocks.shape[0] == 0:
         raise ValueError("calibration got no token block; give it at least one")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if not layers:
+        raise ValueError("the model has no QuantLinear to calibrate; call llmqat.prepare(model, config) first")
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
     counts = dict.fromkeys(layers, 0)
 
@@ -52,6 +54,8 @@ def collect_moments(
         return hook
 
     with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
         stack.enter_context(quantizers_off(model))
         captured = stack.enter_context(capture_hidden(model))
         for name, layer in layers.items():

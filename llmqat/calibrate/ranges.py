@@ -38,6 +38,8 @@ def calibrate_ranges(
     if method not in ("minmax", "mse", "weighted_mse"):
         raise ValueError(f"calibrate.method={method!r} is unknown; choose minmax, mse or weighted_mse")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if not layers:
+        raise ValueError("the model has no QuantLinear to calibrate; call llmqat.prepare(model, config) first")
     missing = [name for name in layers if moments is None or name not in moments]
     if method == "weighted_mse" and missing:
         raise ValueError(f"method weighted_mse needs E[x^2] of {missing[0]}; run collect_moments on this model first")

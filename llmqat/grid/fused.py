@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,14 +69,36 @@ def _tried(qmin: int, qmax: int, dtype: torch.dtype, device: str) -> FusedKernel
         )
         same = _agree(eager, compiled, qmax, dtype, device)
     except Exception as error:  # a compiler can fail in any way; without it training is slower, not wrong
-        logger.warning("fake quantization is not fused (slower): %s", str(error).strip().splitlines()[0][:200])
+        _log_unfused(error)
         return None
     if not same:
         logger.warning(
             "fake quantization is not fused (slower): the compiled kernel rounds otherwise than the eager one"
         )
         return None
-    return compiled
+    return FusedKernels(_guarded(compiled.forward, eager.forward), _guarded(compiled.backward, eager.backward))
+
+
+def _guarded(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `compiled`, which gives way to `eager` for good should a later shape fail to compile."""
+    failed = False
+
+    def call(*tensors: Tensor) -> Any:
+        nonlocal failed
+        if not failed:
+            try:
+                return compiled(*tensors)
+            except Exception as error:  # as in the trial
+                failed = True
+                _log_unfused(error)
+        return eager(*tensors)
+
+    return call
+
+
+def _log_unfused(error: Exception) -> None:
+    reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+    logger.warning("fake quantization is not fused (slower): %s", reason)
 
 
 def _passes(qmin: int, qmax: int, dtype: torch.dtype) -> FusedKernels:

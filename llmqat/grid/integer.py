@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmqat.grid.fused import fused_kernels
+from llmqat.grid.fused import FusedKernels, fused_kernels
 
 SCALE_FLOOR = 1e-5
 _CHUNK_ELEMENTS = 65_536
@@ -176,7 +176,7 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, scale, zero_point)
         ctx.grid, ctx.dtype = grid, dtype
-        fused = fused_kernels(grid.qmin, grid.qmax, dtype, weight.device) if zero_point is None else None
+        fused = _fused(weight, scale, zero_point, grid, dtype)
         if fused is not None:
             pair = weight.reshape(-1, _group_size(weight, scale)), scale.reshape(-1, 1)
             return fused.forward(*pair).view(weight.shape)
@@ -192,10 +192,10 @@ class _FakeQuantize(torch.autograd.Function):
         weight, scale, zero_point = ctx.saved_tensors
         grid: Grid = ctx.grid
         group_size = _group_size(weight, scale)
-        fused = fused_kernels(grid.qmin, grid.qmax, ctx.dtype, weight.device) if zero_point is None else None
+        fused = _fused(weight, scale, zero_point, grid, ctx.dtype)
         if fused is not None:
             pair = weight.reshape(-1, group_size), scale.reshape(-1, 1)
-            dense, scales = fused.backward(*pair, grads[0].reshape(-1, group_size))
+            dense, scales = fused.backward(*pair, grads[0].reshape(-1, group_size).contiguous())
             return dense.view(weight.shape).to(weight.dtype), scales.view(scale.shape), None, None, None
         needs_zero = zero_point is not None and ctx.needs_input_grad[2]
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
@@ -224,6 +224,15 @@ class _FakeQuantize(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _fused(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, dtype: torch.dtype
+) -> FusedKernels | None:
+    # One scale for all is a shape that the compiler would specialize on, past the trial.
+    if zero_point is not None or scale.numel() == 1:
+        return None
+    return fused_kernels(grid.qmin, grid.qmax, dtype, weight.device)
 
 
 def _group_size(weight: Tensor, scale: Tensor) -> int:

@@ -6,6 +6,9 @@ it by name. Letters: O out features, I in features, G scales per row, b bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -83,8 +86,16 @@ class PackedLinear(nn.Module):
         """The code range."""
         return self.weights.grid
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        self._runtime = None  # moved or cast buffers: what kernels derived from the old ones is stale
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._runtime = None
+        super()._load_from_state_dict(*args, **options)
+
     def packed_weight(self) -> PackedWeight:
-        """Returns the weight as kernels take it; rebuilt when the buffers were replaced."""
+        """Returns the weight as kernels take it; rebuilt when the buffers were loaded, moved or replaced."""
         if self._runtime is None or self._runtime.packed is not self.weight_packed:
             zero_point = None
             if self.weight_zero_point is not None:

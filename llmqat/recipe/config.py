@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -251,7 +250,7 @@ def training_arguments(recipe: Recipe) -> QATArguments:
     Raises:
         ValueError: when TrainingArguments refuses a value or a combination.
     """
-    fields = {**TRAIN_DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **recipe.train}
+    fields = {**TRAIN_DEFAULTS, **recipe.train}
     try:
         return QATArguments(output_dir=str(recipe.output / TRAINER_FOLDER), seed=recipe.seed, **fields)
     except (TypeError, ValueError) as error:

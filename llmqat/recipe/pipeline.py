@@ -42,7 +42,7 @@ from llmqat.recipe.folder import (
     whole_checkpoint,
     write_whole,
 )
-from llmqat.train import QATArguments, QATTrainer, processor_has_bf16
+from llmqat.train import QATArguments, QATTrainer
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     with stage("text", recipe.data.source), arguments.main_process_first(local=False):
         blocks = kept_blocks(recipe.output, partial(_read_text, recipe, tokenizer, teacher))
     with stage("calibrate", recipe.calibrate.method):
-        calibrate(student, blocks.ids, recipe.calibrate)
+        calibrate(student, blocks.ids, recipe.calibrate, arguments.bf16)
         scales = _scales(student)
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
         training = _train(student, teacher, arguments, blocks)
@@ -141,18 +141,19 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     return result
 
 
-def calibrate(model: nn.Module, blocks: Tensor | None, config: CalibrationConfig) -> None:
+def calibrate(model: nn.Module, blocks: Tensor | None, config: CalibrationConfig, bf16: bool) -> None:
     """Sets the scales of a prepared `model` in place, as `config` says, from the first `config.blocks` of `blocks`.
 
     Args:
         model: prepared.
         blocks: token ids [N, L]; None will do for methods that look at weights alone.
         config: method and amounts.
+        bf16: run the forward in bfloat16.
     """
     moments = None
     if needs_text(config):
         assert blocks is not None
-        forward = cast_parameters(model, torch.bfloat16) if processor_has_bf16() else nullcontext()
+        forward = cast_parameters(model, torch.bfloat16) if bf16 else nullcontext()
         with forward:
             moments = collect_moments(model, blocks[: config.blocks], config.batch_size, _bar("moments", "batch"))
     calibrate_ranges(model, config.method, moments, _bar("ranges", "layer"))

@@ -15,6 +15,7 @@ from llmqat.layers import prepare
 from llmqat.models import load_model
 from llmqat.recipe.config import scheme_of
 from llmqat.recipe.pipeline import calibrate, needs_text, token_bar
+from llmqat.train import processor_has_bf16
 
 METHODS: dict[str, Literal["minmax", "weighted_mse"]] = {"rtn": "minmax", "search": "weighted_mse"}
 """The command line's word for a method -> `calibrate.method`."""
@@ -54,6 +55,8 @@ def quantize_model(
     """
     if method not in METHODS:
         raise ValueError(f"--method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if method == "rtn" and text is not None:
+        raise ValueError(f"--method rtn looks at the weights alone; drop --text {text}, or use --method search")
     if folder.exists() and not overwrite:  # save would say so too, but only after the calibration
         raise FileExistsError(f"output folder {folder} exists already; choose another --out, or give --overwrite")
     model, tokenizer = load_model(spec, torch.float32)
@@ -68,5 +71,5 @@ def quantize_model(
             blocks = load_blocks(data, tokenizer, load_model(spec, torch.bfloat16)[0], progress)
         facts["text"] = {"source": blocks.source, "sha256": blocks.sha256, "tokens": blocks.tokens}
         ids = blocks.ids
-    calibrate(model, ids, calibration)
+    calibrate(model, ids, calibration, processor_has_bf16())
     return save(model, folder, tokenizer, run=facts, overwrite=overwrite)

@@ -80,8 +80,7 @@ class QATArguments(TrainingArguments):
                 raise ValueError(f"{name}={value} is negative; a learning rate is 0 or more")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else TrainingArguments refuses bf16, which this processor may well have
-        if self.fp16:
-            raise ValueError("fp16=True is refused: small scales and their gradients underflow; use bf16 or float32")
+        _check_arguments(self)
         super().__post_init__()
 
 
@@ -96,7 +95,7 @@ class QATTrainer(Trainer):
         Args:
             model: a prepared model; trainable parameters below float32 are raised to float32 masters.
             teacher: the original model, any dtype; frozen here.
-            args: `QATArguments`, or `TrainingArguments` whose missing fields take QATArguments' defaults.
+            args: `QATArguments`; or `TrainingArguments`, where the fields that only QATArguments has take its defaults.
             **options: of transformers.Trainer. `train_dataset` yields {"input_ids", "labels"}; positions whose label is
                 -100 are not distilled.
 
@@ -110,11 +109,18 @@ class QATTrainer(Trainer):
             raise ValueError(
                 f"the student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}; they must match"
             )
+        if args is not None:
+            _check_arguments(args)
         raise_masters(model)
-        freeze = getattr(args, "freeze_embeddings", False)
-        if freeze:
+        if getattr(args, "freeze_embeddings", False):
             model.get_input_embeddings().weight.requires_grad_(False)
         super().__init__(model=model, args=args, **options)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process mean DataParallel, which this loss cannot be split over; start "
+                "one process per GPU with `accelerate launch` or `torchrun`, or show it one GPU by CUDA_VISIBLE_DEVICES"
+            )
+        _share_starting_scales(model, self.args.world_size)
         # The loss is divided by num_items_in_batch in compute_loss; Trainer must count the tokens and not divide again.
         self.model_accepts_loss_kwargs = True
         self._fuse = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantLinear)) >= FUSING_PAYS
@@ -180,6 +186,9 @@ class QATTrainer(Trainer):
             model = model or self.model
             optimizer, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer_cls_and_kwargs = optimizer, {**kwargs, "params": self._parameter_groups(model)}
+            made: torch.optim.Optimizer = super().create_optimizer(model)
+            self.optimizer_cls_and_kwargs = None  # type: ignore[assignment]  # Trainer has taken the groups out
+            return made
         return super().create_optimizer(model)
 
     def _checkpoint_numbers(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -215,6 +224,25 @@ def raise_masters(model: nn.Module) -> None:
             raised += 1
     if raised:
         logger.info("raised %d trainable parameters to float32 masters", raised)
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    """Raises ValueError for float16; makes DDP not look for unused parameters unless the user said to."""
+    if args.fp16:
+        raise ValueError("fp16=True is refused: small scales and their gradients underflow; use bf16 or float32")
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
+
+
+def _share_starting_scales(model: nn.Module, world_size: int) -> None:
+    """Gives every process the first one's starting scales: DDP without `broadcast_buffers` does not."""
+    if world_size == 1 or not torch.distributed.is_initialized():
+        return
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            for tensor in (module.initial_scale, module.zero_point):
+                if tensor is not None:
+                    torch.distributed.broadcast(tensor, src=0)
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:

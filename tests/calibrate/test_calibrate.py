@@ -65,3 +65,12 @@ def test_broken_activations_and_missing_moments_are_named() -> None:
         model.model.layers[1].input_layernorm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"input of model\.layers\.1\.self_attn\.q_proj holds NaN"):
         collect_moments(model, torch.randint(2, 258, (2, 8)))
+
+
+def test_a_model_that_is_not_prepared_is_refused() -> None:
+    for call in (
+        lambda m: collect_moments(m, torch.ones(1, 4, dtype=torch.long)),
+        lambda m: calibrate_ranges(m, "mse"),
+    ):
+        with pytest.raises(ValueError, match=r"call llmqat\.prepare"):
+            call(tiny_llama())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -64,3 +66,27 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(
 
 def _nudged(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
     return result + 1 if isinstance(result, torch.Tensor) else result
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_compilation_that_fails_later_gives_way_to_eager(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def compiles_once(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def call(*args: torch.Tensor) -> Any:
+            calls.append(1)
+            if len(calls) > 2:
+                raise AssertionError
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiles_once)
+    eager = _gradients(torch.bfloat16, 96)
+    with fusing(), caplog.at_level(logging.WARNING, logger="llmqat"):
+        for _ in range(2):
+            assert torch.equal(_gradients(torch.bfloat16, 96)[1], eager[1])
+    assert len(calls) == 4
+    assert "AssertionError" in caplog.text

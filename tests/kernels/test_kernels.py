@@ -90,3 +90,12 @@ def test_a_kernel_asked_for_by_name_must_fit() -> None:
         packed_linear(torch.randn(1, 384).bfloat16(), weight, kernel="cpu-int4")
     with pytest.raises(ValueError, match="kernel='cuda' is unknown; choose auto, cpu-int4"):
         packed_linear(torch.randn(1, 384).bfloat16(), weight, kernel="cuda")
+
+
+def test_loading_or_casting_a_layer_drops_what_was_derived_from_the_old_codes() -> None:
+    layer, other = (_packed(WeightConfig(num_bits=4, group_size=64)) for _ in range(2))
+    x = torch.randn(1, 384).bfloat16()
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    assert layer.to(torch.float32).packed_weight().scale.dtype == torch.float32

@@ -277,3 +277,15 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
 def test_wrong_arguments_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _arguments(tmp_path, **changes)
+
+
+def test_plain_training_arguments_are_checked_too(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    arguments.fp16 = True
+    with pytest.raises(ValueError, match="fp16=True is refused"):
+        QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
+    arguments.fp16 = False
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
+    assert trainer.args.ddp_find_unused_parameters is False
+    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {arguments.learning_rate, 1e-3}
