@@ -25,7 +25,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from llmqat.evaluate.compare import Comparison
     from llmqat.layers import AuditEntry, CoverageAudit
-    from llmqat.recipe import RunResult
+    from llmqat.recipe import EvaluationSettings, RunResult
 
 USER_MISTAKES = (ValueError, OSError, ImportError)
 """What a room raises when the input, the files or the installed packages are not what they must be."""
@@ -156,6 +156,22 @@ def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     console.print(f"memory: {memory} for teacher, masters, gradients and AdamW; activations on top", highlight=False)
 
 
+def _settings(
+    texts: list[str] | None, window: int, stride: int | None, max_windows: int, batch_size: int, speed: bool
+) -> EvaluationSettings:
+    """Returns what `eval` and `compare` measure; no text means the recipe's own, and 0 windows mean all."""
+    from llmqat.recipe import EvaluationSettings
+
+    return EvaluationSettings(
+        texts=tuple(texts or EvaluationSettings().texts),
+        window=window,
+        stride=stride,
+        max_windows=max_windows or None,
+        batch_size=batch_size,
+        speed=speed,
+    )
+
+
 @app.command(name="eval")
 def evaluate(
     models: ModelsArgument,
@@ -175,16 +191,9 @@ def evaluate(
 
         llmqat eval runs/a/model runs/b/model --reference HuggingFaceTB/SmolLM2-135M --window 512 --max-windows 40
     """
-    from llmqat.recipe import EvaluationSettings, compare_models
+    from llmqat.recipe import compare_models
 
-    settings = EvaluationSettings(
-        texts=tuple(text or EvaluationSettings().texts),
-        window=window,
-        stride=stride,
-        max_windows=max_windows or None,
-        batch_size=batch_size,
-        speed=False,
-    )
+    settings = _settings(text, window, stride, max_windows, batch_size, speed=False)
     _print_comparison(compare_models(models, settings, reference), json_file)
 
 
@@ -205,15 +214,9 @@ def compare(
 
         llmqat compare runs/a/model runs/b/model --reference HuggingFaceTB/SmolLM2-135M --json ab.json
     """
-    from llmqat.recipe import EvaluationSettings, compare_models
+    from llmqat.recipe import compare_models
 
-    settings = EvaluationSettings(
-        texts=tuple(text or EvaluationSettings().texts),
-        window=window,
-        stride=stride,
-        max_windows=max_windows or None,
-        batch_size=batch_size,
-    )
+    settings = _settings(text, window, stride, max_windows, batch_size, speed=True)
     _print_comparison(compare_models(models, settings, reference), json_file)
 
 

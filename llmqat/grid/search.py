@@ -68,7 +68,8 @@ def search_scale(
     for start in range(0, flat.shape[0], step):
         rows = slice(start, start + step)
         chunk = flat[rows].float()
-        h = None if spread is None else spread[torch.arange(flat.shape[0])[rows] % spread.shape[0]]
+        numbers = torch.arange(start, start + len(chunk), device=flat.device)
+        h = None if spread is None else spread[numbers % spread.shape[0]]
         scale, zero_point = _search_rows(chunk, grid, h)
         scales[rows] = scale
         if zeros is not None and zero_point is not None:
