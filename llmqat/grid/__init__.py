@@ -1,20 +1,34 @@
 """Pure tensor arithmetic of quantization: codes, scales, packing. Imports torch only."""
 
 from llmqat.grid.fused import fusing
-from llmqat.grid.integer import Grid, dequantize, fake_quantize, quantize, scale_from_log, snap_scale
+from llmqat.grid.integer import (
+    Grid,
+    Levels,
+    dequantize,
+    fake_quantize,
+    quantize,
+    round_zero_point,
+    scale_from_log,
+    snap_scale,
+    stored_codes,
+)
 from llmqat.grid.packing import pack_int32, unpack_int32
-from llmqat.grid.search import minmax_scale, search_scale
+from llmqat.grid.search import minmax_scale, percentile_scale, search_scale
 
 __all__ = [
     "Grid",
+    "Levels",
     "dequantize",
     "fake_quantize",
     "fusing",
     "minmax_scale",
     "pack_int32",
+    "percentile_scale",
     "quantize",
+    "round_zero_point",
     "scale_from_log",
     "search_scale",
     "snap_scale",
+    "stored_codes",
     "unpack_int32",
 ]

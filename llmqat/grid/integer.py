@@ -1,4 +1,4 @@
-"""The integer grid: weight = (code - zero_point) * scale, and its fake-quantized form with gradients.
+"""The grids: weight = (code - zero_point + offset) * scale, and its fake-quantized form with gradients.
 
 One number everywhere: training forward, evaluation and the packed file share the functions of this file, so a weight
 has the same value in all three, bit for bit. What makes that possible:
@@ -8,7 +8,9 @@ has the same value in all three, bit for bit. What makes that possible:
 - The autograd Function saves the weight and the scale and recomputes the rest: no copy of the weight is kept.
 
 The symmetric grid uses the full range [-2^(b-1), 2^(b-1)-1] and its scale may be negative, so that the entry of
-largest magnitude can take the one extra code on either side.
+largest magnitude can take the one extra code on either side. Two grids of 2 bits are not plain integers: "ternary" has
+the codes -1, 0, 1 (BitNet b1.58, 2402.17764), "seq" the levels -1.5, -0.5, 0.5, 1.5 (ParetoQ's stretched elastic
+quantization, 2502.02631), which is an offset of a half. The offset is 0 everywhere else.
 
 Work is done in row chunks that stay in a core's cache: the arithmetic is a dozen elementwise passes, and done on a
 whole weight each of them would go through main memory.
@@ -21,12 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from llmqat.grid.fused import FusedKernels, fused_kernels
+
+Levels = Literal["integer", "ternary", "seq"]
 
 SCALE_FLOOR = 1e-5
 _CHUNK_ELEMENTS = 65_536
@@ -34,30 +38,49 @@ _CHUNK_ELEMENTS = 65_536
 
 @dataclass(frozen=True)
 class Grid:
-    """The set of integer codes of a scheme.
+    """The set of codes of a scheme, and what they mean.
 
     Attributes:
         num_bits: bits a code, 2 to 8.
         symmetric: True for signed codes around zero, False for unsigned codes with a zero point.
+        levels: "integer"; or, at 2 bits, "ternary" (-1, 0, 1) or "seq" (half-integers).
     """
 
     num_bits: int
     symmetric: bool = True
+    levels: Levels = "integer"
 
     def __post_init__(self) -> None:
-        """Raises ValueError when `num_bits` is not in 2..8."""
+        """Raises ValueError when `num_bits` is not in 2..8, or the levels are not of such a grid."""
         if not 2 <= self.num_bits <= 8:
             raise ValueError(f"num_bits={self.num_bits} is not supported; choose 2 to 8")
+        if self.levels != "integer" and (self.num_bits != 2 or not self.symmetric):
+            raise ValueError(
+                f"levels={self.levels!r} with num_bits={self.num_bits}, symmetric={self.symmetric}; "
+                "these levels are a symmetric grid of 2 bits"
+            )
 
     @property
     def qmin(self) -> int:
         """Smallest code."""
+        if self.levels == "ternary":
+            return -1
         return -(2 ** (self.num_bits - 1)) if self.symmetric else 0
 
     @property
     def qmax(self) -> int:
         """Largest code."""
         return 2 ** (self.num_bits - 1) - 1 if self.symmetric else 2**self.num_bits - 1
+
+    @property
+    def offset(self) -> float:
+        """What a code lies below its level: a half for "seq", else 0."""
+        return 0.5 if self.levels == "seq" else 0.0
+
+    @property
+    def lopsided(self) -> bool:
+        """Whether the levels reach further on one side of zero, so that the sign of the scale matters."""
+        return self.symmetric and self.levels == "integer"
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -85,8 +108,22 @@ def scale_from_log(initial_scale: Tensor, log_scale: Tensor, gradient_factor: fl
     return snap_scale(initial_scale * torch.exp(_ScaleGradient.apply(log_scale.float(), gradient_factor)))  # type: ignore[no-untyped-call]
 
 
+def round_zero_point(zero_point: Tensor, grid: Grid, gradient_factor: float) -> Tensor:
+    """Returns the learned zero point [O, G] as the integers that the forward uses, straight-through.
+
+    Args:
+        zero_point: [O, G] float32, the trained parameter.
+        grid: the code range, which the integer is clipped to.
+        gradient_factor: multiplies the parameter's gradient; the scale's factor serves.
+
+    Source: LSQ+ (2004.09576) section 3, with the zero point as a code instead of a real offset.
+    """
+    factored = _ScaleGradient.apply(zero_point.float(), gradient_factor)  # type: ignore[no-untyped-call]
+    return _RoundZeroPoint.apply(factored, grid.qmin, grid.qmax)  # type: ignore[no-untyped-call]
+
+
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
-    """Returns the integer codes of `weight`: clip(round(w / s) + z, qmin, qmax), half to even.
+    """Returns the integer codes of `weight`: clip(round(w / s - offset) + z, qmin, qmax), half to even.
 
     Args:
         weight: [O, I], any float dtype.
@@ -100,23 +137,37 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
     codes = torch.empty(weight.shape, dtype=grid.code_dtype, device=weight.device)
     flat = codes.view(-1, _group_size(weight, scale))
     for rows, w, s, z in _chunks(weight, scale, zero_point):
-        flat[rows] = _rounded(w, s, z).clamp_(grid.qmin, grid.qmax).to(grid.code_dtype)
+        flat[rows] = _rounded(w, s, z, grid.offset).clamp_(grid.qmin, grid.qmax).to(grid.code_dtype)
     return codes
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Returns (code - zero_point) * scale, computed in float32 and rounded once to `dtype`.
+def stored_codes(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid, float]:
+    """Returns `codes` as plain integers, their grid, and the factor of the scale; the products stay the same numbers.
+
+    No packed format knows half-integer levels: "seq" is stored as the odd codes -3, -1, 1, 3 of 3 bits at half the
+    scale, which is exact. "ternary" is stored in 2 bits.
+    """
+    if grid.levels == "seq":
+        return 2 * codes + 1, Grid(3), 0.5
+    return codes, Grid(grid.num_bits, grid.symmetric), 1.0
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, offset: float = 0.0
+) -> Tensor:
+    """Returns (code - zero_point + offset) * scale, computed in float32 and rounded once to `dtype`.
 
     Args:
         codes: [O, I] integers.
         scale: [O, G], any float dtype (bfloat16 values are exact).
         zero_point: [O, G] or None.
         dtype: of the result.
+        offset: the grid's.
     """
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     flat = weight.view(-1, _group_size(codes, scale))
     for rows, q, s, z in _chunks(codes, scale, zero_point):
-        flat[rows] = (q if z is None else q - z) * s
+        flat[rows] = _levels(q, z, offset) * s
     return weight
 
 
@@ -125,9 +176,9 @@ def fake_quantize(
 ) -> Tensor:
     """Returns dequantize(quantize(weight)) as a differentiable function of weight and scale.
 
-    With v = w/s, r = round(v) + z, q = clip(r, qmin, qmax), inside = [q == r]:
+    With v = w/s, r = round(v - offset) + z, q = clip(r, qmin, qmax), l = q - z + offset, inside = [q == r]:
         dL/dw = dL/dŵ * inside
-        dL/ds = sum over the group of dL/dŵ * (q - z - v if inside else q - z)
+        dL/ds = sum over the group of dL/dŵ * (l - v if inside else l)
         dL/dz = sum over the group of dL/dŵ * (0 if inside else -s)
 
     Args:
@@ -169,6 +220,16 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
+class _RoundZeroPoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        return zero_point.round().clamp_(qmin, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -183,8 +244,8 @@ class _FakeQuantize(torch.autograd.Function):
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         flat = out.view(-1, _group_size(weight, scale))
         for rows, w, s, z in _chunks(weight, scale, zero_point):
-            q = _rounded(w, s, z).clamp_(grid.qmin, grid.qmax)
-            torch.mul(q if z is None else q.sub_(z), s, out=flat[rows])
+            q = _rounded(w, s, z, grid.offset).clamp_(grid.qmin, grid.qmax)
+            torch.mul(_levels(q, z, grid.offset), s, out=flat[rows])
         return out
 
     @staticmethod
@@ -206,15 +267,14 @@ class _FakeQuantize(torch.autograd.Function):
         for rows, w, s, z in _chunks(weight, scale, zero_point):
             g = flat_grad[rows].float()
             v = w / s
-            r = v.round()
+            r = (v - grid.offset).round_() if grid.offset else v.round()
             if z is not None:
                 r += z
             q = r.clamp(grid.qmin, grid.qmax)
             inside = r.eq_(q)
             if grad_zero is not None:
                 grad_zero[rows] = ((inside - 1).mul_(g)).sum(-1, keepdim=True) * s
-            if z is not None:
-                q -= z
+            q = _levels(q, z, grid.offset)
             grad_scale[rows] = torch.linalg.vecdot(q.addcmul_(v, inside, value=-1), g).unsqueeze(-1)
             torch.mul(g, inside, out=flat_grad_weight[rows])
         return (
@@ -230,7 +290,7 @@ def _fused(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, dtype: torch.dtype
 ) -> FusedKernels | None:
     # One scale for all is a shape that the compiler would specialize on, past the trial.
-    if zero_point is not None or scale.numel() == 1:
+    if zero_point is not None or grid.offset or scale.numel() == 1:
         return None
     return fused_kernels(grid.qmin, grid.qmax, dtype, weight.device)
 
@@ -239,9 +299,18 @@ def _group_size(weight: Tensor, scale: Tensor) -> int:
     return weight.numel() // scale.numel()
 
 
-def _rounded(w: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
-    v = (w / s).round_()
+def _rounded(w: Tensor, s: Tensor, z: Tensor | None, offset: float) -> Tensor:
+    v = w / s
+    if offset:
+        v -= offset
+    v.round_()
     return v if z is None else v.add_(z)
+
+
+def _levels(q: Tensor, z: Tensor | None, offset: float) -> Tensor:
+    """Returns q - z + offset."""
+    q = q if z is None else q - z
+    return q + offset if offset else q
 
 
 def _chunks(

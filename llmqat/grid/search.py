@@ -23,7 +23,8 @@ def minmax_scale(weight: Tensor, grid: Grid, shape: tuple[int, int]) -> tuple[Te
     """Returns (scale, zero_point) of plain rounding: the range of each group, unclipped.
 
     Symmetric: max|w| / (2^(b-1) - 1), the field's plain "absmax" rounding. Asymmetric: (max - min) / (2^b - 1) over a
-    range that includes 0.
+    range that includes 0. Ternary: mean|w| (BitNet b1.58, 2402.17764, equation 3). SEQ: max|w| / 2 (ParetoQ,
+    2502.02631, section 3).
 
     Args:
         weight: [O, I] float.
@@ -33,9 +34,43 @@ def minmax_scale(weight: Tensor, grid: Grid, shape: tuple[int, int]) -> tuple[Te
     Returns:
         scale [*shape] float32 snapped, zero_point [*shape] float32 or None when symmetric.
     """
-    low, high = torch.aminmax(weight.detach().reshape(shape[0] * shape[1], -1).float(), dim=-1, keepdim=True)
-    scale, zero_point = _plain(low, high, grid)
+    flat = weight.detach().reshape(shape[0] * shape[1], -1).float()
+    scale, zero_point = _plain(flat, *torch.aminmax(flat, dim=-1, keepdim=True), grid)
     return scale.view(shape), None if zero_point is None else zero_point.view(shape)
+
+
+def percentile_scale(
+    weight: Tensor, grid: Grid, shape: tuple[int, int], percentile: float
+) -> tuple[Tensor, Tensor | None]:
+    """Returns (scale, zero_point) of plain rounding whose range leaves (100 - percentile) % of a group outside.
+
+    Half of it lies beyond each end for an asymmetric grid; a symmetric one takes the percentile of |w|.
+
+    Args:
+        weight: [O, I] float.
+        grid: the code range.
+        shape: (O, G), (O, 1) or (1, 1): the scale's.
+        percentile: above 50, at most 100, which is `minmax_scale`'s range.
+
+    Returns:
+        scale [*shape] float32 snapped, zero_point [*shape] float32 or None when symmetric.
+    """
+    flat = weight.detach().reshape(shape[0] * shape[1], -1).float()
+    if grid.symmetric:
+        high = _row_quantile(flat.abs(), percentile / 100)
+        return snap_scale(high / _reach(grid)).view(shape), None
+    tail = (1 - percentile / 100) / 2
+    scale, zero_point = _asymmetric(_row_quantile(flat, tail), _row_quantile(flat, 1 - tail), grid)
+    return scale.view(shape), zero_point.view(shape)
+
+
+def _row_quantile(rows: Tensor, share: float) -> Tensor:
+    """Returns the linearly interpolated quantile of each row, [N, 1]; torch.quantile refuses large inputs."""
+    ordered = rows.sort(dim=-1).values
+    position = share * (rows.shape[1] - 1)
+    below = min(int(position), rows.shape[1] - 1)
+    above = min(below + 1, rows.shape[1] - 1)
+    return torch.lerp(ordered[:, below : below + 1], ordered[:, above : above + 1], position - below)
 
 
 @torch.no_grad()
@@ -81,10 +116,10 @@ def _search_rows(w: Tensor, grid: Grid, h: Tensor | None) -> tuple[Tensor, Tenso
     low, high = torch.aminmax(w, dim=-1, keepdim=True)
     root = None if h is None else h.sqrt()
     buffers = torch.empty_like(w), torch.empty_like(w)
-    best_scale, best_zero = _plain(low, high, grid)
+    best_scale, best_zero = _plain(w, low, high, grid)
     best_error = _weighted_error(w, best_scale, best_zero, grid, root, buffers)
     for ratio in CLIP_RATIOS:
-        for sign in (1.0, -1.0) if grid.symmetric else (1.0,):
+        for sign in (1.0, -1.0) if grid.lopsided else (1.0,):
             scale, zero_point = _candidate(low, high, grid, ratio, sign)
             error = _weighted_error(w, scale, zero_point, grid, root, buffers)
             better = error < best_error
@@ -103,6 +138,8 @@ def _weighted_error(
     torch.mul(w, scale.reciprocal(), out=v)
     if zero_point is not None:
         v.add_(zero_point)
+    if grid.offset:
+        v.sub_(grid.offset)
     torch.clamp(v, grid.qmin, grid.qmax, out=q)
     q.round_().sub_(v)
     if root is not None:
@@ -110,19 +147,31 @@ def _weighted_error(
     return torch.linalg.vecdot(q, q).unsqueeze(-1).mul_(scale.square())
 
 
-def _plain(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def _reach(grid: Grid) -> float:
+    """Returns what an unclipped |w| is divided by to give the scale of plain symmetric rounding."""
+    return 2.0 if grid.levels == "seq" else float(grid.qmax)
+
+
+def _plain(w: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    if grid.levels == "ternary":
+        return snap_scale(w.abs().mean(-1, keepdim=True)), None
     if grid.symmetric:
-        return snap_scale(torch.maximum(high, -low) / grid.qmax), None
-    return _candidate(low, high, grid, 1.0, 1.0)
+        return snap_scale(torch.maximum(high, -low) / _reach(grid)), None
+    return _asymmetric(low, high, grid)
 
 
 def _candidate(low: Tensor, high: Tensor, grid: Grid, ratio: float, sign: float) -> tuple[Tensor, Tensor | None]:
     """Returns the snapped scale and the zero point for the range [low, high] * ratio; sign -1 turns the scale over."""
-    if grid.symmetric:
-        # The entry of largest magnitude lands on qmin = -2^(b-1): a negative maximum takes a positive scale.
-        extreme = torch.where(high > -low, high, low)
-        return snap_scale(extreme * (sign * ratio / grid.qmin)), None
-    low, high = low.clamp(max=0) * ratio, high.clamp(min=0) * ratio
+    if not grid.symmetric:
+        return _asymmetric(low * ratio, high * ratio, grid)
+    # The entry of largest magnitude lands on qmin = -2^(b-1): a negative maximum takes a positive scale.
+    extreme = torch.where(high > -low, high, low)
+    divisor = grid.qmin if grid.lopsided else _reach(grid)
+    return snap_scale(extreme * (sign * ratio / divisor)), None
+
+
+def _asymmetric(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = snap_scale((high - low) / grid.qmax)
     return scale, torch.round(-low / scale).clamp_(grid.qmin, grid.qmax)
 
