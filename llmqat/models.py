@@ -46,7 +46,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llmqat.layers import QuantLinear
+from llmqat.layers import QUANTIZER_PARAMETERS, PackedModule, QuantModule, TiedHead
 
 logger = logging.getLogger(__name__)
 
@@ -439,10 +439,32 @@ def output_head(model: nn.Module) -> nn.Module:
 
 
 def head_weight(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Returns the output head's weight [V, D] and bias [V] or None."""
+    """Returns the output head's weight [V, D] and bias [V] or None; a quantized weight as the forward computes with it.
+
+    Inside `cast_parameters` both are in its dtype. Made anew at each call where the head is quantized.
+    """
     head = output_head(model)
-    weight: Any = head.weight
-    return weight, getattr(head, "bias", None)
+    bias: Tensor | None = getattr(head, "bias", None)
+    source = head.embedding if isinstance(head, TiedHead) else head
+    if isinstance(source, QuantModule):
+        dtype = source.compute_dtype or source.weight.dtype
+        return source.quantized_weight(dtype), None if bias is None else bias.to(dtype)
+    if isinstance(source, PackedModule):
+        return source.dequantized_weight(source.weight_scale.dtype), bias
+    weight: Any = source.weight
+    return weight, bias
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Returns the number of logits that the output head makes."""
+    head = output_head(model)
+    source: Any = head.embedding if isinstance(head, TiedHead) else head
+    return int(source.rows if isinstance(source, (QuantModule, PackedModule)) else source.weight.shape[0])
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Returns the device that the model's inputs belong on."""
+    return next(tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
 
 
 def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
@@ -491,14 +513,18 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     casts: dict[int, Tensor] = {}
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    quantizers: list[tuple[QuantModule, torch.dtype | None]] = []
     in_float32 = kept_in_float32(model)
     try:
         for prefix, module in model.named_modules():
-            quantized = isinstance(module, QuantLinear)
+            quantized = isinstance(module, QuantModule)
+            if isinstance(module, QuantModule):
+                quantizers.append((module, module.compute_dtype))
+                module.compute_dtype = dtype
             for name, parameter in list(module._parameters.items()):
                 if parameter is None or parameter.dtype == dtype or not parameter.is_floating_point():
                     continue
-                if (quantized and name in ("weight", "log_scale")) or in_float32(f"{prefix}.{name}"):
+                if (quantized and name in QUANTIZER_PARAMETERS) or in_float32(f"{prefix}.{name}"):
                     continue
                 if id(parameter) not in casts:
                     casts[id(parameter)] = parameter.to(dtype)
@@ -508,3 +534,5 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for module, name, parameter in replaced:
             module._parameters[name] = parameter
+        for quantizer, before in quantizers:
+            quantizer.compute_dtype = before

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -60,11 +62,29 @@ def tiny_qwen3(seed: int = 0, **changes: Any) -> PreTrainedModel:
     return _sharpened(Qwen3ForCausalLM(Qwen3Config(**{**_SHAPE, "tie_word_embeddings": True, **changes})))
 
 
+def tiny_mixtral(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a random two-layer Mixtral (four stacked experts a layer) in float32, evaluation mode."""
+    return tiny_model("mixtral", seed, num_local_experts=4, num_experts_per_tok=2, **changes)
+
+
+def tiny_gpt2(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a random two-layer GPT-2 (Conv1D layers) in float32, evaluation mode."""
+    return tiny_model("gpt2", seed, **changes)
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a random two-layer causal language model of any architecture in float32, evaluation mode."""
+    torch.manual_seed(seed)
+    known = AutoConfig.for_model(model_type)
+    shape = {key: value for key, value in _SHAPE.items() if hasattr(known, key)}
+    return _sharpened(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**shape, **changes})))
+
+
 def _sharpened(model: PreTrainedModel) -> PreTrainedModel:
     """Enlarges the initial weights, so that outputs depend on the input visibly."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.mul_(4)
             elif "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -1,4 +1,4 @@
-"""Setting every layer's starting scale: plain range, least squared error, or that error weighted by E[x^2].
+"""Setting every weight's starting scale: plain range, percentile, least squared error, or that weighted by E[x^2].
 
 The search is hundreds of elementwise passes over slices that fit a core's cache; splitting each of them over cores
 costs more than it gives. So on a CPU the layers are spread over threads, and each thread computes alone.
@@ -13,8 +13,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from llmqat.grid import minmax_scale, search_scale
-from llmqat.layers import QuantLinear
+from llmqat.grid import minmax_scale, percentile_scale, search_scale
+from llmqat.layers import QuantLinear, QuantModule
+
+METHODS = ("minmax", "percentile", "mse", "weighted_mse")
+"""Ways to set a scale."""
 
 
 @torch.no_grad()
@@ -23,35 +26,40 @@ def calibrate_ranges(
     method: str,
     moments: Mapping[str, Tensor] | None = None,
     wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
+    percentile: float = 99.9,
 ) -> None:
-    """Sets the starting scale (and zero point) of every QuantLinear of `model`, in place.
+    """Sets the starting scale (and zero point) of every quantized weight of `model`, in place.
 
     Args:
         model: a prepared model.
-        method: "minmax", "mse" or "weighted_mse".
-        moments: layer name -> E[x^2] [I], from `collect_moments`; needed by "weighted_mse".
+        method: a name in `METHODS`.
+        moments: layer name -> E[x^2] [I], from `collect_moments`; "weighted_mse" needs those of linear layers, and
+            takes equal weights for embeddings and experts that have none.
         wrap: put around the iteration over layer names, for a progress bar.
+        percentile: share of a group's weights inside the range, in percent; only for "percentile".
 
     Raises:
-        ValueError: for an unknown method, or moments missing for a layer.
+        ValueError: for an unknown method, or moments missing for a linear layer.
     """
-    if method not in ("minmax", "mse", "weighted_mse"):
-        raise ValueError(f"calibrate.method={method!r} is unknown; choose minmax, mse or weighted_mse")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if method not in METHODS:
+        raise ValueError(f"calibrate.method={method!r} is unknown; choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
     if not layers:
         raise ValueError("the model has no QuantLinear to calibrate; call llmqat.prepare(model, config) first")
-    missing = [name for name in layers if moments is None or name not in moments]
+    known = {} if moments is None or method != "weighted_mse" else moments
+    missing = [name for name, layer in layers.items() if isinstance(layer, QuantLinear) and name not in known]
     if method == "weighted_mse" and missing:
         raise ValueError(f"method weighted_mse needs E[x^2] of {missing[0]}; run collect_moments on this model first")
 
     @torch.no_grad()
     def start(name: str) -> tuple[Tensor, Tensor | None]:
         layer = layers[name]
-        shape = (layer.log_scale.shape[0], layer.log_scale.shape[1])
+        weight, grid, shape = layer.matrix(), layer.grid, layer.scale_shape
         if method == "minmax":
-            return minmax_scale(layer.weight, layer.grid, shape)
-        importance = moments[name] if moments is not None and method == "weighted_mse" else None
-        return search_scale(layer.weight, layer.grid, shape, importance)
+            return minmax_scale(weight, grid, shape)
+        if method == "percentile":
+            return percentile_scale(weight, grid, shape, percentile)
+        return search_scale(weight, grid, shape, known.get(name))
 
     on_cpu = all(layer.weight.device.type == "cpu" for layer in layers.values())
     workers = torch.get_num_threads() if on_cpu else 1

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.metrics import IGNORED_LABEL, Predictor, TokenStatistics, token_statistics
-from llmqat.models import capture_hidden, cast_parameters, head_weight, logit_transform
+from llmqat.models import capture_hidden, cast_parameters, head_weight, logit_transform, model_device
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the tokens done and the tokens in all."""
@@ -224,7 +224,7 @@ def _final_hidden_states(
     """Yields the rows of each batch of windows and their final hidden states [B, L, D]."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} evaluates nothing; choose at least 1")
-    device = head_weight(model)[0].device
+    device = model_device(model)
     with capture_hidden(model) as captured:
         for start in range(0, len(windows), batch_size):
             rows = slice(start, min(start + batch_size, len(windows)))

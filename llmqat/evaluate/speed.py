@@ -22,13 +22,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llmqat.models import check_safetensors, head_weight, weight_files
+from llmqat.models import check_safetensors, model_device, vocabulary_size, weight_files
 
 PARTS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("linears", re.compile(r"\.weight_packed$")),
-    ("scales", re.compile(r"\.weight_(scale|zero_point)$")),
-    ("other", re.compile(r"\.weight_shape$")),
     ("embeddings", re.compile(r"(embed|wte|wpe|lm_head)")),
+    ("linears", re.compile(r"\.weight_packed$")),
+    ("scales", re.compile(r"\.(weight|input)_(scale|zero_point)$")),
+    ("other", re.compile(r"\.weight_shape$")),
 )
 """The first pattern found in a tensor's name says its part; of the rest, matrices are linears and vectors other."""
 
@@ -103,9 +103,9 @@ def decode_speed(
     for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
         if count < 1:
             raise ValueError(f"{name}={count} measures nothing; choose at least 1")
-    head = head_weight(model)[0]
+    device = model_device(model)
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(head.shape[0], (1, prompt_tokens), generator=generator).to(head.device)
+    prompt = torch.randint(vocabulary_size(model), (1, prompt_tokens), generator=generator).to(device)
     was_training = model.training
     model.eval()
     try:

@@ -36,7 +36,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 import llmqat
 from llmqat.export import compressed_tensors
 from llmqat.kernels import KERNELS
-from llmqat.layers import PackedLinear, QuantLinear
+from llmqat.layers import PackedEmbedding, PackedLinear, PackedModule, QuantEmbedding, QuantModule, TiedHead
 from llmqat.models import (
     cast_parameters,
     folder_in_progress,
@@ -93,7 +93,7 @@ class ExportReport:
         format: the format's name in `FORMATS`.
         bytes: bytes of the weight files by part (`PARTS`); they add up to the files' sizes.
         files: bytes of every file of the folder, by name.
-        quantized_weights: number of weights in packed layers.
+        quantized_weights: number of weights in packed layers other than embeddings and output head.
         proof: what was compared: tensors, packed layers, probe tokens.
     """
 
@@ -116,7 +116,7 @@ class ExportReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk of a weight in a packed layer: codes, scales and zero points."""
+        """Bits on disk of a packed weight: codes, scales and zero points; embeddings and head not counted."""
         packed = sum(self.bytes[part] for part in ("codes", "scales", "zero_points"))
         return 8 * packed / max(self.quantized_weights, 1)
 
@@ -153,7 +153,7 @@ def save(
     """Writes `model` packed to `folder`, proves it, and returns what was written. The model is not changed.
 
     Args:
-        model: a prepared (QuantLinear) or converted (PackedLinear) causal language model, unwrapped.
+        model: a prepared or converted causal language model, unwrapped.
         folder: must not exist, unless `overwrite`.
         tokenizer: written beside the weights where given.
         dtype: of scales, biases and all parameters left in high precision.
@@ -202,8 +202,13 @@ def _check_arguments(model: nn.Module, dtype: torch.dtype, run: Mapping[str, Any
             f"{type(model).__name__} has no quantized layer; call llmqat.prepare(model, config) first, "
             f"or model.save_pretrained(folder) for a full-precision checkpoint"
         )
-    if any(isinstance(layer, QuantLinear) and not layer.enabled for layer in layers):
+    if any(isinstance(layer, QuantModule) and not layer.enabled for layer in layers):
         raise ValueError("the model's quantizers are switched off; call save outside of quantizers_off(model)")
+    if any(isinstance(layer, QuantModule) and layer.strength < 1 for layer in layers):
+        raise ValueError(
+            "the warm-up of quantization is not over (quantization_warmup_steps), so the model still computes with "
+            "blended weights; train on, or set `strength` of its layers to 1"
+        )
     try:
         json.dumps(run)
     except (TypeError, ValueError) as error:
@@ -266,14 +271,14 @@ def _bytes_by_part(model: nn.Module, folder: Path, written: Mapping[str, Tensor]
 def _part(model: nn.Module, name: str) -> str:
     owner, _, leaf = name.rpartition(".")
     module: nn.Module = model.get_submodule(owner)
-    packed = {"weight_packed": "codes", "weight_scale": "scales", "weight_shape": "shapes"}
-    packed["weight_zero_point"] = "zero_points"
-    if isinstance(module, (QuantLinear, PackedLinear)):
-        return packed.get(leaf, "other")
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, QuantEmbedding, PackedEmbedding)):
         return "embeddings"
     if isinstance(model, PreTrainedModel) and module is model.get_output_embeddings():
         return "head"
+    packed = {"weight_packed": "codes", "weight_scale": "scales", "weight_shape": "shapes", "input_scale": "scales"}
+    packed |= {"weight_zero_point": "zero_points", "input_zero_point": "zero_points"}
+    if isinstance(module, (QuantModule, PackedModule)):
+        return packed.get(leaf, "other")
     return "norms" if "norm" in type(module).__name__.lower() else "other"
 
 
@@ -285,7 +290,12 @@ def _header_bytes(path: Path) -> int:
 
 
 def _quantized_weights(model: nn.Module) -> int:
-    return sum(layer.in_features * layer.out_features for _, layer in compressed_tensors.quantized_layers(model))
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return sum(
+        layer.rows * layer.columns
+        for _, layer in compressed_tensors.quantized_layers(model)
+        if layer is not head and not isinstance(layer, (QuantEmbedding, PackedEmbedding))
+    )
 
 
 # The proof
@@ -361,10 +371,14 @@ def _prove_weights(model: nn.Module, reloaded: nn.Module, dtype: torch.dtype) ->
     count = 0
     for name, layer in compressed_tensors.quantized_layers(model):
         packed = reloaded.get_submodule(name)
-        if not isinstance(packed, PackedLinear):
+        if not isinstance(packed, PackedModule):
             raise ProofError(f"{name} is quantized, but reloads as a {type(packed).__name__}")
-        trained = layer.quantized_weight(dtype) if isinstance(layer, QuantLinear) else layer.dequantized_weight(dtype)
-        if not torch.equal(packed.dequantized_weight(dtype), trained):
+        trained = (
+            layer.quantized_matrix(dtype)
+            if isinstance(layer, QuantModule)
+            else layer.packed_weight().dequantized(dtype)
+        )
+        if not torch.equal(packed.packed_weight().dequantized(dtype), trained):
             raise ProofError(f"{name}: the weight on disk dequantizes to other numbers than the training forward's")
         count += 1
     packed_on_disk = sum(1 for _ in compressed_tensors.quantized_layers(reloaded))
@@ -403,7 +417,7 @@ def _probe_logits(model: PreTrainedModel, dtype: torch.dtype, probe: Tensor) -> 
 
 @contextmanager
 def _reference_kernel(model: nn.Module) -> Iterator[None]:
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    layers = [module for module in model.modules() if isinstance(module, (PackedLinear, TiedHead))]
     before = [layer.kernel for layer in layers]
     try:
         for layer in layers:
@@ -415,7 +429,7 @@ def _reference_kernel(model: nn.Module) -> Iterator[None]:
 
 
 def _default_probe(model: PreTrainedModel) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
 
 
@@ -450,7 +464,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, kernel: str = "au
     model = format.read(local, config, dtype or _dtype_of(config))
     model.config.name_or_path = spec
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, TiedHead)):
             module.kernel = kernel
     if (local / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(local)

@@ -6,10 +6,16 @@ A quantized linear NAME is stored as
     NAME.weight_shape       int64 [2]: O, I
     NAME.weight_zero_point  int32 [ceil(O * b / 32), G], packed along O; asymmetric schemes only
     NAME.bias               [O], where the layer has one
-and everything else as in any safetensors checkpoint. `config.json` holds `quantization_config`, which is generated
-through compressed-tensors' own classes and is all that a loader needs: stock transformers, vLLM and `read` below
-recover from it which modules are packed and how. It is derived from the modules themselves, never from the
-configuration that once prepared them, so it cannot disagree with the tensors.
+    NAME.input_scale        [1], and NAME.input_zero_point int8 [1]: static ranges of inputs
+and everything else as in any safetensors checkpoint. Stacked experts are one matrix [E * O, I] under the name of their
+parameter; a quantized embedding is stored like a linear layer, and a head tied to it not at all.
+
+`config.json` holds `quantization_config`, which is generated through compressed-tensors' own classes and is all that a
+loader needs: stock transformers, vLLM and `read` below recover from it which modules are packed and how. It is derived
+from the modules themselves, never from the configuration that once prepared them, so it cannot disagree with the
+tensors. A quantized KV cache, which the format can only say with calibrated ranges, stands beside it as
+`llmqat_kv_cache`. A checkpoint with packed layers that stock transformers would fill with random numbers (Conv1D,
+stacked experts) says in each group that only llmqat loads it; stock loaders refuse that key, which is the point.
 
 Letters: O out features, I in features, G scales per row, b bits.
 """
@@ -20,7 +26,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -31,13 +37,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from llmqat.grid import pack_int32, unpack_int32
-from llmqat.layers import PackedLinear, QuantLinear, WeightConfig
+from llmqat.layers import (
+    ActivationConfig,
+    KVCacheConfig,
+    LayerScheme,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLinear,
+    PackedModule,
+    QuantExperts,
+    QuantLinear,
+    QuantModule,
+    TiedHead,
+    WeightConfig,
+    install,
+    kv_scheme,
+    linear_maps,
+    packed_form,
+    quantize_kv,
+)
+from llmqat.layers.attention import IMPLEMENTATION_PREFIX
+from llmqat.layers.config import Observer
+from llmqat.layers.embedding import embedding_multiplier
 from llmqat.models import check_safetensors, kept_in_float32, weight_files
 
 QUANT_METHOD = "compressed-tensors"
+ONLY_HERE = "only_llmqat_loads_this"
+"""Key of a group in a checkpoint that other loaders would get wrong; compressed-tensors refuses unknown keys."""
 PACKED_FORMAT = "pack-quantized"
+KV_KEY = "llmqat_kv_cache"
+
+_INPUT_NAMES = {"input_quantizer.scale": "input_scale", "input_quantizer.zero_point": "input_zero_point"}
+"""Names of static input ranges: in the module, on disk."""
 
 
 # Writing
@@ -77,15 +110,16 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
     state: dict[str, Tensor] = {}
     layers = dict(quantized_layers(model))
     for name, layer in layers.items():
-        packed = layer if isinstance(layer, PackedLinear) else PackedLinear.from_quant_linear(layer, dtype)
-        for key, tensor in _scaled_by_row(packed).items():
-            state[f"{name}.{key}"] = _for_disk(tensor, dtype)
+        packed = layer if isinstance(layer, PackedModule) else packed_form(layer, dtype)
+        for key, tensor in packed.state_dict().items():
+            stored = tensor.to(torch.int8) if key == "input_quantizer.zero_point" else tensor
+            state[f"{name}.{_INPUT_NAMES.get(key, key)}"] = _for_disk(stored, dtype)
     tied, in_float32 = _tied_names(model), kept_in_float32(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     written: set[int] = set()
     for name, tensor in model.state_dict().items():
         owner = parameters.get(name, tensor)
-        if name.rpartition(".")[0] in layers or name in tied or id(owner) in written:
+        if _owner(name) in layers or name in tied or id(owner) in written:
             continue
         written.add(id(owner))
         is_cast = owner is not tensor and not in_float32(name)
@@ -93,65 +127,71 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
     return state
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear | PackedLinear]]:
-    """Yields name and module of every quantized linear of `model`, in the model's order."""
+def _owner(name: str) -> str:
+    """Returns the name of the module that a tensor of the state dict belongs to; an input's range is its layer's."""
+    return name.rpartition(".")[0].removesuffix(".input_quantizer")
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantModule | PackedModule]]:
+    """Yields name and module of every quantized weight of `model`, in the model's order."""
     for name, module in model.named_modules():
-        if isinstance(module, (QuantLinear, PackedLinear)):
+        if isinstance(module, (QuantModule, PackedModule)):
             yield name, module
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:
     """Returns the `quantization_config` of `config.json` for a prepared or converted model.
 
-    With one scheme its target is the class `Linear`; with several, each names its modules. So does a model with stacked
-    (3-D) expert weights, which loaders take for linears too, though llmqat leaves them alone. Linears left alone are
-    listed in `ignore`.
+    With one scheme its target is the class `Linear`; with several, or with something else than linear layers, each
+    names its modules. So does a model with stacked (3-D) expert weights, which loaders take for linears too, though
+    llmqat may leave them alone. Linears left alone are listed in `ignore`.
 
     Raises:
         ValueError: there is no quantized layer.
     """
-    members: dict[WeightConfig, list[str]] = {}
-    for name, layer in quantized_layers(model):
-        members.setdefault(_stored_scheme(layer.weights), []).append(name)
+    members: dict[LayerScheme, list[str]] = {}
+    layers = dict(quantized_layers(model))
+    for name, layer in layers.items():
+        members.setdefault(_stored_scheme(layer), []).append(name)
     if not members:
         raise ValueError(
             f"{type(model).__name__} has no quantized layer; call llmqat.prepare(model, config) before saving it packed"
         )
-    by_class = len(members) == 1 and not any(parameter.dim() == 3 for parameter in model.parameters())
+    linear = all(isinstance(layer, (QuantLinear, PackedLinear)) and not layer.transposed for layer in layers.values())
+    by_class = linear and len(members) == 1 and not any(parameter.dim() == 3 for parameter in model.parameters())
     groups = {
         f"group_{index}": QuantizationScheme(
             targets=["Linear"] if by_class else names,
-            weights=_quantization_args(weights),
+            weights=_quantization_args(scheme.weights),
+            input_activations=_input_args(scheme.input_activations),
             format=PACKED_FORMAT,
         )
-        for index, (weights, names) in enumerate(members.items())
+        for index, (scheme, names) in enumerate(members.items())
     }
     config = QuantizationConfig(
         config_groups=groups,
         format=PACKED_FORMAT,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+        ignore=[name for name, module in model.named_modules() if isinstance(module, (nn.Linear, TiedHead))],
     )
     dumped: dict[str, Any] = json.loads(config.model_dump_json())
+    if any(_only_here(layer) for layer in layers.values()):
+        for group in dumped["config_groups"].values():
+            group[ONLY_HERE] = True
     return dumped
 
 
-def _stored_scheme(weights: WeightConfig) -> WeightConfig:
-    """Returns the scheme on disk. One scale a tensor is written as that scale in every row, which all loaders run."""
-    return weights if weights.strategy != "tensor" else weights.model_copy(update={"strategy": "channel"})
+def _only_here(layer: QuantModule | PackedModule) -> bool:
+    """Returns whether stock transformers would leave this layer random without a word."""
+    if isinstance(layer, (QuantExperts, PackedExperts)):
+        return True
+    return isinstance(layer, (QuantLinear, PackedLinear)) and layer.transposed
 
 
-def _scaled_by_row(layer: PackedLinear) -> dict[str, Tensor]:
-    """Returns the tensors of `layer` by their names on disk; see `_stored_scheme`."""
-    tensors: dict[str, Tensor] = layer.state_dict()
-    if layer.weights.strategy != "tensor":
-        return tensors
-    rows = layer.out_features
-    tensors["weight_scale"] = tensors["weight_scale"].expand(rows, 1)
-    if "weight_zero_point" in tensors:
-        zero_point = unpack_int32(tensors["weight_zero_point"].t().contiguous(), layer.grid, columns=1)
-        tensors["weight_zero_point"] = pack_int32(zero_point.expand(1, rows), layer.grid).t()
-    return tensors
+def _stored_scheme(layer: QuantModule | PackedModule) -> LayerScheme:
+    """Returns the scheme on disk."""
+    quantizer = getattr(layer, "input_quantizer", None)
+    return LayerScheme(weights=layer.weights.stored, input_activations=None if quantizer is None else quantizer.config)
 
 
 def _quantization_args(weights: WeightConfig) -> QuantizationArgs:
@@ -165,6 +205,19 @@ def _quantization_args(weights: WeightConfig) -> QuantizationArgs:
     )
 
 
+def _input_args(config: ActivationConfig | None) -> QuantizationArgs | None:
+    if config is None:
+        return None
+    return QuantizationArgs(
+        num_bits=config.num_bits,
+        type="int",
+        symmetric=config.symmetric,
+        strategy=config.strategy,
+        dynamic=config.dynamic,
+        observer=None if config.dynamic else config.observer,
+    )
+
+
 def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     config = deepcopy(model.config)
     if hasattr(config, "llmqat"):
@@ -172,6 +225,8 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> N
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     config.quantization_config = quantization_config(model)
+    if (scheme := kv_scheme(model)) is not None:
+        setattr(config, KV_KEY, scheme.model_dump(mode="json"))
     config.save_pretrained(folder)
 
 
@@ -215,10 +270,12 @@ def read(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: 
             of another shape or dtype than `config.json` says.
     """
     schemes = _read_schemes(config, folder)
-    options = {} if attention is None else {"attn_implementation": attention}
+    options = {} if attention is None else {"attn_implementation": attention.removeprefix(IMPLEMENTATION_PREFIX)}
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     _install(model, schemes, dtype)
+    if (cache := getattr(config, KV_KEY, None)) is not None:
+        quantize_kv(model, KVCacheConfig.model_validate(cache))
     tensors = _read_tensors(folder)
     _check_tensors(model, tensors, folder)
     _assign(model, {name: tensor for name, (tensor, _) in tensors.items()})
@@ -227,7 +284,10 @@ def read(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: 
 
 def _read_schemes(config: PreTrainedConfig, folder: Path) -> QuantizationConfig:
     try:
-        parsed = QuantizationConfig.model_validate(config.quantization_config)
+        described = deepcopy(config.quantization_config)
+        for group in described.get("config_groups", {}).values():
+            group.pop(ONLY_HERE, None)
+        parsed = QuantizationConfig.model_validate(described)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: quantization_config is not valid: {error}") from error
     for name, scheme in parsed.config_groups.items():
@@ -246,7 +306,8 @@ def _unsupported(scheme: QuantizationScheme, config: QuantizationConfig) -> str 
         (form == PACKED_FORMAT, f"format {form!r} (not {PACKED_FORMAT!r})"),
         (config.quantization_status == QuantizationStatus.COMPRESSED, f"status {config.quantization_status!r}"),
         (config.kv_cache_scheme is None, "a quantized KV cache"),
-        (scheme.input_activations is None and scheme.output_activations is None, "quantized activations"),
+        (scheme.output_activations is None, "quantized output activations"),
+        (_runs_inputs(scheme.input_activations), "inputs that are neither integers per token nor per tensor"),
         (weights is not None and weights.type == "int", "weights that are not integers"),
         (weights is not None and 2 <= weights.num_bits <= 8, "weights of fewer than 2 or more than 8 bits"),
         (weights is not None and weights.strategy in ("group", "channel"), "weights not scaled by group or channel"),
@@ -254,17 +315,52 @@ def _unsupported(scheme: QuantizationScheme, config: QuantizationConfig) -> str 
     return next((reason for holds, reason in checks if not holds), None)
 
 
+def _runs_inputs(inputs: QuantizationArgs | None) -> bool:
+    if inputs is None:
+        return True
+    kind = (inputs.strategy, inputs.dynamic)
+    return inputs.type == "int" and 2 <= inputs.num_bits <= 8 and kind in (("token", True), ("tensor", False))
+
+
 def _install(model: nn.Module, config: QuantizationConfig, dtype: torch.dtype) -> None:
-    """Puts an empty PackedLinear in the place of every nn.Linear that a group of `config` targets."""
-    schemes = {target: scheme.weights for scheme in config.config_groups.values() for target in scheme.targets}
+    """Puts an empty packed module in the place of everything that a group of `config` targets."""
+    schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    stacked = {name: entry for name, entry in linear_maps(model).items() if entry.stacked}
     for name, module in list(match_named_modules(model, list(schemes), config.ignore)):
-        if not isinstance(module, nn.Linear):
-            continue
         # The most specific target comes first: an exact name before a pattern before a class.
-        weights = schemes[match_targets(name, module, list(schemes))[0]]
-        has_bias, size = module.bias is not None, (module.in_features, module.out_features)
-        packed = PackedLinear(*size, has_bias, _weight_config(weights), dtype, device="meta", name=name)
-        model.set_submodule(name, packed)
+        scheme = schemes[match_targets(name, module, list(schemes))[0]]
+        weights, inputs = _weight_config(scheme.weights), _activation_config(scheme.input_activations)
+        if isinstance(module, nn.Embedding):
+            _install_embedding(model, name, module, weights, dtype)
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            packed = PackedLinear(*_features(module), module.bias is not None, weights, dtype, "meta", name, inputs)
+            packed.transposed = isinstance(module, Conv1D)
+            install(model, name, packed)
+    for name, entry in stacked.items():
+        if name in schemes:
+            weights = _weight_config(schemes[name].weights)
+            shape, transposed = tuple(entry.weight.shape), bool(entry.owner.is_transposed)
+            install(model, name, PackedExperts(shape, weights, dtype, "meta", name, transposed))  # type: ignore[arg-type]
+
+
+def _features(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Returns in and out features."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.nx, module.nf
+
+
+def _install_embedding(
+    model: nn.Module, name: str, embedding: nn.Embedding, weights: WeightConfig, dtype: torch.dtype
+) -> None:
+    multiplier = embedding_multiplier(embedding)
+    size = embedding.num_embeddings, embedding.embedding_dim
+    packed = PackedEmbedding(*size, weights, dtype, "meta", name, multiplier)
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    heads = [target.removesuffix(".weight") for target, source in tied.items() if source == f"{name}.weight"]
+    install(model, name, packed)
+    for head in heads:
+        install(model, head, TiedHead(packed, getattr(model.get_submodule(head), "bias", None)))
 
 
 def _weight_config(weights: QuantizationArgs) -> WeightConfig:
@@ -276,6 +372,13 @@ def _weight_config(weights: QuantizationArgs) -> WeightConfig:
     )
 
 
+def _activation_config(inputs: QuantizationArgs | None) -> ActivationConfig | None:
+    if inputs is None:
+        return None
+    known = {} if inputs.dynamic or inputs.observer not in get_args(Observer) else {"observer": inputs.observer}
+    return ActivationConfig(num_bits=inputs.num_bits, symmetric=inputs.symmetric, dynamic=bool(inputs.dynamic), **known)
+
+
 def _read_tensors(folder: Path) -> dict[str, tuple[Tensor, Path]]:
     """Returns every tensor of the folder's safetensors by name, mapped from the file that is given beside it."""
     tensors: dict[str, tuple[Tensor, Path]] = {}
@@ -283,10 +386,23 @@ def _read_tensors(folder: Path) -> dict[str, tuple[Tensor, Path]]:
         check_safetensors(path)
         try:
             with safe_open(path, framework="pt") as file:
-                tensors |= {name: (file.get_tensor(name), path) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    tensors[_in_module(name)] = _widened(name, file.get_tensor(name)), path
         except SafetensorError as error:
             raise ValueError(f"{path} has an unreadable tensor: {error}; copy it again") from error
     return tensors
+
+
+def _in_module(name: str) -> str:
+    """Returns the name in the model of a tensor on disk."""
+    owner, _, leaf = name.rpartition(".")
+    inside = {disk: module for module, disk in _INPUT_NAMES.items()}
+    return f"{owner}.{inside[leaf]}" if leaf in inside else name
+
+
+def _widened(name: str, tensor: Tensor) -> Tensor:
+    """Returns the tensor, an input's zero point as the float that the module computes with."""
+    return tensor.float() if name.endswith(".input_zero_point") else tensor
 
 
 def _check_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]], folder: Path) -> None:
@@ -319,8 +435,8 @@ def _assign(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     if left := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise ValueError(f"{type(model).__name__}: no weights were found for {_shortened(left)}")
     for name, layer in quantized_layers(model):
-        shape = [layer.out_features, layer.in_features]
-        if isinstance(layer, PackedLinear) and layer.weight_shape.tolist() != shape:
+        shape = [layer.rows, layer.columns]
+        if isinstance(layer, PackedModule) and layer.weight_shape.tolist() != shape:
             raise ValueError(f"{name}.weight_shape is {layer.weight_shape.tolist()}, but config.json makes it {shape}")
 
 

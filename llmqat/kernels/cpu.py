@@ -58,12 +58,8 @@ class CpuDequantizeKernel:
     name = "cpu-dequantize"
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
-        """Returns why slices of output rows cannot be dequantized on their own, or None."""
-        if x.device.type != "cpu":
-            return f"it runs on the CPU, not on {x.device.type}"
-        if weight.scale.shape[0] != weight.packed.shape[0]:
-            return "one scale per tensor is not sliced by output rows"
-        return None
+        """Returns why it cannot run here, or None."""
+        return None if x.device.type == "cpu" else f"it runs on the CPU, not on {x.device.type}"
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias, computed slice by slice of the output features."""
@@ -90,10 +86,8 @@ def _native_group(weight: PackedWeight) -> int | None:
 
 def _int4_layout(weight: PackedWeight, group_size: int) -> tuple[Tensor, Tensor]:
     """Returns torch's int4 blob and scales_and_zeros [I/g, O, 2] bfloat16."""
-    out_features = weight.packed.shape[0]
     codes = unpack_int32(weight.packed, weight.grid, weight.in_features).to(torch.int32) + 8
     blob = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INNER_K_TILES)
     groups = weight.in_features // group_size
-    scale = weight.scale.expand(out_features, -1)
-    scale = scale.repeat_interleave(groups // scale.shape[1], dim=1).t().to(torch.bfloat16)
+    scale = weight.scale.repeat_interleave(groups // weight.scale.shape[1], dim=1).t().to(torch.bfloat16)
     return blob, torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous()

@@ -36,8 +36,13 @@ class PackedWeight:
 
     @property
     def group_size(self) -> int:
-        """Weights governed by one scale, along I; for one scale per tensor it is O * I."""
+        """Weights governed by one scale, along I."""
         return self.packed.shape[0] * self.in_features // self.scale.numel()
+
+    def rows(self, index: Tensor) -> PackedWeight:
+        """Returns the packed weight of the rows `index` [n]."""
+        zero_point = None if self.zero_point is None else self.zero_point[index]
+        return PackedWeight(self.packed[index], self.scale[index], zero_point, self.grid, self.in_features)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight [O, I] in `dtype`."""

@@ -1,21 +1,66 @@
-"""The modules that hold quantized weights, what puts them into a model, and the audit that says what they cover."""
+"""The modules that hold quantized weights, what puts them into a model, and the audit that says what they cover.
 
+config.py      schemes, in compressed-tensors' words    quantized.py   QuantModule: a fake-quantized weight
+activation.py  inputs of linear layers                  linear.py      QuantLinear
+attention.py   keys and values, in training             embedding.py   embeddings and the head tied to them
+cache.py       keys and values, in generation           experts.py     stacked weights of experts
+prepare.py     prepare and convert                      packed.py      PackedModule: packed codes
+audit.py       what is covered
+"""
+
+from llmqat.layers.activation import ActivationQuantizer
+from llmqat.layers.attention import KVQuantizer, attention_layers, quantize_kv
 from llmqat.layers.audit import AuditEntry, CoverageAudit, audit
-from llmqat.layers.config import PRESETS, QuantConfig, WeightConfig
-from llmqat.layers.linear import QuantLinear, quantizers_off
-from llmqat.layers.packed import PackedLinear
-from llmqat.layers.prepare import convert, prepare
+from llmqat.layers.cache import QuantizedCache, kv_scheme
+from llmqat.layers.config import (
+    PRESETS,
+    ActivationConfig,
+    KVCacheConfig,
+    KVTensorConfig,
+    LayerScheme,
+    Override,
+    QuantConfig,
+    WeightConfig,
+)
+from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
+from llmqat.layers.experts import PackedExperts, QuantExperts
+from llmqat.layers.linear import QuantLinear
+from llmqat.layers.packed import PackedLinear, PackedModule
+from llmqat.layers.prepare import convert, install, linear_maps, packed_form, prepare
+from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule, quantizers_off
 
 __all__ = [
     "PRESETS",
+    "QUANTIZER_PARAMETERS",
+    "ActivationConfig",
+    "ActivationQuantizer",
     "AuditEntry",
     "CoverageAudit",
+    "KVCacheConfig",
+    "KVQuantizer",
+    "KVTensorConfig",
+    "LayerScheme",
+    "Override",
+    "PackedEmbedding",
+    "PackedExperts",
     "PackedLinear",
+    "PackedModule",
     "QuantConfig",
+    "QuantEmbedding",
+    "QuantExperts",
     "QuantLinear",
+    "QuantModule",
+    "QuantizedCache",
+    "TiedHead",
     "WeightConfig",
+    "attention_layers",
     "audit",
     "convert",
+    "install",
+    "kv_scheme",
+    "linear_maps",
+    "packed_form",
     "prepare",
+    "quantize_kv",
     "quantizers_off",
 ]

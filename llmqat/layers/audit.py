@@ -12,8 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from llmqat.layers.attention import KVQuantizer
+from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
+from llmqat.layers.experts import PackedExperts, QuantExperts
 from llmqat.layers.linear import QuantLinear
-from llmqat.layers.packed import PackedLinear
+from llmqat.layers.packed import PackedLinear, PackedModule
+from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule
 
 BYTES_HIGH_PRECISION = 2
 SHAPE_BYTES = 16
@@ -28,7 +32,7 @@ class AuditEntry:
         name: dotted name in the state dict of the unprepared model.
         shape: of the tensor.
         treatment: the scheme's label ('int4 g64'), or 'kept'.
-        reason: why it was left alone; empty when quantized.
+        reason: why it was left alone, or what else there is to know of it.
         bytes_before: in a bfloat16 checkpoint.
         bytes_after: in the packed checkpoint, scales and shape included.
     """
@@ -51,9 +55,15 @@ class AuditEntry:
 
 @dataclass(frozen=True)
 class CoverageAudit:
-    """What quantization covers in a model."""
+    """What quantization covers in a model.
+
+    Attributes:
+        entries: one for each parameter tensor.
+        notes: what is quantized beside parameters, and what loaders other than llmqat's will see of the checkpoint.
+    """
 
     entries: tuple[AuditEntry, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[AuditEntry, ...]:
@@ -94,6 +104,7 @@ class CoverageAudit:
             "average_bits_of_all": self.average_bits_of_all,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "notes": list(self.notes),
             "entries": [asdict(entry) for entry in self.entries],
         }
 
@@ -109,12 +120,14 @@ def audit(model: nn.Module, reasons: Mapping[str, str] | None = None) -> Coverag
     seen: dict[int, str] = {}
     owned: set[str] = set()
     for name, module in model.named_modules():
-        if isinstance(module, (QuantLinear, PackedLinear)):
+        if isinstance(module, (QuantModule, PackedModule)):
             entries.append(_quantized_entry(name, module))
-            owned.update(f"{name}.{own}" for own in ("weight", "log_scale"))
-            if isinstance(module, PackedLinear) and module.bias is not None:
-                size = module.bias.numel() * BYTES_HIGH_PRECISION
-                entries.append(AuditEntry(f"{name}.bias", tuple(module.bias.shape), KEPT, "bias", size, size))
+            owned.update(f"{name}.{own}" for own in QUANTIZER_PARAMETERS)
+        if isinstance(module, PackedLinear) and module.bias is not None:
+            size = module.bias.numel() * BYTES_HIGH_PRECISION
+            entries.append(AuditEntry(f"{name}.bias", tuple(module.bias.shape), KEPT, "bias", size, size))
+        if isinstance(module, TiedHead):
+            entries.append(_tied_entry(model, name, module))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in owned:
             continue
@@ -124,28 +137,77 @@ def audit(model: nn.Module, reasons: Mapping[str, str] | None = None) -> Coverag
             entries.append(AuditEntry(name, shape, KEPT, f"tied to {seen[id(parameter)]}", 0, 0))
             continue
         seen[id(parameter)] = name
-        reason = (reasons or {}).get(owner) or _reason(model.get_submodule(owner), leaf)
+        known = (reasons or {}).get(name) or (reasons or {}).get(owner)
+        reason = "bias" if leaf == "bias" else known or _reason(model.get_submodule(owner), leaf)
         size = parameter.numel() * BYTES_HIGH_PRECISION
         entries.append(AuditEntry(name, shape, KEPT, reason, size, size))
-    return CoverageAudit(tuple(entries))
+    return CoverageAudit(tuple(entries), tuple(_notes(model)))
 
 
-def _quantized_entry(name: str, layer: QuantLinear | PackedLinear) -> AuditEntry:
-    out_features, in_features, bits = layer.out_features, layer.in_features, layer.weights.num_bits
-    scales = layer.weights.scale_shape(out_features, in_features, name)
-    zeros = 0 if layer.weights.symmetric else -(-scales[0] * bits // 32) * 4 * scales[1]
-    packed = out_features * -(-in_features * bits // 32) * 4
+def _quantized_entry(name: str, layer: QuantModule | PackedModule) -> AuditEntry:
+    weights = layer.weights.stored
+    scales = weights.scale_shape(layer.rows, layer.columns, name)
+    zeros = 0 if weights.symmetric else -(-scales[0] * weights.num_bits // 32) * 4 * scales[1]
+    packed = layer.rows * -(-layer.columns * weights.num_bits // 32) * 4
     after = packed + scales[0] * scales[1] * BYTES_HIGH_PRECISION + zeros + SHAPE_BYTES
-    before = out_features * in_features * BYTES_HIGH_PRECISION
-    return AuditEntry(f"{name}.weight", (out_features, in_features), layer.weights.label, "", before, after)
+    before = layer.rows * layer.columns * BYTES_HIGH_PRECISION
+    label = layer.weights.label if isinstance(layer, QuantModule) else layer.label
+    inputs = getattr(layer, "input_quantizer", None)
+    stacked = isinstance(layer, (QuantExperts, PackedExperts))
+    return AuditEntry(
+        name if stacked else f"{name}.weight",
+        (layer.rows, layer.columns),
+        label if inputs is None else f"{label} {inputs.config.label}",
+        "experts stacked as one matrix; their inputs stay in high precision" if stacked else "",
+        before,
+        after,
+    )
+
+
+def _tied_entry(model: nn.Module, name: str, head: TiedHead) -> AuditEntry:
+    embedding = head.embedding
+    source = next(other for other, module in model.named_modules() if module is embedding)
+    label = embedding.weights.label
+    return AuditEntry(f"{name}.weight", (embedding.rows, embedding.columns), label, f"tied to {source}.weight", 0, 0)
+
+
+def _notes(model: nn.Module) -> list[str]:
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, (QuantModule, PackedModule))]
+    caches = [module for module in modules if isinstance(module, KVQuantizer)]
+    notes = []
+    if caches:
+        notes.append(
+            f"KV cache: {caches[0].config.label} in {len(caches)} attention layers; "
+            "llmqat.load runs it so, other loaders read keys and values in high precision"
+        )
+    if any(isinstance(layer, (QuantEmbedding, PackedEmbedding)) for layer in layers):
+        notes.append(
+            "quantized embeddings: llmqat.load reads them; stock transformers cannot (AttributeError in "
+            "compressed-tensors); embeddings 'keep' loads everywhere"
+        )
+    if any(isinstance(layer, (QuantExperts, PackedExperts)) for layer in layers):
+        notes.append("stacked experts: llmqat.load reads them; stock transformers refuses the checkpoint")
+    if any(isinstance(layer, QuantLinear) and layer.transposed for layer in layers):
+        notes.append("Conv1D layers are packed as linear ones: llmqat.load reads them; stock transformers refuses it")
+    if any(not layer.weights.symmetric for layer in layers):
+        notes.append(
+            "asymmetric weights: llmqat.load reads them; stock transformers only with "
+            "CompressedTensorsConfig(dequantize=True)"
+        )
+    if any(layer.weights.levels == "seq" for layer in layers if isinstance(layer, QuantModule)):
+        notes.append("int2-seq has half-integer levels, which no format knows: stored exactly, in 3 bits a code")
+    return notes
 
 
 def _reason(module: nn.Module, leaf: str) -> str:
     kind = type(module).__name__
-    if leaf == "bias":
+    if leaf == "bias" or leaf.endswith("_bias"):
         return "bias"
     if "norm" in kind.lower():
         return "normalization stays in high precision"
+    if "router" in kind.lower():
+        return "router, stays in high precision"
     if isinstance(module, nn.Embedding):
         return "embedding, left alone by default"
     return f"{kind} is not a quantized module type"

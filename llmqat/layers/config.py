@@ -1,22 +1,26 @@
 """What is quantized and how, in the vocabulary of compressed-tensors.
 
-A `QuantConfig` names the modules (`targets`, `ignore`, `overrides`) and the arithmetic of their weights
-(`WeightConfig`). A name is a module's exact dotted name, its class name, or a regular expression after `re:`, matched
-from the start of the dotted name as compressed-tensors does.
+A `QuantConfig` names the modules (`targets`, `ignore`, `skip_first`, `skip_last`, `overrides`) and the arithmetic of
+their weights (`WeightConfig`) and inputs (`ActivationConfig`), that of the KV cache (`KVCacheConfig`), and what happens
+to embeddings and output head. A name is a module's exact dotted name, its class name, or a regular expression after
+`re:`, matched from the start of the dotted name as compressed-tensors does. The class name `Linear` stands for every
+linear map of a model: nn.Linear, transformers' Conv1D, and the stacked (3-D) weights of experts.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
-from torch import nn
+from pydantic import Field, field_validator, model_validator
 
 from llmqat.config import Config
-from llmqat.grid import Grid
+from llmqat.grid import Grid, Levels
 
 Strategy = Literal["tensor", "channel", "group"]
+ScaleMode = Literal["learned", "fixed", "dynamic"]
+Observer = Literal["minmax", "moving_average", "percentile", "mse"]
+Policy = Literal["keep", "int8", "int4"]
 
 
 class WeightConfig(Config):
@@ -30,20 +34,36 @@ class WeightConfig(Config):
     """What one scale governs: the tensor, an output channel, or `group_size` inputs of a channel."""
     group_size: int | None = Field(None, ge=1)
     """Weights per scale along the input features; only with strategy 'group'."""
+    levels: Levels = "integer"
+    """Integers; or at 2 bits 'ternary' (-1, 0, 1: BitNet b1.58) or 'seq' (-1.5, -0.5, 0.5, 1.5: ParetoQ)."""
+    scales: ScaleMode = "learned"
+    """Scales (and zero points) are trained, stay as calibrated, or follow the range of the weight at each forward."""
 
     @model_validator(mode="after")
-    def _check_group_size(self) -> WeightConfig:
+    def _check_together(self) -> WeightConfig:
         if (self.strategy == "group") != (self.group_size is not None):
             raise ValueError(
                 f"group_size={self.group_size} with strategy={self.strategy!r}; "
                 "give group_size exactly when strategy is 'group'"
             )
+        Grid(self.num_bits, self.symmetric, self.levels)  # says what is wrong with the levels
         return self
 
     @property
     def grid(self) -> Grid:
         """The code range."""
-        return Grid(self.num_bits, self.symmetric)
+        return Grid(self.num_bits, self.symmetric, self.levels)
+
+    @property
+    def stored(self) -> WeightConfig:
+        """The scheme on disk and in a packed layer: plain integers, scaled by row or by group.
+
+        One scale a tensor is written as that scale in every row, which all loaders run. SEQ takes 3 bits a code
+        (`grid.stored_codes`).
+        """
+        strategy = "channel" if self.strategy == "tensor" else self.strategy
+        num_bits = 3 if self.levels == "seq" else self.num_bits
+        return WeightConfig(num_bits=num_bits, symmetric=self.symmetric, strategy=strategy, group_size=self.group_size)
 
     def scale_shape(self, out_features: int, in_features: int, name: str = "the layer") -> tuple[int, int]:
         """Returns the scale's shape (O, I/g), (O, 1) or (1, 1).
@@ -67,22 +87,126 @@ class WeightConfig(Config):
 
     @property
     def label(self) -> str:
-        """Short name for tables: 'int4 g64', 'int8 channel', 'int4 g32 asym'."""
+        """Short name for tables: 'int4 g64', 'int8 channel', 'int4 g32 asym', 'ternary g64', 'int2-seq g64 fixed'."""
         extent = f"g{self.group_size}" if self.group_size else self.strategy
-        return f"int{self.num_bits} {extent}{'' if self.symmetric else ' asym'}"
+        kind = {"integer": f"int{self.num_bits}", "ternary": "ternary", "seq": "int2-seq"}[self.levels]
+        ends = "" if self.symmetric else " asym", "" if self.scales == "learned" else f" {self.scales}"
+        return f"{kind} {extent}{''.join(ends)}"
+
+
+class ActivationConfig(Config):
+    """The arithmetic of a linear layer's input: per token from the token itself, or per tensor from calibration."""
+
+    num_bits: int = Field(8, ge=2, le=8)
+    """Bits a code; 8 is the norm, 4 is research."""
+    symmetric: bool = True
+    """A range around zero, or from the smallest to the largest entry."""
+    dynamic: bool = True
+    """Scale of each token from the token (True), or one scale for the tensor from calibration (False)."""
+    observer: Observer = "minmax"
+    """How a static range is found; not used when dynamic."""
+    percentile: float = Field(99.99, gt=50, le=100)
+    """Share of entries, in percent, that the percentile observer keeps inside."""
+
+    @property
+    def strategy(self) -> Literal["token", "tensor"]:
+        """What one scale governs."""
+        return "token" if self.dynamic else "tensor"
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: 'a8 token', 'a8 tensor asym'."""
+        return f"a{self.num_bits} {self.strategy}{'' if self.symmetric else ' asym'}"
+
+
+class KVTensorConfig(Config):
+    """The arithmetic of cached keys or values."""
+
+    num_bits: int = Field(8, ge=2, le=8)
+    """Bits a code."""
+    symmetric: bool = True
+    """A range around zero, or from the smallest to the largest entry of the group."""
+    group_size: int | None = Field(None, ge=1)
+    """Entries of a head that share a scale; the whole head where not given."""
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: '8', '4 g32 asym'."""
+        group = f" g{self.group_size}" if self.group_size else ""
+        return f"{self.num_bits}{group}{'' if self.symmetric else ' asym'}"
+
+
+class KVCacheConfig(Config):
+    """The arithmetic of the KV cache: keys after rotary embedding, and values, per token and head.
+
+    Source: LLM-QAT (2305.17888) section 3.3; KIVI (2402.02750) for groups, but along the head only: statistics over
+    tokens would leak the future in training.
+    """
+
+    key: KVTensorConfig = KVTensorConfig()
+    """Keys."""
+    value: KVTensorConfig = KVTensorConfig()
+    """Values."""
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: 'kv8', 'k8 v4 g32 asym'."""
+        same = self.key == self.value
+        return f"kv{self.key.label}" if same else f"k{self.key.label} v{self.value.label}"
+
+
+class Override(Config):
+    """What differs from the default scheme for the modules of one pattern."""
+
+    weights: WeightConfig | Literal["default"] = "default"
+    """Another scheme of the weights."""
+    input_activations: ActivationConfig | Literal["default"] | None = "default"
+    """Another scheme of the inputs; null leaves them in high precision."""
+    layers: tuple[int, ...] | None = None
+    """Only in these layers, counted from 0, from the end if negative; all where not given."""
+
+
+class LayerScheme(Config):
+    """What one linear layer gets: its weights' scheme, and its inputs' if there is one."""
+
+    weights: WeightConfig
+    input_activations: ActivationConfig | None = None
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: 'int4 g64', 'int4 g64 a8 token'."""
+        return self.weights.label + (f" {self.input_activations.label}" if self.input_activations else "")
 
 
 class QuantConfig(Config):
     """Which modules of a model are quantized, and how."""
 
     weights: WeightConfig = WeightConfig(num_bits=4, group_size=64)
-    """The scheme of every target without an override."""
+    """Weights of every target without an override."""
+    input_activations: ActivationConfig | None = None
+    """Inputs of every target without an override; null leaves them in high precision."""
+    kv_cache: KVCacheConfig | None = None
+    """Keys and values as attention reads them; null leaves them in high precision."""
+    embeddings: Policy = "keep"
+    """Token embeddings: high precision, int8 a row, or int4 in groups of 32."""
+    lm_head: Policy | None = None
+    """The output head likewise; where not given, as the embeddings it is tied to, or kept."""
     targets: tuple[str, ...] = ("Linear",)
     """Module class names, dotted names or `re:` patterns; each must match something."""
     ignore: tuple[str, ...] = ()
-    """Names or `re:` patterns left alone; each must match a module. The output head and embeddings always are."""
-    overrides: dict[str, WeightConfig | None] = Field(default_factory=dict)
-    """Name or `re:` pattern -> another scheme, or null to leave it alone; the last match wins."""
+    """Names or `re:` patterns left alone; each must match a module."""
+    skip_first: int = Field(0, ge=0)
+    """Transformer layers at the start that are left alone."""
+    skip_last: int = Field(0, ge=0)
+    """Transformer layers at the end that are left alone."""
+    overrides: dict[str, Override | None] = Field(default_factory=dict)
+    """Name or `re:` pattern -> what differs there, or null to leave it alone; the last match wins. The fields of a
+    WeightConfig alone stand for `weights`."""
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _take_weights_alone(cls, value: Any) -> Any:
+        return {key: _override(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> QuantConfig:
@@ -100,19 +224,48 @@ class QuantConfig(Config):
             weights["strategy"] = "group" if weights["group_size"] else "channel"
         elif weights.get("strategy", "group") != "group":
             weights["group_size"] = None
-        return cls(weights=WeightConfig(**{**PRESETS[name], **weights}), **changes)
+        fields = {**PRESETS[name], **changes}
+        return cls(**{**fields, "weights": WeightConfig(**{**fields["weights"], **weights})})
 
+
+def _override(entry: Any) -> Any:
+    """Returns `entry`, with a bare WeightConfig or its fields as an `Override` of the weights."""
+    if isinstance(entry, WeightConfig):
+        return Override(weights=entry)
+    if isinstance(entry, Mapping) and entry and set(entry) <= set(WeightConfig.model_fields):
+        return {"weights": entry}
+    return entry
+
+
+POLICY_WEIGHTS: dict[str, WeightConfig] = {
+    "int8": WeightConfig(num_bits=8, strategy="channel"),
+    "int4": WeightConfig(num_bits=4, group_size=32),
+}
+"""The arithmetic behind a `Policy`: what GGUF's Q8_0 and Q4_0 blocks hold without rounding again."""
+
+_G64: dict[str, Any] = {"strategy": "group", "group_size": 64}
+_A8: dict[str, Any] = {"num_bits": 8, "symmetric": False}
+_KV8: dict[str, Any] = {"num_bits": 8}
+_KV4: dict[str, Any] = {"num_bits": 4, "symmetric": False, "group_size": 32}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "int8": {"num_bits": 8, "strategy": "channel"},
-    "int4": {"num_bits": 4, "strategy": "group", "group_size": 64},
-    "int3": {"num_bits": 3, "strategy": "group", "group_size": 64},
-    "int2": {"num_bits": 2, "strategy": "group", "group_size": 64},
+    "int8": {"weights": {"num_bits": 8, "strategy": "channel"}},
+    "int4": {"weights": {"num_bits": 4, **_G64}},
+    "int3": {"weights": {"num_bits": 3, **_G64}},
+    "int2": {"weights": {"num_bits": 2, **_G64}},
+    "int2-seq": {"weights": {"num_bits": 2, "levels": "seq", **_G64}},
+    "ternary": {"weights": {"num_bits": 2, "levels": "ternary", **_G64}},
+    "w8a8": {"weights": {"num_bits": 8, "strategy": "channel"}, "input_activations": _A8},
+    "w4a8": {"weights": {"num_bits": 4, **_G64}, "input_activations": _A8},
+    "w4a8kv8": {
+        "weights": {"num_bits": 4, **_G64},
+        "input_activations": _A8,
+        "kv_cache": {"key": _KV8, "value": _KV8},
+    },
+    "w4a8kv4": {
+        "weights": {"num_bits": 4, **_G64},
+        "input_activations": _A8,
+        "kv_cache": {"key": _KV4, "value": _KV4},
+    },
 }
-
-
-def matches(pattern: str, name: str, module: nn.Module) -> bool:
-    """Returns whether `pattern` (class name, dotted name, or `re:` regular expression) means this module."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return pattern in (name, type(module).__name__)
+"""Schemes by name: weights, then activations (a), then KV cache (kv), with their bits."""

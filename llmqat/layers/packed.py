@@ -1,7 +1,7 @@
-"""PackedLinear: a linear layer that holds its weight as packed integer codes and runs on the kernel that fits.
+"""PackedModule: a weight held as packed integer codes. PackedLinear runs on the kernel that fits.
 
-Its buffers have the names, shapes and dtypes of compressed-tensors' `pack-quantized` files, so a checkpoint loads into
-it by name. Letters: O out features, I in features, G scales per row, b bits.
+The buffers have the names, shapes and dtypes of compressed-tensors' `pack-quantized` files, so a checkpoint loads into
+them by name. Letters: O rows, I in features, G scales per row, b bits.
 """
 
 from __future__ import annotations
@@ -12,81 +12,87 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmqat.grid import Grid, pack_int32, unpack_int32
+from llmqat.grid import Grid, pack_int32, stored_codes, unpack_int32
 from llmqat.kernels import PackedWeight, packed_linear
-from llmqat.layers.config import WeightConfig
+from llmqat.layers.activation import ActivationQuantizer
+from llmqat.layers.config import ActivationConfig, WeightConfig
 from llmqat.layers.linear import QuantLinear
+from llmqat.layers.quantized import QuantModule, compute_dtype
 
 
-class PackedLinear(nn.Module):
-    """A linear layer over packed codes; inference only.
+class PackedModule(nn.Module):
+    """A matrix [O, I] of packed codes; inference only.
 
     Attributes:
         weight_packed: [O, ceil(I * b / 32)] int32.
         weight_scale: [O, G], the checkpoint's dtype.
         weight_zero_point: [ceil(O * b / 32), G] int32, packed along O; None when symmetric.
         weight_shape: [2] int64, (O, I).
-        bias: [O] or None.
-        kernel: "auto", or the name of the kernel to insist on.
+        weights: the scheme on disk (`WeightConfig.stored`).
+        label: the scheme for tables; the trained one's where it is known.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     weight_shape: Tensor
-    bias: Tensor | None
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
+        rows: int,
+        columns: int,
         weights: WeightConfig,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         name: str = "",
     ) -> None:
-        """Makes an empty layer, to be filled by `load_state_dict` or `from_quant_linear`.
+        """Makes an empty matrix, to be filled by `load_state_dict` or `take_codes`.
 
         Raises:
-            ValueError: when the group size does not divide I.
+            ValueError: when the group size does not divide I, or the scheme is not one that is stored.
         """
         super().__init__()
-        self.in_features, self.out_features, self.weights, self.kernel = in_features, out_features, weights, "auto"
+        if weights != weights.stored:
+            raise ValueError(f"{weights.label} is not packed as it is; use its stored form, {weights.stored.label}")
+        self.rows, self.columns, self.weights, self.label = rows, columns, weights, weights.label
         bits = weights.num_bits
-        shape = weights.scale_shape(out_features, in_features, name or "the layer")
+        shape = weights.scale_shape(rows, columns, name or "the layer")
 
         def empty(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(*size, dtype=dtype, device=device)
 
-        self.register_buffer("weight_packed", empty(out_features, -(-in_features * bits // 32), dtype=torch.int32))
+        self.register_buffer("weight_packed", empty(rows, -(-columns * bits // 32), dtype=torch.int32))
         self.register_buffer("weight_scale", empty(*shape, dtype=dtype))
         zeros = None if weights.symmetric else empty(-(-shape[0] * bits // 32), shape[1], dtype=torch.int32)
         self.register_buffer("weight_zero_point", zeros)
         self.register_buffer("weight_shape", empty(2, dtype=torch.int64))
-        self.register_buffer("bias", empty(out_features, dtype=dtype) if bias else None)
         self._runtime: PackedWeight | None = None
 
-    @classmethod
     @torch.no_grad()
-    def from_quant_linear(cls, layer: QuantLinear, dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
-        """Returns the packed form of `layer`; its scales and bias are stored in `dtype`."""
-        packed = cls(layer.in_features, layer.out_features, layer.bias is not None, layer.weights, dtype, "meta")
-        packed.weight_packed = pack_int32(layer.codes(), layer.grid)
-        packed.weight_scale = layer.scale().to(dtype)
-        packed.weight_shape = torch.tensor([layer.out_features, layer.in_features], dtype=torch.int64)
-        if layer.zero_point is not None:
-            packed.weight_zero_point = pack_int32(layer.zero_point.t().to(torch.int64), layer.grid).t().contiguous()
-        if layer.bias is not None:
-            packed.bias = layer.bias.detach().to(dtype)
-        return packed.train(layer.training)
+    def take_codes(self, layer: QuantModule, dtype: torch.dtype) -> None:
+        """Fills the buffers with the codes of `layer`; its scales are stored in `dtype`."""
+        codes, grid, factor = stored_codes(layer.codes(), layer.grid)
+        scale, zero_point = layer.scale_and_zero_point()
+        shape = (self.rows, self.weight_scale.shape[1])
+        self.weight_packed = pack_int32(codes, grid)
+        self.weight_scale = (scale * factor).to(dtype).expand(shape).contiguous()
+        self.weight_shape = torch.tensor([self.rows, self.columns], dtype=torch.int64)
+        if zero_point is not None:
+            zeros = zero_point.expand(shape).t().to(torch.int64)
+            self.weight_zero_point = pack_int32(zeros, grid).t().contiguous()
+        self.label = layer.weights.label
 
     @property
     def grid(self) -> Grid:
         """The code range."""
         return self.weights.grid
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, made anew each time: for models that look at a layer's weight or its dtype."""
+        return self.dequantized_weight(self.weight_scale.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._runtime = None  # moved or cast buffers: what kernels derived from the old ones is stale
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -99,23 +105,80 @@ class PackedLinear(nn.Module):
         if self._runtime is None or self._runtime.packed is not self.weight_packed:
             zero_point = None
             if self.weight_zero_point is not None:
-                rows = self.weight_scale.shape[0]
-                zero_point = unpack_int32(self.weight_zero_point.t().contiguous(), self.grid, rows).t()
-            self._runtime = PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.grid, self.in_features)
+                zero_point = unpack_int32(self.weight_zero_point.t().contiguous(), self.grid, self.rows).t()
+            self._runtime = PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.grid, self.columns)
         return self._runtime
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """Returns the weight [O, I] in `dtype`, bit-equal to QuantLinear.quantized_weight."""
+        """Returns the weight in `dtype`, bit-equal to QuantModule.quantized_weight."""
         return self.packed_weight().dequantized(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in x's dtype."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return packed_linear(x, self.packed_weight(), bias, self.kernel)
+        return packed_linear(x, self.packed_weight(), bias, kernel)
+
+    def extra_repr(self) -> str:
+        """Returns the line that print(model) shows."""
+        return f"{self.rows}×{self.columns}, weights={self.label}"
+
+
+class PackedLinear(PackedModule):
+    """A linear layer over packed codes.
+
+    Attributes:
+        bias: [O] or None.
+        input_quantizer: what fake-quantizes the input, or None.
+        kernel: "auto", or the name of the kernel to insist on.
+        transposed: it stands for a Conv1D; the codes are [O, I] all the same.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        weights: WeightConfig,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        name: str = "",
+        input_activations: ActivationConfig | None = None,
+    ) -> None:
+        """Makes an empty layer, to be filled by `load_state_dict` or `from_quant_linear`.
+
+        Raises:
+            ValueError: when the group size does not divide I.
+        """
+        super().__init__(out_features, in_features, weights, dtype, device, name)
+        self.in_features, self.out_features, self.kernel = in_features, out_features, "auto"
+        self.transposed = False
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+        self.input_quantizer = (
+            None if input_activations is None else ActivationQuantizer(input_activations, device, name)
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def from_quant_linear(cls, layer: QuantLinear, dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
+        """Returns the packed form of `layer`; its scales and bias are stored in `dtype`."""
+        weights = layer.weights.stored
+        packed = cls(layer.in_features, layer.out_features, layer.bias is not None, weights, dtype, "meta")
+        packed.take_codes(layer, dtype)
+        packed.input_quantizer, packed.transposed = layer.input_quantizer, layer.transposed
+        if layer.bias is not None:
+            packed.bias = layer.bias.detach().to(dtype)
+        return packed.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x [*, I] @ ŵ.T + bias, [*, O], in the autocast dtype or else x's."""
+        dtype = compute_dtype(x)
+        inputs = x.to(dtype) if self.input_quantizer is None else self.input_quantizer(x, dtype)
+        return self.product(inputs, None if self.bias is None else self.bias.to(dtype), self.kernel)
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, weights={self.weights.label}, kernel={self.kernel}"
+            f"bias={self.bias is not None}, weights={self.label}, kernel={self.kernel}"
         )

@@ -1,25 +1,67 @@
-"""prepare: nn.Linear -> QuantLinear in place; convert: QuantLinear -> PackedLinear in place.
+"""prepare: a model's linear maps, embeddings, attention -> their fake-quantized forms, in place; convert: -> packed.
 
 The two are exact inverses in value: what the prepared model computes with, the converted one stores.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
 from llmqat.layers.audit import CoverageAudit, audit
-from llmqat.layers.config import QuantConfig, WeightConfig, matches
+from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Policy, QuantConfig
+from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
+from llmqat.layers.experts import PackedExperts, QuantExperts, replace_stacked, stacked_weights
 from llmqat.layers.linear import QuantLinear
-from llmqat.layers.packed import PackedLinear
+from llmqat.layers.packed import PackedLinear, PackedModule
+from llmqat.layers.quantized import QuantModule
 
 CONFIG_KEY = "llmqat"
 
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Last parts of the names of linear layers that choose experts, where a module of experts stands beside them."""
+
+LINEAR_SUBCLASSES = ("FalconLinear",)
+"""nn.Linear subclasses whose own forward computes the same as nn.Linear's."""
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map of a model: a module, or a stacked parameter of experts.
+
+    Attributes:
+        kinds: the class names by which a configuration may mean it.
+        weight: its weight.
+        owner: the module, or the experts module that holds the stacked parameter.
+        stacked: whether it is a stacked parameter.
+        refusal: why it cannot be quantized; empty when it can.
+    """
+
+    kinds: tuple[str, ...]
+    weight: Tensor
+    owner: nn.Module
+    stacked: bool = False
+    refusal: str = ""
+
+
+@dataclass
+class _Plan:
+    schemes: dict[str, LayerScheme] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
 
 def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
-    """Replaces the targeted nn.Linear modules of `model` by QuantLinear, in place, sharing their weights.
+    """Replaces the targeted linear maps of `model` (and embeddings, if asked for) by fake-quantized ones, in place.
 
-    The output head and whatever is tied to another parameter are left alone. The configuration is kept in
+    Weights are shared, not copied. The output head, embeddings and whatever is tied to another parameter are left
+    alone unless `config.embeddings` or `config.lm_head` says otherwise; routers of experts always are. With
+    `config.kv_cache` the attention layers read quantized keys and values. The configuration is kept in
     `model.config.llmqat`, so that a checkpoint of the prepared model explains itself.
 
     Args:
@@ -30,24 +72,35 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
         The coverage audit: every parameter tensor, quantized how, or left alone and why.
 
     Raises:
-        ValueError: when the model is prepared already, a target, ignore or override matches nothing, or a group size
-            does not divide. The model is then unchanged.
+        ValueError: when the model is prepared already, a target, ignore or override matches nothing, a group size does
+            not divide, or the KV cache or the embeddings cannot be quantized. The model is then unchanged.
     """
-    if any(isinstance(module, (QuantLinear, PackedLinear)) for module in model.modules()):
+    if any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
         raise ValueError("the model is prepared already; prepare the original model, or load it anew")
-    schemes, reasons = _plan(model, config)
-    replacements = {
-        name: QuantLinear.from_linear(_linear(model, name), scheme, name) for name, scheme in schemes.items()
+    maps = linear_maps(model)
+    plan = _plan(model, maps, config)
+    replacements: dict[str, nn.Module] = {
+        name: _quantized(name, maps[name], scheme) for name, scheme in plan.schemes.items()
     }
+    replacements |= _quantized_ends(model, config)
+    if config.kv_cache is not None:
+        check_kv_groups(attention_layers(model), config.kv_cache)
+    if not replacements and config.kv_cache is None:
+        raise ValueError(
+            f"nothing is left to quantize: quant.targets={list(config.targets)} without quant.ignore, skipped layers, "
+            "the output head and null overrides covers no linear layer; widen quant.targets or shorten quant.ignore"
+        )
     for name, module in replacements.items():
-        model.set_submodule(name, module)
+        install(model, name, module)
+    if config.kv_cache is not None:
+        quantize_kv(model, config.kv_cache)
     if hasattr(model, "config"):
         setattr(model.config, CONFIG_KEY, config.model_dump(mode="json"))
-    return audit(model, reasons)
+    return audit(model, plan.reasons)
 
 
 def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Replaces every QuantLinear of `model` by its PackedLinear, in place, and casts what remains to `dtype`.
+    """Replaces every quantized weight of `model` by its packed form, in place, and casts what remains to `dtype`.
 
     Args:
         model: a prepared model.
@@ -57,13 +110,19 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: when the model holds no QuantLinear.
+        ValueError: when the model holds no quantized weight.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
     if not layers:
         raise ValueError("the model has no QuantLinear to convert; call llmqat.prepare(model, config) first")
+    heads = {name: module for name, module in model.named_modules() if isinstance(module, TiedHead)}
+    packed = {id(layer): packed_form(layer, dtype) for layer in layers.values()}
     for name, layer in layers.items():
-        model.set_submodule(name, PackedLinear.from_quant_linear(layer, dtype))
+        install(model, name, packed[id(layer)])
+    for name, head in heads.items():
+        embedding = packed[id(head.embedding)]
+        assert isinstance(embedding, PackedEmbedding)
+        model.set_submodule(name, TiedHead(embedding, head.bias))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -71,68 +130,221 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     return model
 
 
-def _plan(model: nn.Module, config: QuantConfig) -> tuple[dict[str, WeightConfig], dict[str, str]]:
-    """Returns the scheme of each module to quantize, and for each linear left alone the reason."""
-    _check_patterns(model, config)
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
+def packed_form(layer: QuantModule, dtype: torch.dtype) -> PackedModule:
+    """Returns the packed form of a quantized weight; scales and bias are stored in `dtype`."""
+    return _PACKERS[type(layer)](layer, dtype)
+
+
+_PACKERS: dict[type[QuantModule], Callable[..., PackedModule]] = {
+    QuantLinear: PackedLinear.from_quant_linear,
+    QuantEmbedding: PackedEmbedding.from_quant_embedding,
+    QuantExperts: PackedExperts.from_quant_experts,
+}
+
+
+def install(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the module, or the stacked parameter, `name` of `model`."""
+    if isinstance(module, (QuantExperts, PackedExperts)):
+        owner, _, leaf = name.rpartition(".")
+        replace_stacked(model.get_submodule(owner), leaf, module)
+    else:
+        model.set_submodule(name, module)
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied and isinstance(module, TiedHead):  # it is tied by being the same tensor, not by a copy at loading
+        tied.pop(f"{name}.weight", None)
+
+
+def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
+    """Returns every linear map of `model` by name: nn.Linear and Conv1D modules, stacked weights of experts."""
+    found: dict[str, LinearMap] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            kinds = ("Linear", type(module).__name__)
+            found[name] = LinearMap(kinds, module.weight, module, refusal=_refusal(model, name, module))
+        for leaf, parameter in stacked_weights(module).items():
+            kinds = ("Linear", type(module).__name__)
+            found[f"{name}.{leaf}" if name else leaf] = LinearMap(kinds, parameter, module, stacked=True)
+    return found
+
+
+def matches(pattern: str, name: str, kinds: tuple[str, ...]) -> bool:
+    """Returns whether `pattern` (class name, dotted name, or `re:` regular expression) means this linear map."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return pattern == name or pattern in kinds
+
+
+def block_index(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """Returns which transformer layer the module `name` lies in, and of how many; None outside of layers.
+
+    A layer is an entry of the outermost ModuleList on the way to the module.
+    """
+    module, parts = model, name.split(".")
+    for depth, part in enumerate(parts[:-1]):
+        module = getattr(module, part)
+        if isinstance(module, nn.ModuleList):
+            return int(parts[depth + 1]), len(module)
+    return None
+
+
+def _refusal(model: nn.Module, name: str, module: nn.Module) -> str:
+    """Returns why a linear layer is never quantized; empty when it may be."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf in ROUTERS and hasattr(model.get_submodule(owner), "experts"):
+        return "router, stays in high precision"
+    kind = type(module)
+    if not module.weight.is_floating_point():  # type: ignore[operator]
+        return f"{kind.__name__} holds integers already"
+    own = isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward
+    if own and kind.__name__ not in LINEAR_SUBCLASSES:
+        return f"{kind.__name__} has a forward of its own"
+    return ""
+
+
+def _plan(model: nn.Module, maps: Mapping[str, LinearMap], config: QuantConfig) -> _Plan:
+    """Returns the scheme of each linear map to quantize, and for each one left alone the reason."""
+    _check_patterns(model, maps, config)
+    heads = [end for end in (_end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")) if end]
     uses: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), []).append(name)
-    schemes: dict[str, WeightConfig] = {}
-    reasons: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        scheme, reason = _scheme(name, module, config)
-        others = [other for other in uses[id(module.weight)] if other != f"{name}.weight"]
-        if module is head:
-            reasons[name] = "output head, left alone by default"
+    plan = _Plan()
+    for name, entry in maps.items():
+        scheme, reason = _scheme(model, name, entry, config)
+        others = [other for other in uses[id(entry.weight)] if other not in (name, f"{name}.weight")]
+        if any(entry.owner is head for head in heads):
+            plan.reasons[name] = "output head, left alone by default"
         elif others:
-            reasons[name] = f"its weight is tied to {others[0]}"
-        elif scheme is None:
-            reasons[name] = reason
+            plan.reasons[name] = f"its weight is tied to {others[0]}"
+        elif entry.refusal or scheme is None:
+            plan.reasons[name] = entry.refusal or reason
         else:
-            schemes[name] = scheme
-    if not schemes:
-        raise ValueError(
-            f"nothing is left to quantize: quant.targets={list(config.targets)} without quant.ignore, the output head "
-            "and null overrides covers no nn.Linear; widen quant.targets or shorten quant.ignore"
-        )
-    return schemes, reasons
+            plan.schemes[name] = scheme
+    return plan
 
 
-def _scheme(name: str, module: nn.Linear, config: QuantConfig) -> tuple[WeightConfig | None, str]:
-    ignored = next((pattern for pattern in config.ignore if matches(pattern, name, module)), None)
+def _scheme(model: nn.Module, name: str, entry: LinearMap, config: QuantConfig) -> tuple[LayerScheme | None, str]:
+    ignored = next((pattern for pattern in config.ignore if matches(pattern, name, entry.kinds)), None)
     if ignored is not None:
         return None, f"quant.ignore has {ignored!r}"
-    for pattern, scheme in reversed(config.overrides.items()):
-        if matches(pattern, name, module):
-            return scheme, f"quant.overrides[{pattern!r}] is null"
-    if any(matches(pattern, name, module) for pattern in config.targets):
-        return config.weights, ""
+    place = block_index(model, name)
+    if place is not None and place[0] < config.skip_first:
+        return None, f"quant.skip_first={config.skip_first}"
+    if place is not None and place[0] >= place[1] - config.skip_last:
+        return None, f"quant.skip_last={config.skip_last}"
+    default = LayerScheme(weights=config.weights, input_activations=config.input_activations)
+    for pattern, override in reversed(config.overrides.items()):
+        if not matches(pattern, name, entry.kinds):
+            continue
+        if override is None:
+            return None, f"quant.overrides[{pattern!r}] is null"
+        if not _in_layers(override.layers, place):
+            continue
+        weights = default.weights if override.weights == "default" else override.weights
+        inputs = default.input_activations if override.input_activations == "default" else override.input_activations
+        return LayerScheme(weights=weights, input_activations=inputs), ""
+    if any(matches(pattern, name, entry.kinds) for pattern in config.targets):
+        return default, ""
     return None, "no quant.targets entry matches it"
 
 
-def _check_patterns(model: nn.Module, config: QuantConfig) -> None:
-    """Raises ValueError for a pattern that matches no nn.Linear: a typing error would otherwise pass in silence."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for field, patterns in (
+def _in_layers(layers: tuple[int, ...] | None, place: tuple[int, int] | None) -> bool:
+    if layers is None:
+        return True
+    return place is not None and bool({place[0], place[0] - place[1]} & set(layers))
+
+
+def _check_patterns(model: nn.Module, maps: Mapping[str, LinearMap], config: QuantConfig) -> None:
+    """Raises ValueError for a pattern that matches no linear map: a typing error would otherwise pass in silence."""
+    for owner, patterns in (
         ("targets", config.targets),
         ("ignore", config.ignore),
         ("overrides", tuple(config.overrides)),
     ):
         for pattern in patterns:
-            if not any(matches(pattern, name, module) for name, module in linears.items()):
-                examples = ", ".join(list(linears)[:3]) or "none"
+            if not any(matches(pattern, name, entry.kinds) for name, entry in maps.items()):
+                examples = ", ".join(list(maps)[:3]) or "none"
                 raise ValueError(
-                    f"quant.{field} has {pattern!r}, which matches no nn.Linear of {type(model).__name__}; use a class "
+                    f"quant.{owner} has {pattern!r}, which matches no nn.Linear of {type(model).__name__}; use a class "
                     f"name, a full module name or 're:<regular expression>'. Linears here: {examples}, …"
                 )
+    for pattern, override in config.overrides.items():
+        if override is None or override.layers is None:
+            continue
+        if not any(
+            matches(pattern, name, entry.kinds) and _in_layers(override.layers, block_index(model, name))
+            for name, entry in maps.items()
+        ):
+            raise ValueError(
+                f"quant.overrides[{pattern!r}].layers={list(override.layers)} matches no layer of "
+                f"{type(model).__name__}; layers count from 0, or from the end if negative"
+            )
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{name} is a {type(module).__name__}, not an nn.Linear")
-    return module
+def _quantized(name: str, entry: LinearMap, scheme: LayerScheme) -> QuantModule:
+    if not entry.stacked:
+        return QuantLinear.from_linear(entry.owner, scheme.weights, name, scheme.input_activations)
+    transposed = bool(entry.owner.is_transposed)
+    return QuantExperts(entry.weight, scheme.weights, name, transposed).train(entry.owner.training)
+
+
+# Embeddings and output head
+
+
+def _end(model: nn.Module, getter: str) -> nn.Module | None:
+    """Returns the model's input or output embeddings, or None."""
+    find = getattr(model, getter, None)
+    try:
+        module = find() if callable(find) else None
+    except NotImplementedError:  # models without token embeddings say so like this
+        return None
+    return module if isinstance(module, nn.Module) else None
+
+
+def _quantized_ends(model: nn.Module, config: QuantConfig) -> dict[str, nn.Module]:
+    """Returns the quantized token embedding and output head that `config` asks for, by name."""
+    embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    if config.embeddings == "keep" and config.lm_head in (None, "keep"):
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = embedding is not None and head is not None and head.weight is embedding.weight
+    policy: Policy = config.lm_head or (config.embeddings if tied else "keep")
+    if tied and policy != config.embeddings:
+        raise ValueError(
+            f"quant.lm_head={policy!r} with quant.embeddings={config.embeddings!r}: the two are tied to one weight in "
+            f"{type(model).__name__}; give both the same, or leave quant.lm_head out"
+        )
+    replaced: dict[str, nn.Module] = {}
+    if config.embeddings != "keep":
+        if not isinstance(embedding, nn.Embedding):
+            raise ValueError(f"quant.embeddings: {type(model).__name__} has no token embedding; use 'keep'")
+        _check_unshared(model, embedding, head)
+        name = names[id(embedding)]
+        _check_divides("embeddings", config.embeddings, embedding.embedding_dim, name)
+        quantized = QuantEmbedding.from_embedding(embedding, POLICY_WEIGHTS[config.embeddings], name)
+        replaced[name] = quantized
+        if tied and head is not None:
+            replaced[names[id(head)]] = TiedHead(quantized, getattr(head, "bias", None))
+    if policy != "keep" and not tied:
+        if not isinstance(head, nn.Linear) or _refusal(model, names[id(head)], head):
+            raise ValueError(f"quant.lm_head: the output head of {type(model).__name__} is no nn.Linear; use 'keep'")
+        name = names[id(head)]
+        _check_divides("lm_head", policy, head.in_features, name)
+        replaced[name] = QuantLinear.from_linear(head, POLICY_WEIGHTS[policy], name)
+    return replaced
+
+
+def _check_unshared(model: nn.Module, embedding: nn.Embedding, head: nn.Module | None) -> None:
+    for name, module in model.named_modules():
+        if module is not embedding and module is not head and getattr(module, "weight", None) is embedding.weight:
+            raise ValueError(
+                f"quant.embeddings: {name} of {type(model).__name__} shares the embedding's weight; use 'keep'"
+            )
+
+
+def _check_divides(key: str, policy: Policy, size: int, name: str) -> None:
+    group = POLICY_WEIGHTS[policy].group_size
+    if group and size % group:
+        raise ValueError(
+            f"quant.{key}={policy!r} has groups of {group}, which do not divide {size} of {name}; use 'int8'"
+        )

@@ -29,7 +29,7 @@ from llmqat.calibrate import CalibrationConfig, calibrate_ranges, collect_moment
 from llmqat.data import Progress, TokenBlocks, load_blocks
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
-from llmqat.layers import CoverageAudit, QuantLinear, convert, prepare
+from llmqat.layers import CoverageAudit, QuantModule, convert, prepare
 from llmqat.models import cast_parameters, load_model
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, training_arguments
 from llmqat.recipe.evaluation import evaluation_windows
@@ -177,12 +177,13 @@ def _read_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreT
 
 
 def _scales(model: nn.Module) -> Scales:
-    """Returns copies of scale and zero point of every QuantLinear, by layer name."""
-    return {
-        name: (layer.initial_scale.clone(), None if layer.zero_point is None else layer.zero_point.clone())
-        for name, layer in model.named_modules()
-        if isinstance(layer, QuantLinear)
-    }
+    """Returns copies of scale and zero point of every quantized weight, by layer name."""
+    scales: Scales = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantModule):
+            scale, zero_point = layer.scale_and_zero_point()
+            scales[name] = scale.detach().clone(), None if zero_point is None else zero_point.detach().clone()
+    return scales
 
 
 def _train(
@@ -225,7 +226,7 @@ def _candidates(
         model, _ = _prepared(recipe, device)
         for name, (scale, zero_point) in (start or {}).items():
             layer = model.get_submodule(name)
-            assert isinstance(layer, QuantLinear)
+            assert isinstance(layer, QuantModule)
             layer.set_scale(scale, zero_point)
         convert(model)
         return model

@@ -8,14 +8,15 @@ The student's masters are float32. With `bf16` every other parameter reads as bf
 (`models.cast_parameters`), so the training forward computes with the very numbers that the exported checkpoint holds,
 and the residual stream, rotary tables and attention run in bfloat16.
 
-Weights, log-scales and norms are parameter groups with learning rates of their own. Log-scale gradients are normalized
-in the quantizer's backward, so a prepared model also trains in a stock Trainer or a plain loop.
+Weights, log-scales, zero points and norms are parameter groups with learning rates of their own. Gradients of the
+quantizers are normalized in their backward, so a prepared model also trains in a stock Trainer or a plain loop.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +26,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import is_torch_cuda_available
 
 from llmqat.grid import fusing
-from llmqat.layers import QuantLinear
+from llmqat.layers import ActivationQuantizer, KVQuantizer, QuantModule
 from llmqat.metrics import IGNORED_LABEL, Predictor, forward_kl
-from llmqat.models import capture_hidden, cast_parameters, head_weight, logit_transform
+from llmqat.models import capture_hidden, cast_parameters, head_weight, logit_transform, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,16 @@ class QATArguments(TrainingArguments):
     scale_learning_rate: float = field(
         default=1e-3, metadata={"help": "Learning rate of log-scales: a relative change of the scale per step."}
     )
+    zero_point_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of zero points of asymmetric schemes, in codes per step."}
+    )
+    quantization_warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps over which the forward blends from full-precision to quantized weights, for "
+            "schemes of few levels (ternary, 2 bits); inputs and KV cache are quantized from the start."
+        },
+    )
     norm_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of norms and biases; learning_rate when not given."}
     )
@@ -74,10 +85,12 @@ class QATArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Raises ValueError for a negative rate or float16."""
-        for name in ("scale_learning_rate", "norm_learning_rate"):
+        for name in ("scale_learning_rate", "zero_point_learning_rate", "norm_learning_rate"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} is negative; a learning rate is 0 or more")
+        if self.quantization_warmup_steps < 0:
+            raise ValueError(f"quantization_warmup_steps={self.quantization_warmup_steps} is negative; give 0 for none")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else TrainingArguments refuses bf16, which this processor may well have
         _check_arguments(self)
@@ -102,9 +115,9 @@ class QATTrainer(Trainer):
         Raises:
             ValueError: when the model is not prepared, or the vocabularies differ.
         """
-        if not any(isinstance(module, QuantLinear) for module in model.modules()):
+        if not any(isinstance(module, (QuantModule, KVQuantizer)) for module in model.modules()):
             raise ValueError("the model has no QuantLinear: call llmqat.prepare(model, config) before training")
-        sizes = head_weight(model)[0].shape[0], head_weight(teacher)[0].shape[0]
+        sizes = vocabulary_size(model), vocabulary_size(teacher)
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f"the student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}; they must match"
@@ -113,7 +126,7 @@ class QATTrainer(Trainer):
             _check_arguments(args)
         raise_masters(model)
         if getattr(args, "freeze_embeddings", False):
-            model.get_input_embeddings().weight.requires_grad_(False)
+            model.get_input_embeddings().requires_grad_(False)
         super().__init__(model=model, args=args, **options)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -123,14 +136,14 @@ class QATTrainer(Trainer):
         _share_starting_scales(model, self.args.world_size)
         # The loss is divided by num_items_in_batch in compute_loss; Trainer must count the tokens and not divide again.
         self.model_accepts_loss_kwargs = True
-        self._fuse = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantLinear)) >= FUSING_PAYS
+        self._fuse = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantModule)) >= FUSING_PAYS
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Runs forward and backward; both read unquantized parameters in the checkpoint's dtype."""
-        with self._checkpoint_numbers(model), fusing() if self._fuse else nullcontext():
+        with self._warming(model), self._checkpoint_numbers(model), fusing() if self._fuse else nullcontext():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
 
@@ -191,6 +204,20 @@ class QATTrainer(Trainer):
             return made
         return super().create_optimizer(model)
 
+    @contextmanager
+    def _warming(self, model: nn.Module) -> Iterator[None]:
+        """Inside, weights are quantized by the share that the warm-up has reached; outside always wholly."""
+        steps = getattr(self.args, "quantization_warmup_steps", 0)
+        share = min(1.0, (self.state.global_step + 1) / (steps + 1))
+        layers = [] if share == 1.0 else [m for m in model.modules() if isinstance(m, QuantModule)]
+        try:
+            for layer in layers:
+                layer.strength = share
+            yield
+        finally:
+            for layer in layers:
+                layer.strength = 1.0
+
     def _checkpoint_numbers(self, model: nn.Module) -> AbstractContextManager[None]:
         if not self.args.bf16:
             return nullcontext()
@@ -199,10 +226,12 @@ class QATTrainer(Trainer):
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         args = self.args
         scale_rate = getattr(args, "scale_learning_rate", QATArguments.scale_learning_rate)
+        zero_rate = getattr(args, "zero_point_learning_rate", QATArguments.zero_point_learning_rate)
         norm_rate = getattr(args, "norm_learning_rate", None)
         groups: dict[str, dict[str, Any]] = {
             "weights": {"params": [], "lr": args.learning_rate, "weight_decay": args.weight_decay},
             "log_scales": {"params": [], "lr": scale_rate, "weight_decay": 0.0},
+            "zero_points": {"params": [], "lr": zero_rate, "weight_decay": 0.0},
             "norms": {
                 "params": [],
                 "lr": args.learning_rate if norm_rate is None else norm_rate,
@@ -239,15 +268,16 @@ def _share_starting_scales(model: nn.Module, world_size: int) -> None:
     if world_size == 1 or not torch.distributed.is_initialized():
         return
     for module in model.modules():
-        if isinstance(module, QuantLinear):
-            for tensor in (module.initial_scale, module.zero_point):
-                if tensor is not None:
-                    torch.distributed.broadcast(tensor, src=0)
+        if isinstance(module, (QuantModule, ActivationQuantizer)):
+            for tensor in module.buffers(recurse=False):
+                torch.distributed.broadcast(tensor, src=0)
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:
-    if name.endswith("log_scale"):
+    if name.endswith(".log_scale"):
         return "log_scales"
+    if name.endswith(".zero_point"):
+        return "zero_points"
     return "weights" if parameter.dim() > 1 else "norms"
 
 

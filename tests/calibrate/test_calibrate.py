@@ -57,7 +57,7 @@ def test_broken_activations_and_missing_moments_are_named() -> None:
     prepare(model, QuantConfig.preset("int4", group_size=32))
     with pytest.raises(ValueError, match=r"needs E\[x\^2\] of model\.layers\.0\.self_attn\.q_proj"):
         calibrate_ranges(model, "weighted_mse", {})
-    with pytest.raises(ValueError, match="method='best' is unknown; choose minmax, mse or weighted_mse"):
+    with pytest.raises(ValueError, match="method='best' is unknown; choose minmax, percentile, mse or weighted_mse"):
         calibrate_ranges(model, "best")
     with pytest.raises(ValueError, match="at least one"):
         collect_moments(model, torch.zeros(0, 8, dtype=torch.long))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
 from llmqat.export import FORMATS, ProofError, checkpoint, load, load_any, prove, save
 from llmqat.layers import PackedLinear, QuantConfig, QuantLinear, WeightConfig, convert, prepare, quantizers_off
 from llmqat.models import cast_parameters
-from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_qwen3, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2, tiny_qwen3, tiny_tokenizer
 
 MODELS = {
     "tied llama": tiny_llama,
@@ -141,15 +142,26 @@ def test_one_scale_a_tensor_is_written_as_one_a_row(symmetric: bool, tmp_path: P
         assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
 
 
-def test_stacked_experts_are_not_taken_for_linears(tmp_path: Path) -> None:
+def test_experts_left_alone_are_not_taken_for_linears(tmp_path: Path) -> None:
     config = MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
-    model = prepared(MixtralForCausalLM(config).eval())
+    model = prepared(MixtralForCausalLM(config).eval(), ignore=(r"re:.*\.experts\.",))
     save(model, tmp_path / "out")
     group = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
     assert "Linear" not in group["targets"]
     assert len(group["targets"]) == 8
     assert torch.equal(logits_of(load(tmp_path / "out", kernel="reference")), logits_of(model))
     assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
+
+
+@pytest.mark.parametrize("make", [tiny_mixtral, tiny_gpt2], ids=["experts", "Conv1D"])
+def test_what_stock_transformers_would_leave_random_is_refused_by_it(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = prepared(make())
+    save(model, tmp_path / "out")
+    assert torch.equal(logits_of(load(tmp_path / "out", kernel="reference")), logits_of(model))
+    with pytest.raises(ValueError, match="only_llmqat_loads_this"):
+        stock(tmp_path / "out")
 
 
 def test_tensors_that_transformers_keeps_in_float32_stay_so(tmp_path: Path) -> None:
@@ -161,7 +173,8 @@ def test_tensors_that_transformers_keeps_in_float32_stay_so(tmp_path: Path) -> N
     model = DeepseekV3ForCausalLM(config).eval()
     bias = model.model.layers[1].mlp.gate.e_score_correction_bias
     bias.data = torch.tensor([1 / 3, 1 / 5, 1 / 7, 1 / 9])
-    save(prepared(model), tmp_path / "out")
+    model = prepared(model, ignore=(r"re:.*\.experts\.",))
+    save(model, tmp_path / "out")
     ours = load(tmp_path / "out", kernel="reference")
     for reloaded in (ours, stock(tmp_path / "out")):
         assert torch.equal(reloaded.model.layers[1].mlp.gate.e_score_correction_bias, bias)
@@ -520,9 +533,9 @@ def test_wrong_weight_shape_record_is_named(damaged: Path) -> None:
 def test_schemes_we_do_not_run_are_refused(damaged: Path) -> None:
     config = json.loads((damaged / "config.json").read_text())
     scheme = config["quantization_config"]["config_groups"]["group_0"]
-    scheme["input_activations"] = {"num_bits": 8, "strategy": "token", "dynamic": True}
+    scheme["output_activations"] = {"num_bits": 8, "strategy": "token", "dynamic": True}
     (damaged / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"quantized activations.*AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match=r"quantized output activations.*AutoModelForCausalLM"):
         load(damaged)
     scheme["input_activations"] = {"num_bits": 8, "colour": "red"}
     (damaged / "config.json").write_text(json.dumps(config))

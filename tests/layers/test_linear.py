@@ -43,7 +43,7 @@ def test_state_dicts_round_trip(scheme: WeightConfig) -> None:
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(fresh.quantized_weight(torch.float32), layer.quantized_weight(torch.float32))
     packed = PackedLinear.from_quant_linear(layer)
-    empty = PackedLinear(96, 48, True, scheme, device="meta")
+    empty = PackedLinear(96, 48, True, scheme.stored, device="meta")
     assert {k: (v.shape, v.dtype) for k, v in empty.state_dict().items()} == {
         k: (v.shape, v.dtype) for k, v in packed.state_dict().items()
     }

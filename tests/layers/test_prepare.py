@@ -9,7 +9,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmqat.layers import PRESETS, PackedLinear, QuantConfig, QuantLinear, WeightConfig, audit, convert, prepare
+from llmqat.layers import (
+    PRESETS,
+    KVCacheConfig,
+    KVTensorConfig,
+    PackedLinear,
+    QuantConfig,
+    QuantLinear,
+    WeightConfig,
+    audit,
+    convert,
+    prepare,
+)
 from llmqat.models import cast_parameters
 from tests.tiny import tiny_llama, tiny_qwen2, tiny_qwen3
 
@@ -19,8 +30,19 @@ MODELS = {
     "qwen2": tiny_qwen2,
     "qwen3": tiny_qwen3,
 }
+KV4 = KVTensorConfig(num_bits=4, symmetric=False, group_size=8)
+
+
+def _small(name: str) -> QuantConfig:
+    """The preset, its groups small enough for the tiny models."""
+    changes: dict[str, object] = {} if PRESETS[name]["weights"]["strategy"] == "channel" else {"group_size": 32}
+    if name == "w4a8kv4":
+        changes["kv_cache"] = KVCacheConfig(key=KV4, value=KV4)
+    return QuantConfig.preset(name, **changes)
+
+
 CONFIGS = {
-    **{name: QuantConfig.preset(name, **({"group_size": 32} if name != "int8" else {})) for name in PRESETS},
+    **{name: _small(name) for name in PRESETS},
     "int4-asymmetric": QuantConfig.preset("int4", group_size=32, symmetric=False),
     "mixed": QuantConfig.preset(
         "int4", group_size=32, overrides={"re:.*down_proj": WeightConfig(num_bits=8, strategy="channel")}

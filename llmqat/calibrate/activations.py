@@ -1,0 +1,141 @@
+"""Static ranges of layer inputs, from observers over token blocks.
+
+    minmax          the smallest and largest entry seen
+    moving_average  of each batch's smallest and largest entry, the newest weighing a tenth
+    percentile      the range that leaves a given share of entries outside, from a histogram
+    mse             the clip ratio of the full range with the least squared error, from the same histogram
+
+The histogram needs the full range first, so the last two pass over the text twice. Layers that read the same tensor
+(q, k and v) see the same entries and end with equal ranges, and so are quantized once.
+
+Source: Jacob et al. (1712.05877) section 3.1 for the moving average.
+
+Letters: N blocks, L length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.calibrate.forward import Wrap, check_finite, check_seen, observe_inputs
+from llmqat.layers import ActivationConfig, QuantLinear
+from llmqat.layers.activation import range_parameters, row_codes, row_values
+
+MOMENTUM = 0.1
+"""Weight of the newest batch in a moving average."""
+BINS = 2048
+CLIP_RATIOS = tuple(1.0 - 0.01 * step for step in range(70))
+
+Range = tuple[float, float]
+
+
+def calibrate_activations(model: nn.Module, blocks: Tensor, batch_size: int = 4, wrap: Wrap = iter) -> int:
+    """Sets every static input range of `model`, in place, from token `blocks` [N, L]; returns how many there are.
+
+    Args:
+        model: a prepared causal language model; runs with its quantizers off.
+        blocks: [N, L] token ids.
+        batch_size: blocks per forward.
+        wrap: put around the iteration over batches, for a progress bar.
+
+    Raises:
+        ValueError: when there is no block, a layer saw no input, or an activation is not finite.
+    """
+    layers = static_layers(model)
+    if not layers:
+        return 0
+    ranges = _full_ranges(model, layers, blocks, batch_size, wrap)
+    binned = {name: layer for name, layer in layers.items() if _config(layer).observer in ("percentile", "mse")}
+    if binned:
+        counts = _histograms(model, binned, ranges, blocks, batch_size, wrap)
+        ranges |= {name: _from_histogram(_config(layer), ranges[name], counts[name]) for name, layer in binned.items()}
+    for name, layer in layers.items():
+        assert layer.input_quantizer is not None
+        layer.input_quantizer.set_range(*ranges[name])
+    return len(layers)
+
+
+def static_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Returns the linear layers of `model` whose input has a static range, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and module.input_quantizer is not None and not _config(module).dynamic
+    }
+
+
+def _config(layer: QuantLinear) -> ActivationConfig:
+    assert layer.input_quantizer is not None
+    return layer.input_quantizer.config
+
+
+def _full_ranges(
+    model: nn.Module, layers: dict[str, QuantLinear], blocks: Tensor, batch_size: int, wrap: Wrap
+) -> dict[str, Range]:
+    found: dict[str, Range] = {}
+
+    def record(name: str, x: Tensor) -> None:
+        low, high = (float(extreme) for extreme in torch.aminmax(x))
+        if name not in found:
+            found[name] = low, high
+            return
+        old = found[name]
+        if _config(layers[name]).observer == "moving_average":
+            found[name] = old[0] + MOMENTUM * (low - old[0]), old[1] + MOMENTUM * (high - old[1])
+        else:
+            found[name] = min(low, old[0]), max(high, old[1])
+
+    observe_inputs(model, layers, record, blocks, batch_size, wrap)
+    check_seen({name: name in found for name in layers})
+    check_finite({name: all(abs(end) < float("inf") for end in ends) for name, ends in found.items()})
+    return found
+
+
+def _histograms(
+    model: nn.Module,
+    layers: dict[str, QuantLinear],
+    ranges: dict[str, Range],
+    blocks: Tensor,
+    batch_size: int,
+    wrap: Wrap,
+) -> dict[str, Tensor]:
+    counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in layers}
+
+    def record(name: str, x: Tensor) -> None:
+        low, high = ranges[name]
+        counts[name] += torch.histc(x.float(), BINS, low, high).double().cpu()
+
+    observe_inputs(model, layers, record, blocks, batch_size, wrap)
+    return counts
+
+
+def _from_histogram(config: ActivationConfig, full: Range, counts: Tensor) -> Range:
+    """Returns the range that the observer chooses, given the full range and the counts [BINS] in it."""
+    low, high = full
+    width = (high - low) / BINS
+    centres = low + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+    if config.observer == "percentile":
+        return _percentile(config, centres, counts, width)
+    best, least = full, float("inf")
+    for ratio in CLIP_RATIOS:
+        scale, zero_point = range_parameters(
+            torch.tensor(low * ratio).double(), torch.tensor(high * ratio).double(), config.num_bits, config.symmetric
+        )
+        rounded = row_values(row_codes(centres, scale, zero_point, config.num_bits), scale, zero_point)
+        error = float(torch.dot((rounded - centres).square(), counts))
+        if error < least:
+            best, least = (low * ratio, high * ratio), error
+    return best
+
+
+def _percentile(config: ActivationConfig, centres: Tensor, counts: Tensor, width: float) -> Range:
+    outside = float(counts.sum()) * (1 - config.percentile / 100)
+    if config.symmetric:
+        order = centres.abs().argsort()
+        inside = counts[order].cumsum(0) <= float(counts.sum()) - outside
+        reach = float(centres.abs()[order][inside].max()) + width / 2 if bool(inside.any()) else width / 2
+        return -reach, reach
+    from_below, from_above = counts.cumsum(0), counts.flip(0).cumsum(0).flip(0)
+    kept = centres[(from_below > outside / 2) & (from_above > outside / 2)]
+    return float(kept.min()) - width / 2, float(kept.max()) + width / 2

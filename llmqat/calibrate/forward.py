@@ -1,0 +1,77 @@
+"""The full-precision passes over token blocks that calibration takes: quantizers off, no gradients, no logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.layers import quantizers_off
+from llmqat.models import capture_hidden, model_device
+
+Wrap = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+"""Put around the iteration over batches, for a progress bar."""
+
+
+@torch.no_grad()
+def observe_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    record: Callable[[str, Tensor], None],
+    blocks: Tensor,
+    batch_size: int,
+    wrap: Wrap = iter,
+    after_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs `model` over token `blocks` [N, L], its quantizers off, and shows `record` each input of `layers`.
+
+    Args:
+        model: a causal language model.
+        layers: modules by name; the first input of each is recorded.
+        record: called with the name and the input [tokens, features].
+        blocks: [N, L] token ids.
+        batch_size: blocks per forward.
+        wrap: put around the iteration over batches.
+        after_batch: called after each forward.
+
+    Raises:
+        ValueError: when there is no block.
+    """
+    if blocks.shape[0] == 0:
+        raise ValueError("calibration got no token block; give it at least one")
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, inputs: record(name, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
+        stack.enter_context(quantizers_off(model))
+        captured = stack.enter_context(capture_hidden(model))
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
+        device = model_device(model)
+        for batch in wrap(blocks.split(batch_size)):
+            model(input_ids=batch.to(device), use_cache=False)
+            captured.take()
+            after_batch()
+
+
+def check_seen(seen: Mapping[str, bool]) -> None:
+    """Raises ValueError where a layer got no input during calibration; `seen` says so by layer name."""
+    unseen = [name for name, reached in seen.items() if not reached]
+    if unseen:
+        raise ValueError(f"calibration reached no input of {', '.join(unseen[:3])}…; is the layer used in the forward?")
+
+
+def check_finite(finite: Mapping[str, bool]) -> None:
+    """Raises ValueError where the inputs of a layer were not finite; `finite` says so by layer name."""
+    broken = [name for name, fine in finite.items() if not fine]
+    if broken:
+        raise ValueError(
+            f"the input of {broken[0]} holds NaN or infinity during calibration ({len(broken)} layers in all); "
+            "check the model in float32 before quantizing it"
+        )

@@ -1,0 +1,185 @@
+"""Fake quantization of a layer's input: each token by its own range, or the whole tensor by a calibrated one.
+
+The arithmetic is that of compressed-tensors, in the dtype of the input and in its order of operations, so that stock
+transformers computes the same bits: scale = absmax / 127.5 for codes -128..127, or (max - min) / 255 with a rounded
+zero point. Scales are not differentiated; the gradient passes through unchanged, clipped or not.
+
+A tensor that several layers read (q, k and v; gate and up) is quantized once: the last result is kept until another
+tensor comes or the input dies, and is given again to whoever brings the same tensor.
+
+Letters: B batch, L length, I in features.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.layers.config import ActivationConfig
+
+_UNSET = float("nan")
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake-quantizes the input of a linear layer.
+
+    Attributes:
+        config: the scheme.
+        scale: [1] float32 buffer of a static range, NaN until it is calibrated; None when dynamic.
+        zero_point: [1] float32 buffer of a static asymmetric range, an integer in -2^(b-1)..2^(b-1)-1; else None.
+        enabled: False lets the input through.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(self, config: ActivationConfig, device: torch.device | str | None = None, name: str = "") -> None:
+        """Makes a quantizer; a static one refuses to run until `set_range`. `name` is the layer's, for errors."""
+        super().__init__()
+        self.config, self.name, self.enabled = config, name, True
+        static = not config.dynamic
+        self.register_buffer("scale", torch.full((1,), _UNSET, device=device) if static else None)
+        zero_point = torch.zeros(1, device=device) if static and not config.symmetric else None
+        self.register_buffer("zero_point", zero_point)
+        self._static_key: tuple[float, float] | None = None
+
+    @torch.no_grad()
+    def set_range(self, low: float, high: float) -> None:
+        """Sets the static range; the scale is snapped to bfloat16, as it will be stored.
+
+        Raises:
+            ValueError: when the range is not finite.
+        """
+        assert self.scale is not None
+        if not (low <= high and abs(low) < float("inf") and abs(high) < float("inf")):
+            raise ValueError(f"the input range [{low}, {high}] of {self.name or 'a layer'} is not finite")
+        bits, symmetric = self.config.num_bits, self.config.symmetric
+        scale, zero_point = range_parameters(torch.tensor([low]), torch.tensor([high]), bits, symmetric)
+        self.scale.copy_(scale.to(torch.bfloat16))
+        if zero_point is not None and self.zero_point is not None:
+            self.zero_point.copy_(zero_point)
+        self._static_key = None
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns x [*, I] fake-quantized, in `dtype` (x's own where not given).
+
+        Raises:
+            RuntimeError: for a static range that was never calibrated.
+        """
+        dtype = dtype or x.dtype
+        if not self.enabled:
+            return x.to(dtype)
+        if torch.compiler.is_compiling():  # the compiler finds the common subexpression by itself
+            return self._quantized(x.to(dtype))
+        key = (self.config, self._range_key(), dtype, torch.is_grad_enabled())
+        return _shared.get(x, key, lambda: self._quantized(x.to(dtype)))
+
+    def extra_repr(self) -> str:
+        """Returns the line that print(model) shows."""
+        return self.config.label
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return fake_quantize_rows(x, self.config.num_bits, self.config.symmetric)
+        zero_point = None if self.zero_point is None else self.zero_point.to(x.dtype)
+        return _StraightThrough.apply(x, self.scale.to(x.dtype), zero_point, self.config.num_bits)  # type: ignore[no-untyped-call]
+
+    def _range_key(self) -> tuple[float, float] | None:
+        """Returns the static range as numbers, so that layers with equal ranges share a result; None when dynamic."""
+        if self.scale is None or self.scale.is_meta:
+            return None
+        if self._static_key is None:
+            scale = float(self.scale)
+            if scale != scale:
+                raise RuntimeError(
+                    f"the static input range of {self.name or 'a layer'} is not calibrated; call "
+                    "llmqat.calibrate.calibrate_activations(model, blocks) first, or use dynamic=True"
+                )
+            self._static_key = scale, 0.0 if self.zero_point is None else float(self.zero_point)
+        return self._static_key
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._static_key = None
+        super()._load_from_state_dict(*args, **options)
+
+
+def range_parameters(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns scale and zero point of the ranges [low, high], in their dtype, with codes -2^(b-1)..2^(b-1)-1.
+
+    Source: compressed-tensors' `calculate_qparams`, bit for bit.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    levels, qmin = 2**num_bits - 1, -(2 ** (num_bits - 1))
+    if symmetric:
+        return _above_zero(torch.maximum(-low, high) / (levels / 2)), None
+    scale = (high - low) / levels
+    zero_point = (qmin - low / scale).clamp(qmin, qmin + levels)
+    return _above_zero(scale), torch.nan_to_num(zero_point, nan=0.0).round()
+
+
+def row_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:
+    """Returns the codes of x, as integers in x's dtype; scale and zero point broadcast against x."""
+    qmin = -(2 ** (num_bits - 1))
+    q = x / scale
+    if zero_point is not None:
+        q += zero_point
+    return q.clamp_(qmin, qmin + 2**num_bits - 1).round_()
+
+
+def row_values(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Returns (code - zero_point) * scale, in the scale's dtype."""
+    codes = codes.to(scale.dtype)
+    return (codes if zero_point is None else codes - zero_point) * scale
+
+
+def fake_quantize_rows(x: Tensor, num_bits: int, symmetric: bool) -> Tensor:
+    """Returns x [*, I] quantized and dequantized, each row by its own range; the gradient passes straight through."""
+    if x.numel() == 0:
+        return x
+    low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
+    return _StraightThrough.apply(x, *range_parameters(low, high, num_bits, symmetric), num_bits)  # type: ignore[no-untyped-call]
+
+
+def _above_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:
+        return row_values(row_codes(x, scale, zero_point, num_bits), scale, zero_point)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0], None, None, None
+
+
+class _LastResult(threading.local):
+    """The last input that was quantized, and what came of it."""
+
+    def __init__(self) -> None:
+        self.source: weakref.ref[Tensor] | None = None
+        self.key: Any = None
+        self.result: Tensor | None = None
+
+    def get(self, x: Tensor, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """Returns what `make` made last for the very tensor `x`, unchanged since, under `key`; or makes it."""
+        key = (key, None if x.is_inference() else x._version)
+        if self.result is not None and self.source is not None and self.source() is x and self.key == key:
+            return self.result
+        self.result = None
+        result = make()
+        self.source, self.key, self.result = weakref.ref(x, self._forget), key, result
+        return result
+
+    def _forget(self, source: weakref.ref[Tensor]) -> None:
+        if self.source is source:
+            self.source = self.key = self.result = None
+
+
+_shared = _LastResult()

@@ -1,0 +1,155 @@
+"""Fake quantization of keys and values, through transformers' attention interface; no modeling file is touched.
+
+Every attention layer of a model that dispatches through `ALL_ATTENTION_FUNCTIONS` gets a `KVQuantizer` as a submodule,
+and the model an attention implementation `llmqat_<its own>`, which quantizes what the layer passes on and calls the
+original. Keys arrive after rotary embedding, keys and values as the cache holds them. Each token and head is quantized
+by itself, so nothing of the future is seen and a cache (`layers.cache`) can store the codes as the tokens come.
+
+A layer that computes attention in its own forward (BLOOM, Falcon) would silently read full-precision keys and values;
+such a model is refused by name.
+
+Letters: B batch, H heads, L length, D head size, g entries per scale.
+
+Source: LLM-QAT (2305.17888) section 3.3.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llmqat.layers.activation import fake_quantize_rows
+from llmqat.layers.config import KVCacheConfig, KVTensorConfig
+
+IMPLEMENTATION_PREFIX = "llmqat_"
+"""Begins the name of an attention implementation that quantizes keys and values."""
+
+FROM_CACHE = "llmqat_from_cache"
+"""Attribute that marks keys and values as those of a quantized cache, so that they are not quantized twice."""
+
+
+class KVQuantizer(nn.Module):
+    """Fake-quantizes the keys and values of one attention layer.
+
+    Attributes:
+        config: the scheme.
+        enabled: False lets keys and values through.
+    """
+
+    def __init__(self, config: KVCacheConfig) -> None:
+        """Makes a quantizer; it has no state."""
+        super().__init__()
+        self.config, self.enabled = config, True
+
+    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns key and value [B, H, L, D], quantized and dequantized; gradients pass straight through."""
+        if not self.enabled or getattr(key, FROM_CACHE, False):
+            return key, value
+        return _grouped(key, self.config.key), _grouped(value, self.config.value)
+
+    def extra_repr(self) -> str:
+        """Returns the line that print(model) shows."""
+        return self.config.label
+
+
+def _grouped(x: Tensor, config: KVTensorConfig) -> Tensor:
+    groups = x.unflatten(-1, (-1, config.group_size or x.shape[-1]))
+    return fake_quantize_rows(groups, config.num_bits, config.symmetric).flatten(-2)
+
+
+def quantize_kv(model: nn.Module, config: KVCacheConfig) -> list[str]:
+    """Makes the attention layers of `model` read quantized keys and values, in place; returns the layers' names.
+
+    Raises:
+        ValueError: when the model's attention does not go through transformers' interface, or a group size does not
+            divide the head size. The model is then unchanged.
+    """
+    layers = attention_layers(model)
+    assert isinstance(model, PreTrainedModel)
+    check_kv_groups(layers, config)
+    for layer in layers.values():
+        layer.add_module("kv_quantizer", KVQuantizer(config))
+    implementation = str(model.config._attn_implementation)
+    if not implementation.startswith(IMPLEMENTATION_PREFIX):
+        model.set_attn_implementation(_registered(implementation))
+    return list(layers)
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the attention layers of `model` that have a place in a KV cache, by name.
+
+    Raises:
+        ValueError: when there is none, or one that computes attention past transformers' interface.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if getattr(module, "layer_idx", None) is None or "attention" not in type(module).__name__.lower():
+            continue
+        if not _dispatches(module):
+            raise ValueError(
+                f"quant.kv_cache: {type(module).__name__} of {_kind(model)} computes attention by itself, past "
+                "transformers' attention interface, so its keys and values cannot be quantized; leave out "
+                "quant.kv_cache"
+            )
+        found[name] = module
+    if not found or not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"quant.kv_cache: {_kind(model)} has no attention layer that goes through transformers' attention "
+            "interface; leave out quant.kv_cache"
+        )
+    return found
+
+
+def _kind(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+
+
+def _dispatches(layer: nn.Module) -> bool:
+    """Returns whether the layer's forward looks its attention function up in transformers' registry."""
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def check_kv_groups(layers: Mapping[str, nn.Module], config: KVCacheConfig) -> None:
+    """Raises ValueError where a group size does not divide the head size of one of the attention `layers`."""
+    for name, layer in layers.items():
+        size = getattr(layer, "head_dim", None)
+        for kind, tensor in (("key", config.key), ("value", config.value)):
+            if isinstance(size, int) and tensor.group_size and size % tensor.group_size:
+                raise ValueError(
+                    f"quant.kv_cache.{kind}.group_size={tensor.group_size} does not divide the head size {size} of "
+                    f"{name}; choose a divisor, or leave it out for the whole head"
+                )
+
+
+def _registered(implementation: str) -> str:
+    """Returns the name of the attention implementation that quantizes and then calls `implementation`."""
+    name = IMPLEMENTATION_PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(name, _quantizing(implementation))
+        # Without its mask function an implementation runs with no mask at all.
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _quantizing(implementation: str) -> Callable[..., Any]:
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        quantizer = getattr(module, "kv_quantizer", None)
+        if quantizer is not None:
+            key, value = quantizer(key, value)
+        return _original(implementation, module)(module, query, key, value, *args, **options)
+
+    return attention
+
+
+def _original(implementation: str, layer: nn.Module) -> Callable[..., Any]:
+    if implementation == "eager":  # each modeling file has its own
+        return sys.modules[type(layer).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]

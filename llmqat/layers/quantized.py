@@ -1,0 +1,203 @@
+"""QuantModule: a master weight that is fake-quantized at every forward; linear layers, embeddings, experts share it.
+
+The master weight stays a parameter, shared with the module it came from. What the forward computes with is
+`quantized_weight`: the number that evaluation and the packed file also hold. Where its scale comes from:
+- learned: initial_scale * exp(log_scale), snapped to bfloat16, so a step of log_scale is a relative one; an asymmetric
+  grid also learns its zero point, in codes;
+- fixed: initial_scale, as calibration left it;
+- dynamic: the range of the weight as it is, times `clip_ratio`, anew at each forward.
+All of its state is in the state dict.
+
+A weight is seen as a matrix [O, I] whose rows are output features, whatever its own layout: transposed in
+transformers' Conv1D and in gpt-oss' experts, three-dimensional in experts.
+
+Letters: O rows (output features, vocabulary entries, experts times output features), I in features, G scales per row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.grid import (
+    Grid,
+    fake_quantize,
+    minmax_scale,
+    quantize,
+    round_zero_point,
+    scale_from_log,
+    snap_scale,
+)
+from llmqat.layers.config import WeightConfig
+
+QUANTIZER_PARAMETERS = ("weight", "log_scale", "zero_point")
+"""Parameters of a QuantModule that stay float32 masters; the quantizer makes the numbers of the checkpoint of them."""
+
+
+class QuantModule(nn.Module):
+    """A fake-quantized weight.
+
+    Attributes:
+        weight: master weight, float32 where it trains; [O, I] or the layout of the module it came from.
+        log_scale: [O, G] float32 parameter theta, 0 at the start; None unless scales are learned.
+        initial_scale: [O, G] float32 buffer, signed; None when scales are dynamic.
+        clip_ratio: [O, G] float32 buffer, signed; only when scales are dynamic.
+        zero_point: [O, G] float32 in codes, or None: a parameter when learned (rounded in the forward), else a buffer.
+        weights: the scheme.
+        transposed: the weight's last two dimensions are [I, O].
+        enabled: False makes the forward use the master weight.
+        strength: share of the quantized weight in the forward, below 1 only during the warm-up of training.
+        compute_dtype: what the weight is read as where no input says it; None is the master's own dtype.
+    """
+
+    weight: Tensor
+    log_scale: Tensor | None
+    zero_point: Tensor | None
+    initial_scale: Tensor | None
+    clip_ratio: Tensor | None
+
+    def __init__(self, weight: Tensor, weights: WeightConfig, name: str = "", transposed: bool = False) -> None:
+        """Takes over `weight` (shared, not copied); the scale starts at plain rounding's.
+
+        Raises:
+            ValueError: when the group size does not divide I.
+        """
+        super().__init__()
+        self.weights, self.transposed = weights, transposed
+        self.enabled, self.strength = True, 1.0
+        self.compute_dtype: torch.dtype | None = None
+        self.weight = weight
+        matrix = self.matrix()
+        self.rows, self.columns = matrix.shape
+        self.scale_shape = weights.scale_shape(self.rows, self.columns, name or "the layer")
+        # LSQ's gradient factor: one clip threshold then serves scales and weights alike.
+        count = self.scale_shape[0] * self.scale_shape[1]
+        self._gradient_factor = 1.0 / math.sqrt(weight.numel() / count * max(self.grid.qmax, 1))
+        learned, dynamic = weights.scales == "learned", weights.scales == "dynamic"
+        theta = nn.Parameter(torch.zeros(self.scale_shape, device=weight.device)) if learned else None
+        self.register_parameter("log_scale", theta)
+        scale, zero_point = (None, None) if dynamic else minmax_scale(matrix, self.grid, self.scale_shape)
+        self.register_buffer("initial_scale", scale)
+        self.register_buffer("clip_ratio", torch.ones(self.scale_shape, device=weight.device) if dynamic else None)
+        if learned and zero_point is not None:
+            self.zero_point = nn.Parameter(zero_point)
+        else:
+            self.register_buffer("zero_point", zero_point)
+
+    @property
+    def grid(self) -> Grid:
+        """The code range."""
+        return self.weights.grid
+
+    def matrix(self) -> Tensor:
+        """Returns the master weight as [O, I], differentiable."""
+        weight = self.weight.mT if self.transposed else self.weight
+        return weight.reshape(-1, weight.shape[-1])
+
+    def scale(self) -> Tensor:
+        """Returns the scale [O, G] of the forward: float32, on the bfloat16 grid, differentiable in log_scale."""
+        return self.scale_and_zero_point()[0]
+
+    def scale_and_zero_point(self) -> tuple[Tensor, Tensor | None]:
+        """Returns scale and zero point [O, G] of the forward, differentiable in what is learned."""
+        if self.clip_ratio is not None:
+            return self._dynamic_range(self.clip_ratio)
+        assert self.initial_scale is not None
+        if self.log_scale is None:
+            return snap_scale(self.initial_scale), self.zero_point
+        scale = scale_from_log(self.initial_scale, self.log_scale, self._gradient_factor)
+        if self.zero_point is None:
+            return scale, None
+        return scale, round_zero_point(self.zero_point, self.grid, self._gradient_factor)
+
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Makes `scale` [O, G] (and `zero_point`) the starting point: log_scale returns to 0.
+
+        A dynamic scale keeps the ratio of `scale` to the weight's range now, and makes its zero point of it.
+
+        Raises:
+            ValueError: when a shape differs, a value is not finite, or a zero point is missing or not wanted.
+        """
+        if scale.shape != self.scale_shape or not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"scale must be finite of shape {tuple(self.scale_shape)}, got {tuple(scale.shape)}")
+        if (zero_point is None) != self.grid.symmetric:
+            raise ValueError("a zero point belongs to an asymmetric scheme and only to it")
+        if self.clip_ratio is not None:
+            self.clip_ratio.copy_(scale / self._dynamic_range(torch.ones_like(self.clip_ratio))[0])
+            return
+        assert self.initial_scale is not None
+        self.initial_scale.copy_(scale)
+        if self.log_scale is not None:
+            self.log_scale.zero_()
+        if zero_point is not None and self.zero_point is not None:
+            self.zero_point.copy_(zero_point)
+
+    def quantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """Returns the weight of the forward in `dtype` and the master's layout; differentiable in what is trained."""
+        if not self.enabled:
+            return self.weight.to(dtype)
+        quantized = self._restored(self.quantized_matrix(dtype))
+        if self.strength == 1.0:
+            return quantized
+        return torch.lerp(self.weight.to(dtype), quantized, self.strength)
+
+    def quantized_matrix(self, dtype: torch.dtype) -> Tensor:
+        """Returns the quantized weight as [O, I] in `dtype`, whatever is switched off or warming up."""
+        return self.quantized_rows(self.matrix(), None, dtype)
+
+    def quantized_rows(self, rows: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Returns rows of the matrix [n, I] fake-quantized; `index` [n] says which, None means all."""
+        scale, zero_point = self.scale_and_zero_point()
+        if index is not None and scale.shape[0] > 1:
+            scale, zero_point = scale[index], None if zero_point is None else zero_point[index]
+        return fake_quantize(rows, scale, zero_point, self.grid, dtype)
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """Returns the codes [O, I] of the forward's weight."""
+        return quantize(self.matrix(), *self.scale_and_zero_point(), self.grid)
+
+    def extra_repr(self) -> str:
+        """Returns the line that print(model) shows."""
+        return f"{'×'.join(map(str, self.weight.shape))}, weights={self.weights.label}"
+
+    def _restored(self, matrix: Tensor) -> Tensor:
+        """Returns a matrix [O, I] in the layout of the master weight."""
+        if not self.transposed:
+            return matrix.view(self.weight.shape)
+        return matrix.view(self.weight.mT.shape).mT
+
+    def _dynamic_range(self, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale, zero_point = minmax_scale(self.matrix(), self.grid, self.scale_shape)
+        clipped = snap_scale(scale * ratio)
+        if zero_point is None:
+            return clipped, None
+        low = self.matrix().detach().reshape(clipped.numel(), -1).amin(-1).clamp(max=0).view(clipped.shape)
+        return clipped, torch.round(-low.float() * ratio / clipped).clamp_(self.grid.qmin, self.grid.qmax)
+
+
+@contextmanager
+def quantizers_off(model: nn.Module) -> Iterator[None]:
+    """Inside, every quantizer of `model` (weights, inputs, KV cache) lets its input through."""
+    switched = [module for module in model.modules() if isinstance(getattr(module, "enabled", None), bool)]
+    before = [module.enabled for module in switched]
+    try:
+        for module in switched:
+            module.enabled = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module, enabled in zip(switched, before, strict=True):
+            module.enabled = enabled
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Returns the autocast dtype where autocast is on, or else x's."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
