@@ -75,7 +75,9 @@ OverridesArgument = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder to write to; must not exist.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the output folder.")]
-SchemeOption = Annotated[str, typer.Option(help="Preset: int8, int4, int3 or int2.")]
+SchemeOption = Annotated[
+    str, typer.Option(help="Preset, such as int4, int8, int2-seq, ternary, w8a8, w4a8 or w4a8kv8.")
+]
 GroupSizeOption = Annotated[
     int | None, typer.Option(min=1, help="Weights that share one scale; the preset's own where not given.")
 ]
@@ -227,6 +229,12 @@ def quantize(
     scheme: SchemeOption = "int4",
     group_size: GroupSizeOption = None,
     method: Annotated[str, typer.Option(help="search: scales from calibration; rtn: plain rounding.")] = "search",
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Rotate the residual stream first; unties the head.")
+    ] = False,
+    smooth: Annotated[
+        float | None, typer.Option(min=0, max=1, help="SmoothQuant's alpha, such as 0.5: smooth layer inputs first.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text file or folder to calibrate on.")] = None,
     synthetic: Annotated[
         int, typer.Option(min=1, help="Tokens to calibrate on; written by the model without --text.")
@@ -242,6 +250,8 @@ def quantize(
         llmqat quantize HuggingFaceTB/SmolLM2-135M --scheme int4 --group-size 64 --synthetic 16384 --out smollm2-int4
 
         llmqat quantize ./model --scheme int8 --method rtn --out model-int8
+
+        llmqat quantize ./model --scheme w8a8 --smooth 0.5 --text notes.txt --out model-w8a8
     """
     from llmqat.recipe import quantize_model
 
@@ -251,6 +261,8 @@ def quantize(
         scheme=scheme,
         group_size=group_size,
         method=method,
+        rotate=rotate,
+        smooth=smooth,
         text=text,
         tokens=synthetic,
         block_size=block_size,
@@ -416,6 +428,8 @@ def _print_audit(coverage: CoverageAudit) -> None:
         f"({coverage.average_bits_of_all:.2f} bits a parameter of the whole model)",
         highlight=False,
     )
+    for note in coverage.notes:
+        console.print(f"- {note}", highlight=False)
 
 
 def _alike(coverage: CoverageAudit) -> list[tuple[str, list[AuditEntry]]]:

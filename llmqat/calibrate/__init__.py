@@ -9,11 +9,15 @@ from llmqat.calibrate.activations import calibrate_activations, static_layers
 from llmqat.calibrate.config import CalibrationConfig
 from llmqat.calibrate.moments import collect_moments
 from llmqat.calibrate.ranges import calibrate_ranges
+from llmqat.calibrate.rotate import rotate
+from llmqat.calibrate.smooth import smooth
 
 __all__ = [
     "CalibrationConfig",
     "calibrate_activations",
     "calibrate_ranges",
     "collect_moments",
+    "rotate",
+    "smooth",
     "static_layers",
 ]

@@ -26,7 +26,7 @@ from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.packed import PackedLinear, PackedModule
-from llmqat.layers.prepare import convert, install, linear_maps, packed_form, prepare
+from llmqat.layers.prepare import LinearMap, convert, install, linear_maps, packed_form, prepare
 from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule, quantizers_off
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "KVQuantizer",
     "KVTensorConfig",
     "LayerScheme",
+    "LinearMap",
     "Override",
     "PackedEmbedding",
     "PackedExperts",

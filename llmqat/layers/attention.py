@@ -8,9 +8,12 @@ by itself, so nothing of the future is seen and a cache (`layers.cache`) can sto
 A layer that computes attention in its own forward (BLOOM, Falcon) would silently read full-precision keys and values;
 such a model is refused by name.
 
+The arithmetic is float32, rounded once to the dtype of the states. A symmetric scheme is code * scale; an asymmetric
+one is code * scale + offset, the offset being the smallest entry of the group: no zero point is rounded to a code.
+
 Letters: B batch, H heads, L length, D head size, g entries per scale.
 
-Source: LLM-QAT (2305.17888) section 3.3.
+Source: LLM-QAT (2305.17888) section 3.3; the offset is KIVI's (2402.02750) section 3.1.
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llmqat.layers.activation import fake_quantize_rows
 from llmqat.layers.config import KVCacheConfig, KVTensorConfig
 
 IMPLEMENTATION_PREFIX = "llmqat_"
@@ -52,16 +55,51 @@ class KVQuantizer(nn.Module):
         """Returns key and value [B, H, L, D], quantized and dequantized; gradients pass straight through."""
         if not self.enabled or getattr(key, FROM_CACHE, False):
             return key, value
-        return _grouped(key, self.config.key), _grouped(value, self.config.value)
+        return _fake_quantized(key, self.config.key), _fake_quantized(value, self.config.value)
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
         return self.config.label
 
 
-def _grouped(x: Tensor, config: KVTensorConfig) -> Tensor:
-    groups = x.unflatten(-1, (-1, config.group_size or x.shape[-1]))
-    return fake_quantize_rows(groups, config.num_bits, config.symmetric).flatten(-2)
+def quantize_states(x: Tensor, config: KVTensorConfig) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns codes 0..2^b-1 uint8 [*, D], scale [*, D/g] and offset [*, D/g] (None when symmetric) of states [*, D].
+
+    Scale and offset have the dtype of the states, and the codes are made with the rounded ones.
+    """
+    groups = x.unflatten(-1, (-1, config.group_size or x.shape[-1])).float()
+    low, high = torch.aminmax(groups, dim=-1, keepdim=True)
+    levels, middle = 2**config.num_bits - 1, 2 ** (config.num_bits - 1)
+    span = torch.maximum(-low, high) / (levels / 2) if config.symmetric else (high - low) / levels
+    scale = torch.where(span == 0, 1.0, span).to(x.dtype)
+    shifted = groups if config.symmetric else groups - low
+    codes = (shifted / scale.float()).round_().add_(middle if config.symmetric else 0).clamp_(0, levels)
+    offset = None if config.symmetric else low.squeeze(-1).to(x.dtype)
+    return codes.flatten(-2).to(torch.uint8), scale.squeeze(-1), offset
+
+
+def dequantize_states(codes: Tensor, scale: Tensor, offset: Tensor | None, config: KVTensorConfig) -> Tensor:
+    """Returns the states [*, D] in the scale's dtype; the way back from `quantize_states`."""
+    values = codes.unflatten(-1, (scale.shape[-1], -1)).float()
+    if offset is None:
+        values = (values - 2 ** (config.num_bits - 1)) * scale.unsqueeze(-1).float()
+    else:
+        values = values * scale.unsqueeze(-1).float() + offset.unsqueeze(-1).float()
+    return values.to(scale.dtype).flatten(-2)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, config: KVTensorConfig) -> Tensor:
+        return dequantize_states(*quantize_states(x, config), config)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _fake_quantized(x: Tensor, config: KVTensorConfig) -> Tensor:
+    return _StraightThrough.apply(x, config)  # type: ignore[no-untyped-call]
 
 
 def quantize_kv(model: nn.Module, config: KVCacheConfig) -> list[str]:

@@ -22,6 +22,8 @@ from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule
 BYTES_HIGH_PRECISION = 2
 SHAPE_BYTES = 16
 KEPT = "kept"
+UNTIED = "llmqat_untied"
+"""Attribute of an output head that rotation untied from the embeddings."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,12 @@ def _notes(model: nn.Module) -> list[str]:
         )
     if any(layer.weights.levels == "seq" for layer in layers if isinstance(layer, QuantModule)):
         notes.append("int2-seq has half-integer levels, which no format knows: stored exactly, in 3 bits a code")
+    untied = next((module for module in modules if getattr(module, UNTIED, False)), None)
+    if untied is not None:
+        size = untied.get_parameter("weight").numel() * BYTES_HIGH_PRECISION
+        notes.append(
+            f"rotation untied the output head from the embedding: {size:,} bytes more in a bfloat16 checkpoint"
+        )
     return notes
 
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from llmqat.layers.activation import range_parameters, row_codes, row_values
-from llmqat.layers.attention import FROM_CACHE, KVQuantizer
+from llmqat.layers.attention import FROM_CACHE, KVQuantizer, dequantize_states, quantize_states
 from llmqat.layers.config import KVCacheConfig, KVTensorConfig
 
 
@@ -30,18 +29,18 @@ class QuantizedStates:
     Attributes:
         codes: uint8 [B, H, T, D], or [B, H, T, D/2] with two codes a byte for schemes of up to 4 bits.
         scale: [B, H, T, G] in the dtype of the states.
-        zero_point: int8 [B, H, T, G], or None when symmetric.
+        offset: [B, H, T, G] in the dtype of the states, or None when symmetric.
         first: [B, H, F, D], kept in full precision.
         recent: [B, H, R, D], kept in full precision.
     """
 
-    TENSORS = ("codes", "scale", "zero_point", "first", "recent")
+    TENSORS = ("codes", "scale", "offset", "first", "recent")
 
     def __init__(self, config: KVTensorConfig, first_tokens: int, last_tokens: int) -> None:
         self.config, self.first_tokens, self.last_tokens = config, first_tokens, last_tokens
         self.codes: Tensor | None = None
         self.scale: Tensor | None = None
-        self.zero_point: Tensor | None = None
+        self.offset: Tensor | None = None
         self.first: Tensor | None = None
         self.recent: Tensor | None = None
 
@@ -67,9 +66,7 @@ class QuantizedStates:
         assert self.recent is not None
         if self.codes is None or self.scale is None:
             return torch.cat([self.first, self.recent], dim=-2)
-        codes = self._unpacked(self.codes).unflatten(-1, (self.scale.shape[-1], -1))
-        zero_point = None if self.zero_point is None else self.zero_point.to(self.scale.dtype).unsqueeze(-1)
-        middle = row_values(codes, self.scale.unsqueeze(-1), zero_point).flatten(-2)
+        middle = dequantize_states(self._unpacked(self.codes), self.scale, self.offset, self.config)
         return torch.cat([self.first, middle, self.recent], dim=-2)
 
     @property
@@ -86,7 +83,7 @@ class QuantizedStates:
 
     def crop(self, count: int) -> None:
         """Forgets the last `count` tokens."""
-        for names in (("recent",), ("codes", "scale", "zero_point"), ("first",)):
+        for names in (("recent",), ("codes", "scale", "offset"), ("first",)):
             held = getattr(self, names[0])
             taken = 0 if held is None else min(count, held.shape[-2])
             for name in names:
@@ -102,31 +99,21 @@ class QuantizedStates:
                 setattr(self, name, fn(getattr(self, name)))
 
     def _store(self, states: Tensor) -> None:
-        bits = self.config.num_bits
-        groups = states.unflatten(-1, (-1, self.config.group_size or states.shape[-1]))
-        low, high = torch.aminmax(groups, dim=-1, keepdim=True)
-        scale, zero_point = range_parameters(low, high, bits, self.config.symmetric)
-        codes = row_codes(groups, scale, zero_point, bits).flatten(-2)
-        new = {
-            "codes": self._packed(codes),
-            "scale": scale.squeeze(-1),
-            "zero_point": None if zero_point is None else zero_point.squeeze(-1).to(torch.int8),
-        }
-        for name, tensor in new.items():
+        codes, scale, offset = quantize_states(states, self.config)
+        for name, new in (("codes", self._packed(codes)), ("scale", scale), ("offset", offset)):
             old = getattr(self, name)
-            setattr(self, name, tensor if old is None or tensor is None else torch.cat([old, tensor], dim=-2))
+            setattr(self, name, new if old is None or new is None else torch.cat([old, new], dim=-2))
 
     def _packed(self, codes: Tensor) -> Tensor:
-        offsets = (codes + 2 ** (self.config.num_bits - 1)).to(torch.uint8)
-        if self.config.num_bits > 4 or offsets.shape[-1] % 2:
-            return offsets
-        return offsets[..., 0::2] | (offsets[..., 1::2] << 4)
+        if self.config.num_bits > 4 or codes.shape[-1] % 2:
+            return codes
+        return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
     def _unpacked(self, packed: Tensor) -> Tensor:
         assert self.recent is not None
-        if packed.shape[-1] != self.recent.shape[-1]:
-            packed = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-        return packed.to(torch.int16) - 2 ** (self.config.num_bits - 1)
+        if packed.shape[-1] == self.recent.shape[-1]:
+            return packed
+        return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
 
 
 class QuantizedCacheLayer(CacheLayerMixin):

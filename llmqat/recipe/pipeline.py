@@ -1,6 +1,6 @@
 """The run: through the rooms in order, from the model to a packed checkpoint that is compared as it lies on disk.
 
-    load teacher and text -> prepare -> calibrate -> train -> save with proof -> load -> compare
+    load teacher and text -> rotate, smooth -> prepare -> calibrate -> train -> save with proof -> load -> compare
 
 The table puts the trained artefact beside full precision, plain rounding and the calibration without training, all on
 the same windows. Every stage but training is quick or kept in the run folder, and training goes on from the trainer's
@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,27 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmqat.calibrate import CalibrationConfig, calibrate_ranges, collect_moments
+from llmqat.calibrate import (
+    CalibrationConfig,
+    calibrate_activations,
+    calibrate_ranges,
+    collect_moments,
+    rotate,
+    smooth,
+    static_layers,
+)
 from llmqat.data import Progress, TokenBlocks, load_blocks
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
-from llmqat.layers import CoverageAudit, QuantModule, convert, prepare
+from llmqat.layers import (
+    ActivationConfig,
+    ActivationQuantizer,
+    CoverageAudit,
+    QuantConfig,
+    QuantModule,
+    convert,
+    prepare,
+)
 from llmqat.models import cast_parameters, load_model
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, training_arguments
 from llmqat.recipe.evaluation import evaluation_windows
@@ -42,12 +58,10 @@ from llmqat.recipe.folder import (
     whole_checkpoint,
     write_whole,
 )
+from llmqat.recipe.plan import coverage_of
 from llmqat.train import QATArguments, QATTrainer
 
 log = logging.getLogger(__name__)
-
-Scales = dict[str, tuple[Tensor, Tensor | None]]
-"""Scale [O, G] and zero point of each quantized layer, by layer name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +120,16 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
             log.info("going on with the interrupted run in %s", recipe.output)
     stage = Stages()
     with stage("load", recipe.model), arguments.main_process_first():  # a GGUF file is dequantized by one for all
+        coverage_of(recipe.model, recipe.quant)  # a scheme that does not do should not cost the text
         teacher, tokenizer = load_model(recipe.model, torch.bfloat16)
-        student, coverage = _prepared(recipe, arguments.device)
         teacher.to(arguments.device)
         windows = evaluation_windows(recipe.evaluate, tokenizer)  # now: a text that does not do should not cost a run
     with stage("text", recipe.data.source), arguments.main_process_first(local=False):
         blocks = kept_blocks(recipe.output, partial(_read_text, recipe, tokenizer, teacher))
     with stage("calibrate", recipe.calibrate.method):
+        student, coverage = prepared_model(recipe, blocks.ids, arguments.device)
         calibrate(student, blocks.ids, recipe.calibrate, arguments.bf16)
-        scales = _scales(student)
+        start = quantizer_state(student)
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
         training = _train(student, teacher, arguments, blocks)
     if not main:
@@ -127,7 +142,8 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     with stage("save", "packing, and proving what lies on disk"):
         report = save(student, recipe.output / CHECKPOINT_FOLDER, tokenizer, run=facts, overwrite=True)
     with stage("evaluate", ", ".join(windows)):
-        candidates = _candidates(recipe, teacher, coverage, scales, report, arguments.device)
+        rebuild = partial(_untrained, recipe, blocks.ids, arguments)
+        candidates = _candidates(recipe, teacher, coverage, rebuild, start, report, arguments.device)
         with progress_bar() as progress:
             comparison = compare(
                 candidates,
@@ -151,24 +167,57 @@ def calibrate(model: nn.Module, blocks: Tensor | None, config: CalibrationConfig
         bf16: run the forward in bfloat16.
     """
     moments = None
-    if needs_text(config):
+    if config.method == "weighted_mse":
         assert blocks is not None
         forward = cast_parameters(model, torch.bfloat16) if bf16 else nullcontext()
         with forward:
             moments = collect_moments(model, blocks[: config.blocks], config.batch_size, _bar("moments", "batch"))
-    calibrate_ranges(model, config.method, moments, _bar("ranges", "layer"))
+    if any(isinstance(module, QuantModule) for module in model.modules()):
+        calibrate_ranges(model, config.method, moments, _bar("ranges", "layer"), config.percentile)
+    calibrate_inputs(model, blocks, config, bf16)
 
 
-def needs_text(config: CalibrationConfig) -> bool:
+def calibrate_inputs(model: nn.Module, blocks: Tensor | None, config: CalibrationConfig, bf16: bool) -> None:
+    """Sets the static input ranges of a prepared `model`, in place; does nothing where there are none."""
+    if not static_layers(model):
+        return
+    assert blocks is not None
+    with cast_parameters(model, torch.bfloat16) if bf16 else nullcontext():
+        calibrate_activations(model, blocks[: config.blocks], config.batch_size, _bar("inputs", "batch"))
+
+
+def needs_text(config: CalibrationConfig, quant: QuantConfig) -> bool:
     """Returns whether the calibration looks at activations, so at text."""
-    return config.method == "weighted_mse"
+    inputs = [quant.input_activations, *(entry.input_activations for entry in quant.overrides.values() if entry)]
+    static = any(isinstance(entry, ActivationConfig) and not entry.dynamic for entry in inputs)
+    return config.method == "weighted_mse" or config.smooth is not None or static
 
 
-def _prepared(recipe: Recipe, device: torch.device) -> tuple[PreTrainedModel, CoverageAudit]:
-    """Returns the model in float32, prepared, its scales those of plain rounding; and the coverage audit."""
+def outliers_folded(model: PreTrainedModel, blocks: Tensor | None, config: CalibrationConfig, seed: int) -> None:
+    """Rotates and smooths a full-precision `model` in place, where `config` says so."""
+    if config.rotate:
+        rotate(model, seed)
+    if config.smooth is not None:
+        assert blocks is not None
+        smooth(model, blocks[: config.blocks], config.smooth, config.batch_size, _bar("smooth", "batch"))
+
+
+def prepared_model(
+    recipe: Recipe, blocks: Tensor, device: torch.device, folded: bool = True
+) -> tuple[PreTrainedModel, CoverageAudit]:
+    """Returns the model in float32, prepared, its scales those of plain rounding; and the coverage audit.
+
+    Args:
+        recipe: says the model and the scheme.
+        blocks: token ids [N, L] for smoothing.
+        device: where the model goes.
+        folded: whether it is rotated and smoothed first, where the recipe says so.
+    """
     model, _ = load_model(recipe.model, torch.float32)
-    coverage = prepare(model, recipe.quant)
-    return model.to(device), coverage
+    model.to(device)
+    if folded:
+        outliers_folded(model, blocks, recipe.calibrate, recipe.seed)
+    return model, prepare(model, recipe.quant)
 
 
 def _read_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> TokenBlocks:
@@ -176,14 +225,29 @@ def _read_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreT
         return load_blocks(recipe.data, tokenizer, teacher, progress)
 
 
-def _scales(model: nn.Module) -> Scales:
-    """Returns copies of scale and zero point of every quantized weight, by layer name."""
-    scales: Scales = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantModule):
-            scale, zero_point = layer.scale_and_zero_point()
-            scales[name] = scale.detach().clone(), None if zero_point is None else zero_point.detach().clone()
-    return scales
+def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns copies of all that the quantizers of `model` hold beside weights, by name in the state dict."""
+    owners = [name for name, module in model.named_modules() if isinstance(module, (QuantModule, ActivationQuantizer))]
+    return {
+        f"{owner}.{name}": tensor.detach().clone()
+        for owner in owners
+        for name, tensor in model.get_submodule(owner).state_dict().items()
+        if name not in ("weight", "bias")
+    }
+
+
+def _untrained(
+    recipe: Recipe, blocks: Tensor, arguments: QATArguments, start: Mapping[str, Tensor] | None
+) -> PreTrainedModel:
+    """Returns the model packed without training: with the calibrated `start`, or plainly rounded for None."""
+    model, _ = prepared_model(recipe, blocks, arguments.device, folded=start is not None)
+    if start is None:
+        calibrate_inputs(model, blocks, recipe.calibrate, arguments.bf16)
+    else:
+        model.load_state_dict(dict(start), strict=False)
+    if any(isinstance(module, QuantModule) for module in model.modules()):
+        convert(model)
+    return model
 
 
 def _train(
@@ -216,28 +280,20 @@ def _candidates(
     recipe: Recipe,
     teacher: PreTrainedModel,
     coverage: CoverageAudit,
-    scales: Scales,
+    rebuild: Callable[[Mapping[str, Tensor] | None], PreTrainedModel],
+    start: Mapping[str, Tensor],
     report: ExportReport,
     device: torch.device,
 ) -> list[Candidate]:
     """Returns the rows of the run's table; all but full precision are packed, and the trained one comes from disk."""
-
-    def untrained(start: Scales | None) -> PreTrainedModel:
-        model, _ = _prepared(recipe, device)
-        for name, (scale, zero_point) in (start or {}).items():
-            layer = model.get_submodule(name)
-            assert isinstance(layer, QuantModule)
-            layer.set_scale(scale, zero_point)
-        convert(model)
-        return model
-
     bits, size = report.bits_per_weight, report.weight_bytes
     rows = [
         Candidate("full precision", lambda: teacher, "full precision", 16.0, coverage.bytes_before),
-        Candidate("plain rounding", lambda: untrained(None), "plain rounding", bits, size),
+        Candidate("plain rounding", lambda: rebuild(None), "plain rounding", bits, size),
     ]
-    if recipe.calibrate.method != "minmax":  # which is plain rounding itself
-        rows.append(Candidate("calibrated", lambda: untrained(scales), "training-free", bits, size))
+    steps = recipe.calibrate
+    if steps.method != "minmax" or steps.rotate or steps.smooth is not None:  # else it is plain rounding itself
+        rows.append(Candidate("calibrated", lambda: rebuild(start), "training-free", bits, size))
     rows.append(Candidate("trained", lambda: load(report.folder).to(device), "trained", bits, size))
     return rows
 
