@@ -77,6 +77,8 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedMode
     torch.manual_seed(seed)
     known = AutoConfig.for_model(model_type)
     shape = {key: value for key, value in _SHAPE.items() if hasattr(known, key)}
+    if model_type == "falcon":  # its head size is computed
+        del shape["head_dim"]
     return _sharpened(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**shape, **changes})))
 
 
@@ -108,3 +110,47 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         model_max_length=256,
     )
+
+
+_LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_NEOX = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_OPT = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")
+
+ARCHITECTURES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    **dict.fromkeys(
+        ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "olmo2", "granite", "smollm3"),
+        ("model.layers", _LLAMA + _GATED, {}),
+    ),
+    "phi3": ("model.layers", ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"), {}),
+    "gpt2": ("transformer.h", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), {}),
+    "gpt_neox": ("gpt_neox.layers", ("attention.query_key_value", "attention.dense", *_NEOX), {}),
+    "opt": ("model.decoder.layers", _OPT, {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "falcon": ("transformer.h", ("self_attention.query_key_value", "self_attention.dense", *_NEOX), {}),
+    "bloom": ("transformer.h", ("self_attention.query_key_value", "self_attention.dense", *_NEOX), {}),
+    "mixtral": ("model.layers", _LLAMA + _EXPERTS, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "model.layers",
+        _LLAMA + _EXPERTS,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+    ),
+    "olmoe": ("model.layers", _LLAMA + _EXPERTS, {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "model.layers",
+        _LLAMA + _EXPERTS,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    ),
+}
+"""Model type -> where its layers are, the linear maps in each, and what a tiny configuration of it needs."""
+
+
+def tiny_architecture(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a tiny random model of a type in `ARCHITECTURES`."""
+    return tiny_model(model_type, seed, **{**ARCHITECTURES[model_type][2], **changes})
+
+
+def linear_names(model_type: str, layers: int = 2) -> set[str]:
+    """Returns the names of all linear maps in the transformer layers of `tiny_architecture(model_type)`."""
+    path, maps, _ = ARCHITECTURES[model_type]
+    return {f"{path}.{index}.{name}" for index in range(layers) for name in maps}

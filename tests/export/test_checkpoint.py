@@ -23,8 +23,21 @@ from transformers import (
     PreTrainedModel,
 )
 
+from llmqat.calibrate import calibrate_activations
 from llmqat.export import FORMATS, ProofError, checkpoint, load, load_any, prove, save
-from llmqat.layers import PackedLinear, QuantConfig, QuantLinear, WeightConfig, convert, prepare, quantizers_off
+from llmqat.layers import (
+    ActivationConfig,
+    KVCacheConfig,
+    KVTensorConfig,
+    PackedLinear,
+    QuantConfig,
+    QuantLinear,
+    WeightConfig,
+    convert,
+    kv_scheme,
+    prepare,
+    quantizers_off,
+)
 from llmqat.models import cast_parameters
 from tests.tiny import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2, tiny_qwen3, tiny_tokenizer
 
@@ -129,6 +142,73 @@ def test_asymmetric_weights_load_in_transformers_only_dequantized(tmp_path: Path
     assert torch.equal(logits_of(dequantized), logits_of(model))
     with pytest.raises(Exception, match=r"weight_zero_point|size|shape|mismatch"):
         logits_of(stock(tmp_path / "out"))
+
+
+INPUTS = {
+    "dynamic symmetric": ActivationConfig(),
+    "dynamic asymmetric": ActivationConfig(symmetric=False),
+    "dynamic int4": ActivationConfig(num_bits=4),
+    "static symmetric": ActivationConfig(dynamic=False),
+    "static asymmetric": ActivationConfig(dynamic=False, symmetric=False, observer="mse"),
+}
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+def test_quantized_inputs_are_equal_everywhere_over_packed_weights(
+    inputs: ActivationConfig, num_bits: int, tmp_path: Path
+) -> None:
+    override = {"re:.*layers\\.1\\.mlp\\.down_proj": {"input_activations": None}}
+    model = prepared(tiny_qwen2(), weights=scheme(num_bits, 32), input_activations=inputs, overrides=override)
+    calibrate_activations(model, token_ids())
+    report = save(model, tmp_path / "out")
+    assert report.bits_per_weight == pytest.approx(num_bits + 0.5, abs=0.01)
+    ours = load(tmp_path / "out", kernel="reference")
+    assert ours.model.layers[0].mlp.down_proj.input_quantizer.config.dynamic == inputs.dynamic
+    assert ours.model.layers[1].mlp.down_proj.input_quantizer is None
+    assert torch.equal(logits_of(ours), logits_of(model))
+    assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
+    save(ours, tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+
+
+def test_a_quantized_kv_cache_reloads_here_and_is_plain_elsewhere(tmp_path: Path) -> None:
+    cache = KVCacheConfig(value=KVTensorConfig(num_bits=4, symmetric=False, group_size=8))
+    model = prepared(kv_cache=cache)
+    save(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert KVCacheConfig.model_validate(config["llmqat_kv_cache"]) == cache
+    assert "llmqat_" not in str(config.get("attn_implementation", config.get("_attn_implementation", "")))
+    ours = load(tmp_path / "out", kernel="reference")
+    assert kv_scheme(ours) == cache
+    assert torch.equal(logits_of(ours), logits_of(model))
+    with quantizers_off(ours), torch.no_grad():
+        plain = ours(token_ids()).logits
+    assert torch.equal(logits_of(stock(tmp_path / "out")), plain)
+    save(ours, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["llmqat_kv_cache"] == config["llmqat_kv_cache"]
+
+
+@pytest.mark.parametrize("levels", ["ternary", "seq"])
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
+def test_levels_of_two_bits_are_equal_everywhere(levels: str, strategy: str, tmp_path: Path) -> None:
+    group_size = 32 if strategy == "group" else None
+    weights = WeightConfig(num_bits=2, levels=levels, strategy=strategy, group_size=group_size)
+    model = prepared(weights=weights)
+    save(model, tmp_path / "out")
+    assert torch.equal(logits_of(load(tmp_path / "out", kernel="reference")), logits_of(model))
+    assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
+
+
+def test_eight_bits_in_the_first_layers_and_four_elsewhere_load_in_stock_transformers(tmp_path: Path) -> None:
+    override = {"re:.*down_proj": {"weights": {"num_bits": 8, "strategy": "channel"}, "layers": [0, 1]}}
+    model = prepared(tiny_llama(num_hidden_layers=4), overrides=override, skip_last=1)
+    save(model, tmp_path / "out")
+    ours = load(tmp_path / "out", kernel="reference")
+    bits = [getattr(layer.mlp.down_proj, "weights", None) for layer in ours.model.layers]
+    assert [entry and entry.num_bits for entry in bits] == [8, 8, 4, None]
+    assert torch.equal(logits_of(ours), logits_of(model))
+    assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -8,9 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmqat.grid import Grid, dequantize, fake_quantize, quantize, scale_from_log, snap_scale
+from llmqat.grid import (
+    Grid,
+    dequantize,
+    fake_quantize,
+    quantize,
+    round_zero_point,
+    scale_from_log,
+    snap_scale,
+    stored_codes,
+)
 
 GRIDS = [Grid(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False)]
+GRIDS += [Grid(2, levels="ternary"), Grid(2, levels="seq")]
 
 
 def _case(
@@ -72,9 +82,13 @@ def test_forward_is_dequantized_codes_bit_for_bit(
     assert codes.dtype == grid.code_dtype
     assert int(codes.min()) >= grid.qmin
     assert int(codes.max()) <= grid.qmax
-    assert torch.equal(forward, dequantize(codes, scale, zero, dtype))
-    # The stored scale is bfloat16; nothing is lost by that.
-    assert torch.equal(forward, dequantize(codes, scale.bfloat16(), zero, dtype))
+    assert torch.equal(forward, dequantize(codes, scale, zero, dtype, grid.offset))
+    # The stored scale is bfloat16; nothing is lost by that, nor by storing codes as plain integers.
+    stored, plain, factor = stored_codes(codes, grid)
+    assert plain.levels == "integer"
+    assert plain.qmin <= int(stored.min())
+    assert int(stored.max()) <= plain.qmax
+    assert torch.equal(forward, dequantize(stored, (scale * factor).bfloat16(), zero, dtype))
 
 
 def test_forward_is_the_same_in_one_chunk_and_in_many() -> None:
@@ -101,13 +115,14 @@ def test_gradients_are_those_of_the_equations(grid: Grid) -> None:
     s = scale.detach().numpy()[..., None]
     z = 0.0 if zero is None else zero.detach().numpy()[..., None]
     v = (w / s).astype(np.float32)
-    r = np.round(v) + z
+    r = np.round(v - grid.offset) + z
     q = np.clip(r, grid.qmin, grid.qmax)
     inside = (grid.qmin <= r) & (r <= grid.qmax)
     assert inside.any()
     assert not inside.all()
     np.testing.assert_array_equal(got[0].numpy().reshape(w.shape), g * inside)
-    expected = (g * np.where(inside, q - z - v, q - z)).sum(-1)
+    level = q - z + grid.offset
+    expected = (g * np.where(inside, level - v, level)).sum(-1)
     np.testing.assert_allclose(got[1].numpy(), expected, rtol=1e-4, atol=1e-4 * grid.qmax)
     if zero is not None:
         np.testing.assert_allclose(got[2].numpy(), (g * np.where(inside, 0, -s)).sum(-1), rtol=1e-4, atol=1e-5)
@@ -124,6 +139,54 @@ def test_scale_gradient_of_clipped_weights_is_a_finite_difference() -> None:
         for d in (step, -step)
     ]
     assert got.item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_scale_gradient_is_a_finite_difference_where_codes_do_not_change(grid: Grid) -> None:
+    # ŵ = level * s, and the straight-through term of the entries inside is -v: at a level itself it is the level, so
+    # entries are put where the rounding error is known and the codes survive the step.
+    scale = torch.tensor([[0.25]], dtype=torch.float32)
+    codes = torch.arange(grid.qmin, grid.qmax + 1).float()
+    weight = ((codes + grid.offset + 0.125) * scale).view(1, -1)
+    zero = None if grid.symmetric else torch.zeros(1, 1)
+    upstream = torch.linspace(-1, 1, weight.numel()).view(1, -1)
+    leaf = scale.clone().requires_grad_()
+    (got,) = torch.autograd.grad(fake_quantize(weight, leaf, zero, grid), leaf, upstream)
+    # With the codes held, d(level * s)/ds = level; the straight-through estimate takes v = w/s off where inside.
+    level, v = codes + grid.offset, codes + grid.offset + 0.125
+    assert got.item() == pytest.approx(float((upstream[0] * (level - v)).sum()), abs=1e-4)
+    held = [
+        float((dequantize(codes.view(1, -1), s, None, torch.float64, grid.offset) * upstream.double()).sum())
+        for s in (scale + 2**-6, scale - 2**-6)
+    ]
+    slope = (held[0] - held[1]) / 2**-5
+    assert got.item() == pytest.approx(slope - float((upstream[0].double() * v).sum()), abs=1e-3)
+
+
+def test_ternary_and_seq_codes_of_hand_worked_arrays() -> None:
+    weight = torch.tensor([[-0.9, -0.3, 0.2, 0.26, 2.0]])
+    half = torch.tensor([[0.5]])
+    ternary, seq = Grid(2, levels="ternary"), Grid(2, levels="seq")
+    assert quantize(weight, half, None, ternary).tolist() == [[-1, -1, 0, 1, 1]]
+    # v = w / 0.5 = -1.8, -0.6, 0.4, 0.52, 4.0; levels -1.5, -0.5, 0.5, 0.5, 1.5.
+    assert quantize(weight, half, None, seq).tolist() == [[-2, -1, 0, 0, 1]]
+    assert fake_quantize(weight, half, None, seq).tolist() == [[-0.75, -0.25, 0.25, 0.25, 0.75]]
+    stored, grid, factor = stored_codes(quantize(weight, half, None, seq), seq)
+    assert (stored.tolist(), grid, factor) == ([[-3, -1, 1, 1, 3]], Grid(3), 0.5)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(3, True), (2, False)])
+def test_levels_of_two_bits_are_refused_elsewhere(bits: int, symmetric: bool) -> None:
+    with pytest.raises(ValueError, match=r"levels='ternary' with num_bits"):
+        Grid(bits, symmetric, "ternary")
+
+
+def test_a_learned_zero_point_is_rounded_clipped_and_straight_through() -> None:
+    zero = torch.tensor([[2.6, -3.0, 99.0]], requires_grad=True)
+    rounded = round_zero_point(zero, Grid(4, symmetric=False), gradient_factor=0.25)
+    assert rounded.tolist() == [[3.0, 0.0, 15.0]]
+    (gradient,) = torch.autograd.grad(rounded.sum(), zero)
+    assert gradient.tolist() == [[0.25, 0.25, 0.25]]
 
 
 def test_the_incoming_gradient_is_left_alone() -> None:

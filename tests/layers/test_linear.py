@@ -7,21 +7,42 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from llmqat.grid import search_scale
 from llmqat.layers import PackedLinear, QuantLinear, WeightConfig, quantizers_off
 
-SCHEMES = [
-    WeightConfig(num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=32 if strategy == "group" else None)
-    for bits in (2, 3, 4, 5, 8)
-    for symmetric in (True, False)
+LEVELS = [
+    WeightConfig(num_bits=2, levels=levels, strategy=strategy, group_size=32 if strategy == "group" else None)
+    for levels in ("ternary", "seq")
     for strategy in ("group", "channel", "tensor")
 ]
+MODES = [
+    WeightConfig(num_bits=4, symmetric=symmetric, group_size=32, scales=scales)
+    for scales in ("fixed", "dynamic")
+    for symmetric in (True, False)
+]
+SCHEMES = (
+    [
+        WeightConfig(
+            num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=32 if strategy == "group" else None
+        )
+        for bits in (2, 3, 4, 5, 8)
+        for symmetric in (True, False)
+        for strategy in ("group", "channel", "tensor")
+    ]
+    + LEVELS
+    + MODES
+)
 
 
 def _layer(scheme: WeightConfig, bias: bool = True) -> QuantLinear:
     layer = QuantLinear.from_linear(nn.Linear(96, 48, bias=bias), scheme)
     with torch.no_grad():
-        layer.log_scale.normal_(std=0.3)
+        if layer.log_scale is not None:
+            layer.log_scale.normal_(std=0.3)
+        if isinstance(layer.zero_point, nn.Parameter):
+            layer.zero_point.add_(torch.rand_like(layer.zero_point) * 3 - 1.5)
     return layer
 
 
@@ -115,6 +136,58 @@ def test_the_scale_gradient_is_divided_by_the_root_of_group_and_range() -> None:
     (gradient,) = torch.autograd.grad((x @ weight.T).sum(), scale)
     expected = gradient * layer.initial_scale * layer.log_scale.detach().exp() / (32 * 7) ** 0.5
     assert torch.allclose(layer.log_scale.grad, expected, rtol=1e-4, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_a_conv1d_is_quantized_over_its_inputs_and_comes_back() -> None:
+    conv = Conv1D(48, 96)
+    layer = QuantLinear.from_linear(conv, WeightConfig(num_bits=4, group_size=32))
+    plain = nn.Linear(96, 48)
+    with torch.no_grad():
+        plain.weight.copy_(conv.weight.t())
+        plain.bias.copy_(conv.bias)
+    other = QuantLinear.from_linear(plain, WeightConfig(num_bits=4, group_size=32))
+    x = torch.randn(2, 96)
+    assert torch.equal(layer.quantized_weight(torch.float32), other.quantized_weight(torch.float32).t())
+    assert torch.allclose(layer(x), other(x), atol=1e-6)
+    assert layer.weight is conv.weight
+    back = layer.to_linear()
+    assert isinstance(back, Conv1D)
+    assert torch.equal(back(x), conv(x))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_fixed_scale_is_not_trained_and_a_dynamic_one_follows_the_weight(symmetric: bool) -> None:
+    fixed, dynamic = (
+        QuantLinear.from_linear(
+            nn.Linear(96, 48), WeightConfig(num_bits=4, symmetric=symmetric, group_size=32, scales=mode)
+        )
+        for mode in ("fixed", "dynamic")
+    )
+    assert {name for name, _ in fixed.named_parameters()} == {"weight", "bias"}
+    assert {name for name, _ in dynamic.named_parameters()} == {"weight", "bias"}
+    before = fixed.scale().clone(), dynamic.scale().clone()
+    with torch.no_grad():
+        fixed.weight.mul_(2)
+        dynamic.weight.mul_(2)
+    assert torch.equal(fixed.scale(), before[0])
+    assert torch.equal(dynamic.scale(), before[1] * 2)
+    scale, zero_point = search_scale(dynamic.weight, dynamic.grid, (48, 3))
+    dynamic.set_scale(scale, zero_point)
+    # A searched scale is kept as a ratio of the range; the zero point is made anew from the clipped range.
+    assert torch.equal(dynamic.scale(), scale)
+    dynamic(torch.randn(2, 96)).sum().backward()
+    assert dynamic.weight.grad.abs().max() > 0
+
+
+def test_the_warm_up_blends_from_the_master_weight_to_the_quantized_one() -> None:
+    layer = _layer(WeightConfig(num_bits=2, levels="ternary", group_size=32))
+    quantized = layer.quantized_weight(torch.float32)
+    for share in (0.25, 0.75):
+        layer.strength = share
+        blended = layer.quantized_weight(torch.float32)
+        assert torch.allclose(blended, layer.weight + share * (quantized - layer.weight), atol=1e-6)
+    layer.strength = 1.0
+    assert torch.equal(layer.quantized_weight(torch.float32), quantized)
 
 
 def test_a_group_size_that_does_not_divide_names_the_choices() -> None:

@@ -186,6 +186,38 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
         QuantConfig.preset("int5")
 
 
+def test_the_first_and_last_layers_can_be_skipped() -> None:
+    model = tiny_llama(num_hidden_layers=5)
+    report = prepare(model, QuantConfig.preset("int4", group_size=32, skip_first=1, skip_last=2))
+    assert {entry.name.split(".")[2] for entry in report.quantized} == {"1", "2"}
+    reasons = {entry.name.split(".")[2]: entry.reason for entry in report.kept if "q_proj" in entry.name}
+    assert reasons == {"0": "quant.skip_first=1", "3": "quant.skip_last=2", "4": "quant.skip_last=2"}
+    with pytest.raises(ValueError, match="nothing is left to quantize"):
+        prepare(tiny_llama(), QuantConfig.preset("int4", group_size=32, skip_first=2))
+
+
+def test_overrides_by_layer_index_change_weights_or_inputs_alone() -> None:
+    model = tiny_llama(num_hidden_layers=4)
+    eight = {"num_bits": 8, "strategy": "channel"}
+    config = QuantConfig.preset(
+        "w4a8",
+        group_size=32,
+        overrides={
+            "re:.*down_proj": {"weights": eight, "layers": [0, 1]},
+            "re:.*o_proj": {"input_activations": None, "layers": [-1]},
+        },
+    )
+    prepare(model, config)
+    assert QuantConfig.model_validate(config.model_dump(mode="json")) == config
+    bits = [layer.mlp.down_proj.weights.num_bits for layer in model.model.layers]
+    assert bits == [8, 8, 4, 4]
+    assert all(layer.mlp.down_proj.input_quantizer is not None for layer in model.model.layers)
+    kept = [layer.self_attn.o_proj.input_quantizer is None for layer in model.model.layers]
+    assert kept == [False, False, False, True]
+    with pytest.raises(ValueError, match=r"layers=\[9\] matches no layer"):
+        prepare(tiny_llama(), QuantConfig.preset("int4", group_size=32, overrides={"Linear": {"layers": [9]}}))
+
+
 def test_overrides_win_over_the_default_and_the_last_one_over_the_first() -> None:
     model = tiny_llama()
     eight = WeightConfig(num_bits=8, strategy="channel")

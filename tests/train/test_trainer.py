@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from llmqat import QATArguments, QATTrainer, QuantConfig, prepare
+from llmqat import QATArguments, QATTrainer, QuantConfig, convert, prepare, save
 from llmqat.layers import QuantLinear
 from llmqat.models import cast_parameters
 from tests.tiny import tiny_llama, tiny_qwen2
@@ -151,6 +151,80 @@ def test_parameter_groups_have_their_own_rates_and_no_decay_on_scales(tmp_path: 
     ]
     assert described == [({"weight"}, 2e-5, 0.1), ({"log_scale"}, 3e-3, 0.0), ({"weight"}, 4e-4, 0.0)]
     assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_zero_points_are_trained_at_their_own_rate(tmp_path: Path) -> None:
+    teacher = tiny_llama()
+    student = copy.deepcopy(teacher)
+    prepare(student, QuantConfig.preset("int3", group_size=32, symmetric=False))
+    before = {name: p.detach().clone() for name, p in student.named_parameters() if name.endswith("zero_point")}
+    assert len(before) == 14
+    arguments = _arguments(tmp_path, zero_point_learning_rate=0.3, weight_decay=0.1, max_steps=4)
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    group = next(g for g in trainer.create_optimizer().param_groups if g["lr"] == 0.3)
+    assert {names[id(parameter)] for parameter in group["params"]} == set(before)
+    assert group["weight_decay"] == 0.0
+    trainer.train()
+    moved = [p for name, p in student.named_parameters() if name in before and not torch.equal(p, before[name])]
+    assert moved
+    layer = student.model.layers[0].mlp.up_proj
+    _, zero_point = layer.scale_and_zero_point()
+    assert torch.equal(zero_point, zero_point.round())
+    assert torch.equal(
+        convert(copy.deepcopy(student)).model.layers[0].mlp.up_proj.weight.float(),
+        layer.quantized_weight(torch.bfloat16).float(),
+    )
+
+
+PRESETS_TO_TRAIN: dict[str, dict[str, Any]] = {
+    "int2-seq": {"group_size": 32},
+    "ternary": {"group_size": 32},
+    "ternary tensor": {"strategy": "tensor"},
+    "w8a8": {},
+    "w4a8kv8": {"group_size": 32},
+    "int4 dynamic": {"group_size": 32, "scales": "dynamic"},
+    "int4 fixed": {"group_size": 32, "scales": "fixed"},
+    "int4 asymmetric": {"group_size": 32, "symmetric": False},
+    "int4 embeddings": {"group_size": 32, "embeddings": "int4"},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS_TO_TRAIN)
+def test_loss_and_gradients_of_every_kind_of_scheme_are_those_of_the_plain_formula(tmp_path: Path, name: str) -> None:
+    teacher = tiny_llama()
+    student = copy.deepcopy(teacher)
+    prepare(student, QuantConfig.preset(name.split()[0], **PRESETS_TO_TRAIN[name]))
+    plain, ids = copy.deepcopy(student), Blocks(4).ids
+    trainer = QATTrainer(model=student, teacher=teacher, args=_arguments(tmp_path, bf16=False), train_dataset=Blocks())
+    loss = trainer.training_step(student, {"input_ids": ids, "labels": ids}, torch.tensor(4 * 31))
+    expected = _kl(plain, teacher, ids)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for (parameter_name, got), want in zip(student.named_parameters(), plain.parameters(), strict=True):
+        assert got.grad is not None, parameter_name
+        error = (got.grad - want.grad).norm() / want.grad.norm().clamp(min=1e-9)  # type: ignore[operator, union-attr]
+        assert error < 1e-3, (parameter_name, float(error))
+
+
+def test_the_warm_up_blends_in_training_only_and_ends_whole(tmp_path: Path) -> None:
+    teacher = tiny_llama()
+    student = copy.deepcopy(teacher)
+    prepare(student, QuantConfig.preset("ternary", group_size=32))
+    layer = student.model.layers[0].mlp.up_proj
+    seen: list[float] = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(module.strength))
+    arguments = _arguments(tmp_path, max_steps=5, quantization_warmup_steps=3)
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks(), eval_dataset=Blocks(4))
+    trainer.train()
+    assert seen == [0.25, 0.5, 0.75, 1.0, 1.0]
+    trainer.evaluate()
+    assert seen[-1] == 1.0
+    layer.strength = 0.5
+    with pytest.raises(ValueError, match=r"warm-up of quantization is not over \(quantization_warmup_steps\)"):
+        save(student, tmp_path / "out")
+    with pytest.raises(ValueError, match="quantization_warmup_steps=-1 is negative"):
+        _arguments(tmp_path, quantization_warmup_steps=-1)
 
 
 def test_frozen_embeddings_do_not_move(tmp_path: Path) -> None:

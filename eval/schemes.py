@@ -1,0 +1,140 @@
+"""Every scheme under one budget: perplexity before and after training, bytes, and who loads the checkpoint.
+
+Each scheme is a run of a recipe with another `quant` section, on the same text; a run that is finished is not repeated,
+and an interrupted one goes on. Figures come from the packed, saved and reloaded checkpoint. The last lines are the
+headline, `name: number`.
+
+    python eval/schemes.py --recipe recipes/smollm2-135m-int4.yaml --text wikitext-2/test.txt --out runs/schemes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+import llmqat
+from llmqat.recipe import load_recipe, run
+
+SCHEMES: dict[str, tuple[str, ...]] = {
+    "int8": ("quant={preset: int8}",),
+    "int4": ("quant={preset: int4}",),
+    "int4, int8 embedding": ("quant={preset: int4, embeddings: int8}",),
+    "int3": ("quant={preset: int3}",),
+    "int2": ("quant={preset: int2}",),
+    "int2-seq": ("quant={preset: int2-seq}",),
+    "ternary": ("quant={preset: ternary}",),
+    "w8a8": ("quant={preset: w8a8}", "calibrate.smooth=0.5"),
+    "w4a8": ("quant={preset: w4a8}",),
+    "w4a8, smoothed": ("quant={preset: w4a8}", "calibrate.smooth=0.5"),
+    "w4a8kv8": ("quant={preset: w4a8kv8}",),
+    "w4a8kv4": ("quant={preset: w4a8kv4}",),
+    "int8, kv4": (
+        "quant={preset: int8, kv_cache: {key: {num_bits: 4, symmetric: false, group_size: 32}, "
+        "value: {num_bits: 4, symmetric: false, group_size: 32}}}",
+        "calibrate.method=minmax",
+    ),
+}
+"""Rows of the table: name -> what is changed in the recipe."""
+
+PROBE = torch.arange(100, 148)[None]
+COLUMNS = ("scheme", "bits", "MB", "rounded", "calibrated", "trained", "KL", "top-1", "stock transformers")
+
+
+def main() -> None:
+    """Runs what is missing, prints the table, then the headline."""
+    options = parse_options()
+    rows = []
+    for name in options.schemes or SCHEMES:
+        rows.append(measured(name, options))
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    Console(width=140).print(table(rows))
+    for row in rows:
+        print(f"{row['scheme']}: {row['trained']['perplexity']:.3f}")
+
+
+def parse_options() -> argparse.Namespace:
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, required=True, help="recipe that says model, budget and rates")
+    parser.add_argument("--model", help="another model than the recipe's")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 file to evaluate on, used as it is")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), help="rows of the table; all where not given")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys to change in every run")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    return parser.parse_args()
+
+
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures of one scheme, after running it where that has not been done."""
+    folder = options.out / name.replace(", ", "-").replace(" ", "-")
+    results = folder / "results.json"
+    if not results.is_file():
+        changes = [f"output={folder}", f"evaluate.texts=[{options.text}]", "evaluate.speed=false", *SCHEMES[name]]
+        model = [f"model={options.model}"] if options.model else []
+        run(load_recipe(options.recipe, [*model, *changes, *options.set]))
+    found = json.loads(results.read_text(encoding="utf-8"))
+    by_role = {row["role"]: row for row in found["comparison"]["rows"]}
+    return {
+        "scheme": name,
+        "changes": list(SCHEMES[name]),
+        "bits_per_weight": found["checkpoint"]["bits_per_weight"],
+        "weight_bytes": found["checkpoint"]["weight_bytes"],
+        "seconds": found["seconds"],
+        "stock_transformers": stock(folder / "model"),
+        **{role: figures(row) for role, row in by_role.items()},
+    }
+
+
+def figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns what a row of a comparison says about quality."""
+    return {key: row[key] for key in ("perplexity", "kl", "top1")}
+
+
+def stock(folder: Path) -> str:
+    """Returns whether stock transformers loads the checkpoint, and with which logits."""
+    with torch.no_grad():
+        ours = llmqat.load(folder, kernel="reference")(PROBE).logits
+        try:
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(PROBE).logits
+        except (ValueError, AttributeError) as error:
+            return f"no ({type(error).__name__})"
+    if torch.equal(ours, theirs):
+        return "yes, equal logits"
+    cached = "llmqat_kv_cache" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return "yes, but for the KV cache" if cached else "yes, OTHER LOGITS"
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Returns the figures as a table; perplexities, and KL and top-1 of the trained checkpoint."""
+    shown = Table(*COLUMNS)
+    shown.add_row(
+        "full precision", "16", "", "", "", f"{rows[0]['full precision']['perplexity']:.2f}", "0", "100 %", ""
+    )
+    for row in rows:
+        trained, calibrated = row["trained"], row.get("training-free")
+        shown.add_row(
+            row["scheme"],
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['weight_bytes'] / 1e6:.1f}",
+            f"{row['plain rounding']['perplexity']:.4g}",
+            "" if calibrated is None else f"{calibrated['perplexity']:.4g}",
+            f"{trained['perplexity']:.2f}",
+            f"{trained['kl']:.4f}",
+            f"{trained['top1']:.1%}",
+            row["stock_transformers"],
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    main()
