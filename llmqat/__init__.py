@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmqat.data.synthesis import synthesize
     from llmqat.evaluate.perplexity import evaluate
     from llmqat.export.checkpoint import load, save
+    from llmqat.layers.cache import QuantizedCache
     from llmqat.layers.config import QuantConfig
     from llmqat.layers.prepare import convert, prepare
     from llmqat.train.trainer import QATArguments, QATTrainer
@@ -22,6 +23,7 @@ _HOMES = {
     "QATArguments": "llmqat.train.trainer",
     "QATTrainer": "llmqat.train.trainer",
     "QuantConfig": "llmqat.layers.config",
+    "QuantizedCache": "llmqat.layers.cache",
     "convert": "llmqat.layers.prepare",
     "evaluate": "llmqat.evaluate.perplexity",
     "load": "llmqat.export.checkpoint",
@@ -34,6 +36,7 @@ __all__ = [
     "QATArguments",
     "QATTrainer",
     "QuantConfig",
+    "QuantizedCache",
     "convert",
     "evaluate",
     "load",

@@ -323,6 +323,27 @@ def audit(
 
 
 @app.command()
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="File to write; must not exist.")],
+    format: Annotated[str, typer.Option(help="gguf: one file for llama.cpp.")] = "gguf",
+) -> None:
+    """Writes a packed checkpoint in another format: its codes as they are, nothing rounded again.
+
+    **Examples**
+
+        llmqat export runs/smollm2-135m-int4/model --format gguf --out smollm2-int4.gguf
+    """
+    from llmqat.export import CONVERSIONS, load_any
+
+    if format not in CONVERSIONS:
+        raise ValueError(f"--format {format!r} is unknown; choose one of {', '.join(CONVERSIONS)}")
+    sizes = CONVERSIONS[format](*load_any(model), out)
+    parts = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
+    console.print(f"{out}: {out.stat().st_size:,} bytes ({parts})", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def chat(
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Option(help="Answer this and stop, instead of asking for lines.")] = None,

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from llmqat import cli
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-COMMANDS = ["train", "plan", "eval", "compare", "quantize", "synthesize", "audit", "chat"]
+COMMANDS = ["train", "plan", "eval", "compare", "quantize", "synthesize", "audit", "export", "chat"]
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
 
 
@@ -133,6 +133,39 @@ def test_existing_output_is_refused_and_kept(tmp_path: Path, tiny: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert "is no run of llmqat" in refusal("train", recipe(tmp_path, tiny), "--overwrite")
+
+
+def test_a_scheme_goes_from_quantize_to_audit_to_gguf(tmp_path: Path, tiny: Path):
+    done = call(
+        "quantize",
+        str(tiny),
+        "--scheme",
+        "ternary",
+        "--group-size",
+        "32",
+        "--method",
+        "rtn",
+        "--out",
+        str(tmp_path / "out"),
+    )
+    assert done.exit_code == 0, done.output
+    audited = call("audit", str(tmp_path / "out"))
+    assert "14 tensors quantized at 2.50 bits" in audited.output
+    done = call("export", str(tmp_path / "out"), "--out", str(tmp_path / "model.gguf"))
+    assert done.exit_code == 0, done.output
+    assert "Q4_0" in done.output
+    assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
+    assert "exists already" in refusal("export", str(tmp_path / "out"), "--out", str(tmp_path / "model.gguf"))
+    assert "'onnx' is unknown; choose one of gguf" in refusal(
+        "export", str(tmp_path / "out"), "--format", "onnx", "--out", str(tmp_path / "model.onnx")
+    )
+    assert "no quantized weight" in refusal("export", str(tiny), "--out", str(tmp_path / "other.gguf"))
+
+
+def test_the_audit_says_what_other_loaders_will_see(tiny: Path):
+    assert "other loaders read keys and values in high precision" in call(
+        "audit", str(tiny), "--scheme", "w4a8kv8", "--group-size", "32"
+    ).output.replace("\n", " ")
 
 
 def test_group_size_that_does_not_divide_names_layer_and_choices(tiny: Path):

@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from llmqat.layers import new_cache
 from llmqat.models import check_safetensors, model_device, vocabulary_size, weight_files
 
 PARTS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -159,7 +160,7 @@ def _time_once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float
     """Returns the seconds of one prefill and of the decode steps after it."""
     clock = _Clock(prompt.device)
     start = clock.now()
-    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    output = model(input_ids=prompt, past_key_values=new_cache(model), use_cache=True, logits_to_keep=1)
     prefilled = clock.now()
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmqat.kernels.cpu import MAX_DECODE_ROWS, CpuDequantizeKernel, CpuInt4Kernel
+from llmqat.kernels.cpu import MAX_DECODE_ROWS, CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel
 from llmqat.kernels.reference import PackedWeight, ReferenceKernel
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Kernel(Protocol):
 
 
 KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel for kernel in (CpuInt4Kernel(), CpuDequantizeKernel(), ReferenceKernel())
+    kernel.name: kernel for kernel in (CpuInt4Kernel(), CpuInt8Kernel(), CpuDequantizeKernel(), ReferenceKernel())
 }
 _logged: set[str] = set()
 

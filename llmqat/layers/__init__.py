@@ -11,7 +11,7 @@ audit.py       what is covered
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.attention import KVQuantizer, attention_layers, quantize_kv
 from llmqat.layers.audit import AuditEntry, CoverageAudit, audit
-from llmqat.layers.cache import QuantizedCache, kv_scheme
+from llmqat.layers.cache import QuantizedCache, kv_scheme, new_cache
 from llmqat.layers.config import (
     PRESETS,
     ActivationConfig,
@@ -60,6 +60,7 @@ __all__ = [
     "install",
     "kv_scheme",
     "linear_maps",
+    "new_cache",
     "packed_form",
     "prepare",
     "quantize_kv",

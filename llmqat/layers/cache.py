@@ -239,6 +239,11 @@ class QuantizedCache(Cache):
         return sum(states.nbytes for layer in self.layers for states in layer._both())
 
 
+def new_cache(model: nn.Module) -> QuantizedCache | None:
+    """Returns an empty cache for a model with quantized keys and values; None for one that takes any cache."""
+    return None if kv_scheme(model) is None else QuantizedCache(model)
+
+
 def kv_scheme(model: nn.Module) -> KVCacheConfig | None:
     """Returns the scheme of the model's KV quantizers, or None."""
     return next((module.config for module in model.modules() if isinstance(module, KVQuantizer)), None)

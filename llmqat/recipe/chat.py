@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from llmqat.export import load_any
+from llmqat.layers import new_cache
 
 
 class Conversation:
@@ -53,7 +54,11 @@ class Conversation:
         """Shows the model's answer to `line` as it is written, and returns it."""
         inputs = self._inputs(line).to(self.model.device)
         output = self.model.generate(
-            **inputs, **self.settings, streamer=self.streamer, pad_token_id=self.tokenizer.eos_token_id
+            **inputs,
+            **self.settings,
+            past_key_values=new_cache(self.model),
+            streamer=self.streamer,
+            pad_token_id=self.tokenizer.eos_token_id,
         )
         answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         if self.kind == "chat":

@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import llmqat
+from llmqat.evaluate.perplexity import evaluate
 from llmqat.recipe import RunResult, load_recipe, run
+from llmqat.recipe.evaluation import evaluation_windows
 from llmqat.train import QATTrainer
 from tests.flows.small import small
+from tests.tiny import tiny_tokenizer
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 ROLES = ["full precision", "plain rounding", "training-free", "trained"]
@@ -58,6 +61,41 @@ def test_synthetic_text_is_the_default_and_kept(tiny_folder: Path, tmp_path: Pat
     assert results["text"]["source"].startswith("synthesized by")
     assert load_file(tmp_path / "run" / "blocks.safetensors")["ids"].shape == (4, 32)
     assert result.comparison.rows[0].role == "full precision"
+
+
+SCHEMES = {
+    "smoothed w8a8": ("quant={preset: w8a8}", "calibrate.smooth=0.5"),
+    "rotated w4a8": ("quant={preset: w4a8, group_size: 32}", "calibrate.rotate=true", "calibrate.method=mse"),
+    "static inputs": ("quant={preset: w8a8, input_activations: {dynamic: false, observer: mse}}",),
+    "static inputs, plain": (
+        "quant={preset: w8a8, input_activations: {dynamic: false}}",
+        "calibrate.method=minmax",
+    ),
+    "ternary with warm-up": (
+        "quant={preset: ternary, group_size: 32}",
+        "calibrate={method: percentile, percentile: 95}",
+        "train.quantization_warmup_steps=1",
+    ),
+    "kv cache and embedding": ("quant={preset: w4a8kv8, group_size: 32, embeddings: int8}",),
+    "asymmetric, by layer": (
+        "quant={preset: int3, group_size: 32, symmetric: false, skip_last: 1, "
+        "overrides: {'re:.*down_proj': {weights: {num_bits: 8, strategy: channel}, layers: [0]}}}",
+    ),
+    "dynamic scales": ("quant={preset: int4, group_size: 32, scales: dynamic}",),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_kind_of_scheme_runs_from_a_recipe(name: str, tiny_folder: Path, tmp_path: Path):
+    result = run_small(RECIPES[0], tiny_folder, tmp_path / "run", *SCHEMES[name])
+    roles = [row.role for row in result.comparison.rows]
+    assert roles == (ROLES if "plain" not in name else [role for role in ROLES if role != "training-free"])
+    # The row comes from disk, so what was trained is what is loaded.
+    trained = result.comparison.row("trained")
+    assert trained is not None
+    windows = next(iter(evaluation_windows(load_recipe(tmp_path / "run").evaluate, tiny_tokenizer()).values()))
+    again = evaluate(llmqat.load(result.checkpoint), windows)
+    assert again.nll == pytest.approx(next(iter(trained.evaluations.values())).nll, rel=1e-6)
 
 
 class Interrupted(Exception):

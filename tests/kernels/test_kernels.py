@@ -25,7 +25,7 @@ def _packed(scheme: WeightConfig, out_features: int = 64, in_features: int = 384
     )
 
 
-@pytest.mark.parametrize("rows", [1, 7, 32, 33, 200])
+@pytest.mark.parametrize("rows", [1, 7, 16, 33, 200])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_a_kernel_agrees_with_the_product_in_float64(name: str, scheme: WeightConfig, rows: int) -> None:
@@ -59,7 +59,13 @@ def test_which_kernel_runs_is_decided_by_rows_and_dtype(monkeypatch: pytest.Monk
         packed_linear(torch.randn(rows, 384).to(dtype), weight)
     tensor = _packed(WeightConfig(num_bits=4, strategy="tensor")).packed_weight()
     packed_linear(torch.randn(40, 384).bfloat16(), tensor)
-    assert used == ["cpu-int4", "cpu-int4", "cpu-dequantize", "cpu-dequantize", "cpu-dequantize"]
+    eight = _packed(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
+    for rows in (1, 17):
+        packed_linear(torch.randn(rows, 384).bfloat16(), eight)
+    ragged = _packed(WeightConfig(num_bits=8, strategy="channel"), in_features=24).packed_weight()
+    packed_linear(torch.randn(1, 24).bfloat16(), ragged)
+    assert used[5:] == ["cpu-int8", "cpu-dequantize", "cpu-dequantize"]
+    assert used[:5] == ["cpu-int4", "cpu-int4", "cpu-dequantize", "cpu-dequantize", "cpu-dequantize"]
 
 
 def test_the_int4_layout_is_built_once() -> None:

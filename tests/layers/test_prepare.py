@@ -160,11 +160,35 @@ def test_any_module_can_be_prepared() -> None:
     assert torch.equal(convert(model, torch.float32)(x), expected)
 
 
-def test_prepare_works_on_the_meta_device() -> None:
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_prepare_works_on_the_meta_device(config: QuantConfig) -> None:
     with torch.device("meta"):
         model = tiny_llama(tied=False)
-    report = prepare(model, QuantConfig.preset("int4", group_size=32))
+    report = prepare(model, config)
     assert len(report.quantized) == 14
+    assert all(tensor.is_meta for name, tensor in model.state_dict().items() if "proj" in name)
+    real = tiny_llama(tied=False)
+    prepare(real, config)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        name: tensor.shape for name, tensor in real.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_the_state_of_a_prepared_model_round_trips(config: QuantConfig) -> None:
+    model, other = tiny_llama(), tiny_llama(seed=1)
+    prepare(model, config)
+    prepare(other, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("log_scale"):
+                parameter.normal_(std=0.2)
+    missing, unexpected = other.load_state_dict(model.state_dict())
+    assert not missing
+    assert not unexpected
+    ids = torch.randint(2, 258, (2, 12))
+    assert torch.equal(_logits(other, ids), _logits(model, ids))
+    assert QuantConfig.model_validate(model.config.llmqat) == config
 
 
 @pytest.mark.parametrize(

@@ -235,10 +235,13 @@ def test_frozen_embeddings_do_not_move(tmp_path: Path) -> None:
     assert torch.equal(student.get_input_embeddings().weight, before)
 
 
-def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["int3", "w4a8kv8"])
+def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, preset: str) -> None:
     weights = []
     for checkpointing in (False, True):
-        student, teacher = _pair()
+        teacher = tiny_llama()
+        student = copy.deepcopy(teacher)
+        prepare(student, QuantConfig.preset(preset, group_size=32))
         arguments = _arguments(tmp_path, max_steps=2, bf16=True, gradient_checkpointing=checkpointing)
         QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks()).train()
         weights.append(student.model.layers[0].self_attn.q_proj.weight.detach().clone())

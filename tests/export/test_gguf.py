@@ -1,0 +1,140 @@
+"""GGUF read back by others' readers: gguf-py block by block, transformers as a model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llmqat import QuantConfig, load, prepare, save
+from llmqat.export.gguf import write_gguf
+from llmqat.layers import QuantLinear, QuantModule
+from llmqat.models import cast_parameters
+from tests.tiny import tiny_architecture, tiny_llama, tiny_qwen2, tiny_qwen3, tiny_tokenizer
+
+MODELS = {
+    "llama tied": tiny_llama,
+    "llama untied": lambda: tiny_llama(tied=False),
+    "qwen2": tiny_qwen2,
+    "qwen3": lambda: tiny_qwen3(head_dim=128),  # transformers' reader takes no other head size for it
+}
+
+
+def prepared(model: PreTrainedModel, preset: str = "int4", **changes: Any) -> PreTrainedModel:
+    prepare(model, QuantConfig.preset(preset, **changes))
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            with torch.no_grad():
+                module.log_scale.normal_(std=0.2)
+    return model
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.randint(2, 258, (2, 16), generator=torch.Generator().manual_seed(4))
+    with cast_parameters(model, torch.bfloat16):
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("preset", ["int4", "int3", "int8", "ternary", "int2-seq"])
+def test_transformers_reads_the_weights_bit_for_bit(name: str, preset: str, tmp_path: Path) -> None:
+    changes = {} if preset == "int8" else {"group_size": 32}
+    embeddings = {"embeddings": "int8", "lm_head": "int8"}
+    model = prepared(MODELS[name](), preset, **changes, **embeddings)
+    sizes = write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
+    assert sizes["Q8_0" if preset == "int8" else "Q4_0"] > 0
+    assert "BF16" not in sizes  # nothing large is left
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16)
+    for layer, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            read = theirs.get_submodule(layer).weight
+            assert torch.equal(read, module.quantized_weight(torch.bfloat16)), layer
+    assert torch.equal(logits(theirs), logits(model))
+
+
+def test_blocks_hold_the_codes_themselves(tmp_path: Path) -> None:
+    model = prepared(tiny_qwen2(), group_size=64)
+    write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    layer = model.model.layers[1].mlp.down_proj
+    blocks = tensors["blk.1.ffn_down.weight"].data.reshape(64, 4, 18)
+    codes = layer.codes().reshape(64, 4, 32).numpy() + 8
+    assert np.array_equal(blocks[..., 2:] & 15, codes[..., :16])
+    assert np.array_equal(blocks[..., 2:] >> 4, codes[..., 16:])
+    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+    assert np.array_equal(scales, layer.scale().repeat_interleave(2, dim=1).detach().half().numpy())
+    assert tensors["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.BF16
+
+
+def test_a_packed_checkpoint_is_written_as_the_prepared_model_is(tmp_path: Path) -> None:
+    model = prepared(tiny_llama(), group_size=32, embeddings="int8")
+    write_gguf(model, tiny_tokenizer(), tmp_path / "prepared.gguf")
+    save(model, tmp_path / "packed")
+    write_gguf(load(tmp_path / "packed"), tiny_tokenizer(), tmp_path / "packed.gguf")
+    assert (tmp_path / "prepared.gguf").read_bytes() == (tmp_path / "packed.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("make", "preset", "changes", "message"),
+    [
+        (tiny_llama, "int4", {"group_size": 32, "symmetric": False}, "zero points"),
+        (tiny_llama, "w4a8", {"group_size": 32}, "quantized inputs"),
+        (tiny_llama, "w4a8kv8", {"group_size": 32, "input_activations": None}, "quantized KV cache"),
+        (tiny_llama, "int4", {"group_size": 16}, "scale for 16 weights"),
+        (lambda: tiny_architecture("gpt2"), "int4", {"group_size": 32}, "model type 'gpt2'"),
+    ],
+)
+def test_what_gguf_cannot_hold_is_refused(make, preset, changes, message, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = prepared(make(), preset, **changes)
+    with pytest.raises(ValueError, match=message):
+        write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_is_kept_and_a_scale_is_never_rounded(tmp_path: Path) -> None:
+    model = prepared(tiny_llama(), group_size=32)
+    write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
+    before = (tmp_path / "model.gguf").read_bytes()
+    with pytest.raises(FileExistsError, match="exists already"):
+        write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").read_bytes() == before
+    model.model.layers[0].mlp.up_proj.initial_scale.fill_(1e6)
+    with pytest.raises(ValueError, match="float16 cannot hold"):
+        write_gguf(model, tiny_tokenizer(), tmp_path / "other.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.real
+def test_the_real_model_with_an_int8_embedding_goes_to_gguf_and_back(
+    smollm2: tuple[PreTrainedModel, Any], tmp_path: Path
+) -> None:
+    original, tokenizer = smollm2
+    model = copy.deepcopy(original).float()
+    prepare(model, QuantConfig.preset("int4", group_size=64, embeddings="int8"))
+    report = save(model, tmp_path / "packed", tokenizer)
+    assert report.weight_bytes < 90_000_000
+    ids = tokenizer("The capital of France is Paris, and", return_tensors="pt").input_ids
+    with torch.no_grad():
+        packed = load(tmp_path / "packed", kernel="reference")(ids).logits
+    write_gguf(model, tokenizer, tmp_path / "model.gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16)
+    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    text = "The capital of France is Paris, and 12,345 é\n  are <|im_start|>."
+    assert read(text).input_ids == tokenizer(text).input_ids
+    assert read.chat_template == tokenizer.chat_template
+    assert (read.bos_token_id, read.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, packed)
+
+
+def test_a_model_without_quantized_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no quantized weight"):
+        write_gguf(tiny_llama(), tiny_tokenizer(), tmp_path / "model.gguf")
