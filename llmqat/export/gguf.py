@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.export.compressed_tensors import packed_state_dict, quantized_layers
 from llmqat.grid import unpack_int32
-from llmqat.layers import KVQuantizer, PackedModule, packed_form
+from llmqat.layers import KVQuantizer
 
 BLOCK = 32
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
@@ -110,10 +110,12 @@ def _check_model(model: PreTrainedModel) -> None:
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, tuple[str, np.ndarray]]]:
     """Yields the name in the model, the block type and the bytes of every tensor."""
     layers = dict(quantized_layers(model))
+    state = packed_state_dict(model, torch.bfloat16)
     for name, layer in layers.items():
-        packed = layer if isinstance(layer, PackedModule) else packed_form(layer, torch.bfloat16)
-        yield f"{name}.weight", _blocks(name, packed, _order(model, name))
-    for name, tensor in packed_state_dict(model, torch.bfloat16).items():
+        scheme, order = layer.weights.stored, _order(model, name)
+        codes = unpack_int32(state[f"{name}.weight_packed"], scheme.grid, layer.columns)
+        yield f"{name}.weight", _blocks(name, codes, state[f"{name}.weight_scale"], scheme.num_bits, order)
+    for name, tensor in state.items():
         owner, _, leaf = name.rpartition(".")
         if owner in layers and leaf != "bias":
             continue
@@ -122,13 +124,14 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, tuple[str, np.ndarra
         yield name, ("F32", kept.numpy()) if kept.dim() == 1 else ("BF16", _bfloat16_bytes(kept))
 
 
-def _blocks(name: str, packed: PackedModule, order: Callable[[Tensor], Tensor] | None) -> tuple[str, np.ndarray]:
-    """Returns the block type and the blocks of a packed weight, uint8 [O, N * bytes]."""
-    per_scale = packed.columns // packed.weight_scale.shape[1]
+def _blocks(
+    name: str, codes: Tensor, scale: Tensor, num_bits: int, order: Callable[[Tensor], Tensor] | None
+) -> tuple[str, np.ndarray]:
+    """Returns the block type and the blocks, uint8 [O, N * bytes], of codes [O, I] with scales [O, G]."""
+    per_scale = codes.shape[1] // scale.shape[1]
     if per_scale % BLOCK:
         raise ValueError(f"{name} has a scale for {per_scale} weights; GGUF's blocks need groups that {BLOCK} divides")
-    codes = unpack_int32(packed.weight_packed, packed.grid, packed.columns)
-    scale = packed.weight_scale.repeat_interleave(per_scale // BLOCK, dim=1)
+    scale = scale.repeat_interleave(per_scale // BLOCK, dim=1)
     if order is not None:
         codes, scale = order(codes), order(scale)
     d = scale.to(torch.float16)
@@ -136,8 +139,8 @@ def _blocks(name: str, packed: PackedModule, order: Callable[[Tensor], Tensor] |
         raise ValueError(f"{name} has a scale that float16 cannot hold exactly; GGUF's blocks would round it")
     heads = np.ascontiguousarray(d.numpy())[..., None].view(np.uint8)  # [O, N, 2]
     grouped = codes.unflatten(1, (-1, BLOCK))
-    if packed.grid.num_bits > 4:
-        return "Q8_0", _joined(heads, grouped.to(torch.int8).numpy().view(np.uint8))
+    if num_bits > 4:
+        return "Q8_0", _joined(heads, grouped.contiguous().numpy().view(np.uint8))
     nibbles = (grouped + 8).to(torch.uint8)
     both = nibbles[..., : BLOCK // 2] | (nibbles[..., BLOCK // 2 :] << 4)
     return "Q4_0", _joined(heads, both.numpy())
