@@ -96,6 +96,9 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
         quantize_kv(model, config.kv_cache)
     if hasattr(model, "config"):
         setattr(model.config, CONFIG_KEY, config.model_dump(mode="json"))
+        # save_pretrained would otherwise split experts into the tensors that the original checkpoint had, scales and
+        # all, and a Trainer would not find them again when it resumes.
+        model._weight_conversions = []  # type: ignore[assignment]
     return audit(model, plan.reasons)
 
 

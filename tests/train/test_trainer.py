@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from llmqat import QATArguments, QATTrainer, QuantConfig, convert, prepare, save
 from llmqat.layers import QuantLinear
 from llmqat.models import cast_parameters
-from tests.tiny import tiny_llama, tiny_qwen2
+from tests.tiny import tiny_architecture, tiny_llama, tiny_qwen2
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
@@ -248,9 +248,12 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, preset: s
     assert torch.equal(*weights)
 
 
-def test_a_resumed_run_ends_bit_identical(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt_oss", "gpt2"])
+def test_a_resumed_run_ends_bit_identical(tmp_path: Path, model_type: str) -> None:
     def run(folder: Path, stop: int | None, resume: bool) -> PreTrainedModel:
-        student, teacher = _pair()
+        teacher = tiny_architecture(model_type)
+        student = copy.deepcopy(teacher)
+        prepare(student, QuantConfig.preset("w4a8kv8", group_size=32, symmetric=False))
         arguments = _arguments(folder, max_steps=6, save_strategy="steps", save_steps=3)
         trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
         if stop is not None:
