@@ -25,8 +25,38 @@ def refusal(tmp_path: Path, *overrides: str, **values: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("quant", "message"),
+    [
+        ("{preset: int4, levels: ternary}", "quant: levels='ternary' with num_bits=4"),
+        (
+            "{preset: w4a8, kv_cache: {key: {bits: 4}}}",
+            "quant.kv_cache.key: unknown key 'bits'.*did you mean 'num_bits'",
+        ),
+        ("{preset: int4, embeddings: int3}", "quant.embeddings='int3': Input should be 'keep', 'int8' or 'int4'"),
+        (
+            "{preset: int4, overrides: {down: {weights: {num_bits: 8}}}}",
+            "quant.overrides.down.weights: group_size=None with strategy='group'; give group_size exactly when[^\\n]*$",
+        ),
+        (
+            "{preset: w8a8, overrides: {down: {input_activations: {num_bits: 9}}}}",
+            "quant.overrides.down.input_activations.num_bits=9: Input should be less than or equal to 8$",
+        ),
+        (
+            "{preset: w8a8, input_activations: {observer: max}}",
+            "quant.input_activations.observer='max': Input should be",
+        ),
+    ],
+)
+def test_a_wrong_scheme_is_told_by_its_key(tmp_path: Path, quant: str, message: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\noutput: o\n")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path, [f"quant={quant}"])
+
+
 def test_all_shipped_recipes_were_found():
-    assert [path.name for path in RECIPES] == ["smollm2-135m-int4.yaml"]
+    assert [path.name for path in RECIPES] == ["smollm2-135m-int4.yaml", "smollm2-135m-w4a8kv8.yaml"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

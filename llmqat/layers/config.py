@@ -172,11 +172,6 @@ class LayerScheme(Config):
     weights: WeightConfig
     input_activations: ActivationConfig | None = None
 
-    @property
-    def label(self) -> str:
-        """Short name for tables: 'int4 g64', 'int4 g64 a8 token'."""
-        return self.weights.label + (f" {self.input_activations.label}" if self.input_activations else "")
-
 
 class QuantConfig(Config):
     """Which modules of a model are quantized, and how."""

@@ -209,14 +209,26 @@ def recipe_from(values: Mapping[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(dict(values))
     except ValidationError as error:
-        raise ValueError(f"{source}: " + "\n".join(_explain(entry) for entry in error.errors())) from error
+        raise ValueError(f"{source}: {_explain_all(error)}") from error
+
+
+_ALTERNATIVE = re.compile(r"^(function-\w+\[|literal\[|ActivationConfig$|WeightConfig$)")
+"""Part of an error's place that names one of several types of a key, and is no key."""
+
+
+def _explain_all(error: ValidationError, inside: str = "") -> str:
+    """Returns what is wrong, a line a key; of a key that may also be a word, only what is wrong as a section."""
+    entries = error.errors()
+    sections = [entry for entry in entries if not any(str(part).startswith("literal[") for part in entry["loc"])]
+    return "\n".join(_explain(entry, inside) for entry in sections or entries)
 
 
 def _explain(entry: Any, inside: str = "") -> str:
-    key = ".".join(part for part in (inside, *map(str, entry["loc"])) if part)
+    parts = (str(part) for part in entry["loc"] if not _ALTERNATIVE.match(str(part)))
+    key = ".".join(part for part in (inside, *parts) if part)
     cause = entry.get("ctx", {}).get("error")
     if isinstance(cause, ValidationError):  # a preset builds its configuration inside a validator
-        return "\n".join(_explain(inner, key) for inner in cause.errors())
+        return _explain_all(cause, key)
     message = str(entry["msg"]).removeprefix("Value error, ")
     if entry["type"] == "missing":
         return f"{key} is missing; add it to the recipe or give {key}=VALUE"
