@@ -21,6 +21,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import llmqat
+from llmqat.layers import KVQuantizer
 from llmqat.recipe import load_recipe, run
 
 GENTLE = ("train.learning_rate=2e-5", "train.scale_learning_rate=3e-4")
@@ -81,11 +82,14 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of one scheme, after running it where that has not been done."""
     folder = options.out / name.replace(", ", "-").replace(" ", "-")
     results = folder / "results.json"
+    changes = [f"output={folder}", f"evaluate.texts=[{options.text}]", "evaluate.speed=false", *SCHEMES[name]]
+    model = [f"model={options.model}"] if options.model else []
+    recipe = load_recipe(options.recipe, [*model, *changes, *options.set])
     if not results.is_file():
-        changes = [f"output={folder}", f"evaluate.texts=[{options.text}]", "evaluate.speed=false", *SCHEMES[name]]
-        model = [f"model={options.model}"] if options.model else []
-        run(load_recipe(options.recipe, [*model, *changes, *options.set]))
+        run(recipe)
     found = json.loads(results.read_text(encoding="utf-8"))
+    if found["recipe"] != recipe.model_dump(mode="json"):
+        raise SystemExit(f"{folder} holds the run of another recipe; give another --out, or remove it")
     by_role = {row["role"]: row for row in found["comparison"]["rows"]}
     return {
         "scheme": name,
@@ -105,16 +109,17 @@ def figures(row: Mapping[str, Any]) -> dict[str, float]:
 
 def stock(folder: Path) -> str:
     """Returns whether stock transformers loads the checkpoint, and with which logits."""
+    ours = llmqat.load(folder, kernel="reference")
+    caches = [module for module in ours.modules() if isinstance(module, KVQuantizer)]
+    for cache in caches:  # stock transformers has none
+        cache.enabled = False
     with torch.no_grad():
-        ours = llmqat.load(folder, kernel="reference")(PROBE).logits
         try:
             theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(PROBE).logits
         except (ValueError, AttributeError) as error:
             return f"no ({type(error).__name__})"
-    if torch.equal(ours, theirs):
-        return "yes, equal logits"
-    cached = "llmqat_kv_cache" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return "yes, but for the KV cache" if cached else "yes, OTHER LOGITS"
+        equal = torch.equal(ours(PROBE).logits, theirs)
+    return f"yes, {'equal' if equal else 'OTHER'} logits{', KV cache in high precision' if caches else ''}"
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -410,12 +410,14 @@ def _print_checkpoint(report: Any) -> None:
     console.print(
         f"next: llmqat chat {report.folder}\n"
         f"      llmqat eval {report.folder} --text YOUR.txt\n"
-        f"      llmqat audit {report.folder}\n"
-        f"      AutoModelForCausalLM.from_pretrained({str(report.folder)!r}) in plain transformers; vLLM loads it too",
+        f"      llmqat audit {report.folder}",
         highlight=False,
         soft_wrap=True,
         markup=False,
     )
+    stock = f"plain transformers loads it: AutoModelForCausalLM.from_pretrained({str(report.folder)!r})"
+    for note in report.notes or (stock,):
+        console.print(f"- {note}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_comparison(comparison: Comparison, json_file: Path | None = None) -> None:

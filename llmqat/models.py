@@ -22,7 +22,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -46,7 +45,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llmqat.layers import QUANTIZER_PARAMETERS, PackedModule, QuantModule, TiedHead
+from llmqat.layers import QUANTIZER_PARAMETERS, PackedModule, QuantModule, TiedHead, kept_in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -487,16 +486,6 @@ def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     return transform
-
-
-def kept_in_float32(model: nn.Module) -> Callable[[str], bool]:
-    """Returns the test by which transformers keeps a tensor in float32 in every checkpoint, given its name.
-
-    Few models have such tensors: the routing biases of some mixtures of experts.
-    """
-    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    combined = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)) or r"(?!)")
-    return lambda name: combined.search(name) is not None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from llmqat.calibrate.activations import calibrate_activations, static_layers
 from llmqat.calibrate.config import CalibrationConfig
 from llmqat.calibrate.moments import collect_moments
 from llmqat.calibrate.ranges import calibrate_ranges
-from llmqat.calibrate.rotate import rotate
+from llmqat.calibrate.rotate import rotate, untie
 from llmqat.calibrate.smooth import smooth
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "rotate",
     "smooth",
     "static_layers",
+    "untie",
 ]

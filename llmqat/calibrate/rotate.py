@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmqat.calibrate.structure import Norm, find_norms, unchanged_logits
-from llmqat.layers import LinearMap, QuantModule, linear_maps
+from llmqat.calibrate.structure import Norm, check_foldable, find_norms, unchanged_logits
+from llmqat.layers import LinearMap, linear_maps, untied_keys
 from llmqat.layers.audit import UNTIED
 from llmqat.layers.experts import stacked_weights
 from llmqat.models import output_head
@@ -49,17 +49,16 @@ def rotate(model: nn.Module, seed: int = 0) -> None:
         seed: of the random signs of the Hadamard matrix.
 
     Raises:
-        ValueError: when the model is prepared, or its norms do not allow a rotation.
+        ValueError: when the model is prepared or not in float32, or its norms do not allow a rotation.
         RuntimeError: when rotation changed what the model computes; it must then be loaded anew.
     """
-    if any(isinstance(module, QuantModule) for module in model.modules()):
-        raise ValueError("the model is prepared already; rotate the original model first, then prepare it")
+    check_foldable(model, "rotation")
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     size = embedding.weight.shape[1]
     stream = _stream(model, size)
     rotation = hadamard(size, seed).to(embedding.weight.device)
     with unchanged_logits(model, "rotation"):
-        _untie(model, embedding)
+        untie(model)
         for norm in stream.norms:
             _fold_gain(norm)
             for reader in norm.readers.values():
@@ -183,18 +182,18 @@ def _stacked_bias(entry: LinearMap) -> list[Tensor]:
     return [] if bias is None else [bias.data]
 
 
-def _untie(model: nn.Module, embedding: nn.Module) -> None:
-    head = output_head(model)
+def untie(model: nn.Module) -> None:
+    """Gives the output head of `model` a weight of its own where it is tied to the embedding; works on meta tensors."""
+    embedding, head = model.get_input_embeddings(), output_head(model)  # type: ignore[operator]
     if head.weight is not embedding.weight:
         return
-    head.register_parameter("weight", nn.Parameter(embedding.weight.detach().clone()))  # type: ignore[operator]
+    head.register_parameter("weight", nn.Parameter(embedding.get_parameter("weight").detach().clone()))
     setattr(head, UNTIED, True)
     config: Any = model.config
     for each in {id(part): part for part in (config, config.get_text_config())}.values():
         each.tie_word_embeddings = False
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if tied:
-        tied.clear()
+    name = next(name for name, module in model.named_modules() if module is head)
+    untied_keys(model, f"{name}.weight")
 
 
 def _fold_gain(norm: Norm) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.calibrate.forward import Wrap, check_finite, check_seen, observe_inputs
-from llmqat.calibrate.structure import Norm, find_norms, unchanged_logits
-from llmqat.layers import QuantModule, linear_maps
+from llmqat.calibrate.structure import Norm, check_foldable, find_norms, unchanged_logits
+from llmqat.layers import linear_maps
 
 _SMALLEST = 1e-5
 
@@ -46,13 +46,12 @@ def smooth(model: nn.Module, blocks: Tensor, alpha: float = 0.5, batch_size: int
         wrap: put around the iteration over batches, for a progress bar.
 
     Raises:
-        ValueError: when the model is prepared, there is nothing to fold, or an activation is not finite.
+        ValueError: when the model is prepared or not in float32, nothing can be folded, or an activation is not finite.
         RuntimeError: when folding changed what the model computes; it must then be loaded anew.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"calibrate.smooth={alpha} is no share; choose 0 to 1, 0.5 is usual")
-    if any(isinstance(module, QuantModule) for module in model.modules()):
-        raise ValueError("the model is prepared already; smooth the original model first, then prepare it")
+    check_foldable(model, "smoothing")
     folds = _folds(model)
     if not folds:
         raise ValueError(

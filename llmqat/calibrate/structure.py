@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmqat.layers import linear_maps
+from llmqat.layers import QuantModule, linear_maps
 from llmqat.models import model_device, output_head
 
 PROBE_TOKENS = 8
@@ -112,6 +112,15 @@ class _Trace:
                 self.by_reader[output.data_ptr()] = name
 
         return hook
+
+
+def check_foldable(model: nn.Module, what: str) -> None:
+    """Raises ValueError for a model that `what` (smoothing, rotation) cannot go into: prepared, or not in float32."""
+    if any(isinstance(module, QuantModule) for module in model.modules()):
+        raise ValueError(f"the model is prepared already; {what} goes into the original model first, then prepare it")
+    other = next((parameter.dtype for parameter in model.parameters() if parameter.dtype != torch.float32), None)
+    if other is not None:
+        raise ValueError(f"{what} needs the model in float32, not {other}; load it with dtype=torch.float32")
 
 
 @contextmanager

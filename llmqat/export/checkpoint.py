@@ -36,7 +36,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 import llmqat
 from llmqat.export import compressed_tensors
 from llmqat.kernels import KERNELS
-from llmqat.layers import PackedEmbedding, PackedLinear, PackedModule, QuantEmbedding, QuantModule, TiedHead
+from llmqat.layers import PackedEmbedding, PackedLinear, PackedModule, QuantEmbedding, QuantModule, TiedHead, audit
 from llmqat.models import (
     cast_parameters,
     folder_in_progress,
@@ -95,6 +95,7 @@ class ExportReport:
         files: bytes of every file of the folder, by name.
         quantized_weights: number of weights in packed layers other than embeddings and output head.
         proof: what was compared: tensors, packed layers, probe tokens.
+        notes: the audit's: what loaders other than llmqat's will see of it.
     """
 
     folder: Path
@@ -103,6 +104,7 @@ class ExportReport:
     files: Mapping[str, int]
     quantized_weights: int
     proof: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -132,6 +134,7 @@ class ExportReport:
             "quantized_weights": self.quantized_weights,
             "bits_per_weight": self.bits_per_weight,
             "proof": dict(self.proof),
+            "notes": list(self.notes),
         }
 
 
@@ -183,7 +186,7 @@ def save(
         gc.collect()  # the reloaded model maps the files that are about to be renamed
         _move_into_place(temporary, folder)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    return ExportReport(folder, format, sizes, files, _quantized_weights(model), proof)
+    return ExportReport(folder, format, sizes, files, _quantized_weights(model), proof, audit(model).notes)
 
 
 def _check_arguments(model: nn.Module, dtype: torch.dtype, run: Mapping[str, Any] | None, format: str) -> None:
@@ -199,8 +202,9 @@ def _check_arguments(model: nn.Module, dtype: torch.dtype, run: Mapping[str, Any
     layers = [layer for _, layer in compressed_tensors.quantized_layers(model)]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no quantized layer; call llmqat.prepare(model, config) first, "
-            f"or model.save_pretrained(folder) for a full-precision checkpoint"
+            f"{type(model).__name__} has no quantized weight to pack; call llmqat.prepare(model, config) first, "
+            f"or model.save_pretrained(folder) for a full-precision checkpoint (a quantized KV cache alone changes no "
+            f"weight)"
         )
     if any(isinstance(layer, QuantModule) and not layer.enabled for layer in layers):
         raise ValueError("the model's quantizers are switched off; call save outside of quantizers_off(model)")

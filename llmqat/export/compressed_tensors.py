@@ -53,6 +53,7 @@ from llmqat.layers import (
     TiedHead,
     WeightConfig,
     install,
+    kept_in_float32,
     kv_scheme,
     linear_maps,
     packed_form,
@@ -61,7 +62,7 @@ from llmqat.layers import (
 from llmqat.layers.attention import IMPLEMENTATION_PREFIX
 from llmqat.layers.config import Observer
 from llmqat.layers.embedding import embedding_multiplier
-from llmqat.models import check_safetensors, kept_in_float32, weight_files
+from llmqat.models import check_safetensors, weight_files
 
 QUANT_METHOD = "compressed-tensors"
 ONLY_HERE = "only_llmqat_loads_this"
@@ -80,7 +81,7 @@ def write(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_si
     """Writes weights and `config.json` of a prepared or converted model into an existing folder.
 
     Args:
-        model: holds at least one QuantLinear or PackedLinear; not changed.
+        model: holds at least one quantized weight; not changed.
         folder: receives `model.safetensors`, or shards and their index, and `config.json`.
         dtype: of scales, biases and all parameters left in high precision.
         max_shard_size: bytes of a shard, or a text such as "5GB".

@@ -36,6 +36,10 @@ PERMUTED = ("llama", "mistral")
 """Model types whose query and key rows GGUF keeps in another order (pairs of rotary features side by side)."""
 
 _FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "Q8_0": "MOSTLY_Q8_0"}
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
+"""Regular expressions by which tokenizers cut text -> llama.cpp's names for them."""
+
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
@@ -233,9 +237,6 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
         return "smollm"
     if kinds == ["ByteLevel"]:
         return "gpt-2"
-    if kinds == ["Split", "ByteLevel"]:
-        if r"\p{N}{1,3}" in patterns[0]:
-            return "llama-bpe"
-        if r"\p{N}" in patterns[0]:
-            return "qwen2"
+    if kinds == ["Split", "ByteLevel"] and patterns[0] in _SPLITS:
+        return _SPLITS[patterns[0]]
     raise ValueError(f"the tokenizer cuts text by {kinds}, for which llmqat knows no name in llama.cpp")

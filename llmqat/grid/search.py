@@ -44,7 +44,8 @@ def percentile_scale(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (scale, zero_point) of plain rounding whose range leaves (100 - percentile) % of a group outside.
 
-    Half of it lies beyond each end for an asymmetric grid; a symmetric one takes the percentile of |w|.
+    Half of it lies beyond each end for an asymmetric grid; a symmetric one takes the percentile of |w|. The ternary
+    grid has no range to cut, and keeps mean|w|.
 
     Args:
         weight: [O, I] float.
@@ -55,6 +56,8 @@ def percentile_scale(
     Returns:
         scale [*shape] float32 snapped, zero_point [*shape] float32 or None when symmetric.
     """
+    if grid.levels == "ternary":  # whose plain scale is a mean, not a range
+        return minmax_scale(weight, grid, shape)
     flat = weight.detach().reshape(shape[0] * shape[1], -1).float()
     if grid.symmetric:
         high = _row_quantile(flat.abs(), percentile / 100)

@@ -26,7 +26,16 @@ from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.packed import PackedLinear, PackedModule
-from llmqat.layers.prepare import LinearMap, convert, install, linear_maps, packed_form, prepare
+from llmqat.layers.prepare import (
+    LinearMap,
+    convert,
+    install,
+    kept_in_float32,
+    linear_maps,
+    packed_form,
+    prepare,
+    untied_keys,
+)
 from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule, quantizers_off
 
 __all__ = [
@@ -58,6 +67,7 @@ __all__ = [
     "audit",
     "convert",
     "install",
+    "kept_in_float32",
     "kv_scheme",
     "linear_maps",
     "new_cache",
@@ -65,4 +75,5 @@ __all__ = [
     "prepare",
     "quantize_kv",
     "quantizers_off",
+    "untied_keys",
 ]

@@ -74,7 +74,8 @@ class ActivationQuantizer(nn.Module):
         dtype = dtype or x.dtype
         if not self.enabled:
             return x.to(dtype)
-        if torch.compiler.is_compiling():  # the compiler finds the common subexpression by itself
+        # The compiler finds the common subexpression by itself; an inference tensor does not tell when it was changed.
+        if torch.compiler.is_compiling() or x.is_inference():
             return self._quantized(x.to(dtype))
         key = (self.config, self._range_key(), dtype, torch.is_grad_enabled())
         return _shared.get(x, key, lambda: self._quantized(x.to(dtype)))
@@ -169,7 +170,7 @@ class _LastResult(threading.local):
 
     def get(self, x: Tensor, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """Returns what `make` made last for the very tensor `x`, unchanged since, under `key`; or makes it."""
-        key = (key, None if x.is_inference() else x._version)
+        key = (key, x._version)
         if self.result is not None and self.source is not None and self.source() is x and self.key == key:
             return self.result
         self.result = None

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,8 +103,8 @@ def _fake_quantized(x: Tensor, config: KVTensorConfig) -> Tensor:
     return _StraightThrough.apply(x, config)  # type: ignore[no-untyped-call]
 
 
-def quantize_kv(model: nn.Module, config: KVCacheConfig) -> list[str]:
-    """Makes the attention layers of `model` read quantized keys and values, in place; returns the layers' names.
+def quantize_kv(model: nn.Module, config: KVCacheConfig) -> None:
+    """Makes the attention layers of `model` read quantized keys and values, in place.
 
     Raises:
         ValueError: when the model's attention does not go through transformers' interface, or a group size does not
@@ -117,7 +118,20 @@ def quantize_kv(model: nn.Module, config: KVCacheConfig) -> list[str]:
     implementation = str(model.config._attn_implementation)
     if not implementation.startswith(IMPLEMENTATION_PREFIX):
         model.set_attn_implementation(_registered(implementation))
-    return list(layers)
+    model.register_forward_pre_hook(_check_dispatch)
+    _check_dispatch(model)
+
+
+def _check_dispatch(model: nn.Module, inputs: Any = None) -> None:
+    """Raises where the model would read plain keys and values: its attention implementation was changed since."""
+    config: Any = model.config
+    found = str(config.get_text_config(decoder=True)._attn_implementation)
+    if not found.startswith(IMPLEMENTATION_PREFIX):
+        raise RuntimeError(
+            f"the model's keys and values are to be quantized, but its attention implementation is {found!r}, which "
+            f"does not do it; set_attn_implementation({IMPLEMENTATION_PREFIX + found!r}), or choose the implementation "
+            "before llmqat.prepare"
+        )
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -158,7 +172,7 @@ def _dispatches(layer: nn.Module) -> bool:
 def check_kv_groups(layers: Mapping[str, nn.Module], config: KVCacheConfig) -> None:
     """Raises ValueError where a group size does not divide the head size of one of the attention `layers`."""
     for name, layer in layers.items():
-        size = getattr(layer, "head_dim", None)
+        size = getattr(layer, "head_dim", None) or getattr(layer, "head_size", None)
         for kind, tensor in (("key", config.key), ("value", config.value)):
             if isinstance(size, int) and tensor.group_size and size % tensor.group_size:
                 raise ValueError(
@@ -182,9 +196,22 @@ def _quantizing(implementation: str) -> Callable[..., Any]:
         quantizer = getattr(module, "kv_quantizer", None)
         if quantizer is not None:
             key, value = quantizer(key, value)
-        return _original(implementation, module)(module, query, key, value, *args, **options)
+        with _named(implementation, module):
+            return _original(implementation, module)(module, query, key, value, *args, **options)
 
     return attention
+
+
+@contextmanager
+def _named(implementation: str, layer: nn.Module) -> Iterator[None]:
+    """Inside, the layer's configuration names the original implementation, by which flash attention finds itself."""
+    config: Any = layer.config
+    before = config._attn_implementation_internal
+    config._attn_implementation_internal = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
 
 
 def _original(implementation: str, layer: nn.Module) -> Callable[..., Any]:

@@ -69,8 +69,8 @@ class CoverageAudit:
 
     @property
     def quantized(self) -> tuple[AuditEntry, ...]:
-        """The quantized tensors."""
-        return tuple(entry for entry in self.entries if entry.treatment != KEPT)
+        """The quantized tensors, tied ones once."""
+        return tuple(entry for entry in self.entries if entry.treatment != KEPT and entry.bytes_before)
 
     @property
     def kept(self) -> tuple[AuditEntry, ...]:
@@ -190,7 +190,7 @@ def _notes(model: nn.Module) -> list[str]:
         )
     if any(isinstance(layer, (QuantExperts, PackedExperts)) for layer in layers):
         notes.append("stacked experts: llmqat.load reads them; stock transformers refuses the checkpoint")
-    if any(isinstance(layer, QuantLinear) and layer.transposed for layer in layers):
+    if any(isinstance(layer, (QuantLinear, PackedLinear)) and layer.transposed for layer in layers):
         notes.append("Conv1D layers are packed as linear ones: llmqat.load reads them; stock transformers refuses it")
     if any(not layer.weights.symmetric for layer in layers):
         notes.append(

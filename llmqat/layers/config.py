@@ -220,7 +220,9 @@ class QuantConfig(Config):
         elif weights.get("strategy", "group") != "group":
             weights["group_size"] = None
         fields = {**PRESETS[name], **changes}
-        return cls(**{**fields, "weights": WeightConfig(**{**fields["weights"], **weights})})
+        base = fields["weights"]
+        base = base.model_dump() if isinstance(base, WeightConfig) else base
+        return cls(**{**fields, "weights": WeightConfig(**{**base, **weights})})
 
 
 def _override(entry: Any) -> Any:

@@ -68,7 +68,7 @@ class PackedEmbedding(PackedModule):
         name: str = "",
         multiplier: Tensor | None = None,
     ) -> None:
-        """Makes an empty embedding, to be filled by `load_state_dict` or `from_quant_module`."""
+        """Makes an empty embedding, to be filled by `load_state_dict` or `from_quant_embedding`."""
         super().__init__(num_embeddings, embedding_dim, weights, dtype, device, name)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.register_buffer("multiplier", multiplier, persistent=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
-from llmqat.layers.audit import CoverageAudit, audit
+from llmqat.layers.audit import UNTIED, CoverageAudit, audit
 from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Policy, QuantConfig
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts, replace_stacked, stacked_weights
@@ -117,7 +117,7 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
     if not layers:
-        raise ValueError("the model has no QuantLinear to convert; call llmqat.prepare(model, config) first")
+        raise ValueError("the model has no quantized weight to convert; call llmqat.prepare(model, config) first")
     heads = {name: module for name, module in model.named_modules() if isinstance(module, TiedHead)}
     packed = {id(layer): packed_form(layer, dtype) for layer in layers.values()}
     for name, layer in layers.items():
@@ -126,9 +126,10 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         embedding = packed[id(head.embedding)]
         assert isinstance(embedding, PackedEmbedding)
         model.set_submodule(name, TiedHead(embedding, head.bias))
+    in_float32 = kept_in_float32(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not in_float32(name):
                 parameter.data = parameter.data.to(dtype)
     return model
 
@@ -147,14 +148,41 @@ _PACKERS: dict[type[QuantModule], Callable[..., PackedModule]] = {
 
 def install(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts `module` in the place of the module, or the stacked parameter, `name` of `model`."""
+    if name and getattr(_found(model, name), UNTIED, False):
+        setattr(module, UNTIED, True)
     if isinstance(module, (QuantExperts, PackedExperts)):
         owner, _, leaf = name.rpartition(".")
         replace_stacked(model.get_submodule(owner), leaf, module)
     else:
         model.set_submodule(name, module)
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if tied and isinstance(module, TiedHead):  # it is tied by being the same tensor, not by a copy at loading
-        tied.pop(f"{name}.weight", None)
+    if isinstance(module, TiedHead):  # it reads the embedding's weight, and takes no copy of it at loading
+        untied_keys(model, f"{name}.weight")
+
+
+def untied_keys(model: nn.Module, name: str) -> None:
+    """Makes transformers forget that the parameter `name` of this `model` is tied to another."""
+    for table in ("_tied_weights_keys", "all_tied_weights_keys"):
+        tied = getattr(model, table, None)
+        if isinstance(tied, Mapping):
+            setattr(model, table, {target: source for target, source in tied.items() if target != name})
+
+
+def kept_in_float32(model: nn.Module) -> Callable[[str], bool]:
+    """Returns the test by which transformers keeps a tensor in float32 in every checkpoint, given its name.
+
+    Few models have such tensors: the routing biases of some mixtures of experts.
+    """
+    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    combined = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)) or r"(?!)")
+    return lambda name: combined.search(name) is not None
+
+
+def _found(model: nn.Module, name: str) -> nn.Module | None:
+    """Returns the module `name`, or None where a parameter has that name."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
@@ -268,9 +296,10 @@ def _check_patterns(model: nn.Module, maps: Mapping[str, LinearMap], config: Qua
             if not any(matches(pattern, name, entry.kinds) for name, entry in maps.items()):
                 examples = ", ".join(list(maps)[:3]) or "none"
                 raise ValueError(
-                    f"quant.{owner} has {pattern!r}, which matches no nn.Linear of {type(model).__name__}; use a class "
-                    f"name, a full module name or 're:<regular expression>'. Linears here: {examples}, …"
+                    f"quant.{owner} has {pattern!r}, which matches no linear layer of {type(model).__name__}; use a "
+                    f"class name, a full module name or 're:<regular expression>'. Linears here: {examples}, …"
                 )
+    _check_head(model, maps, config)
     for pattern, override in config.overrides.items():
         if override is None or override.layers is None:
             continue
@@ -282,6 +311,27 @@ def _check_patterns(model: nn.Module, maps: Mapping[str, LinearMap], config: Qua
                 f"quant.overrides[{pattern!r}].layers={list(override.layers)} matches no layer of "
                 f"{type(model).__name__}; layers count from 0, or from the end if negative"
             )
+
+
+def _check_head(model: nn.Module, maps: Mapping[str, LinearMap], config: QuantConfig) -> None:
+    """Raises ValueError where a pattern means the output head alone, which `quant.lm_head` decides about."""
+    head = _end(model, "get_output_embeddings")
+    names = [name for name, entry in maps.items() if entry.owner is head]
+    if not names:
+        return
+    wanted = tuple(pattern for pattern, override in config.overrides.items() if override is not None)
+    for owner, patterns in (("targets", config.targets), ("overrides", wanted)):
+        for pattern in patterns:
+            if [name for name, entry in maps.items() if matches(pattern, name, entry.kinds)] == names:
+                raise ValueError(
+                    f"quant.{owner} has {pattern!r}, which is the output head; quantize that with quant.lm_head"
+                )
+    if config.lm_head not in (None, "keep") and any(
+        matches(pattern, names[0], maps[names[0]].kinds) for pattern in config.ignore
+    ):
+        raise ValueError(
+            f"quant.lm_head={config.lm_head!r}, but quant.ignore leaves {names[0]} alone; drop one of them"
+        )
 
 
 def _quantized(name: str, entry: LinearMap, scheme: LayerScheme) -> QuantModule:

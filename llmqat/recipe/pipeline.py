@@ -40,7 +40,6 @@ from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
 from llmqat.layers import (
     ActivationConfig,
     ActivationQuantizer,
-    CoverageAudit,
     QuantConfig,
     QuantModule,
     convert,
@@ -120,14 +119,19 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
             log.info("going on with the interrupted run in %s", recipe.output)
     stage = Stages()
     with stage("load", recipe.model), arguments.main_process_first():  # a GGUF file is dequantized by one for all
-        coverage_of(recipe.model, recipe.quant)  # a scheme that does not do should not cost the text
+        # Now: a scheme that does not do should not cost the text.
+        if not coverage_of(recipe.model, recipe.quant, recipe.calibrate.rotate).quantized:
+            raise ValueError(
+                "quant covers no weight (quant.targets is empty, or all is ignored), so there is nothing to pack; a "
+                "quantized KV cache alone can be used in Python (llmqat.prepare), or beside weights such as preset int8"
+            )
         teacher, tokenizer = load_model(recipe.model, torch.bfloat16)
         teacher.to(arguments.device)
         windows = evaluation_windows(recipe.evaluate, tokenizer)  # now: a text that does not do should not cost a run
     with stage("text", recipe.data.source), arguments.main_process_first(local=False):
         blocks = kept_blocks(recipe.output, partial(_read_text, recipe, tokenizer, teacher))
     with stage("calibrate", recipe.calibrate.method):
-        student, coverage = prepared_model(recipe, blocks.ids, arguments.device)
+        student = prepared_model(recipe, blocks.ids, arguments.device)
         calibrate(student, blocks.ids, recipe.calibrate, arguments.bf16)
         start = quantizer_state(student)
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
@@ -143,7 +147,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         report = save(student, recipe.output / CHECKPOINT_FOLDER, tokenizer, run=facts, overwrite=True)
     with stage("evaluate", ", ".join(windows)):
         rebuild = partial(_untrained, recipe, blocks.ids, arguments)
-        candidates = _candidates(recipe, teacher, coverage, rebuild, start, report, arguments.device)
+        candidates = _candidates(recipe, teacher, rebuild, start, report, arguments.device)
         with progress_bar() as progress:
             comparison = compare(
                 candidates,
@@ -202,10 +206,8 @@ def outliers_folded(model: PreTrainedModel, blocks: Tensor | None, config: Calib
         smooth(model, blocks[: config.blocks], config.smooth, config.batch_size, _bar("smooth", "batch"))
 
 
-def prepared_model(
-    recipe: Recipe, blocks: Tensor, device: torch.device, folded: bool = True
-) -> tuple[PreTrainedModel, CoverageAudit]:
-    """Returns the model in float32, prepared, its scales those of plain rounding; and the coverage audit.
+def prepared_model(recipe: Recipe, blocks: Tensor, device: torch.device, folded: bool = True) -> PreTrainedModel:
+    """Returns the model in float32, prepared, its scales those of plain rounding.
 
     Args:
         recipe: says the model and the scheme.
@@ -217,7 +219,8 @@ def prepared_model(
     model.to(device)
     if folded:
         outliers_folded(model, blocks, recipe.calibrate, recipe.seed)
-    return model, prepare(model, recipe.quant)
+    prepare(model, recipe.quant)
+    return model
 
 
 def _read_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> TokenBlocks:
@@ -240,7 +243,7 @@ def _untrained(
     recipe: Recipe, blocks: Tensor, arguments: QATArguments, start: Mapping[str, Tensor] | None
 ) -> PreTrainedModel:
     """Returns the model packed without training: with the calibrated `start`, or plainly rounded for None."""
-    model, _ = prepared_model(recipe, blocks, arguments.device, folded=start is not None)
+    model = prepared_model(recipe, blocks, arguments.device, folded=start is not None)
     if start is None:
         calibrate_inputs(model, blocks, recipe.calibrate, arguments.bf16)
     else:
@@ -279,7 +282,6 @@ def _train(
 def _candidates(
     recipe: Recipe,
     teacher: PreTrainedModel,
-    coverage: CoverageAudit,
     rebuild: Callable[[Mapping[str, Tensor] | None], PreTrainedModel],
     start: Mapping[str, Tensor],
     report: ExportReport,
@@ -287,9 +289,12 @@ def _candidates(
 ) -> list[Candidate]:
     """Returns the rows of the run's table; all but full precision are packed, and the trained one comes from disk."""
     bits, size = report.bits_per_weight, report.weight_bytes
+    # Rotation unties the head; plain rounding, which does not rotate, is smaller by that.
+    rotated, plain = (coverage_of(recipe.model, recipe.quant, turned) for turned in (recipe.calibrate.rotate, False))
+    plain_size = size - rotated.bytes_after + plain.bytes_after
     rows = [
-        Candidate("full precision", lambda: teacher, "full precision", 16.0, coverage.bytes_before),
-        Candidate("plain rounding", lambda: rebuild(None), "plain rounding", bits, size),
+        Candidate("full precision", lambda: teacher, "full precision", 16.0, plain.bytes_before),
+        Candidate("plain rounding", lambda: rebuild(None), "plain rounding", bits, plain_size),
     ]
     steps = recipe.calibrate
     if steps.method != "minmax" or steps.rotate or steps.smooth is not None:  # else it is plain rounding itself

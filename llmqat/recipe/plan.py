@@ -8,6 +8,7 @@ import math
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from llmqat.calibrate import untie
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
 from llmqat.export import FORMATS, load
 from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
@@ -43,7 +44,7 @@ def plan_run(recipe: Recipe) -> Plan:
         ValueError: the scheme or the trainer's arguments do not do.
     """
     arguments = training_arguments(recipe)
-    coverage = coverage_of(recipe.model, recipe.quant)
+    coverage = coverage_of(recipe.model, recipe.quant, recipe.calibrate.rotate)
     wanted = recipe.data.tokens or (DEFAULT_SYNTHETIC_TOKENS if recipe.data.source == "synthetic" else None)
     blocks = None if wanted is None else math.ceil(wanted / recipe.data.block_size)
     samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -60,8 +61,13 @@ def plan_run(recipe: Recipe) -> Plan:
     )
 
 
-def coverage_of(spec: str, quant: QuantConfig) -> CoverageAudit:
+def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> CoverageAudit:
     """Returns the coverage audit of a packed checkpoint as it is, or of any other model as `quant` would leave it.
+
+    Args:
+        spec: what `load_model` takes, or a packed checkpoint.
+        quant: the scheme.
+        rotated: whether the model is rotated first, which unties its output head.
 
     Raises:
         FileNotFoundError: the model is not there.
@@ -70,7 +76,10 @@ def coverage_of(spec: str, quant: QuantConfig) -> CoverageAudit:
     config = read_config(resolve_spec(spec), spec)
     if any(format.is_packed(config) for format in FORMATS.values()):
         return audit(load(spec))
-    return prepare(_without_weights(config), quant)
+    model = _without_weights(config)
+    if rotated:
+        untie(model)
+    return prepare(model, quant)
 
 
 def _without_weights(config: PreTrainedConfig) -> torch.nn.Module:

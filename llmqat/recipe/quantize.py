@@ -69,7 +69,7 @@ def quantize_model(
     )
     facts: dict[str, Any] = {"model": spec, "calibrate": calibration.model_dump(mode="json")}
     ids = None
-    coverage_of(spec, quant)  # a scheme that does not do should not cost the text
+    coverage_of(spec, quant, rotate)  # a scheme that does not do should not cost the text
     needed = needs_text(calibration, quant)
     if text is not None and not needed:
         raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use --method search")

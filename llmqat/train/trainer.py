@@ -194,7 +194,7 @@ class QATTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Returns the optimizer of `args.optim` over the three parameter groups."""
+        """Returns the optimizer of `args.optim` over the parameter groups: weights, log-scales, zero points, norms."""
         if self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None:
             model = model or self.model
             optimizer, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)

@@ -123,12 +123,21 @@ def test_smoothing_and_rotation_lower_the_error_of_a_model_with_outliers(preset:
 def test_prepared_models_are_refused() -> None:
     model = tiny_llama()
     prepare(model, QuantConfig.preset("int4", group_size=32))
-    with pytest.raises(ValueError, match="smooth the original model first"):
+    with pytest.raises(ValueError, match="smoothing goes into the original model first"):
         smooth(model, ids())
-    with pytest.raises(ValueError, match="rotate the original model first"):
+    with pytest.raises(ValueError, match="rotation goes into the original model first"):
         rotate(model)
     with pytest.raises(ValueError, match=r"calibrate\.smooth=1\.5"):
         smooth(tiny_llama(), ids(), 1.5)
+
+
+def test_low_precision_is_told_before_anything_is_changed() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    before = model.lm_head.weight.clone()
+    for fold in (rotate, lambda m: smooth(m, ids())):
+        with pytest.raises(ValueError, match=r"needs the model in float32, not torch\.bfloat16"):
+            fold(model)
+    assert torch.equal(model.lm_head.weight, before)
 
 
 # Static ranges

@@ -525,7 +525,7 @@ def test_overwrite_does_not_delete_what_is_no_model(tmp_path: Path) -> None:
 def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
     model = prepared()
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (tiny_llama(), {}, r"no quantized layer; call llmqat\.prepare"),
+        (tiny_llama(), {}, r"no quantized weight to pack; call llmqat\.prepare"),
         (torch.nn.DataParallel(model), {}, "unwrap_model"),
         (model, {"run": {"path": Path("x")}}, "JSON"),
         (model, {"dtype": torch.int8}, "bfloat16"),

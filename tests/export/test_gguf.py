@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmqat import QuantConfig, load, prepare, save
+from llmqat.export import gguf as gguf_format
 from llmqat.export.gguf import write_gguf
 from llmqat.layers import QuantLinear, QuantModule
 from llmqat.models import cast_parameters
@@ -133,6 +134,18 @@ def test_the_real_model_with_an_int8_embedding_goes_to_gguf_and_back(
     assert (read.bos_token_id, read.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     with torch.no_grad():
         assert torch.equal(theirs(ids).logits, packed)
+
+
+def test_a_tokenizer_that_cuts_text_in_an_unknown_way_is_refused() -> None:
+    def described(regex: str) -> dict[str, Any]:
+        steps = [{"type": "Split", "pattern": {"Regex": regex}}, {"type": "ByteLevel"}]
+        return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+
+    known = {name: regex for regex, name in gguf_format._SPLITS.items()}
+    assert gguf_format._pre_tokenizer(described(known["qwen2"])) == "qwen2"
+    assert gguf_format._pre_tokenizer(described(known["llama-bpe"])) == "llama-bpe"
+    with pytest.raises(ValueError, match=r"knows no name in llama\.cpp"):
+        gguf_format._pre_tokenizer(described(r"[^\r\n\p{L}\p{N}]?\p{Lu}+|\p{N}"))
 
 
 def test_a_model_without_quantized_weights_is_refused(tmp_path: Path) -> None:

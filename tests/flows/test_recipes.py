@@ -18,7 +18,7 @@ from llmqat.recipe import RunResult, load_recipe, run
 from llmqat.recipe.evaluation import evaluation_windows
 from llmqat.train import QATTrainer
 from tests.flows.small import small
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 ROLES = ["full precision", "plain rounding", "training-free", "trained"]
@@ -100,6 +100,21 @@ def test_every_kind_of_scheme_runs_from_a_recipe(name: str, tiny_folder: Path, t
     windows = next(iter(evaluation_windows(load_recipe(tmp_path / "run").evaluate, tiny_tokenizer()).values()))
     again = evaluate(llmqat.load(result.checkpoint), windows)
     assert again.nll == pytest.approx(next(iter(trained.evaluations.values())).nll, rel=1e-6)
+
+
+def test_rotation_is_counted_where_it_costs(tiny_folder: Path, tmp_path: Path):
+    result = run_small(RECIPES[0], tiny_folder, tmp_path / "run", *SCHEMES["rotated w4a8"])
+    sizes = {row.role: row.bytes_on_disk for row in result.comparison.rows}
+    vocabulary = 384 * 64 * 2
+    assert sizes["full precision"] == sum(2 * p.numel() for p in tiny_llama().parameters())
+    assert sizes["trained"] == sizes["training-free"] == sizes["plain rounding"] + vocabulary
+    assert any("rotation untied" in note for note in result.report.notes)
+
+
+def test_a_run_that_would_pack_nothing_is_refused_before_the_text(tiny_folder: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"quant covers no weight .* there is nothing to pack"):
+        run_small(RECIPES[0], tiny_folder, tmp_path / "run", "quant={targets: [], kv_cache: {}}")
+    assert not list((tmp_path / "run").glob("blocks*"))
 
 
 class Interrupted(Exception):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from llmqat.grid import Grid, dequantize, minmax_scale, quantize, search_scale, snap_scale
+from llmqat.grid import Grid, dequantize, minmax_scale, percentile_scale, quantize, search_scale, snap_scale
 from llmqat.grid.search import CLIP_RATIOS
 
 GRIDS = [Grid(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+GRIDS += [Grid(2, levels="ternary"), Grid(2, levels="seq")]
 SHAPES = [(6, 4), (6, 1), (1, 1)]
 
 
@@ -75,3 +77,19 @@ def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
     weight[0, 0] = bad
     with pytest.raises(ValueError, match="finite"):
         search_scale(weight, Grid(4), (2, 1))
+
+
+def test_percentiles_are_those_of_numpy_and_leave_ternary_its_mean() -> None:
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    groups = weight.view(18, 32).numpy()
+    scale, _ = percentile_scale(weight, Grid(4), (6, 3), 90)
+    assert torch.equal(scale.view(-1), snap_scale(torch.tensor(np.quantile(np.abs(groups), 0.9, axis=1) / 7).float()))
+    scale, zero = percentile_scale(weight, Grid(4, symmetric=False), (6, 3), 90)
+    low, high = np.quantile(groups, [0.05, 0.95], axis=1)
+    assert torch.allclose(scale.view(-1), torch.tensor((high - low) / 15).float(), rtol=2**-7)
+    assert zero is not None
+    assert torch.equal(zero, zero.round())
+    whole = percentile_scale(weight, Grid(4), (6, 3), 100)[0]
+    assert torch.equal(whole, minmax_scale(weight, Grid(4), (6, 3))[0])
+    ternary = Grid(2, levels="ternary")
+    assert torch.equal(percentile_scale(weight, ternary, (6, 3), 90)[0], minmax_scale(weight, ternary, (6, 3))[0])

@@ -93,6 +93,15 @@ def test_an_input_read_by_several_layers_is_quantized_once(monkeypatch: pytest.M
     assert len(counts) == 5
 
 
+def test_a_buffer_that_is_filled_anew_in_inference_mode_is_quantized_anew() -> None:
+    quantizer = ActivationQuantizer(ActivationConfig())
+    with torch.inference_mode():
+        x = torch.randn(2, 8)
+        first = quantizer(x).clone()
+        x.copy_(torch.randn(2, 8))
+        assert not torch.equal(quantizer(x), first)
+
+
 def test_a_shared_result_is_let_go_with_its_input() -> None:
     quantizer, x = ActivationQuantizer(ActivationConfig()), torch.randn(2, 8)
     quantizer(x)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmqat.layers import KVCacheConfig, KVTensorConfig, QuantConfig, QuantizedCache, prepare, quantizers_off
 from llmqat.layers.attention import KVQuantizer, dequantize_states, quantize_states
@@ -110,6 +112,41 @@ def test_a_copy_has_its_own_switch() -> None:
     expected = model(ids()).logits
     with quantizers_off(model):
         assert torch.equal(other(ids()).logits, expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_changed_attention_implementation_is_not_silent(implementation: str) -> None:
+    model = prepared(KVCacheConfig())
+    expected = model(ids()).logits
+    model.set_attn_implementation(implementation)
+    with pytest.raises(RuntimeError, match=f"attention implementation is '{implementation}', which does not do it"):
+        model(ids())
+    model.set_attn_implementation("llmqat_sdpa")
+    assert torch.equal(model(ids()).logits, expected)
+
+
+def test_the_original_implementation_finds_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Flash attention looks itself up by the name in the configuration.
+    seen: list[str] = []
+
+    def flash(module, query, key, value, mask, **options):  # type: ignore[no-untyped-def]
+        seen.append(module.config._attn_implementation)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
+
+    model = tiny_llama()
+    AttentionInterface.register("spy_test", flash)
+    AttentionMaskInterface.register("spy_test", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("spy_test")
+    prepared(KVCacheConfig(), model)
+    model(ids())
+    assert seen == ["spy_test", "spy_test"]
+    assert model.config._attn_implementation == "llmqat_spy_test"
+
+
+def test_a_head_size_of_another_name_is_checked_too() -> None:
+    odd = KVTensorConfig(num_bits=4, group_size=5)
+    with pytest.raises(ValueError, match=r"group_size=5 does not divide the head size 16 of gpt_neox"):
+        prepared(KVCacheConfig(key=odd), tiny_architecture("gpt_neox"))
 
 
 def test_a_group_that_does_not_divide_the_head_is_named() -> None:

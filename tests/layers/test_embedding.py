@@ -125,6 +125,23 @@ def test_stock_transformers_fails_loudly_on_quantized_embeddings(tmp_path: Path)
     assert entries["model.embed_tokens.weight"].treatment == "int8 channel"
 
 
+def test_the_audit_counts_a_tied_matrix_once() -> None:
+    report = prepare(tiny_llama(), QuantConfig.preset("int4", group_size=32, embeddings="int8"))
+    linear = sum(entry.numel for entry in report.quantized if "layers" in entry.name)
+    table = VOCAB_SIZE * 64
+    assert len(report.quantized) == 15
+    bits = (linear * 4.5 + table * 8 + VOCAB_SIZE * 16) / (linear + table)
+    assert report.average_bits == pytest.approx(bits)
+
+
+def test_transformers_ties_nothing_to_a_quantized_embedding() -> None:
+    model = prepared("tied", "int8")
+    expected = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), expected)
+    assert "lm_head.weight" not in model.state_dict()
+
+
 def test_an_untied_quantized_head_loads_in_stock_transformers(tmp_path: Path) -> None:
     model = tiny_llama(tied=False)
     prepare(model, QuantConfig.preset("int4", group_size=32, lm_head="int8"))

@@ -123,7 +123,7 @@ def test_prepare_shares_the_weights_and_records_the_configuration() -> None:
 def test_a_pattern_that_matches_nothing_is_an_error(field: str) -> None:
     value = {"re:.*dwn_proj": None} if field == "overrides" else ["re:.*dwn_proj"]
     model = tiny_llama()
-    with pytest.raises(ValueError, match=rf"quant\.{field} has 're:\.\*dwn_proj', which matches no nn\.Linear"):
+    with pytest.raises(ValueError, match=rf"quant\.{field} has 're:\.\*dwn_proj', which matches no linear layer"):
         prepare(model, QuantConfig.preset("int4", group_size=32, **{field: value}))
     assert not any(isinstance(module, QuantLinear) for module in model.modules())
 
@@ -139,7 +139,7 @@ def test_a_group_size_that_does_not_divide_leaves_the_model_unchanged() -> None:
 
 def test_preparing_twice_and_converting_nothing_are_refused() -> None:
     model = tiny_llama()
-    with pytest.raises(ValueError, match="no QuantLinear to convert"):
+    with pytest.raises(ValueError, match="no quantized weight to convert"):
         convert(model)
     prepare(model, QuantConfig.preset("int4", group_size=32))
     with pytest.raises(ValueError, match="prepared already"):
@@ -240,6 +240,20 @@ def test_overrides_by_layer_index_change_weights_or_inputs_alone() -> None:
     assert kept == [False, False, False, True]
     with pytest.raises(ValueError, match=r"layers=\[9\] matches no layer"):
         prepare(tiny_llama(), QuantConfig.preset("int4", group_size=32, overrides={"Linear": {"layers": [9]}}))
+
+
+def test_the_output_head_is_decided_by_its_own_key() -> None:
+    eight = {"num_bits": 8, "strategy": "channel"}
+    for changes in ({"overrides": {"lm_head": eight}}, {"targets": ["Linear", "lm_head"]}):
+        with pytest.raises(ValueError, match=r"which is the output head; quantize that with quant\.lm_head"):
+            prepare(tiny_llama(tied=False), QuantConfig.preset("int4", group_size=32, **changes))
+    with pytest.raises(ValueError, match=r"quant\.lm_head='int8', but quant\.ignore leaves lm_head alone"):
+        prepare(tiny_llama(tied=False), QuantConfig.preset("int4", group_size=32, lm_head="int8", ignore=["lm_head"]))
+
+
+def test_a_preset_takes_whole_weights_as_well_as_their_fields() -> None:
+    eight = WeightConfig(num_bits=8, strategy="channel")
+    assert QuantConfig.preset("w4a8", weights=eight).weights == eight
 
 
 def test_overrides_win_over_the_default_and_the_last_one_over_the_first() -> None:
