@@ -25,7 +25,7 @@ from llmqat.layers import KVQuantizer
 from llmqat.recipe import load_recipe, run
 
 GENTLE = ("train.learning_rate=2e-5", "train.scale_learning_rate=3e-4")
-"""Rates for 8 bits, where little is to be repaired: with those of int4, KL rises again."""
+"""Rates for 8-bit weights alone, where little is to be repaired."""
 
 SCHEMES: dict[str, tuple[str, ...]] = {
     "int8": ("quant={preset: int8}", *GENTLE),
@@ -35,7 +35,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "int2": ("quant={preset: int2}",),
     "int2-seq": ("quant={preset: int2-seq}",),
     "ternary": ("quant={preset: ternary}",),
-    "w8a8": ("quant={preset: w8a8}", "calibrate.smooth=0.5", *GENTLE),
+    "w8a8": ("quant={preset: w8a8}", "calibrate.smooth=0.5"),
     "w4a8": ("quant={preset: w4a8}",),
     "w4a8, smoothed": ("quant={preset: w4a8}", "calibrate.smooth=0.5"),
     "w4a8kv8": ("quant={preset: w4a8kv8}",),

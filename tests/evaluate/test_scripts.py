@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from llmqat.export import save
-from llmqat.layers import QuantConfig, prepare
+from llmqat.layers import PRESETS, QuantConfig, prepare
+from llmqat.recipe import load_recipe
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 SCRIPTS = Path(__file__).parents[2] / "eval"
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_every_script_is_described() -> None:
     scripts = sorted(path.name for path in SCRIPTS.glob("*.py"))
-    assert {"training_speed.py", "wikitext.py"} <= set(scripts)
+    assert {"schemes.py", "training_speed.py", "wikitext.py"} <= set(scripts)
     readme = (SCRIPTS / "README.md").read_text(encoding="utf-8")
     assert [name for name in scripts if name not in readme] == []
 
@@ -87,3 +88,31 @@ def test_training_speed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     for part in ("teacher forward", "student forward", "loss", "backward", "optimizer"):
         (line,) = (line for line in output.splitlines() if f" {part} " in line)
         assert re.search(r"\d+ +│ +\d+ +│", line)
+
+
+def test_schemes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is long enough for some windows. " * 20, encoding="utf-8")
+    arguments = ["--recipe", str(SCRIPTS.parent / "recipes" / "smollm2-135m-int4.yaml"), "--model", str(folder)]
+    arguments += ["--text", str(text), "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
+    small = ["data={source: pydoc, tokens: 256, block_size: 32}", "calibrate.blocks=2", "train.max_steps=2"]
+    small += ["evaluate.window=32", "evaluate.max_windows=4"]
+    names = ["int4", "int4, int8 embedding", "w4a8kv8"]
+    run(monkeypatch, "schemes.py", *arguments, "--schemes", *names, "--set", *small)
+    assert list(headline(capsys.readouterr().out)) == names
+    rows = {row["scheme"]: row for row in json.loads((tmp_path / "out.json").read_text())}
+    assert rows["int4"]["stock_transformers"] == "yes, equal logits"
+    assert rows["int4, int8 embedding"]["stock_transformers"] == "no (AttributeError)"
+    assert rows["w4a8kv8"]["stock_transformers"] == "yes, equal logits, KV cache in high precision"
+    with pytest.raises(SystemExit, match="holds the run of another recipe"):
+        run(monkeypatch, "schemes.py", *arguments, "--schemes", "int4", "--set", *small, "train.max_steps=3")
+
+
+def test_every_row_of_schemes_is_a_recipe() -> None:
+    schemes = runpy.run_path(str(SCRIPTS / "schemes.py"))["SCHEMES"]
+    recipe = SCRIPTS.parent / "recipes" / "smollm2-135m-int4.yaml"
+    for changes in schemes.values():
+        load_recipe(recipe, changes)
+    assert set(PRESETS) <= set(schemes)
