@@ -43,7 +43,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "int8, kv4": (
         "quant={preset: int8, kv_cache: {key: {num_bits: 4, symmetric: false, group_size: 32}, "
         "value: {num_bits: 4, symmetric: false, group_size: 32}}}",
-        *GENTLE,
+        "train.learning_rate=5e-5",
     ),
 }
 """Rows of the table: name -> what is changed in the recipe."""
