@@ -242,14 +242,14 @@ def _check_loading_info(info: dict[str, Any], spec: str) -> None:
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ValueError(
-            f"model {spec!r}: the checkpoint lacks {len(missing)} of the model's tensors ({_shortened(missing)}), "
+            f"model {spec!r}: the checkpoint lacks {len(missing)} of the model's tensors ({shortened(missing)}), "
             f"which would be left random; give a complete checkpoint"
         )
     if mismatched:
-        raise ValueError(f"model {spec!r}: tensors of another shape than config.json says: {_shortened(mismatched)}")
+        raise ValueError(f"model {spec!r}: tensors of another shape than config.json says: {shortened(mismatched)}")
     if unexpected := sorted(info["unexpected_keys"]):
         logger.warning(
-            "model %r: %d tensors of the checkpoint are not used: %s", spec, len(unexpected), _shortened(unexpected)
+            "model %r: %d tensors of the checkpoint are not used: %s", spec, len(unexpected), shortened(unexpected)
         )
 
 
@@ -261,7 +261,8 @@ def _may_be_hub_id(spec: str) -> bool:
     return True
 
 
-def _shortened(names: list[str], limit: int = 6) -> str:
+def shortened(names: list[str], limit: int = 6) -> str:
+    """Returns the first `limit` of `names` in a line, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -442,9 +443,8 @@ def head_weight(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 
     Inside `cast_parameters` both are in its dtype. Made anew at each call where the head is quantized.
     """
-    head = output_head(model)
-    bias: Tensor | None = getattr(head, "bias", None)
-    source = head.embedding if isinstance(head, TiedHead) else head
+    bias: Tensor | None = getattr(output_head(model), "bias", None)
+    source = _head_source(model)
     if isinstance(source, QuantModule):
         dtype = source.compute_dtype or source.weight.dtype
         return source.quantized_weight(dtype), None if bias is None else bias.to(dtype)
@@ -456,9 +456,14 @@ def head_weight(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def vocabulary_size(model: nn.Module) -> int:
     """Returns the number of logits that the output head makes."""
-    head = output_head(model)
-    source: Any = head.embedding if isinstance(head, TiedHead) else head
+    source: Any = _head_source(model)
     return int(source.rows if isinstance(source, (QuantModule, PackedModule)) else source.weight.shape[0])
+
+
+def _head_source(model: nn.Module) -> nn.Module:
+    """Returns the module that holds the head's weight: the embedding, where the head is tied to a quantized one."""
+    head = output_head(model)
+    return head.embedding if isinstance(head, TiedHead) else head
 
 
 def model_device(model: nn.Module) -> torch.device:

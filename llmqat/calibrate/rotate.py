@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmqat.calibrate.structure import Norm, check_foldable, find_norms, unchanged_logits
-from llmqat.layers import LinearMap, linear_maps, untied_keys
+from llmqat.calibrate.structure import Norm, check_foldable, find_norms, input_last, unchanged_logits
+from llmqat.layers import LinearMap, linear_maps, model_kind, untied_keys
 from llmqat.layers.audit import UNTIED
 from llmqat.layers.experts import stacked_weights
 from llmqat.models import output_head
@@ -137,7 +137,7 @@ def _stream(model: nn.Module, size: int) -> _Stream:
     Raises:
         ValueError: when a norm is no RMS norm, or nothing reads its output but the stream itself.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    kind = model_kind(model)
     norms = {name: norm for name, norm in find_norms(model).items() if norm.gain.numel() == size}
     readers = {name for norm in norms.values() for name in norm.readers}
     # A norm of a reader's output (of queries, of keys) lies beside the stream.
@@ -209,5 +209,4 @@ def _input_last(reader: nn.Module) -> list[Tensor]:
     stacked = list(stacked_weights(reader).values())
     if stacked:
         return [stacked[0].data.mT if reader.is_transposed else stacked[0].data]
-    weight: Tensor = reader.weight.data  # type: ignore[assignment]
-    return [weight.t() if isinstance(reader, Conv1D) else weight]
+    return [input_last(reader)]

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from llmqat.calibrate.forward import Wrap, check_finite, check_seen, observe_inputs
-from llmqat.calibrate.structure import Norm, check_foldable, find_norms, unchanged_logits
+from llmqat.calibrate.structure import Norm, check_foldable, find_norms, input_last, unchanged_logits
 from llmqat.layers import linear_maps
 
 _SMALLEST = 1e-5
@@ -97,12 +96,12 @@ def _is_head(model: nn.Module, norm: Norm) -> bool:
 
 @torch.no_grad()
 def _apply(fold: _Fold, reach: Tensor, alpha: float) -> None:
-    columns = torch.stack([_by_column(reader).abs().amax(0).float() for reader in fold.readers]).amax(0)
+    columns = torch.stack([input_last(reader).abs().amax(0).float() for reader in fold.readers]).amax(0)
     reach = reach.to(columns.device)
     scale = reach.clamp(min=_SMALLEST).pow(alpha) / columns.clamp(min=_SMALLEST).pow(1 - alpha)
     scale = torch.where((reach > 0) & (columns > 0), scale, 1.0).clamp(min=_SMALLEST)
     for reader in fold.readers:
-        _by_column(reader).mul_(scale)
+        input_last(reader).mul_(scale)
     if isinstance(fold.source, Norm):
         fold.source.set_gain(fold.source.gain / scale)
         bias = getattr(fold.source.module, "bias", None)
@@ -111,9 +110,3 @@ def _apply(fold: _Fold, reach: Tensor, alpha: float) -> None:
         bias = fold.source.bias
     if bias is not None:
         bias.div_(scale)
-
-
-def _by_column(reader: nn.Module) -> Tensor:
-    """Returns the reader's weight as [O, I], sharing its memory."""
-    weight: Tensor = reader.weight.data  # type: ignore[assignment]
-    return weight.t() if isinstance(reader, Conv1D) else weight

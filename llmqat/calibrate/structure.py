@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from llmqat.layers import QuantModule, linear_maps
+from llmqat.layers import QuantModule, linear_maps, model_kind
 from llmqat.models import model_device, output_head
 
 PROBE_TOKENS = 8
@@ -114,6 +115,12 @@ class _Trace:
         return hook
 
 
+def input_last(reader: nn.Module) -> Tensor:
+    """Returns the weight of a linear layer, Conv1D or output head as [O, I], sharing its memory."""
+    weight: Tensor = reader.weight.data  # type: ignore[assignment]
+    return weight.t() if isinstance(reader, Conv1D) else weight
+
+
 def check_foldable(model: nn.Module, what: str) -> None:
     """Raises ValueError for a model that `what` (smoothing, rotation) cannot go into: prepared, or not in float32."""
     if any(isinstance(module, QuantModule) for module in model.modules()):
@@ -134,10 +141,9 @@ def unchanged_logits(model: nn.Module, what: str) -> Iterator[None]:
     yield
     change = float((_probe(model) - before).abs().max() / before.std())
     if not change <= TOLERANCE:
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise RuntimeError(
-            f"{what} changed the full-precision logits of {kind} by {change:.3g} of their spread, so it does not fit "
-            "this architecture; load the model anew and leave it out"
+            f"{what} changed the full-precision logits of {model_kind(model)} by {change:.3g} of their spread, so it "
+            "does not fit this architecture; load the model anew and leave it out"
         )
 
 

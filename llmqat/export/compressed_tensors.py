@@ -23,7 +23,7 @@ Letters: O out features, I in features, G scales per row, b bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
@@ -62,7 +62,7 @@ from llmqat.layers import (
 from llmqat.layers.attention import IMPLEMENTATION_PREFIX
 from llmqat.layers.config import Observer
 from llmqat.layers.embedding import embedding_multiplier
-from llmqat.models import check_safetensors, weight_files
+from llmqat.models import check_safetensors, shortened, weight_files
 
 QUANT_METHOD = "compressed-tensors"
 ONLY_HERE = "only_llmqat_loads_this"
@@ -410,11 +410,11 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]],
     expected = model.state_dict()
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     if missing := sorted(set(expected) - set(tensors) - set(tied) - set(tied.values())):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors that config.json calls for: {_shortened(missing)}")
+        raise ValueError(f"{folder} lacks {len(missing)} tensors that config.json calls for: {shortened(missing)}")
     if unexpected := sorted(set(tensors) - set(expected)):
         raise ValueError(
             f"{folder} holds {len(unexpected)} tensors that the model of config.json has no place for: "
-            f"{_shortened(unexpected)}"
+            f"{shortened(unexpected)}"
         )
     for name, (tensor, path) in tensors.items():
         wanted = expected[name]
@@ -434,13 +434,8 @@ def _assign(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     # As from_pretrained does: tied to whichever was stored, and not at all where both were and differ.
     model.tie_weights(missing_keys=set(wanted) - set(tensors), recompute_mapping=False)
     if left := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
-        raise ValueError(f"{type(model).__name__}: no weights were found for {_shortened(left)}")
+        raise ValueError(f"{type(model).__name__}: no weights were found for {shortened(left)}")
     for name, layer in quantized_layers(model):
         shape = [layer.rows, layer.columns]
         if isinstance(layer, PackedModule) and layer.weight_shape.tolist() != shape:
             raise ValueError(f"{name}.weight_shape is {layer.weight_shape.tolist()}, but config.json makes it {shape}")
-
-
-def _shortened(names: Iterable[str], limit: int = 6) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -9,7 +9,7 @@ audit.py       what is covered
 """
 
 from llmqat.layers.activation import ActivationQuantizer
-from llmqat.layers.attention import KVQuantizer, attention_layers, quantize_kv
+from llmqat.layers.attention import KVQuantizer, attention_layers, model_kind, quantize_kv
 from llmqat.layers.audit import AuditEntry, CoverageAudit, audit
 from llmqat.layers.cache import QuantizedCache, kv_scheme, new_cache
 from llmqat.layers.config import (
@@ -70,6 +70,7 @@ __all__ = [
     "kept_in_float32",
     "kv_scheme",
     "linear_maps",
+    "model_kind",
     "new_cache",
     "packed_form",
     "prepare",

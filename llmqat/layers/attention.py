@@ -146,20 +146,21 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if not _dispatches(module):
             raise ValueError(
-                f"quant.kv_cache: {type(module).__name__} of {_kind(model)} computes attention by itself, past "
+                f"quant.kv_cache: {type(module).__name__} of {model_kind(model)} computes attention by itself, past "
                 "transformers' attention interface, so its keys and values cannot be quantized; leave out "
                 "quant.kv_cache"
             )
         found[name] = module
     if not found or not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"quant.kv_cache: {_kind(model)} has no attention layer that goes through transformers' attention "
+            f"quant.kv_cache: {model_kind(model)} has no attention layer that goes through transformers' attention "
             "interface; leave out quant.kv_cache"
         )
     return found
 
 
-def _kind(model: nn.Module) -> str:
+def model_kind(model: nn.Module) -> str:
+    """Returns the model type by which errors name `model`, or its class."""
     return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
 
 

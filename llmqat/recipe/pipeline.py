@@ -40,6 +40,7 @@ from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
 from llmqat.layers import (
     ActivationConfig,
     ActivationQuantizer,
+    CoverageAudit,
     QuantConfig,
     QuantModule,
     convert,
@@ -120,7 +121,8 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     stage = Stages()
     with stage("load", recipe.model), arguments.main_process_first():  # a GGUF file is dequantized by one for all
         # Now: a scheme that does not do should not cost the text.
-        if not coverage_of(recipe.model, recipe.quant, recipe.calibrate.rotate).quantized:
+        coverage = coverage_of(recipe.model, recipe.quant, recipe.calibrate.rotate)
+        if not coverage.quantized:
             raise ValueError(
                 "quant covers no weight (quant.targets is empty, or all is ignored), so there is nothing to pack; a "
                 "quantized KV cache alone can be used in Python (llmqat.prepare), or beside weights such as preset int8"
@@ -147,7 +149,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         report = save(student, recipe.output / CHECKPOINT_FOLDER, tokenizer, run=facts, overwrite=True)
     with stage("evaluate", ", ".join(windows)):
         rebuild = partial(_untrained, recipe, blocks.ids, arguments)
-        candidates = _candidates(recipe, teacher, rebuild, start, report, arguments.device)
+        candidates = _candidates(recipe, teacher, coverage, rebuild, start, report, arguments.device)
         with progress_bar() as progress:
             comparison = compare(
                 candidates,
@@ -176,8 +178,7 @@ def calibrate(model: nn.Module, blocks: Tensor | None, config: CalibrationConfig
         forward = cast_parameters(model, torch.bfloat16) if bf16 else nullcontext()
         with forward:
             moments = collect_moments(model, blocks[: config.blocks], config.batch_size, _bar("moments", "batch"))
-    if any(isinstance(module, QuantModule) for module in model.modules()):
-        calibrate_ranges(model, config.method, moments, _bar("ranges", "layer"), config.percentile)
+    calibrate_ranges(model, config.method, moments, _bar("ranges", "layer"), config.percentile)
     calibrate_inputs(model, blocks, config, bf16)
 
 
@@ -248,8 +249,7 @@ def _untrained(
         calibrate_inputs(model, blocks, recipe.calibrate, arguments.bf16)
     else:
         model.load_state_dict(dict(start), strict=False)
-    if any(isinstance(module, QuantModule) for module in model.modules()):
-        convert(model)
+    convert(model)
     return model
 
 
@@ -282,6 +282,7 @@ def _train(
 def _candidates(
     recipe: Recipe,
     teacher: PreTrainedModel,
+    coverage: CoverageAudit,
     rebuild: Callable[[Mapping[str, Tensor] | None], PreTrainedModel],
     start: Mapping[str, Tensor],
     report: ExportReport,
@@ -290,8 +291,8 @@ def _candidates(
     """Returns the rows of the run's table; all but full precision are packed, and the trained one comes from disk."""
     bits, size = report.bits_per_weight, report.weight_bytes
     # Rotation unties the head; plain rounding, which does not rotate, is smaller by that.
-    rotated, plain = (coverage_of(recipe.model, recipe.quant, turned) for turned in (recipe.calibrate.rotate, False))
-    plain_size = size - rotated.bytes_after + plain.bytes_after
+    plain = coverage_of(recipe.model, recipe.quant) if recipe.calibrate.rotate else coverage
+    plain_size = size - coverage.bytes_after + plain.bytes_after
     rows = [
         Candidate("full precision", lambda: teacher, "full precision", 16.0, plain.bytes_before),
         Candidate("plain rounding", lambda: rebuild(None), "plain rounding", bits, plain_size),
