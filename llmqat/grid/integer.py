@@ -239,7 +239,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.grid, ctx.dtype = grid, dtype
         fused = _fused(weight, scale, zero_point, grid, dtype)
         if fused is not None:
-            pair = weight.reshape(-1, _group_size(weight, scale)), scale.reshape(-1, 1)
+            pair = _plain_rows(weight, _group_size(weight, scale)), _plain_rows(scale, 1)
             return fused.forward(*pair).view(weight.shape)
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         flat = out.view(-1, _group_size(weight, scale))
@@ -255,8 +255,8 @@ class _FakeQuantize(torch.autograd.Function):
         group_size = _group_size(weight, scale)
         fused = _fused(weight, scale, zero_point, grid, ctx.dtype)
         if fused is not None:
-            pair = weight.reshape(-1, group_size), scale.reshape(-1, 1)
-            dense, scales = fused.backward(*pair, grads[0].reshape(-1, group_size).contiguous())
+            pair = _plain_rows(weight, group_size), _plain_rows(scale, 1)
+            dense, scales = fused.backward(*pair, _plain_rows(grads[0], group_size))
             return dense.view(weight.shape).to(weight.dtype), scales.view(scale.shape), None, None, None
         needs_zero = zero_point is not None and ctx.needs_input_grad[2]
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
@@ -293,6 +293,13 @@ def _fused(
     if zero_point is not None or grid.offset or scale.numel() == 1:
         return None
     return fused_kernels(grid.qmin, grid.qmax, dtype, weight.device)
+
+
+def _plain_rows(tensor: Tensor, columns: int) -> Tensor:
+    """Returns `tensor` as contiguous [n, columns] that is no view of anything: the compiler would make a kernel anew
+    for every kind of tensor that it is a view of.
+    """
+    return tensor.reshape(-1, columns).contiguous().data
 
 
 def _group_size(weight: Tensor, scale: Tensor) -> int:

@@ -1,9 +1,10 @@
 """Where a scale starts: the plain range, or the clip ratio that loses least.
 
 Plain rounding takes the scale from the extreme of a group. Below 8 bits it pays to clip that extreme: the search tries
-a grid of clip ratios, and for the symmetric grid both signs of the scale (the sign decides on which side the one extra
-code lies), and keeps for each group the candidate with the smallest sum_j h_j (ŵ_j - w_j)^2, where h_j = E[x_j^2] is
-the mean square of input feature j over calibration text: the diagonal of the layer's Hessian.
+clip ratios, first far apart and then around the best, and for the symmetric grid both signs of the scale (the sign
+decides on which side the one extra code lies). It keeps for each group the candidate with the smallest
+sum_j h_j (ŵ_j - w_j)^2, where h_j = E[x_j^2] is the mean square of input feature j over calibration text: the diagonal
+of the layer's Hessian.
 
 Letters: O out features, I in features, G scales per row, g weights per scale.
 """
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from llmqat.grid.integer import Grid, snap_scale
 
-CLIP_RATIOS = tuple(1.05 - 0.02 * i for i in range(36))
+CLIP_RATIOS = tuple(1.05 - 0.1 * i for i in range(8))
+"""Shares of a group's extreme that are tried first."""
+REFINEMENTS = (-0.06, -0.04, -0.02, 0.02, 0.04, 0.06)
+"""What is then tried beside the best of them."""
 _CHUNK_ELEMENTS = 65_536
 
 
@@ -121,15 +125,25 @@ def _search_rows(w: Tensor, grid: Grid, h: Tensor | None) -> tuple[Tensor, Tenso
     buffers = torch.empty_like(w), torch.empty_like(w)
     best_scale, best_zero = _plain(w, low, high, grid)
     best_error = _weighted_error(w, best_scale, best_zero, grid, root, buffers)
-    for ratio in CLIP_RATIOS:
+    best_ratio = torch.full_like(low, CLIP_RATIOS[0])
+
+    def consider(ratio: Tensor) -> None:
+        nonlocal best_error, best_scale, best_zero, best_ratio
+        scale, zero_point = _candidate(low, high, grid, ratio)
+        error = _weighted_error(w, scale, zero_point, grid, root, buffers)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_ratio = torch.where(better, ratio, best_ratio)
+        if zero_point is not None and best_zero is not None:
+            best_zero = torch.where(better, zero_point, best_zero)
+
+    for coarse in CLIP_RATIOS:
         for sign in (1.0, -1.0) if grid.lopsided else (1.0,):
-            scale, zero_point = _candidate(low, high, grid, ratio, sign)
-            error = _weighted_error(w, scale, zero_point, grid, root, buffers)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            if zero_point is not None and best_zero is not None:
-                best_zero = torch.where(better, zero_point, best_zero)
+            consider(torch.full_like(low, sign * coarse))
+    around = best_ratio
+    for step in REFINEMENTS:
+        consider(around + step)
     return best_scale, best_zero
 
 
@@ -163,14 +177,14 @@ def _plain(w: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Te
     return _asymmetric(low, high, grid)
 
 
-def _candidate(low: Tensor, high: Tensor, grid: Grid, ratio: float, sign: float) -> tuple[Tensor, Tensor | None]:
-    """Returns the snapped scale and the zero point for the range [low, high] * ratio; sign -1 turns the scale over."""
+def _candidate(low: Tensor, high: Tensor, grid: Grid, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns the snapped scale and the zero point for the range [low, high] * ratio; below 0 turns the scale over."""
     if not grid.symmetric:
         return _asymmetric(low * ratio, high * ratio, grid)
     # The entry of largest magnitude lands on qmin = -2^(b-1): a negative maximum takes a positive scale.
     extreme = torch.where(high > -low, high, low)
     divisor = grid.qmin if grid.lopsided else _reach(grid)
-    return snap_scale(extreme * (sign * ratio / divisor)), None
+    return snap_scale(extreme * (ratio / divisor)), None
 
 
 def _asymmetric(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

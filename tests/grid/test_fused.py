@@ -27,6 +27,21 @@ def _gradients(dtype: torch.dtype, columns: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.usefixtures("fresh")
+def test_layers_of_all_shapes_share_one_kernel() -> None:
+    graphs = torch._dynamo.utils.counters["stats"]
+    with fusing():
+        assert fused.fused_kernels(-4, 3, torch.float32, torch.device("cpu")) is not None
+        before = graphs["unique_graphs"]
+        for rows, columns, size in ((64, 64, 32), (128, 64, 32), (64, 128, 64), (33, 160, 16), (384, 96, 96)):
+            weight = torch.randn(rows, columns, requires_grad=True)
+            scale = snap_scale(torch.rand(rows, columns // size)).requires_grad_()
+            with torch.no_grad():
+                fake_quantize(weight, scale, None, Grid(3))
+            fake_quantize(weight.view(-1).view(rows, columns), scale, None, Grid(3)).sum().backward()
+        assert graphs["unique_graphs"] == before
+
+
+@pytest.mark.usefixtures("fresh")
 def test_fused_is_eager_bit_for_bit() -> None:
     for dtype, columns in ((torch.bfloat16, 96), (torch.float32, 160)):
         eager = _gradients(dtype, columns)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmqat.grid import Grid, dequantize, minmax_scale, percentile_scale, quantize, search_scale, snap_scale
-from llmqat.grid.search import CLIP_RATIOS
+from llmqat.grid.search import CLIP_RATIOS, REFINEMENTS
 
 GRIDS = [Grid(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 GRIDS += [Grid(2, levels="ternary"), Grid(2, levels="seq")]
@@ -37,13 +37,16 @@ def test_search_finds_the_best_of_its_candidates_by_brute_force() -> None:
             w = weight[row : row + 1, group * 16 : group * 16 + 16]
             weights = h[group * 16 : group * 16 + 16]
             extreme = w.flatten()[w.abs().argmax()]
-            errors = {}
-            for ratio in CLIP_RATIOS:
-                for sign in (1, -1):
-                    s = snap_scale((extreme * sign * ratio / -4).view(1, 1))
-                    errors[float(s)] = float(_error(w, s, None, grid, weights).sum())
+
+            def cost(ratio: float, w: torch.Tensor = w, h: torch.Tensor = weights, e: torch.Tensor = extreme) -> float:
+                return float(_error(w, snap_scale((e * ratio / -4).view(1, 1)), None, grid, h).sum())
+
+            far_apart = [sign * ratio for ratio in CLIP_RATIOS for sign in (1, -1)]
+            best = min(far_apart, key=cost)
+            around = [best, *(best + step for step in REFINEMENTS)]
             chosen = float(_error(w, scale[row : row + 1, group : group + 1], None, grid, weights).sum())
-            assert chosen == pytest.approx(min(errors.values()), rel=1e-5)
+            assert chosen == pytest.approx(min(map(cost, around)), rel=1e-5)
+            assert chosen <= 1.1 * min(cost(sign * (1.05 - 0.02 * step)) for step in range(36) for sign in (1, -1))
 
 
 def test_plain_rounding_is_absmax() -> None:
