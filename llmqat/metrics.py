@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from llmqat.models import head_weight, logit_transform
 
 LogitTransform = Callable[[Tensor], Tensor]
 """What a model does to its logits after the head (soft-capping, scaling); same shape in and out."""
@@ -37,6 +39,16 @@ class Predictor:
         """Returns the logits [T, V] of hidden states [T, D], in the head's dtype, as the deployed model makes them."""
         logits = F.linear(hidden.to(self.head.dtype), self.head, self.bias)
         return logits if self.transform is None else self.transform(logits)
+
+    def detached(self) -> Predictor:
+        """Returns the same without gradients."""
+        return Predictor(self.head.detach(), None if self.bias is None else self.bias.detach(), self.transform)
+
+
+def predictor_of(model: nn.Module) -> Predictor:
+    """Returns the predictor of a causal language model, its head as the forward computes with it."""
+    head, bias = head_weight(model)
+    return Predictor(head, bias, logit_transform(getattr(model, "config", None)))
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
+
+from llmqat.models import save_whole
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
@@ -130,9 +131,7 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def save_blocks(blocks: TokenBlocks, path: Path) -> None:
     """Writes `blocks` to a safetensors file, under a temporary name first."""
     facts = {"source": blocks.source, "sha256": blocks.sha256, "details": json.dumps(dict(blocks.details))}
-    temporary = path.with_name(path.name + ".part")
-    save_file({"ids": blocks.ids.cpu()}, temporary, metadata=facts)
-    temporary.replace(path)
+    save_whole(path, {"ids": blocks.ids}, facts)
 
 
 def read_blocks(path: Path) -> TokenBlocks:

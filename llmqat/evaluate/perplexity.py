@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmqat.metrics import IGNORED_LABEL, Predictor, TokenStatistics, token_statistics
-from llmqat.models import capture_hidden, cast_parameters, head_weight, logit_transform, model_device
+from llmqat.metrics import IGNORED_LABEL, Predictor, TokenStatistics, predictor_of, token_statistics
+from llmqat.models import capture_hidden, cast_parameters, model_device
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the tokens done and the tokens in all."""
@@ -180,7 +180,7 @@ def evaluate(
         )
     total = TokenStatistics(0.0, None, None, 0) if kept is None else TokenStatistics(0.0, 0.0, 0, 0)
     with _deployed(model, dtype):
-        predictor = _predictor(model)
+        predictor = predictor_of(model).detached()
         for rows, hidden in _final_hidden_states(model, windows, batch_size, progress):
             total += _score(predictor, hidden, windows.labels[rows], kept, rows)
     return _evaluation(total, windows)
@@ -193,7 +193,7 @@ def keep_reference(
     kept: list[Tensor] = []
     total = TokenStatistics(0.0, None, None, 0)
     with _deployed(model, None):
-        predictor = _predictor(model)
+        predictor = predictor_of(model).detached()
         for rows, hidden in _final_hidden_states(model, windows, batch_size, progress):
             kept.append(hidden.cpu())
             total += _score(predictor, hidden, windows.labels[rows], None, rows)
@@ -262,15 +262,6 @@ def _score(
 def _predicting(hidden: Tensor) -> Tensor:
     """Returns the hidden states [B*(L-1), D] that have a next token."""
     return hidden[:, :-1].flatten(0, 1)
-
-
-def _predictor(model: nn.Module) -> Predictor:
-    head, bias = head_weight(model)
-    return Predictor(
-        head=head.detach(),
-        bias=None if bias is None else bias.detach(),
-        transform=logit_transform(getattr(model, "config", None)),
-    )
 
 
 def _on(predictor: Predictor, device: torch.device) -> Predictor:

@@ -27,8 +27,8 @@ from transformers.utils import is_torch_cuda_available
 
 from llmqat.grid import fusing
 from llmqat.layers import ActivationQuantizer, KVQuantizer, QuantModule
-from llmqat.metrics import IGNORED_LABEL, Predictor, forward_kl
-from llmqat.models import capture_hidden, cast_parameters, head_weight, logit_transform, vocabulary_size
+from llmqat.metrics import IGNORED_LABEL, forward_kl, predictor_of
+from llmqat.models import capture_hidden, cast_parameters, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -176,9 +176,9 @@ class QATTrainer(Trainer):
         tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
         loss = forward_kl(
             student_hidden[:, :-1].flatten(0, 1),
-            _predictor(student),
+            predictor_of(student),
             teacher_hidden[:, :-1].flatten(0, 1),
-            _predictor(self.teacher),
+            predictor_of(self.teacher),
             mask.float() / tokens,
         )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -279,8 +279,3 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
     if name.endswith(".zero_point"):
         return "zero_points"
     return "weights" if parameter.dim() > 1 else "norms"
-
-
-def _predictor(model: nn.Module) -> Predictor:
-    weight, bias = head_weight(model)
-    return Predictor(weight, bias, logit_transform(model.config))
