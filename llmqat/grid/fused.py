@@ -119,6 +119,7 @@ def _passes(qmin: int, qmax: int, dtype: torch.dtype) -> FusedKernels:
     return FusedKernels(forward, backward)
 
 
+@torch.no_grad()
 def _agree(eager: FusedKernels, compiled: FusedKernels, qmax: int, dtype: torch.dtype, device: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_TRIAL_SHAPE, generator=generator).to(device)

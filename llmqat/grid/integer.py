@@ -296,8 +296,9 @@ def _fused(
 
 
 def _plain_rows(tensor: Tensor, columns: int) -> Tensor:
-    """Returns `tensor` as contiguous [n, columns] that is no view of anything: the compiler would make a kernel anew
-    for every kind of tensor that it is a view of.
+    """Returns `tensor` as contiguous [n, columns] that is no view.
+
+    For every kind of tensor that something is a view of, the compiler would make a kernel of its own.
     """
     return tensor.reshape(-1, columns).contiguous().data
 
