@@ -35,9 +35,9 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "int2": ("quant={preset: int2}",),
     "int2-seq": ("quant={preset: int2-seq}",),
     "ternary": ("quant={preset: ternary}",),
-    "w8a8": ("quant={preset: w8a8}", "calibrate.smooth=0.5"),
+    "w8a8": ("quant={preset: w8a8}", "calibrate=[smooth, ranges]"),
     "w4a8": ("quant={preset: w4a8}",),
-    "w4a8, smoothed": ("quant={preset: w4a8}", "calibrate.smooth=0.5"),
+    "w4a8, smoothed": ("quant={preset: w4a8}", "calibrate=[smooth, ranges]"),
     "w4a8kv8": ("quant={preset: w4a8kv8}",),
     "w4a8kv4": ("quant={preset: w4a8kv4}",),
     "int8, kv4": (

@@ -228,7 +228,13 @@ def quantize(
     out: OutOption,
     scheme: SchemeOption = "int4",
     group_size: GroupSizeOption = None,
-    method: Annotated[str, typer.Option(help="search: scales from calibration; rtn: plain rounding.")] = "search",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="rtn: plain rounding; search: scales from calibration; gptq: codes as well; blockwise: each "
+            "transformer block trained, which is the best and the slowest."
+        ),
+    ] = "blockwise",
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Rotate the residual stream first; unties the head.")
     ] = False,
@@ -241,9 +247,14 @@ def quantize(
     ] = 16384,
     block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block of calibration text.")] = 512,
     seed: SeedOption = 0,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for layers.json and layers.png: what quantization did to each layer.")
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Quantizes a model without training it, and saves a proved packed checkpoint.
+    """Quantizes a model without training it as a whole, and saves a proved packed checkpoint.
+
+    An interrupted calibration goes on where it stopped when the same command is given again.
 
     **Examples**
 
@@ -253,9 +264,10 @@ def quantize(
 
         llmqat quantize ./model --scheme w8a8 --smooth 0.5 --text notes.txt --out model-w8a8
     """
+    from llmqat.evaluate.layers import render_layers, write_layers
     from llmqat.recipe import quantize_model
 
-    report = quantize_model(
+    done = quantize_model(
         model,
         out,
         scheme=scheme,
@@ -269,7 +281,14 @@ def quantize(
         seed=seed,
         overwrite=overwrite,
     )
-    _print_checkpoint(report)
+    if done.layers:
+        console.print(render_layers(done.layers))
+    if report is not None:
+        write_layers({"quantized": done.layers}, report, picture=True)
+    for stage in done.stages:
+        change = " -> ".join("not measured" if kl is None else f"{kl:.4f}" for kl in (stage.kl_before, stage.kl_after))
+        console.print(f"{stage.stage}: {stage.seconds:.0f} s, KL on the calibration text {change}", highlight=False)
+    _print_checkpoint(done.report)
 
 
 @app.command()

@@ -113,6 +113,21 @@ def test_override_that_is_none_is_refused(override: str):
         apply_override({}, override)
 
 
+@pytest.mark.parametrize("key", ["gptq", "2", "ranges"])
+def test_an_override_of_no_one_stage_is_refused(key: str):
+    with pytest.raises(ValueError, match=rf"calibrate\.{key} means .* of the stages \['ranges', 'ranges'\]"):
+        apply_override({"calibrate": ["ranges", {"stage": "ranges"}]}, f"calibrate.{key}.blocks=1")
+
+
+def test_stages_are_changed_by_name_and_by_number():
+    values: dict[str, Any] = {"calibrate": ["ranges", {"stage": "gptq", "blocks": 3}]}
+    apply_override(values, "calibrate.ranges.blocks=5")
+    apply_override(values, "calibrate.1.rounds=1")
+    assert values["calibrate"] == [{"stage": "ranges", "blocks": 5}, {"stage": "gptq", "blocks": 3, "rounds": 1}]
+    apply_override(values, "calibrate.1=blockwise")
+    assert values["calibrate"][1] == "blockwise"
+
+
 def test_override_through_a_value_is_refused():
     with pytest.raises(ValueError, match="model is 'm', which has no key 'size'"):
         apply_override({"model": "m"}, "model.size=3")
@@ -125,8 +140,11 @@ def test_override_through_a_value_is_refused():
         ("quant.groupsize=32", ["quant", "'groupsize'"]),
         ("quant.preset=int5", ["quant", "'int5'", "int4"]),
         ("data.block_sise=32", ["data", "'block_sise'", "did you mean 'block_size'"]),
-        ("calibrate.methd=x", ["calibrate", "did you mean 'method'"]),
-        ("calibrate.method=gptq", ["calibrate.method='gptq'", "weighted_mse"]),
+        ("calibrate.ranges.methd=x", ["calibrate.0", "did you mean 'method'"]),
+        ("calibrate.ranges.method=gptq", ["calibrate.0", "method='gptq'", "weighted_mse"]),
+        ("calibrate.0.stage=gtpq", ["calibrate.0", "'gtpq'", "blockwise"]),
+        ("calibrate={method: mse}", ["calibrate", "is no list of stages"]),
+        ("calibrate=[ranges, rotate]", ["rotate", "before all others"]),
         ("evaluate.windw=5", ["evaluate", "did you mean 'window'"]),
         ("train.learning_rat=1", ["train", "did you mean 'learning_rate'"]),
         ("train.learning_rate=fast", ["train.learning_rate='fast'", "float"]),

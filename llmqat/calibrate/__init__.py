@@ -1,24 +1,58 @@
 """Calibration: what is set before training, from a little text and without gradients of the whole model.
 
+stages.py             stages in a row, each kept in a folder as it is finished
 rotate.py, smooth.py  change the full-precision model, not what it computes, before it is prepared
 moments.py            E[x^2] of layer inputs            ranges.py       scales of weights
 activations.py        static ranges of layer inputs     forward.py      the passes over text that these take
+blocks.py             the walk from block to block      gptq.py         codes that make each other's errors good
+blockwise.py          training of one block at a time   report.py      what quantization did to each layer
 """
 
 from llmqat.calibrate.activations import calibrate_activations, static_layers
-from llmqat.calibrate.config import CalibrationConfig
+from llmqat.calibrate.blocks import open_walk
+from llmqat.calibrate.blockwise import train_block
+from llmqat.calibrate.config import (
+    BlockwiseStage,
+    GPTQStage,
+    RangesStage,
+    RotateStage,
+    SmoothStage,
+    Stage,
+)
+from llmqat.calibrate.gptq import gptq_block, gptq_layer
+from llmqat.calibrate.masters import Originals
 from llmqat.calibrate.moments import collect_moments
 from llmqat.calibrate.ranges import calibrate_ranges
+from llmqat.calibrate.report import LayerReport, report_layers
 from llmqat.calibrate.rotate import rotate, untie
 from llmqat.calibrate.smooth import smooth
+from llmqat.calibrate.stages import ORIGINALS_FILE, StageReport, calibrate, check_stages, needs_text, rotates
 
 __all__ = [
-    "CalibrationConfig",
+    "ORIGINALS_FILE",
+    "BlockwiseStage",
+    "GPTQStage",
+    "LayerReport",
+    "Originals",
+    "RangesStage",
+    "RotateStage",
+    "SmoothStage",
+    "Stage",
+    "StageReport",
+    "calibrate",
     "calibrate_activations",
     "calibrate_ranges",
+    "check_stages",
     "collect_moments",
+    "gptq_block",
+    "gptq_layer",
+    "needs_text",
+    "open_walk",
+    "report_layers",
     "rotate",
+    "rotates",
     "smooth",
     "static_layers",
+    "train_block",
     "untie",
 ]

@@ -1,26 +1,110 @@
-"""What is done to a model, and how scales are set, before training."""
+"""The stages of a calibration: what is done to a model, and how codes and scales are set, before training."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from llmqat.config import Config
 
 
-class CalibrationConfig(Config):
-    """What happens before training: rotation, smoothing, then the ranges of weights and of static inputs."""
+class TextStage(Config):
+    """A stage that looks at text."""
 
+    blocks: int = Field(32, ge=1)
+    """Token blocks of the text that are looked at, from its start."""
+    batch_size: int = Field(4, ge=1)
+    """Token blocks per forward, or per iteration of a training."""
+
+
+class RotateStage(Config):
+    """Rotates the residual stream by a random Hadamard matrix, folded into the weights (QuaRot's R1)."""
+
+    stage: Literal["rotate"] = "rotate"
+    """This stage's name."""
+
+
+class SmoothStage(TextStage):
+    """Moves ranges of input features from activations into weights (SmoothQuant)."""
+
+    stage: Literal["smooth"] = "smooth"
+    """This stage's name."""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """Share of an input feature's range that moves into the weights."""
+
+
+class RangesStage(TextStage):
+    """Sets the scale of every quantized weight, and the ranges of static inputs."""
+
+    stage: Literal["ranges"] = "ranges"
+    """This stage's name."""
     method: Literal["minmax", "percentile", "mse", "weighted_mse"] = "weighted_mse"
     """Plain range; percentile of it; least squared error over clip ratios; that weighted by E[x^2] of the inputs."""
     percentile: float = Field(99.9, gt=50, le=100)
     """Share of a group's weights inside its range, in percent; only for method percentile."""
-    rotate: bool = False
-    """Rotate the residual stream by a random Hadamard matrix, folded into the weights (QuaRot's R1)."""
-    smooth: float | None = Field(None, ge=0, le=1)
-    """SmoothQuant's alpha: the share of an input feature's range that moves from activations into weights."""
-    blocks: int = Field(32, ge=1)
-    """Token blocks of the training text that activations are looked at on."""
-    batch_size: int = Field(4, ge=1)
-    """Blocks per forward."""
+
+
+class GPTQStage(TextStage):
+    """Finds codes by GPTQ, then the scales that suit them, layer by layer in the order they run."""
+
+    stage: Literal["gptq"] = "gptq"
+    """This stage's name."""
+    damping: float = Field(0.01, gt=0)
+    """Share of the mean of the diagonal of E[x^T x] that is added to it."""
+    rounds: int = Field(2, ge=1)
+    """Times that codes are found; between and after them scales are refitted."""
+    hidden_memory: float = Field(4.0, ge=0)
+    """Gigabytes of hidden states kept in memory; above that they lie in temporary files."""
+
+
+class BlockwiseStage(TextStage):
+    """Trains one transformer block at a time to give what it gave in full precision."""
+
+    stage: Literal["blockwise"] = "blockwise"
+    """This stage's name."""
+    trains: Literal["weights", "rounding"] = "weights"
+    """All of a block by AdamW (EfficientQAT), or rounding up or down and scales by sign-SGD (AutoRound)."""
+    iterations: int = Field(20, ge=1)
+    """Iterations of `batch_size` token blocks for each transformer block."""
+    learning_rate: float = Field(1e-4, ge=0)
+    """Of weights, norms and biases; not used for rounding, whose step follows from the iterations."""
+    scale_learning_rate: float = Field(5e-3, ge=0)
+    """Of log-scales: a relative change of the scale per iteration."""
+    zero_point_learning_rate: float = Field(1e-2, ge=0)
+    """Of zero points of asymmetric schemes, in codes per iteration."""
+    patience: int = Field(2, ge=1)
+    """Checks without gain (there are four in a training) after which a block's training ends."""
+    hidden_memory: float = Field(4.0, ge=0)
+    """Gigabytes of hidden states kept in memory; above that they lie in temporary files."""
+
+
+BlockStage = GPTQStage | BlockwiseStage
+"""A stage that walks through the model block by block."""
+
+_KINDS: dict[str, type[Config]] = {
+    kind.model_fields["stage"].default: kind
+    for kind in (RotateStage, SmoothStage, RangesStage, GPTQStage, BlockwiseStage)
+}
+
+
+def _expanded(entry: Any) -> Any:
+    """Returns a stage given by its name alone as a mapping.
+
+    Raises:
+        ValueError: for a mapping that names no stage.
+    """
+    if isinstance(entry, str):
+        entry = {"stage": entry}
+    if isinstance(entry, Mapping) and entry.get("stage") not in _KINDS:
+        given = f"stage {entry['stage']!r} is unknown" if "stage" in entry else "an entry without the key 'stage'"
+        raise ValueError(f"{given}; write a name, or {{stage: NAME, …}}, with NAME one of {', '.join(_KINDS)}")
+    return entry
+
+
+Stage = Annotated[
+    Annotated[RotateStage | SmoothStage | RangesStage | GPTQStage | BlockwiseStage, Field(discriminator="stage")],
+    BeforeValidator(_expanded),
+]
+"""A stage of a calibration: its name alone, or its fields with `stage: NAME`."""

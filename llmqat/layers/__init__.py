@@ -36,7 +36,7 @@ from llmqat.layers.prepare import (
     prepare,
     untied_keys,
 )
-from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule, quantizers_off
+from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule, quantized_once, quantizers_off
 
 __all__ = [
     "PRESETS",
@@ -75,6 +75,7 @@ __all__ = [
     "packed_form",
     "prepare",
     "quantize_kv",
+    "quantized_once",
     "quantizers_off",
     "untied_keys",
 ]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ class QuantModule(nn.Module):
         self.weights, self.transposed = weights, transposed
         self.enabled, self.strength = True, 1.0
         self.compute_dtype: torch.dtype | None = None
+        self._kept: dict[Any, Tensor] | None = None
         self.weight = weight
         matrix = self.matrix()
         self.rows, self.columns = matrix.shape
@@ -139,9 +141,18 @@ class QuantModule(nn.Module):
 
     def quantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight of the forward in `dtype` and the master's layout; differentiable in what is trained."""
+        if self._kept is None or torch.is_grad_enabled():
+            return self._made(dtype)
+        key = dtype, self.enabled, self.strength
+        if key not in self._kept:
+            self._kept.clear()
+            self._kept[key] = self._made(dtype)
+        return self._kept[key]
+
+    def _made(self, dtype: torch.dtype) -> Tensor:
         if not self.enabled:
             return self.weight.to(dtype)
-        quantized = self._restored(self.quantized_matrix(dtype))
+        quantized = self.restored(self.quantized_matrix(dtype))
         if self.strength == 1.0:
             return quantized
         return torch.lerp(self.weight.to(dtype), quantized, self.strength)
@@ -158,6 +169,12 @@ class QuantModule(nn.Module):
         return fake_quantize(rows, scale, zero_point, self.grid, dtype)
 
     @torch.no_grad()
+    def step_sizes(self) -> Tensor:
+        """Returns how far apart the levels of each weight lie, |scale| as [O, I] float32."""
+        scale = self.scale_and_zero_point()[0].abs()
+        return scale.reshape(-1, 1).expand(-1, self.rows * self.columns // scale.numel()).reshape(self.rows, -1)
+
+    @torch.no_grad()
     def codes(self) -> Tensor:
         """Returns the codes [O, I] of the forward's weight."""
         return quantize(self.matrix(), *self.scale_and_zero_point(), self.grid)
@@ -166,7 +183,7 @@ class QuantModule(nn.Module):
         """Returns the line that print(model) shows."""
         return f"{'×'.join(map(str, self.weight.shape))}, weights={self.weights.label}"
 
-    def _restored(self, matrix: Tensor) -> Tensor:
+    def restored(self, matrix: Tensor) -> Tensor:
         """Returns a matrix [O, I] in the layout of the master weight."""
         if not self.transposed:
             return matrix.view(self.weight.shape)
@@ -193,6 +210,19 @@ def quantizers_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, enabled in zip(switched, before, strict=True):
             module.enabled = enabled
+
+
+@contextmanager
+def quantized_once(model: nn.Module) -> Iterator[None]:
+    """Inside, forwards of `model` without gradients quantize each weight once; nothing may be trained meanwhile."""
+    layers = [module for module in model.modules() if isinstance(module, QuantModule)]
+    try:
+        for layer in layers:
+            layer._kept = {}
+        yield
+    finally:
+        for layer in layers:
+            layer._kept = None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from llmqat.calibrate import CalibrationConfig
+from llmqat.calibrate import Stage, check_stages
 from llmqat.config import Config, unknown_key_message
 from llmqat.data.config import DataConfig
 from llmqat.layers import QuantConfig
@@ -83,6 +83,9 @@ class EvaluationSettings(Config):
     """Whether decoded tokens a second are measured as well."""
 
 
+DEFAULT_STAGES: Any = ("ranges",)
+"""What `calibrate` is where a recipe says nothing."""
+
 TRAIN_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "logging_first_step": True,
@@ -110,8 +113,8 @@ class Recipe(Config):
     """Scheme: `preset` and what differs from it, or the fields of a QuantConfig."""
     data: DataConfig = Field(default_factory=DataConfig)
     """Text to calibrate and train on; by default the model writes it."""
-    calibrate: CalibrationConfig = Field(default_factory=CalibrationConfig)
-    """Ranges before training."""
+    calibrate: tuple[Stage, ...] = Field(default=DEFAULT_STAGES, validate_default=True)
+    """Stages before training, in order: names, or mappings with the key `stage`. None at all is plain rounding."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Fields of QATArguments: those of transformers.TrainingArguments and a few more; checked by name and type."""
     evaluate: EvaluationSettings = Field(default_factory=EvaluationSettings)
@@ -134,6 +137,18 @@ class Recipe(Config):
                 raise ValueError("preset and weights exclude each other; put num_bits, group_size, … beside the preset")
             changes = {key: entry for key, entry in value.items() if key != "preset"}
             return QuantConfig.preset(value["preset"], **changes)
+        return value
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Recipe:
+        check_stages(self.calibrate, self.quant)
+        return self
+
+    @field_validator("calibrate", mode="before")
+    @classmethod
+    def _take_a_list(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{value!r} is no list of stages; write for example [ranges, {{stage: gptq, blocks: 32}}]")
         return value
 
     @field_validator("train")
@@ -240,20 +255,44 @@ def _explain(entry: Any, inside: str = "") -> str:
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Sets one `dotted.key=value` in `values`, in place; the value is read as YAML.
 
+    A stage of `calibrate` is meant by its name or its number: calibrate.blockwise.iterations=40.
+
     Raises:
-        ValueError: when `=` is missing or the key goes through something that has no keys.
+        ValueError: when `=` is missing, the key goes through something that has no keys, or means no one stage.
     """
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise ValueError(f"{override!r} is not an override; write key=value, for example train.learning_rate=1e-4")
     *parents, last = key.split(".")
-    section = values
+    section: Any = values
     for depth, parent in enumerate(parents):
-        inner = section.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise ValueError(f"{override!r}: {'.'.join(parents[: depth + 1])} is {inner!r}, which has no key {last!r}")
+        inside = ".".join(parents[: depth + 1])
+        if inside == "calibrate":
+            section.setdefault(parent, [*DEFAULT_STAGES])
+        inner = _entry(section, parent, inside) if isinstance(section, list) else section.setdefault(parent, {})
+        if not isinstance(inner, (dict, list)):
+            raise ValueError(f"{override!r}: {inside} is {inner!r}, which has no key {last!r}")
         section = inner
-    section[last] = parse_yaml(text, f"the value of {key}")
+    value = parse_yaml(text, f"the value of {key}")
+    if isinstance(section, list):
+        section[section.index(_entry(section, last, key))] = value
+    else:
+        section[last] = value
+
+
+def _entry(entries: list[Any], part: str, key: str) -> Any:
+    """Returns the stage that `part` of an override means, by name or by number from 0; a bare name becomes a mapping.
+
+    Raises:
+        ValueError: when no stage, or more than one, is meant.
+    """
+    entries[:] = [{"stage": entry} if isinstance(entry, str) else entry for entry in entries]
+    names = [entry.get("stage") if isinstance(entry, dict) else None for entry in entries]
+    by_name = [index for index, name in enumerate(names) if name == part]
+    chosen = [int(part)] if part.isdecimal() else by_name
+    if len(chosen) != 1 or chosen[0] >= len(entries):
+        raise ValueError(f"{key} means {len(chosen)} of the stages {names}; give the name of one, or a number")
+    return entries[chosen[0]]
 
 
 def training_arguments(recipe: Recipe) -> QATArguments:

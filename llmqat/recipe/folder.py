@@ -2,8 +2,10 @@
 
     recipe.yaml          the recipe, overrides included
     blocks.safetensors   the text that was calibrated and trained on
+    calibration/         what the stages of the calibration have done, removed when the run has finished
     checkpoints/         the trainer's own, removed when the run has finished
     model/               the packed checkpoint
+    layers.json, .png    what quantization did to each layer; the picture where matplotlib is installed
     results.json         the figures; written last, so a run is finished when it is there
 
 A folder that holds anything else is never touched, not even with `--overwrite`.
@@ -19,9 +21,13 @@ from typing import Any
 import yaml
 
 from llmqat.data import TokenBlocks, read_blocks, save_blocks
+from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
+from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
+from llmqat.models import write_whole
 from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, load_recipe
 
 BLOCKS_FILE = "blocks.safetensors"
+CALIBRATION_FOLDER = "calibration"
 CHECKPOINT_FOLDER = "model"
 RESULTS_FILE = "results.json"
 
@@ -49,9 +55,9 @@ def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
         if not overwrite:
             _check_same_run(recipe, folder)
             return True
-        for name in (TRAINER_FOLDER, CHECKPOINT_FOLDER):
+        for name in (CALIBRATION_FOLDER, TRAINER_FOLDER, CHECKPOINT_FOLDER):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (RESULTS_FILE, BLOCKS_FILE, RECIPE_FILE):
+        for name in (RESULTS_FILE, LAYERS_FILE, LAYERS_PICTURE, BLOCKS_FILE, RECIPE_FILE):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(
@@ -88,13 +94,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside `path` and renames, so that `path` is absent or whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def kept_blocks(folder: Path, make: Callable[[], TokenBlocks]) -> TokenBlocks:

@@ -10,12 +10,13 @@ last checkpoint: so an interrupted run is gone on with by giving the same comman
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,42 +27,43 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.calibrate import (
-    CalibrationConfig,
-    calibrate_activations,
-    calibrate_ranges,
-    collect_moments,
-    rotate,
-    smooth,
-    static_layers,
+    ORIGINALS_FILE,
+    LayerReport,
+    Originals,
+    RangesStage,
+    StageReport,
+    calibrate,
+    needs_text,
+    report_layers,
+    rotates,
 )
 from llmqat.data import Progress, TokenBlocks, load_blocks
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
+from llmqat.evaluate.layers import write_layers
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
 from llmqat.layers import (
-    ActivationConfig,
-    ActivationQuantizer,
     CoverageAudit,
-    QuantConfig,
-    QuantModule,
     convert,
-    prepare,
 )
-from llmqat.models import cast_parameters, load_model
+from llmqat.models import load_model, write_whole
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, training_arguments
 from llmqat.recipe.evaluation import evaluation_windows
 from llmqat.recipe.folder import (
+    CALIBRATION_FOLDER,
     CHECKPOINT_FOLDER,
     RESULTS_FILE,
     checkpoint_step,
     kept_blocks,
     open_run_folder,
     whole_checkpoint,
-    write_whole,
 )
 from llmqat.recipe.plan import coverage_of
 from llmqat.train import QATArguments, QATTrainer
 
 log = logging.getLogger(__name__)
+
+REPORT_BLOCKS = 4
+"""Token blocks that the output error of layers is measured on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     stage = Stages()
     with stage("load", recipe.model), arguments.main_process_first():  # a GGUF file is dequantized by one for all
         # Now: a scheme that does not do should not cost the text.
-        coverage = coverage_of(recipe.model, recipe.quant, recipe.calibrate.rotate)
+        coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
         if not coverage.quantized:
             raise ValueError(
                 "quant covers no weight (quant.targets is empty, or all is ignored), so there is nothing to pack; a "
@@ -132,10 +134,9 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         windows = evaluation_windows(recipe.evaluate, tokenizer)  # now: a text that does not do should not cost a run
     with stage("text", recipe.data.source), arguments.main_process_first(local=False):
         blocks = kept_blocks(recipe.output, partial(_read_text, recipe, tokenizer, teacher))
-    with stage("calibrate", recipe.calibrate.method):
-        student = prepared_model(recipe, blocks.ids, arguments.device)
-        calibrate(student, blocks.ids, recipe.calibrate, arguments.bf16)
-        start = quantizer_state(student)
+    with stage("calibrate", ", ".join(step.stage for step in recipe.calibrate) or "plain rounding"):
+        student, calibration = calibrated_model(recipe, blocks.ids, arguments)
+        layers = {"calibrated": layers_of(recipe, student, blocks.ids, arguments)}
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
         training = _train(student, teacher, arguments, blocks)
     if not main:
@@ -143,114 +144,71 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     facts: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "text": {"source": blocks.source, "sha256": blocks.sha256, "tokens": blocks.tokens, **blocks.details},
+        "calibration": [dataclasses.asdict(report) for report in calibration],
         "training": training,
     }
     with stage("save", "packing, and proving what lies on disk"):
+        layers["trained"] = layers_of(recipe, student, blocks.ids, arguments)
+        write_layers(layers, recipe.output, picture=importlib.util.find_spec("matplotlib") is not None)
         report = save(student, recipe.output / CHECKPOINT_FOLDER, tokenizer, run=facts, overwrite=True)
     with stage("evaluate", ", ".join(windows)):
-        rebuild = partial(_untrained, recipe, blocks.ids, arguments)
-        candidates = _candidates(recipe, teacher, coverage, rebuild, start, report, arguments.device)
-        with progress_bar() as progress:
+        candidates = _candidates(recipe, teacher, coverage, blocks.ids, report, arguments)
+        with progress_bar() as advance:
             comparison = compare(
                 candidates,
                 windows,
                 batch_size=recipe.evaluate.batch_size,
                 speed=recipe.evaluate.speed,
-                progress=progress,
+                progress=advance,
             )
     result = RunResult(report.folder, comparison, report, training, stage.seconds)
     _write_results(recipe, result, facts)
     return result
 
 
-def calibrate(model: nn.Module, blocks: Tensor | None, config: CalibrationConfig, bf16: bool) -> None:
-    """Sets the scales of a prepared `model` in place, as `config` says, from the first `config.blocks` of `blocks`.
+def calibrated_model(
+    recipe: Recipe, blocks: Tensor, arguments: QATArguments
+) -> tuple[PreTrainedModel, list[StageReport]]:
+    """Returns the recipe's model in float32, prepared and calibrated, and what each stage did.
 
-    Args:
-        model: prepared.
-        blocks: token ids [N, L]; None will do for methods that look at weights alone.
-        config: method and amounts.
-        bf16: run the forward in bfloat16.
-    """
-    moments = None
-    if config.method == "weighted_mse":
-        assert blocks is not None
-        forward = cast_parameters(model, torch.bfloat16) if bf16 else nullcontext()
-        with forward:
-            moments = collect_moments(model, blocks[: config.blocks], config.batch_size, _bar("moments", "batch"))
-    calibrate_ranges(model, config.method, moments, _bar("ranges", "layer"), config.percentile)
-    calibrate_inputs(model, blocks, config, bf16)
-
-
-def calibrate_inputs(model: nn.Module, blocks: Tensor | None, config: CalibrationConfig, bf16: bool) -> None:
-    """Sets the static input ranges of a prepared `model`, in place; does nothing where there are none."""
-    if not static_layers(model):
-        return
-    assert blocks is not None
-    with cast_parameters(model, torch.bfloat16) if bf16 else nullcontext():
-        calibrate_activations(model, blocks[: config.blocks], config.batch_size, _bar("inputs", "batch"))
-
-
-def needs_text(config: CalibrationConfig, quant: QuantConfig) -> bool:
-    """Returns whether the calibration looks at activations, so at text."""
-    inputs = [quant.input_activations, *(entry.input_activations for entry in quant.overrides.values() if entry)]
-    static = any(isinstance(entry, ActivationConfig) and not entry.dynamic for entry in inputs)
-    return config.method == "weighted_mse" or config.smooth is not None or static
-
-
-def outliers_folded(model: PreTrainedModel, blocks: Tensor | None, config: CalibrationConfig, seed: int) -> None:
-    """Rotates and smooths a full-precision `model` in place, where `config` says so."""
-    if config.rotate:
-        rotate(model, seed)
-    if config.smooth is not None:
-        assert blocks is not None
-        smooth(model, blocks[: config.blocks], config.smooth, config.batch_size, _bar("smooth", "batch"))
-
-
-def prepared_model(recipe: Recipe, blocks: Tensor, device: torch.device, folded: bool = True) -> PreTrainedModel:
-    """Returns the model in float32, prepared, its scales those of plain rounding.
-
-    Args:
-        recipe: says the model and the scheme.
-        blocks: token ids [N, L] for smoothing.
-        device: where the model goes.
-        folded: whether it is rotated and smoothed first, where the recipe says so.
+    What an earlier start, or this one, has left of it in the run folder is not done again.
     """
     model, _ = load_model(recipe.model, torch.float32)
-    model.to(device)
-    if folded:
-        outliers_folded(model, blocks, recipe.calibrate, recipe.seed)
-    prepare(model, recipe.quant)
+    model.to(arguments.device)
+    reports = calibrate(
+        model,
+        recipe.quant,
+        recipe.calibrate,
+        blocks,
+        seed=recipe.seed,
+        folder=recipe.output / CALIBRATION_FOLDER,
+        dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
+        bar=progress,
+    )
+    return model, reports
+
+
+def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Tensor, arguments: QATArguments) -> list[LayerReport]:
+    """Returns what quantization, and training where it is done, has done to each layer; empty in other processes."""
+    originals = recipe.output / CALIBRATION_FOLDER / ORIGINALS_FILE
+    if arguments.process_index != 0 or not originals.is_file():
+        return []
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    return report_layers(model, Originals(originals), blocks[:REPORT_BLOCKS], dtype)
+
+
+def plainly_rounded_model(recipe: Recipe, blocks: Tensor, arguments: QATArguments) -> PreTrainedModel:
+    """Returns the recipe's model in float32, prepared, with the scales of plain rounding."""
+    model, _ = load_model(recipe.model, torch.float32)
+    model.to(arguments.device)
+    plain = [RangesStage(method="minmax")] if needs_text([], recipe.quant) else []
+    calibrate(model, recipe.quant, plain, blocks)
     return model
 
 
 def _read_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> TokenBlocks:
     with token_bar("text") as progress:
         return load_blocks(recipe.data, tokenizer, teacher, progress)
-
-
-def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns copies of all that the quantizers of `model` hold beside weights, by name in the state dict."""
-    owners = [name for name, module in model.named_modules() if isinstance(module, (QuantModule, ActivationQuantizer))]
-    return {
-        f"{owner}.{name}": tensor.detach().clone()
-        for owner in owners
-        for name, tensor in model.get_submodule(owner).state_dict().items()
-        if name not in ("weight", "bias")
-    }
-
-
-def _untrained(
-    recipe: Recipe, blocks: Tensor, arguments: QATArguments, start: Mapping[str, Tensor] | None
-) -> PreTrainedModel:
-    """Returns the model packed without training: with the calibrated `start`, or plainly rounded for None."""
-    model = prepared_model(recipe, blocks, arguments.device, folded=start is not None)
-    if start is None:
-        calibrate_inputs(model, blocks, recipe.calibrate, arguments.bf16)
-    else:
-        model.load_state_dict(dict(start), strict=False)
-    convert(model)
-    return model
 
 
 def _train(
@@ -283,24 +241,29 @@ def _candidates(
     recipe: Recipe,
     teacher: PreTrainedModel,
     coverage: CoverageAudit,
-    rebuild: Callable[[Mapping[str, Tensor] | None], PreTrainedModel],
-    start: Mapping[str, Tensor],
+    blocks: Tensor,
     report: ExportReport,
-    device: torch.device,
+    arguments: QATArguments,
 ) -> list[Candidate]:
     """Returns the rows of the run's table; all but full precision are packed, and the trained one comes from disk."""
     bits, size = report.bits_per_weight, report.weight_bytes
     # Rotation unties the head; plain rounding, which does not rotate, is smaller by that.
-    plain = coverage_of(recipe.model, recipe.quant) if recipe.calibrate.rotate else coverage
+    plain = coverage_of(recipe.model, recipe.quant) if rotates(recipe.calibrate) else coverage
     plain_size = size - coverage.bytes_after + plain.bytes_after
+
+    def rounded() -> nn.Module:
+        return convert(plainly_rounded_model(recipe, blocks, arguments))
+
+    def calibrated() -> nn.Module:
+        return convert(calibrated_model(recipe, blocks, arguments)[0])
+
     rows = [
         Candidate("full precision", lambda: teacher, "full precision", 16.0, plain.bytes_before),
-        Candidate("plain rounding", lambda: rebuild(None), "plain rounding", bits, plain_size),
+        Candidate("plain rounding", rounded, "plain rounding", bits, plain_size),
     ]
-    steps = recipe.calibrate
-    if steps.method != "minmax" or steps.rotate or steps.smooth is not None:  # else it is plain rounding itself
-        rows.append(Candidate("calibrated", lambda: rebuild(start), "training-free", bits, size))
-    rows.append(Candidate("trained", lambda: load(report.folder).to(device), "trained", bits, size))
+    if any(not isinstance(step, RangesStage) or step.method != "minmax" for step in recipe.calibrate):
+        rows.append(Candidate("calibrated", calibrated, "training-free", bits, size))
+    rows.append(Candidate("trained", lambda: load(report.folder).to(arguments.device), "trained", bits, size))
     return rows
 
 
@@ -313,10 +276,11 @@ def _write_results(recipe: Recipe, result: RunResult, facts: Mapping[str, Any]) 
     write_whole(run_file, json.dumps(recorded, indent=2, ensure_ascii=False) + "\n")
     everything = {**facts, **results, "checkpoint": result.report.to_dict()}
     write_whole(recipe.output / RESULTS_FILE, json.dumps(everything, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(recipe.output / TRAINER_FOLDER, ignore_errors=True)  # several times the model's size
+    for folder in (TRAINER_FOLDER, CALIBRATION_FOLDER):  # several times the model's size
+        shutil.rmtree(recipe.output / folder, ignore_errors=True)
 
 
-def _bar(what: str, unit: str) -> Any:
+def progress(what: str, unit: str) -> Any:
     """Returns a wrapper of an iterable that shows its progress, rate and time left in the main process."""
     return partial(tqdm, desc=what, unit=unit, leave=False, disable=not log.isEnabledFor(logging.INFO))
 

@@ -8,7 +8,7 @@ import math
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from llmqat.calibrate import untie
+from llmqat.calibrate import rotates, untie
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
 from llmqat.export import FORMATS, load
 from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
@@ -44,7 +44,7 @@ def plan_run(recipe: Recipe) -> Plan:
         ValueError: the scheme or the trainer's arguments do not do.
     """
     arguments = training_arguments(recipe)
-    coverage = coverage_of(recipe.model, recipe.quant, recipe.calibrate.rotate)
+    coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
     wanted = recipe.data.tokens or (DEFAULT_SYNTHETIC_TOKENS if recipe.data.source == "synthetic" else None)
     blocks = None if wanted is None else math.ceil(wanted / recipe.data.block_size)
     samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

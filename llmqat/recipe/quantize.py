@@ -1,25 +1,89 @@
-"""Quantization without training: a recipe's rooms up to calibration, then straight to the packed checkpoint."""
+"""Quantization without end-to-end training: a recipe's rooms up to calibration, then straight to the packed checkpoint.
+
+What has been calibrated lies beside the output folder until that is written, so the same command goes on with it after
+an interruption.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 
-from llmqat.calibrate import CalibrationConfig
-from llmqat.data import DataConfig, load_blocks
+from llmqat.calibrate import (
+    ORIGINALS_FILE,
+    BlockwiseStage,
+    GPTQStage,
+    LayerReport,
+    Originals,
+    RangesStage,
+    RotateStage,
+    SmoothStage,
+    Stage,
+    StageReport,
+    calibrate,
+    needs_text,
+    report_layers,
+    rotates,
+)
+from llmqat.calibrate.config import TextStage
+from llmqat.data import DataConfig, TokenBlocks
+from llmqat.data import load_blocks as read_text
 from llmqat.export.checkpoint import ExportReport, save
-from llmqat.layers import prepare
-from llmqat.models import load_model
+from llmqat.layers import QuantConfig
+from llmqat.models import load_model, write_whole
 from llmqat.recipe.config import scheme_of
-from llmqat.recipe.pipeline import calibrate, needs_text, outliers_folded, token_bar
+from llmqat.recipe.folder import kept_blocks
+from llmqat.recipe.pipeline import REPORT_BLOCKS, progress, token_bar
 from llmqat.recipe.plan import coverage_of
 from llmqat.train import processor_has_bf16
 
-METHODS: dict[str, Literal["minmax", "weighted_mse"]] = {"rtn": "minmax", "search": "weighted_mse"}
-"""The command line's word for a method -> `calibrate.method`."""
+log = logging.getLogger(__name__)
+
+METHODS: dict[str, tuple[type[TextStage], ...]] = {
+    "rtn": (),
+    "search": (RangesStage,),
+    "gptq": (RangesStage, GPTQStage),
+    "blockwise": (RangesStage, BlockwiseStage),
+}
+"""The command line's word for a method -> the stages of the calibration."""
+SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What `quantize_model` did.
+
+    Attributes:
+        report: what was written.
+        stages: what each stage of the calibration did.
+        layers: what quantization did to each layer; empty where transformers names no blocks of the model.
+    """
+
+    report: ExportReport
+    stages: list[StageReport]
+    layers: list[LayerReport]
+
+
+def stages_of(method: str, blocks: int, *, rotate: bool = False, smooth: float | None = None) -> tuple[Stage, ...]:
+    """Returns the stages behind a method of the command line, each looking at the first `blocks` token blocks.
+
+    Raises:
+        ValueError: for an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"--method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    before: list[Stage] = [RotateStage()] if rotate else []
+    if smooth is not None:
+        before.append(SmoothStage(alpha=smooth, blocks=blocks))
+    return (*before, *(cast("Stage", kind(blocks=blocks)) for kind in METHODS[method]))
 
 
 def quantize_model(
@@ -28,7 +92,7 @@ def quantize_model(
     *,
     scheme: str = "int4",
     group_size: int | None = None,
-    method: str = "search",
+    method: str = "blockwise",
     rotate: bool = False,
     smooth: float | None = None,
     text: Path | None = None,
@@ -36,21 +100,22 @@ def quantize_model(
     block_size: int = 512,
     seed: int = 0,
     overwrite: bool = False,
-) -> ExportReport:
-    """Writes `spec` packed to `folder`, with scales from calibration, proves it, and returns what was written.
+) -> Quantization:
+    """Writes `spec` packed to `folder`, calibrated, proves it, and returns what was done and written.
 
     Args:
         spec: what `load_model` takes.
         folder: must not exist, unless `overwrite`.
         scheme: a preset of QuantConfig.
         group_size: weights that share one scale; the preset's own where not given.
-        method: `rtn` (plain rounding) or `search` (clip ratios weighted by the inputs' mean squares).
+        method: `rtn` (plain rounding), `search` (clip ratios weighted by the inputs' mean squares), `gptq`, or
+            `blockwise` (each transformer block trained to give what it gave).
         rotate: rotate the residual stream first.
         smooth: SmoothQuant's alpha, to smooth layer inputs first.
         text: a file or folder to calibrate on; where not given, the model writes the text.
         tokens: how much text is used.
         block_size: tokens in a block of it.
-        seed: of what the model writes.
+        seed: of what the model writes, and of block-wise training.
         overwrite: whether a model that lies in `folder` is replaced.
 
     Raises:
@@ -58,29 +123,75 @@ def quantize_model(
         FileNotFoundError: the model or the text is not there.
         ValueError: the model, text, method or scheme does not do.
     """
-    if method not in METHODS:
-        raise ValueError(f"--method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    stages = stages_of(method, math.ceil(tokens / block_size), rotate=rotate, smooth=smooth)
     if folder.exists() and not overwrite:  # save would say so too, but only after the calibration
         raise FileExistsError(f"output folder {folder} exists already; choose another --out, or give --overwrite")
-    model, tokenizer = load_model(spec, torch.float32)
     quant = scheme_of(scheme, group_size)
-    calibration = CalibrationConfig(
-        method=METHODS[method], rotate=rotate, smooth=smooth, blocks=math.ceil(tokens / block_size)
-    )
-    facts: dict[str, Any] = {"model": spec, "calibrate": calibration.model_dump(mode="json")}
-    ids = None
-    coverage_of(spec, quant, rotate)  # a scheme that does not do should not cost the text
-    needed = needs_text(calibration, quant)
+    coverage_of(spec, quant, rotates(stages))  # a scheme that does not do should not cost the text
+    needed = needs_text(stages, quant)
     if text is not None and not needed:
-        raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use --method search")
-    if needed:
-        source: dict[str, Any] = {"source": "synthetic"} if text is None else {"source": "text", "path": text}
-        data = DataConfig(**source, tokens=tokens, block_size=block_size, seed=seed)
-        with token_bar("text") as progress:
-            blocks = load_blocks(data, tokenizer, load_model(spec, torch.bfloat16)[0], progress)
+        raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use another --method")
+    if needs_text((), quant):  # static input ranges, which plain rounding of weights needs as well
+        stages = (
+            stages
+            if any(isinstance(stage, RangesStage) for stage in stages)
+            else (
+                *stages,
+                RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)),
+            )
+        )
+    source: dict[str, Any] = {"source": "synthetic"} if text is None else {"source": "text", "path": text}
+    data = DataConfig(**source, tokens=tokens, block_size=block_size, seed=seed)
+    return _quantized(spec, folder, quant, stages, data if needed else None, seed, overwrite)
+
+
+def _quantized(
+    spec: str,
+    folder: Path,
+    quant: QuantConfig,
+    stages: Sequence[Stage],
+    data: DataConfig | None,
+    seed: int,
+    overwrite: bool,
+) -> Quantization:
+    facts: dict[str, Any] = {"model": spec, "calibrate": [stage.model_dump(mode="json") for stage in stages]}
+    settings = {**facts, "quant": quant.model_dump(mode="json"), "seed": seed}
+    settings["data"] = None if data is None else data.model_dump(mode="json")
+    work = _work_folder(folder, settings)
+    # Rotation and smoothing are exact in float32 only; without them a block at a time is raised to it.
+    folds = any(isinstance(stage, (RotateStage, SmoothStage)) for stage in stages)
+    model, tokenizer = load_model(spec, torch.float32 if folds else torch.bfloat16)
+    ids = None
+    if data is not None:
+
+        def read() -> TokenBlocks:
+            with token_bar("text") as advance:
+                writer = model if not folds else load_model(spec, torch.bfloat16)[0]
+                return read_text(data, tokenizer, writer, advance)
+
+        blocks = kept_blocks(work, read)
         facts["text"] = {"source": blocks.source, "sha256": blocks.sha256, "tokens": blocks.tokens}
         ids = blocks.ids
-    outliers_folded(model, ids, calibration, seed)
-    prepare(model, quant)
-    calibrate(model, ids, calibration, processor_has_bf16())
-    return save(model, folder, tokenizer, run=facts, overwrite=overwrite)
+    dtype = torch.bfloat16 if processor_has_bf16() else torch.float32
+    reports = calibrate(model, quant, stages, ids, seed=seed, folder=work, dtype=dtype, bar=progress)
+    facts["calibration"] = [asdict(report) for report in reports]
+    originals, looked_at = work / ORIGINALS_FILE, None if ids is None else ids[:REPORT_BLOCKS]
+    layers = report_layers(model, Originals(originals), looked_at, dtype) if originals.is_file() else []
+    report = save(model, folder, tokenizer, run=facts, overwrite=overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    return Quantization(report, reports, layers)
+
+
+def _work_folder(folder: Path, settings: dict[str, Any]) -> Path:
+    """Returns the folder beside `folder` that keeps what is calibrated; emptied where other settings left it."""
+    work = folder.with_name(f".{folder.name}.calibration")
+    file = work / SETTINGS_FILE
+    now = json.dumps(settings, indent=2, default=str)
+    if work.is_dir():
+        if file.is_file() and file.read_text(encoding="utf-8") == now:
+            log.info("going on with the interrupted calibration in %s", work)
+            return work
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    write_whole(file, now)
+    return work

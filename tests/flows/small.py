@@ -6,7 +6,7 @@ from pathlib import Path
 
 SMALL = (
     "data={source: pydoc, tokens: 256, block_size: 32}",
-    "calibrate.blocks=2",
+    "calibrate=[{stage: ranges, blocks: 2}]",
     "train.max_steps=2",
     "train.logging_steps=1",
     "train.save_steps=1",

@@ -47,6 +47,13 @@ def test_shipped_recipe_runs_and_leaves_what_it_promises(path: Path, tiny_folder
     assert recorded["run"]["recipe"]["seed"] == 0
     assert recorded["run"]["results"]["comparison"] == results["comparison"]
     assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "calibration").exists()
+    assert [stage["stage"] for stage in results["calibration"]] == [
+        stage.stage for stage in load_recipe(path).calibrate
+    ]
+    layers = json.loads((tmp_path / "run" / "layers.json").read_text())
+    assert [len(layers[when]) for when in ("calibrated", "trained")] == [14, 14]
+    assert (tmp_path / "run" / "layers.png").is_file()
     ids = torch.arange(2, 26)[None]
     stock = AutoModelForCausalLM.from_pretrained(result.checkpoint, dtype=torch.bfloat16)
     ours = llmqat.load(result.checkpoint, kernel="reference")
@@ -68,16 +75,22 @@ def test_synthetic_text_is_the_default_and_kept(tiny_folder: Path, tmp_path: Pat
 
 
 SCHEMES = {
-    "smoothed w8a8": ("quant={preset: w8a8}", "calibrate.smooth=0.5"),
-    "rotated w4a8": ("quant={preset: w4a8, group_size: 32}", "calibrate.rotate=true", "calibrate.method=mse"),
+    "smoothed w8a8": (
+        "quant={preset: w8a8}",
+        "calibrate=[{stage: smooth, alpha: 0.5, blocks: 2}, {stage: ranges, blocks: 2}]",
+    ),
+    "rotated w4a8": (
+        "quant={preset: w4a8, group_size: 32}",
+        "calibrate=[rotate, {stage: ranges, method: mse, blocks: 2}]",
+    ),
     "static inputs": ("quant={preset: w8a8, input_activations: {dynamic: false, observer: mse}}",),
     "static inputs, plain": (
         "quant={preset: w8a8, input_activations: {dynamic: false}}",
-        "calibrate.method=minmax",
+        "calibrate.ranges.method=minmax",
     ),
     "ternary with warm-up": (
         "quant={preset: ternary, group_size: 32}",
-        "calibrate={method: percentile, percentile: 95}",
+        "calibrate.0={stage: ranges, method: percentile, percentile: 95}",
         "train.quantization_warmup_steps=1",
     ),
     "kv cache and embedding": ("quant={preset: w4a8kv8, group_size: 32, embeddings: int8}",),
@@ -85,6 +98,7 @@ SCHEMES = {
         "quant={preset: int3, group_size: 32, symmetric: false, skip_last: 1, "
         "overrides: {'re:.*down_proj': {weights: {num_bits: 8, strategy: channel}, layers: [0]}}}",
     ),
+    "gptq, blockwise": ("calibrate=[ranges, gptq, {stage: blockwise, blocks: 4, iterations: 4}]",),
     "dynamic scales": ("quant={preset: int4, group_size: 32, scales: dynamic}",),
 }
 

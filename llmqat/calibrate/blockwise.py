@@ -1,0 +1,218 @@
+"""Block-wise training: each transformer block learns to give, from quantized inputs, what full precision gave there.
+
+One block at a time is raised to float32 and trained by gradient descent on the error of its output, over a few thousand
+tokens; the next block then starts from what this one really computes. No graph of the whole model is ever built, so
+memory is that of the model, one block with its optimizer, and the hidden states. Two ways of training:
+
+- "weights": weights, log-scales, zero points, norms and biases, by AdamW (EfficientQAT's Block-AP);
+- "rounding": each weight only within half a step of where it was, so that training chooses between rounding up and
+  down, and log-scales, both by the sign of the gradient (AutoRound).
+
+The error of a token is divided by the size of its output, as the norm that reads it does: otherwise the few tokens of
+huge activation would be all that is learned. What comes out is never worse than what went in, on the text looked at.
+
+Letters: N token blocks, L length, B token blocks in an iteration, D hidden size.
+Source: EfficientQAT (2407.11062) section 3.2; AutoRound (2309.05516) equations 3 to 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.calibrate.blocks import Block
+from llmqat.calibrate.config import BlockwiseStage
+from llmqat.layers import QuantModule, quantized_once
+from llmqat.models import cast_parameters, model_device
+
+FLOOR = 0.05
+"""Share of the learning rate that is left at the end."""
+CHECKS = 4
+"""Times in a training that the error is measured on the check set."""
+CHECK_BLOCKS = 8
+"""Token blocks of the check set: the last of the text."""
+
+OnStep = Callable[[int, float], None]
+"""Called after each iteration with its number and its loss."""
+
+
+@dataclass(frozen=True)
+class BlockTraining:
+    """What training did to one block.
+
+    Attributes:
+        before: relative error of the block's output on the check set before training.
+        after: and after it.
+        iterations: done; fewer than asked for where nothing was gained any more.
+    """
+
+    before: float
+    after: float
+    iterations: int
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Returns the mean over tokens of |output - target|^2 / |target|^2, a float32 scalar; `output` gets gradients."""
+    wide = target.float()
+    size = wide.square().sum(-1).clamp(min=1e-12)
+    return ((output.float() - wide).square().sum(-1) / size).mean()
+
+
+class SignSGD(torch.optim.Optimizer):
+    """Steps of a fixed size against the sign of the gradient; a weight steps in its own quantization steps.
+
+    Groups: `lr`, and for weights `steps` (|scale| broadcast to the weight) and `bounds` (low, high), tensors like the
+    parameters; without them a parameter steps by `lr` itself.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        """Takes parameter groups that each give `lr`, `steps` and `bounds` or None for both."""
+        super().__init__(groups, {"lr": 0.0, "steps": None, "bounds": None})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient."""
+        for group in self.param_groups:
+            for number, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                direction = parameter.grad.sign_()
+                if group["steps"] is not None:
+                    direction.mul_(group["steps"][number])
+                parameter.add_(direction, alpha=-group["lr"])
+                if group["bounds"] is not None:
+                    low, high = group["bounds"][number]
+                    torch.clamp(parameter, low, high, out=parameter)
+
+
+def train_block(
+    block: Block, inputs: Tensor, targets: Tensor, stage: BlockwiseStage, seed: int, on_step: OnStep = lambda *_: None
+) -> BlockTraining:
+    """Trains `block` in place so that it gives `targets` [N, L, D] from `inputs` [N, L, D]; its parameters are float32.
+
+    Args:
+        block: with its quantizers on.
+        inputs: hidden states of the quantized chain.
+        targets: hidden states of the full-precision chain after the block.
+        stage: how long and how fast.
+        seed: of the order of token blocks, together with the block's number.
+        on_step: told of each iteration.
+    """
+    parameters = [parameter for parameter in block.module.parameters() if parameter.is_floating_point()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = _OPTIMIZERS[stage.trains](block, stage)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + block.index)
+    size = min(stage.batch_size, inputs.shape[0])
+    order = iter(_endless(inputs.shape[0], size, generator))
+    before = best_error = _check(block, inputs, targets, size)
+    best, done, stalled = _state(parameters), 0, 0
+    interval = max(1, stage.iterations // CHECKS)
+    for done in range(1, stage.iterations + 1):
+        share = _rate(stage, done - 1)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * share
+        loss = _iteration(block, inputs, targets, next(order), optimizer, parameters)
+        on_step(done, loss)
+        if done % interval and done != stage.iterations:
+            continue
+        error = _check(block, inputs, targets, size)
+        stalled = 0 if error < best_error else stalled + 1
+        if error < best_error:
+            best_error, best = error, _state(parameters)
+        if stalled >= stage.patience:
+            break
+    for parameter, value in zip(parameters, best, strict=True):
+        parameter.data.copy_(value)
+        parameter.grad = None
+    return BlockTraining(before, best_error, done)
+
+
+def _iteration(
+    block: Block,
+    inputs: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+) -> float:
+    device = model_device(block.module)
+    with cast_parameters(block.module, block.dtype):
+        loss = relative_error(block(inputs[rows].to(device)), targets[rows].to(device))
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def _check(block: Block, inputs: Tensor, targets: Tensor, size: int) -> float:
+    device = model_device(block.module)
+    count = max(size, min(CHECK_BLOCKS, inputs.shape[0]) // size * size)
+    errors = []
+    with cast_parameters(block.module, block.dtype), quantized_once(block.module):
+        for start in range(inputs.shape[0] - count, inputs.shape[0], size):
+            rows = slice(start, start + size)
+            errors.append(relative_error(block(inputs[rows].to(device)), targets[rows].to(device)))
+    return float(torch.stack(errors).mean())
+
+
+def _state(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def _rate(stage: BlockwiseStage, done: int) -> float:
+    """Returns the share of the learning rate after `done` iterations: a cosine down to `FLOOR`; linear for signs."""
+    progress = done / stage.iterations
+    if stage.trains == "rounding":
+        return 1.0 - progress
+    return FLOOR + (1.0 - FLOOR) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _endless(count: int, batch_size: int, generator: torch.Generator) -> Iterable[Tensor]:
+    """Yields the numbers of token blocks, `batch_size` at a time, in a new order each time all have been seen."""
+    waiting = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(waiting) < batch_size:
+            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
+
+
+def _all_parameters(block: Block, stage: BlockwiseStage) -> torch.optim.Optimizer:
+    """Returns AdamW over weights, norms and biases, log-scales, zero points."""
+    rates = {"log_scale": stage.scale_learning_rate, "zero_point": stage.zero_point_learning_rate}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in block.module.named_parameters():
+        rate = rates.get(name.rpartition(".")[2], stage.learning_rate)
+        groups.setdefault(rate, []).append(parameter)
+    fused = model_device(block.module).type in ("cpu", "cuda")
+    return torch.optim.AdamW([{"params": p, "lr": lr} for lr, p in groups.items()], weight_decay=0.0, fused=fused)
+
+
+def _rounding_only(block: Block, stage: BlockwiseStage) -> torch.optim.Optimizer:
+    """Returns sign-SGD over weights, each within half a step, and log-scales."""
+    modules = [module for module in block.module.modules() if isinstance(module, QuantModule)]
+    weights, steps, bounds = [], [], []
+    for module in modules:
+        step = module.restored(module.step_sizes())
+        weight = module.get_parameter("weight")
+        weights.append(weight)
+        steps.append(step)
+        bounds.append((weight.detach() - 0.5 * step, weight.detach() + 0.5 * step))
+    scales = [module.log_scale for module in modules if module.log_scale is not None]
+    rate = 1.0 / stage.iterations
+    return SignSGD([{"params": weights, "lr": rate, "steps": steps, "bounds": bounds}, {"params": scales, "lr": rate}])
+
+
+_OPTIMIZERS: dict[str, Callable[[Block, BlockwiseStage], torch.optim.Optimizer]] = {
+    "weights": _all_parameters,
+    "rounding": _rounding_only,
+}

@@ -1,0 +1,278 @@
+"""GPTQ: rounding a layer's weights one input feature after another, errors made good by the features still to come.
+
+Plain rounding takes each weight's nearest code. What matters, though, is the error x (W - Ŵ)^T of the layer's output:
+its mean square over the inputs that occur is (w - ŵ) H (w - ŵ)^T for each row, with H = E[x^T x]. GPTQ goes through the
+input features in order of E[x_j^2], rounds column j, and moves the columns that are still free against the error, by
+the Cholesky factor of the inverse of H. Groups keep their scales while it goes on (static groups), so the order of
+features is free. A block of columns is worked in cache; the rest of the matrix follows by one product.
+
+When the codes are known, the scales that suit them best solve a small linear system a row: with Ŵ = sum_g s_g C_g the
+error is quadratic in the scales. Codes and scales are found in turn.
+
+The master weight is then moved to the point nearest to where it was that rounds to its code, so that training goes on
+from these very codes.
+
+Letters: O out features, I in features, G scales per row, g weights per scale.
+Source: GPTQ (2210.17323) section 3.3, algorithm 1; the refit of scales is ordinary least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.calibrate.blocks import Block
+from llmqat.calibrate.config import GPTQStage
+from llmqat.grid import Grid, dequantize, snap_scale
+from llmqat.layers import QuantLinear
+
+COLUMNS = 128
+"""Columns worked before the rest of the matrix follows."""
+CELL = 0.49
+"""How far from its code, in codes, a master weight may lie: below a half, for the rounding of the division."""
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """Returns H [I, I] with `damping` times its mean diagonal on the diagonal; a feature never seen counts as 1.
+
+    Raises:
+        ValueError: when H is not finite.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("the second moments of a layer's inputs hold NaN or infinity; check the model in float32")
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    return hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean))
+
+
+@torch.no_grad()
+def round_by_gptq(weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Returns the codes [O, I] of `weight` that GPTQ finds for given scales.
+
+    Args:
+        weight: [O, I] float32.
+        hessian: [I, I] float32, damped: positive definite.
+        scale: [O, G], [O, 1] or [1, 1] float32, snapped.
+        zero_point: of the scale's shape, or None.
+        grid: the code range.
+    """
+    out_features, in_features = weight.shape
+    order = hessian.diagonal().argsort(descending=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    # Input features are rows here, so that each is contiguous.
+    left = weight.t()[order].contiguous()
+    group = order // (in_features // scale.shape[1])
+    scales = scale.t()[group].expand(in_features, out_features)
+    zeros = None if zero_point is None else zero_point.t()[group].expand(in_features, out_features)
+    codes = torch.empty_like(left)
+    for start in range(0, in_features, COLUMNS):
+        rows = slice(start, min(start + COLUMNS, in_features))
+        errors = _round_rows(left[rows], codes[rows], factor[rows, rows], scales[rows], _part(zeros, rows), grid)
+        left[rows.stop :].addmm_(factor[rows, rows.stop :].t(), errors, alpha=-1)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.t().contiguous().to(grid.code_dtype)
+
+
+def _round_rows(
+    left: Tensor, codes: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid
+) -> Tensor:
+    """Rounds input features `left` [n, O] one after the other into `codes`; returns their errors [n, O]."""
+    errors = torch.empty_like(left)
+    for row in range(left.shape[0]):
+        w, s, q = left[row], scales[row], codes[row]
+        torch.div(w, s, out=q)
+        if grid.offset:
+            q.sub_(grid.offset)
+        q.round_()
+        if zeros is not None:
+            q.add_(zeros[row])
+        q.clamp_(grid.qmin, grid.qmax)
+        level = q if zeros is None else q - zeros[row]
+        torch.addcmul(w, level + grid.offset if grid.offset else level, s, value=-1, out=errors[row])
+        errors[row].div_(factor[row, row])
+        if row + 1 < left.shape[0]:
+            left[row + 1 :].addr_(factor[row, row + 1 :], errors[row], alpha=-1)
+    return errors
+
+
+def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+@torch.no_grad()
+def refit_scales(
+    weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid
+) -> Tensor:
+    """Returns the scales [O, G] with the least output error for given codes, snapped.
+
+    A row that would gain nothing keeps its own.
+
+    Args:
+        weight: [O, I] float32, what the layer is to compute.
+        hessian: [I, I] float32, damped.
+        codes: [O, I].
+        scale: [O, G] float32, as the codes were found; one scale for all rows, [1, 1], is returned as it is.
+        zero_point: [O, G] or None.
+        grid: the code range.
+    """
+    if scale.shape[0] != weight.shape[0]:
+        return scale
+    rows, groups = scale.shape
+    level = _levels(codes.view(rows, groups, -1), zero_point, grid)
+    flat = level.view(rows, -1)
+    # A[g, h] = level_g H_gh level_h, b[g] = level_g (H w)_g: both by products with parts of H.
+    matrix = torch.empty(rows, groups, groups, device=weight.device)
+    size = flat.shape[1] // groups
+    for g in range(groups):
+        product = level[:, g] @ hessian[g * size : (g + 1) * size]
+        matrix[:, g] = (product * flat).view(rows, groups, size).sum(-1)
+    target = ((weight @ hessian) * flat).view(rows, groups, size).sum(-1)
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    # A little of the old scale keeps a row solvable whose group has no code but zero.
+    ridge = 1e-4 * diagonal.mean(-1, keepdim=True).clamp(min=1e-12).expand_as(diagonal)
+    solved = torch.linalg.solve(matrix + torch.diag_embed(ridge), target + ridge * scale)
+    found = snap_scale(torch.where(torch.isfinite(solved), solved, scale))
+    better = _row_error(weight, hessian, found, level) < _row_error(weight, hessian, scale, level)
+    return torch.where(better.unsqueeze(-1), found, scale)
+
+
+def output_error(
+    weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid
+) -> Tensor:
+    """Returns E|x (W - Ŵ)^T|^2, a scalar: what the codes [O, I] cost the layer's output."""
+    level = _levels(codes.view(*scale.shape, -1), zero_point, grid)
+    return _row_error(weight, hessian, scale, level).sum()
+
+
+def _row_error(weight: Tensor, hessian: Tensor, scale: Tensor, level: Tensor) -> Tensor:
+    error = weight - (level * scale.unsqueeze(-1)).view(weight.shape)
+    return ((error @ hessian) * error).sum(-1)
+
+
+def _levels(codes: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Returns code - zero point + offset, float32; `zero_point` lacks the last dimension of `codes`."""
+    level = codes.float() + grid.offset
+    return level if zero_point is None else level - zero_point.unsqueeze(-1)
+
+
+@torch.no_grad()
+def placed_weight(
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: Grid,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Returns the master weight [O, I] nearest to `weight` that rounds to `codes`.
+
+    A weight that lies beyond the last code of the grid, and has that code, stays where it is. In another `dtype` than
+    float32, whose own rounding could cross the edge between two codes, the weight is put on the level of its code.
+    """
+    if dtype != torch.float32:
+        return dequantize(codes, scale, zero_point, dtype, grid.offset)
+    shape = scale.numel(), -1
+    level = _levels(codes.reshape(shape), None if zero_point is None else zero_point.reshape(-1), grid)
+    code, v = codes.reshape(shape), weight.reshape(shape) / scale.reshape(-1, 1)
+    low = torch.where(code == grid.qmin, -torch.inf, level - CELL)
+    high = torch.where(code == grid.qmax, torch.inf, level + CELL)
+    moved = v.clamp(low, high)
+    return torch.where(moved == v, weight.reshape(shape), moved * scale.reshape(-1, 1)).view(weight.shape)
+
+
+@dataclass(frozen=True)
+class LayerRounding:
+    """What GPTQ did to one layer.
+
+    Attributes:
+        before: error of the layer's output, as a share of the output, with the codes that were there.
+        after: and with GPTQ's.
+    """
+
+    before: float
+    after: float
+
+
+def gptq_block(block: Block, inputs: Tensor, stage: GPTQStage) -> dict[str, LayerRounding]:
+    """Finds codes and scales of every linear layer of `block` in place, in the order they run; returns what it gained.
+
+    A layer sees the inputs that it gets from the layers before it with their new codes.
+
+    Args:
+        block: with its quantizers on.
+        inputs: hidden states [N, L, D] of the quantized chain.
+        stage: damping and rounds.
+    """
+    found: dict[str, LayerRounding] = {}
+    for layers in layers_by_input(block, inputs[: stage.batch_size]):
+        hessian = damped(_second_moments(block, next(iter(layers.values())), inputs, stage.batch_size), stage.damping)
+        for name, layer in layers.items():
+            found[f"{block.name}.{name}"] = gptq_layer(layer, hessian, stage.rounds)
+    return found
+
+
+@torch.no_grad()
+def gptq_layer(layer: QuantLinear, hessian: Tensor, rounds: int) -> LayerRounding:
+    """Finds the codes of `layer` by GPTQ and the scales that suit them, in turn, and puts both in place.
+
+    Args:
+        layer: its scales, as they are, are the start.
+        hessian: [I, I] float32, damped E[x^T x] of its inputs.
+        rounds: times that codes are found.
+    """
+    weight = layer.matrix().float()
+    scale, zero_point = layer.scale_and_zero_point()
+    size = ((weight @ hessian) * weight).sum()
+    before = output_error(weight, hessian, layer.codes(), scale, zero_point, layer.grid)
+    for _ in range(rounds):
+        codes = round_by_gptq(weight, hessian, scale, zero_point, layer.grid)
+        scale = refit_scales(weight, hessian, codes, scale, zero_point, layer.grid)
+    after = output_error(weight, hessian, codes, scale, zero_point, layer.grid)
+    layer.set_scale(scale, zero_point)
+    placed = placed_weight(weight, codes, *layer.scale_and_zero_point(), layer.grid, layer.weight.dtype)
+    layer.weight.copy_(layer.restored(placed))
+    return LayerRounding(float(before / size), float(after / size))
+
+
+def layers_by_input(block: Block, hidden: Tensor) -> list[dict[str, QuantLinear]]:
+    """Returns the linear layers of `block` in the order they run, those that read the same tensor together, by name."""
+    groups: dict[int, dict[str, QuantLinear]] = {}
+    kept: list[Tensor] = []  # so that no memory is used again during the forward
+
+    def hook(name: str, layer: QuantLinear) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            kept.append(inputs[0])
+            groups.setdefault(inputs[0].data_ptr(), {})[name] = layer
+
+        return note
+
+    with ExitStack() as stack:
+        for name, module in block.module.named_modules():
+            if isinstance(module, QuantLinear):
+                stack.callback(module.register_forward_pre_hook(hook(name, module)).remove)
+        block.run(hidden, torch.empty_like(hidden), hidden.shape[0])
+    return list(groups.values())
+
+
+@torch.no_grad()
+def _second_moments(block: Block, layer: QuantLinear, inputs: Tensor, batch_size: int) -> Tensor:
+    """Returns E[x^T x] [I, I] float32 of the inputs of `layer`, quantized where it quantizes them."""
+    total = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+    count = 0
+
+    def record(x: Tensor) -> None:
+        nonlocal count
+        x = x if layer.input_quantizer is None else layer.input_quantizer(x)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        total.addmm_(rows.t(), rows)
+        count += len(rows)
+
+    block.run_until(layer, record, inputs, batch_size)
+    return total / count

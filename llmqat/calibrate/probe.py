@@ -1,0 +1,39 @@
+"""How far a model is from full precision on a little text, before and after a stage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmqat.metrics import Predictor, predictor_of, token_statistics
+from llmqat.models import capture_hidden, cast_parameters, model_device
+
+
+class Probe:
+    """The full-precision model's final hidden states on a little text, to measure divergence from."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, dtype: torch.dtype) -> None:
+        """Runs `model`, full precision, over token blocks `ids` [N, L], computing in `dtype`."""
+        self.ids, self.dtype = ids, dtype
+        self.hidden, self.predictor = self._forward(model)
+
+    def divergence(self, model: PreTrainedModel) -> float:
+        """Returns KL(full precision || model) a token on the probe, nats."""
+        hidden, predictor = self._forward(model)
+        labels = self.ids[:, 1:].flatten().to(hidden.device)
+        found = token_statistics(hidden, predictor, labels, self.hidden, self.predictor)
+        assert found.kl_sum is not None
+        return found.kl_sum / found.tokens
+
+    @torch.no_grad()
+    def _forward(self, model: PreTrainedModel) -> tuple[Tensor, Predictor]:
+        training = model.training
+        model.eval()
+        try:
+            with cast_parameters(model, self.dtype), capture_hidden(model) as captured:
+                model(input_ids=self.ids.to(model_device(model)), use_cache=False)
+                found = predictor_of(model)
+                return captured.take()[:, :-1].flatten(0, 1), found.detached()
+        finally:
+            model.train(training)

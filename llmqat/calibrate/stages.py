@@ -1,0 +1,366 @@
+"""A calibration: stages in a row, from a full-precision model to a prepared one with its codes and scales in place.
+
+    rotate, smooth   change the full-precision model, not what it computes
+    (prepare)
+    ranges           scales from the weights and E[x^2]
+    gptq             codes that make each other's errors good, and scales refitted to them
+    blockwise        each block trained to give what it gave in full precision
+
+Each stage leaves in a folder what it did, ranges as a whole, gptq and blockwise block by block, each file written aside
+and renamed. When the same calibration is asked for again with that folder, what lies there is taken and the rest is
+done: an interrupted calibration goes on, and a finished one is simply read. Rotation and smoothing are quick and exact,
+and are done again. Every stage reports its time and the divergence from full precision before and after it.
+
+gptq and blockwise walk through the model with two chains of hidden states (blocks.py). The full-precision chain needs
+the original weights also when an earlier stage has moved them, so these are set aside in a file, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmqat.calibrate.activations import calibrate_activations, static_layers
+from llmqat.calibrate.blocks import Block, Walk, find_blocks, has_blocks, open_walk
+from llmqat.calibrate.blockwise import train_block
+from llmqat.calibrate.config import (
+    BlockStage,
+    BlockwiseStage,
+    GPTQStage,
+    RangesStage,
+    RotateStage,
+    SmoothStage,
+    Stage,
+    TextStage,
+)
+from llmqat.calibrate.gptq import gptq_block
+from llmqat.calibrate.masters import Originals, in_float32
+from llmqat.calibrate.moments import collect_moments
+from llmqat.calibrate.probe import Probe
+from llmqat.calibrate.ranges import calibrate_ranges
+from llmqat.calibrate.rotate import rotate
+from llmqat.calibrate.smooth import smooth
+from llmqat.grid import fusing
+from llmqat.layers import (
+    ActivationConfig,
+    ActivationQuantizer,
+    KVQuantizer,
+    QuantConfig,
+    QuantModule,
+    prepare,
+)
+from llmqat.models import cast_parameters, save_whole, write_whole
+
+log = logging.getLogger(__name__)
+
+PROBE_BLOCKS = 4
+"""Token blocks that the divergence before and after a stage is measured on."""
+REPORT_FILE = "report.json"
+STATE_FILE = "state.safetensors"
+ORIGINALS_FILE = "originals.safetensors"
+
+Bar = Callable[[str, str], Callable[[Iterable[Any]], Iterable[Any]]]
+"""(what, unit) -> a wrapper of an iterable that shows its progress."""
+
+
+def no_bar(what: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """Returns a wrapper that shows nothing."""
+    return iter
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage did.
+
+    Attributes:
+        stage: its name.
+        seconds: wall-clock time, all starts of an interrupted stage together.
+        kl_before: KL from full precision on the first token blocks before it, nats; None where no text was at hand.
+        kl_after: and after it.
+        parts: what the stage says of each block or layer, by name.
+    """
+
+    stage: str
+    seconds: float
+    kl_before: float | None
+    kl_after: float | None
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+# What stages may follow each other
+
+
+def needs_text(stages: Sequence[Stage], quant: QuantConfig) -> bool:
+    """Returns whether a calibration looks at text."""
+    looks = (
+        isinstance(stage, TextStage) and not (isinstance(stage, RangesStage) and stage.method != "weighted_mse")
+        for stage in stages
+    )
+    return any(looks) or _has_static_inputs(quant)
+
+
+def rotates(stages: Sequence[Stage]) -> bool:
+    """Returns whether a calibration rotates the model, which unties its output head."""
+    return any(isinstance(stage, RotateStage) for stage in stages)
+
+
+def check_stages(stages: Sequence[Stage], quant: QuantConfig) -> None:
+    """Raises ValueError where `stages` cannot follow each other, or do not fit the scheme."""
+    names = [stage.stage for stage in stages]
+    folds = [name for name in names if name in ("rotate", "smooth")]
+    if names[: len(folds)] != folds:
+        raise ValueError(
+            f"calibrate={names}: rotate and smooth change the full-precision model, so they come before all others"
+        )
+    if len(set(folds)) < len(folds):
+        raise ValueError(f"calibrate={names}: rotate and smooth are done once each")
+    if _has_static_inputs(quant) and "ranges" not in names:
+        raise ValueError(f"calibrate={names}: static input ranges are set by the stage ranges; add it")
+    walks = [index for index, stage in enumerate(stages) if isinstance(stage, (GPTQStage, BlockwiseStage))]
+    if _has_static_inputs(quant) and walks and walks[0] < names.index("ranges"):
+        raise ValueError(
+            f"calibrate={names}: {names[walks[0]]} needs static input ranges; put the stage ranges before it"
+        )
+    weights = [quant.weights, *(e.weights for e in quant.overrides.values() if e and not isinstance(e.weights, str))]
+    if "gptq" in names and any(scheme.scales == "dynamic" for scheme in weights):
+        raise ValueError("calibrate: gptq moves weights and keeps scales, which scales: dynamic do not; use learned")
+
+
+def _has_static_inputs(quant: QuantConfig) -> bool:
+    inputs = [quant.input_activations, *(entry.input_activations for entry in quant.overrides.values() if entry)]
+    return any(isinstance(entry, ActivationConfig) and not entry.dynamic for entry in inputs)
+
+
+# The calibration
+
+
+def calibrate(
+    model: PreTrainedModel,
+    quant: QuantConfig,
+    stages: Sequence[Stage],
+    ids: Tensor | None,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    bar: Bar = no_bar,
+) -> list[StageReport]:
+    """Prepares a full-precision `model` in place and takes it through `stages`; returns what each did.
+
+    Args:
+        model: float32 where training follows or it is rotated or smoothed; else bfloat16 will do, in less memory.
+        quant: the scheme.
+        stages: in order; none leaves the scales of plain rounding.
+        ids: token blocks [N, L]; None will do for stages that look at weights alone.
+        seed: of rotation and block-wise training.
+        folder: keeps what is finished, for another start; nothing is kept where not given.
+        dtype: what forwards compute in.
+        bar: progress bars.
+
+    Raises:
+        ValueError: stages that cannot follow each other, or do not fit the scheme or the model; no text where needed.
+    """
+    check_stages(stages, quant)
+    if ids is None and needs_text(stages, quant):
+        raise ValueError(f"calibrate={[stage.stage for stage in stages]} looks at text; give token blocks")
+    with ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmqat-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        run = _Calibration(model, quant, ids, seed, folder, dtype, bar)
+        reports = []
+        for number, stage in enumerate(stages, 1):
+            if not isinstance(stage, (RotateStage, SmoothStage)):
+                run.prepare()
+            reports.append(run.do(number, stage))
+        run.prepare()
+    return reports
+
+
+class _Calibration:
+    """A calibration under way: the model, the text, and the folder that keeps what is finished."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        quant: QuantConfig,
+        ids: Tensor | None,
+        seed: int,
+        folder: Path,
+        dtype: torch.dtype,
+        bar: Bar,
+    ) -> None:
+        self.model, self.quant, self.ids, self.seed = model, quant, ids, seed
+        self.folder, self.dtype, self.bar = folder, dtype, bar
+        self.probe = None if ids is None else Probe(model, ids[:PROBE_BLOCKS], dtype)
+
+    @property
+    def is_prepared(self) -> bool:
+        return any(isinstance(module, (QuantModule, KVQuantizer)) for module in self.model.modules())
+
+    def prepare(self) -> None:
+        """Prepares the model where that has not been done, and sets its weights aside."""
+        if self.is_prepared:
+            return
+        prepare(self.model, self.quant)
+        if has_blocks(self.model):
+            Originals.set_aside(self.model, self.folder / ORIGINALS_FILE, self.dtype)
+
+    def text(self, stage: TextStage) -> Tensor:
+        """Returns the token blocks that `stage` looks at."""
+        assert self.ids is not None
+        return self.ids[: stage.blocks]
+
+    def do(self, number: int, stage: Stage) -> StageReport:
+        """Does a stage, or the rest of it, or takes it from the folder; returns its report."""
+        place = self.folder / f"{number:02}-{stage.stage}"
+        place.mkdir(parents=True, exist_ok=True)
+        file = place / REPORT_FILE
+        report = StageReport(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        before = None if report is not None else self.divergence()
+        start = time.perf_counter()
+        earlier, parts = _DO[type(stage)](self, stage, place)
+        if report is not None:
+            return report
+        seconds = earlier + time.perf_counter() - start
+        report = StageReport(stage.stage, seconds, before, self.divergence(), parts)
+        write_whole(file, json.dumps(asdict(report)))
+        log.info("%s: %.0f s, KL %s", stage.stage, seconds, _change(report))
+        return report
+
+    def divergence(self) -> float | None:
+        """Returns the KL from full precision of the model as it is, or as plain rounding would make it."""
+        if self.probe is None or (self.is_prepared and _lacks_input_ranges(self.model)):
+            return None
+        if self.is_prepared:
+            return self.probe.divergence(self.model)
+        plain = copy.deepcopy(self.model)
+        prepare(plain, self.quant)
+        return None if _lacks_input_ranges(plain) else self.probe.divergence(plain)
+
+
+def _lacks_input_ranges(model: nn.Module) -> bool:
+    """Returns whether a static input range is not set yet, so that the model cannot run."""
+    quantizers = (layer.input_quantizer for layer in static_layers(model).values())
+    return any(quantizer is not None and bool(quantizer.scale.isnan().any()) for quantizer in quantizers)  # type: ignore[union-attr]
+
+
+def _change(report: StageReport) -> str:
+    return " -> ".join("not measured" if kl is None else f"{kl:.4f}" for kl in (report.kl_before, report.kl_after))
+
+
+# What each stage does: (seconds of earlier starts, facts by block or layer)
+
+_Done = tuple[float, dict[str, Any]]
+
+
+def _rotate(run: _Calibration, stage: RotateStage, place: Path) -> _Done:
+    rotate(run.model, run.seed)
+    return 0.0, {}
+
+
+def _smooth(run: _Calibration, stage: SmoothStage, place: Path) -> _Done:
+    smooth(run.model, run.text(stage), stage.alpha, stage.batch_size, run.bar("smooth", "batch"))
+    return 0.0, {}
+
+
+def _ranges(run: _Calibration, stage: RangesStage, place: Path) -> _Done:
+    file = place / STATE_FILE
+    if file.is_file():
+        run.model.load_state_dict(load_file(file), strict=False)
+        return 0.0, {}
+    with cast_parameters(run.model, run.dtype):
+        moments = None
+        if stage.method == "weighted_mse":
+            moments = collect_moments(run.model, run.text(stage), stage.batch_size, run.bar("moments", "batch"))
+        calibrate_ranges(run.model, stage.method, moments, run.bar("ranges", "layer"), stage.percentile)
+        if static_layers(run.model):
+            calibrate_activations(run.model, run.text(stage), stage.batch_size, run.bar("inputs", "batch"))
+    save_whole(file, quantizer_state(run.model))
+    return 0.0, {}
+
+
+def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
+    """Walks through the model; each block is done by `_IN_BLOCK` or read from `place`."""
+    originals = Originals(run.folder / ORIGINALS_FILE)
+    inner = find_blocks(run.model)
+    files = [place / f"block-{index:04}.safetensors" for index in range(len(inner))]
+    if all(file.is_file() for file in files):
+        return 0.0, {name: _read_block(module, file) for (name, module), file in zip(inner.items(), files, strict=True)}
+    walk = open_walk(run.model, run.text(stage), stage.batch_size, stage.hidden_memory * 1e9, run.dtype)
+    facts: dict[str, Any] = {}
+    earlier = 0.0
+    for block in run.bar(stage.stage, "block")(walk.blocks):
+        file = files[block.index]
+        if not isinstance(stage, GPTQStage):  # which asks for nothing but its own inputs
+            with originals.in_place(block):
+                block.run_full(walk.full, walk.full, stage.batch_size)
+        if file.is_file():
+            found = _read_block(block.module, file)
+            earlier += found["seconds"]
+        else:
+            start = time.perf_counter()
+            with in_float32(block), fusing():
+                found = _IN_BLOCK[type(stage)](block, walk, stage, run.seed)
+            found["seconds"] = time.perf_counter() - start
+            _write_block(block, file, found)
+        facts[block.name] = found
+        block.run(walk.quantized, walk.quantized, stage.batch_size)
+    return earlier, facts
+
+
+def _gptq_in_block(block: Block, walk: Walk, stage: GPTQStage, seed: int) -> dict[str, Any]:
+    return {name: asdict(found) for name, found in gptq_block(block, walk.quantized, stage).items()}
+
+
+def _train_in_block(block: Block, walk: Walk, stage: BlockwiseStage, seed: int) -> dict[str, Any]:
+    return asdict(train_block(block, walk.quantized, walk.full, stage, seed))
+
+
+_DO: dict[type[Any], Callable[[_Calibration, Any, Path], _Done]] = {
+    RotateStage: _rotate,
+    SmoothStage: _smooth,
+    RangesStage: _ranges,
+    GPTQStage: _block_by_block,
+    BlockwiseStage: _block_by_block,
+}
+_IN_BLOCK: dict[type[Any], Callable[[Block, Walk, Any, int], dict[str, Any]]] = {
+    GPTQStage: _gptq_in_block,
+    BlockwiseStage: _train_in_block,
+}
+
+
+def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns all that the quantizers of `model` hold beside weights, by name in the state dict."""
+    owners = [name for name, module in model.named_modules() if isinstance(module, (QuantModule, ActivationQuantizer))]
+    return {
+        f"{owner}.{name}": tensor.detach()
+        for owner in owners
+        for name, tensor in model.get_submodule(owner).state_dict().items()
+        if name not in ("weight", "bias")
+    }
+
+
+def _write_block(block: Block, path: Path, facts: Mapping[str, Any]) -> None:
+    save_whole(path, block.module.state_dict(), {"facts": json.dumps(facts)})
+
+
+def _read_block(module: nn.Module, path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        module.load_state_dict({name: file.get_tensor(name) for name in list(file.keys())})
+        facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+    return facts

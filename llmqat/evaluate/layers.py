@@ -1,0 +1,116 @@
+"""The report on layers, for people: a table by kind of layer, and a picture of every layer of every block."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from llmqat.calibrate import LayerReport
+from llmqat.models import write_whole
+
+_NUMBER = re.compile(r"\.(\d+)\.")
+JSON_FILE = "layers.json"
+PICTURE_FILE = "layers.png"
+
+
+def kind_of(name: str) -> str:
+    """Returns a layer's name after the number of its block: 'mlp.down_proj'."""
+    return _NUMBER.split(name)[-1]
+
+
+def render_layers(reports: Sequence[LayerReport]) -> Table:
+    """Returns a table with a line a kind of layer: means over blocks, and the block that is worst."""
+    table = Table(title="layers, means over blocks")
+    for column in ("layer", "scheme", "SQNR dB", "output error", "worst", "codes moved", "clip ratio"):
+        table.add_column(column, justify="left" if column in ("layer", "scheme") else "right")
+    for kind, group in _by_kind(reports).items():
+        errors = {report.name: report.output_error for report in group if report.output_error is not None}
+        worst = max(errors, key=lambda name: errors[name] or 0.0, default=None)
+        table.add_row(
+            kind,
+            ", ".join(sorted({report.scheme for report in group})),
+            f"{statistics.fmean(report.sqnr for report in group):.1f}",
+            f"{statistics.fmean(errors.values()):.2%}" if errors else "",
+            "" if worst is None else f"{errors[worst]:.2%} in {_block(worst)}",
+            f"{statistics.fmean(report.moved for report in group):.1%}",
+            f"{statistics.fmean(report.clip_ratio for report in group):.2f}",
+        )
+    return table
+
+
+def write_layers(stages: Mapping[str, Sequence[LayerReport]], folder: Path, *, picture: bool) -> list[Path]:
+    """Writes layers.json, and layers.png if asked for, into `folder`; returns the files.
+
+    Args:
+        stages: reports by when they were taken, such as 'calibrated' and 'trained'.
+        folder: made where it is not there.
+        picture: also draw one.
+
+    Raises:
+        ImportError: when a picture is asked for and matplotlib is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    everything: dict[str, Any] = {name: [report.to_dict() for report in reports] for name, reports in stages.items()}
+    write_whole(folder / JSON_FILE, json.dumps(everything, indent=2) + "\n")
+    files = [folder / JSON_FILE]
+    if picture:
+        files.append(draw_layers(stages, folder / PICTURE_FILE))
+    return files
+
+
+def draw_layers(stages: Mapping[str, Sequence[LayerReport]], path: Path) -> Path:
+    """Draws, for each stage, output error (or else SQNR) by block and kind of layer; returns `path`.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a picture needs matplotlib; run `pip install matplotlib`") from error
+    figure = Figure(figsize=(11, 3.2 * len(stages)), layout="constrained")
+    FigureCanvasAgg(figure)
+    looked = any(report.output_error is not None for reports in stages.values() for report in reports)
+    label = "output error, %" if looked else "SQNR, dB"
+
+    def value(report: LayerReport) -> float:
+        if not looked:
+            return report.sqnr
+        return float("nan") if report.output_error is None else 100 * report.output_error
+
+    grids = {
+        name: {kind: {_block(r.name): value(r) for r in group} for kind, group in _by_kind(reports).items()}
+        for name, reports in stages.items()
+    }
+    shown = [cell for rows in grids.values() for row in rows.values() for cell in row.values() if cell == cell]
+    for position, (name, rows) in enumerate(grids.items(), 1):
+        axes = figure.add_subplot(len(grids), 1, position)
+        columns = sorted({block for row in rows.values() for block in row})
+        cells = [[row.get(column, float("nan")) for column in columns] for row in rows.values()]
+        image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=min(shown), vmax=max(shown))
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_xticks(range(len(columns)), [str(column) for column in columns])
+        axes.set_xlabel("block")
+        axes.set_title(name)
+        figure.colorbar(image, ax=axes, label=label)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _by_kind(reports: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
+    groups: dict[str, list[LayerReport]] = {}
+    for report in reports:
+        groups.setdefault(kind_of(report.name), []).append(report)
+    return groups
+
+
+def _block(name: str) -> int:
+    found = _NUMBER.search(name)
+    return int(found[1]) if found else 0

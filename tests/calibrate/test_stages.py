@@ -1,0 +1,156 @@
+"""Stages in a row: what may follow what, what is kept, and that an interrupted calibration ends as a whole one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from llmqat import QuantConfig
+from llmqat.calibrate import Stage, calibrate, check_stages, needs_text
+from llmqat.calibrate import stages as stages_module
+from llmqat.layers import QuantModule
+from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama
+
+INT3 = QuantConfig.preset("int3", group_size=32)
+BLOCKWISE = {"stage": "blockwise", "iterations": 8, "blocks": 6, "batch_size": 2, "learning_rate": 1e-3}
+ALL = ["rotate", {"stage": "smooth", "blocks": 2}, {"stage": "ranges", "blocks": 4}, "gptq", BLOCKWISE]
+
+
+def stages(*entries: Any) -> list[Stage]:
+    return TypeAdapter(list[Stage]).validate_python(list(entries))
+
+
+def text(blocks: int = 6) -> Tensor:
+    return torch.randint(2, 258, (blocks, 16), generator=torch.Generator().manual_seed(0))
+
+
+def state(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_each_stage_brings_the_model_nearer_to_full_precision_and_says_so() -> None:
+    model = tiny_llama()
+    reports = calibrate(model, INT3, stages({"stage": "ranges", "blocks": 4}, "gptq", BLOCKWISE), text())
+    assert [report.stage for report in reports] == ["ranges", "gptq", "blockwise"]
+    divergences = [reports[0].kl_before, *(report.kl_after for report in reports)]
+    assert divergences == sorted(divergences, reverse=True)
+    assert [report.kl_before for report in reports[1:]] == [report.kl_after for report in reports[:-1]]
+    assert all(report.seconds > 0 for report in reports)
+    assert list(reports[1].parts) == list(reports[2].parts) == ["model.layers.0", "model.layers.1"]
+    assert reports[1].parts["model.layers.0"]["model.layers.0.mlp.up_proj"]["after"] > 0
+    assert reports[2].parts["model.layers.1"]["after"] > 0
+
+
+@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"falcon", "bloom"}))
+def test_gptq_and_blockwise_take_every_architecture(model_type: str) -> None:
+    model = tiny_architecture(model_type)
+    gentle = {**BLOCKWISE, "learning_rate": 1e-4}
+    reports = calibrate(model, INT3, stages("ranges", "gptq", gentle), text())
+    assert reports[2].kl_after < reports[0].kl_after
+    assert sum(len(part) - 1 for part in reports[1].parts.values()) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interrupted_in", ["gptq", "blockwise"])
+def test_an_interrupted_calibration_goes_on_to_the_very_same_model(
+    interrupted_in: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = stages(*(ALL if dtype == torch.float32 else ALL[2:]))
+    whole = tiny_llama().to(dtype)
+    reports = calibrate(whole, INT3, wanted, text(), folder=tmp_path / "whole")
+
+    kind = next(type(stage) for stage in wanted if stage.stage == interrupted_in)
+    done: list[int] = []
+    own = stages_module._IN_BLOCK[kind]
+
+    def once(block: Any, *arguments: Any) -> Any:
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(block.index)
+        return own(block, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(stages_module._IN_BLOCK, kind, once)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(tiny_llama().to(dtype), INT3, wanted, text(), folder=tmp_path / "kept")
+    assert done == [0]
+    for again in range(2):  # to the end, and once more from what is finished
+        model = tiny_llama().to(dtype)
+        with monkeypatch.context() as patch:
+            done.clear()
+            patch.setitem(stages_module._IN_BLOCK, kind, lambda b, *a: (done.append(b.index), own(b, *a))[1])
+            found = calibrate(model, INT3, wanted, text(), folder=tmp_path / "kept")
+        assert done == ([1] if again == 0 else [])
+        expected = state(whole)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state(model).items())
+        assert [(r.stage, r.kl_after) for r in found] == [(r.stage, r.kl_after) for r in reports]
+        assert all(report.seconds > 0 for report in found)
+    assert not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob(".*"))
+
+
+def test_a_bfloat16_model_ends_with_the_codes_of_its_training() -> None:
+    """Each finished block lies on its levels, so that no master is kept in float32."""
+    model = tiny_llama().to(torch.bfloat16)
+    calibrate(model, INT3, stages("ranges", "gptq", BLOCKWISE), text())
+    layers = [module for module in model.modules() if isinstance(module, QuantModule)]
+    assert layers
+    for layer in layers:
+        assert layer.weight.dtype == torch.bfloat16
+        assert torch.equal(layer.weight, layer.quantized_weight(torch.bfloat16))
+
+
+def test_no_stage_is_plain_rounding() -> None:
+    model = tiny_llama()
+    assert calibrate(model, INT3, [], None) == []
+    assert any(isinstance(module, QuantModule) for module in model.modules())
+
+
+def test_static_inputs_are_set_by_ranges_and_seen_by_what_follows() -> None:
+    quant = QuantConfig.preset("w8a8", input_activations={"dynamic": False})
+    reports = calibrate(tiny_llama(), quant, stages("ranges", "gptq"), text())
+    assert reports[0].kl_before is None  # the model could not run yet
+    assert reports[1].kl_before is not None
+
+
+@pytest.mark.parametrize(
+    ("entries", "quant", "message"),
+    [
+        (["ranges", "rotate"], INT3, "rotate and smooth change the full-precision model, so they come before"),
+        (["smooth", "smooth"], INT3, "once each"),
+        ([], {"preset": "w8a8", "input_activations": {"dynamic": False}}, "are set by the stage ranges; add it"),
+        (["gptq", "ranges"], {"preset": "w8a8", "input_activations": {"dynamic": False}}, "put the stage ranges"),
+        (["gptq"], {"preset": "int4", "scales": "dynamic"}, "scales: dynamic"),
+    ],
+)
+def test_stages_that_do_not_go_together_are_refused(entries: list[Any], quant: Any, message: str) -> None:
+    config = QuantConfig.preset(quant.pop("preset"), **quant) if isinstance(quant, dict) else quant
+    with pytest.raises(ValueError, match=message):
+        check_stages(stages(*entries), config)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("gtpq", "stage 'gtpq' is unknown; .* rotate, smooth, ranges, gptq, blockwise"),
+        ({"iterations": 3}, "an entry without the key 'stage'"),
+        ({"stage": "gptq", "iterations": 3}, "iterations"),
+        ({"stage": "blockwise", "trains": "all"}, "'weights' or 'rounding'"),
+    ],
+)
+def test_a_stage_that_is_none_is_refused(entry: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stages(entry)
+
+
+def test_text_is_asked_for_where_it_is_looked_at() -> None:
+    assert not needs_text(stages({"stage": "ranges", "method": "mse"}, "rotate"), INT3)
+    for entry in ("ranges", "smooth", "gptq", "blockwise"):
+        assert needs_text(stages(entry), INT3)
+    assert needs_text([], QuantConfig.preset("w8a8", input_activations={"dynamic": False}))
+    with pytest.raises(ValueError, match=r"calibrate=\['gptq'\] looks at text; give token blocks"):
+        calibrate(tiny_llama(), INT3, stages("gptq"), None)
