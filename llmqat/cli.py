@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmqat.evaluate.compare import Comparison
     from llmqat.layers import AuditEntry, CoverageAudit
     from llmqat.recipe import EvaluationSettings, RunResult
+    from llmqat.recipe.allocation import BitPlan
 
 USER_MISTAKES = (ValueError, OSError, ImportError)
 """What a room raises when the input, the files or the installed packages are not what they must be."""
@@ -235,6 +236,9 @@ def quantize(
             "transformer block trained, which is the best and the slowest."
         ),
     ] = "blockwise",
+    target_bits: Annotated[
+        float | None, typer.Option(min=2, max=8, help="Bits a weight on average: 2, 3, 4 or 8 chosen for each layer.")
+    ] = None,
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Rotate the residual stream first; unties the head.")
     ] = False,
@@ -262,6 +266,8 @@ def quantize(
 
         llmqat quantize ./model --scheme int8 --method rtn --out model-int8
 
+        llmqat quantize ./model --scheme int4 --target-bits 3.5 --text notes.txt --out model-3.5-bits
+
         llmqat quantize ./model --scheme w8a8 --smooth 0.5 --text notes.txt --out model-w8a8
     """
     from llmqat.evaluate.layers import render_layers, write_layers
@@ -273,6 +279,7 @@ def quantize(
         scheme=scheme,
         group_size=group_size,
         method=method,
+        target_bits=target_bits,
         rotate=rotate,
         smooth=smooth,
         text=text,
@@ -289,6 +296,41 @@ def quantize(
         change = " -> ".join("not measured" if kl is None else f"{kl:.4f}" for kl in (stage.kl_before, stage.kl_after))
         console.print(f"{stage.stage}: {stage.seconds:.0f} s, KL on the calibration text {change}", highlight=False)
     _print_checkpoint(done.report)
+
+
+@app.command()
+def sensitivity(
+    model: ModelArgument,
+    target_bits: Annotated[float, typer.Option(min=2, max=8, help="Bits a weight on average.")] = 3.5,
+    choices: Annotated[list[int] | None, typer.Option(help="Bits to choose among; may be given again.")] = None,
+    scheme: SchemeOption = "int4",
+    group_size: GroupSizeOption = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file or folder; else the model writes it.")] = None,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of text to look at.")] = 16,
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 512,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """Predicts what fewer bits would cost each layer, and finds the best bits for each under an average.
+
+    The same choice is made by `quantize --target-bits`, and in a recipe by `allocate: {target_bits: 3.5}`.
+
+    **Examples**
+
+        llmqat sensitivity HuggingFaceTB/SmolLM2-135M --target-bits 3.5 --json plan.json
+
+        llmqat sensitivity ./model --scheme int4 --group-size 32 --choices 3 --choices 4 --choices 8 --text notes.txt
+    """
+    from llmqat.calibrate import AllocationConfig
+    from llmqat.recipe import sensitivity_of
+
+    wanted = AllocationConfig(target_bits=target_bits, blocks=blocks, **({"choices": choices} if choices else {}))
+    found = sensitivity_of(
+        model, wanted, scheme=scheme, group_size=group_size, text=text, block_size=block_size, seed=seed
+    )
+    _print_plan(found)
+    if json_file is not None:
+        found.write(json_file)
 
 
 @app.command()
@@ -437,6 +479,22 @@ def _print_checkpoint(report: Any) -> None:
     stock = f"plain transformers loads it: AutoModelForCausalLM.from_pretrained({str(report.folder)!r})"
     for note in report.notes or (stock,):
         console.print(f"- {note}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_plan(plan: BitPlan) -> None:
+    bits = sorted(plan.layers[0].cost)
+    table = Table(title="predicted KL, nats a token, of quantizing one layer alone")
+    for column in ("layer", "weights", *(f"{count} bits" for count in bits), "chosen"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in sorted(plan.layers, key=lambda layer: -layer.cost[bits[0]] / layer.weights):
+        costs = (f"{layer.cost[count]:.2e}" for count in bits)
+        table.add_row(layer.name, f"{layer.weights:,}", *costs, str(plan.allocation.bits[layer.name]))
+    console.print(table)
+    chosen = plan.allocation
+    console.print(
+        f"{chosen.average_bits:.3f} bits a weight (target {chosen.target_bits}), predicted KL {chosen.predicted_kl:.4f}",
+        highlight=False,
+    )
 
 
 def _print_comparison(comparison: Comparison, json_file: Path | None = None) -> None:

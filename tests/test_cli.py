@@ -9,10 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from llmqat import cli
+from llmqat import QuantConfig, cli
+from llmqat.recipe import coverage_of
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-COMMANDS = ["train", "plan", "eval", "compare", "quantize", "synthesize", "audit", "export", "chat"]
+COMMANDS = ["train", "plan", "eval", "compare", "quantize", "sensitivity", "synthesize", "audit", "export", "chat"]
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
 
 
@@ -230,6 +231,32 @@ def test_quantize_searches_on_given_text_and_says_what_is_next(tiny: Path, tmp_p
     assert "blockwise: " in done.output
     assert not list(tmp_path.glob(".*"))
     assert run["text"]["source"] == f"text {tmp_path / 'text.txt'}"
+
+
+def test_sensitivity_plans_bits_and_quantize_takes_them(tiny: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("some words that are repeated many times over. " * 40)
+    words = ["--text", str(tmp_path / "text.txt"), "--block-size", "64", "--group-size", "32", "--target-bits", "3.5"]
+    done = call("sensitivity", str(tiny), *words, "--blocks", "4", "--json", str(tmp_path / "plan.json"))
+    assert done.exit_code == 0, done.output
+    assert "3.500 bits a weight (target 3.5)" in done.output
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert len(plan["bits"]) == len(plan["sensitivity"]) == 14
+    out = tmp_path / "out"
+    done = call("quantize", str(tiny), *words, "--synthetic", "256", "--method", "search", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    run = json.loads((out / "llmqat.json").read_text())["run"]
+    assert run["allocation"]["bits"] == plan["bits"]
+    entries = {e.name: e.treatment for e in coverage_of(str(out), QuantConfig()).entries}
+    assert {name: entries[f"{name}.weight"] for name in plan["bits"]} == {
+        name: f"int{bits} g32" for name, bits in plan["bits"].items()
+    }
+
+
+def test_quantize_writes_a_report_on_layers(tiny: Path, tmp_path: Path):
+    done = call("quantize", str(tiny), "--method", "rtn", "--out", str(tmp_path / "a"), "--report", str(tmp_path / "r"))
+    assert done.exit_code == 0, done.output
+    assert "mlp.down_proj" in done.output
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["layers.json", "layers.png"]
 
 
 def test_eval_scores_every_model_on_the_same_windows(tiny: Path, packed: Path, tmp_path: Path):

@@ -6,12 +6,14 @@ moments.py            E[x^2] of layer inputs            ranges.py       scales o
 activations.py        static ranges of layer inputs     forward.py      the passes over text that these take
 blocks.py             the walk from block to block      gptq.py         codes that make each other's errors good
 blockwise.py          training of one block at a time   report.py      what quantization did to each layer
+sensitivity.py        what fewer bits would cost each layer, and the best assignment of bits
 """
 
 from llmqat.calibrate.activations import calibrate_activations, static_layers
 from llmqat.calibrate.blocks import open_walk
 from llmqat.calibrate.blockwise import train_block
 from llmqat.calibrate.config import (
+    AllocationConfig,
     BlockwiseStage,
     GPTQStage,
     RangesStage,
@@ -25,20 +27,25 @@ from llmqat.calibrate.moments import collect_moments
 from llmqat.calibrate.ranges import calibrate_ranges
 from llmqat.calibrate.report import LayerReport, report_layers
 from llmqat.calibrate.rotate import rotate, untie
+from llmqat.calibrate.sensitivity import Allocation, LayerSensitivity, allocate_bits, measure_sensitivity
 from llmqat.calibrate.smooth import smooth
 from llmqat.calibrate.stages import ORIGINALS_FILE, StageReport, calibrate, check_stages, needs_text, rotates
 
 __all__ = [
     "ORIGINALS_FILE",
+    "Allocation",
+    "AllocationConfig",
     "BlockwiseStage",
     "GPTQStage",
     "LayerReport",
+    "LayerSensitivity",
     "Originals",
     "RangesStage",
     "RotateStage",
     "SmoothStage",
     "Stage",
     "StageReport",
+    "allocate_bits",
     "calibrate",
     "calibrate_activations",
     "calibrate_ranges",
@@ -46,6 +53,7 @@ __all__ = [
     "collect_moments",
     "gptq_block",
     "gptq_layer",
+    "measure_sensitivity",
     "needs_text",
     "open_walk",
     "report_layers",

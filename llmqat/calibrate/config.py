@@ -80,6 +80,17 @@ class BlockwiseStage(TextStage):
     """Gigabytes of hidden states kept in memory; above that they lie in temporary files."""
 
 
+class AllocationConfig(Config):
+    """Bits chosen layer by layer under an average, by what they would cost the model's predictions."""
+
+    target_bits: float = Field(ge=2, le=8)
+    """Bits a weight on average over the layers of the default scheme; scales are not counted."""
+    choices: tuple[Annotated[int, Field(ge=2, le=8)], ...] = Field((2, 3, 4, 8), min_length=1)
+    """Bits to choose among."""
+    blocks: int = Field(16, ge=1)
+    """Token blocks of the text that gradients are taken on, from its start."""
+
+
 BlockStage = GPTQStage | BlockwiseStage
 """A stage that walks through the model block by block."""
 

@@ -3,6 +3,7 @@
 config.py      the recipe: types, YAML, overrides       pipeline.py    from the model to the compared checkpoint
 folder.py      what a run leaves on disk                evaluation.py  texts cut into windows, models compared on them
 plan.py        what a recipe would do                   quantize.py    calibration only, no training
+allocation.py  bits chosen layer by layer               bars.py        progress bars
 text.py        text that a model writes                 chat.py        a conversation with a model
 """
 
@@ -12,7 +13,7 @@ from llmqat.recipe.evaluation import compare_models
 from llmqat.recipe.folder import open_run_folder
 from llmqat.recipe.pipeline import RunResult, run
 from llmqat.recipe.plan import Plan, coverage_of, plan_run
-from llmqat.recipe.quantize import quantize_model
+from llmqat.recipe.quantize import quantize_model, sensitivity_of
 from llmqat.recipe.text import synthesize_to
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "quantize_model",
     "run",
     "scheme_of",
+    "sensitivity_of",
     "synthesize_to",
     "training_arguments",
 ]

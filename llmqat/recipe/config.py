@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from llmqat.calibrate import Stage, check_stages
+from llmqat.calibrate import AllocationConfig, Stage, check_stages
 from llmqat.config import Config, unknown_key_message
 from llmqat.data.config import DataConfig
 from llmqat.layers import QuantConfig
@@ -113,6 +113,8 @@ class Recipe(Config):
     """Scheme: `preset` and what differs from it, or the fields of a QuantConfig."""
     data: DataConfig = Field(default_factory=DataConfig)
     """Text to calibrate and train on; by default the model writes it."""
+    allocate: AllocationConfig | None = None
+    """Bits chosen layer by layer under an average; every layer has those of `quant` where not given."""
     calibrate: tuple[Stage, ...] = Field(default=DEFAULT_STAGES, validate_default=True)
     """Stages before training, in order: names, or mappings with the key `stage`. None at all is plain rounding."""
     train: dict[str, Any] = Field(default_factory=dict)

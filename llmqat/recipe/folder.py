@@ -5,6 +5,7 @@
     calibration/         what the stages of the calibration have done, removed when the run has finished
     checkpoints/         the trainer's own, removed when the run has finished
     model/               the packed checkpoint
+    plan.json            bits by layer, where the recipe has them chosen
     layers.json, .png    what quantization did to each layer; the picture where matplotlib is installed
     results.json         the figures; written last, so a run is finished when it is there
 
@@ -24,6 +25,7 @@ from llmqat.data import TokenBlocks, read_blocks, save_blocks
 from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
 from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
 from llmqat.models import write_whole
+from llmqat.recipe.allocation import PLAN_FILE
 from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, load_recipe
 
 BLOCKS_FILE = "blocks.safetensors"
@@ -57,7 +59,7 @@ def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
             return True
         for name in (CALIBRATION_FOLDER, TRAINER_FOLDER, CHECKPOINT_FOLDER):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (RESULTS_FILE, LAYERS_FILE, LAYERS_PICTURE, BLOCKS_FILE, RECIPE_FILE):
+        for name in (RESULTS_FILE, PLAN_FILE, LAYERS_FILE, LAYERS_PICTURE, BLOCKS_FILE, RECIPE_FILE):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.calibrate import (
@@ -37,7 +36,7 @@ from llmqat.calibrate import (
     report_layers,
     rotates,
 )
-from llmqat.data import Progress, TokenBlocks, load_blocks
+from llmqat.data import TokenBlocks, load_blocks
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.evaluate.layers import write_layers
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
@@ -46,6 +45,8 @@ from llmqat.layers import (
     convert,
 )
 from llmqat.models import load_model, write_whole
+from llmqat.recipe.allocation import PLAN_FILE, planned
+from llmqat.recipe.bars import progress, token_bar
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, training_arguments
 from llmqat.recipe.evaluation import evaluation_windows
 from llmqat.recipe.folder import (
@@ -134,6 +135,10 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         windows = evaluation_windows(recipe.evaluate, tokenizer)  # now: a text that does not do should not cost a run
     with stage("text", recipe.data.source), arguments.main_process_first(local=False):
         blocks = kept_blocks(recipe.output, partial(_read_text, recipe, tokenizer, teacher))
+    if recipe.allocate is not None:
+        with stage("allocate", f"{recipe.allocate.target_bits} bits"), arguments.main_process_first(local=False):
+            recipe = with_planned_bits(recipe, blocks.ids, arguments)
+            coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
     with stage("calibrate", ", ".join(step.stage for step in recipe.calibrate) or "plain rounding"):
         student, calibration = calibrated_model(recipe, blocks.ids, arguments)
         layers = {"calibrated": layers_of(recipe, student, blocks.ids, arguments)}
@@ -164,6 +169,18 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     result = RunResult(report.folder, comparison, report, training, stage.seconds)
     _write_results(recipe, result, facts)
     return result
+
+
+def with_planned_bits(recipe: Recipe, blocks: Tensor, arguments: QATArguments) -> Recipe:
+    """Returns `recipe` with the bits that its `allocate` leads to, made once and kept in the run folder."""
+    assert recipe.allocate is not None
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    file = recipe.output / PLAN_FILE
+    plan = planned(file, recipe.model, recipe.quant, recipe.allocate, blocks, seed=recipe.seed, dtype=dtype).allocation
+    counts = {bits: sum(1 for chosen in plan.bits.values() if chosen == bits) for bits in recipe.allocate.choices}
+    shown = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts.items())
+    log.info("%.3f bits a weight: %s; predicted KL %.4f (%s)", plan.average_bits, shown, plan.predicted_kl, file)
+    return recipe.model_copy(update={"quant": plan.applied_to(recipe.quant)})
 
 
 def calibrated_model(
@@ -278,20 +295,3 @@ def _write_results(recipe: Recipe, result: RunResult, facts: Mapping[str, Any]) 
     write_whole(recipe.output / RESULTS_FILE, json.dumps(everything, indent=2, ensure_ascii=False) + "\n")
     for folder in (TRAINER_FOLDER, CALIBRATION_FOLDER):  # several times the model's size
         shutil.rmtree(recipe.output / folder, ignore_errors=True)
-
-
-def progress(what: str, unit: str) -> Any:
-    """Returns a wrapper of an iterable that shows its progress, rate and time left in the main process."""
-    return partial(tqdm, desc=what, unit=unit, leave=False, disable=not log.isEnabledFor(logging.INFO))
-
-
-@contextmanager
-def token_bar(what: str) -> Iterator[Progress]:
-    """Yields a callback (tokens done, tokens in all) that draws a bar with rate and time left in the main process."""
-    with tqdm(desc=what, unit="token", unit_scale=True, leave=False, disable=not log.isEnabledFor(logging.INFO)) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance

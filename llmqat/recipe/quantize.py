@@ -19,6 +19,7 @@ import torch
 
 from llmqat.calibrate import (
     ORIGINALS_FILE,
+    AllocationConfig,
     BlockwiseStage,
     GPTQStage,
     LayerReport,
@@ -39,9 +40,11 @@ from llmqat.data import load_blocks as read_text
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.layers import QuantConfig
 from llmqat.models import load_model, write_whole
+from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
+from llmqat.recipe.bars import progress, token_bar
 from llmqat.recipe.config import scheme_of
 from llmqat.recipe.folder import kept_blocks
-from llmqat.recipe.pipeline import REPORT_BLOCKS, progress, token_bar
+from llmqat.recipe.pipeline import REPORT_BLOCKS
 from llmqat.recipe.plan import coverage_of
 from llmqat.train import processor_has_bf16
 
@@ -93,6 +96,7 @@ def quantize_model(
     scheme: str = "int4",
     group_size: int | None = None,
     method: str = "blockwise",
+    target_bits: float | None = None,
     rotate: bool = False,
     smooth: float | None = None,
     text: Path | None = None,
@@ -110,6 +114,7 @@ def quantize_model(
         group_size: weights that share one scale; the preset's own where not given.
         method: `rtn` (plain rounding), `search` (clip ratios weighted by the inputs' mean squares), `gptq`, or
             `blockwise` (each transformer block trained to give what it gave).
+        target_bits: bits a weight on average; 2, 3, 4 or 8 are then chosen for each layer.
         rotate: rotate the residual stream first.
         smooth: SmoothQuant's alpha, to smooth layer inputs first.
         text: a file or folder to calibrate on; where not given, the model writes the text.
@@ -129,7 +134,7 @@ def quantize_model(
     quant = scheme_of(scheme, group_size)
     coverage_of(spec, quant, rotates(stages))  # a scheme that does not do should not cost the text
     needed = needs_text(stages, quant)
-    if text is not None and not needed:
+    if text is not None and not needed and target_bits is None:
         raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use another --method")
     if needs_text((), quant):  # static input ranges, which plain rounding of weights needs as well
         stages = (
@@ -140,9 +145,15 @@ def quantize_model(
                 RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)),
             )
         )
+    allocate = None if target_bits is None else AllocationConfig(target_bits=target_bits)
+    data = text_source(text, tokens, block_size, seed) if needed or allocate else None
+    return _quantized(spec, folder, quant, stages, allocate, data, seed, overwrite)
+
+
+def text_source(text: Path | None, tokens: int, block_size: int, seed: int) -> DataConfig:
+    """Returns where calibration text comes from: a file or folder, or the model itself where none is given."""
     source: dict[str, Any] = {"source": "synthetic"} if text is None else {"source": "text", "path": text}
-    data = DataConfig(**source, tokens=tokens, block_size=block_size, seed=seed)
-    return _quantized(spec, folder, quant, stages, data if needed else None, seed, overwrite)
+    return DataConfig(**source, tokens=tokens, block_size=block_size, seed=seed)
 
 
 def _quantized(
@@ -150,12 +161,14 @@ def _quantized(
     folder: Path,
     quant: QuantConfig,
     stages: Sequence[Stage],
+    allocate: AllocationConfig | None,
     data: DataConfig | None,
     seed: int,
     overwrite: bool,
 ) -> Quantization:
     facts: dict[str, Any] = {"model": spec, "calibrate": [stage.model_dump(mode="json") for stage in stages]}
     settings = {**facts, "quant": quant.model_dump(mode="json"), "seed": seed}
+    settings["allocate"] = None if allocate is None else allocate.model_dump(mode="json")
     settings["data"] = None if data is None else data.model_dump(mode="json")
     work = _work_folder(folder, settings)
     # Rotation and smoothing are exact in float32 only; without them a block at a time is raised to it.
@@ -173,6 +186,11 @@ def _quantized(
         facts["text"] = {"source": blocks.source, "sha256": blocks.sha256, "tokens": blocks.tokens}
         ids = blocks.ids
     dtype = torch.bfloat16 if processor_has_bf16() else torch.float32
+    if allocate is not None:
+        assert ids is not None
+        plan = planned(work / PLAN_FILE, spec, quant, allocate, ids, seed=seed, dtype=dtype).allocation
+        facts["allocation"] = plan.to_dict()
+        quant = plan.applied_to(quant)
     reports = calibrate(model, quant, stages, ids, seed=seed, folder=work, dtype=dtype, bar=progress)
     facts["calibration"] = [asdict(report) for report in reports]
     originals, looked_at = work / ORIGINALS_FILE, None if ids is None else ids[:REPORT_BLOCKS]
@@ -180,6 +198,42 @@ def _quantized(
     report = save(model, folder, tokenizer, run=facts, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return Quantization(report, reports, layers)
+
+
+def sensitivity_of(
+    spec: str,
+    allocate: AllocationConfig,
+    *,
+    scheme: str = "int4",
+    group_size: int | None = None,
+    text: Path | None = None,
+    block_size: int = 512,
+    seed: int = 0,
+) -> BitPlan:
+    """Returns what fewer bits would cost each layer of `spec`, and the best assignment under the budget.
+
+    Args:
+        spec: what `load_model` takes.
+        allocate: budget, choices and how much text.
+        scheme: a preset of QuantConfig, which gives everything but the bits.
+        group_size: weights that share one scale; the preset's own where not given.
+        text: a file or folder to look at; where not given, the model writes the text.
+        block_size: tokens in a block of it.
+        seed: of what the model writes, and of the labels it draws.
+
+    Raises:
+        FileNotFoundError: the model or the text is not there.
+        ValueError: the model, text, scheme or budget does not do.
+    """
+    quant = scheme_of(scheme, group_size)
+    coverage_of(spec, quant)
+    dtype = torch.bfloat16 if processor_has_bf16() else torch.float32
+    model, tokenizer = load_model(spec, torch.bfloat16)
+    data = text_source(text, allocate.blocks * block_size, block_size, seed)
+    with token_bar("text") as advance:
+        blocks = read_text(data, tokenizer, model, advance)
+    del model
+    return plan_bits(spec, quant, allocate, blocks.ids, seed=seed, dtype=dtype)
 
 
 def _work_folder(folder: Path, settings: dict[str, Any]) -> Path:

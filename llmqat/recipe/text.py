@@ -10,7 +10,7 @@ from datasets import Dataset
 from llmqat.data import TokenBlocks
 from llmqat.data.synthesis import synthesize
 from llmqat.models import load_model
-from llmqat.recipe.pipeline import token_bar
+from llmqat.recipe.bars import token_bar
 
 PARQUET_FILE = "blocks.parquet"
 

@@ -131,6 +131,19 @@ def test_a_run_that_would_pack_nothing_is_refused_before_the_text(tiny_folder: P
     assert not list((tmp_path / "run").glob("blocks*"))
 
 
+def test_bits_are_chosen_by_layer_and_kept(tiny_folder: Path, tmp_path: Path):
+    changes = ("quant={preset: int4, group_size: 32}", "allocate={target_bits: 3.25, blocks: 4}")
+    result = run_small(RECIPES[0], tiny_folder, tmp_path / "run", *changes)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["average_bits"] <= 3.25
+    assert result.report.bits_per_weight == pytest.approx(plan["average_bits"] + 0.5)  # a bfloat16 scale for 32 weights
+    assert len(set(plan["bits"].values())) > 1
+    layers = json.loads((tmp_path / "run" / "layers.json").read_text())["trained"]
+    assert {layer["name"]: layer["scheme"] for layer in layers} == {
+        name: f"int{bits} g32" for name, bits in plan["bits"].items()
+    }
+
+
 class Interrupted(Exception):
     pass
 

@@ -1,0 +1,237 @@
+"""Which layers need their bits: what each scheme would cost each layer, and the best assignment under a budget.
+
+The divergence that a change of weights causes is, to second order, KL = 1/2 ΔW^T F ΔW, with F the Fisher information of
+the model's own predictions: the second moment of the gradient of log p(y) with y drawn from the model. Rounding errors
+of different weights are nearly independent, so the diagonal of F does: one backward pass for each of a few token
+blocks, squared and added up. Then every layer and every candidate scheme costs one rounding and one sum, no forward.
+
+The assignment is a knapsack with one choice a layer, solved exactly by dynamic programming over bits.
+
+Letters: N token blocks, L length, O out features, I in features, C candidate schemes.
+Source: Fisher information for quantization, SqueezeLLM (2306.07629) section 4.1; labels drawn from the model, Kunstner
+et al. (1905.12558) section 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmqat.calibrate.forward import Wrap
+from llmqat.grid import fake_quantize, search_scale
+from llmqat.layers import Override, QuantConfig, QuantModule, WeightConfig, prepare, quantizers_off
+from llmqat.metrics import Predictor, predictor_of
+from llmqat.models import capture_hidden, cast_parameters, model_device
+
+MAX_CELLS = 2_000_000
+"""Budget steps of the dynamic programme; sizes are rounded up to units so coarse that no more are needed."""
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What candidate schemes would cost a layer.
+
+    Attributes:
+        name: dotted name.
+        weights: number of weights.
+        cost: bits -> predicted KL from full precision a token, nats, of quantizing this layer alone.
+    """
+
+    name: str
+    weights: int
+    cost: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """An assignment of bits to layers.
+
+    Attributes:
+        target_bits: the budget, bits a weight on average; scales not counted.
+        average_bits: what the assignment takes.
+        predicted_kl: sum of the chosen costs, nats a token.
+        bits: layer name -> bits.
+    """
+
+    target_bits: float
+    average_bits: float
+    predicted_kl: float
+    bits: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready form."""
+        return asdict(self)
+
+    def applied_to(self, quant: QuantConfig) -> QuantConfig:
+        """Returns `quant` with an override of `num_bits` for every layer whose bits are not the scheme's own."""
+        changed = {
+            name: Override(weights=quant.weights.model_copy(update={"num_bits": bits}))
+            for name, bits in self.bits.items()
+            if bits != quant.weights.num_bits
+        }
+        return quant.model_copy(update={"overrides": {**quant.overrides, **changed}})
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    quant: QuantConfig,
+    choices: Sequence[int],
+    ids: Tensor,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    wrap: Wrap = iter,
+) -> list[LayerSensitivity]:
+    """Prepares `model` in place and returns what `choices` of bits would cost each layer under the default scheme.
+
+    Layers under an override keep what it says, and are left out.
+
+    Args:
+        model: a full-precision causal language model; its weights are not changed.
+        quant: says which layers, and the scheme but for its bits.
+        choices: bits to choose among.
+        ids: token blocks [N, L].
+        seed: of the labels that the model draws.
+        dtype: what forwards compute in.
+        wrap: put around the iteration over token blocks, for a progress bar.
+
+    Raises:
+        ValueError: when there is no token block, or no layer to choose for.
+    """
+    if ids.shape[0] == 0:
+        raise ValueError("sensitivity got no token block; give it at least one")
+    prepare(model, quant)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantModule) and module.weights == quant.weights
+    }
+    if not layers:
+        raise ValueError("no layer has the scheme of quant.weights, so there is none to choose bits for")
+    information = fisher_diagonal(model, layers, ids, seed=seed, dtype=dtype, wrap=wrap)
+    return [
+        LayerSensitivity(name, layer.rows * layer.columns, _costs(layer, information.pop(name), quant.weights, choices))
+        for name, layer in layers.items()
+    ]
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    layers: Mapping[str, QuantModule],
+    ids: Tensor,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    wrap: Wrap = iter,
+) -> dict[str, Tensor]:
+    """Returns for each layer the diagonal of the Fisher information a token, [O, I] float32.
+
+    Args:
+        model: prepared; runs with its quantizers off.
+        layers: by name.
+        ids: token blocks [N, L].
+        seed: of the labels drawn from the model's own distribution.
+        dtype: what forwards compute in.
+        wrap: put around the iteration over token blocks.
+    """
+    device = model_device(model)
+    generator = torch.Generator(device).manual_seed(seed)
+    found = {name: torch.zeros(layer.rows, layer.columns, device=device) for name, layer in layers.items()}
+    wanted = {id(layer.weight) for layer in layers.values()}
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(id(parameter) in wanted)
+        stack.enter_context(quantizers_off(model))
+        for block in wrap(ids.split(1)):
+            with cast_parameters(model, dtype), capture_hidden(model) as captured:
+                model(input_ids=block.to(device), use_cache=False)
+                hidden = captured.take()[0]
+                hidden.backward(_label_gradient(hidden.detach(), predictor_of(model).detached(), generator))
+            for name, layer in layers.items():
+                assert layer.weight.grad is not None
+                gradient = layer.weight.grad.mT if layer.transposed else layer.weight.grad
+                found[name] += gradient.reshape(found[name].shape).float().square()
+                layer.weight.grad = None
+    return {name: total.div_(ids.numel()) for name, total in found.items()}
+
+
+def _label_gradient(hidden: Tensor, predictor: Predictor, generator: torch.Generator) -> Tensor:
+    """Returns the gradient of sum_t log p(y_t) with respect to hidden states [L, D], y_t drawn from p."""
+    gradient = torch.empty_like(hidden)
+    for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+        rows = slice(start, start + CHUNK_TOKENS)
+        leaf = hidden[rows].clone().requires_grad_()
+        log_probs = F.log_softmax(predictor.logits(leaf).float(), dim=-1)
+        labels = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
+        (gradient[rows],) = torch.autograd.grad(log_probs.gather(-1, labels).sum(), leaf)
+    return gradient
+
+
+@torch.no_grad()
+def _costs(layer: QuantModule, information: Tensor, weights: WeightConfig, choices: Sequence[int]) -> dict[int, float]:
+    original = layer.matrix().float()
+    importance = information.sum(0)
+    costs = {}
+    for bits in choices:
+        grid = weights.model_copy(update={"num_bits": bits}).grid
+        scale, zero_point = search_scale(original, grid, layer.scale_shape, importance)
+        error = fake_quantize(original, scale, zero_point, grid) - original
+        costs[bits] = 0.5 * float((information * error.square()).sum(dtype=torch.float64))
+    return costs
+
+
+def allocate_bits(layers: Sequence[LayerSensitivity], target_bits: float) -> Allocation:
+    """Returns the assignment with the least total cost whose average is `target_bits` a weight at most.
+
+    Exact where the sizes of layers have a common divisor that leaves at most `MAX_CELLS` steps of budget, as those of
+    real models do; else sizes are rounded up, and the budget is kept but may not be used up, by less than one unit a
+    layer.
+
+    Raises:
+        ValueError: when the budget is below the smallest choice of every layer.
+    """
+    choices = sorted(layers[0].cost)
+    total = sum(layer.weights for layer in layers)
+    smallest = choices[0]
+    if target_bits < smallest:
+        raise ValueError(f"target_bits={target_bits} is below the smallest choice of {smallest}; choose at least that")
+    # Steps of budget above the smallest choice for all: a layer takes (bits - smallest) * weights / unit of them.
+    unit = math.gcd(*(layer.weights for layer in layers))
+    spare = (target_bits - smallest) * total
+    unit = max(unit, math.ceil(spare / MAX_CELLS))
+    most = sum(math.ceil(layer.weights / unit) for layer in layers) * (choices[-1] - smallest)
+    budget = min(int(spare / unit + 1e-9), most)
+    best = np.zeros(budget + 1)
+    taken = []
+    for layer in layers:
+        options = np.full((len(choices), budget + 1), np.inf)
+        for number, bits in enumerate(choices):
+            steps = (bits - smallest) * math.ceil(layer.weights / unit)
+            if steps <= budget:
+                options[number, steps:] = best[: budget + 1 - steps] + layer.cost[bits]
+        taken.append(options.argmin(0).astype(np.uint8))
+        best = options.min(0)
+    left, chosen = budget, {}
+    for layer, options in zip(reversed(layers), reversed(taken), strict=True):
+        bits = choices[options[left]]
+        chosen[layer.name] = bits
+        left -= (bits - smallest) * math.ceil(layer.weights / unit)
+    bits_of = {layer.name: chosen[layer.name] for layer in layers}
+    return Allocation(
+        target_bits=target_bits,
+        average_bits=sum(bits_of[layer.name] * layer.weights for layer in layers) / total,
+        predicted_kl=sum(layer.cost[bits_of[layer.name]] for layer in layers),
+        bits=bits_of,
+    )

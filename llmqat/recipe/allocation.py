@@ -1,0 +1,81 @@
+"""Bits chosen layer by layer: measured, assigned under a budget, kept as a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmqat.calibrate import Allocation, AllocationConfig, LayerSensitivity, allocate_bits, measure_sensitivity
+from llmqat.layers import QuantConfig
+from llmqat.models import load_model, write_whole
+from llmqat.recipe.bars import progress
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """An assignment of bits, and the sensitivities it was made from."""
+
+    allocation: Allocation
+    layers: Sequence[LayerSensitivity]
+
+    def write(self, path: Path) -> None:
+        """Writes the plan as JSON."""
+        content: dict[str, Any] = {**self.allocation.to_dict(), "sensitivity": [asdict(layer) for layer in self.layers]}
+        write_whole(path, json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> BitPlan:
+        """Returns what `write` wrote.
+
+        Raises:
+            ValueError: the file holds no plan.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            layers = [
+                LayerSensitivity(e["name"], e["weights"], {int(b): cost for b, cost in e["cost"].items()})
+                for e in content.pop("sensitivity")
+            ]
+            return cls(Allocation(**content), layers)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} holds no plan of bits ({error!r}); delete it and run again") from error
+
+
+def plan_bits(
+    spec: str, quant: QuantConfig, config: AllocationConfig, ids: Tensor, *, seed: int, dtype: torch.dtype
+) -> BitPlan:
+    """Returns the best assignment of bits to the layers of the model `spec`.
+
+    Args:
+        spec: what `load_model` takes.
+        quant: the scheme but for its bits.
+        config: budget and choices.
+        ids: token blocks [N, L].
+        seed: of the labels that the model draws.
+        dtype: what forwards compute in, and weights are held in.
+
+    Raises:
+        FileNotFoundError: the model is not there.
+        ValueError: the model, the scheme or the budget does not do.
+    """
+    model, _ = load_model(spec, dtype)
+    wrap = progress("sensitivity", "block")
+    layers = measure_sensitivity(model, quant, config.choices, ids[: config.blocks], seed=seed, dtype=dtype, wrap=wrap)
+    return BitPlan(allocate_bits(layers, config.target_bits), layers)
+
+
+def planned(
+    file: Path, spec: str, quant: QuantConfig, config: AllocationConfig, ids: Tensor, *, seed: int, dtype: torch.dtype
+) -> BitPlan:
+    """Returns the plan in `file`, made and left there where it is not."""
+    if not file.is_file():
+        plan_bits(spec, quant, config, ids, seed=seed, dtype=dtype).write(file)
+    return BitPlan.read(file)
