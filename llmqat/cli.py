@@ -491,10 +491,8 @@ def _print_plan(plan: BitPlan) -> None:
         table.add_row(layer.name, f"{layer.weights:,}", *costs, str(plan.allocation.bits[layer.name]))
     console.print(table)
     chosen = plan.allocation
-    console.print(
-        f"{chosen.average_bits:.3f} bits a weight (target {chosen.target_bits}), predicted KL {chosen.predicted_kl:.4f}",
-        highlight=False,
-    )
+    average = f"{chosen.average_bits:.3f} bits a weight (target {chosen.target_bits})"
+    console.print(f"{average}, predicted KL {chosen.predicted_kl:.4f}", highlight=False)
 
 
 def _print_comparison(comparison: Comparison, json_file: Path | None = None) -> None:
