@@ -8,8 +8,10 @@ memory is that of the model, one block with its optimizer, and the hidden states
 - "rounding": each weight only within half a step of where it was, so that training chooses between rounding up and
   down, and log-scales, both by the sign of the gradient (AutoRound).
 
-The error of a token is divided by the size of its output, as the norm that reads it does: otherwise the few tokens of
-huge activation would be all that is learned. What comes out is never worse than what went in, on the text looked at.
+The target comes from the full-precision chain, whose inputs no quantization has touched, so a block also learns to undo
+what the blocks before it have done. The error is the plain squared one: dividing each token's by its size was no better
+(SmolLM2-135M, int4 from the scale search: WikiText-2 KL 0.134 against 0.126). What comes out is never worse than what
+went in, on the text looked at.
 
 Letters: N token blocks, L length, B token blocks in an iteration, D hidden size.
 Source: EfficientQAT (2407.11062) section 3.2; AutoRound (2309.05516) equations 3 to 6.
@@ -57,10 +59,9 @@ class BlockTraining:
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Returns the mean over tokens of |output - target|^2 / |target|^2, a float32 scalar; `output` gets gradients."""
+    """Returns |output - target|^2 / |target|^2, a float32 scalar; `output` gets gradients."""
     wide = target.float()
-    size = wide.square().sum(-1).clamp(min=1e-12)
-    return ((output.float() - wide).square().sum(-1) / size).mean()
+    return (output.float() - wide).square().sum() / wide.square().sum().clamp(min=1e-12)
 
 
 class SignSGD(torch.optim.Optimizer):
@@ -186,12 +187,19 @@ def _endless(count: int, batch_size: int, generator: torch.Generator) -> Iterabl
         waiting = waiting[batch_size:]
 
 
+def learning_rate(num_bits: int) -> float:
+    """Returns the learning rate of weights where a stage gives none: coarser steps take more to cross."""
+    return {2: 5e-4, 3: 2e-4}.get(num_bits, 1e-4)
+
+
 def _all_parameters(block: Block, stage: BlockwiseStage) -> torch.optim.Optimizer:
     """Returns AdamW over weights, norms and biases, log-scales, zero points."""
     rates = {"log_scale": stage.scale_learning_rate, "zero_point": stage.zero_point_learning_rate}
+    bits = {id(layer.weight): layer.weights.num_bits for layer in block.quantized().values()}
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in block.module.named_parameters():
-        rate = rates.get(name.rpartition(".")[2], stage.learning_rate)
+        own = stage.learning_rate if stage.learning_rate is not None else learning_rate(bits.get(id(parameter), 8))
+        rate = rates.get(name.rpartition(".")[2], own)
         groups.setdefault(rate, []).append(parameter)
     fused = model_device(block.module).type in ("cpu", "cuda")
     return torch.optim.AdamW([{"params": p, "lr": lr} for lr, p in groups.items()], weight_decay=0.0, fused=fused)

@@ -68,8 +68,9 @@ class BlockwiseStage(TextStage):
     """All of a block by AdamW (EfficientQAT), or rounding up or down and scales by sign-SGD (AutoRound)."""
     iterations: int = Field(20, ge=1)
     """Iterations of `batch_size` token blocks for each transformer block."""
-    learning_rate: float = Field(1e-4, ge=0)
-    """Of weights, norms and biases; not used for rounding, whose step follows from the iterations."""
+    learning_rate: float | None = Field(None, ge=0)
+    """Of weights, norms and biases; where not given 1e-4, and for weights of 3 bits 2e-4, of 2 bits 5e-4. Not used for
+    rounding, whose step follows from the iterations."""
     scale_learning_rate: float = Field(5e-3, ge=0)
     """Of log-scales: a relative change of the scale per iteration."""
     zero_point_learning_rate: float = Field(1e-2, ge=0)

@@ -32,6 +32,8 @@ from llmqat.layers import QuantLinear
 
 COLUMNS = 128
 """Columns worked before the rest of the matrix follows."""
+SYMMETRIC = 384
+"""Columns of the matrix of second moments that are taken at once, each with those after it."""
 CELL = 0.49
 """How far from its code, in codes, a master weight may lie: below a half, for the rounding of the division."""
 
@@ -212,7 +214,7 @@ def gptq_block(block: Block, inputs: Tensor, stage: GPTQStage) -> dict[str, Laye
     """
     found: dict[str, LayerRounding] = {}
     for layers in layers_by_input(block, inputs[: stage.batch_size]):
-        hessian = damped(_second_moments(block, next(iter(layers.values())), inputs, stage.batch_size), stage.damping)
+        hessian = damped(second_moments(block, next(iter(layers.values())), inputs, stage.batch_size), stage.damping)
         for name, layer in layers.items():
             found[f"{block.name}.{name}"] = gptq_layer(layer, hessian, stage.rounds)
     return found
@@ -262,7 +264,7 @@ def layers_by_input(block: Block, hidden: Tensor) -> list[dict[str, QuantLinear]
 
 
 @torch.no_grad()
-def _second_moments(block: Block, layer: QuantLinear, inputs: Tensor, batch_size: int) -> Tensor:
+def second_moments(block: Block, layer: QuantLinear, inputs: Tensor, batch_size: int) -> Tensor:
     """Returns E[x^T x] [I, I] float32 of the inputs of `layer`, quantized where it quantizes them."""
     total = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
     count = 0
@@ -271,8 +273,11 @@ def _second_moments(block: Block, layer: QuantLinear, inputs: Tensor, batch_size
         nonlocal count
         x = x if layer.input_quantizer is None else layer.input_quantizer(x)
         rows = x.reshape(-1, x.shape[-1]).float()
-        total.addmm_(rows.t(), rows)
+        for start in range(0, layer.in_features, SYMMETRIC):  # the matrix is symmetric: its upper part is enough
+            columns = slice(start, start + SYMMETRIC)
+            total[columns, start:].addmm_(rows[:, columns].t(), rows[:, start:])
         count += len(rows)
 
     block.run_until(layer, record, inputs, batch_size)
-    return total / count
+    upper = total.triu_()
+    return (upper + upper.t().tril(-1)) / count

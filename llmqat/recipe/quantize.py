@@ -54,7 +54,7 @@ METHODS: dict[str, tuple[type[TextStage], ...]] = {
     "rtn": (),
     "search": (RangesStage,),
     "gptq": (RangesStage, GPTQStage),
-    "blockwise": (RangesStage, BlockwiseStage),
+    "blockwise": (RangesStage, GPTQStage, BlockwiseStage),
 }
 """The command line's word for a method -> the stages of the calibration."""
 SETTINGS_FILE = "settings.json"

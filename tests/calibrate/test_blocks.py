@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmqat import QuantConfig, prepare
 from llmqat.calibrate import BlockwiseStage, open_walk, train_block
-from llmqat.calibrate.blockwise import SignSGD, relative_error
+from llmqat.calibrate.blockwise import SignSGD, _all_parameters, relative_error
 from llmqat.calibrate.masters import in_float32
 from llmqat.layers import KVQuantizer, QuantModule, quantized_once, quantizers_off
 from llmqat.models import capture_hidden, cast_parameters
@@ -151,6 +151,26 @@ def test_training_brings_a_block_nearer_to_full_precision(trains: str) -> None:
             assert (change <= 0.5 * scale * 1.001).all()
 
 
+def test_coarser_weights_learn_faster_unless_a_rate_is_given() -> None:
+    model = tiny_llama()
+    prepare(
+        model,
+        QuantConfig.preset("int2", group_size=32, overrides={"re:.*down_proj": {"num_bits": 8, "strategy": "channel"}}),
+    )
+    block = open_walk(model, ids(4), batch_size=4).blocks[0]
+
+    def rate_of(parameter: Tensor, stage: BlockwiseStage) -> float:
+        groups = _all_parameters(block, stage).param_groups
+        return next(group["lr"] for group in groups if any(parameter is p for p in group["params"]))
+
+    mlp, norm = block.module.mlp, block.module.input_layernorm.weight
+    own = BlockwiseStage()
+    assert [rate_of(p, own) for p in (mlp.up_proj.weight, mlp.down_proj.weight, norm)] == [5e-4, 1e-4, 1e-4]
+    assert rate_of(mlp.up_proj.log_scale, own) == own.scale_learning_rate
+    given = BlockwiseStage(learning_rate=0.0)
+    assert [rate_of(p, given) for p in (mlp.up_proj.weight, norm)] == [0.0, 0.0]
+
+
 def test_a_training_that_only_does_harm_leaves_the_block_as_it_was() -> None:
     model = tiny_llama()
     prepare(model, INT3)
@@ -165,10 +185,10 @@ def test_a_training_that_only_does_harm_leaves_the_block_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in block.module.state_dict().items())
 
 
-def test_the_error_weighs_every_token_alike() -> None:
+def test_the_error_is_a_share_of_the_output() -> None:
     target = torch.tensor([[[1.0, 0.0], [100.0, 0.0]]])
     assert relative_error(target * 1.1, target) == pytest.approx(0.01, rel=1e-4)
-    assert relative_error(target + torch.tensor([0.1, 0.0]), target) == pytest.approx((0.01 + 1e-6) / 2, rel=1e-3)
+    assert relative_error(target + torch.tensor([0.1, 0.0]), target) == pytest.approx(0.02 / 10001, rel=1e-3)
 
 
 def test_sign_sgd_moves_by_steps_of_its_own_and_stays_in_bounds() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmqat import QuantConfig, prepare
+from llmqat.calibrate import gptq as gptq_module
 from llmqat.calibrate.blocks import open_walk
 from llmqat.calibrate.config import GPTQStage
 from llmqat.calibrate.gptq import (
@@ -20,6 +21,7 @@ from llmqat.calibrate.gptq import (
     placed_weight,
     refit_scales,
     round_by_gptq,
+    second_moments,
 )
 from llmqat.grid import Grid, quantize, search_scale
 from llmqat.layers import QuantLinear, WeightConfig
@@ -151,6 +153,22 @@ def test_features_never_seen_and_broken_moments() -> None:
     assert torch.equal(damped(hessian, 0.01), torch.eye(4))
     with pytest.raises(ValueError, match="NaN or infinity"):
         damped(torch.full((4, 4), float("nan")), 0.01)
+
+
+@pytest.mark.parametrize("columns", [24, 1000])
+def test_second_moments_are_those_of_the_inputs(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq_module, "SYMMETRIC", columns)
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset("w8a8"))
+    block = open_walk(model, torch.randint(2, 258, (5, 16)), 2).blocks[1]
+    layer = block.module.mlp.up_proj
+    hidden = torch.randn(5, 16, 64).to(torch.bfloat16)
+    seen: list[Tensor] = []
+    block.run_until(layer, seen.append, hidden, 2)
+    x = layer.input_quantizer(torch.cat(seen)).flatten(0, 1).float()
+    found = second_moments(block, layer, hidden, 2)
+    assert torch.allclose(found, x.t() @ x / 80, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, found.t())
 
 
 def test_a_layer_sees_what_the_layers_before_it_make_of_their_new_codes() -> None:
