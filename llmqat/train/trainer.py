@@ -32,6 +32,9 @@ from llmqat.models import capture_hidden, cast_parameters, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
+TRAINABLE = ("all", "scales")
+"""What QATArguments.trainable may be."""
+
 FUSING_PAYS = 10_000_000
 """Quantized weights from which compiling the fake-quantize kernel (about ten seconds) pays in a short run."""
 
@@ -66,6 +69,13 @@ class QATArguments(TrainingArguments):
             "schemes of few levels (ternary, 2 bits); inputs and KV cache are quantized from the start."
         },
     )
+    trainable: str = field(
+        default="all",
+        metadata={
+            "help": "What is trained: 'all', or 'scales': log-scales, zero points, norms and biases, and no weight "
+            "(EfficientQAT's end-to-end phase), in a quarter of the optimizer's memory and less."
+        },
+    )
     norm_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of norms and biases; learning_rate when not given."}
     )
@@ -84,7 +94,9 @@ class QATArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a negative rate or float16."""
+        """Raises ValueError for a negative rate, an unknown word or float16."""
+        if self.trainable not in TRAINABLE:
+            raise ValueError(f"trainable={self.trainable!r} is unknown; choose one of {', '.join(TRAINABLE)}")
         for name in ("scale_learning_rate", "zero_point_learning_rate", "norm_learning_rate"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -124,6 +136,8 @@ class QATTrainer(Trainer):
             )
         if args is not None:
             _check_arguments(args)
+        if getattr(args, "trainable", "all") == "scales":
+            freeze_weights(model)
         raise_masters(model)
         if getattr(args, "freeze_embeddings", False):
             model.get_input_embeddings().requires_grad_(False)
@@ -242,6 +256,20 @@ class QATTrainer(Trainer):
             if parameter.requires_grad:
                 groups[_group_of(name, parameter)]["params"].append(parameter)
         return [group for group in groups.values() if group["params"]]
+
+
+def freeze_weights(model: nn.Module) -> None:
+    """Leaves only vectors of `model` and the quantizers' scales and zero points trainable, in place.
+
+    Raises:
+        ValueError: when the scheme has no learned scale, and so next to nothing to train.
+    """
+    scales = [m.log_scale for m in model.modules() if isinstance(m, QuantModule) and m.log_scale is not None]
+    if not scales:
+        raise ValueError("trainable='scales' needs learned scales; the scheme has scales: fixed or dynamic")
+    kept = {id(p) for m in model.modules() if isinstance(m, QuantModule) for p in (m.log_scale, m.zero_point)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in kept or parameter.dim() == 1)
 
 
 def raise_masters(model: nn.Module) -> None:

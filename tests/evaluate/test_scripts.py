@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_every_script_is_described() -> None:
     scripts = sorted(path.name for path in SCRIPTS.glob("*.py"))
-    assert {"schemes.py", "training_speed.py", "wikitext.py"} <= set(scripts)
+    assert {"calibration.py", "schemes.py", "training_speed.py", "wikitext.py"} <= set(scripts)
     readme = (SCRIPTS / "README.md").read_text(encoding="utf-8")
     assert [name for name in scripts if name not in readme] == []
 
@@ -108,6 +108,21 @@ def test_schemes(
     assert rows["w4a8kv8"]["stock_transformers"] == "yes, equal logits, KV cache in high precision"
     with pytest.raises(SystemExit, match="holds the run of another recipe"):
         run(monkeypatch, "schemes.py", *arguments, "--schemes", "int4", "--set", *small, "train.max_steps=3")
+
+
+def test_calibration(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is long enough for some windows. " * 20, encoding="utf-8")
+    arguments = ["--model", str(folder), "--text", str(text), "--test", str(text), "--json", str(tmp_path / "out.json")]
+    arguments += ["--window", "64", "--max-windows", "4", "--blocks", "4", "--group-size", "32"]
+    run(monkeypatch, "calibration.py", *arguments, "--schemes", "int3", "--methods", "rtn", "search", "gptq")
+    assert list(headline(capsys.readouterr().out)) == ["int3 rtn", "int3 search", "int3 gptq"]
+    rows = json.loads((tmp_path / "out.json").read_text())
+    divergences = [row["kl"] for row in rows]
+    assert divergences == sorted(divergences, reverse=True)
+    assert rows[2]["seconds"] > rows[0]["seconds"]
 
 
 def test_every_row_of_schemes_is_a_recipe() -> None:

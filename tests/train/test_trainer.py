@@ -227,6 +227,33 @@ def test_the_warm_up_blends_in_training_only_and_ends_whole(tmp_path: Path) -> N
         _arguments(tmp_path, quantization_warmup_steps=-1)
 
 
+def test_scales_alone_are_trained(tmp_path: Path) -> None:
+    student, teacher = _pair(bits=2)
+    with torch.no_grad():
+        before_kl = _kl(student, teacher, Blocks().ids)
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    arguments = _arguments(tmp_path, trainable="scales", scale_learning_rate=2e-2, max_steps=16)
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
+    trainer.train()
+    moved = {name for name, parameter in student.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if name.endswith("log_scale") or "norm" in name}
+    with torch.no_grad():
+        assert _kl(student, teacher, Blocks().ids) < 0.95 * before_kl
+    state = {id(parameter) for parameter in trainer.optimizer.optimizer.state}
+    assert state == {id(student.get_parameter(name)) for name in moved}
+
+
+def test_scales_alone_need_learned_scales(tmp_path: Path) -> None:
+    student, teacher = tiny_llama(), tiny_llama()
+    prepare(student, QuantConfig.preset("int4", group_size=32, scales="fixed"))
+    with pytest.raises(ValueError, match="needs learned scales"):
+        QATTrainer(
+            model=student, teacher=teacher, args=_arguments(tmp_path, trainable="scales"), train_dataset=Blocks()
+        )
+    with pytest.raises(ValueError, match="trainable='some' is unknown; choose one of all, scales"):
+        _arguments(tmp_path, trainable="some")
+
+
 def test_frozen_embeddings_do_not_move(tmp_path: Path) -> None:
     student, teacher = _pair()
     before = student.get_input_embeddings().weight.detach().clone()
