@@ -54,7 +54,7 @@ class _Group(typer.core.TyperGroup):
             errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_USER) from error
         except KeyboardInterrupt as error:
-            errors.print("interrupted; a `train` goes on from its last checkpoint when the same command is given again")
+            errors.print("interrupted; train and quantize go on where they stopped: give the same command again")
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
