@@ -150,6 +150,10 @@ def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 
     planned = plan_run(load_recipe(recipe, overrides or ()))
     _print_audit(planned.coverage)
+    if planned.target_bits is not None:
+        console.print(
+            f"bits are chosen by layer when the run begins, {planned.target_bits} on average", highlight=False
+        )
     unknown = "known when the text is read"
     steps, tokens, blocks = (
         unknown if count is None else f"{count:,}" for count in (planned.steps, planned.tokens, planned.blocks)

@@ -189,7 +189,8 @@ def test_counts(text: str, count: int):
 
 
 def test_plan_shows_coverage_steps_and_memory_and_writes_nothing(tmp_path: Path, tiny: Path):
-    done = call("plan", recipe(tmp_path, tiny), "train.max_steps=7", "data.block_size=32")
+    done = call("plan", recipe(tmp_path, tiny), "train.max_steps=7", "data.block_size=32", "allocate.target_bits=3.5")
+    assert "bits are chosen by layer when the run begins, 3.5 on average" in done.output
     assert done.exit_code == 0
     assert "training: steps 7, tokens 896" in done.output
     assert "14 tensors quantized" in done.output

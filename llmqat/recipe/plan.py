@@ -32,6 +32,8 @@ class Plan:
     """Optimizer steps; None as for blocks."""
     tokens: int | None
     """Tokens trained on, repeats counted."""
+    target_bits: float | None
+    """Average that the bits of layers are chosen under when the run begins; None where all have those of the scheme."""
     state_bytes: int
     """Memory of teacher, masters, gradients and optimizer state with AdamW; activations come on top."""
 
@@ -57,6 +59,7 @@ def plan_run(recipe: Recipe) -> Plan:
         blocks=blocks,
         steps=steps,
         tokens=None if steps is None else steps * samples * recipe.data.block_size,
+        target_bits=None if recipe.allocate is None else recipe.allocate.target_bits,
         state_bytes=parameters * (BYTES_PER_TRAINED_PARAMETER + BYTES_PER_TEACHER_PARAMETER),
     )
 
