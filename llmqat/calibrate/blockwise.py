@@ -105,6 +105,7 @@ def train_block(
         on_step: told of each iteration.
     """
     parameters = [parameter for parameter in block.module.parameters() if parameter.is_floating_point()]
+    trained_before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = _OPTIMIZERS[stage.trains](block, stage)
@@ -129,9 +130,10 @@ def train_block(
             best_error, best = error, _state(parameters)
         if stalled >= stage.patience:
             break
-    for parameter, value in zip(parameters, best, strict=True):
+    for parameter, value, trained in zip(parameters, best, trained_before, strict=True):
         parameter.data.copy_(value)
         parameter.grad = None
+        parameter.requires_grad_(trained)
     return BlockTraining(before, best_error, done)
 
 

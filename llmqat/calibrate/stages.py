@@ -181,6 +181,8 @@ def calibrate(
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmqat-")))
         folder.mkdir(parents=True, exist_ok=True)
+        stack.callback(model.train, model.training)
+        model.eval()
         run = _Calibration(model, quant, ids, seed, folder, dtype, bar)
         reports = []
         for number, stage in enumerate(stages, 1):

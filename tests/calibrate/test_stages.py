@@ -104,6 +104,20 @@ def test_a_bfloat16_model_ends_with_the_codes_of_its_training() -> None:
         assert torch.equal(layer.weight, layer.quantized_weight(torch.bfloat16))
 
 
+def test_dropout_and_frozen_parameters_are_left_as_they_were() -> None:
+    """Calibration computes in evaluation mode, whatever the mode of the model."""
+    model = tiny_llama(attention_dropout=0.9).train()
+    model.model.layers[0].input_layernorm.weight.requires_grad_(False)
+    calibrate(model, INT3, stages("ranges", BLOCKWISE), text())
+    assert model.training
+    assert not model.model.layers[0].input_layernorm.weight.requires_grad
+    assert model.model.layers[0].mlp.up_proj.weight.requires_grad
+    other = tiny_llama()
+    calibrate(other, INT3, stages("ranges", BLOCKWISE), text())
+    expected = state(other)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state(model).items())
+
+
 def test_no_stage_is_plain_rounding() -> None:
     model = tiny_llama()
     assert calibrate(model, INT3, [], None) == []
