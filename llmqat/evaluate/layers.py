@@ -26,9 +26,11 @@ def kind_of(name: str) -> str:
 
 def render_layers(reports: Sequence[LayerReport]) -> Table:
     """Returns a table with a line a kind of layer: means over blocks, and the block that is worst."""
-    table = Table(title="layers, means over blocks")
+    table = Table(title="layers: means over blocks, and the worst block")
     for column in ("layer", "scheme", "SQNR dB", "output error", "worst", "codes moved", "clip ratio"):
-        table.add_column(column, justify="left" if column in ("layer", "scheme") else "right")
+        table.add_column(
+            column, justify="left" if column in ("layer", "scheme") else "right", no_wrap=column == "layer"
+        )
     for kind, group in _by_kind(reports).items():
         errors = {report.name: report.output_error for report in group if report.output_error is not None}
         worst = max(errors, key=lambda name: errors[name] or 0.0, default=None)
@@ -37,7 +39,7 @@ def render_layers(reports: Sequence[LayerReport]) -> Table:
             ", ".join(sorted({report.scheme for report in group})),
             f"{statistics.fmean(report.sqnr for report in group):.1f}",
             f"{statistics.fmean(errors.values()):.2%}" if errors else "",
-            "" if worst is None else f"{errors[worst]:.2%} in {_block(worst)}",
+            "" if worst is None else f"{errors[worst]:.2%} ({_block(worst)})",
             f"{statistics.fmean(report.moved for report in group):.1%}",
             f"{statistics.fmean(report.clip_ratio for report in group):.2f}",
         )

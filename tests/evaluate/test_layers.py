@@ -84,7 +84,7 @@ def test_table_file_and_picture(tmp_path: Path) -> None:
     shown = console.export_text()
     assert "mlp.up_proj" in shown
     assert "2.00%" in shown
-    assert "3.00% in 2" in shown
+    assert "3.00% (2)" in shown
     files = write_layers({"calibrated": reports, "trained": reports}, tmp_path / "out", picture=True)
     assert [file.name for file in files] == ["layers.json", "layers.png"]
     assert json.loads(files[0].read_text())["trained"][0] == reports[0].to_dict()
