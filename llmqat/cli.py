@@ -297,8 +297,8 @@ def quantize(
     if report is not None:
         write_layers({"quantized": done.layers}, report, picture=True)
     for stage in done.stages:
-        change = " -> ".join("not measured" if kl is None else f"{kl:.4f}" for kl in (stage.kl_before, stage.kl_after))
-        console.print(f"{stage.stage}: {stage.seconds:.0f} s, KL on the calibration text {change}", highlight=False)
+        line = f"{stage.stage}: {stage.seconds:.0f} s, KL on the calibration text {stage.change}"
+        console.print(line, highlight=False)
     _print_checkpoint(done.report)
 
 

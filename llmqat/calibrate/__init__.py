@@ -5,7 +5,7 @@ rotate.py, smooth.py  change the full-precision model, not what it computes, bef
 moments.py            E[x^2] of layer inputs            ranges.py       scales of weights
 activations.py        static ranges of layer inputs     forward.py      the passes over text that these take
 blocks.py             the walk from block to block      gptq.py         codes that make each other's errors good
-blockwise.py          training of one block at a time   report.py      what quantization did to each layer
+blockwise.py          training of one block at a time  report.py       what quantization did to each layer
 sensitivity.py        what fewer bits would cost each layer, and the best assignment of bits
 """
 

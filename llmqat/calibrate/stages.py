@@ -100,6 +100,11 @@ class StageReport:
     kl_after: float | None
     parts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def change(self) -> str:
+        """KL before and after as text, '0.1896 -> 0.0987'."""
+        return " -> ".join("not measured" if kl is None else f"{kl:.4f}" for kl in (self.kl_before, self.kl_after))
+
 
 # What stages may follow each other
 
@@ -241,7 +246,7 @@ class _Calibration:
         seconds = earlier + time.perf_counter() - start
         report = StageReport(stage.stage, seconds, before, self.divergence(), parts)
         write_whole(file, json.dumps(asdict(report)))
-        log.info("%s: %.0f s, KL %s", stage.stage, seconds, _change(report))
+        log.info("%s: %.0f s, KL %s", stage.stage, seconds, report.change)
         return report
 
     def divergence(self) -> float | None:
@@ -259,10 +264,6 @@ def _lacks_input_ranges(model: nn.Module) -> bool:
     """Returns whether a static input range is not set yet, so that the model cannot run."""
     quantizers = (layer.input_quantizer for layer in static_layers(model).values())
     return any(quantizer is not None and bool(quantizer.scale.isnan().any()) for quantizer in quantizers)  # type: ignore[union-attr]
-
-
-def _change(report: StageReport) -> str:
-    return " -> ".join("not measured" if kl is None else f"{kl:.4f}" for kl in (report.kl_before, report.kl_after))
 
 
 # What each stage does: (seconds of earlier starts, facts by block or layer)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -295,6 +296,11 @@ def _entry(entries: list[Any], part: str, key: str) -> Any:
     if len(chosen) != 1 or chosen[0] >= len(entries):
         raise ValueError(f"{key} means {len(chosen)} of the stages {names}; give the name of one, or a number")
     return entries[chosen[0]]
+
+
+def forward_dtype(bf16: bool) -> torch.dtype:
+    """Returns what calibration computes in: bfloat16 where training would, else float32."""
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def training_arguments(recipe: Recipe) -> QATArguments:

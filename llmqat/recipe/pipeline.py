@@ -47,7 +47,7 @@ from llmqat.layers import (
 from llmqat.models import load_model, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, planned
 from llmqat.recipe.bars import progress, token_bar
-from llmqat.recipe.config import TRAINER_FOLDER, Recipe, training_arguments
+from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, training_arguments
 from llmqat.recipe.evaluation import evaluation_windows
 from llmqat.recipe.folder import (
     CALIBRATION_FOLDER,
@@ -174,7 +174,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
 def with_planned_bits(recipe: Recipe, blocks: Tensor, arguments: QATArguments) -> Recipe:
     """Returns `recipe` with the bits that its `allocate` leads to, made once and kept in the run folder."""
     assert recipe.allocate is not None
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    dtype = forward_dtype(arguments.bf16)
     file = recipe.output / PLAN_FILE
     plan = planned(file, recipe.model, recipe.quant, recipe.allocate, blocks, seed=recipe.seed, dtype=dtype).allocation
     counts = {bits: sum(1 for chosen in plan.bits.values() if chosen == bits) for bits in recipe.allocate.choices}
@@ -199,7 +199,7 @@ def calibrated_model(
         blocks,
         seed=recipe.seed,
         folder=recipe.output / CALIBRATION_FOLDER,
-        dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
+        dtype=forward_dtype(arguments.bf16),
         bar=progress,
     )
     return model, reports
@@ -210,7 +210,7 @@ def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Tensor, arguments:
     originals = recipe.output / CALIBRATION_FOLDER / ORIGINALS_FILE
     if arguments.process_index != 0 or not originals.is_file():
         return []
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    dtype = forward_dtype(arguments.bf16)
     return report_layers(model, Originals(originals), blocks[:REPORT_BLOCKS], dtype)
 
 

@@ -42,7 +42,7 @@ from llmqat.layers import QuantConfig
 from llmqat.models import load_model, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.bars import progress, token_bar
-from llmqat.recipe.config import scheme_of
+from llmqat.recipe.config import forward_dtype, scheme_of
 from llmqat.recipe.folder import kept_blocks
 from llmqat.recipe.pipeline import REPORT_BLOCKS
 from llmqat.recipe.plan import coverage_of
@@ -136,15 +136,9 @@ def quantize_model(
     needed = needs_text(stages, quant)
     if text is not None and not needed and target_bits is None:
         raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use another --method")
-    if needs_text((), quant):  # static input ranges, which plain rounding of weights needs as well
-        stages = (
-            stages
-            if any(isinstance(stage, RangesStage) for stage in stages)
-            else (
-                *stages,
-                RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)),
-            )
-        )
+    if needs_text((), quant) and not any(isinstance(stage, RangesStage) for stage in stages):
+        # Static input ranges, which plain rounding of weights needs as well.
+        stages = (*stages, RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)))
     allocate = None if target_bits is None else AllocationConfig(target_bits=target_bits)
     data = text_source(text, tokens, block_size, seed) if needed or allocate else None
     return _quantized(spec, folder, quant, stages, allocate, data, seed, overwrite)
@@ -185,7 +179,7 @@ def _quantized(
         blocks = kept_blocks(work, read)
         facts["text"] = {"source": blocks.source, "sha256": blocks.sha256, "tokens": blocks.tokens}
         ids = blocks.ids
-    dtype = torch.bfloat16 if processor_has_bf16() else torch.float32
+    dtype = forward_dtype(processor_has_bf16())
     if allocate is not None:
         assert ids is not None
         plan = planned(work / PLAN_FILE, spec, quant, allocate, ids, seed=seed, dtype=dtype).allocation
@@ -227,7 +221,7 @@ def sensitivity_of(
     """
     quant = scheme_of(scheme, group_size)
     coverage_of(spec, quant)
-    dtype = torch.bfloat16 if processor_has_bf16() else torch.float32
+    dtype = forward_dtype(processor_has_bf16())
     model, tokenizer = load_model(spec, torch.bfloat16)
     data = text_source(text, allocate.blocks * block_size, block_size, seed)
     with token_bar("text") as advance:
