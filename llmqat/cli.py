@@ -306,7 +306,9 @@ def quantize(
 def sensitivity(
     model: ModelArgument,
     target_bits: Annotated[float, typer.Option(min=2, max=8, help="Bits a weight on average.")] = 3.5,
-    choices: Annotated[list[int] | None, typer.Option(help="Bits to choose among; may be given again.")] = None,
+    choices: Annotated[
+        list[int] | None, typer.Option(min=2, max=8, help="Bits to choose among; may be given again.")
+    ] = None,
     scheme: SchemeOption = "int4",
     group_size: GroupSizeOption = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text file or folder; else the model writes it.")] = None,

@@ -253,6 +253,12 @@ def test_sensitivity_plans_bits_and_quantize_takes_them(tiny: Path, tmp_path: Pa
     }
 
 
+def test_sensitivity_refuses_bits_that_no_grid_has(tiny: Path):
+    done = call("sensitivity", str(tiny), "--choices", "9")
+    assert done.exit_code == 2
+    assert "less than or equal to 8" in done.output
+
+
 def test_quantize_writes_a_report_on_layers(tiny: Path, tmp_path: Path):
     done = call("quantize", str(tiny), "--method", "rtn", "--out", str(tmp_path / "a"), "--report", str(tmp_path / "r"))
     assert done.exit_code == 0, done.output
