@@ -30,7 +30,7 @@ from llmqat.calibrate.config import GPTQStage
 from llmqat.grid import Grid, dequantize, snap_scale
 from llmqat.layers import QuantLinear
 
-COLUMNS = 128
+COLUMNS = 64
 """Columns worked before the rest of the matrix follows."""
 SYMMETRIC = 384
 """Columns of the matrix of second moments that are taken at once, each with those after it."""
@@ -52,21 +52,45 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean))
 
 
+@dataclass(frozen=True)
+class Curvature:
+    """What GPTQ asks of a layer's inputs; the same for all layers that read them.
+
+    Attributes:
+        hessian: [I, I] float32, damped E[x^T x]: positive definite.
+        order: [I], input features from the largest mean square to the least.
+        factor: [I, I] in that order, upper triangular: factor^T factor = H^-1.
+    """
+
+    hessian: Tensor
+    order: Tensor
+    factor: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def of(hessian: Tensor) -> Curvature:
+        """Returns that of a damped `hessian` [I, I] float32."""
+        order = hessian.diagonal().argsort(descending=True)
+        # With the features the other way round, H = L L^T; turned back, H = M M^T with M upper, and the factor is M^-1.
+        back = order.flip(0)
+        turned = torch.linalg.cholesky(hessian[back][:, back]).flip(0, 1)
+        identity = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
+        return Curvature(hessian, order, torch.linalg.solve_triangular(turned, identity, upper=True))
+
+
 @torch.no_grad()
-def round_by_gptq(weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+def round_by_gptq(weight: Tensor, inputs: Curvature, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     """Returns the codes [O, I] of `weight` that GPTQ finds for given scales.
 
     Args:
         weight: [O, I] float32.
-        hessian: [I, I] float32, damped: positive definite.
+        inputs: of the layer.
         scale: [O, G], [O, 1] or [1, 1] float32, snapped.
         zero_point: of the scale's shape, or None.
         grid: the code range.
     """
     out_features, in_features = weight.shape
-    order = hessian.diagonal().argsort(descending=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    order, factor = inputs.order, inputs.factor
     # Input features are rows here, so that each is contiguous.
     left = weight.t()[order].contiguous()
     group = order // (in_features // scale.shape[1])
@@ -87,8 +111,9 @@ def _round_rows(
 ) -> Tensor:
     """Rounds input features `left` [n, O] one after the other into `codes`; returns their errors [n, O]."""
     errors = torch.empty_like(left)
-    for row in range(left.shape[0]):
-        w, s, q = left[row], scales[row], codes[row]
+    inverse_diagonal = factor.diagonal().reciprocal().tolist()
+    rows = zip(left.unbind(), codes.unbind(), errors.unbind(), scales.unbind(), strict=True)
+    for row, (w, q, error, s) in enumerate(rows):
         torch.div(w, s, out=q)
         if grid.offset:
             q.sub_(grid.offset)
@@ -97,10 +122,10 @@ def _round_rows(
             q.add_(zeros[row])
         q.clamp_(grid.qmin, grid.qmax)
         level = q if zeros is None else q - zeros[row]
-        torch.addcmul(w, level + grid.offset if grid.offset else level, s, value=-1, out=errors[row])
-        errors[row].div_(factor[row, row])
+        torch.addcmul(w, level + grid.offset if grid.offset else level, s, value=-1, out=error)
+        error.mul_(inverse_diagonal[row])
         if row + 1 < left.shape[0]:
-            left[row + 1 :].addr_(factor[row, row + 1 :], errors[row], alpha=-1)
+            left[row + 1 :].addr_(factor[row, row + 1 :], error, alpha=-1)
     return errors
 
 
@@ -141,7 +166,9 @@ def refit_scales(
     ridge = 1e-4 * diagonal.mean(-1, keepdim=True).clamp(min=1e-12).expand_as(diagonal)
     solved = torch.linalg.solve(matrix + torch.diag_embed(ridge), target + ridge * scale)
     found = snap_scale(torch.where(torch.isfinite(solved), solved, scale))
-    better = _row_error(weight, hessian, found, level) < _row_error(weight, hessian, scale, level)
+    # The error is s A s - 2 b s and what no scale changes; so this is its change from the old scales to those found.
+    step, both = found - scale, (found + scale).unsqueeze(-1)
+    better = (step * ((matrix @ both).squeeze(-1) - 2 * target)).sum(-1) < 0
     return torch.where(better.unsqueeze(-1), found, scale)
 
 
@@ -150,12 +177,8 @@ def output_error(
 ) -> Tensor:
     """Returns E|x (W - Ŵ)^T|^2, a scalar: what the codes [O, I] cost the layer's output."""
     level = _levels(codes.view(*scale.shape, -1), zero_point, grid)
-    return _row_error(weight, hessian, scale, level).sum()
-
-
-def _row_error(weight: Tensor, hessian: Tensor, scale: Tensor, level: Tensor) -> Tensor:
     error = weight - (level * scale.unsqueeze(-1)).view(weight.shape)
-    return ((error @ hessian) * error).sum(-1)
+    return ((error @ hessian) * error).sum()
 
 
 def _levels(codes: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
@@ -214,27 +237,28 @@ def gptq_block(block: Block, inputs: Tensor, stage: GPTQStage) -> dict[str, Laye
     """
     found: dict[str, LayerRounding] = {}
     for layers in layers_by_input(block, inputs[: stage.batch_size]):
-        hessian = damped(second_moments(block, next(iter(layers.values())), inputs, stage.batch_size), stage.damping)
+        moments = second_moments(block, next(iter(layers.values())), inputs, stage.batch_size)
+        curvature = Curvature.of(damped(moments, stage.damping))
         for name, layer in layers.items():
-            found[f"{block.name}.{name}"] = gptq_layer(layer, hessian, stage.rounds)
+            found[f"{block.name}.{name}"] = gptq_layer(layer, curvature, stage.rounds)
     return found
 
 
 @torch.no_grad()
-def gptq_layer(layer: QuantLinear, hessian: Tensor, rounds: int) -> LayerRounding:
+def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int) -> LayerRounding:
     """Finds the codes of `layer` by GPTQ and the scales that suit them, in turn, and puts both in place.
 
     Args:
         layer: its scales, as they are, are the start.
-        hessian: [I, I] float32, damped E[x^T x] of its inputs.
+        inputs: of the layer.
         rounds: times that codes are found.
     """
-    weight = layer.matrix().float()
+    weight, hessian = layer.matrix().float(), inputs.hessian
     scale, zero_point = layer.scale_and_zero_point()
     size = ((weight @ hessian) * weight).sum()
     before = output_error(weight, hessian, layer.codes(), scale, zero_point, layer.grid)
     for _ in range(rounds):
-        codes = round_by_gptq(weight, hessian, scale, zero_point, layer.grid)
+        codes = round_by_gptq(weight, inputs, scale, zero_point, layer.grid)
         scale = refit_scales(weight, hessian, codes, scale, zero_point, layer.grid)
     after = output_error(weight, hessian, codes, scale, zero_point, layer.grid)
     layer.set_scale(scale, zero_point)

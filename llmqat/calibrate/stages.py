@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from llmqat.calibrate.activations import calibrate_activations, static_layers
@@ -73,13 +75,13 @@ REPORT_FILE = "report.json"
 STATE_FILE = "state.safetensors"
 ORIGINALS_FILE = "originals.safetensors"
 
-Bar = Callable[[str, str], Callable[[Iterable[Any]], Iterable[Any]]]
-"""(what, unit) -> a wrapper of an iterable that shows its progress."""
+Bar = Callable[[str, str], Callable[[Iterable[Any]], Any]]
+"""(what, unit) -> a wrapper of an iterable in a tqdm, which shows its progress."""
 
 
-def no_bar(what: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+def no_bar(what: str, unit: str) -> Callable[[Iterable[Any]], Any]:
     """Returns a wrapper that shows nothing."""
-    return iter
+    return partial(tqdm, disable=True)
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,8 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
     walk = open_walk(run.model, run.text(stage), stage.batch_size, stage.hidden_memory * 1e9, run.dtype)
     facts: dict[str, Any] = {}
     earlier = 0.0
-    for block in run.bar(stage.stage, "block")(walk.blocks):
+    bar = run.bar(stage.stage, "block")(walk.blocks)
+    for block in bar:
         file = files[block.index]
         if not isinstance(stage, GPTQStage):  # which asks for nothing but its own inputs
             with originals.in_place(block):
@@ -318,7 +321,7 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
         else:
             start = time.perf_counter()
             with in_float32(block), fusing():
-                found = _IN_BLOCK[type(stage)](block, walk, stage, run.seed)
+                found = _IN_BLOCK[type(stage)](block, walk, stage, run.seed, bar)
             found["seconds"] = time.perf_counter() - start
             _write_block(block, file, found)
         facts[block.name] = found
@@ -326,12 +329,15 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
     return earlier, facts
 
 
-def _gptq_in_block(block: Block, walk: Walk, stage: GPTQStage, seed: int) -> dict[str, Any]:
+def _gptq_in_block(block: Block, walk: Walk, stage: GPTQStage, seed: int, bar: Any) -> dict[str, Any]:
     return {name: asdict(found) for name, found in gptq_block(block, walk.quantized, stage).items()}
 
 
-def _train_in_block(block: Block, walk: Walk, stage: BlockwiseStage, seed: int) -> dict[str, Any]:
-    return asdict(train_block(block, walk.quantized, walk.full, stage, seed))
+def _train_in_block(block: Block, walk: Walk, stage: BlockwiseStage, seed: int, bar: Any) -> dict[str, Any]:
+    def show(iteration: int, loss: float) -> None:
+        bar.set_postfix(iteration=f"{iteration}/{stage.iterations}", loss=f"{loss:.5f}")
+
+    return asdict(train_block(block, walk.quantized, walk.full, stage, seed, show))
 
 
 _DO: dict[type[Any], Callable[[_Calibration, Any, Path], _Done]] = {
@@ -341,7 +347,7 @@ _DO: dict[type[Any], Callable[[_Calibration, Any, Path], _Done]] = {
     GPTQStage: _block_by_block,
     BlockwiseStage: _block_by_block,
 }
-_IN_BLOCK: dict[type[Any], Callable[[Block, Walk, Any, int], dict[str, Any]]] = {
+_IN_BLOCK: dict[type[Any], Callable[[Block, Walk, Any, int, Any], dict[str, Any]]] = {
     GPTQStage: _gptq_in_block,
     BlockwiseStage: _train_in_block,
 }

@@ -14,6 +14,7 @@ from llmqat.calibrate.blocks import open_walk
 from llmqat.calibrate.config import GPTQStage
 from llmqat.calibrate.gptq import (
     COLUMNS,
+    Curvature,
     damped,
     gptq_block,
     gptq_layer,
@@ -71,7 +72,7 @@ def reference(weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor
 def test_codes_are_those_of_the_definition(name: str) -> None:
     grid = GRIDS[name]
     weight, hessian, scale, zero_point = problem(24, 64, grid, 16)
-    found = round_by_gptq(weight, hessian, scale, zero_point, grid)
+    found = round_by_gptq(weight, Curvature.of(hessian), scale, zero_point, grid)
     expected = reference(weight, hessian, scale, zero_point, grid)
     # float32 against float64: a weight that lies on the edge between two codes may fall on either side, and what
     # follows in its row with it.
@@ -81,7 +82,7 @@ def test_codes_are_those_of_the_definition(name: str) -> None:
 
 def test_the_rest_of_the_matrix_follows_the_blocks_of_columns() -> None:
     weight, hessian, scale, _ = problem(16, 3 * COLUMNS, Grid(4), 32)
-    found = round_by_gptq(weight, hessian, scale, None, Grid(4))
+    found = round_by_gptq(weight, Curvature.of(hessian), scale, None, Grid(4))
     assert (found == reference(weight, hessian, scale, None, Grid(4))).float().mean() > 0.97
 
 
@@ -94,7 +95,7 @@ def test_the_output_error_falls_with_the_codes_and_again_with_the_scales(name: s
         return float(output_error(weight, hessian, codes, scale, zero_point, grid))
 
     nearest = quantize(weight, scale, zero_point, grid)
-    codes = round_by_gptq(weight, hessian, scale, zero_point, grid)
+    codes = round_by_gptq(weight, Curvature.of(hessian), scale, zero_point, grid)
     refitted = refit_scales(weight, hessian, codes, scale, zero_point, grid)
     assert error(codes, refitted) <= error(codes, scale) < error(nearest, scale)
     if grid.num_bits < 8:  # else the scale is finer than bfloat16 already
@@ -104,7 +105,7 @@ def test_the_output_error_falls_with_the_codes_and_again_with_the_scales(name: s
 def test_refitted_scales_solve_the_least_squares() -> None:
     grid = Grid(4)
     weight, hessian, scale, _ = problem(6, 32, grid, 8)
-    codes = round_by_gptq(weight, hessian, scale, None, grid)
+    codes = round_by_gptq(weight, Curvature.of(hessian), scale, None, grid)
     found = refit_scales(weight, hessian, codes, scale, None, grid)
     root = torch.linalg.cholesky(hessian.double())
     for row in range(6):
@@ -137,7 +138,7 @@ def test_a_layer_keeps_its_codes_after_gptq() -> None:
     weight, hessian, _, _ = problem(48, 64, weights.grid, 32)
     layer = QuantLinear(torch.nn.Parameter(weight.clone()), None, weights)
     before = layer.codes()
-    found = gptq_layer(layer, hessian, rounds=2)
+    found = gptq_layer(layer, Curvature.of(hessian), rounds=2)
     assert found.after < found.before
     assert not torch.equal(layer.codes(), before)
     scale = layer.scale()
