@@ -1,9 +1,11 @@
-"""Methods without end-to-end training, side by side: perplexity, KL from full precision, and wall time.
+"""Methods without end-to-end training, side by side: perplexity, KL from full precision, wall time and memory.
 
 Each row quantizes the model anew on the same token blocks, in this process, and is scored on the same windows of
 another text; llmqat's rows as packed, saved and reloaded. `autoround` is Intel's AutoRound (pip install auto-round), a
 peer: 20 iterations, batches of 8 blocks, its own model as it leaves it. Seconds are those of the calibration alone for
-llmqat and of `quantize()` for AutoRound, without loading and saving. The last lines are the headline, `name: number`.
+llmqat and of `quantize()` for AutoRound, without loading and saving. Memory is the peak above what the process held
+before (Linux only), loading and saving included, so the model in bfloat16 as well. Without --text the model writes the
+text that it is calibrated on. The last lines are the headline, `name: number`.
 
     python eval/calibration.py --model MODEL --text wikitext-2/valid.txt --test wikitext-2/test.txt
 """
@@ -11,10 +13,12 @@ llmqat and of `quantize()` for AutoRound, without loading and saving. The last l
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import llmqat
-from llmqat.data import DataConfig, load_blocks
+from llmqat.data import load_blocks
 from llmqat.evaluate.perplexity import evaluate, keep_reference, windows_from_text
 from llmqat.models import load_model
-from llmqat.recipe.quantize import METHODS, quantize_model
+from llmqat.recipe.quantize import METHODS, quantize_model, text_source
 
 PEER = "autoround"
 BITS = {"int4": 4, "int3": 3, "int2": 2}
@@ -45,7 +49,9 @@ def main() -> None:
     for scheme in options.schemes:
         for method in options.methods:
             make: Callable[..., tuple[nn.Module, float]] = autoround if method == PEER else packed
+            before = forget_peak()
             model, seconds = make(options, scheme, method)
+            peak = resident("VmHWM")
             found = evaluate(model, windows, reference)
             rows.append(
                 {
@@ -55,6 +61,7 @@ def main() -> None:
                     "kl": found.kl,
                     "top1": found.top1,
                     "seconds": seconds,
+                    "peak_bytes": None if before is None or peak is None else peak - before,
                 }
             )
             if options.json:
@@ -68,7 +75,7 @@ def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="full-precision model: hub id, folder, GGUF file")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 file to calibrate on")
+    parser.add_argument("--text", type=Path, help="UTF-8 file to calibrate on; the model's own text else")
     parser.add_argument("--test", type=Path, required=True, help="UTF-8 file to score on; another text")
     parser.add_argument("--schemes", nargs="+", default=["int4"], help="presets of QuantConfig")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, PEER], default=["search", "gptq", "blockwise"])
@@ -101,9 +108,7 @@ def autoround(options: argparse.Namespace, scheme: str, method: str) -> tuple[nn
     from auto_round import AutoRound  # not a dependency of llmqat
 
     model, tokenizer = load_model(options.model, torch.bfloat16)
-    data = DataConfig(
-        source="text", path=options.text, tokens=options.blocks * options.window, block_size=options.window
-    )
+    data = text_source(options.text, options.blocks * options.window, options.window, seed=0)
     ids = load_blocks(data, tokenizer, model).ids
     start = time.perf_counter()
     made = AutoRound(
@@ -142,10 +147,27 @@ class Batches:
             yield {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
 
 
+def forget_peak() -> int | None:
+    """Makes the kernel forget how much memory this process has held at most; returns what it holds now, in bytes."""
+    gc.collect()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(what: str) -> int | None:
+    """Returns this process' memory in bytes, VmRSS (now) or VmHWM (at most); None where /proc does not say."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
+
+
 def table(rows: list[dict[str, Any]], full: float) -> Table:
     """Returns the figures as a table."""
-    shown = Table("scheme", "method", "perplexity", "KL", "top-1", "seconds")
-    shown.add_row("full precision", "", f"{full:.2f}", "0", "100 %", "")
+    shown = Table("scheme", "method", "perplexity", "KL", "top-1", "seconds", "MB at peak")
+    shown.add_row("full precision", "", f"{full:.2f}", "0", "100 %", "", "")
     for row in rows:
         shown.add_row(
             row["scheme"],
@@ -154,6 +176,7 @@ def table(rows: list[dict[str, Any]], full: float) -> Table:
             f"{row['kl']:.4f}",
             f"{row['top1']:.1%}",
             f"{row['seconds']:.0f}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
         )
     return shown
 
