@@ -19,6 +19,14 @@ class TextStage(Config):
     """Token blocks per forward, or per iteration of a training."""
 
 
+class WeightStage(TextStage):
+    """A stage that finds scales, codes or weights."""
+
+    bits: int | None = Field(None, ge=2, le=8)
+    """Bits of the weights while it runs, where the scheme has fewer: 2 bits reached by way of 4 and 3 (progressive
+    quantization). Scales of other bits are found by a stage ranges of those bits before it."""
+
+
 class RotateStage(Config):
     """Rotates the residual stream by a random Hadamard matrix, folded into the weights (QuaRot's R1)."""
 
@@ -35,7 +43,7 @@ class SmoothStage(TextStage):
     """Share of an input feature's range that moves into the weights."""
 
 
-class RangesStage(TextStage):
+class RangesStage(WeightStage):
     """Sets the scale of every quantized weight, and the ranges of static inputs."""
 
     stage: Literal["ranges"] = "ranges"
@@ -46,7 +54,7 @@ class RangesStage(TextStage):
     """Share of a group's weights inside its range, in percent; only for method percentile."""
 
 
-class GPTQStage(TextStage):
+class GPTQStage(WeightStage):
     """Finds codes by GPTQ, then the scales that suit them, layer by layer in the order they run."""
 
     stage: Literal["gptq"] = "gptq"
@@ -59,7 +67,7 @@ class GPTQStage(TextStage):
     """Gigabytes of hidden states kept in memory; above that they lie in temporary files."""
 
 
-class BlockwiseStage(TextStage):
+class BlockwiseStage(WeightStage):
     """Trains one transformer block at a time to give what it gave in full precision."""
 
     stage: Literal["blockwise"] = "blockwise"

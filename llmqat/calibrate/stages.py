@@ -48,6 +48,7 @@ from llmqat.calibrate.config import (
     SmoothStage,
     Stage,
     TextStage,
+    WeightStage,
 )
 from llmqat.calibrate.gptq import gptq_block
 from llmqat.calibrate.masters import Originals, in_float32
@@ -63,6 +64,7 @@ from llmqat.layers import (
     KVQuantizer,
     QuantConfig,
     QuantModule,
+    at_least_bits,
     prepare,
 )
 from llmqat.models import cast_parameters, save_whole, write_whole
@@ -143,8 +145,27 @@ def check_stages(stages: Sequence[Stage], quant: QuantConfig) -> None:
             f"calibrate={names}: {names[walks[0]]} needs static input ranges; put the stage ranges before it"
         )
     weights = [quant.weights, *(e.weights for e in quant.overrides.values() if e and not isinstance(e.weights, str))]
+    _check_bits(stages, min(scheme.num_bits for scheme in weights))
     if "gptq" in names and any(scheme.scales == "dynamic" for scheme in weights):
         raise ValueError("calibrate: gptq moves weights and keeps scales, which scales: dynamic do not; use learned")
+
+
+def _check_bits(stages: Sequence[Stage], least: int) -> None:
+    """Raises ValueError where a stage meets scales of other bits than its own, or its bits widen no weight."""
+    found: int | None = None
+    names = [f"{s.stage} ({s.bits} bits)" if isinstance(s, WeightStage) and s.bits else s.stage for s in stages]
+    for name, stage in zip(names, stages, strict=True):
+        if isinstance(stage, WeightStage) and stage.bits is not None and stage.bits <= least:
+            raise ValueError(f"calibrate={names}: no weight of the scheme has fewer than {stage.bits} bits")
+        if isinstance(stage, RangesStage):
+            found = stage.bits
+        elif isinstance(stage, WeightStage) and stage.bits != found:
+            missing = f"{{stage: ranges, bits: {stage.bits}}}" if stage.bits else "the stage ranges, without bits,"
+            raise ValueError(f"calibrate={names}: {name} meets scales of other bits; put {missing} before it")
+    if found is not None:
+        raise ValueError(
+            f"calibrate={names}: the scales that are left are of {found} bits; end with ranges without bits"
+        )
 
 
 def _has_static_inputs(quant: QuantConfig) -> bool:
@@ -215,6 +236,7 @@ class _Calibration:
     ) -> None:
         self.model, self.quant, self.ids, self.seed = model, quant, ids, seed
         self.folder, self.dtype, self.bar = folder, dtype, bar
+        self.bits: int | None = None
         self.probe = None if ids is None else Probe(model, ids[:PROBE_BLOCKS], dtype)
 
     @property
@@ -242,7 +264,10 @@ class _Calibration:
         report = StageReport(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
         before = None if report is not None else self.divergence()
         start = time.perf_counter()
-        earlier, parts = _DO[type(stage)](self, stage, place)
+        if isinstance(stage, WeightStage):
+            self.bits = stage.bits
+        with at_least_bits(self.model, self.bits):
+            earlier, parts = _DO[type(stage)](self, stage, place)
         if report is not None:
             return report
         seconds = earlier + time.perf_counter() - start
@@ -256,7 +281,8 @@ class _Calibration:
         if self.probe is None or (self.is_prepared and _lacks_input_ranges(self.model)):
             return None
         if self.is_prepared:
-            return self.probe.divergence(self.model)
+            with at_least_bits(self.model, self.bits):
+                return self.probe.divergence(self.model)
         plain = copy.deepcopy(self.model)
         prepare(plain, self.quant)
         return None if _lacks_input_ranges(plain) else self.probe.divergence(plain)

@@ -36,7 +36,7 @@ from llmqat.layers.prepare import (
     prepare,
     untied_keys,
 )
-from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule, quantized_once, quantizers_off
+from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule, at_least_bits, quantized_once, quantizers_off
 
 __all__ = [
     "PRESETS",
@@ -63,6 +63,7 @@ __all__ = [
     "QuantizedCache",
     "TiedHead",
     "WeightConfig",
+    "at_least_bits",
     "attention_layers",
     "audit",
     "convert",

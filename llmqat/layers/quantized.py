@@ -76,9 +76,6 @@ class QuantModule(nn.Module):
         matrix = self.matrix()
         self.rows, self.columns = matrix.shape
         self.scale_shape = weights.scale_shape(self.rows, self.columns, name or "the layer")
-        # LSQ's gradient factor: one clip threshold then serves scales and weights alike.
-        count = self.scale_shape[0] * self.scale_shape[1]
-        self._gradient_factor = 1.0 / math.sqrt(weight.numel() / count * max(self.grid.qmax, 1))
         learned, dynamic = weights.scales == "learned", weights.scales == "dynamic"
         theta = nn.Parameter(torch.zeros(self.scale_shape, device=weight.device)) if learned else None
         self.register_parameter("log_scale", theta)
@@ -94,6 +91,12 @@ class QuantModule(nn.Module):
     def grid(self) -> Grid:
         """The code range."""
         return self.weights.grid
+
+    @property
+    def _gradient_factor(self) -> float:
+        """LSQ's: one clip threshold then serves scales and weights alike."""
+        count = self.scale_shape[0] * self.scale_shape[1]
+        return 1.0 / math.sqrt(self.weight.numel() / count * max(self.grid.qmax, 1))
 
     def matrix(self) -> Tensor:
         """Returns the master weight as [O, I], differentiable."""
@@ -210,6 +213,24 @@ def quantizers_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, enabled in zip(switched, before, strict=True):
             module.enabled = enabled
+
+
+@contextmanager
+def at_least_bits(model: nn.Module, num_bits: int | None) -> Iterator[None]:
+    """Inside, weights of fewer bits than `num_bits` are rounded to integers of so many; None changes nothing.
+
+    Scales suit one grid only: they are to be found anew inside, and again after it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantModule)]
+    before = [layer.weights for layer in layers]
+    try:
+        for layer in layers:
+            if num_bits is not None and layer.weights.num_bits < num_bits:
+                layer.weights = layer.weights.model_copy(update={"num_bits": num_bits, "levels": "integer"})
+        yield
+    finally:
+        for layer, weights in zip(layers, before, strict=True):
+            layer.weights = weights
 
 
 @contextmanager

@@ -131,6 +131,23 @@ def test_static_inputs_are_set_by_ranges_and_seen_by_what_follows() -> None:
     assert reports[1].kl_before is not None
 
 
+@pytest.mark.parametrize("preset", ["int2", "ternary"])
+def test_few_bits_can_be_reached_by_way_of_more(preset: str, tmp_path: Path) -> None:
+    wide = [{"stage": "ranges", "bits": 4, "blocks": 4}, {**BLOCKWISE, "bits": 4, "learning_rate": 1e-4}]
+    wanted = stages(*wide, {"stage": "ranges", "blocks": 4}, {**BLOCKWISE, "learning_rate": 1e-4})
+    quant = QuantConfig.preset(preset, group_size=32)
+    model = tiny_llama()
+    reports = calibrate(model, quant, wanted, text(), folder=tmp_path)
+    assert reports[1].kl_after < reports[3].kl_after
+    assert reports[2].kl_before == reports[1].kl_after  # measured with the scales and bits that were there
+    layers = [module for module in model.modules() if isinstance(module, QuantModule)]
+    assert all(layer.weights.num_bits == 2 and int(layer.codes().unique().numel()) <= 4 for layer in layers)
+
+    again = tiny_llama()
+    assert calibrate(again, quant, wanted, text(), folder=tmp_path) == reports
+    assert all(torch.equal(a, b) for a, b in zip(state(again).values(), state(model).values(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("entries", "quant", "message"),
     [
@@ -139,6 +156,10 @@ def test_static_inputs_are_set_by_ranges_and_seen_by_what_follows() -> None:
         ([], {"preset": "w8a8", "input_activations": {"dynamic": False}}, "are set by the stage ranges; add it"),
         (["gptq", "ranges"], {"preset": "w8a8", "input_activations": {"dynamic": False}}, "put the stage ranges"),
         (["gptq"], {"preset": "int4", "scales": "dynamic"}, "scales: dynamic"),
+        ([{"stage": "ranges", "bits": 3}], INT3, "no weight of the scheme has fewer than 3 bits"),
+        ([{"stage": "ranges", "bits": 4}, "gptq"], INT3, "gptq meets scales of other bits; put the stage ranges, with"),
+        (["ranges", {"stage": "blockwise", "bits": 4}], INT3, r"put \{stage: ranges, bits: 4\} before it"),
+        ([{"stage": "ranges", "bits": 4}], INT3, "left are of 4 bits; end with ranges without bits"),
     ],
 )
 def test_stages_that_do_not_go_together_are_refused(entries: list[Any], quant: Any, message: str) -> None:
