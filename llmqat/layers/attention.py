@@ -171,7 +171,7 @@ def _dispatches(layer: nn.Module) -> bool:
 
 
 def check_kv_groups(layers: Mapping[str, nn.Module], config: KVCacheConfig) -> None:
-    """Raises ValueError where a group size does not divide the head size of one of the attention `layers`."""
+    """Raises ValueError where a group size does not divide the head size of one of the `layers` that have heads."""
     for name, layer in layers.items():
         size = getattr(layer, "head_dim", None) or getattr(layer, "head_size", None)
         for kind, tensor in (("key", config.key), ("value", config.value)):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from llmqat.layers.attention import FROM_CACHE, KVQuantizer, dequantize_states, quantize_states
+from llmqat.layers.attention import FROM_CACHE, KVQuantizer, check_kv_groups, dequantize_states, quantize_states
 from llmqat.layers.config import KVCacheConfig, KVTensorConfig
 
 
@@ -215,8 +215,8 @@ class QuantizedCache(Cache):
             last_tokens: most recent tokens kept in full precision.
 
         Raises:
-            ValueError: when no scheme is given and the model has none, a count is negative, or the model has layers
-                that keep something else than keys and values.
+            ValueError: when no scheme is given and the model has none, a group size does not divide the head size, a
+                count is negative, or the model has layers that keep something else than keys and values.
         """
         for name, count in (("first_tokens", first_tokens), ("last_tokens", last_tokens)):
             if count < 0:
@@ -226,6 +226,7 @@ class QuantizedCache(Cache):
             raise ValueError(
                 "the model has no quantized KV cache of its own; give one: QuantizedCache(model, KVCacheConfig(...))"
             )
+        check_kv_groups(dict(model.named_modules()), scheme)
         text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if kinds:

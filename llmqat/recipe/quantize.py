@@ -37,6 +37,7 @@ from llmqat.calibrate import (
 from llmqat.calibrate.config import TextStage
 from llmqat.data import DataConfig, TokenBlocks
 from llmqat.data import load_blocks as read_text
+from llmqat.data.text import read_texts
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.layers import QuantConfig
 from llmqat.models import load_model, write_whole
@@ -136,6 +137,8 @@ def quantize_model(
     needed = needs_text(stages, quant)
     if text is not None and not needed and target_bits is None:
         raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use another --method")
+    if text is not None:
+        read_texts(text)  # says now what is wrong with it
     if needs_text((), quant) and not any(isinstance(stage, RangesStage) for stage in stages):
         # Static input ranges, which plain rounding of weights needs as well.
         stages = (*stages, RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)))
@@ -239,6 +242,7 @@ def _work_folder(folder: Path, settings: dict[str, Any]) -> Path:
         if file.is_file() and file.read_text(encoding="utf-8") == now:
             log.info("going on with the interrupted calibration in %s", work)
             return work
+        log.warning("%s was left by a calibration with other settings, and is begun anew", work)
         shutil.rmtree(work)
     work.mkdir(parents=True)
     write_whole(file, now)

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_every_script_is_described() -> None:
     scripts = sorted(path.name for path in SCRIPTS.glob("*.py"))
-    assert {"calibration.py", "schemes.py", "training_speed.py", "wikitext.py"} <= set(scripts)
+    assert {"calibration.py", "kv_cache.py", "schemes.py", "training_speed.py", "wikitext.py"} <= set(scripts)
     readme = (SCRIPTS / "README.md").read_text(encoding="utf-8")
     assert [name for name in scripts if name not in readme] == []
 
@@ -123,6 +123,12 @@ def test_calibration(
     divergences = [row["kl"] for row in rows]
     assert divergences == sorted(divergences, reverse=True)
     assert rows[2]["seconds"] > rows[0]["seconds"]
+
+
+def test_kv_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "kv_cache.py", "--model", str(folder), "--tokens", "48", "--group-size", "8")
+    found = headline(capsys.readouterr().out)
+    assert found["bfloat16"] > found["8 bits"] > found["4 bits, groups of 8"] > 0
 
 
 def test_every_row_of_schemes_is_a_recipe() -> None:
