@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from llmqat.export.checkpoint import load, save
     from llmqat.layers.cache import QuantizedCache
     from llmqat.layers.config import QuantConfig
+    from llmqat.layers.lora import adopt_adapters, lora_config
     from llmqat.layers.prepare import convert, prepare
+    from llmqat.train.adapter import save_adapter
     from llmqat.train.trainer import QATArguments, QATTrainer
 
 _HOMES = {
@@ -24,11 +26,14 @@ _HOMES = {
     "QATTrainer": "llmqat.train.trainer",
     "QuantConfig": "llmqat.layers.config",
     "QuantizedCache": "llmqat.layers.cache",
+    "adopt_adapters": "llmqat.layers.lora",
     "convert": "llmqat.layers.prepare",
     "evaluate": "llmqat.evaluate.perplexity",
     "load": "llmqat.export.checkpoint",
+    "lora_config": "llmqat.layers.lora",
     "prepare": "llmqat.layers.prepare",
     "save": "llmqat.export.checkpoint",
+    "save_adapter": "llmqat.train.adapter",
     "synthesize": "llmqat.data.synthesis",
 }
 
@@ -37,11 +42,14 @@ __all__ = [
     "QATTrainer",
     "QuantConfig",
     "QuantizedCache",
+    "adopt_adapters",
     "convert",
     "evaluate",
     "load",
+    "lora_config",
     "prepare",
     "save",
+    "save_adapter",
     "synthesize",
 ]
 

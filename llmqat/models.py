@@ -524,6 +524,8 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     quantizers: list[tuple[QuantModule, torch.dtype | None]] = []
     in_float32 = kept_in_float32(model)
+    layers = [module for module in model.modules() if isinstance(module, QuantModule)]
+    factors = {id(factor) for layer in layers for adapter in layer.adapters for factor in adapter.factors()}
     try:
         for prefix, module in model.named_modules():
             quantized = isinstance(module, QuantModule)
@@ -533,7 +535,9 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             for name, parameter in list(module._parameters.items()):
                 if parameter is None or parameter.dtype == dtype or not parameter.is_floating_point():
                     continue
-                if (quantized and name in QUANTIZER_PARAMETERS) or in_float32(f"{prefix}.{name}"):
+                if (quantized and name in QUANTIZER_PARAMETERS) or id(parameter) in factors:
+                    continue
+                if in_float32(f"{prefix}.{name}"):
                     continue
                 if id(parameter) not in casts:
                     casts[id(parameter)] = parameter.to(dtype)

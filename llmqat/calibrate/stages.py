@@ -60,12 +60,12 @@ from llmqat.calibrate.smooth import smooth
 from llmqat.grid import fusing
 from llmqat.layers import (
     ActivationConfig,
-    ActivationQuantizer,
     KVQuantizer,
     QuantConfig,
     QuantModule,
     at_least_bits,
     prepare,
+    quantizer_state,
 )
 from llmqat.models import cast_parameters, save_whole, write_whole
 
@@ -377,17 +377,6 @@ _IN_BLOCK: dict[type[Any], Callable[[Block, Walk, Any, int, Any], dict[str, Any]
     GPTQStage: _gptq_in_block,
     BlockwiseStage: _train_in_block,
 }
-
-
-def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns all that the quantizers of `model` hold beside weights, by name in the state dict."""
-    owners = [name for name, module in model.named_modules() if isinstance(module, (QuantModule, ActivationQuantizer))]
-    return {
-        f"{owner}.{name}": tensor.detach()
-        for owner in owners
-        for name, tensor in model.get_submodule(owner).state_dict().items()
-        if name not in ("weight", "bias")
-    }
 
 
 def _write_block(block: Block, path: Path, facts: Mapping[str, Any]) -> None:

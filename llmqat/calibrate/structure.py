@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmqat.layers import QuantModule, linear_maps, model_kind
+from llmqat.layers import QuantModule, linear_maps, model_kind, note_moved
 from llmqat.models import model_device, output_head
 
 PROBE_TOKENS = 8
@@ -134,10 +134,13 @@ def check_foldable(model: nn.Module, what: str) -> None:
 def unchanged_logits(model: nn.Module, what: str) -> Iterator[None]:
     """Checks that what happens inside leaves the full-precision logits of a probe as they were, within rounding.
 
+    Notes in the model that its weights are others now.
+
     Raises:
         RuntimeError: when it does not; `what` was done to the model, which must then be loaded anew.
     """
     before = _probe(model)
+    note_moved(model)
     yield
     change = float((_probe(model) - before).abs().max() / before.std())
     if not change <= TOLERANCE:

@@ -5,7 +5,9 @@ activation.py  inputs of linear layers                  linear.py      QuantLine
 attention.py   keys and values, in training             embedding.py   embeddings and the head tied to them
 cache.py       keys and values, in generation           experts.py     stacked weights of experts
 prepare.py     prepare and convert                      packed.py      PackedModule: packed codes
-audit.py       what is covered
+source.py      whether weights are still the source's
+audit.py       what is covered                          lora.py        peft's LoRA inside the quantizer (not
+                                                                       imported here: peft takes seconds)
 """
 
 from llmqat.layers.activation import ActivationQuantizer
@@ -28,15 +30,19 @@ from llmqat.layers.linear import QuantLinear
 from llmqat.layers.packed import PackedLinear, PackedModule
 from llmqat.layers.prepare import (
     LinearMap,
+    changed_since_prepared,
     convert,
     install,
     kept_in_float32,
     linear_maps,
     packed_form,
+    plain_name,
     prepare,
+    quantizer_state,
     untied_keys,
 )
 from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule, at_least_bits, quantized_once, quantizers_off
+from llmqat.layers.source import note_moved
 
 __all__ = [
     "PRESETS",
@@ -66,6 +72,7 @@ __all__ = [
     "at_least_bits",
     "attention_layers",
     "audit",
+    "changed_since_prepared",
     "convert",
     "install",
     "kept_in_float32",
@@ -73,10 +80,13 @@ __all__ = [
     "linear_maps",
     "model_kind",
     "new_cache",
+    "note_moved",
     "packed_form",
+    "plain_name",
     "prepare",
     "quantize_kv",
     "quantized_once",
+    "quantizer_state",
     "quantizers_off",
     "untied_keys",
 ]

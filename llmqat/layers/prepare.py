@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
 from llmqat.layers.audit import UNTIED, CoverageAudit, audit
 from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Policy, QuantConfig
@@ -21,11 +22,15 @@ from llmqat.layers.experts import PackedExperts, QuantExperts, replace_stacked, 
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.packed import PackedLinear, PackedModule
 from llmqat.layers.quantized import QuantModule
+from llmqat.layers.source import SOURCE, changed_since, note_source
 
 CONFIG_KEY = "llmqat"
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Last parts of the names of linear layers that choose experts, where a module of experts stands beside them."""
+
+ADAPTED = ".base_layer."
+"""Part of the name of a module that peft has put an adapter around."""
 
 LINEAR_SUBCLASSES = ("FalconLinear",)
 """nn.Linear subclasses whose own forward computes the same as nn.Linear's."""
@@ -65,7 +70,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
     `model.config.llmqat`, so that a checkpoint of the prepared model explains itself.
 
     Args:
-        model: any module; works on the meta device.
+        model: any module; works on the meta device. A model that peft has put LoRA on (`lora.py`) is prepared under
+            its adapters, which are then inside the quantizers.
         config: what to quantize and how.
 
     Returns:
@@ -73,8 +79,11 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
 
     Raises:
         ValueError: when the model is prepared already, a target, ignore or override matches nothing, a group size does
-            not divide, or the KV cache or the embeddings cannot be quantized. The model is then unchanged.
+            not divide, the KV cache or the embeddings cannot be quantized, or an adapter is beside the quantizer. The
+            model is then unchanged.
     """
+    if (inner := _unwrapped(model)) is not model:
+        return prepare(inner, config)
     if any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
         raise ValueError("the model is prepared already; prepare the original model, or load it anew")
     maps = linear_maps(model)
@@ -90,10 +99,15 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
             f"nothing is left to quantize: quant.targets={list(config.targets)} without quant.ignore, skipped layers, "
             "the output head and null overrides covers no linear layer; widen quant.targets or shorten quant.ignore"
         )
+    note_source(model)
     for name, module in replacements.items():
         install(model, name, module)
     if config.kv_cache is not None:
         quantize_kv(model, config.kv_cache)
+    if any(_has_adapter(module) for module in model.modules()):
+        from llmqat.layers.lora import adopt_adapters
+
+        adopt_adapters(model)
     if hasattr(model, "config"):
         setattr(model.config, CONFIG_KEY, config.model_dump(mode="json"))
         # save_pretrained would otherwise split experts into the tensors that the original checkpoint had, scales and
@@ -188,7 +202,10 @@ def _found(model: nn.Module, name: str) -> nn.Module | None:
 def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
     """Returns every linear map of `model` by name: nn.Linear and Conv1D modules, stacked weights of experts."""
     found: dict[str, LinearMap] = {}
+    inside = tuple(f"{name}." for name, module in model.named_modules() if _has_adapter(module))
     for name, module in model.named_modules():
+        if name.startswith(inside) and not f"{name}.".endswith(ADAPTED):
+            continue  # the adapter's own
         if isinstance(module, (nn.Linear, Conv1D)):
             kinds = ("Linear", type(module).__name__)
             found[name] = LinearMap(kinds, module.weight, module, refusal=_refusal(model, name, module))
@@ -198,8 +215,14 @@ def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
     return found
 
 
+def plain_name(name: str) -> str:
+    """Returns the dotted name that a module or parameter has without peft's adapters around it."""
+    return f"{name}.".replace(ADAPTED, ".").removesuffix(".")
+
+
 def matches(pattern: str, name: str, kinds: tuple[str, ...]) -> bool:
     """Returns whether `pattern` (class name, dotted name, or `re:` regular expression) means this linear map."""
+    name = plain_name(name)
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return pattern == name or pattern in kinds
@@ -250,8 +273,36 @@ def _plan(model: nn.Module, maps: Mapping[str, LinearMap], config: QuantConfig) 
         elif entry.refusal or scheme is None:
             plan.reasons[name] = entry.refusal or reason
         else:
+            _check_adapter(model, name, entry)
             plan.schemes[name] = scheme
     return plan
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model inside peft's wrapper, or `model` itself; without importing peft, which takes seconds."""
+    inner: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    """Returns whether `module` is peft's wrapper of another module."""
+    return hasattr(module, "get_base_layer")
+
+
+def _check_adapter(model: nn.Module, name: str, entry: LinearMap) -> None:
+    """Raises ValueError where an adapter around a weight to quantize would be beside its quantizer."""
+    owner = name.rpartition(".")[0] if entry.stacked else name
+    if not owner.endswith(ADAPTED[:-1]):
+        return
+    wrapper = model.get_submodule(owner.removesuffix(ADAPTED[:-1]))
+    if entry.stacked:
+        raise ValueError(f"{name} has adapters already; prepare a mixture of experts first, then call get_peft_model")
+    if getattr(wrapper, "parameter_name", None) is None:
+        raise ValueError(
+            f"{name.removesuffix(ADAPTED[:-1])} has a {type(wrapper).__name__} adapter beside its weight, which could "
+            "not be folded into the codes; use LoraConfig(target_modules=[], target_parameters=['q_proj.weight', …]), "
+            "or merge the adapter first"
+        )
 
 
 def _scheme(model: nn.Module, name: str, entry: LinearMap, config: QuantConfig) -> tuple[LayerScheme | None, str]:
@@ -294,7 +345,7 @@ def _check_patterns(model: nn.Module, maps: Mapping[str, LinearMap], config: Qua
     ):
         for pattern in patterns:
             if not any(matches(pattern, name, entry.kinds) for name, entry in maps.items()):
-                examples = ", ".join(list(maps)[:3]) or "none"
+                examples = ", ".join(plain_name(name) for name in list(maps)[:3]) or "none"
                 raise ValueError(
                     f"quant.{owner} has {pattern!r}, which matches no linear layer of {type(model).__name__}; use a "
                     f"class name, a full module name or 're:<regular expression>'. Linears here: {examples}, …"
@@ -401,3 +452,29 @@ def _check_divides(key: str, policy: Policy, size: int, name: str) -> None:
         raise ValueError(
             f"quant.{key}={policy!r} has groups of {group}, which do not divide {size} of {name}; use 'int8'"
         )
+
+
+def changed_since_prepared(model: nn.Module) -> list[str] | None:
+    """Returns the parameters of a prepared model that are not what they were before, by their names then.
+
+    Adapters and quantizers do not count. None when it is not known: the model was rotated or smoothed, or was not
+    prepared in this process.
+    """
+    model = _unwrapped(model)
+    noted = getattr(model, SOURCE, None)
+    if noted is None:
+        return None
+    now = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    now |= {name.removesuffix(".weight"): parameter for name, parameter in now.items()}  # stacked experts
+    return changed_since({plain_name(name): entry for name, entry in noted.items()}, now)
+
+
+def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns all that the quantizers of `model` hold beside weights, by name in the state dict."""
+    owners = [name for name, module in model.named_modules() if isinstance(module, (QuantModule, ActivationQuantizer))]
+    return {
+        f"{owner}.{name}": tensor.detach()
+        for owner in owners
+        for name, tensor in model.get_submodule(owner).state_dict().items()
+        if name not in ("weight", "bias")
+    }

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,18 @@ QUANTIZER_PARAMETERS = ("weight", "log_scale", "zero_point")
 """Parameters of a QuantModule that stay float32 masters; the quantizer makes the numbers of the checkpoint of them."""
 
 
+class Adapter(Protocol):
+    """What is added to a master weight inside its quantizer."""
+
+    def adapted(self, weight: Tensor) -> Tensor:
+        """Returns the weight with what is added, float32; differentiable in the factors."""
+        ...
+
+    def factors(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters it is made of."""
+        ...
+
+
 class QuantModule(nn.Module):
     """A fake-quantized weight.
 
@@ -51,6 +63,7 @@ class QuantModule(nn.Module):
         weights: the scheme.
         transposed: the weight's last two dimensions are [I, O].
         enabled: False makes the forward use the master weight.
+        adapters: what adds LoRA to the master weight (lora.py), or nothing.
         strength: share of the quantized weight in the forward, below 1 only during the warm-up of training.
         compute_dtype: what the weight is read as where no input says it; None is the master's own dtype.
     """
@@ -71,6 +84,7 @@ class QuantModule(nn.Module):
         self.weights, self.transposed = weights, transposed
         self.enabled, self.strength = True, 1.0
         self.compute_dtype: torch.dtype | None = None
+        self.adapters: tuple[Adapter, ...] = ()  # in a tuple no module of theirs becomes one of this module's
         self._kept: dict[Any, Tensor] | None = None
         self.weight = weight
         matrix = self.matrix()
@@ -98,9 +112,28 @@ class QuantModule(nn.Module):
         count = self.scale_shape[0] * self.scale_shape[1]
         return 1.0 / math.sqrt(self.weight.numel() / count * max(self.grid.qmax, 1))
 
+    def master(self) -> Tensor:
+        """Returns the master weight in its own layout, adapters included, differentiable.
+
+        Raises:
+            RuntimeError: under autocast, when peft put an adapter on it that has not been adopted.
+        """
+        if self.adapters:
+            weight = self.weight
+            for adapter in self.adapters:
+                weight = adapter.adapted(weight)
+            return weight
+        if "parametrizations" in self._modules and torch.is_autocast_enabled(self.weight.device.type):
+            raise RuntimeError(
+                "under autocast peft makes LoRA's product in low precision, of which other codes come than from the "
+                "merged weight; call llmqat.adopt_adapters(model) once before training (QATTrainer does)"
+            )
+        return self.weight
+
     def matrix(self) -> Tensor:
-        """Returns the master weight as [O, I], differentiable."""
-        weight = self.weight.mT if self.transposed else self.weight
+        """Returns the master weight, adapters included, as [O, I], differentiable."""
+        weight = self.master()
+        weight = weight.mT if self.transposed else weight
         return weight.reshape(-1, weight.shape[-1])
 
     def scale(self) -> Tensor:
@@ -154,11 +187,11 @@ class QuantModule(nn.Module):
 
     def _made(self, dtype: torch.dtype) -> Tensor:
         if not self.enabled:
-            return self.weight.to(dtype)
+            return self.master().to(dtype)
         quantized = self.restored(self.quantized_matrix(dtype))
         if self.strength == 1.0:
             return quantized
-        return torch.lerp(self.weight.to(dtype), quantized, self.strength)
+        return torch.lerp(self.master().to(dtype), quantized, self.strength)
 
     def quantized_matrix(self, dtype: torch.dtype) -> Tensor:
         """Returns the quantized weight as [O, I] in `dtype`, whatever is switched off or warming up."""

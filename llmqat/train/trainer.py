@@ -1,5 +1,8 @@
 """QATTrainer: transformers.Trainer, with distillation from the full-precision model as its loss.
 
+With peft's LoRA on the model (layers/lora.py) the adapters are inside the quantizers, and the model with both off is
+its own teacher where no other is given (adapter.py).
+
 One step: the teacher's forward without gradients, the student's forward with fake-quantized weights, the forward KL of
 their next-token distributions made a few hundred tokens at a time (no logits are stored), one backward. The loss is
 divided by the tokens of the whole optimizer step over all processes.
@@ -18,17 +21,21 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import is_torch_cuda_available
 
 from llmqat.grid import fusing
 from llmqat.layers import ActivationQuantizer, KVQuantizer, QuantModule
-from llmqat.metrics import IGNORED_LABEL, forward_kl, predictor_of
+from llmqat.layers.lora import adopt_adapters
+from llmqat.metrics import IGNORED_LABEL, Predictor, forward_kl, predictor_of
 from llmqat.models import capture_hidden, cast_parameters, vocabulary_size
+from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
 
 logger = logging.getLogger(__name__)
 
@@ -113,31 +120,44 @@ class QATTrainer(Trainer):
     """Trains a prepared model to give the next-token distributions of its teacher."""
 
     def __init__(
-        self, model: PreTrainedModel, teacher: PreTrainedModel, args: TrainingArguments | None = None, **options: Any
+        self,
+        model: PreTrainedModel | PeftModel,
+        teacher: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        **options: Any,
     ) -> None:
         """Takes what transformers.Trainer takes, and a teacher.
 
         Args:
-            model: a prepared model; trainable parameters below float32 are raised to float32 masters.
-            teacher: the original model, any dtype; frozen here.
+            model: a prepared model, or peft's LoRA over one; trainable parameters below float32 are raised to float32
+                masters.
+            teacher: the original model, any dtype; frozen here. None: `model` itself with quantizers and adapters off,
+                which must then be what it was before it was prepared, and train nothing but adapters and scales.
             args: `QATArguments`; or `TrainingArguments`, where the fields that only QATArguments has take its defaults.
             **options: of transformers.Trainer. `train_dataset` yields {"input_ids", "labels"}; positions whose label is
                 -100 are not distilled.
 
         Raises:
-            ValueError: when the model is not prepared, or the vocabularies differ.
+            ValueError: when the model is not prepared, the vocabularies differ, or the model cannot be its own teacher.
         """
         if not any(isinstance(module, (QuantModule, KVQuantizer)) for module in model.modules()):
             raise ValueError("the model has no QuantLinear: call llmqat.prepare(model, config) before training")
-        sizes = vocabulary_size(model), vocabulary_size(teacher)
-        if sizes[0] != sizes[1]:
+        sizes = [vocabulary_size(bare(one)) for one in (model, teacher) if one is not None]
+        if sizes[0] != sizes[-1]:
             raise ValueError(
-                f"the student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}; they must match"
+                f"the student's vocabulary has {sizes[0]} entries, the teacher's {sizes[-1]}; they must match"
             )
         if args is not None:
             _check_arguments(args)
+        adapted = bool(adopt_adapters(model))
         if getattr(args, "trainable", "all") == "scales":
+            if adapted:
+                raise ValueError("trainable='scales' trains no adapter; take the adapters off, or leave trainable out")
             freeze_weights(model)
+        elif adapted:
+            train_quantizers(model)
+        if teacher is None:
+            check_self_teacher(model)
         raise_masters(model)
         if getattr(args, "freeze_embeddings", False):
             model.get_input_embeddings().requires_grad_(False)
@@ -151,7 +171,7 @@ class QATTrainer(Trainer):
         # The loss is divided by num_items_in_batch in compute_loss; Trainer must count the tokens and not divide again.
         self.model_accepts_loss_kwargs = True
         self._fuse = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantModule)) >= FUSING_PAYS
-        self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -178,13 +198,11 @@ class QATTrainer(Trainer):
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels", inputs["input_ids"])
-        student = self.accelerator.unwrap_model(model)
+        student = bare(self.accelerator.unwrap_model(model))
         with capture_hidden(student) as captured:
             model(**inputs, use_cache=False)
             student_hidden = captured.take()
-        with torch.no_grad(), capture_hidden(self.teacher) as captured:
-            self.teacher(**inputs, use_cache=False)
-            teacher_hidden = captured.take()
+        teacher_hidden, teacher_head = self._teacher_states(student, inputs)
         # The state at position t predicts the label of t + 1.
         mask = labels[:, 1:].ne(IGNORED_LABEL).flatten()
         tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
@@ -192,7 +210,7 @@ class QATTrainer(Trainer):
             student_hidden[:, :-1].flatten(0, 1),
             predictor_of(student),
             teacher_hidden[:, :-1].flatten(0, 1),
-            predictor_of(self.teacher),
+            teacher_head,
             mask.float() / tokens,
         )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -200,12 +218,31 @@ class QATTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
+    def _teacher_states(self, student: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Predictor]:
+        """Returns the teacher's last hidden states [B, L, D], without gradients, and its head."""
+        with torch.no_grad() if self.teacher is not None else original_model(student):
+            teacher = student if self.teacher is None else self.teacher
+            training = teacher.training
+            teacher.eval()
+            with capture_hidden(teacher) as captured:
+                teacher(**inputs, use_cache=False)
+                hidden = captured.take()
+            teacher.train(training)
+            return hidden, predictor_of(teacher)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """Returns the loss of an evaluation batch; logits are never made."""
         with torch.no_grad(), self._checkpoint_numbers(model):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Writes the model as Trainer does; an adapter's folder takes the quantizers along."""
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            add_quantizers(model, Path(output_dir or self.args.output_dir))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns the optimizer of `args.optim` over the parameter groups: weights, log-scales, zero points, norms."""
@@ -256,6 +293,20 @@ class QATTrainer(Trainer):
             if parameter.requires_grad:
                 groups[_group_of(name, parameter)]["params"].append(parameter)
         return [group for group in groups.values() if group["params"]]
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Returns the transformers model inside peft's wrapper, or `model` itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def train_quantizers(model: nn.Module) -> None:
+    """Makes log-scales and learned zero points of `model` trainable, in place: peft freezes all but its adapters."""
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            for parameter in (module.log_scale, module.zero_point):
+                if isinstance(parameter, nn.Parameter):
+                    parameter.requires_grad_(True)
 
 
 def freeze_weights(model: nn.Module) -> None:

@@ -1,0 +1,203 @@
+"""LoRA inside the quantizer: ŵ = fake_quantize(W + (alpha/r) B A), with peft's own adapters.
+
+An adapter beside a quantizer cannot be folded into the codes: rounding anew erases most of a small change. Inside, the
+codes of the training forward are those of the folded weight. peft adapts a parameter (`LoraConfig.target_parameters`),
+so a stock adapter on the weight of a QuantModule is inside by itself. But peft makes B A in bfloat16 under autocast, of
+which other codes come than from the fold, and works by a call of the wrapped module, which stacked experts do not get.
+`adopt_adapters` therefore lets the quantized weight ask its adapters itself, in float32.
+
+    config = lora_config(prepared, r=16)           # a peft.LoraConfig over all quantized weights
+    model = peft.get_peft_model(prepared, config)
+    adopt_adapters(model)                           # QATTrainer does it by itself
+    ...
+    merged = model.merge_and_unload()               # the codes stay; then llmqat.save(merged, folder)
+
+Letters: O out features, I in features, E experts, r rank.
+Source: LoRA (2106.09685) section 4.1, under the quantizer as in LLM-QAT's masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import Tensor, nn
+
+from llmqat.layers.quantized import QuantModule
+
+WEIGHT = "weight"
+"""Name of the parameter of a QuantModule that adapters are on."""
+
+
+class QuantLora(ParamWrapper):
+    """peft's LoRA on the weight of a QuantModule, which reads it inside its quantizer.
+
+    Made of a ParamWrapper by `adopt_adapters`; names, state dict and all of peft's methods stay.
+    """
+
+    @property
+    def layer(self) -> QuantModule:
+        """The quantized weight that is adapted."""
+        layer = self.get_base_layer()
+        assert isinstance(layer, QuantModule)
+        return layer
+
+    def factors(self) -> Iterator[nn.Parameter]:
+        """Yields A and B of every adapter."""
+        yield from self.lora_A.parameters()
+        yield from self.lora_B.parameters()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns what the adapted layer gives: its weight asks for the adapters itself."""
+        self._check_forward_args(x, *args, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("a quantized weight has one adapter for all rows of a batch; leave adapter_names out")
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        return result
+
+    def adapted(self, weight: Tensor) -> Tensor:
+        """Returns `weight` with the active adapters added one after the other, in float32; as it is without any."""
+        if self.disable_adapters or self.merged:
+            return weight
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                weight = weight.float() + self.get_delta_weight(name)
+        return weight
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns (alpha/r) B A in float32 and the weight's layout, whatever autocast says."""
+        down, up = self.lora_A[adapter_name].weight.float(), self.lora_B[adapter_name].weight.float()
+        with torch.autocast(down.device.type, enabled=False):
+            if self.num_experts > 1:
+                down = down.reshape(self.num_experts, -1, down.shape[-1])  # [E, r, I]
+                up = up.reshape(up.shape[0], -1, self.num_experts).permute(2, 0, 1)  # [E, O, r]
+                delta = torch.bmm(up, down)
+                if not self._did_swap_in_out_features:
+                    delta = delta.mT
+            else:
+                delta = up @ down
+            return (delta * self.scaling[adapter_name]).view(self.layer.weight.shape)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the adapters to the weight, which becomes float32: its codes are those of the forward before.
+
+        Raises:
+            ValueError: when a merged weight is not finite.
+        """
+        names = [name for name in adapter_names or self.active_adapters if name in self.lora_A]
+        for name in names:
+            weight = self.layer.weight.float() + self.get_delta_weight(name)
+            if not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"the adapter {name!r} makes a weight that is not finite; it cannot be merged")
+            self.layer.weight.data = weight
+            self.merged_adapters.append(name)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Returns the quantized weight alone, with or without the adapters in it."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        self.layer.adapters = ()
+        return self.layer
+
+
+def adopt_adapters(model: nn.Module) -> list[QuantLora]:
+    """Puts peft's adapters of `model` inside the quantizers, in place; returns them.
+
+    Args:
+        model: a peft model over a prepared one, or a prepared model in it.
+
+    Raises:
+        ValueError: when an adapter is on something else of a quantized weight than the weight, more than one wraps it,
+            or it starts from the rounding error (LoftQ).
+    """
+    if isinstance(model, PeftModel):
+        for name, config in model.peft_config.items():
+            if getattr(config, "init_lora_weights", None) == "loftq":
+                raise ValueError(
+                    f"adapter {name!r} has init_lora_weights='loftq': it starts as the rounding error, which repairs a "
+                    "weight beside the quantizer and adds to the error inside it; leave init_lora_weights out"
+                )
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, ParamWrapper) or not isinstance(module.get_base_layer(), QuantModule):
+            continue
+        if module.parameter_name != WEIGHT or isinstance(module.base_layer, ParamWrapper):
+            raise ValueError(
+                f"{name} adapts the parameter {module.parameter_name!r}; of a quantized weight, adapt 'weight' alone, "
+                "once: llmqat.lora_config(model) names what can be adapted"
+            )
+        module.__class__ = QuantLora
+        assert isinstance(module, QuantLora)
+        module.layer.adapters = (module,)
+        found.append(module)
+    return found
+
+
+def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **options: Any) -> LoraConfig:
+    """Returns peft's configuration of adapters inside the quantizers of a prepared `model`.
+
+    Args:
+        model: a prepared model.
+        targets: last parts of the names of layers, such as 'q_proj'; all quantized linear weights where not given.
+        **options: of peft.LoraConfig: r, lora_alpha, use_rslora, …
+
+    Raises:
+        ValueError: for a target that no quantized weight has, and options that would put the adapter outside.
+    """
+    for key in ("target_modules", "target_parameters"):
+        if key in options:
+            raise ValueError(f"{key} would put adapters beside the quantizer, or is set here; use targets=['q_proj']")
+    if options.get("lora_dropout"):
+        raise ValueError(
+            f"lora_dropout={options['lora_dropout']}: inside a quantizer the adapter is part of the weight, which has "
+            "no input of its own to drop; leave lora_dropout out"
+        )
+    layers = [name for name, module in model.named_modules() if isinstance(module, QuantModule)]
+    embedded = {id(getattr(model, "get_input_embeddings", lambda: None)())}
+    layers = [name for name in layers if id(model.get_submodule(name)) not in embedded]
+    if not layers:
+        raise ValueError("the model has no quantized linear weight; call llmqat.prepare(model, config) first")
+    wanted = None if targets is None else list(targets)
+    for target in wanted or ():
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            known = sorted({name.rpartition(".")[2] for name in layers})
+            raise ValueError(f"targets has {target!r}, which no quantized weight is called; choose among {known}")
+    suffixes = wanted if wanted is not None else sorted({name.rpartition(".")[2] for name in layers})
+    if wanted is None and _means_more(model, suffixes, layers):
+        suffixes = layers
+    return LoraConfig(target_modules=[], target_parameters=[f"{name}.{WEIGHT}" for name in suffixes], **options)
+
+
+def _means_more(model: nn.Module, suffixes: list[str], layers: list[str]) -> bool:
+    """Returns whether the last parts of names also mean weights that are not quantized."""
+    known = set(layers)
+    return any(
+        name.rpartition(".")[2] in suffixes and name not in known and hasattr(module, WEIGHT)
+        for name, module in model.named_modules()
+    )
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Returns whether `model` has adapters of peft on it."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the adapters of `model` count for nothing; gradients that are asked for stay asked for."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled

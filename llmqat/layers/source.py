@@ -1,0 +1,57 @@
+"""Whether a prepared model still holds the weights of the model it was made from: checksums taken by `prepare`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SOURCE = "llmqat_source"
+"""Attribute of a prepared model: name of a parameter -> what it was; None when it had been moved before."""
+MOVED = "llmqat_moved"
+"""Attribute of a model whose weights were changed before it was prepared (rotated, smoothed)."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Checksum(NamedTuple):
+    """What a parameter was."""
+
+    dtype: torch.dtype
+    value: int
+
+
+def note_source(model: nn.Module) -> None:
+    """Notes the parameters of `model` as they are, in it; nothing on the meta device, or after `note_moved`."""
+    parameters = dict(model.named_parameters())
+    known = not getattr(model, MOVED, False) and not any(p.is_meta for p in parameters.values())
+    noted = {name: Checksum(p.dtype, checksum(p)) for name, p in parameters.items()} if known else None
+    model.__dict__[SOURCE] = noted
+
+
+def note_moved(model: nn.Module) -> None:
+    """Notes in `model` that its weights are not those of the original model any more."""
+    model.__dict__[MOVED] = True
+
+
+def changed_since(noted: Mapping[str, Checksum], parameters: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of noted parameters that are gone, or whose bits are others; another dtype alone is no change.
+
+    Args:
+        noted: from `note_source`.
+        parameters: what there is now, by the same names.
+    """
+    return [
+        name
+        for name, (dtype, value) in noted.items()
+        if name not in parameters or checksum(parameters[name].detach().to(dtype)) != value
+    ]
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> int:
+    """Returns a sum over the bits of `tensor`, each row counted by its place."""
+    rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1).contiguous()
+    sums = rows.view(_INTEGERS[tensor.element_size()]).sum(-1, dtype=torch.int64)
+    return int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())
