@@ -24,7 +24,7 @@ from llmqat.calibrate import AllocationConfig, Stage, check_stages
 from llmqat.config import Config, unknown_key_message
 from llmqat.data.config import DataConfig
 from llmqat.layers import QuantConfig
-from llmqat.train import QATArguments
+from llmqat.train import LoraSettings, QATArguments
 
 RECIPE_FILE = "recipe.yaml"
 """Name of the recipe in a run folder."""
@@ -118,6 +118,8 @@ class Recipe(Config):
     """Bits chosen layer by layer under an average; every layer has those of `quant` where not given."""
     calibrate: tuple[Stage, ...] = Field(default=DEFAULT_STAGES, validate_default=True)
     """Stages before training, in order: names, or mappings with the key `stage`. None at all is plain rounding."""
+    lora: LoraSettings | None = None
+    """Adapters that are trained inside the quantizers in place of all weights; none where not given."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Fields of QATArguments: those of transformers.TrainingArguments and a few more; checked by name and type."""
     evaluate: EvaluationSettings = Field(default_factory=EvaluationSettings)
@@ -145,6 +147,8 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _check_stages(self) -> Recipe:
         check_stages(self.calibrate, self.quant)
+        if self.lora is not None and self.train.get("trainable", "all") != "all":
+            raise ValueError(f"train.trainable={self.train['trainable']!r} trains no adapter; leave it out, or lora")
         return self
 
     @field_validator("calibrate", mode="before")

@@ -30,6 +30,8 @@ from llmqat.calibrate import (
     LayerReport,
     Originals,
     RangesStage,
+    RotateStage,
+    SmoothStage,
     StageReport,
     calibrate,
     needs_text,
@@ -59,7 +61,7 @@ from llmqat.recipe.folder import (
     whole_checkpoint,
 )
 from llmqat.recipe.plan import coverage_of
-from llmqat.train import QATArguments, QATTrainer
+from llmqat.train import QATArguments, QATTrainer, is_own_teacher
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +145,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         student, calibration = calibrated_model(recipe, blocks.ids, arguments)
         layers = {"calibrated": layers_of(recipe, student, blocks.ids, arguments)}
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
-        training = _train(student, teacher, arguments, blocks)
+        training = _train(recipe, student, teacher, arguments, blocks)
     if not main:
         return None
     facts: dict[str, Any] = {
@@ -186,11 +188,11 @@ def with_planned_bits(recipe: Recipe, blocks: Tensor, arguments: QATArguments) -
 def calibrated_model(
     recipe: Recipe, blocks: Tensor, arguments: QATArguments
 ) -> tuple[PreTrainedModel, list[StageReport]]:
-    """Returns the recipe's model in float32, prepared and calibrated, and what each stage did.
+    """Returns the recipe's model, prepared and calibrated, and what each stage did.
 
     What an earlier start, or this one, has left of it in the run folder is not done again.
     """
-    model, _ = load_model(recipe.model, torch.float32)
+    model, _ = load_model(recipe.model, _master_dtype(recipe))
     model.to(arguments.device)
     reports = calibrate(
         model,
@@ -203,6 +205,12 @@ def calibrated_model(
         bar=progress,
     )
     return model, reports
+
+
+def _master_dtype(recipe: Recipe) -> torch.dtype:
+    """Returns float32 for weights that are trained, or folded into each other; frozen ones keep their bfloat16."""
+    folds = any(isinstance(step, (RotateStage, SmoothStage)) for step in recipe.calibrate)
+    return torch.bfloat16 if recipe.lora is not None and not folds else torch.float32
 
 
 def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Tensor, arguments: QATArguments) -> list[LayerReport]:
@@ -229,14 +237,25 @@ def _read_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreT
 
 
 def _train(
-    student: PreTrainedModel, teacher: PreTrainedModel, arguments: QATArguments, blocks: TokenBlocks
+    recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel, arguments: QATArguments, blocks: TokenBlocks
 ) -> dict[str, Any]:
-    """Trains `student` in place, from the run's last whole checkpoint if there is one; returns the facts of it."""
-    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=blocks.dataset())
+    """Trains `student` in place, from the run's last whole checkpoint if there is one; returns the facts of it.
+
+    With adapters, those are trained and then folded into the weights of `student`, which is its own teacher where
+    calibration has left them as they were.
+    """
+    model = student if recipe.lora is None else recipe.lora.attach(student, recipe.seed)
+    alone = recipe.lora is not None and is_own_teacher(model)
+    trainer = QATTrainer(
+        model=model, teacher=None if alone else teacher, args=arguments, train_dataset=blocks.dataset()
+    )
     last = whole_checkpoint(Path(arguments.output_dir))
     if last is not None:
         log.info("going on from %s", last)
     output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if recipe.lora is not None:
+        model.merge_and_unload()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     step_tokens = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     step_tokens *= blocks.block_size
@@ -249,6 +268,8 @@ def _train(
         "tokens_per_second": steps_now * step_tokens / output.metrics["train_runtime"],
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
+        "trained_parameters": trained,
+        "own_teacher": alone,
         "processes": arguments.world_size,
         "resumed_from": None if last is None else last.name,
     }

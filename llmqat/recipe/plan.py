@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from llmqat.calibrate import rotates, untie
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
 from llmqat.export import FORMATS, load
-from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
+from llmqat.layers import AuditEntry, CoverageAudit, QuantConfig, audit, prepare
 from llmqat.models import read_config, resolve_spec
 from llmqat.recipe.config import Recipe, training_arguments
+from llmqat.train import LoraSettings
 
 BYTES_PER_TRAINED_PARAMETER = 16
 """float32 master, gradient, and two moments of AdamW."""
@@ -35,7 +36,8 @@ class Plan:
     target_bits: float | None
     """Average that the bits of layers are chosen under when the run begins; None where all have those of the scheme."""
     state_bytes: int
-    """Memory of teacher, masters, gradients and optimizer state with AdamW; activations come on top."""
+    """Memory of teacher, masters, gradients and optimizer state with AdamW; activations come on top. With adapters the
+    masters are frozen in bfloat16."""
 
 
 def plan_run(recipe: Recipe) -> Plan:
@@ -53,15 +55,29 @@ def plan_run(recipe: Recipe) -> Plan:
     steps: int | None = arguments.max_steps
     if arguments.max_steps <= 0:
         steps = None if blocks is None else math.ceil(math.ceil(blocks / samples) * arguments.num_train_epochs)
-    parameters = sum(entry.numel for entry in coverage.entries if entry.bytes_before)
     return Plan(
         coverage=coverage,
         blocks=blocks,
         steps=steps,
         tokens=None if steps is None else steps * samples * recipe.data.block_size,
         target_bits=None if recipe.allocate is None else recipe.allocate.target_bits,
-        state_bytes=parameters * (BYTES_PER_TRAINED_PARAMETER + BYTES_PER_TEACHER_PARAMETER),
+        state_bytes=_state_bytes(recipe, coverage),
     )
+
+
+def _state_bytes(recipe: Recipe, coverage: CoverageAudit) -> int:
+    entries = [entry for entry in coverage.entries if entry.bytes_before]
+    held = sum(entry.numel for entry in entries) * BYTES_PER_TEACHER_PARAMETER
+    if recipe.lora is None:
+        return held + sum(entry.numel for entry in entries) * BYTES_PER_TRAINED_PARAMETER
+    adapted = [entry for entry in coverage.quantized if recipe.lora.targets is None or _is_target(entry, recipe.lora)]
+    factors = sum(recipe.lora.r * math.prod(entry.shape[:-2]) * sum(entry.shape[-2:]) for entry in adapted)
+    return 2 * held + factors * BYTES_PER_TRAINED_PARAMETER
+
+
+def _is_target(entry: AuditEntry, lora: LoraSettings) -> bool:
+    name = entry.name.removesuffix(".weight")
+    return any(name == target or name.endswith(f".{target}") for target in lora.targets or ())
 
 
 def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> CoverageAudit:

@@ -1,5 +1,6 @@
 """Training: distillation of a prepared model from the original one, on transformers.Trainer."""
 
+from llmqat.train.adapter import LoraSettings, is_own_teacher
 from llmqat.train.trainer import QATArguments, QATTrainer, processor_has_bf16
 
-__all__ = ["QATArguments", "QATTrainer", "processor_has_bf16"]
+__all__ = ["LoraSettings", "QATArguments", "QATTrainer", "is_own_teacher", "processor_has_bf16"]

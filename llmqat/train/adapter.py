@@ -14,15 +14,42 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import nn
 
+from llmqat.config import Config
 from llmqat.layers import QuantModule, changed_since_prepared, quantizer_state, quantizers_off
-from llmqat.layers.lora import QuantLora, adapters_off
+from llmqat.layers.lora import QuantLora, adapters_off, adopt_adapters, lora_config
 from llmqat.layers.prepare import CONFIG_KEY
 from llmqat.models import save_whole, shortened
+
+
+class LoraSettings(Config):
+    """Adapters that are trained inside the quantizers, and folded into the codes at the end."""
+
+    r: int = Field(16, ge=1)
+    """Rank."""
+    lora_alpha: float = Field(32, gt=0)
+    """The adapter counts lora_alpha / r times, or lora_alpha / sqrt(r) with use_rslora."""
+    use_rslora: bool = False
+    """Rank-stabilized scaling (2312.03732)."""
+    targets: tuple[str, ...] | None = None
+    """Last parts of the names of layers, such as q_proj; all quantized linear weights where not given."""
+
+    def attach(self, model: nn.Module, seed: int = 0) -> PeftModel:
+        """Returns a prepared `model` with new adapters on it, drawn from `seed`; its own weights are frozen, in place.
+
+        Raises:
+            ValueError: for a target that no quantized weight has.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, lora_config(model, **self.model_dump()))
+        adopt_adapters(adapted)
+        return adapted
 
 
 @contextmanager
@@ -33,6 +60,15 @@ def original_model(model: nn.Module) -> Iterator[None]:
         stack.enter_context(quantizers_off(model))
         stack.enter_context(adapters_off(model))
         yield
+
+
+def is_own_teacher(model: nn.Module) -> bool:
+    """Returns whether `model` with quantizers and adapters off is, and stays, the original model."""
+    try:
+        check_self_teacher(model)
+    except ValueError:
+        return False
+    return True
 
 
 def check_self_teacher(model: nn.Module) -> None:

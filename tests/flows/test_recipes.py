@@ -21,6 +21,7 @@ from tests.flows.small import small
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+RECIPE = next(path for path in RECIPES if path.stem == "smollm2-135m-int4")
 ROLES = ["full precision", "plain rounding", "training-free", "trained"]
 
 
@@ -31,12 +32,14 @@ def run_small(path: Path, model: Path, output: Path, *more: str, overwrite: bool
 
 
 def test_all_recipes_were_found():
-    assert len(RECIPES) == 2
+    assert {"lora-int4", "smollm2-135m-int4", "smollm2-135m-w4a8kv8"} <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_runs_and_leaves_what_it_promises(path: Path, tiny_folder: Path, tmp_path: Path):
-    result = run_small(path, tiny_folder, tmp_path / "run")
+    shipped = load_recipe(path)
+    stages = json.dumps([stage.model_dump(mode="json") for stage in shipped.calibrate])
+    result = run_small(path, tiny_folder, tmp_path / "run", f"calibrate={stages}")
     assert result.training["steps"] == 2
     assert result.training["tokens"] == 2 * 2 * 32
     assert list(result.seconds) == ["load", "text", "calibrate", "train", "save", "evaluate"]
@@ -48,9 +51,8 @@ def test_shipped_recipe_runs_and_leaves_what_it_promises(path: Path, tiny_folder
     assert recorded["run"]["results"]["comparison"] == results["comparison"]
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "run" / "calibration").exists()
-    assert [stage["stage"] for stage in results["calibration"]] == [
-        stage.stage for stage in load_recipe(path).calibrate
-    ]
+    assert [stage["stage"] for stage in results["calibration"]] == [stage.stage for stage in shipped.calibrate]
+    assert results["training"]["own_teacher"] == (shipped.lora is not None and len(shipped.calibrate) == 1)
     layers = json.loads((tmp_path / "run" / "layers.json").read_text())
     assert [len(layers[when]) for when in ("calibrated", "trained")] == [14, 14]
     assert (tmp_path / "run" / "layers.png").is_file()
@@ -65,9 +67,7 @@ def test_shipped_recipe_runs_and_leaves_what_it_promises(path: Path, tiny_folder
 
 
 def test_synthetic_text_is_the_default_and_kept(tiny_folder: Path, tmp_path: Path):
-    result = run_small(
-        RECIPES[0], tiny_folder, tmp_path / "run", "data={source: synthetic, tokens: 128, block_size: 32}"
-    )
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run", "data={source: synthetic, tokens: 128, block_size: 32}")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["text"]["source"].startswith("synthesized by")
     assert load_file(tmp_path / "run" / "blocks.safetensors")["ids"].shape == (4, 32)
@@ -105,7 +105,7 @@ SCHEMES = {
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_kind_of_scheme_runs_from_a_recipe(name: str, tiny_folder: Path, tmp_path: Path):
-    result = run_small(RECIPES[0], tiny_folder, tmp_path / "run", *SCHEMES[name])
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run", *SCHEMES[name])
     roles = [row.role for row in result.comparison.rows]
     assert roles == (ROLES if "plain" not in name else [role for role in ROLES if role != "training-free"])
     # The row comes from disk, so what was trained is what is loaded.
@@ -117,7 +117,7 @@ def test_every_kind_of_scheme_runs_from_a_recipe(name: str, tiny_folder: Path, t
 
 
 def test_rotation_is_counted_where_it_costs(tiny_folder: Path, tmp_path: Path):
-    result = run_small(RECIPES[0], tiny_folder, tmp_path / "run", *SCHEMES["rotated w4a8"])
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run", *SCHEMES["rotated w4a8"])
     sizes = {row.role: row.bytes_on_disk for row in result.comparison.rows}
     vocabulary = 384 * 64 * 2
     assert sizes["full precision"] == sum(2 * p.numel() for p in tiny_llama().parameters())
@@ -127,13 +127,13 @@ def test_rotation_is_counted_where_it_costs(tiny_folder: Path, tmp_path: Path):
 
 def test_a_run_that_would_pack_nothing_is_refused_before_the_text(tiny_folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"quant covers no weight .* there is nothing to pack"):
-        run_small(RECIPES[0], tiny_folder, tmp_path / "run", "quant={targets: [], kv_cache: {}}")
+        run_small(RECIPE, tiny_folder, tmp_path / "run", "quant={targets: [], kv_cache: {}}")
     assert not list((tmp_path / "run").glob("blocks*"))
 
 
 def test_bits_are_chosen_by_layer_and_kept(tiny_folder: Path, tmp_path: Path):
     changes = ("quant={preset: int4, group_size: 32}", "allocate={target_bits: 3.25, blocks: 4}")
-    result = run_small(RECIPES[0], tiny_folder, tmp_path / "run", *changes)
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run", *changes)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["average_bits"] <= 3.25
     assert result.report.bits_per_weight == pytest.approx(plan["average_bits"] + 0.5)  # a bfloat16 scale for 32 weights
@@ -144,6 +144,29 @@ def test_bits_are_chosen_by_layer_and_kept(tiny_folder: Path, tmp_path: Path):
     }
 
 
+def test_adapters_are_folded_and_resumed(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lora = ("lora={r: 4, targets: [q_proj, down_proj]}", "train.max_steps=4", "train.learning_rate=1e-2")
+    whole = run_small(RECIPE, tiny_folder, tmp_path / "whole", *lora)
+    assert whole.training["own_teacher"]
+    assert whole.training["trained_parameters"] < 20_000
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmqat.recipe.pipeline.save", fail)
+        with pytest.raises(Interrupted):
+            run_small(RECIPE, tiny_folder, tmp_path / "run", *lora)
+    resumed = run_small(RECIPE, tiny_folder, tmp_path / "run", *lora)
+    assert resumed.training["resumed_from"] == "checkpoint-4"
+    expected, found = (load_file(result.checkpoint / "model.safetensors") for result in (whole, resumed))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+    beside = run_small(RECIPE, tiny_folder, tmp_path / "beside", *lora, "calibrate=[ranges, gptq]")
+    assert not beside.training["own_teacher"]
+
+
 class Interrupted(Exception):
     pass
 
@@ -151,7 +174,7 @@ class Interrupted(Exception):
 def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = run_small(RECIPES[0], tiny_folder, tmp_path / "whole", "train.max_steps=4")
+    whole = run_small(RECIPE, tiny_folder, tmp_path / "whole", "train.max_steps=4")
     steps: list[int] = []
     training_step = QATTrainer.training_step
 
@@ -163,11 +186,11 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
 
     monkeypatch.setattr(QATTrainer, "training_step", counted)
     with pytest.raises(Interrupted):
-        run_small(RECIPES[0], tiny_folder, tmp_path / "run", "train.max_steps=4")
+        run_small(RECIPE, tiny_folder, tmp_path / "run", "train.max_steps=4")
     assert not (tmp_path / "run" / "results.json").exists()
     with pytest.raises(FileExistsError, match=r"train\.max_steps=5 \(there: 4\)"):
-        run_small(RECIPES[0], tiny_folder, tmp_path / "run", "train.max_steps=5")
-    resumed = run_small(RECIPES[0], tiny_folder, tmp_path / "run", "train.max_steps=4")
+        run_small(RECIPE, tiny_folder, tmp_path / "run", "train.max_steps=5")
+    resumed = run_small(RECIPE, tiny_folder, tmp_path / "run", "train.max_steps=4")
     assert resumed.training["resumed_from"] == "checkpoint-2"
     assert steps == [0, 1, 2, 2, 3]
     expected, found = (load_file(result.checkpoint / "model.safetensors") for result in (whole, resumed))
@@ -185,33 +208,33 @@ def test_interrupted_after_training_only_saves_and_evaluates(
     with monkeypatch.context() as patch:
         patch.setattr("llmqat.recipe.pipeline.compare", fail)
         with pytest.raises(Interrupted):
-            run_small(RECIPES[0], tiny_folder, tmp_path / "run")
-    result = run_small(RECIPES[0], tiny_folder, tmp_path / "run")
+            run_small(RECIPE, tiny_folder, tmp_path / "run")
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run")
     assert result.training["resumed_from"] == "checkpoint-2"
     assert [row.role for row in result.comparison.rows] == ROLES
 
 
 def test_a_finished_run_is_refused_and_stays_as_it_was(tiny_folder: Path, tmp_path: Path):
-    result = run_small(RECIPES[0], tiny_folder, tmp_path / "run")
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run")
     before = (result.checkpoint / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="holds a finished run"):
-        run_small(RECIPES[0], tiny_folder, tmp_path / "run")
+        run_small(RECIPE, tiny_folder, tmp_path / "run")
     assert (result.checkpoint / "model.safetensors").read_bytes() == before
-    again = run_small(RECIPES[0], tiny_folder, tmp_path / "run", overwrite=True)
+    again = run_small(RECIPE, tiny_folder, tmp_path / "run", overwrite=True)
     assert (again.checkpoint / "model.safetensors").read_bytes() == before  # same recipe, same seed
 
 
 def test_bad_input_costs_no_training(tiny_folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"quant\.group_size=96 does not divide in_features=64"):
-        run_small(RECIPES[0], tiny_folder, tmp_path / "a", "quant.group_size=96")
+        run_small(RECIPE, tiny_folder, tmp_path / "a", "quant.group_size=96")
     with pytest.raises(FileNotFoundError, match="no text at"):
-        run_small(RECIPES[0], tiny_folder, tmp_path / "b", "evaluate.texts=[absent.txt]")
+        run_small(RECIPE, tiny_folder, tmp_path / "b", "evaluate.texts=[absent.txt]")
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(ValueError, match="fewer than one window"):
-        run_small(RECIPES[0], tiny_folder, tmp_path / "c", f"evaluate.texts=[{tmp_path}/short.txt]")
+        run_small(RECIPE, tiny_folder, tmp_path / "c", f"evaluate.texts=[{tmp_path}/short.txt]")
     with pytest.raises(ValueError, match=r"block_size=32"):
         run_small(
-            RECIPES[0],
+            RECIPE,
             tiny_folder,
             tmp_path / "d",
             f"data={{source: text, path: {tmp_path}/short.txt, block_size: 32}}",
