@@ -528,14 +528,14 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     factors = {id(factor) for layer in layers for adapter in layer.adapters for factor in adapter.factors()}
     try:
         for prefix, module in model.named_modules():
-            quantized = isinstance(module, QuantModule)
+            quantized = isinstance(module, (QuantModule, PackedModule))
             if isinstance(module, QuantModule):
                 quantizers.append((module, module.compute_dtype))
                 module.compute_dtype = dtype
             for name, parameter in list(module._parameters.items()):
                 if parameter is None or parameter.dtype == dtype or not parameter.is_floating_point():
                     continue
-                if (quantized and name in QUANTIZER_PARAMETERS) or id(parameter) in factors:
+                if (name in QUANTIZER_PARAMETERS and quantized) or id(parameter) in factors:
                     continue
                 if in_float32(f"{prefix}.{name}"):
                     continue

@@ -206,6 +206,8 @@ def _check_arguments(model: nn.Module, dtype: torch.dtype, run: Mapping[str, Any
             f"or model.save_pretrained(folder) for a full-precision checkpoint (a quantized KV cache alone changes no "
             f"weight)"
         )
+    if any(isinstance(layer, PackedModule) and layer.log_scale is not None for layer in layers):
+        raise ValueError("scales of packed weights are being trained; call llmqat.convert(model) to put them in place")
     if any(isinstance(layer, QuantModule) and not layer.enabled for layer in layers):
         raise ValueError("the model's quantizers are switched off; call save outside of quantizers_off(model)")
     if any(isinstance(layer, QuantModule) and layer.strength < 1 for layer in layers):

@@ -21,6 +21,7 @@ the weight seen as [O, G, g]; one scale per channel is [O, 1], one per tensor is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -91,6 +92,11 @@ class Grid:
 def snap_scale(scale: Tensor) -> Tensor:
     """Returns `scale` on the bfloat16 grid with |scale| >= 1e-5, as float32, with a straight-through gradient."""
     return _SnapScale.apply(scale)  # type: ignore[no-untyped-call]
+
+
+def gradient_factor(group: int, grid: Grid) -> float:
+    """Returns LSQ's 1/sqrt(g * qmax) for `group` weights a scale: one clip threshold then serves scales and weights."""
+    return 1.0 / math.sqrt(group * max(grid.qmax, 1))
 
 
 def scale_from_log(initial_scale: Tensor, log_scale: Tensor, gradient_factor: float) -> Tensor:

@@ -1,7 +1,11 @@
 """PackedModule: a weight held as packed integer codes. PackedLinear runs on the kernel that fits.
 
+The scales of a packed weight can be trained as they lie (EfficientQAT's end-to-end phase): `train_scales` gives it a
+log-scale, and gradients go through the dequantization. No full-precision weight is kept, not even between forward and
+backward, where the codes are dequantized anew.
+
 The buffers have the names, shapes and dtypes of compressed-tensors' `pack-quantized` files, so a checkpoint loads into
-them by name. Letters: O rows, I in features, G scales per row, b bits.
+them by name. Source: EfficientQAT (2407.11062) section 3.3. Letters: O rows, I in features, G scales per row, b bits.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from llmqat.grid import Grid, pack_int32, stored_codes, unpack_int32
+from llmqat.grid import Grid, gradient_factor, pack_int32, scale_from_log, stored_codes, unpack_int32
 from llmqat.kernels import PackedWeight, packed_linear
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.config import ActivationConfig, WeightConfig
@@ -21,7 +26,7 @@ from llmqat.layers.quantized import QuantModule, compute_dtype
 
 
 class PackedModule(nn.Module):
-    """A matrix [O, I] of packed codes; inference only.
+    """A matrix [O, I] of packed codes.
 
     Attributes:
         weight_packed: [O, ceil(I * b / 32)] int32.
@@ -30,12 +35,14 @@ class PackedModule(nn.Module):
         weight_shape: [2] int64, (O, I).
         weights: the scheme on disk (`WeightConfig.stored`).
         label: the scheme for tables; the trained one's where it is known.
+        log_scale: [O, G] float32 parameter while scales are trained, else None.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     weight_shape: Tensor
+    log_scale: Tensor | None
 
     def __init__(
         self,
@@ -66,6 +73,7 @@ class PackedModule(nn.Module):
         zeros = None if weights.symmetric else empty(-(-shape[0] * bits // 32), shape[1], dtype=torch.int32)
         self.register_buffer("weight_zero_point", zeros)
         self.register_buffer("weight_shape", empty(2, dtype=torch.int64))
+        self.register_parameter("log_scale", None)
         self._runtime: PackedWeight | None = None
 
     @torch.no_grad()
@@ -109,17 +117,88 @@ class PackedModule(nn.Module):
             self._runtime = PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.grid, self.columns)
         return self._runtime
 
+    def train_scales(self) -> None:
+        """Makes the scales trainable, from where they are."""
+        if self.log_scale is None:
+            self.log_scale = nn.Parameter(torch.zeros_like(self.weight_scale, dtype=torch.float32))
+
+    @torch.no_grad()
+    def fold_scales(self) -> None:
+        """Puts trained scales in the place of the old ones: what the forward computes stays the same."""
+        if self.log_scale is not None:
+            self.weight_scale = self.scale().to(self.weight_scale.dtype)
+            self.log_scale, self._runtime = None, None
+
+    def scale(self) -> Tensor:
+        """Returns the scale [O, G] of the forward in float32, differentiable in log_scale."""
+        if self.log_scale is None:
+            return self.weight_scale.float()
+        group = self.columns // self.weight_scale.shape[1]
+        return scale_from_log(self.weight_scale.float(), self.log_scale, gradient_factor(group, self.grid))
+
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """Returns the weight in `dtype`, bit-equal to QuantModule.quantized_weight."""
-        return self.packed_weight().dequantized(dtype)
+        """Returns the weight in `dtype`, bit-equal to QuantModule.quantized_weight; differentiable in log_scale."""
+        if self.log_scale is None:
+            return self.packed_weight().dequantized(dtype)
+        weight: Tensor = _Dequantize.apply(self.scale(), self.packed_weight(), dtype)  # type: ignore[no-untyped-call]
+        return weight
 
     def product(self, x: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in x's dtype."""
-        return packed_linear(x, self.packed_weight(), bias, kernel)
+        if self.log_scale is None:
+            return packed_linear(x, self.packed_weight(), bias, kernel)
+        output: Tensor = _Product.apply(x, self.scale(), bias, self.packed_weight())  # type: ignore[no-untyped-call]
+        return output
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
         return f"{self.rows}×{self.columns}, weights={self.label}"
+
+
+def _with_scale(weight: PackedWeight, scale: Tensor) -> PackedWeight:
+    return PackedWeight(weight.packed, scale.detach(), weight.zero_point, weight.grid, weight.in_features)
+
+
+def _scale_gradient(weight: PackedWeight, gradient: Tensor) -> Tensor:
+    """Returns dL/ds [O, G] from dL/dŵ [O, I]: the sum over each group of dL/dŵ times the level."""
+    ones = torch.ones_like(weight.scale, dtype=torch.float32)
+    levels = _with_scale(weight, ones).dequantized(torch.float32)
+    return (gradient.float() * levels).view(*weight.scale.shape, -1).sum(-1)
+
+
+class _Dequantize(torch.autograd.Function):
+    """The weight [O, I] as a function of the scales [O, G]."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        ctx.weight = weight
+        return _with_scale(weight, scale).dequantized(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _scale_gradient(ctx.weight, gradient), None, None
+
+
+class _Product(torch.autograd.Function):
+    """x @ ŵ.T + bias as a function of x, scales and bias; the weight is made twice and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(x, scale)
+        return F.linear(x, _with_scale(weight, scale).dequantized(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, scale = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        to_x, to_scale, to_bias = ctx.needs_input_grad[:3]
+        return (
+            (gradient @ _with_scale(ctx.weight, scale).dequantized(x.dtype)) if to_x else None,
+            _scale_gradient(ctx.weight, rows.t() @ x.reshape(rows.shape[0], -1)) if to_scale else None,
+            rows.sum(0) if to_bias else None,
+            None,
+        )
 
 
 class PackedLinear(PackedModule):

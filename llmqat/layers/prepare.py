@@ -119,8 +119,10 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
 def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Replaces every quantized weight of `model` by its packed form, in place, and casts what remains to `dtype`.
 
+    Packed weights whose scales were trained (`PackedModule.train_scales`) take those scales.
+
     Args:
-        model: a prepared model.
+        model: a prepared model, or a packed one whose scales were trained.
         dtype: of scales, biases and the parameters left in high precision.
 
     Returns:
@@ -130,7 +132,10 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         ValueError: when the model holds no quantized weight.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
-    if not layers:
+    trained = [m for m in model.modules() if isinstance(m, PackedModule) and m.log_scale is not None]
+    for module in trained:
+        module.fold_scales()
+    if not layers and not trained:
         raise ValueError("the model has no quantized weight to convert; call llmqat.prepare(model, config) first")
     heads = {name: module for name, module in model.named_modules() if isinstance(module, TiedHead)}
     packed = {id(layer): packed_form(layer, dtype) for layer in layers.values()}

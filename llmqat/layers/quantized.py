@@ -16,7 +16,6 @@ Letters: O rows (output features, vocabulary entries, experts times output featu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from llmqat.grid import (
     Grid,
     fake_quantize,
+    gradient_factor,
     minmax_scale,
     quantize,
     round_zero_point,
@@ -108,9 +108,7 @@ class QuantModule(nn.Module):
 
     @property
     def _gradient_factor(self) -> float:
-        """LSQ's: one clip threshold then serves scales and weights alike."""
-        count = self.scale_shape[0] * self.scale_shape[1]
-        return 1.0 / math.sqrt(self.weight.numel() / count * max(self.grid.qmax, 1))
+        return gradient_factor(self.weight.numel() // (self.scale_shape[0] * self.scale_shape[1]), self.grid)
 
     def master(self) -> Tensor:
         """Returns the master weight in its own layout, adapters included, differentiable.

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import is_torch_cuda_available
 
 from llmqat.grid import fusing
-from llmqat.layers import ActivationQuantizer, KVQuantizer, QuantModule
+from llmqat.layers import ActivationQuantizer, KVQuantizer, PackedEmbedding, PackedModule, QuantModule
 from llmqat.layers.lora import adopt_adapters
 from llmqat.metrics import IGNORED_LABEL, Predictor, forward_kl, predictor_of
 from llmqat.models import capture_hidden, cast_parameters, vocabulary_size
@@ -140,7 +140,7 @@ class QATTrainer(Trainer):
         Raises:
             ValueError: when the model is not prepared, the vocabularies differ, or the model cannot be its own teacher.
         """
-        if not any(isinstance(module, (QuantModule, KVQuantizer)) for module in model.modules()):
+        if not any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
             raise ValueError("the model has no QuantLinear: call llmqat.prepare(model, config) before training")
         sizes = [vocabulary_size(bare(one)) for one in (model, teacher) if one is not None]
         if sizes[0] != sizes[-1]:
@@ -149,13 +149,7 @@ class QATTrainer(Trainer):
             )
         if args is not None:
             _check_arguments(args)
-        adapted = bool(adopt_adapters(model))
-        if getattr(args, "trainable", "all") == "scales":
-            if adapted:
-                raise ValueError("trainable='scales' trains no adapter; take the adapters off, or leave trainable out")
-            freeze_weights(model)
-        elif adapted:
-            train_quantizers(model)
+        _choose_trained(model, getattr(args, "trainable", "all"))
         if teacher is None:
             check_self_teacher(model)
         raise_masters(model)
@@ -300,6 +294,26 @@ def bare(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def _choose_trained(model: nn.Module, trainable: str) -> None:
+    """Makes trainable, in place, what `trainable` says, and with adapters the quantizers as well.
+
+    Raises:
+        ValueError: when the model does not hold what is to be trained.
+    """
+    adapted = bool(adopt_adapters(model))
+    if trainable == "scales":
+        if adapted:
+            raise ValueError("trainable='scales' trains no adapter; take the adapters off, or leave trainable out")
+        freeze_weights(model)
+    elif any(isinstance(module, PackedModule) for module in model.modules()):
+        raise ValueError(
+            "the model is packed, so it has no weights to train; train its scales with "
+            "QATArguments(trainable='scales'), or prepare the original model"
+        )
+    elif adapted:
+        train_quantizers(model)
+
+
 def train_quantizers(model: nn.Module) -> None:
     """Makes log-scales and learned zero points of `model` trainable, in place: peft freezes all but its adapters."""
     for module in model.modules():
@@ -312,13 +326,18 @@ def train_quantizers(model: nn.Module) -> None:
 def freeze_weights(model: nn.Module) -> None:
     """Leaves only vectors of `model` and the quantizers' scales and zero points trainable, in place.
 
+    Of packed linear weights the scales become trainable as they lie; zero points, biases and packed embeddings stay.
+
     Raises:
         ValueError: when the scheme has no learned scale, and so next to nothing to train.
     """
-    scales = [m.log_scale for m in model.modules() if isinstance(m, QuantModule) and m.log_scale is not None]
-    if not scales:
+    for module in model.modules():
+        if isinstance(module, PackedModule) and not isinstance(module, PackedEmbedding):
+            module.train_scales()
+    holders = [module for module in model.modules() if isinstance(module, (QuantModule, PackedModule))]
+    if all(module.log_scale is None for module in holders):
         raise ValueError("trainable='scales' needs learned scales; the scheme has scales: fixed or dynamic")
-    kept = {id(p) for m in model.modules() if isinstance(m, QuantModule) for p in (m.log_scale, m.zero_point)}
+    kept = {id(p) for module in holders for p in (module.log_scale, getattr(module, "zero_point", None))}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in kept or parameter.dim() == 1)
 
