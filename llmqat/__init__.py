@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from llmqat.layers.lora import adopt_adapters, lora_config
     from llmqat.layers.prepare import convert, prepare
     from llmqat.train.adapter import save_adapter
+    from llmqat.train.sft import QATSFTConfig, QATSFTTrainer
     from llmqat.train.trainer import QATArguments, QATTrainer
 
 _HOMES = {
     "QATArguments": "llmqat.train.trainer",
+    "QATSFTConfig": "llmqat.train.sft",
+    "QATSFTTrainer": "llmqat.train.sft",
     "QATTrainer": "llmqat.train.trainer",
     "QuantConfig": "llmqat.layers.config",
     "QuantizedCache": "llmqat.layers.cache",
@@ -39,6 +42,8 @@ _HOMES = {
 
 __all__ = [
     "QATArguments",
+    "QATSFTConfig",
+    "QATSFTTrainer",
     "QATTrainer",
     "QuantConfig",
     "QuantizedCache",

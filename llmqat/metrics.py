@@ -154,15 +154,28 @@ def _argmax(logits: Tensor, block: int = 64) -> Tensor:
     return winner * block + inside
 
 
-def forward_kl(
+@dataclass(frozen=True)
+class Teacher:
+    """What a student is to predict: the distributions of another model at the same positions."""
+
+    hidden: Tensor  # [T, D']
+    predictor: Predictor
+
+
+def token_loss(
     student_hidden: Tensor,
     student: Predictor,
-    teacher_hidden: Tensor,
-    teacher: Predictor,
     token_weights: Tensor,
+    teacher: Teacher | None = None,
+    labels: Tensor | None = None,
+    *,
+    kl_weight: float = 1.0,
+    cross_entropy_weight: float = 1.0,
     chunk_tokens: int = 512,
 ) -> Tensor:
-    """Returns sum_t weight_t * KL(teacher_t || student_t) in nats, a scalar float32 with gradients for the student.
+    """Returns sum_t weight_t * (a KL(teacher_t || student_t) - b log student_t[label_t]) in nats, with gradients.
+
+    Each term is there when what it needs is given: the forward KL with a teacher, the cross-entropy with labels.
 
     The gradient is made in the forward pass, chunk by chunk, while the logits are there: they are never stored, and
     the vocabulary product is not repeated in the backward pass.
@@ -170,35 +183,36 @@ def forward_kl(
     Args:
         student_hidden: [T, D], the input of the student's head.
         student: the student's head; its weight and bias receive gradients if they require them.
-        teacher_hidden: [T, D'].
-        teacher: the teacher's head; no gradients.
         token_weights: [T] float; mask over tokens divided by the number of tokens of the optimizer step.
+        teacher: no gradients.
+        labels: int64 [T], the next token; of positions whose weight is 0 any value will do.
+        kl_weight: a.
+        cross_entropy_weight: b.
         chunk_tokens: tokens whose logits (in the head's dtype) exist at once.
 
     Raises:
-        ValueError: if the vocabularies differ.
+        ValueError: if the vocabularies differ, or there is neither a teacher nor labels.
 
     Source: Hinton et al. 1503.02531, temperature 1; LLM-QAT (2305.17888) section 3.2 with soft labels only.
     """
-    if student.head.shape[0] != teacher.head.shape[0]:
+    if teacher is None and labels is None:
+        raise ValueError("a loss needs a teacher, labels, or both")
+    if teacher is not None and student.head.shape[0] != teacher.predictor.head.shape[0]:
         raise ValueError(
-            f"the student has a vocabulary of {student.head.shape[0]} and the teacher one of {teacher.head.shape[0]}; "
-            "distillation needs a teacher with the student's vocabulary"
+            f"the student has a vocabulary of {student.head.shape[0]} and the teacher one of "
+            f"{teacher.predictor.head.shape[0]}; distillation needs a teacher with the student's vocabulary"
         )
-    loss: Tensor = _ForwardKL.apply(  # type: ignore[no-untyped-call]
-        student_hidden,
-        student.head,
-        student.bias,
-        student.transform,
-        teacher_hidden,
-        teacher,
-        token_weights,
-        chunk_tokens,
+    weights = token_weights.float()[:, None] * torch.tensor(
+        [0.0 if teacher is None else kl_weight, 0.0 if labels is None else cross_entropy_weight],
+        device=token_weights.device,
+    )
+    loss: Tensor = _TokenLoss.apply(  # type: ignore[no-untyped-call]
+        student_hidden, student.head, student.bias, student.transform, weights, teacher, labels, chunk_tokens
     )
     return loss
 
 
-class _ForwardKL(torch.autograd.Function):
+class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -206,9 +220,9 @@ class _ForwardKL(torch.autograd.Function):
         head: Tensor,
         bias: Tensor | None,
         transform: LogitTransform | None,
-        teacher_hidden: Tensor,
-        teacher: Predictor,
-        token_weights: Tensor,
+        weights: Tensor,
+        teacher: Teacher | None,
+        labels: Tensor | None,
         chunk_tokens: int,
     ) -> Tensor:
         wants_head, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
@@ -220,9 +234,10 @@ class _ForwardKL(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             states = hidden[rows].to(head.dtype)
             logits = F.linear(states, head, bias)
-            targets = F.linear(teacher_hidden[rows].to(teacher.head.dtype), teacher.head, teacher.bias)
+            targets = None if teacher is None else teacher.predictor.logits(teacher.hidden[rows])
+            wanted = None if labels is None else labels[rows]
             # From here on `logits` holds its own gradient.
-            total += _kl_and_gradient_(logits, transform, targets, teacher.transform, token_weights[rows])
+            total += _loss_and_gradient_(logits, transform, weights[rows], targets, wanted)
             grad_hidden[rows] = logits @ head
             if grad_head is not None:
                 grad_head += logits.t() @ states
@@ -242,30 +257,39 @@ class _ForwardKL(torch.autograd.Function):
         return scaled, head, bias, None, None, None, None, None
 
 
-def _kl_and_gradient_(
+def _loss_and_gradient_(
     logits: Tensor,
     transform: LogitTransform | None,
-    teacher_logits: Tensor,
-    teacher_transform: LogitTransform | None,
-    token_weights: Tensor,
+    weights: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
 ) -> Tensor:
-    """Returns sum_t weight_t * KL_t and overwrites `logits` [T, V] by the loss's gradient with respect to them.
+    """Returns the loss of some tokens and overwrites `logits` [T, V] by its gradient with respect to them.
 
-    Worked in blocks of a few rows: a dozen elementwise passes over 49,152 words then stay in a core's cache, which is
-    three times faster than passes over the whole chunk.
+    `weights` [T, 2] are those of KL and cross-entropy. Worked in blocks of a few rows: a dozen elementwise passes over
+    49,152 words then stay in a core's cache, which is three times faster than passes over the whole chunk.
     """
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     step = _CACHED_ROWS if logits.device.type == "cpu" else logits.shape[0]
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
-        weights = token_weights[rows].float().unsqueeze(-1)
-        targets = teacher_logits[rows]
-        reference = F.log_softmax((targets if teacher_transform is None else teacher_transform(targets)).float(), -1)
         log_probs = F.log_softmax((logits[rows] if transform is None else transform(logits[rows])).float(), -1)
-        probs = reference.exp()
-        kl = torch.linalg.vecdot(probs, reference.sub_(log_probs))
-        total += torch.dot(kl, weights.squeeze(-1))
-        gradient = log_probs.exp_().sub_(probs).mul_(weights)
+        nll = None if labels is None else -log_probs.gather(-1, labels[rows].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        if teacher_logits is None:
+            gradient = log_probs.exp_().mul_(weights[rows, 1:])
+        else:
+            reference = F.log_softmax(teacher_logits[rows].float(), -1)
+            probs = reference.exp()
+            total += torch.dot(torch.linalg.vecdot(probs, reference.sub_(log_probs)), weights[rows, 0])
+            # a (q - p) + b q, and for one-hot labels -b at the label
+            gradient = log_probs.exp_()
+            if nll is None:
+                gradient.sub_(probs).mul_(weights[rows, :1])
+            else:
+                gradient.mul_(weights[rows].sum(-1, keepdim=True)).sub_(probs.mul_(weights[rows, :1]))
+        if nll is not None and labels is not None:
+            total += torch.dot(nll, weights[rows, 1])
+            gradient.scatter_add_(-1, labels[rows].clamp(min=0).unsqueeze(-1), -weights[rows, 1:])
         logits[rows] = gradient if transform is None else _through(transform, logits[rows], gradient)
     return total
 

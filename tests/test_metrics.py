@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmqat.metrics import IGNORED_LABEL, LogitTransform, Predictor, TokenStatistics, forward_kl, token_statistics
+from llmqat.metrics import (
+    IGNORED_LABEL,
+    LogitTransform,
+    Predictor,
+    Teacher,
+    TokenStatistics,
+    token_loss,
+    token_statistics,
+)
 from llmqat.metrics import _argmax as fast_argmax
 
 
@@ -112,6 +120,10 @@ def test_what_does_not_fit_is_refused() -> None:
         token_statistics(hidden, model, labels, reference_hidden=hidden)
     with pytest.raises(ValueError, match="vocabulary of 10 and its reference one of 12"):
         token_statistics(hidden, model, labels, hidden, Predictor(torch.zeros(12, 16)))
+    with pytest.raises(ValueError, match="needs a teacher, labels, or both"):
+        token_loss(hidden, model, torch.ones(3))
+    with pytest.raises(ValueError, match="vocabulary of 10 and the teacher one of 12"):
+        token_loss(hidden, model, torch.ones(3), Teacher(hidden, Predictor(torch.zeros(12, 16))))
     with pytest.raises(ValueError, match="with a reference"):
         TokenStatistics(1.0, None, None, 1) + TokenStatistics(1.0, 0.0, 0, 1)
 
@@ -132,8 +144,11 @@ def test_fast_argmax_is_argmax_with_ties(rows: int, blocks: int, tail: int, leve
 
 @pytest.mark.parametrize("transform", [None, soft_cap])
 @pytest.mark.parametrize("chunk_tokens", [1, 16, 512])
-def test_forward_kl_and_its_gradients_equal_autograd(transform: LogitTransform | None, chunk_tokens: int) -> None:
-    hidden, student, _ = states(33, 70, torch.float32)
+@pytest.mark.parametrize(("kl_weight", "cross_entropy_weight"), [(1.0, None), (None, 1.0), (0.7, 0.4)])
+def test_the_loss_and_its_gradients_equal_autograd(
+    transform: LogitTransform | None, chunk_tokens: int, kl_weight: float | None, cross_entropy_weight: float | None
+) -> None:
+    hidden, student, labels = states(33, 70, torch.float32)
     teacher_hidden, teacher, _ = states(33, 70, torch.float32, seed=1)
     weights = torch.rand(33)
     weights[::5] = 0
@@ -148,12 +163,23 @@ def test_forward_kl_and_its_gradients_equal_autograd(transform: LogitTransform |
 
     chunked = leaves()
     own = Predictor(chunked[1], chunked[2], transform)
-    loss = forward_kl(chunked[0], own, teacher_hidden, teacher, weights, chunk_tokens)
+    loss = token_loss(
+        chunked[0],
+        own,
+        weights,
+        None if kl_weight is None else Teacher(teacher_hidden, teacher),
+        None if cross_entropy_weight is None else torch.where(weights > 0, labels, IGNORED_LABEL),
+        kl_weight=kl_weight or 1.0,
+        cross_entropy_weight=cross_entropy_weight or 1.0,
+        chunk_tokens=chunk_tokens,
+    )
     plain = leaves()
     logits = F.linear(*plain)
     log_probs = F.log_softmax(logits if transform is None else transform(logits), dim=-1)
     target = F.log_softmax(F.linear(teacher_hidden, teacher.head, teacher.bias), dim=-1)
-    expected = (F.kl_div(log_probs, target, log_target=True, reduction="none").sum(-1) * weights).sum()
+    divergence = F.kl_div(log_probs, target, log_target=True, reduction="none").sum(-1)
+    per_token = (kl_weight or 0) * divergence - (cross_entropy_weight or 0) * log_probs[range(33), labels.clamp(min=0)]
+    expected = (per_token * weights).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     (3 * loss).backward()
     (3 * expected).backward()
@@ -164,6 +190,6 @@ def test_forward_kl_and_its_gradients_equal_autograd(transform: LogitTransform |
 def test_training_loss_and_evaluation_agree() -> None:
     hidden, model, labels = states(20, 64, torch.bfloat16)
     reference_hidden, reference, _ = states(20, 64, torch.bfloat16, seed=1)
-    loss = forward_kl(hidden, model, reference_hidden, reference, torch.ones(20))
+    loss = token_loss(hidden, model, torch.ones(20), Teacher(reference_hidden, reference))
     statistics = token_statistics(hidden, model, labels, reference_hidden, reference)
     assert float(loss) == pytest.approx(statistics.kl_sum, rel=1e-5)

@@ -33,7 +33,7 @@ from transformers.utils import is_torch_cuda_available
 from llmqat.grid import fusing
 from llmqat.layers import ActivationQuantizer, KVQuantizer, PackedEmbedding, PackedModule, QuantModule
 from llmqat.layers.lora import adopt_adapters
-from llmqat.metrics import IGNORED_LABEL, Predictor, forward_kl, predictor_of
+from llmqat.metrics import IGNORED_LABEL, Teacher, predictor_of, token_loss
 from llmqat.models import capture_hidden, cast_parameters, vocabulary_size
 from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
 
@@ -86,6 +86,14 @@ class QATArguments(TrainingArguments):
     norm_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of norms and biases; learning_rate when not given."}
     )
+    kl_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the forward KL from the original model; 0 needs no teacher."},
+    )
+    cross_entropy_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the cross-entropy on the labels: the student then learns the text as well."},
+    )
     freeze_embeddings: bool = field(
         default=False, metadata={"help": "Leave token embeddings (and an output head tied to them) untrained."}
     )
@@ -108,6 +116,11 @@ class QATArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} is negative; a learning rate is 0 or more")
+        if min(self.kl_weight, self.cross_entropy_weight) < 0 or self.kl_weight + self.cross_entropy_weight == 0:
+            raise ValueError(
+                f"kl_weight={self.kl_weight} and cross_entropy_weight={self.cross_entropy_weight}: neither may be "
+                "negative, and one of them must count"
+            )
         if self.quantization_warmup_steps < 0:
             raise ValueError(f"quantization_warmup_steps={self.quantization_warmup_steps} is negative; give 0 for none")
         if not torch.accelerator.is_available():
@@ -150,7 +163,7 @@ class QATTrainer(Trainer):
         if args is not None:
             _check_arguments(args)
         _choose_trained(model, getattr(args, "trainable", "all"))
-        if teacher is None:
+        if teacher is None and getattr(args, "kl_weight", 1.0) > 0:
             check_self_teacher(model)
         raise_masters(model)
         if getattr(args, "freeze_embeddings", False):
@@ -182,7 +195,7 @@ class QATTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the forward KL from teacher to student per token, nats.
+        """Returns the loss per token in nats: forward KL from teacher to student, and cross-entropy if asked for.
 
         Args:
             model: the student, perhaps wrapped.
@@ -196,24 +209,30 @@ class QATTrainer(Trainer):
         with capture_hidden(student) as captured:
             model(**inputs, use_cache=False)
             student_hidden = captured.take()
-        teacher_hidden, teacher_head = self._teacher_states(student, inputs)
         # The state at position t predicts the label of t + 1.
         mask = labels[:, 1:].ne(IGNORED_LABEL).flatten()
         tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = forward_kl(
+        distilled, supervised = self._weights()
+        loss = token_loss(
             student_hidden[:, :-1].flatten(0, 1),
             predictor_of(student),
-            teacher_hidden[:, :-1].flatten(0, 1),
-            teacher_head,
             mask.float() / tokens,
+            self._taught(student, inputs) if distilled else None,
+            labels[:, 1:].flatten() if supervised else None,
+            kl_weight=distilled,
+            cross_entropy_weight=supervised,
         )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages gradients over processes, and the token count is already that of all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
-    def _teacher_states(self, student: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Predictor]:
-        """Returns the teacher's last hidden states [B, L, D], without gradients, and its head."""
+    def _weights(self) -> tuple[float, float]:
+        """Returns the weights of forward KL and cross-entropy."""
+        return getattr(self.args, "kl_weight", 1.0), getattr(self.args, "cross_entropy_weight", 0.0)
+
+    def _taught(self, student: nn.Module, inputs: dict[str, Any]) -> Teacher:
+        """Returns what the teacher predicts with at the positions that have a next token, without gradients."""
         with torch.no_grad() if self.teacher is not None else original_model(student):
             teacher = student if self.teacher is None else self.teacher
             training = teacher.training
@@ -222,7 +241,7 @@ class QATTrainer(Trainer):
                 teacher(**inputs, use_cache=False)
                 hidden = captured.take()
             teacher.train(training)
-            return hidden, predictor_of(teacher)
+            return Teacher(hidden[:, :-1].flatten(0, 1), predictor_of(teacher))
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -1,0 +1,29 @@
+"""Fine-tunes a model on chat data as int4: accelerate launch recipes/sft-int4.py MODEL DATA OUT [options].
+
+MODEL is a hub id or folder, DATA what datasets.load_dataset takes (`messages`, or `prompt` and `completion`), OUT a new
+folder: OUT/model is the packed checkpoint. Options are the fields of trl.SFTConfig and llmqat.QATArguments. LoRA is
+inside the quantizers, and the model itself is the teacher of the KL term.
+"""
+
+import datasets
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+import llmqat
+from llmqat.calibrate import RangesStage, calibrate
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(llmqat.QATSFTConfig)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("out")
+    parser.set_defaults(output_dir="checkpoints", kl_weight=0.2, learning_rate=1e-3, report_to="none")
+    args, paths = parser.parse_args_into_dataclasses()
+    tokenizer = AutoTokenizer.from_pretrained(paths.model)
+    model = AutoModelForCausalLM.from_pretrained(paths.model, dtype="bfloat16")
+    quant = llmqat.QuantConfig.preset("int4", group_size=64)
+    calibrate(model, quant, [RangesStage(method="mse")], None)
+    model = get_peft_model(model, llmqat.lora_config(model, r=16, lora_alpha=32))
+    data = datasets.load_dataset(paths.data, split="train")
+    llmqat.QATSFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer).train()
+    llmqat.save(model.merge_and_unload(), f"{paths.out}/model", tokenizer)

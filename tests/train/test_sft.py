@@ -1,0 +1,80 @@
+"""Supervised fine-tuning through TRL: its data, llmqat's loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from torch.nn import functional as F
+
+from llmqat import QATArguments, QATSFTConfig, QATSFTTrainer, QATTrainer, QuantConfig, lora_config, prepare
+from llmqat.layers import quantizers_off
+from llmqat.layers.lora import adapters_off
+from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.train.test_trainer import Blocks, _arguments
+
+ROWS = [{"prompt": f"Question {n}: what is {n} and {n}? ", "completion": f"It is {2 * n}."} for n in range(12)]
+
+
+def config(folder: Path, **changes: Any) -> QATSFTConfig:
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": 64,
+    }
+    return QATSFTConfig(**{**options, **changes})
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_trl_trains_adapters_inside_the_quantizer(gradient_checkpointing: bool, tmp_path: Path) -> None:
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    adapted = get_peft_model(model, lora_config(model, r=4))
+    trainer = QATSFTTrainer(
+        model=adapted,
+        args=config(tmp_path, kl_weight=0.2, gradient_checkpointing=gradient_checkpointing),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tiny_tokenizer(),
+    )
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    masked = batch["labels"].ne(-100)
+    assert 0 < int(masked.sum()) < batch["input_ids"].numel()  # TRL left the prompts out
+    with torch.no_grad():
+        loss = float(trainer.compute_loss(adapted, batch))
+        own = adapted(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        with quantizers_off(model), adapters_off(model):
+            full = adapted(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    keep, labels = masked[:, 1:], batch["labels"][:, 1:]
+    q, p = (F.log_softmax(logits[:, :-1][keep].float(), -1) for logits in (own, full))
+    expected = F.nll_loss(q, labels[keep]) + 0.2 * (p.exp() * (p - q)).sum(-1).mean()
+    assert loss == pytest.approx(float(expected), rel=2e-2 if trainer.args.bf16 else 1e-4)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_cross_entropy_alone_needs_no_teacher(tmp_path: Path) -> None:
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    arguments = _arguments(tmp_path, kl_weight=0.0, cross_entropy_weight=1.0, bf16=False)
+    trainer = QATTrainer(model=model, args=arguments, train_dataset=Blocks())
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    expected = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    assert float(trainer.compute_loss(model, batch)) == pytest.approx(float(expected), rel=1e-5)
+    trainer.train()
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (-1.0, 1.0)])
+def test_weights_that_make_no_loss_are_refused(weights: tuple[float, float], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one of them must count"):
+        QATArguments(output_dir=str(tmp_path), kl_weight=weights[0], cross_entropy_weight=weights[1])
