@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 USER_MISTAKES = (ValueError, OSError, ImportError)
 """What a room raises when the input, the files or the installed packages are not what they must be."""
-
-_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
@@ -538,15 +535,19 @@ def _print_audit(coverage: CoverageAudit) -> None:
 
 def _alike(coverage: CoverageAudit) -> list[tuple[str, list[AuditEntry]]]:
     """Returns the tensors in groups that differ in nothing but the layer's number, each with a name for all of it."""
+    from llmqat.evaluate.layers import BLOCK_NUMBER
+
     groups: dict[tuple[Any, ...], list[AuditEntry]] = {}
     for entry in coverage.entries:
-        key = (_LAYER_NUMBER.sub(".*.", entry.name, count=1), entry.shape, entry.treatment, entry.reason)
+        key = (BLOCK_NUMBER.sub(".*.", entry.name, count=1), entry.shape, entry.treatment, entry.reason)
         groups.setdefault(key, []).append(entry)
     return [(_common_name(key[0], entries), entries) for key, entries in groups.items()]
 
 
 def _common_name(pattern: str, entries: list[AuditEntry]) -> str:
-    numbers = [int(found[1]) for entry in entries if (found := _LAYER_NUMBER.search(entry.name))]
+    from llmqat.evaluate.layers import BLOCK_NUMBER
+
+    numbers = [int(found[1]) for entry in entries if (found := BLOCK_NUMBER.search(entry.name))]
     if len(numbers) < 2:
         return entries[0].name
     runs: list[list[int]] = []

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -384,7 +384,11 @@ def _write_block(block: Block, path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _read_block(module: nn.Module, path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        module.load_state_dict({name: file.get_tensor(name) for name in list(file.keys())})
-        facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and the block is calibrated again") from error
+    module.load_state_dict(tensors)
     return facts

@@ -14,14 +14,15 @@ from rich.table import Table
 from llmqat.calibrate import LayerReport
 from llmqat.models import write_whole
 
-_NUMBER = re.compile(r"\.(\d+)\.")
+BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
+"""The number of a block in the dotted name of a layer."""
 JSON_FILE = "layers.json"
 PICTURE_FILE = "layers.png"
 
 
 def kind_of(name: str) -> str:
     """Returns a layer's name after the number of its block: 'mlp.down_proj'."""
-    return _NUMBER.split(name)[-1]
+    return BLOCK_NUMBER.split(name)[-1]
 
 
 def render_layers(reports: Sequence[LayerReport]) -> Table:
@@ -114,5 +115,5 @@ def _by_kind(reports: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
 
 
 def _block(name: str) -> int:
-    found = _NUMBER.search(name)
+    found = BLOCK_NUMBER.search(name)
     return int(found[1]) if found else 0

@@ -93,6 +93,19 @@ def test_an_interrupted_calibration_goes_on_to_the_very_same_model(
     assert not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob(".*"))
 
 
+def test_a_damaged_block_is_named(tmp_path: Path) -> None:
+    wanted = stages({"stage": "ranges", "blocks": 4}, {"stage": "gptq", "blocks": 4}, {**BLOCKWISE, "iterations": 2})
+    calibrate(tiny_llama(), INT3, wanted, text(), folder=tmp_path)
+    file = tmp_path / "02-gptq" / "block-0001.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(
+        ValueError, match=r"block-0001.safetensors is damaged .*; delete it, and the block is calibrated"
+    ):
+        calibrate(tiny_llama(), INT3, wanted, text(), folder=tmp_path)
+    file.unlink()
+    calibrate(tiny_llama(), INT3, wanted, text(), folder=tmp_path)
+
+
 def test_a_bfloat16_model_ends_with_the_codes_of_its_training() -> None:
     """Each finished block lies on its levels, so that no master is kept in float32."""
     model = tiny_llama().to(torch.bfloat16)
