@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_every_script_is_described() -> None:
     scripts = sorted(path.name for path in SCRIPTS.glob("*.py"))
-    assert {"calibration.py", "kv_cache.py", "schemes.py", "training_speed.py", "wikitext.py"} <= set(scripts)
+    assert {"calibration.py", "kv_cache.py", "schemes.py", "training_memory.py", "training_speed.py"} <= set(scripts)
     readme = (SCRIPTS / "README.md").read_text(encoding="utf-8")
     assert [name for name in scripts if name not in readme] == []
 
@@ -137,3 +137,9 @@ def test_every_row_of_schemes_is_a_recipe() -> None:
     for changes in schemes.values():
         load_recipe(recipe, changes)
     assert set(PRESETS) <= set(schemes)
+
+
+def test_training_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--steps", "3", "--batch-size", "2", "--block-size", "32", "--group-size", "32", "--rank", "4"]
+    run(monkeypatch, "training_memory.py", "--model", str(folder), *arguments)
+    assert set(headline(capsys.readouterr().out)) == {"all", "lora", "scales"}

