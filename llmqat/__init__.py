@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmqat.layers.config import QuantConfig
     from llmqat.layers.lora import adopt_adapters, lora_config
     from llmqat.layers.prepare import convert, prepare
-    from llmqat.train.adapter import save_adapter
+    from llmqat.train.adapter import load_adapter, save_adapter
     from llmqat.train.sft import QATSFTConfig, QATSFTTrainer
     from llmqat.train.trainer import QATArguments, QATTrainer
 
@@ -33,6 +33,7 @@ _HOMES = {
     "convert": "llmqat.layers.prepare",
     "evaluate": "llmqat.evaluate.perplexity",
     "load": "llmqat.export.checkpoint",
+    "load_adapter": "llmqat.train.adapter",
     "lora_config": "llmqat.layers.lora",
     "prepare": "llmqat.layers.prepare",
     "save": "llmqat.export.checkpoint",
@@ -51,6 +52,7 @@ __all__ = [
     "convert",
     "evaluate",
     "load",
+    "load_adapter",
     "lora_config",
     "prepare",
     "save",

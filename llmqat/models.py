@@ -478,6 +478,11 @@ def vocabulary_size(model: nn.Module) -> int:
 def _head_source(model: nn.Module) -> nn.Module:
     """Returns the module that holds the head's weight: the embedding, where the head is tied to a quantized one."""
     head = output_head(model)
+    unwrapped: Callable[[], nn.Module] | None = getattr(head, "get_base_layer", None)
+    if unwrapped is not None:
+        if not isinstance(unwrapped(), QuantModule):
+            raise ValueError("an adapter on an output head that is not quantized is not trained; leave the head out")
+        return unwrapped()
     return head.embedding if isinstance(head, TiedHead) else head
 
 

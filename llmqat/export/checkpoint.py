@@ -36,7 +36,16 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 import llmqat
 from llmqat.export import compressed_tensors
 from llmqat.kernels import KERNELS
-from llmqat.layers import PackedEmbedding, PackedLinear, PackedModule, QuantEmbedding, QuantModule, TiedHead, audit
+from llmqat.layers import (
+    PackedEmbedding,
+    PackedLinear,
+    PackedModule,
+    QuantEmbedding,
+    QuantModule,
+    TiedHead,
+    audit,
+    check_merged,
+)
 from llmqat.models import (
     cast_parameters,
     folder_in_progress,
@@ -190,6 +199,7 @@ def save(
 
 
 def _check_arguments(model: nn.Module, dtype: torch.dtype, run: Mapping[str, Any] | None, format: str) -> None:
+    check_merged(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"save needs a transformers model, got {type(model).__name__}; unwrap it first "

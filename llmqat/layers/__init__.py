@@ -31,6 +31,7 @@ from llmqat.layers.packed import PackedLinear, PackedModule
 from llmqat.layers.prepare import (
     LinearMap,
     changed_since_prepared,
+    check_merged,
     convert,
     install,
     kept_in_float32,
@@ -73,6 +74,7 @@ __all__ = [
     "attention_layers",
     "audit",
     "changed_since_prepared",
+    "check_merged",
     "convert",
     "install",
     "kept_in_float32",

@@ -25,12 +25,19 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from llmqat.layers.embedding import QuantEmbedding
 from llmqat.layers.quantized import QuantModule
+from llmqat.layers.source import forget_source
 
 WEIGHT = "weight"
 """Name of the parameter of a QuantModule that adapters are on."""
+
+
+MOVES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
+"""Values of LoraConfig.init_lora_weights that take the adapter's start out of the base weight."""
 
 
 class QuantLora(ParamWrapper):
@@ -38,6 +45,9 @@ class QuantLora(ParamWrapper):
 
     Made of a ParamWrapper by `adopt_adapters`; names, state dict and all of peft's methods stay.
     """
+
+    _before_merging: Tensor | None = None
+    """The weight as it was, while adapters are merged into it."""
 
     @property
     def layer(self) -> QuantModule:
@@ -61,12 +71,19 @@ class QuantLora(ParamWrapper):
 
     def adapted(self, weight: Tensor) -> Tensor:
         """Returns `weight` with the active adapters added one after the other, in float32; as it is without any."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+            return self.layer.weight
         if self.disable_adapters or self.merged:
             return weight
         for name in self.active_adapters:
             if name in self.lora_A:
                 weight = weight.float() + self.get_delta_weight(name)
         return weight
+
+    def state(self) -> tuple[bool, bool, tuple[str, ...]]:
+        """Returns what says which adapters count now."""
+        return self.disable_adapters, self.merged, tuple(self.active_adapters)
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
         """Returns (alpha/r) B A in float32 and the weight's layout, whatever autocast says."""
@@ -89,13 +106,23 @@ class QuantLora(ParamWrapper):
         Raises:
             ValueError: when a merged weight is not finite.
         """
-        names = [name for name in adapter_names or self.active_adapters if name in self.lora_A]
-        for name in names:
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
             weight = self.layer.weight.float() + self.get_delta_weight(name)
             if not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"the adapter {name!r} makes a weight that is not finite; it cannot be merged")
+            if self._before_merging is None:
+                self._before_merging = self.layer.weight.data
             self.layer.weight.data = weight
             self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the weight back as it was before the adapters were merged, bit for bit."""
+        if self._before_merging is not None:
+            self.layer.weight.data, self._before_merging = self._before_merging, None
+        self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -103,6 +130,7 @@ class QuantLora(ParamWrapper):
         """Returns the quantized weight alone, with or without the adapters in it."""
         if merge:
             self.merge(safe_merge, adapter_names)
+        self._before_merging = None
         self.layer.adapters = ()
         return self.layer
 
@@ -114,20 +142,25 @@ def adopt_adapters(model: nn.Module) -> list[QuantLora]:
         model: a peft model over a prepared one, or a prepared model in it.
 
     Raises:
-        ValueError: when an adapter is on something else of a quantized weight than the weight, more than one wraps it,
-            or it starts from the rounding error (LoftQ).
+        ValueError: when an adapter is on something else of a quantized weight than the weight, on an embedding, more
+            than one wraps it, or it starts from the rounding error (LoftQ).
     """
-    if isinstance(model, PeftModel):
-        for name, config in model.peft_config.items():
-            if getattr(config, "init_lora_weights", None) == "loftq":
-                raise ValueError(
-                    f"adapter {name!r} has init_lora_weights='loftq': it starts as the rounding error, which repairs a "
-                    "weight beside the quantizer and adds to the error inside it; leave init_lora_weights out"
-                )
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, config in (getattr(inner, "peft_config", None) or {}).items():
+        start = getattr(config, "init_lora_weights", None)
+        if start == "loftq":
+            raise ValueError(
+                f"adapter {name!r} has init_lora_weights='loftq': it starts as the rounding error, which repairs a "
+                "weight beside the quantizer and adds to the error inside it; leave init_lora_weights out"
+            )
+        if isinstance(start, str) and start.startswith(MOVES_THE_BASE):
+            forget_source(inner)
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, ParamWrapper) or not isinstance(module.get_base_layer(), QuantModule):
             continue
+        if isinstance(module.get_base_layer(), QuantEmbedding):
+            raise ValueError(f"{name} is a quantized embedding, which takes no adapter; leave it out of the targets")
         if module.parameter_name != WEIGHT or isinstance(module.base_layer, ParamWrapper):
             raise ValueError(
                 f"{name} adapts the parameter {module.parameter_name!r}; of a quantized weight, adapt 'weight' alone, "
@@ -151,9 +184,12 @@ def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **option
     Raises:
         ValueError: for a target that no quantized weight has, and options that would put the adapter outside.
     """
-    for key in ("target_modules", "target_parameters"):
-        if key in options:
-            raise ValueError(f"{key} would put adapters beside the quantizer, or is set here; use targets=['q_proj']")
+    for key in ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        if options.get(key) is not None:
+            raise ValueError(
+                f"{key} means modules, beside whose quantizers adapters would be, or is set here; use "
+                "targets=['q_proj'], or full names such as 'model.layers.0.self_attn.q_proj'"
+            )
     if options.get("lora_dropout"):
         raise ValueError(
             f"lora_dropout={options['lora_dropout']}: inside a quantizer the adapter is part of the weight, which has "
@@ -170,8 +206,8 @@ def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **option
             known = sorted({name.rpartition(".")[2] for name in layers})
             raise ValueError(f"targets has {target!r}, which no quantized weight is called; choose among {known}")
     suffixes = wanted if wanted is not None else sorted({name.rpartition(".")[2] for name in layers})
-    if wanted is None and _means_more(model, suffixes, layers):
-        suffixes = layers
+    if _means_more(model, suffixes, layers):
+        suffixes = [name for name in layers if any(name == part or name.endswith(f".{part}") for part in suffixes)]
     return LoraConfig(target_modules=[], target_parameters=[f"{name}.{WEIGHT}" for name in suffixes], **options)
 
 
@@ -179,8 +215,9 @@ def _means_more(model: nn.Module, suffixes: list[str], layers: list[str]) -> boo
     """Returns whether the last parts of names also mean weights that are not quantized."""
     known = set(layers)
     return any(
-        name.rpartition(".")[2] in suffixes and name not in known and hasattr(module, WEIGHT)
+        f".{name}".endswith(f".{suffix}") and name not in known and hasattr(module, WEIGHT)
         for name, module in model.named_modules()
+        for suffix in suffixes
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmqat.grid import Grid, gradient_factor, pack_int32, scale_from_log, stored_codes, unpack_int32
+from llmqat.grid import Grid, gradient_factor, pack_int32, scale_from_log, snap_scale, stored_codes, unpack_int32
 from llmqat.kernels import PackedWeight, packed_linear
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.config import ActivationConfig, WeightConfig
@@ -118,7 +118,15 @@ class PackedModule(nn.Module):
         return self._runtime
 
     def train_scales(self) -> None:
-        """Makes the scales trainable, from where they are."""
+        """Makes the scales trainable, from where they are.
+
+        Raises:
+            ValueError: for scales that bfloat16 does not hold: trained ones are kept on its grid.
+        """
+        if not torch.equal(snap_scale(self.weight_scale.float()), self.weight_scale.float()):
+            raise ValueError(
+                f"scales of {self.weight_scale.dtype} that bfloat16 does not hold cannot be trained further"
+            )
         if self.log_scale is None:
             self.log_scale = nn.Parameter(torch.zeros_like(self.weight_scale, dtype=torch.float32))
 

@@ -129,8 +129,9 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: when the model holds no quantized weight.
+        ValueError: when the model holds no quantized weight, or adapters that are not merged.
     """
+    check_merged(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
     trained = [m for m in model.modules() if isinstance(m, PackedModule) and m.log_scale is not None]
     for module in trained:
@@ -142,6 +143,8 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     for name, layer in layers.items():
         install(model, name, packed[id(layer)])
     for name, head in heads.items():
+        if isinstance(head.embedding, PackedEmbedding):
+            continue
         embedding = packed[id(head.embedding)]
         assert isinstance(embedding, PackedEmbedding)
         model.set_submodule(name, TiedHead(embedding, head.bias))
@@ -151,6 +154,12 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
             if parameter.is_floating_point() and not in_float32(name):
                 parameter.data = parameter.data.to(dtype)
     return model
+
+
+def check_merged(model: nn.Module) -> None:
+    """Raises ValueError where `model` has adapters of peft on it, merged or not."""
+    if any(_has_adapter(module) for module in model.modules()):
+        raise ValueError("the model has LoRA adapters; fold them first: model = model.merge_and_unload()")
 
 
 def packed_form(layer: QuantModule, dtype: torch.dtype) -> PackedModule:
@@ -407,6 +416,8 @@ def _end(model: nn.Module, getter: str) -> nn.Module | None:
         module = find() if callable(find) else None
     except NotImplementedError:  # models without token embeddings say so like this
         return None
+    unwrapped: Callable[[], nn.Module] | None = getattr(module, "get_base_layer", None)
+    module = module if unwrapped is None else unwrapped()
     return module if isinstance(module, nn.Module) else None
 
 

@@ -50,6 +50,10 @@ class Adapter(Protocol):
         """Yields the parameters it is made of."""
         ...
 
+    def state(self) -> tuple[Any, ...]:
+        """Returns what else it depends on, hashable."""
+        ...
+
 
 class QuantModule(nn.Module):
     """A fake-quantized weight.
@@ -114,19 +118,23 @@ class QuantModule(nn.Module):
         """Returns the master weight in its own layout, adapters included, differentiable.
 
         Raises:
-            RuntimeError: under autocast, when peft put an adapter on it that has not been adopted.
+            RuntimeError: when peft put an adapter on it that has not been adopted, and works in low precision.
         """
         if self.adapters:
             weight = self.weight
             for adapter in self.adapters:
                 weight = adapter.adapted(weight)
             return weight
-        if "parametrizations" in self._modules and torch.is_autocast_enabled(self.weight.device.type):
+        weight = self.weight
+        if "parametrizations" in self._modules and (
+            weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
+        ):
             raise RuntimeError(
-                "under autocast peft makes LoRA's product in low precision, of which other codes come than from the "
-                "merged weight; call llmqat.adopt_adapters(model) once before training (QATTrainer does)"
+                "under autocast, or on weights that are not float32, peft makes LoRA's product in low precision, of "
+                "which other codes come than from the merged weight; call llmqat.adopt_adapters(model) once "
+                "(QATTrainer and llmqat.load_adapter do)"
             )
-        return self.weight
+        return weight
 
     def matrix(self) -> Tensor:
         """Returns the master weight, adapters included, as [O, I], differentiable."""
@@ -177,7 +185,7 @@ class QuantModule(nn.Module):
         """Returns the weight of the forward in `dtype` and the master's layout; differentiable in what is trained."""
         if self._kept is None or torch.is_grad_enabled():
             return self._made(dtype)
-        key = dtype, self.enabled, self.strength
+        key = dtype, self.enabled, self.strength, *(adapter.state() for adapter in self.adapters)
         if key not in self._kept:
             self._kept.clear()
             self._kept[key] = self._made(dtype)

@@ -15,6 +15,10 @@ MOVED = "llmqat_moved"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+ADAPTER = ".lora_"
+"""Part of the name of a parameter of peft's LoRA, which is not the original model's."""
+
+
 class Checksum(NamedTuple):
     """What a parameter was."""
 
@@ -24,7 +28,7 @@ class Checksum(NamedTuple):
 
 def note_source(model: nn.Module) -> None:
     """Notes the parameters of `model` as they are, in it; nothing on the meta device, or after `note_moved`."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if ADAPTER not in name}
     known = not getattr(model, MOVED, False) and not any(p.is_meta for p in parameters.values())
     noted = {name: Checksum(p.dtype, checksum(p)) for name, p in parameters.items()} if known else None
     model.__dict__[SOURCE] = noted
@@ -33,6 +37,12 @@ def note_source(model: nn.Module) -> None:
 def note_moved(model: nn.Module) -> None:
     """Notes in `model` that its weights are not those of the original model any more."""
     model.__dict__[MOVED] = True
+
+
+def forget_source(model: nn.Module) -> None:
+    """Notes in a prepared `model` that it is not known any more what it was made from."""
+    note_moved(model)
+    model.__dict__[SOURCE] = None
 
 
 def changed_since(noted: Mapping[str, Checksum], parameters: Mapping[str, Tensor]) -> list[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -145,7 +146,11 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         student, calibration = calibrated_model(recipe, blocks.ids, arguments)
         layers = {"calibrated": layers_of(recipe, student, blocks.ids, arguments)}
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
-        training = _train(recipe, student, teacher, arguments, blocks)
+        model = student if recipe.lora is None else recipe.lora.attach(student, recipe.seed)
+        if recipe.lora is not None and is_own_teacher(model):
+            del teacher  # loaded again for the comparison
+            teacher = None
+        training = _train(model, teacher, arguments, blocks)
     if not main:
         return None
     facts: dict[str, Any] = {
@@ -237,24 +242,19 @@ def _read_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreT
 
 
 def _train(
-    recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel, arguments: QATArguments, blocks: TokenBlocks
+    model: PreTrainedModel | PeftModel, teacher: PreTrainedModel | None, arguments: QATArguments, blocks: TokenBlocks
 ) -> dict[str, Any]:
-    """Trains `student` in place, from the run's last whole checkpoint if there is one; returns the facts of it.
+    """Trains `model` in place, from the run's last whole checkpoint if there is one; returns the facts of it.
 
-    With adapters, those are trained and then folded into the weights of `student`, which is its own teacher where
-    calibration has left them as they were.
+    Adapters are folded into the weights of the model under them. Without a teacher the model is its own.
     """
-    model = student if recipe.lora is None else recipe.lora.attach(student, recipe.seed)
-    alone = recipe.lora is not None and is_own_teacher(model)
-    trainer = QATTrainer(
-        model=model, teacher=None if alone else teacher, args=arguments, train_dataset=blocks.dataset()
-    )
+    trainer = QATTrainer(model=model, teacher=teacher, args=arguments, train_dataset=blocks.dataset())
     last = whole_checkpoint(Path(arguments.output_dir))
     if last is not None:
         log.info("going on from %s", last)
     output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if recipe.lora is not None:
+    if isinstance(model, PeftModel):
         model.merge_and_unload()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     step_tokens = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -269,7 +269,7 @@ def _train(
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "trained_parameters": trained,
-        "own_teacher": alone,
+        "own_teacher": teacher is None,
         "processes": arguments.world_size,
         "resumed_from": None if last is None else last.name,
     }
@@ -277,7 +277,7 @@ def _train(
 
 def _candidates(
     recipe: Recipe,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     coverage: CoverageAudit,
     blocks: Tensor,
     report: ExportReport,
@@ -295,8 +295,11 @@ def _candidates(
     def calibrated() -> nn.Module:
         return convert(calibrated_model(recipe, blocks, arguments)[0])
 
+    def original() -> nn.Module:
+        return teacher or load_model(recipe.model, torch.bfloat16)[0].to(arguments.device)
+
     rows = [
-        Candidate("full precision", lambda: teacher, "full precision", 16.0, plain.bytes_before),
+        Candidate("full precision", original, "full precision", 16.0, plain.bytes_before),
         Candidate("plain rounding", rounded, "plain rounding", bits, plain_size),
     ]
     if any(not isinstance(step, RangesStage) or step.method != "minmax" for step in recipe.calibrate):

@@ -12,11 +12,13 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import Field
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -100,13 +102,50 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
 
     `adapter_model.safetensors` also holds the scales and zero points as they are, which stock
     `PeftModel.from_pretrained(prepared, folder)` loads with it, and in its metadata the QuantConfig.
+
+    Raises:
+        ValueError: when the base weights are not those of the original model, which whoever loads the adapter has.
     """
+    if changed_since_prepared(model) != []:
+        raise ValueError(
+            "the base weights were moved (by gptq, block-wise training, rotation, or training), so the adapter alone "
+            "does not make this model; fold it with merge_and_unload() and call llmqat.save"
+        )
     model.save_pretrained(str(folder))
     add_quantizers(model, Path(folder))
 
 
+def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Returns a prepared `model` with the adapter, and the scales, that `save_adapter` wrote to `folder`.
+
+    Args:
+        model: prepared with the same QuantConfig, and with the weights of the original model.
+        folder: or a hub id.
+        is_trainable: whether training goes on with it.
+
+    Raises:
+        ValueError: when the adapter was trained under another QuantConfig.
+    """
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if file.is_file():
+        with safe_open(file, framework="pt") as opened:
+            theirs = json.loads((opened.metadata() or {}).get(CONFIG_KEY, "null"))
+        ours: dict[str, Any] = getattr(adapted.get_base_model().config, CONFIG_KEY, None) or {}
+        differing = [key for key in ours if theirs is not None and theirs.get(key) != ours[key]]
+        if differing:
+            raise ValueError(
+                f"{folder} was trained with another scheme than the model is prepared with: "
+                + ", ".join(f"{key}={theirs.get(key)} (here {ours[key]})" for key in differing)
+            )
+    adopt_adapters(adapted)
+    return adapted
+
+
 def add_quantizers(model: PeftModel, folder: Path) -> None:
-    """Puts the state of the quantizers of `model` into the adapter file that peft wrote to `folder`, atomically."""
-    file = folder / SAFETENSORS_WEIGHTS_NAME
+    """Puts the state of the quantizers of `model` into the adapter files that peft wrote to `folder`, atomically."""
     config = getattr(model.get_base_model().config, CONFIG_KEY, None)
-    save_whole(file, {**load_file(file), **quantizer_state(model)}, {"format": "pt", CONFIG_KEY: json.dumps(config)})
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(config)}
+    for name in model.peft_config:
+        file = (folder if name == "default" else folder / name) / SAFETENSORS_WEIGHTS_NAME
+        save_whole(file, {**load_file(file), **quantizer_state(model)}, metadata)

@@ -10,6 +10,7 @@ The loss is QATTrainer's: cross-entropy on the labels and forward KL from the or
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 try:
     from trl import SFTConfig, SFTTrainer
@@ -21,12 +22,49 @@ from llmqat.train.trainer import QATArguments, QATTrainer
 
 @dataclass
 class QATSFTConfig(QATArguments, SFTConfig):
-    """trl.SFTConfig with the fields of QATArguments; both losses count by default."""
+    """trl.SFTConfig with the fields of QATArguments; both losses count by default.
 
+    Where transformers.TrainingArguments and trl.SFTConfig differ in a default, TRL's holds.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate, as in trl.SFTConfig."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs, as in trl.SFTConfig."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass, as in trl.SFTConfig."}
+    )
     cross_entropy_weight: float = field(
         default=1.0, metadata={"help": "Weight of the cross-entropy on the labels; 0 for distillation alone."}
     )
 
 
 class QATSFTTrainer(QATTrainer, SFTTrainer):
-    """trl.SFTTrainer whose loss is that of QATTrainer; takes what both take."""
+    """trl.SFTTrainer whose loss is that of QATTrainer."""
+
+    def __init__(self, model: Any, teacher: Any = None, args: QATSFTConfig | None = None, **options: Any) -> None:
+        """Takes what trl.SFTTrainer takes, and a teacher as QATTrainer does.
+
+        Args:
+            model: a prepared model, or peft's LoRA over one.
+            teacher: the original model; None for `model` itself, or without KL.
+            args: how long, how fast, and the weights of both losses.
+            **options: of trl.SFTTrainer: train_dataset, processing_class, …
+
+        Raises:
+            ValueError: for what QATTrainer refuses, and for settings of TRL's own loss.
+        """
+        if not isinstance(args, QATSFTConfig):
+            raise ValueError(
+                f"args is a {type(args).__name__}; give a llmqat.QATSFTConfig, which says how losses count"
+            )
+        if isinstance(model, str):
+            raise ValueError(f"model={model!r}: load the model and prepare it, then give it here")
+        if options.get("peft_config") is not None:
+            raise ValueError(
+                "peft_config: attach adapters first, peft.get_peft_model(model, llmqat.lora_config(model))"
+            )
+        own = {"loss_type": args.loss_type != "nll", "label_smoothing_factor": args.label_smoothing_factor}
+        own |= {"compute_loss_func": options.get("compute_loss_func")}
+        for name, given in own.items():
+            if given:
+                raise ValueError(f"{name} belongs to TRL's own loss, in whose place QATTrainer's stands; leave it out")
+        super().__init__(model=model, teacher=teacher, args=args, **options)

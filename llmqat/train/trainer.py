@@ -211,7 +211,7 @@ class QATTrainer(Trainer):
             student_hidden = captured.take()
         # The state at position t predicts the label of t + 1.
         mask = labels[:, 1:].ne(IGNORED_LABEL).flatten()
-        tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         distilled, supervised = self._weights()
         loss = token_loss(
             student_hidden[:, :-1].flatten(0, 1),
@@ -319,9 +319,9 @@ def _choose_trained(model: nn.Module, trainable: str) -> None:
     Raises:
         ValueError: when the model does not hold what is to be trained.
     """
-    adapted = bool(adopt_adapters(model))
+    adapters = adopt_adapters(model)
     if trainable == "scales":
-        if adapted:
+        if adapters:
             raise ValueError("trainable='scales' trains no adapter; take the adapters off, or leave trainable out")
         freeze_weights(model)
     elif any(isinstance(module, PackedModule) for module in model.modules()):
@@ -329,7 +329,11 @@ def _choose_trained(model: nn.Module, trainable: str) -> None:
             "the model is packed, so it has no weights to train; train its scales with "
             "QATArguments(trainable='scales'), or prepare the original model"
         )
-    elif adapted:
+    elif adapters:
+        if not any(factor.requires_grad for adapter in adapters for factor in adapter.factors()):
+            raise ValueError(
+                "no adapter is trainable; load it with llmqat.load_adapter(model, folder, is_trainable=True)"
+            )
         train_quantizers(model)
 
 

@@ -11,10 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from llmqat import QuantConfig, adopt_adapters, convert, lora_config, prepare, save_adapter
+from llmqat import QuantConfig, adopt_adapters, convert, load_adapter, lora_config, prepare, save, save_adapter
 from llmqat.grid import fake_quantize
-from llmqat.layers import QuantModule, quantizers_off
+from llmqat.layers import QuantModule, quantized_once, quantizers_off
 from llmqat.layers.lora import QuantLora, adapters_off
+from llmqat.models import head_weight
 from tests.tiny import tiny_architecture, tiny_llama
 
 INT4 = QuantConfig.preset("int4", group_size=16)
@@ -141,6 +142,108 @@ def test_several_adapters_and_none() -> None:
     assert all(torch.equal(layer.codes(), codes) for layer, codes in zip(layers_of(merged), both, strict=True))
 
 
+def test_merging_is_done_once_and_undone_bit_for_bit() -> None:
+    model = adapted(tiny_llama().to(torch.bfloat16))
+    weights = [layer.weight.clone() for layer in layers_of(model)]
+    codes = [layer.codes() for layer in layers_of(model)]
+    plain = tiny_llama().to(torch.bfloat16)
+    prepare(plain, INT4)
+    with torch.no_grad():
+        off = plain(ids()).logits
+        for _ in range(2):
+            model.merge_adapter()
+            assert all(torch.equal(layer.codes(), code) for layer, code in zip(layers_of(model), codes, strict=True))
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids()).logits, off)
+        assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers_of(model), weights, strict=True))
+        model.merge_adapter()
+        model.unmerge_adapter()
+        assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers_of(model), weights, strict=True))
+        merged = model.merge_and_unload()
+    assert all(torch.equal(layer.codes(), code) for layer, code in zip(layers_of(merged), codes, strict=True))
+
+
+def test_a_weight_quantized_once_follows_the_adapters() -> None:
+    model = adapted(tiny_llama())
+    layer = layers_of(model)[0]
+    with torch.no_grad(), quantized_once(model):
+        own = layer.quantized_weight(torch.float32)
+        with model.disable_adapter():
+            assert not torch.equal(layer.quantized_weight(torch.float32), own)
+        assert torch.equal(layer.quantized_weight(torch.float32), own)
+
+
+def test_a_low_precision_base_is_adopted_when_it_is_loaded(tmp_path: Path) -> None:
+    model = adapted(tiny_llama().to(torch.bfloat16))
+    codes = [layer.codes() for layer in layers_of(model)]
+    save_adapter(model, tmp_path)
+    fresh = tiny_llama().to(torch.bfloat16)
+    prepare(fresh, INT4)
+    stock = PeftModel.from_pretrained(copy.deepcopy(fresh), str(tmp_path))
+    with pytest.raises(RuntimeError, match="weights that are not float32"):
+        stock(input_ids=ids())
+    loaded = load_adapter(fresh, tmp_path)
+    assert all(torch.equal(layer.codes(), code) for layer, code in zip(layers_of(loaded), codes, strict=True))
+
+
+def test_an_adapter_of_another_scheme_or_base_is_refused(tmp_path: Path) -> None:
+    save_adapter(adapted(tiny_llama()), tmp_path / "int4")
+    other = tiny_llama()
+    prepare(other, QuantConfig.preset("int3", group_size=16))
+    with pytest.raises(ValueError, match=r"another scheme .*weights="):
+        load_adapter(other, tmp_path / "int4")
+    moved = adapted(tiny_llama())
+    with torch.no_grad():
+        layers_of(moved)[0].weight.add_(0.01)
+    with pytest.raises(ValueError, match="the adapter alone does not make this model"):
+        save_adapter(moved, tmp_path / "moved")
+
+
+def test_adapters_of_any_name_keep_the_scales(tmp_path: Path) -> None:
+    model = tiny_llama()
+    prepare(model, INT4)
+    named = get_peft_model(model, lora_config(model, r=2, init_lora_weights=False), adapter_name="mine")
+    adopt_adapters(named)
+    save_adapter(named, tmp_path)
+    fresh = tiny_llama()
+    prepare(fresh, INT4)
+    loaded = load_adapter(fresh, tmp_path / "mine")
+    assert torch.equal(loaded(input_ids=ids()).logits, named(input_ids=ids()).logits)
+
+
+def test_a_quantized_head_is_adapted_and_an_embedding_is_not() -> None:
+    model = tiny_llama(tied=False)
+    prepare(model, QuantConfig.preset("int4", group_size=16, lm_head="int8", embeddings="int8"))
+    config = lora_config(model, r=2, init_lora_weights=False)
+    head = get_peft_model(model, config)
+    adopt_adapters(head)
+    weight, _ = head_weight(head.get_base_model())
+    adapter = head.get_submodule("base_model.model.lm_head")
+    assert isinstance(adapter, QuantLora)
+    assert torch.equal(weight, adapter.layer.quantized_weight(torch.float32))
+    assert weight.requires_grad
+    other = tiny_llama(tied=False)
+    prepare(other, QuantConfig.preset("int4", group_size=16, embeddings="int8"))
+    embedding = get_peft_model(other, LoraConfig(target_modules=[], target_parameters=["embed_tokens.weight"]))
+    with pytest.raises(ValueError, match="embed_tokens is a quantized embedding, which takes no adapter"):
+        adopt_adapters(embedding)
+
+
+def test_an_adapter_on_the_head_does_not_make_prepare_quantize_it() -> None:
+    config = LoraConfig(target_modules=[], target_parameters=["q_proj.weight", "lm_head.weight"])
+    model = get_peft_model(tiny_llama(tied=False), config)
+    coverage = prepare(model, INT4)
+    assert next(entry for entry in coverage.entries if "lm_head" in entry.name).treatment == "kept"
+
+
+def test_adapters_must_be_folded_before_packing() -> None:
+    model = adapted(tiny_llama())
+    for pack in (convert, lambda inner: save(inner, "never")):
+        for inner in (model, model.get_base_model()):
+            with pytest.raises(ValueError, match="fold them first"):
+                pack(inner)
+
+
 def test_scales_travel_with_the_adapter_and_stock_peft_reads_them(tmp_path: Path) -> None:
     model = adapted(tiny_llama(), QuantConfig.preset("int4", group_size=16, symmetric=False))
     with torch.no_grad():
@@ -190,8 +293,9 @@ def test_what_would_not_be_inside_is_refused() -> None:
         lora_config(model, targets=["qproj"])
     with pytest.raises(ValueError, match=r"lora_dropout=0\.1: inside a quantizer"):
         lora_config(model, lora_dropout=0.1)
-    with pytest.raises(ValueError, match="target_modules would put adapters beside the quantizer"):
-        lora_config(model, target_modules=["q_proj"])
+    for key in ("target_modules", "exclude_modules"):
+        with pytest.raises(ValueError, match=f"{key} means modules, beside whose quantizers"):
+            lora_config(model, **{key: ["q_proj"]})
     peft_model = get_peft_model(model, lora_config(model, r=2, init_lora_weights=True))
     peft_model.peft_config["default"].init_lora_weights = "loftq"
     with pytest.raises(ValueError, match="starts as the rounding error"):
@@ -205,4 +309,7 @@ def test_only_what_is_quantized_is_adapted() -> None:
     adopt_adapters(peft_model)
     names = [name for name, module in peft_model.named_modules() if isinstance(module, QuantLora)]
     assert len(names) == 7
+    again = tiny_llama()
+    prepare(again, QuantConfig.preset("int4", group_size=16, skip_first=1))
+    assert lora_config(again, ["q_proj"], r=2).target_parameters == ["model.layers.1.self_attn.q_proj.weight"]
     assert all(".layers.1." in name for name in names)

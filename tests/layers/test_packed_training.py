@@ -106,6 +106,17 @@ def test_a_packed_checkpoint_is_trained_further_and_saved_again(model_type: str,
         assert torch.equal(layer.weight_packed, code)
 
 
+def test_quantized_embeddings_stay_as_they_are(tmp_path: Path) -> None:
+    student = tiny_llama()
+    prepare(student, QuantConfig.preset("int4", group_size=16, embeddings="int8"))
+    llmqat.save(student, tmp_path / "packed")
+    model = llmqat.load(tmp_path / "packed")
+    arguments = _arguments(tmp_path / "run", trainable="scales", scale_learning_rate=5e-2)
+    QATTrainer(model=model, teacher=tiny_llama(), args=arguments, train_dataset=Blocks()).train()
+    llmqat.save(convert(model), tmp_path / "again")
+    assert torch.equal(llmqat.load(tmp_path / "again")(Blocks().ids).logits, model.eval()(Blocks().ids).logits)
+
+
 def test_a_resumed_run_ends_bit_identical(tmp_path: Path) -> None:
     student = tiny_llama()
     prepare(student, QuantConfig.preset("int3", group_size=16))

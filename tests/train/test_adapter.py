@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from llmqat import QATTrainer, QuantConfig, lora_config, prepare
+from llmqat import QATTrainer, QuantConfig, adopt_adapters, load_adapter, lora_config, prepare, save_adapter
 from llmqat.calibrate import BlockwiseStage, RangesStage, RotateStage, calibrate
 from llmqat.layers import QuantModule
 from llmqat.layers.lora import QuantLora
@@ -25,6 +25,12 @@ def adapted(model: PreTrainedModel, r: int = 4) -> PeftModel:
     prepare(model, INT3)
     torch.manual_seed(0)
     return get_peft_model(model, lora_config(model, r=r, lora_alpha=4 * r))
+
+
+def adapted_and_adopted(model: PreTrainedModel) -> PeftModel:
+    peft_model = adapted(model)
+    adopt_adapters(peft_model)
+    return peft_model
 
 
 def losses(trainer: QATTrainer) -> list[float]:
@@ -119,6 +125,32 @@ def test_a_calibrated_range_does_not_count_as_moved(tmp_path: Path) -> None:
     trainer = QATTrainer(model=peft_model, args=_arguments(tmp_path), train_dataset=Blocks())
     trainer.train()
     assert any(isinstance(module, QuantLora) for module in peft_model.modules())
+
+
+def test_attaching_first_and_training_twice_keep_the_teacher(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"])
+    model = get_peft_model(tiny_llama(), config)
+    prepare(model, INT3)
+    for _ in range(2):
+        trainer = QATTrainer(model=model, args=_arguments(tmp_path, learning_rate=1e-2), train_dataset=Blocks())
+        trainer.train()
+
+
+def test_a_start_that_moves_the_base_is_no_teacher(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"], init_lora_weights="pissa")
+    model = get_peft_model(tiny_llama(), config)
+    prepare(model, INT3)
+    with pytest.raises(ValueError, match="is not known"):
+        QATTrainer(model=model, args=_arguments(tmp_path), train_dataset=Blocks())
+
+
+def test_an_adapter_loaded_for_inference_is_not_trained(tmp_path: Path) -> None:
+    save_adapter(adapted_and_adopted(tiny_llama()), tmp_path / "adapter")
+    model = tiny_llama()
+    prepare(model, INT3)
+    frozen = load_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="no adapter is trainable; load it with"):
+        QATTrainer(model=frozen, args=_arguments(tmp_path), train_dataset=Blocks())
 
 
 def test_scales_alone_and_adapters_exclude_each_other(tmp_path: Path) -> None:

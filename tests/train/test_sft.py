@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch.nn import functional as F
+from trl import SFTConfig
 
 from llmqat import QATArguments, QATSFTConfig, QATSFTTrainer, QATTrainer, QuantConfig, lora_config, prepare
 from llmqat.layers import quantizers_off
@@ -61,6 +63,39 @@ def test_trl_trains_adapters_inside_the_quantizer(gradient_checkpointing: bool, 
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"loss_type": "dft"}, {}, "loss_type belongs to TRL's own loss"),
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor belongs"),
+        ({}, {"peft_config": object()}, "attach adapters first"),
+        ({}, {"args": None}, "give a llmqat.QATSFTConfig"),
+        ({}, {"model": "some/model"}, "load the model and prepare it"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    changes: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    given = {"model": tiny_llama(), "args": config(tmp_path, **changes), **options}
+    with pytest.raises(ValueError, match=message):
+        QATSFTTrainer(**given, train_dataset=Dataset.from_list(ROWS), processing_class=tiny_tokenizer())
+
+
+def test_defaults_are_those_of_trl(tmp_path: Path) -> None:
+    ours, theirs = QATSFTConfig(output_dir=str(tmp_path)), SFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    own = {
+        "kl_weight",
+        "cross_entropy_weight",
+        "ddp_find_unused_parameters",
+        "ddp_broadcast_buffers",
+        "bf16",
+        "use_cpu",
+    }
+    own |= {"logging_dir", "run_name"}
+    for name in {field.name for field in dataclasses.fields(SFTConfig)} - own:
+        assert getattr(ours, name) == getattr(theirs, name), name
 
 
 def test_cross_entropy_alone_needs_no_teacher(tmp_path: Path) -> None:
