@@ -306,6 +306,24 @@ def _StopAt(step: int) -> Any:
     return Stop()
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit"])
+def test_bitsandbytes_optimizers_keep_their_state_in_8_bits_and_resume(tmp_path: Path, optim: str) -> None:
+    results = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        student, teacher = _pair(bits=2)
+        arguments = _arguments(tmp_path, optim=optim, save_strategy="steps", save_steps=4)
+        trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
+        trainer.train(resume_from_checkpoint=resume)
+        results.append(student.state_dict())
+        state = trainer.optimizer.optimizer.state  # under accelerate's wrapper
+    weights = [m.weight for m in student.modules() if isinstance(m, QuantLinear) and m.weight.numel() >= 4096]
+    assert weights  # transformers keeps embeddings in 32 bits, bitsandbytes what is small
+    for weight in weights:
+        assert any(torch.is_tensor(entry) and entry.dtype == torch.uint8 for entry in state[weight].values())
+    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
+
+
 def test_evaluation_reports_the_same_divergence(tmp_path: Path) -> None:
     student, teacher = _pair()
     trainer = QATTrainer(
