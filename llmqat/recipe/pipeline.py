@@ -150,7 +150,11 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         if recipe.lora is not None and is_own_teacher(model):
             del teacher  # loaded again for the comparison
             teacher = None
+        if packed := arguments.trainable == "scales":
+            convert(student)  # codes stay as they are, so no weight is needed any more
         training = _train(model, teacher, arguments, blocks)
+        if packed:
+            convert(student)
     if not main:
         return None
     facts: dict[str, Any] = {
@@ -160,7 +164,8 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         "training": training,
     }
     with stage("save", "packing, and proving what lies on disk"):
-        layers["trained"] = layers_of(recipe, student, blocks.ids, arguments)
+        if not packed:
+            layers["trained"] = layers_of(recipe, student, blocks.ids, arguments)
         write_layers(layers, recipe.output, picture=importlib.util.find_spec("matplotlib") is not None)
         report = save(student, recipe.output / CHECKPOINT_FOLDER, tokenizer, run=facts, overwrite=True)
     with stage("evaluate", ", ".join(windows)):
