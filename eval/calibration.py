@@ -13,12 +13,10 @@ text that it is calibrated on. The last lines are the headline, `name: number`.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 import llmqat
 from llmqat.data import load_blocks
+from llmqat.evaluate.memory import forget_peak, resident
 from llmqat.evaluate.perplexity import evaluate, keep_reference, windows_from_text
 from llmqat.models import load_model
 from llmqat.recipe.quantize import METHODS, quantize_model, text_source
@@ -145,23 +144,6 @@ class Batches:
         """Yields batches of token blocks."""
         for rows in self.ids.split(self.batch_size):
             yield {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
-
-
-def forget_peak() -> int | None:
-    """Makes the kernel forget how much memory this process has held at most; returns what it holds now, in bytes."""
-    gc.collect()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def resident(what: str) -> int | None:
-    """Returns this process' memory in bytes, VmRSS (now) or VmHWM (at most); None where /proc does not say."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
 
 
 def table(rows: list[dict[str, Any]], full: float) -> Table:

@@ -93,11 +93,14 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
     import llmqat
     from llmqat.data.blocks import token_blocks
+    from llmqat.evaluate.memory import resident
     from llmqat.layers import QuantConfig, prepare
     from llmqat.models import load_model
     from llmqat.train import LoraSettings, QATArguments, QATTrainer, processor_has_bf16
 
-    bare = memory("VmRSS")
+    bare = resident("VmRSS")
+    if bare is None:
+        raise SystemExit("memory is read from /proc, which is not here; run this on Linux")
     quant = QuantConfig.preset("int4", group_size=options.group_size)
     model: Any
     teacher: Any = None
@@ -142,15 +145,9 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     steps = [after - before for before, after in pairwise(marks)][WARM_UP_STEPS - 1 :]
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "peak": memory("VmHWM") - bare,
+        "peak": (resident("VmHWM") or 0) - bare,
         "tokens_per_second": options.batch_size * options.block_size / median(steps),
     }
-
-
-def memory(what: str) -> int:
-    """Returns this process' memory in bytes, VmRSS (now) or VmHWM (at most), from /proc."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith(what)).split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -274,7 +274,8 @@ def _loss_and_gradient_(
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
         log_probs = F.log_softmax((logits[rows] if transform is None else transform(logits[rows])).float(), -1)
-        nll = None if labels is None else -log_probs.gather(-1, labels[rows].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        wanted = None if labels is None else labels[rows].clamp(min=0).unsqueeze(-1)
+        nll = None if wanted is None else -log_probs.gather(-1, wanted).squeeze(-1)
         if teacher_logits is None:
             gradient = log_probs.exp_().mul_(weights[rows, 1:])
         else:
@@ -287,9 +288,9 @@ def _loss_and_gradient_(
                 gradient.sub_(probs).mul_(weights[rows, :1])
             else:
                 gradient.mul_(weights[rows].sum(-1, keepdim=True)).sub_(probs.mul_(weights[rows, :1]))
-        if nll is not None and labels is not None:
+        if nll is not None and wanted is not None:
             total += torch.dot(nll, weights[rows, 1])
-            gradient.scatter_add_(-1, labels[rows].clamp(min=0).unsqueeze(-1), -weights[rows, 1:])
+            gradient.scatter_add_(-1, wanted, -weights[rows, 1:])
         logits[rows] = gradient if transform is None else _through(transform, logits[rows], gradient)
     return total
 

@@ -46,7 +46,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llmqat.layers import QUANTIZER_PARAMETERS, PackedModule, QuantModule, TiedHead, kept_in_float32
+from llmqat.layers import QUANTIZER_PARAMETERS, PackedModule, QuantModule, TiedHead, kept_in_float32, without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -478,11 +478,11 @@ def vocabulary_size(model: nn.Module) -> int:
 def _head_source(model: nn.Module) -> nn.Module:
     """Returns the module that holds the head's weight: the embedding, where the head is tied to a quantized one."""
     head = output_head(model)
-    unwrapped: Callable[[], nn.Module] | None = getattr(head, "get_base_layer", None)
-    if unwrapped is not None:
-        if not isinstance(unwrapped(), QuantModule):
+    inner = without_adapter(head)
+    if inner is not head:
+        if not isinstance(inner, QuantModule):
             raise ValueError("an adapter on an output head that is not quantized is not trained; leave the head out")
-        return unwrapped()
+        return inner
     return head.embedding if isinstance(head, TiedHead) else head
 
 

@@ -42,7 +42,15 @@ from llmqat.layers.prepare import (
     quantizer_state,
     untied_keys,
 )
-from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule, at_least_bits, quantized_once, quantizers_off
+from llmqat.layers.quantized import (
+    QUANTIZER_PARAMETERS,
+    QuantModule,
+    at_least_bits,
+    quantized_once,
+    quantizers_off,
+    without_adapter,
+    without_adapters,
+)
 from llmqat.layers.source import note_moved
 
 __all__ = [
@@ -91,4 +99,6 @@ __all__ = [
     "quantizer_state",
     "quantizers_off",
     "untied_keys",
+    "without_adapter",
+    "without_adapters",
 ]

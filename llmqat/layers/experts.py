@@ -11,7 +11,6 @@ Letters: E experts, O out features, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from llmqat.layers.config import WeightConfig
 from llmqat.layers.packed import PackedModule
-from llmqat.layers.quantized import QuantModule, compute_dtype
+from llmqat.layers.quantized import QuantModule, compute_dtype, without_adapter
 
 
 class QuantExperts(QuantModule):
@@ -88,19 +87,14 @@ def _put_weights(parent: nn.Module, inputs: tuple[Any, ...]) -> None:
     dtype = compute_dtype(inputs[0])
     for name, child in parent._modules.items():
         # An entry of the instance's own dictionary is found before its submodules.
-        child = _without_adapters(child)
+        child = None if child is None else without_adapter(child)
         if isinstance(child, QuantExperts):
             parent.__dict__[name] = child.quantized_weight(dtype)
         elif isinstance(child, PackedExperts):
             parent.__dict__[name] = child.dequantized_weight(dtype)
 
 
-def _without_adapters(module: nn.Module | None) -> nn.Module | None:
-    unwrapped: Callable[[], nn.Module] | None = getattr(module, "get_base_layer", None)  # peft's word
-    return module if unwrapped is None else unwrapped()
-
-
 def _take_weights(parent: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     for name, child in parent._modules.items():
-        if isinstance(_without_adapters(child), (QuantExperts, PackedExperts)):
+        if child is not None and isinstance(without_adapter(child), (QuantExperts, PackedExperts)):
             parent.__dict__.pop(name, None)

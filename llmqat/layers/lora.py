@@ -23,19 +23,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from llmqat.layers.embedding import QuantEmbedding
-from llmqat.layers.quantized import QuantModule
+from llmqat.layers.quantized import QuantModule, without_adapters
 from llmqat.layers.source import forget_source
 
 WEIGHT = "weight"
 """Name of the parameter of a QuantModule that adapters are on."""
-
-
 MOVES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Values of LoraConfig.init_lora_weights that take the adapter's start out of the base weight."""
 
@@ -145,7 +143,7 @@ def adopt_adapters(model: nn.Module) -> list[QuantLora]:
         ValueError: when an adapter is on something else of a quantized weight than the weight, on an embedding, more
             than one wraps it, or it starts from the rounding error (LoftQ).
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = without_adapters(model)
     for name, config in (getattr(inner, "peft_config", None) or {}).items():
         start = getattr(config, "init_lora_weights", None)
         if start == "loftq":
@@ -219,11 +217,6 @@ def _means_more(model: nn.Module, suffixes: list[str], layers: list[str]) -> boo
         for name, module in model.named_modules()
         for suffix in suffixes
     )
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Returns whether `model` has adapters of peft on it."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts, replace_stacked, stacked_weights
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.packed import PackedLinear, PackedModule
-from llmqat.layers.quantized import QuantModule
+from llmqat.layers.quantized import QuantModule, without_adapter, without_adapters
 from llmqat.layers.source import SOURCE, changed_since, note_source
 
 CONFIG_KEY = "llmqat"
@@ -82,7 +82,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
             not divide, the KV cache or the embeddings cannot be quantized, or an adapter is beside the quantizer. The
             model is then unchanged.
     """
-    if (inner := _unwrapped(model)) is not model:
+    if (inner := without_adapters(model)) is not model:
         return prepare(inner, config)
     if any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
         raise ValueError("the model is prepared already; prepare the original model, or load it anew")
@@ -292,12 +292,6 @@ def _plan(model: nn.Module, maps: Mapping[str, LinearMap], config: QuantConfig) 
     return plan
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the model inside peft's wrapper, or `model` itself; without importing peft, which takes seconds."""
-    inner: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
-    return model if inner is None else inner()
-
-
 def _has_adapter(module: nn.Module) -> bool:
     """Returns whether `module` is peft's wrapper of another module."""
     return hasattr(module, "get_base_layer")
@@ -416,9 +410,7 @@ def _end(model: nn.Module, getter: str) -> nn.Module | None:
         module = find() if callable(find) else None
     except NotImplementedError:  # models without token embeddings say so like this
         return None
-    unwrapped: Callable[[], nn.Module] | None = getattr(module, "get_base_layer", None)
-    module = module if unwrapped is None else unwrapped()
-    return module if isinstance(module, nn.Module) else None
+    return without_adapter(module) if isinstance(module, nn.Module) else None
 
 
 def _quantized_ends(model: nn.Module, config: QuantConfig) -> dict[str, nn.Module]:
@@ -476,7 +468,7 @@ def changed_since_prepared(model: nn.Module) -> list[str] | None:
     Adapters and quantizers do not count. None when it is not known: the model was rotated or smoothed, or was not
     prepared in this process.
     """
-    model = _unwrapped(model)
+    model = without_adapters(model)
     noted = getattr(model, SOURCE, None)
     if noted is None:
         return None

@@ -16,7 +16,7 @@ Letters: O rows (output features, vocabulary entries, experts times output featu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -283,6 +283,18 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._kept = None
+
+
+def without_adapter(module: nn.Module) -> nn.Module:
+    """Returns the module that peft has put an adapter around, or `module` itself; without importing peft."""
+    inner: Callable[[], nn.Module] | None = getattr(module, "get_base_layer", None)
+    return module if inner is None else inner()
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """Returns the model inside peft's wrapper of a model, or `model` itself; without importing peft."""
+    inner: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import is_torch_cuda_available
 
 from llmqat.grid import fusing
-from llmqat.layers import ActivationQuantizer, KVQuantizer, PackedEmbedding, PackedModule, QuantModule
+from llmqat.layers import ActivationQuantizer, KVQuantizer, PackedEmbedding, PackedModule, QuantModule, without_adapters
 from llmqat.layers.lora import adopt_adapters
 from llmqat.metrics import IGNORED_LABEL, Teacher, predictor_of, token_loss
 from llmqat.models import capture_hidden, cast_parameters, vocabulary_size
@@ -156,7 +156,7 @@ class QATTrainer(Trainer):
         """
         if not any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
             raise ValueError("the model has no QuantLinear: call llmqat.prepare(model, config) before training")
-        sizes = [vocabulary_size(bare(one)) for one in (model, teacher) if one is not None]
+        sizes = [vocabulary_size(without_adapters(one)) for one in (model, teacher) if one is not None]
         if sizes[0] != sizes[-1]:
             raise ValueError(
                 f"the student's vocabulary has {sizes[0]} entries, the teacher's {sizes[-1]}; they must match"
@@ -206,7 +206,7 @@ class QATTrainer(Trainer):
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels", inputs["input_ids"])
-        student = bare(self.accelerator.unwrap_model(model))
+        student = without_adapters(self.accelerator.unwrap_model(model))
         with capture_hidden(student) as captured:
             model(**inputs, use_cache=False)
             student_hidden = captured.take()
@@ -307,11 +307,6 @@ class QATTrainer(Trainer):
             if parameter.requires_grad:
                 groups[_group_of(name, parameter)]["params"].append(parameter)
         return [group for group in groups.values() if group["params"]]
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """Returns the transformers model inside peft's wrapper, or `model` itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _choose_trained(model: nn.Module, trainable: str) -> None:

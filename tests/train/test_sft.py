@@ -22,19 +22,8 @@ from tests.train.test_trainer import Blocks, _arguments
 ROWS = [{"prompt": f"Question {n}: what is {n} and {n}? ", "completion": f"It is {2 * n}."} for n in range(12)]
 
 
-def config(folder: Path, **changes: Any) -> QATSFTConfig:
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "max_length": 64,
-    }
-    return QATSFTConfig(**{**options, **changes})
+def config(folder: Path, **changes: Any) -> QATArguments:
+    return _arguments(folder, QATSFTConfig, **{"max_steps": 6, "learning_rate": 1e-2, "max_length": 64, **changes})
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])

@@ -36,7 +36,7 @@ def _pair(bits: int = 3, tied: bool = True) -> tuple[PreTrainedModel, PreTrained
     return student, teacher
 
 
-def _arguments(folder: Path, **changes: Any) -> QATArguments:
+def _arguments(folder: Path, kind: type[QATArguments] = QATArguments, **changes: Any) -> QATArguments:
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 8,
@@ -49,7 +49,7 @@ def _arguments(folder: Path, **changes: Any) -> QATArguments:
         "disable_tqdm": True,
         "seed": 3,
     }
-    return QATArguments(**{**options, **changes})
+    return kind(**{**options, **changes})
 
 
 def _kl(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
