@@ -1,11 +1,11 @@
 """Loading models, and the little that llmqat must know about their shapes.
 
-`load_model` takes what a user would type: a hub id, a folder, a `.gguf` file, or `package:NAME/FILE` for a file that an
-installed Python package carries. It gives back a full-precision model in the dtype asked for, or an error that names
-what is wrong and the way out. It is stricter than `from_pretrained` where it matters: a weight missing from the
-checkpoint is an error, not a line in a report beside a random tensor. A GGUF file is dequantized once (SmolLM2-135M:
-about 20 seconds) and kept as bfloat16 safetensors in a cache folder: `$LLMQAT_CACHE`, or else `llmqat` under
-`$XDG_CACHE_HOME` or `~/.cache`.
+`load_model` takes what a user would type: a hub id, a folder, a `.gguf` file, `package:NAME/FILE` for a file that an
+installed Python package carries, or the folder of a peft adapter, which it merges into its base. It gives back a
+full-precision model in the dtype asked for, or an error that names what is wrong and the way out. It is stricter than
+`from_pretrained` where it matters: a weight missing from the checkpoint is an error, not a line in a report beside a
+random tensor. A GGUF file is dequantized once (SmolLM2-135M: about 20 seconds) and kept as bfloat16 safetensors in a
+cache folder: `$LLMQAT_CACHE`, or else `llmqat` under `$XDG_CACHE_HOME` or `~/.cache`.
 
 Three more things are asked of a causal language model, whatever its architecture: the hidden states that enter its
 output head (so that losses can make logits a few tokens at a time), what it does to logits after the head, and a
@@ -53,9 +53,12 @@ logger = logging.getLogger(__name__)
 PACKAGE_PREFIX = "package:"
 """Begins a model spec that names a file inside an installed Python package."""
 
+ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""What peft calls the files of an adapter."""
+
 ALLOWED_SPECS = (
-    "a hub id (HuggingFaceTB/SmolLM2-135M), a folder with config.json and safetensors, a .gguf file, "
-    "or package:NAME/FILE.gguf"
+    "a hub id (HuggingFaceTB/SmolLM2-135M), a folder with config.json and safetensors, a peft adapter's folder, "
+    "a .gguf file, or package:NAME/FILE.gguf"
 )
 
 
@@ -63,8 +66,10 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrain
     """Returns the full-precision model that `spec` names, in evaluation mode on the CPU, and its tokenizer.
 
     Args:
-        spec: A hub id, a folder, a path to a `.gguf` file, or `package:NAME/FILE` (a file or folder inside an
-            installed Python package, found without importing it).
+        spec: A hub id, a folder, a path to a `.gguf` file, `package:NAME/FILE` (a file or folder inside an installed
+            Python package, found without importing it), or the folder of a peft adapter that can be merged: the model
+            is then its base with the adapter in it, added in float32. A base that bitsandbytes has quantized (QLoRA)
+            is dequantized first.
         dtype: Type of the parameters. Buffers such as rotary frequencies stay float32, as in `from_pretrained`.
 
     Raises:
@@ -74,6 +79,9 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrain
     """
     source = resolve_spec(spec)
     config = read_config(source, spec)
+    if adapter_base(spec) is not None:
+        model = _merged(Path(spec).expanduser(), load_adapter_base(spec))
+        return _in_dtype(model, dtype), load_tokenizer(source, spec)
     _check_full_precision(config, spec)
     return _load_weights(source, spec, dtype), load_tokenizer(source, spec)
 
@@ -81,12 +89,15 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrain
 def resolve_spec(spec: str) -> str | Path:
     """Returns the folder that `spec` stands for, or `spec` itself where it is a hub id.
 
-    A GGUF file becomes the cache folder with its dequantized weights; this dequantizes it on the first call.
+    A GGUF file becomes the cache folder with its dequantized weights; this dequantizes it on the first call. A peft
+    adapter stands for what its base stands for.
 
     Raises:
         FileNotFoundError: `spec` is a path or package file that does not exist, or no valid hub id either.
         ValueError: `spec` is a file of another kind, or a folder without `config.json`.
     """
+    if (base := adapter_base(spec)) is not None:
+        return resolve_spec(base)
     path = _package_path(spec) if spec.startswith(PACKAGE_PREFIX) else Path(spec).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -130,6 +141,8 @@ def load_tokenizer(source: str | Path, spec: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: There is none that can be read.
     """
+    if adapter_base(spec) is not None and (Path(spec).expanduser() / "tokenizer_config.json").is_file():
+        source = Path(spec).expanduser()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -214,9 +227,7 @@ def _check_folder(folder: Path, spec: str) -> None:
     if (folder / "config.json").is_file():
         return
     hint = ""
-    if (folder / "adapter_config.json").is_file():
-        hint = " It is a peft adapter: merge it into its base model first (peft: merge_and_unload, save_pretrained)."
-    elif found := sorted(path.name for path in folder.glob("*.gguf")):
+    if found := sorted(path.name for path in folder.glob("*.gguf")):
         hint = f" Give the file in it instead: {folder / found[0]}."
     raise ValueError(f"model {spec!r} is a folder without config.json, so no model.{hint} Give {ALLOWED_SPECS}")
 
@@ -235,13 +246,13 @@ def _check_full_precision(config: PreTrainedConfig, spec: str) -> None:
         )
 
 
-def _load_weights(source: str | Path, spec: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(source: str | Path, spec: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     if isinstance(source, Path) and not _has_only_pickles(source):
         for path in weight_files(source):
             check_safetensors(path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {spec!r} could not be loaded as a causal language model: {error}") from error
@@ -283,6 +294,90 @@ def shortened(names: list[str], limit: int = 6) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+# Adapters
+
+
+def adapter_base(spec: str) -> str | None:
+    """Returns the model that the peft adapter in the folder `spec` was trained on; None where `spec` is no adapter.
+
+    Raises:
+        ValueError: the adapter's configuration is not readable, or names no base.
+    """
+    folder = Path(spec).expanduser()
+    file = folder / ADAPTER_CONFIG_FILE
+    if not file.is_file() or (folder / "config.json").is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"model {spec!r}: {file} is not readable: {error}") from error
+    if not base or not isinstance(base, str) or Path(base).expanduser() == folder:
+        raise ValueError(
+            f"model {spec!r}: {file} names no base model; write its id or folder as base_model_name_or_path"
+        )
+    return base
+
+
+def load_adapter_base(spec: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Returns the base of the peft adapter in the folder `spec`; dequantized where bitsandbytes has quantized it.
+
+    Raises:
+        FileNotFoundError: the base is not there.
+        ValueError: the base is no full-precision model, and not one of bitsandbytes either.
+    """
+    source = resolve_spec(spec)
+    config = read_config(source, spec)
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method != "bitsandbytes":
+        _check_full_precision(config, str(source))
+        return _load_weights(source, str(source), dtype)
+    model = _load_weights(source, str(source), torch.float32, device_map="cpu").dequantize()
+    model.config.__dict__.pop("quantization_config", None)
+    model.__dict__.pop("_weight_conversions", None)  # bitsandbytes', by which save_pretrained would go
+    return _in_dtype(model, dtype)
+
+
+def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns `model` with its parameters cast, and its buffers left as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def _merged(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
+    """Returns `base`, a float32 model, with the adapter in `folder` added to its weights."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    weights = folder / ADAPTER_WEIGHTS_FILE
+    if not weights.is_file():
+        raise ValueError(f"model {str(folder)!r}: the adapter has no {ADAPTER_WEIGHTS_FILE}; save it as safetensors")
+    check_safetensors(weights)
+    with safe_open(weights, "pt") as file:
+        stored, metadata = set(file.keys()), file.metadata() or {}
+    if "llmqat" in metadata:
+        raise ValueError(
+            f"model {str(folder)!r} is an adapter that was trained inside quantizers, which a full-precision model has "
+            "not; use llmqat.load_adapter(prepared, folder), merge_and_unload and llmqat.save"
+        )
+    try:
+        adapted = PeftModel.from_pretrained(base, str(folder))
+        merge = adapted.merge_and_unload
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"model {str(folder)!r} is an adapter that does not fit its base {base.config._name_or_path!r}, or cannot "
+            f"be merged into it: {_first_line(error)}"
+        ) from error
+    if differing := sorted(stored ^ set(get_peft_model_state_dict(adapted))):
+        raise ValueError(
+            f"model {str(folder)!r}: the adapter's tensors are not those that its {ADAPTER_CONFIG_FILE} and its base "
+            f"call for: {shortened(differing)}"
+        )
+    merged: PreTrainedModel = merge(safe_merge=True)
+    return merged
 
 
 # Files in Python packages

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import gguf
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from llmqat import models
 from llmqat.export import save
@@ -133,8 +137,62 @@ def test_a_folder_without_config_says_what_it_holds_instead(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"Give the file in it instead: .*a\.gguf"):
         load_model(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="peft adapter: merge"):
+    with pytest.raises(ValueError, match="names no base model"):
         load_model(str(tmp_path))
+
+
+@pytest.fixture
+def adapter(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, PeftModel]:
+    """A finished LoRA beside its base, as peft leaves it; the base in NF4 where the test asks for it."""
+    options: dict[str, Any] = {}
+    if getattr(request, "param", "bf16") == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+        quantized.save_pretrained(folder)
+        options["device_map"] = "cpu"
+    base = AutoModelForCausalLM.from_pretrained(folder, **options)
+    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False, use_rslora=True))
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", adapted
+
+
+@pytest.mark.parametrize("adapter", ["bf16", "nf4"], indirect=True)
+def test_an_adapter_is_merged_into_its_base_in_float32(adapter: tuple[Path, PeftModel], tmp_path: Path) -> None:
+    path, adapted = adapter
+    model, tokenizer = load_model(str(path), torch.float32)
+    assert len(tokenizer)
+    assert not hasattr(model, "peft_config")
+    assert getattr(model.config, "quantization_config", None) is None
+    for name, module in adapted.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        base = module.get_base_layer().weight
+        if (state := getattr(base, "quant_state", None)) is not None:
+            base = bitsandbytes.functional.dequantize_4bit(base.data, state)
+        own = model.get_parameter(name.removeprefix("base_model.model.") + ".weight")
+        assert torch.equal(own, (base.float() + module.get_delta_weight("default")).to(own.dtype)), name
+    model.save_pretrained(tmp_path / "merged")  # an ordinary model from here on
+    assert load_model(str(path))[0].dtype == torch.bfloat16
+
+
+def test_an_adapter_that_does_not_fit_is_refused(adapter: tuple[Path, PeftModel], tmp_path: Path) -> None:
+    path, _ = adapter
+    weights = path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    dropped = next(iter(tensors))
+    save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(dropped)):
+        load_model(str(path))
+    save_file(tensors, weights, {"format": "pt", "llmqat": "{}"})
+    with pytest.raises(ValueError, match="inside quantizers"):
+        load_model(str(path))
+    weights.rename(path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="save it as safetensors"):
+        load_model(str(path))
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        load_model(str(path))
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -41,8 +41,10 @@ from llmqat.evaluate.speed import decode_speed, disk_usage
 from llmqat.export import load_any
 from llmqat.models import resolve_spec
 
-Role = Literal["full precision", "plain rounding", "training-free", "trained", "other"]
-"""What a model stands for in the comparison; each of the first three is borne by one model at most."""
+Role = Literal["full precision", "plain rounding", "training-free", "without adapter", "trained", "other"]
+"""What a model stands for in the comparison; each but the last two is borne by one model at most.
+
+Where a fine-tuned adapter is merged into the full-precision model, its base is the one 'without adapter'."""
 
 ComparisonProgress = Callable[[str, int, int], None]
 """Called with what is being measured, the steps done and the steps in all."""
@@ -114,11 +116,13 @@ class Comparison:
         )
 
     def findings(self) -> tuple[Finding, ...]:
-        """Returns warnings and notes about rows of role 'trained', text by text."""
+        """Returns warnings and notes about rows of role 'trained', and what is left of an adapter, text by text."""
         found: list[Finding] = []
         for row in self.rows:
             if row.role == "trained":
                 found += [finding for text in self.texts for finding in self._judge(row, text)]
+        for text in self.texts:
+            found += self._adapter_loss(text)
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,6 +165,20 @@ class Comparison:
             "top1": entry.top1,
             "recovered": {"perplexity": recovered.perplexity, "kl": recovered.kl},
         }
+
+    def _adapter_loss(self, text: str) -> Iterator[Finding]:
+        """Yields how far each quantized row is from the merged model, next to how far the adapter took that."""
+        base = self.row("without adapter")
+        effect = None if base is None else base.evaluations[text].kl
+        if not effect:
+            return
+        judged = [row for row in self.rows if row.role in ("plain rounding", "training-free", "trained")]
+        lost = [f"{row.name} {(row.evaluations[text].kl or 0.0) / effect:.0%}" for row in judged]
+        yield Finding(
+            "note",
+            f"On {text} the adapter moves the model by a KL of {effect:.4f}; so much of that is what quantization "
+            f"changes: {', '.join(lost)}.",
+        )
 
     def _judge(self, row: Row, text: str) -> Iterator[Finding]:
         own = row.evaluations[text]
@@ -317,7 +335,7 @@ def _check(candidates: Sequence[Candidate], texts: Mapping[str, TokenWindows]) -
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"more than one model is called {', '.join(twice)}; give each a name of its own")
     roles = [candidate.role for candidate in candidates]
-    for role in ("full precision", "plain rounding", "training-free"):
+    for role in ("full precision", "plain rounding", "training-free", "without adapter"):
         if roles.count(role) > 1:
             raise ValueError(f"{roles.count(role)} models claim the role {role!r}; only one can have it")
 

@@ -47,7 +47,7 @@ from llmqat.layers import (
     CoverageAudit,
     convert,
 )
-from llmqat.models import load_model, write_whole
+from llmqat.models import adapter_base, load_adapter_base, load_model, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, planned
 from llmqat.recipe.bars import progress, token_bar
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, training_arguments
@@ -303,10 +303,13 @@ def _candidates(
     def original() -> nn.Module:
         return teacher or load_model(recipe.model, torch.bfloat16)[0].to(arguments.device)
 
-    rows = [
-        Candidate("full precision", original, "full precision", 16.0, plain.bytes_before),
-        Candidate("plain rounding", rounded, "plain rounding", bits, plain_size),
-    ]
+    def base() -> nn.Module:
+        return load_adapter_base(recipe.model, torch.bfloat16).to(arguments.device)
+
+    rows = [Candidate("full precision", original, "full precision", 16.0, plain.bytes_before)]
+    if adapter_base(recipe.model) is not None:
+        rows.append(Candidate("without adapter", base, "without adapter", 16.0, plain.bytes_before))
+    rows.append(Candidate("plain rounding", rounded, "plain rounding", bits, plain_size))
     if any(not isinstance(step, RangesStage) or step.method != "minmax" for step in recipe.calibrate):
         rows.append(Candidate("calibrated", calibrated, "training-free", bits, size))
     rows.append(Candidate("trained", lambda: load(report.folder).to(arguments.device), "trained", bits, size))

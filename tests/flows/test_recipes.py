@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -170,6 +171,20 @@ def test_adapters_are_folded_and_resumed(tiny_folder: Path, tmp_path: Path, monk
 
     beside = run_small(RECIPE, tiny_folder, tmp_path / "beside", *lora, "calibrate=[ranges, gptq]")
     assert not beside.training["own_teacher"]
+
+
+def test_a_finished_adapter_is_merged_and_what_rounding_costs_it_is_said(tiny_folder: Path, tmp_path: Path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    result = run_small(RECIPE, tmp_path / "adapter", tmp_path / "run")
+    roles = [row.role for row in result.comparison.rows]
+    assert roles == ["full precision", "without adapter", *ROLES[1:]]
+    plain, without = (result.comparison.row(role) for role in ("plain rounding", "without adapter"))
+    assert plain is not None
+    assert without is not None
+    share = plain.evaluations["pydoc"].kl / without.evaluations["pydoc"].kl
+    assert any(f"plain rounding {share:.0%}" in finding.text for finding in result.comparison.findings())
 
 
 class Interrupted(Exception):
