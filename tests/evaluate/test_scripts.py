@@ -139,6 +139,14 @@ def test_every_row_of_schemes_is_a_recipe() -> None:
     assert set(PRESETS) <= set(schemes)
 
 
+def test_finetuning(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--steps", "20", "--block-size", "32", "--max-windows", "8", "--group-size", "32", "--rank", "8"]
+    run(monkeypatch, "finetuning.py", "--model", str(folder), "--learning-rate", "1e-2", *small)
+    found = headline(capsys.readouterr().out)
+    assert set(found) == {"LoRA, rounded", "LoRA, calibrated", "inside"}
+    assert 0.5 < found["inside"] < 1.5
+
+
 def test_training_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "3", "--batch-size", "2", "--block-size", "32", "--group-size", "32", "--rank", "4"]
     run(monkeypatch, "training_memory.py", "--model", str(folder), *arguments)
