@@ -5,7 +5,7 @@ Everything here therefore starts from the final hidden states [T, D] and the out
 few hundred tokens at a time, takes from them what is asked for, and lets them go. Training and evaluation share this
 file, so that the divergence a run minimises is the one its table reports.
 
-Shapes: T tokens, D hidden size, V vocabulary.
+Shapes: T tokens, D hidden size, V vocabulary, K likeliest tokens of a cached teacher.
 """
 
 from __future__ import annotations
@@ -123,10 +123,8 @@ def token_statistics(
 
 def _logit_statistics(logits: Tensor, labels: Tensor, reference_logits: Tensor | None) -> TokenStatistics:
     """Returns the statistics of logits [T, V] in any dtype; worked in blocks of rows that stay in a core's cache."""
-    step = _CACHED_ROWS if logits.device.type == "cpu" else logits.shape[0]
     nll, kl, matches = 0.0, 0.0, 0
-    for start in range(0, logits.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in _row_blocks(logits):
         wide = logits[rows].float()
         log_probs = F.log_softmax(wide, dim=-1)
         nll -= float(log_probs.gather(-1, labels[rows].unsqueeze(-1)).sum(dtype=torch.float64))
@@ -162,11 +160,47 @@ class Teacher:
     predictor: Predictor
 
 
+@dataclass(frozen=True)
+class TopProbabilities:
+    """What a teacher predicts, as its k likeliest tokens and one bucket for the rest; the masses sum to one."""
+
+    indices: Tensor  # int64 [T, K]
+    log_probs: Tensor  # float32 [T, K], of these tokens
+    log_rest: Tensor  # float32 [T], of all others together; -inf where there is none
+
+    def __getitem__(self, rows: slice) -> TopProbabilities:
+        """Returns those of some tokens."""
+        return TopProbabilities(self.indices[rows], self.log_probs[rows], self.log_rest[rows])
+
+    def to(self, device: torch.device) -> TopProbabilities:
+        """Returns the same on a device."""
+        return TopProbabilities(self.indices.to(device), self.log_probs.to(device), self.log_rest.to(device))
+
+
+@torch.no_grad()
+def top_probabilities(logits: Tensor, top_k: int) -> TopProbabilities:
+    """Returns the `top_k` likeliest tokens of logits [T, V] in any dtype, likeliest first, and the mass of the rest.
+
+    Raises:
+        ValueError: if the vocabulary has fewer tokens.
+    """
+    if not 1 <= top_k <= logits.shape[-1]:
+        raise ValueError(f"top_k={top_k} of a vocabulary of {logits.shape[-1]} tokens; choose 1 to {logits.shape[-1]}")
+    indices = torch.empty(len(logits), top_k, dtype=torch.int64, device=logits.device)
+    found = torch.empty(len(logits), top_k, device=logits.device)
+    rest = torch.empty(len(logits), device=logits.device)
+    for rows in _row_blocks(logits):
+        log_probs = F.log_softmax(logits[rows].float(), -1)
+        found[rows], indices[rows] = log_probs.topk(top_k, -1)
+        rest[rows] = log_probs.exp_().scatter_(-1, indices[rows], 0.0).sum(-1).log_()
+    return TopProbabilities(indices, found, rest)
+
+
 def token_loss(
     student_hidden: Tensor,
     student: Predictor,
     token_weights: Tensor,
-    teacher: Teacher | None = None,
+    teacher: Teacher | TopProbabilities | None = None,
     labels: Tensor | None = None,
     *,
     kl_weight: float = 1.0,
@@ -176,6 +210,10 @@ def token_loss(
     """Returns sum_t weight_t * (a KL(teacher_t || student_t) - b log student_t[label_t]) in nats, with gradients.
 
     Each term is there when what it needs is given: the forward KL with a teacher, the cross-entropy with labels.
+
+    A teacher known by its likeliest tokens alone is compared on these and one bucket: sum over the K tokens of
+    p log(p / q), and the same of the mass of all others, the student's being one less its own of those tokens. That is
+    a lower bound of the exact KL, and all that it leaves out is how the rest is spread.
 
     The gradient is made in the forward pass, chunk by chunk, while the logits are there: they are never stored, and
     the vocabulary product is not repeated in the backward pass.
@@ -191,13 +229,14 @@ def token_loss(
         chunk_tokens: tokens whose logits (in the head's dtype) exist at once.
 
     Raises:
-        ValueError: if the vocabularies differ, or there is neither a teacher nor labels.
+        ValueError: if the vocabularies differ, or there is neither a teacher nor labels. That TopProbabilities are of
+            the student's vocabulary is for the caller to see to.
 
     Source: Hinton et al. 1503.02531, temperature 1; LLM-QAT (2305.17888) section 3.2 with soft labels only.
     """
     if teacher is None and labels is None:
         raise ValueError("a loss needs a teacher, labels, or both")
-    if teacher is not None and student.head.shape[0] != teacher.predictor.head.shape[0]:
+    if isinstance(teacher, Teacher) and student.head.shape[0] != teacher.predictor.head.shape[0]:
         raise ValueError(
             f"the student has a vocabulary of {student.head.shape[0]} and the teacher one of "
             f"{teacher.predictor.head.shape[0]}; distillation needs a teacher with the student's vocabulary"
@@ -221,7 +260,7 @@ class _TokenLoss(torch.autograd.Function):
         bias: Tensor | None,
         transform: LogitTransform | None,
         weights: Tensor,
-        teacher: Teacher | None,
+        teacher: Teacher | TopProbabilities | None,
         labels: Tensor | None,
         chunk_tokens: int,
     ) -> Tensor:
@@ -234,7 +273,7 @@ class _TokenLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             states = hidden[rows].to(head.dtype)
             logits = F.linear(states, head, bias)
-            targets = None if teacher is None else teacher.predictor.logits(teacher.hidden[rows])
+            targets = _targets(teacher, rows)
             wanted = None if labels is None else labels[rows]
             # From here on `logits` holds its own gradient.
             total += _loss_and_gradient_(logits, transform, weights[rows], targets, wanted)
@@ -257,42 +296,79 @@ class _TokenLoss(torch.autograd.Function):
         return scaled, head, bias, None, None, None, None, None
 
 
+def _targets(teacher: Teacher | TopProbabilities | None, rows: slice) -> Tensor | TopProbabilities | None:
+    """Returns what some tokens are to predict: the teacher's logits, or its likeliest tokens."""
+    if isinstance(teacher, Teacher):
+        return teacher.predictor.logits(teacher.hidden[rows])
+    return None if teacher is None else teacher[rows]
+
+
 def _loss_and_gradient_(
     logits: Tensor,
     transform: LogitTransform | None,
     weights: Tensor,
-    teacher_logits: Tensor | None,
+    targets: Tensor | TopProbabilities | None,
     labels: Tensor | None,
 ) -> Tensor:
     """Returns the loss of some tokens and overwrites `logits` [T, V] by its gradient with respect to them.
 
-    `weights` [T, 2] are those of KL and cross-entropy. Worked in blocks of a few rows: a dozen elementwise passes over
-    49,152 words then stay in a core's cache, which is three times faster than passes over the whole chunk.
+    `weights` [T, 2] are those of KL and cross-entropy; `targets` are the teacher's logits, or its likeliest tokens.
+    Worked in blocks of a few rows: a dozen elementwise passes over 49,152 words then stay in a core's cache, which is
+    three times faster than passes over the whole chunk.
     """
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    step = _CACHED_ROWS if logits.device.type == "cpu" else logits.shape[0]
-    for start in range(0, logits.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in _row_blocks(logits):
         log_probs = F.log_softmax((logits[rows] if transform is None else transform(logits[rows])).float(), -1)
         wanted = None if labels is None else labels[rows].clamp(min=0).unsqueeze(-1)
-        nll = None if wanted is None else -log_probs.gather(-1, wanted).squeeze(-1)
-        if teacher_logits is None:
+        if wanted is not None:
+            total -= torch.dot(log_probs.gather(-1, wanted).squeeze(-1), weights[rows, 1])
+        if targets is None:
             gradient = log_probs.exp_().mul_(weights[rows, 1:])
+        elif isinstance(targets, TopProbabilities):
+            divergence, gradient = _bucketed_kl_(log_probs, targets[rows], weights[rows])
+            total += torch.dot(divergence, weights[rows, 0])
         else:
-            reference = F.log_softmax(teacher_logits[rows].float(), -1)
-            probs = reference.exp()
-            total += torch.dot(torch.linalg.vecdot(probs, reference.sub_(log_probs)), weights[rows, 0])
-            # a (q - p) + b q, and for one-hot labels -b at the label
-            gradient = log_probs.exp_()
-            if nll is None:
-                gradient.sub_(probs).mul_(weights[rows, :1])
-            else:
-                gradient.mul_(weights[rows].sum(-1, keepdim=True)).sub_(probs.mul_(weights[rows, :1]))
-        if nll is not None and wanted is not None:
-            total += torch.dot(nll, weights[rows, 1])
+            divergence, gradient = _kl_(log_probs, targets[rows], weights[rows], labels is not None)
+            total += torch.dot(divergence, weights[rows, 0])
+        if wanted is not None:
             gradient.scatter_add_(-1, wanted, -weights[rows, 1:])
         logits[rows] = gradient if transform is None else _through(transform, logits[rows], gradient)
     return total
+
+
+def _row_blocks(logits: Tensor) -> list[slice]:
+    """Returns slices of the rows of `logits` [T, V] that are worked on at once: few on a CPU, all elsewhere."""
+    step = _CACHED_ROWS if logits.device.type == "cpu" else max(logits.shape[0], 1)
+    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
+
+
+def _kl_(log_probs: Tensor, teacher_logits: Tensor, weights: Tensor, supervised: bool) -> tuple[Tensor, Tensor]:
+    """Returns KL(p || q) [T] and the gradient a (q - p) + b q [T, V], which takes the place of `log_probs` (log q)."""
+    reference = F.log_softmax(teacher_logits.float(), -1)
+    probs = reference.exp()
+    divergence = torch.linalg.vecdot(probs, reference.sub_(log_probs))
+    gradient = log_probs.exp_()
+    if not supervised:
+        return divergence, gradient.sub_(probs).mul_(weights[:, :1])
+    return divergence, gradient.mul_(weights.sum(-1, keepdim=True)).sub_(probs.mul_(weights[:, :1]))
+
+
+def _bucketed_kl_(log_probs: Tensor, top: TopProbabilities, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the KL [T] over the teacher's likeliest tokens and the rest, and a times its gradient plus b q [T, V].
+
+    With P and Q the masses of the rest, the gradient is q - p at the teacher's tokens, q (1 - P / Q) at all others. It
+    takes the place of `log_probs` (log q).
+    """
+    kl_weights, all_weights = weights[:, :1], weights.sum(-1, keepdim=True)
+    own = log_probs.gather(-1, top.indices)
+    probs, rest = top.log_probs.exp(), top.log_rest.exp()
+    gradient = log_probs.exp_()
+    # Summed without the teacher's tokens rather than as one less their mass, which float32 cannot tell from 0.
+    own_rest = gradient.scatter_(-1, top.indices, 0.0).sum(-1).clamp_(min=torch.finfo(torch.float32).tiny)
+    divergence = torch.linalg.vecdot(probs, top.log_probs - own)
+    divergence += torch.where(rest > 0, rest * (top.log_rest - own_rest.log()), 0.0)
+    gradient.mul_(all_weights - kl_weights * (rest / own_rest)[:, None])
+    return divergence, gradient.scatter_(-1, top.indices, all_weights * own.exp() - kl_weights * probs)
 
 
 def _through(transform: LogitTransform, logits: Tensor, gradient: Tensor) -> Tensor:

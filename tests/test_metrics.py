@@ -17,8 +17,10 @@ from llmqat.metrics import (
     Predictor,
     Teacher,
     TokenStatistics,
+    TopProbabilities,
     token_loss,
     token_statistics,
+    top_probabilities,
 )
 from llmqat.metrics import _argmax as fast_argmax
 
@@ -193,3 +195,81 @@ def test_training_loss_and_evaluation_agree() -> None:
     loss = token_loss(hidden, model, torch.ones(20), Teacher(reference_hidden, reference))
     statistics = token_statistics(hidden, model, labels, reference_hidden, reference)
     assert float(loss) == pytest.approx(statistics.kl_sum, rel=1e-5)
+
+
+def dense_bucketed_kl(log_probs: Tensor, target: Tensor, top_k: int) -> Tensor:
+    """KL [T] over the target's likeliest tokens and one bucket, from whole distributions [T, V]."""
+    indices = target.topk(top_k, -1).indices
+    p, q = target.exp().gather(-1, indices), log_probs.exp().gather(-1, indices)
+    rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
+    rest = (rest_p * (rest_p / rest_q).log()) if top_k < target.shape[-1] else 0
+    return (p * (p / q).log()).sum(-1) + rest
+
+
+@pytest.mark.parametrize("transform", [None, soft_cap])
+@pytest.mark.parametrize("chunk_tokens", [1, 512])
+@pytest.mark.parametrize("top_k", [1, 8, 70])
+@pytest.mark.parametrize("cross_entropy_weight", [None, 0.4])
+def test_the_loss_from_the_likeliest_tokens_and_its_gradients_equal_autograd(
+    transform: LogitTransform | None, chunk_tokens: int, top_k: int, cross_entropy_weight: float | None
+) -> None:
+    hidden, student, labels = states(33, 70, torch.float64)
+    teacher_hidden, teacher, _ = states(33, 70, torch.float64, seed=1)
+    weights = torch.rand(33)
+    weights[::5] = 0
+    assert student.bias is not None
+    chunked = [tensor.float().requires_grad_() for tensor in (hidden, student.head, student.bias)]
+    loss = token_loss(
+        chunked[0],
+        Predictor(chunked[1], chunked[2], transform),
+        weights,
+        top_probabilities(teacher.logits(teacher_hidden), top_k),
+        None if cross_entropy_weight is None else torch.where(weights > 0, labels, IGNORED_LABEL),
+        kl_weight=0.7,
+        cross_entropy_weight=cross_entropy_weight or 1.0,
+        chunk_tokens=chunk_tokens,
+    )
+    plain = [tensor.clone().requires_grad_() for tensor in (hidden, student.head, student.bias)]
+    logits = F.linear(*plain)
+    log_probs = F.log_softmax(logits if transform is None else transform(logits), dim=-1)
+    target = F.log_softmax(teacher.logits(teacher_hidden), dim=-1)
+    per_token = 0.7 * dense_bucketed_kl(log_probs, target, top_k)
+    per_token = per_token - (cross_entropy_weight or 0) * log_probs[range(33), labels]
+    expected = (per_token * weights).sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    for found, wanted in zip(chunked, plain, strict=True):
+        torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_likeliest_tokens_and_the_rest_are_a_distribution_and_bound_the_exact_divergence() -> None:
+    hidden, student, _ = states(20, 300, torch.bfloat16)
+    teacher_hidden, teacher, _ = states(20, 300, torch.bfloat16, seed=1)
+    logits, ones = teacher.logits(teacher_hidden), torch.ones(20)
+    found = []
+    for top_k in (1, 16, 64, 300):
+        top = top_probabilities(logits, top_k)
+        torch.testing.assert_close(top.log_probs.exp().sum(-1) + top.log_rest.exp(), ones)
+        assert torch.equal(top.log_probs, F.log_softmax(logits.float(), -1).topk(top_k, -1).values)
+        found.append(float(token_loss(hidden, student, ones, top)))
+    assert found == sorted(found)
+    assert found[-1] == pytest.approx(
+        float(token_loss(hidden, student, ones, Teacher(teacher_hidden, teacher))), rel=1e-5
+    )
+    with pytest.raises(ValueError, match="top_k=301 of a vocabulary of 300 tokens; choose 1 to 300"):
+        top_probabilities(logits, 301)
+
+
+def test_a_student_sure_of_the_teachers_tokens_takes_a_finite_step() -> None:
+    # All mass on one token, of which the teacher gives the rest a tenth: the student's rest is below float32's least.
+    top = TopProbabilities(
+        torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[math.log(0.9)]]), torch.tensor([math.log(0.1)])
+    )
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    loss = token_loss(hidden, Predictor(torch.tensor([[200.0], [0.0], [0.0]])), torch.ones(1), top)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad).all()
+    assert hidden.grad.item() > 0
