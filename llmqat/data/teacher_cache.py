@@ -1,0 +1,444 @@
+"""The teacher, run once: its likeliest tokens at every position, kept on disk in place of a model in memory.
+
+Distillation asks a frozen teacher the same question at each pass over the text. A cache holds the answers: for each
+position that has a next token, the K likeliest tokens, their log-probabilities, and the mass of all others, which is
+what `metrics.token_loss` needs to compare a student on K tokens and one bucket. At K = 64 that is 258 bytes a token,
+where bfloat16 logits of 49,152 tokens are 98,304.
+
+A block of text is found by what the teacher read, a hash of its ids (and of its positions, where they do not simply
+count), not by its place: so shuffling, several processes, resumed runs, subsets and other orders all find it, and text
+that the teacher has not seen cannot be taken for text that it has.
+
+    cache.json               the model, tokenizer and precision it was made with; written first
+    shard-00000.safetensors  blocks [N, 32] uint8 (SHA-256), offsets [N + 1] int64, and of all their positions in a row:
+                             indices [T, K] uint16 (int32 for large vocabularies), log_probs [T, K] float16,
+                             log_rest [T] float16
+
+A shard is whole or absent, so an interrupted cache goes on with the blocks that it lacks. Reading maps the shards into
+memory and touches the rows that are asked for.
+
+Letters: B blocks of a batch, N blocks of a shard, L tokens a block, T positions, K tokens kept a position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmqat.data.blocks import Progress
+from llmqat.layers.source import checksum
+from llmqat.metrics import Predictor, TopProbabilities, predictor_of, top_probabilities
+from llmqat.models import capture_hidden, model_device, save_whole, vocabulary_size, write_whole
+
+HEADER_FILE = "cache.json"
+FORMAT = "llmqat teacher cache 1"
+DEFAULT_TOP_K = 64
+BLOCKS_PER_SHARD = 64
+CHUNK_TOKENS = 512
+"""Tokens whose logits exist at once while a cache is made."""
+_NO_MASS = -1e4
+"""Its exponential is 0, and so is that times it."""
+_SHARDS = "shard-*.safetensors"
+_NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+"""Keys of a model's configuration that change nothing in what it predicts."""
+
+
+@dataclass(frozen=True)
+class CacheHeader:
+    """What a cache was made with: all of it must be the same where it is used or gone on with."""
+
+    model_sha256: str
+    """Of configuration and weights, as `model_fingerprint` computes it."""
+    tokenizer_sha256: str
+    """As `tokenizer_fingerprint` computes it."""
+    vocabulary: int
+    """Logits that the model makes."""
+    top_k: int
+    """Tokens kept a position."""
+    dtype: str
+    """What the model computed in, such as bfloat16."""
+    model: str = field(default="", compare=False)
+    """The model's name, for people."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top_k: int = DEFAULT_TOP_K) -> CacheHeader:
+        """Returns the header of a cache that `model` fills.
+
+        Raises:
+            ValueError: when `top_k` is not between 1 and the vocabulary.
+        """
+        vocabulary = vocabulary_size(model)
+        if not 1 <= top_k <= vocabulary:
+            raise ValueError(f"top_k={top_k} is not between 1 and the model's vocabulary of {vocabulary}")
+        return cls(
+            model_sha256=model_fingerprint(model),
+            tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+            vocabulary=vocabulary,
+            top_k=top_k,
+            dtype=str(model.dtype).removeprefix("torch."),
+            model=model.config._name_or_path or type(model).__name__,
+        )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Returns the SHA-256 of what `model` computes with: its configuration, and the bits of every parameter."""
+    config: Any = model.config
+    settings = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_COMPUTED_WITH}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {checksum(parameter)}\n".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the SHA-256 of the tokenizer's vocabulary: every token and its id, added and special ones included."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def block_key(ids: Tensor, positions: Tensor | None = None) -> bytes:
+    """Returns the 32 bytes by which a block is found.
+
+    Args:
+        ids: int64 [L], without padding.
+        positions: int64 [L], where the model is given positions; those that count from 0 are as good as none.
+    """
+    digest = hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes())
+    if positions is not None and not torch.equal(positions.cpu(), torch.arange(len(positions))):
+        digest.update(b"positions" + positions.cpu().numpy().astype("<i8").tobytes())
+    return digest.digest()
+
+
+class TeacherCacheWriter:
+    """Writes a cache, or goes on with one: blocks are collected, and put on disk a whole shard at a time.
+
+    with TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer)) as writer:
+        writer.add(ids, top)  # what is left over is written when the block ends without an error
+    """
+
+    def __init__(self, folder: Path, header: CacheHeader, blocks_per_shard: int = BLOCKS_PER_SHARD) -> None:
+        """Makes `folder`, or finds in it a cache with the same header.
+
+        Raises:
+            FileExistsError: `folder` holds something else.
+            ValueError: it holds a cache that was made with something else; says with what.
+        """
+        self.folder, self.header, self.blocks_per_shard = folder, header, blocks_per_shard
+        if (folder / HEADER_FILE).is_file():
+            _check_same(read_header(folder), header, folder, "give another folder, or delete that one")
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} exists and is no teacher cache; choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / HEADER_FILE, json.dumps({"format": FORMAT, **asdict(header)}, indent=2) + "\n")
+        shards = sorted(folder.glob(_SHARDS))
+        self._written = {key for shard in shards for key in _keys(shard)}
+        self._next = 1 + max((int(shard.stem.rpartition("-")[2]) for shard in shards), default=-1)
+        self._waiting: list[tuple[bytes, TopProbabilities]] = []
+
+    def __enter__(self) -> TeacherCacheWriter:
+        """Returns the writer."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Writes what is left over, unless an error ends the block."""
+        if kind is None:
+            self.flush()
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether the block of this key is on disk."""
+        return key in self._written
+
+    def add(self, ids: Tensor, top: TopProbabilities, positions: Tensor | None = None) -> None:
+        """Takes the teacher's answers for one block; writes a shard when there are enough.
+
+        Args:
+            ids: int64 [L].
+            top: of positions 0 to L - 2, in order: [L - 1, K].
+            positions: int64 [L], where the block is trained on with positions of its own.
+
+        Raises:
+            ValueError: when `top` does not fit `ids` or the header.
+        """
+        if top.indices.shape != (len(ids) - 1, self.header.top_k):
+            raise ValueError(
+                f"top has shape {tuple(top.indices.shape)}; a block of {len(ids)} tokens in a cache of top_k="
+                f"{self.header.top_k} has ({len(ids) - 1}, {self.header.top_k})"
+            )
+        self._waiting.append((block_key(ids, positions), top.to(torch.device("cpu"))))
+        if len(self._waiting) >= self.blocks_per_shard:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the blocks that wait as a shard."""
+        if self._waiting:
+            self.write_shard(self._next, self._waiting)
+            self._next += 1
+            self._waiting = []
+
+    def write_shard(self, number: int, blocks: Sequence[tuple[bytes, TopProbabilities]]) -> None:
+        """Writes blocks (key, answers) as the shard of this number, in place of one that is there."""
+        lengths = torch.tensor([0, *(len(top.log_rest) for _, top in blocks)])
+        wide = torch.uint16 if self.header.vocabulary <= 2**16 else torch.int32
+        tensors = {
+            "blocks": torch.tensor([list(key) for key, _ in blocks], dtype=torch.uint8),
+            "offsets": lengths.cumsum(0),
+            "indices": torch.cat([top.indices for _, top in blocks]).to(wide),
+            "log_probs": torch.cat([top.log_probs for _, top in blocks]).to(torch.float16),
+            "log_rest": torch.cat([top.log_rest for _, top in blocks]).to(torch.float16),
+        }
+        save_whole(self.folder / f"shard-{number:05d}.safetensors", tensors)
+        self._written.update(key for key, _ in blocks)
+
+
+class TeacherCache:
+    """A cache as a teacher: gives what the model predicted for any block that it has read.
+
+    Attributes:
+        folder: where it lies.
+        header: what it was made with.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        """Opens the cache in `folder`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, of another version, or empty.
+        """
+        self.folder = Path(folder)
+        self.header = read_header(self.folder)
+        self._places: dict[bytes, tuple[Any, int, int]] = {}
+        for path in sorted(self.folder.glob(_SHARDS)):
+            keys, offsets = _keys(path), _read(path, "offsets").tolist()
+            shard = _opened(path)
+            for row, key in enumerate(keys):
+                self._places[key] = (shard, offsets[row], offsets[row + 1])
+        if not self._places:
+            raise ValueError(f"the teacher cache {self.folder} holds no block; make it with `llmqat cache-teacher`")
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self._places)
+
+    def check(
+        self,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        blocks: Tensor | None = None,
+    ) -> None:
+        """Refuses a cache that was made with something else; what is not given is not compared.
+
+        Args:
+            model: the original model, as `load_model` gives it.
+            tokenizer: of the text.
+            blocks: int64 [N, L], the text.
+
+        Raises:
+            ValueError: when it differs; names in what, and the way out.
+        """
+        header = asdict(self.header)
+        if model is not None:
+            dtype = str(model.dtype).removeprefix("torch.")
+            header |= {"model_sha256": model_fingerprint(model), "vocabulary": vocabulary_size(model), "dtype": dtype}
+            header["model"] = model.config._name_or_path
+        if tokenizer is not None:
+            header["tokenizer_sha256"] = tokenizer_fingerprint(tokenizer)
+        _check_same(
+            self.header,
+            CacheHeader(**header),
+            self.folder,
+            "name the model that it was made with, or make another with `llmqat cache-teacher`",
+        )
+        if blocks is None:
+            return
+        missing = self.missing(blocks)
+        if missing:
+            raise ValueError(
+                f"the teacher cache {self.folder} lacks {len(missing)} of the text's {len(blocks)} blocks (the first "
+                f"is block {missing[0]}): it was made on other text, or on another data.block_size; give the same "
+                "data, or `llmqat cache-teacher` with this recipe and the same --out, which adds what is missing"
+            )
+
+    def missing(self, blocks: Iterable[Tensor]) -> list[int]:
+        """Returns the places of the blocks, int64 [L] each, that are not in the cache."""
+        return [place for place, ids in enumerate(blocks) if block_key(ids) not in self._places]
+
+    def lookup(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> TopProbabilities:
+        """Returns what the teacher predicts at positions 0 to L - 2 of each row, on the device of `input_ids`.
+
+        Args:
+            input_ids: int64 [B, L].
+            attention_mask: [B, L], zeros at the end of rows that are padded; there, all the mass is in the rest.
+            position_ids: int64 [B, L] or [1, L], where the model is given them.
+
+        Returns:
+            TopProbabilities of B (L - 1) positions.
+
+        Raises:
+            ValueError: when a row is not in the cache, or is padded at its beginning.
+        """
+        ids = input_ids.cpu()
+        lengths = _lengths(ids, attention_mask)
+        positions = None if position_ids is None else position_ids.cpu().expand_as(ids)
+        rows, width = len(ids), ids.shape[1] - 1
+        indices = torch.zeros(rows, width, self.header.top_k, dtype=torch.int64)
+        indices[:] = torch.arange(self.header.top_k)  # padding: any distinct tokens will do
+        log_probs = torch.full((rows, width, self.header.top_k), _NO_MASS)
+        log_rest = torch.zeros(rows, width)
+        for row, length in enumerate(lengths):
+            key = block_key(ids[row, :length], None if positions is None else positions[row, :length])
+            shard, begin, end = self._place_of(key)
+            span = slice(0, end - begin)
+            indices[row, span] = shard.get_slice("indices")[begin:end].to(torch.int64)
+            log_probs[row, span] = shard.get_slice("log_probs")[begin:end].float()
+            log_rest[row, span] = shard.get_slice("log_rest")[begin:end].float()
+        total = torch.cat([log_probs, log_rest.unsqueeze(-1)], -1).logsumexp(-1)  # rounded to float16, so not quite 0
+        found = TopProbabilities(indices, log_probs - total.unsqueeze(-1), log_rest - total)
+        flat = TopProbabilities(found.indices.flatten(0, 1), found.log_probs.flatten(0, 1), found.log_rest.flatten())
+        return flat.to(input_ids.device)
+
+    def _place_of(self, key: bytes) -> tuple[Any, int, int]:
+        if key not in self._places:
+            raise ValueError(
+                f"a block to be trained or evaluated on is not in the teacher cache {self.folder}, which has "
+                f"{len(self)} blocks; make the cache on this very text (evaluation text included), or give the model "
+                "itself as teacher"
+            )
+        return self._places[key]
+
+
+def cache_teacher(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Tensor,
+    folder: Path,
+    *,
+    top_k: int = DEFAULT_TOP_K,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> TeacherCache:
+    """Runs `model` over `blocks` once, writes what it predicts to `folder`, and returns the cache.
+
+    Blocks that an earlier, perhaps interrupted, call has left there are not run again.
+
+    Args:
+        model: the teacher; its training mode is restored.
+        tokenizer: of the text.
+        blocks: int64 [N, L].
+        folder: made, or a cache of the same model, tokenizer and `top_k`.
+        top_k: K, tokens kept a position.
+        batch_size: blocks in one forward pass.
+        progress: called with (tokens done, tokens in all) after each batch.
+
+    Raises:
+        FileExistsError: `folder` holds something else.
+        ValueError: it holds the cache of another model, tokenizer or `top_k`; or `top_k` is out of range.
+    """
+    with TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k)) as writer:
+        wanted = {key: ids for ids in blocks if (key := block_key(ids)) not in writer}
+        predictor, training = predictor_of(model), model.training
+        done = blocks.numel() - sum(len(ids) for ids in wanted.values())
+        model.eval()
+        try:
+            for batch in torch.stack(list(wanted.values())).split(batch_size) if wanted else ():
+                for ids, hidden in zip(batch, hidden_states(model, batch), strict=True):
+                    writer.add(ids, _top_of(hidden[:-1], predictor, top_k))
+                done += batch.numel()
+                if progress is not None:
+                    progress(done, blocks.numel())
+        finally:
+            model.train(training)
+    return TeacherCache(folder)
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Returns what enters the output head of `model` for ids [B, L]: [B, L, D]."""
+    with capture_hidden(model) as captured:
+        model(input_ids=ids.to(model_device(model)), use_cache=False)
+        return captured.take()
+
+
+@torch.no_grad()
+def _top_of(hidden: Tensor, predictor: Predictor, top_k: int) -> TopProbabilities:
+    """Returns the likeliest tokens at hidden states [T, D], with the logits of CHUNK_TOKENS positions at once."""
+    parts = [top_probabilities(predictor.logits(chunk), top_k) for chunk in hidden.split(CHUNK_TOKENS)]
+    return TopProbabilities(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TopProbabilities)))
+
+
+def read_header(folder: Path) -> CacheHeader:
+    """Returns the header of the cache in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged or of another version.
+    """
+    file = folder / HEADER_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no teacher cache at {folder} (there is no {HEADER_FILE}); make it: llmqat cache-teacher RECIPE --out "
+            f"{folder}"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = content.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(f"{file} says format={found!r}, and {FORMAT!r} is read here; make the cache anew")
+        return CacheHeader(**content)
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}; delete {folder} and make the cache anew") from error
+
+
+def _check_same(theirs: CacheHeader, ours: CacheHeader, folder: Path, way_out: str) -> None:
+    pairs = [(f.name, getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(CacheHeader) if f.compare]
+    differing = [f"{name}={there!r} there, {here!r} here" for name, there, here in pairs if there != here]
+    if differing:
+        raise ValueError(
+            f"the teacher cache {folder} was made with something else: {'; '.join(differing)} (by {theirs.model!r}, "
+            f"and here is {ours.model!r}); {way_out}"
+        )
+
+
+def _lengths(ids: Tensor, attention_mask: Tensor | None) -> list[int]:
+    """Returns the tokens of each row that are no padding."""
+    if attention_mask is None:
+        return [ids.shape[1]] * len(ids)
+    mask = attention_mask.cpu().bool()
+    lengths: list[int] = mask.sum(-1).tolist()
+    if not all(bool(mask[row, :length].all()) for row, length in enumerate(lengths)):
+        raise ValueError("a teacher cache needs rows padded at their end; set the tokenizer's padding_side='right'")
+    return lengths
+
+
+def _opened(path: Path) -> Any:
+    with _damage_named(path):
+        return safe_open(path, "pt")
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with _damage_named(path), safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _keys(path: Path) -> list[bytes]:
+    return [bytes(row) for row in _read(path, "blocks").tolist()]
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run `llmqat cache-teacher` again") from error
