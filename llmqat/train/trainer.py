@@ -1,5 +1,8 @@
 """QATTrainer: transformers.Trainer, with distillation from the full-precision model as its loss.
 
+The teacher may be a cache on disk in place of a model in memory (data/teacher_cache.py): then it has no forward, and
+the student is compared with it on its likeliest tokens and a bucket for the rest, in evaluations as well.
+
 With peft's LoRA on the model (layers/lora.py) the adapters are inside the quantizers, and the model with both off is
 its own teacher where no other is given (adapter.py).
 
@@ -30,10 +33,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import is_torch_cuda_available
 
+from llmqat.data.teacher_cache import TeacherCache
 from llmqat.grid import fusing
 from llmqat.layers import ActivationQuantizer, KVQuantizer, PackedEmbedding, PackedModule, QuantModule, without_adapters
 from llmqat.layers.lora import adopt_adapters
-from llmqat.metrics import IGNORED_LABEL, Teacher, predictor_of, token_loss
+from llmqat.metrics import IGNORED_LABEL, Teacher, TopProbabilities, predictor_of, token_loss
 from llmqat.models import capture_hidden, cast_parameters, vocabulary_size
 from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
 
@@ -136,7 +140,7 @@ class QATTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | TeacherCache | None = None,
         args: TrainingArguments | None = None,
         **options: Any,
     ) -> None:
@@ -145,8 +149,10 @@ class QATTrainer(Trainer):
         Args:
             model: a prepared model, or peft's LoRA over one; trainable parameters below float32 are raised to float32
                 masters.
-            teacher: the original model, any dtype; frozen here. None: `model` itself with quantizers and adapters off,
-                which must then be what it was before it was prepared, and train nothing but adapters and scales.
+            teacher: the original model, any dtype; frozen here. Or a cache of what it predicts for the very samples
+                that are trained and evaluated on; whether it was the original model that made it, `TeacherCache.check`
+                says. None: `model` itself with quantizers and adapters off, which must then be what it was before it
+                was prepared, and train nothing but adapters and scales.
             args: `QATArguments`; or `TrainingArguments`, where the fields that only QATArguments has take its defaults.
             **options: of transformers.Trainer. `train_dataset` yields {"input_ids", "labels"}; positions whose label is
                 -100 are not distilled.
@@ -156,7 +162,7 @@ class QATTrainer(Trainer):
         """
         if not any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
             raise ValueError("the model has no QuantLinear: call llmqat.prepare(model, config) before training")
-        sizes = [vocabulary_size(without_adapters(one)) for one in (model, teacher) if one is not None]
+        sizes = [_vocabulary(one) for one in (model, teacher) if one is not None]
         if sizes[0] != sizes[-1]:
             raise ValueError(
                 f"the student's vocabulary has {sizes[0]} entries, the teacher's {sizes[-1]}; they must match"
@@ -179,7 +185,9 @@ class QATTrainer(Trainer):
         # The loss is divided by num_items_in_batch in compute_loss; Trainer must count the tokens and not divide again.
         self.model_accepts_loss_kwargs = True
         self._fuse = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantModule)) >= FUSING_PAYS
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
+        self.teacher = teacher
+        if isinstance(teacher, nn.Module):
+            teacher.requires_grad_(False).eval().to(self.args.device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -232,8 +240,10 @@ class QATTrainer(Trainer):
         """Returns the weights of forward KL and cross-entropy."""
         return getattr(self.args, "kl_weight", 1.0), getattr(self.args, "cross_entropy_weight", 0.0)
 
-    def _taught(self, student: nn.Module, inputs: dict[str, Any]) -> Teacher:
-        """Returns what the teacher predicts with at the positions that have a next token, without gradients."""
+    def _taught(self, student: nn.Module, inputs: dict[str, Any]) -> Teacher | TopProbabilities:
+        """Returns what the teacher predicts (with) at the positions that have a next token, without gradients."""
+        if isinstance(self.teacher, TeacherCache):
+            return self.teacher.lookup(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"))
         with torch.no_grad() if self.teacher is not None else original_model(student):
             teacher = student if self.teacher is None else self.teacher
             training = teacher.training
@@ -307,6 +317,11 @@ class QATTrainer(Trainer):
             if parameter.requires_grad:
                 groups[_group_of(name, parameter)]["params"].append(parameter)
         return [group for group in groups.values() if group["params"]]
+
+
+def _vocabulary(model: nn.Module | TeacherCache) -> int:
+    """Returns the number of logits that a student or a teacher makes."""
+    return model.header.vocabulary if isinstance(model, TeacherCache) else vocabulary_size(without_adapters(model))
 
 
 def _choose_trained(model: nn.Module, trainable: str) -> None:

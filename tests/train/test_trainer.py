@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from llmqat import QATArguments, QATTrainer, QuantConfig, convert, prepare, save
+from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
 from llmqat.layers import QuantLinear
+from llmqat.metrics import top_probabilities
 from llmqat.models import cast_parameters
-from tests.tiny import tiny_architecture, tiny_llama, tiny_qwen2
+from tests.tiny import VOCAB_SIZE, tiny_architecture, tiny_llama, tiny_qwen2, tiny_tokenizer
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
@@ -414,3 +416,75 @@ def test_plain_training_arguments_are_checked_too(tmp_path: Path) -> None:
     trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
     assert trainer.args.ddp_find_unused_parameters is False
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {arguments.learning_rate, 1e-3}
+
+
+def _cache(folder: Path, data: Blocks, top_k: int = 64) -> TeacherCache:
+    return cache_teacher(tiny_llama(), tiny_tokenizer(), data.ids, folder, top_k=top_k)
+
+
+def test_a_cache_teaches_what_the_model_does(tmp_path: Path) -> None:
+    cache = _cache(tmp_path / "cache", Blocks(), VOCAB_SIZE)
+    weights = []
+    for teacher in (tiny_llama(), cache):
+        student, _ = _pair()
+        arguments = _arguments(tmp_path, bf16=False, optim="sgd", learning_rate=0.05, max_grad_norm=0.0)
+        QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks()).train()
+        weights.append(student.model.layers[0].mlp.up_proj.weight.detach().clone())
+    start = _pair()[0].model.layers[0].mlp.up_proj.weight
+    moved = (weights[0] - start).norm()
+    assert (weights[1] - weights[0]).norm() < 0.02 * moved  # float16 keeps a probability to 2^-11
+
+
+def test_a_run_from_a_cache_resumes_bit_identical_and_brings_the_student_nearer(tmp_path: Path) -> None:
+    cache = _cache(tmp_path / "cache", Blocks())
+
+    def run(folder: Path, stop: int | None, resume: bool) -> PreTrainedModel:
+        student, _ = _pair(bits=2)
+        arguments = _arguments(folder, max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2)
+        arguments.per_device_train_batch_size = 2
+        trainer = QATTrainer(
+            model=student, teacher=cache, args=arguments, train_dataset=Blocks(), eval_dataset=Blocks(8)
+        )
+        if stop is not None:
+            trainer.add_callback(_StopAt(stop))
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train(resume_from_checkpoint=resume or None)
+        assert trainer.evaluate()["eval_loss"] < before
+        return student
+
+    whole = run(tmp_path / "whole", None, False)
+    run(tmp_path / "halves", 3, False)
+    resumed = run(tmp_path / "halves", None, True)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_padding_and_unlabelled_tokens_are_left_out_of_a_cached_loss(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    ids, lengths = Blocks(3).ids, (32, 20, 9)
+    with TeacherCacheWriter(tmp_path / "cache", CacheHeader.of(teacher, tiny_tokenizer(), VOCAB_SIZE)) as writer:
+        for row, length in zip(ids, lengths, strict=True):
+            with torch.no_grad():
+                logits = teacher(row[None, :length]).logits[0, :-1]
+            writer.add(row[:length], top_probabilities(logits, VOCAB_SIZE))
+    mask = torch.stack([(torch.arange(32) < length).long() for length in lengths])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :10] = -100
+    losses = []
+    for taught in (teacher, TeacherCache(tmp_path / "cache")):
+        trainer = QATTrainer(model=student, teacher=taught, args=_arguments(tmp_path, bf16=False), train_dataset=[])
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        losses.append(trainer.compute_loss(student, inputs, num_items_in_batch=torch.tensor(49)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_a_cache_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    cache = _cache(tmp_path / "cache", Blocks(4))
+    student, _ = _pair()
+    trainer = QATTrainer(model=student, teacher=cache, args=_arguments(tmp_path), train_dataset=Blocks())
+    with pytest.raises(ValueError, match="is not in the teacher cache"):
+        trainer.train()
+    larger = tiny_qwen2(vocab_size=400)
+    prepare(larger, QuantConfig.preset("int3", group_size=32))
+    with pytest.raises(ValueError, match="vocabulary has 400 entries, the teacher's 384"):
+        QATTrainer(model=larger, teacher=cache, args=_arguments(tmp_path), train_dataset=Blocks())
