@@ -51,7 +51,9 @@ class _Group(typer.core.TyperGroup):
             errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_USER) from error
         except KeyboardInterrupt as error:
-            errors.print("interrupted; train and quantize go on where they stopped: give the same command again")
+            errors.print(
+                "interrupted; train, quantize and cache-teacher go on where they stopped: give the same command again"
+            )
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
@@ -433,6 +435,36 @@ def chat(
     console.print(f"{talk.kind}; an empty line or Ctrl-D ends it", style="dim")
     while line := _ask():
         talk.say(line)
+
+
+@app.command(name="cache-teacher")
+def cache_teacher(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option(help="Folder to write to; a cache of the same model there is gone on with.")],
+    overrides: OverridesArgument = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Tokens whose probabilities are kept at each position.")] = 64,
+    batch_size: BatchSizeOption = 4,
+) -> None:
+    """Runs the original model over a recipe's text once and keeps what it predicts, for `train` to learn from.
+
+    Training then needs no teacher in memory. An interrupted command goes on where it stopped when given again.
+
+    **Examples**
+
+        llmqat cache-teacher recipes/smollm2-135m-int4.yaml --top-k 64 --out teacher
+
+        llmqat train recipes/smollm2-135m-int4.yaml teacher_cache=teacher
+    """
+    from llmqat.recipe import cache_teacher_of, load_recipe
+
+    cache = cache_teacher_of(load_recipe(recipe, overrides or ()), out, top_k=top_k, batch_size=batch_size)
+    console.print(
+        f"{out}: {len(cache):,} blocks, {cache.disk_bytes:,} bytes; the {top_k} likeliest tokens have "
+        f"{cache.mass():.2%} of the probability",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"next: llmqat train {recipe} teacher_cache={out}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _ask() -> str:

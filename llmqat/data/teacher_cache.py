@@ -229,6 +229,16 @@ class TeacherCache:
         """Number of blocks."""
         return len(self._places)
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the shards on disk."""
+        return sum(path.stat().st_size for path in self.folder.glob(_SHARDS))
+
+    def mass(self) -> float:
+        """Returns the share of the teacher's probability that its kept tokens have, on average over positions."""
+        rest = torch.cat([_read(path, "log_rest").float().exp() for path in sorted(self.folder.glob(_SHARDS))])
+        return float(1 - rest.mean())
+
     def check(
         self,
         model: PreTrainedModel | None = None,

@@ -5,6 +5,7 @@ folder.py      what a run leaves on disk                evaluation.py  texts cut
 plan.py        what a recipe would do                   quantize.py    calibration only, no training
 allocation.py  bits chosen layer by layer               bars.py        progress bars
 text.py        text that a model writes                 chat.py        a conversation with a model
+teacher.py     what a teacher predicts, kept on disk
 """
 
 from llmqat.recipe.chat import Conversation
@@ -14,6 +15,7 @@ from llmqat.recipe.folder import open_run_folder
 from llmqat.recipe.pipeline import RunResult, run
 from llmqat.recipe.plan import Plan, coverage_of, plan_run
 from llmqat.recipe.quantize import quantize_model, sensitivity_of
+from llmqat.recipe.teacher import cache_teacher_of
 from llmqat.recipe.text import synthesize_to
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "RunResult",
+    "cache_teacher_of",
     "compare_models",
     "coverage_of",
     "load_recipe",

@@ -120,6 +120,8 @@ class Recipe(Config):
     """Stages before training, in order: names, or mappings with the key `stage`. None at all is plain rounding."""
     lora: LoraSettings | None = None
     """Adapters that are trained inside the quantizers in place of all weights; none where not given."""
+    teacher_cache: Path | None = None
+    """Folder made by `llmqat cache-teacher` from this model and text: stands in for the teacher while training."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Fields of QATArguments: those of transformers.TrainingArguments and a few more; checked by name and type."""
     evaluate: EvaluationSettings = Field(default_factory=EvaluationSettings)
@@ -149,6 +151,8 @@ class Recipe(Config):
         check_stages(self.calibrate, self.quant)
         if self.lora is not None and self.train.get("trainable", "all") != "all":
             raise ValueError(f"train.trainable={self.train['trainable']!r} trains no adapter; leave it out, or lora")
+        if self.teacher_cache is not None and self.train.get("kl_weight", 1.0) == 0:
+            raise ValueError(f"teacher_cache={self.teacher_cache} is not used with train.kl_weight=0; leave out either")
         return self
 
     @field_validator("calibrate", mode="before")

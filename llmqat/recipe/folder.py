@@ -98,9 +98,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def kept_blocks(folder: Path, make: Callable[[], TokenBlocks]) -> TokenBlocks:
+def kept_blocks(folder: Path, make: Callable[[], TokenBlocks], name: str = BLOCKS_FILE) -> TokenBlocks:
     """Returns the run's text: from the folder where an earlier start has left it there, else made and left there."""
-    path = folder / BLOCKS_FILE
+    path = folder / name
     if path.is_file():
         return read_blocks(path)
     blocks = make()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from llmqat.calibrate import (
     ORIGINALS_FILE,
@@ -39,7 +39,8 @@ from llmqat.calibrate import (
     report_layers,
     rotates,
 )
-from llmqat.data import TokenBlocks, load_blocks
+from llmqat.data import TokenBlocks
+from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.evaluate.layers import write_layers
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
@@ -49,7 +50,7 @@ from llmqat.layers import (
 )
 from llmqat.models import adapter_base, load_adapter_base, load_model, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, planned
-from llmqat.recipe.bars import progress, token_bar
+from llmqat.recipe.bars import progress
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, training_arguments
 from llmqat.recipe.evaluation import evaluation_windows
 from llmqat.recipe.folder import (
@@ -62,6 +63,7 @@ from llmqat.recipe.folder import (
     whole_checkpoint,
 )
 from llmqat.recipe.plan import coverage_of
+from llmqat.recipe.teacher import teacher_cache_of, text_of
 from llmqat.train import QATArguments, QATTrainer, is_own_teacher
 
 log = logging.getLogger(__name__)
@@ -136,8 +138,13 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         teacher, tokenizer = load_model(recipe.model, torch.bfloat16)
         teacher.to(arguments.device)
         windows = evaluation_windows(recipe.evaluate, tokenizer)  # now: a text that does not do should not cost a run
+        cache = teacher_cache_of(recipe, teacher, tokenizer)
     with stage("text", recipe.data.source), arguments.main_process_first(local=False):
-        blocks = kept_blocks(recipe.output, partial(_read_text, recipe, tokenizer, teacher))
+        blocks = kept_blocks(recipe.output, partial(text_of, recipe, tokenizer, teacher))
+    if cache is not None:
+        cache.check(blocks=blocks.ids)
+        del teacher  # loaded again for the comparison
+        teacher = None
     if recipe.allocate is not None:
         with stage("allocate", f"{recipe.allocate.target_bits} bits"), arguments.main_process_first(local=False):
             recipe = with_planned_bits(recipe, blocks.ids, arguments)
@@ -148,11 +155,11 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
         model = student if recipe.lora is None else recipe.lora.attach(student, recipe.seed)
         if recipe.lora is not None and is_own_teacher(model):
-            del teacher  # loaded again for the comparison
+            del teacher  # likewise
             teacher = None
         if packed := arguments.trainable == "scales":
             convert(student)  # codes stay as they are, so no weight is needed any more
-        training = _train(model, teacher, arguments, blocks)
+        training = _train(model, teacher if cache is None else cache, arguments, blocks)
         if packed:
             convert(student)
     if not main:
@@ -241,13 +248,11 @@ def plainly_rounded_model(recipe: Recipe, blocks: Tensor, arguments: QATArgument
     return model
 
 
-def _read_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> TokenBlocks:
-    with token_bar("text") as progress:
-        return load_blocks(recipe.data, tokenizer, teacher, progress)
-
-
 def _train(
-    model: PreTrainedModel | PeftModel, teacher: PreTrainedModel | None, arguments: QATArguments, blocks: TokenBlocks
+    model: PreTrainedModel | PeftModel,
+    teacher: PreTrainedModel | TeacherCache | None,
+    arguments: QATArguments,
+    blocks: TokenBlocks,
 ) -> dict[str, Any]:
     """Trains `model` in place, from the run's last whole checkpoint if there is one; returns the facts of it.
 
@@ -275,6 +280,7 @@ def _train(
         "last_loss": losses[-1] if losses else None,
         "trained_parameters": trained,
         "own_teacher": teacher is None,
+        "teacher_cache": dataclasses.asdict(teacher.header) if isinstance(teacher, TeacherCache) else None,
         "processes": arguments.world_size,
         "resumed_from": None if last is None else last.name,
     }

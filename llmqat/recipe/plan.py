@@ -68,11 +68,12 @@ def plan_run(recipe: Recipe) -> Plan:
 def _state_bytes(recipe: Recipe, coverage: CoverageAudit) -> int:
     entries = [entry for entry in coverage.entries if entry.bytes_before]
     held = sum(entry.numel for entry in entries) * BYTES_PER_TEACHER_PARAMETER
+    teacher = held if recipe.teacher_cache is None else 0
     if recipe.lora is None:
-        return held + sum(entry.numel for entry in entries) * BYTES_PER_TRAINED_PARAMETER
+        return teacher + sum(entry.numel for entry in entries) * BYTES_PER_TRAINED_PARAMETER
     adapted = [entry for entry in coverage.quantized if recipe.lora.targets is None or _is_target(entry, recipe.lora)]
     factors = sum(recipe.lora.r * math.prod(entry.shape[:-2]) * sum(entry.shape[-2:]) for entry in adapted)
-    return 2 * held + factors * BYTES_PER_TRAINED_PARAMETER
+    return held + teacher + factors * BYTES_PER_TRAINED_PARAMETER
 
 
 def _is_target(entry: AuditEntry, lora: LoraSettings) -> bool:

@@ -1,0 +1,73 @@
+"""The teacher of a recipe, run once over its text; and the text, which a cache keeps where the model wrote it."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmqat.data import DataConfig, TokenBlocks, load_blocks, read_blocks
+from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
+from llmqat.models import load_model
+from llmqat.recipe.bars import token_bar
+from llmqat.recipe.config import Recipe, training_arguments
+from llmqat.recipe.folder import kept_blocks
+
+
+def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: int) -> TeacherCache:
+    """Runs the model of `recipe` over its text, writes what it predicts to `folder`, and returns the cache.
+
+    An interrupted call is gone on with by giving it again; a cache of the same model is added to.
+
+    Args:
+        recipe: model and text.
+        folder: made, or a cache of the same model and `top_k`.
+        top_k: tokens kept a position.
+        batch_size: blocks in one forward pass.
+
+    Raises:
+        FileExistsError: `folder` holds something else.
+        FileNotFoundError: the model or the text is not there.
+        ValueError: `folder` holds the cache of another model or `top_k`, or the model or the text does not do.
+    """
+    model, tokenizer = load_model(recipe.model, torch.bfloat16)
+    model.to(training_arguments(recipe).device)
+    TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k))  # now: a folder that does not do costs no text
+    make = partial(text_of, recipe, tokenizer, model)
+    written = recipe.data.source == "synthetic"
+    blocks = kept_blocks(folder, make, text_file(recipe.data)) if written else make()
+    with token_bar("teacher") as progress:
+        return cache_teacher(
+            model, tokenizer, blocks.ids, folder, top_k=top_k, batch_size=batch_size, progress=progress
+        )
+
+
+def teacher_cache_of(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TeacherCache | None:
+    """Returns the cache that the recipe names, or None where it names none.
+
+    Raises:
+        FileNotFoundError: there is none in the folder.
+        ValueError: it was not made by `model` with `tokenizer`.
+    """
+    if recipe.teacher_cache is None:
+        return None
+    cache = TeacherCache(recipe.teacher_cache)
+    cache.check(model, tokenizer)
+    return cache
+
+
+def text_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TokenBlocks:
+    """Returns the recipe's text: where `model` has written it for the teacher's cache already, from there."""
+    kept = None if recipe.teacher_cache is None else recipe.teacher_cache / text_file(recipe.data)
+    if kept is not None and kept.is_file():
+        return read_blocks(kept)
+    with token_bar("text") as progress:
+        return load_blocks(recipe.data, tokenizer, model, progress)
+
+
+def text_file(data: DataConfig) -> str:
+    """Returns the name of the file in a cache that keeps the text a model has written as `data` says."""
+    return f"text-{hashlib.sha256(data.model_dump_json().encode()).hexdigest()[:12]}.safetensors"
