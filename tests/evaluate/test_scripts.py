@@ -150,4 +150,20 @@ def test_finetuning(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_training_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "3", "--batch-size", "2", "--block-size", "32", "--group-size", "32", "--rank", "4"]
     run(monkeypatch, "training_memory.py", "--model", str(folder), *arguments)
-    assert set(headline(capsys.readouterr().out)) == {"all", "lora", "scales"}
+    assert set(headline(capsys.readouterr().out)) == {"all", "cached", "lora", "scales"}
+
+
+def test_teacher_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is long enough for some windows. " * 20, encoding="utf-8")
+    arguments = ["--model", str(folder), "--text", str(text), "--test", str(text), "--max-windows", "4"]
+    arguments += ["--top-k", "4", "64", "--blocks", "2", "--block-size", "32", "--group-size", "32"]
+    run(monkeypatch, "teacher_cache.py", *arguments, "--train", "--steps", "4", "--learning-rate", "1e-3")
+    found = headline(capsys.readouterr().out)
+    assert 0 < found["mass of 4"] < found["mass of 64"] < 1
+    assert 0 < found["kl of 4"] < found["kl of 64"] < found["exact kl"]
+    assert found["perplexity against live"] == pytest.approx(1, abs=0.1)
+    assert found["cached perplexity"] != found["live perplexity"]
+    assert list(found)[-1] == "speed against live"
