@@ -41,6 +41,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -84,6 +85,41 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrain
         return _in_dtype(model, dtype), load_tokenizer(source, spec)
     _check_full_precision(config, spec)
     return _load_weights(source, spec, dtype), load_tokenizer(source, spec)
+
+
+def load_with_few_bits(spec: str, num_bits: int) -> PreTrainedModel:
+    """Returns the model that `spec` names with its linear layers in 8 or 4 bits by bitsandbytes, for a teacher.
+
+    8 bits are LLM.int8() (2208.07339), 4 bits NF4 (2305.14314); embeddings, head and norms stay in bfloat16. Weights
+    are quantized as they are read, so the whole model is never there in bfloat16.
+
+    Args:
+        spec: as `load_model` takes it; no adapter, whose merged weights are not on disk.
+        num_bits: 8 or 4.
+
+    Raises:
+        FileNotFoundError: the model is not there.
+        ValueError: it is no full-precision model on disk, or not of so many bits.
+    """
+    if num_bits not in (4, 8):
+        raise ValueError(f"a model in {num_bits} bits: bitsandbytes has 4 and 8")
+    if adapter_base(spec) is not None:
+        raise ValueError(
+            f"model {spec!r} is an adapter, and only a model on disk can be loaded in {num_bits} bits; merge it first: "
+            "llmqat.models.load_model(spec)[0].save_pretrained(folder)"
+        )
+    source = resolve_spec(spec)
+    _check_full_precision(read_config(source, spec), spec)
+    quantization = BitsAndBytesConfig(
+        load_in_8bit=num_bits == 8,
+        load_in_4bit=num_bits == 4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    # It says at every product that it computes in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return _load_weights(source, spec, torch.bfloat16, quantization_config=quantization, device_map={"": device}).eval()
 
 
 def resolve_spec(spec: str) -> str | Path:

@@ -14,6 +14,7 @@ from llmqat.recipe import coverage_of
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 COMMANDS = ["train", "plan", "eval", "compare", "quantize", "sensitivity", "synthesize", "audit", "export", "chat"]
+COMMANDS.append("cache-teacher")
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
@@ -122,6 +122,8 @@ class Recipe(Config):
     """Adapters that are trained inside the quantizers in place of all weights; none where not given."""
     teacher_cache: Path | None = None
     """Folder made by `llmqat cache-teacher` from this model and text: stands in for the teacher while training."""
+    teacher_bits: Literal[4, 8] | None = None
+    """Holds the teacher's linear layers in 8 or 4 bits (bitsandbytes) while training; bfloat16 where not given."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Fields of QATArguments: those of transformers.TrainingArguments and a few more; checked by name and type."""
     evaluate: EvaluationSettings = Field(default_factory=EvaluationSettings)
@@ -151,8 +153,11 @@ class Recipe(Config):
         check_stages(self.calibrate, self.quant)
         if self.lora is not None and self.train.get("trainable", "all") != "all":
             raise ValueError(f"train.trainable={self.train['trainable']!r} trains no adapter; leave it out, or lora")
-        if self.teacher_cache is not None and self.train.get("kl_weight", 1.0) == 0:
-            raise ValueError(f"teacher_cache={self.teacher_cache} is not used with train.kl_weight=0; leave out either")
+        for key in ("teacher_cache", "teacher_bits"):
+            if getattr(self, key) is not None and self.train.get("kl_weight", 1.0) == 0:
+                raise ValueError(f"{key}={getattr(self, key)} is not used with train.kl_weight=0; leave out either")
+        if self.teacher_cache is not None and self.teacher_bits is not None:
+            raise ValueError(f"teacher_bits={self.teacher_bits}: a teacher_cache holds no model; leave out either")
         return self
 
     @field_validator("calibrate", mode="before")

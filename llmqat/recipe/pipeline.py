@@ -48,7 +48,7 @@ from llmqat.layers import (
     CoverageAudit,
     convert,
 )
-from llmqat.models import adapter_base, load_adapter_base, load_model, write_whole
+from llmqat.models import adapter_base, load_adapter_base, load_model, load_with_few_bits, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, planned
 from llmqat.recipe.bars import progress
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, training_arguments
@@ -129,12 +129,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     stage = Stages()
     with stage("load", recipe.model), arguments.main_process_first():  # a GGUF file is dequantized by one for all
         # Now: a scheme that does not do should not cost the text.
-        coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
-        if not coverage.quantized:
-            raise ValueError(
-                "quant covers no weight (quant.targets is empty, or all is ignored), so there is nothing to pack; a "
-                "quantized KV cache alone can be used in Python (llmqat.prepare), or beside weights such as preset int8"
-            )
+        coverage = _checked_coverage(recipe)
         teacher, tokenizer = load_model(recipe.model, torch.bfloat16)
         teacher.to(arguments.device)
         windows = evaluation_windows(recipe.evaluate, tokenizer)  # now: a text that does not do should not cost a run
@@ -143,6 +138,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         blocks = kept_blocks(recipe.output, partial(text_of, recipe, tokenizer, teacher))
     if cache is not None:
         cache.check(blocks=blocks.ids)
+    if cache is not None or recipe.teacher_bits is not None:
         del teacher  # loaded again for the comparison
         teacher = None
     if recipe.allocate is not None:
@@ -154,12 +150,13 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         layers = {"calibrated": layers_of(recipe, student, blocks.ids, arguments)}
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
         model = student if recipe.lora is None else recipe.lora.attach(student, recipe.seed)
-        if recipe.lora is not None and is_own_teacher(model):
-            del teacher  # likewise
+        taught_by = _taught_by(recipe, model, teacher, cache)
+        if taught_by is not teacher:
             teacher = None
         if packed := arguments.trainable == "scales":
             convert(student)  # codes stay as they are, so no weight is needed any more
-        training = _train(model, teacher if cache is None else cache, arguments, blocks)
+        training = _train(model, taught_by, arguments, blocks)
+        del taught_by
         if packed:
             convert(student)
     if not main:
@@ -188,6 +185,27 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     result = RunResult(report.folder, comparison, report, training, stage.seconds)
     _write_results(recipe, result, facts)
     return result
+
+
+def _taught_by(
+    recipe: Recipe, model: PreTrainedModel | PeftModel, teacher: PreTrainedModel | None, cache: TeacherCache | None
+) -> PreTrainedModel | TeacherCache | None:
+    """Returns what `model` learns from; None for itself with quantizers and adapters off."""
+    if cache is not None:
+        return cache
+    if recipe.teacher_bits is not None:
+        return load_with_few_bits(recipe.model, recipe.teacher_bits)
+    return None if recipe.lora is not None and is_own_teacher(model) else teacher
+
+
+def _checked_coverage(recipe: Recipe) -> CoverageAudit:
+    coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
+    if not coverage.quantized:
+        raise ValueError(
+            "quant covers no weight (quant.targets is empty, or all is ignored), so there is nothing to pack; a "
+            "quantized KV cache alone can be used in Python (llmqat.prepare), or beside weights such as preset int8"
+        )
+    return coverage
 
 
 def with_planned_bits(recipe: Recipe, blocks: Tensor, arguments: QATArguments) -> Recipe:

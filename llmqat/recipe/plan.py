@@ -69,6 +69,9 @@ def _state_bytes(recipe: Recipe, coverage: CoverageAudit) -> int:
     entries = [entry for entry in coverage.entries if entry.bytes_before]
     held = sum(entry.numel for entry in entries) * BYTES_PER_TEACHER_PARAMETER
     teacher = held if recipe.teacher_cache is None else 0
+    if recipe.teacher_bits is not None:
+        linear = sum(entry.numel for entry in coverage.quantized)
+        teacher -= round(linear * (BYTES_PER_TEACHER_PARAMETER - recipe.teacher_bits / 8))
     if recipe.lora is None:
         return teacher + sum(entry.numel for entry in entries) * BYTES_PER_TRAINED_PARAMETER
     adapted = [entry for entry in coverage.quantized if recipe.lora.targets is None or _is_target(entry, recipe.lora)]

@@ -187,7 +187,9 @@ class QATTrainer(Trainer):
         self._fuse = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantModule)) >= FUSING_PAYS
         self.teacher = teacher
         if isinstance(teacher, nn.Module):
-            teacher.requires_grad_(False).eval().to(self.args.device)
+            teacher.requires_grad_(False).eval()
+            if not getattr(teacher, "is_quantized", False):  # bitsandbytes has put its weights where they stay
+                teacher.to(self.args.device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -171,6 +172,26 @@ def test_adapters_are_folded_and_resumed(tiny_folder: Path, tmp_path: Path, monk
 
     beside = run_small(RECIPE, tiny_folder, tmp_path / "beside", *lora, "calibrate=[ranges, gptq]")
     assert not beside.training["own_teacher"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_teacher_is_held_in_few_bits(bits: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    held = {8: bitsandbytes.nn.Linear8bitLt, 4: bitsandbytes.nn.Linear4bit}[bits]
+    taught_by: list[int] = []
+
+    class Watched(QATTrainer):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            taught_by.append(sum(isinstance(module, held) for module in self.teacher.modules()))
+
+    monkeypatch.setattr("llmqat.recipe.pipeline.QATTrainer", Watched)
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run", f"teacher_bits={bits}")
+    assert taught_by == [14]  # seven linear layers in each of two blocks
+    assert result.training["last_loss"] > 0
+    with pytest.raises(ValueError, match="teacher_bits=8: a teacher_cache holds no model"):
+        load_recipe(RECIPE, ["teacher_bits=8", "teacher_cache=somewhere"])
+    with pytest.raises(ValueError, match="teacher_bits"):
+        load_recipe(RECIPE, ["teacher_bits=3"])
 
 
 def test_a_finished_adapter_is_merged_and_what_rounding_costs_it_is_said(tiny_folder: Path, tmp_path: Path):
