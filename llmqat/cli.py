@@ -344,23 +344,58 @@ def synthesize(
     out: OutOption,
     tokens: Annotated[str, typer.Option(help="Tokens to write: 65536, 64k (64,000) or 1M (1,000,000).")] = "65536",
     block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 512,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Most rows written at once; part of what makes the text.")
+    ] = 256,
+    strategy: Annotated[str, typer.Option(help="llm-qat, sampling, chat or prompts.")] = "llm-qat",
+    chat_share: Annotated[float | None, typer.Option(help="Share of chats, of llm-qat and sampling; 0.25.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Strategy prompts: a prompt a line, or .jsonl.")] = None,
+    prompt_turns: Annotated[bool, typer.Option(help="A prompt is a user's turn of the chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="Logits are divided by it.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw of the likeliest tokens that have this share together.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw of so many of the likeliest tokens; off.")] = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Lets a model write its own training text, as token blocks in a parquet file (columns input_ids and text).
+    """Lets a model write its own training text: shards of token blocks in parquet, with a report and samples to read.
+
+    A run that was interrupted goes on when the same command is given again; more --tokens are more shards.
 
     **Examples**
 
         llmqat synthesize HuggingFaceTB/SmolLM2-135M --tokens 1M --out written
 
-        llmqat train recipes/smollm2-135m-int4.yaml data.source=dataset data.path=written data.column=text
+        llmqat synthesize HuggingFaceTB/SmolLM2-135M --strategy prompts --prompts beginnings.txt --out written
+
+        llmqat train recipes/smollm2-135m-int4.yaml data.path=written
     """
+    from llmqat.data.shards import report_lines
+    from llmqat.data.strategy import SynthesisConfig
     from llmqat.recipe import synthesize_to
 
-    path, blocks = synthesize_to(
-        model, out, tokens=_count(tokens), block_size=block_size, seed=seed, overwrite=overwrite
+    values = {
+        "block_size": block_size,
+        "batch_size": batch_size,
+        "seed": seed,
+        "strategy": strategy,
+        "chat_share": chat_share,
+        "prompts": prompts,
+        "prompt_turns": prompt_turns,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+    }
+    written = synthesize_to(
+        model, out, tokens=_count(tokens), config=SynthesisConfig.model_validate(values), overwrite=overwrite
     )
-    console.print(f"{path}: {len(blocks):,} blocks of {blocks.block_size} tokens", highlight=False, soft_wrap=True)
+    for line in report_lines(written.manifest.report or {}):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{out}: {written.blocks:,} blocks of {block_size} tokens in {len(written.files)} shards; samples in "
+        f"{out / 'README.md'}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -290,17 +291,22 @@ def test_eval_of_a_text_that_does_not_do(tiny: Path, tmp_path: Path):
     assert "is not UTF-8" in refusal("eval", str(tiny), "--text", str(tmp_path / "latin.txt"))
 
 
-def test_synthesize_writes_blocks_that_datasets_reads(tiny: Path, tmp_path: Path):
+def test_synthesize_writes_shards_that_datasets_reads(tiny: Path, packed: Path, tmp_path: Path):
     from datasets import load_dataset
 
     out = tmp_path / "text"
-    done = call("synthesize", str(tiny), "--tokens", "200", "--block-size", "32", "--out", str(out))
-    assert done.exit_code == 0, done.output
-    assert "7 blocks of 32 tokens" in done.output
-    rows = load_dataset("parquet", data_files=str(out / "blocks.parquet"), split="train", cache_dir=str(tmp_path))
-    assert len(rows) == 7
-    assert {len(ids) for ids in rows["input_ids"]} == {32}
-    assert isinstance(rows[0]["text"], str)
+    words = ["--tokens", "200", "--block-size", "32", "--batch-size", "4", "--out", str(out)]
+    for model, extra in ((tiny, []), (tiny, []), (packed, ["--overwrite", "--strategy", "chat", "--top-p", "0.9"])):
+        done = call("synthesize", str(model), *words, *extra)
+        assert done.exit_code == 0, done.output
+        assert re.search(r"\d blocks of 32 tokens in \d shards", done.output)
+        assert "perplexity" in done.output
+        rows = load_dataset("parquet", data_files=str(out / "shard-*.parquet"), split="train", cache_dir=str(tmp_path))
+        assert len(rows) >= 7
+        assert {len(ids) for ids in rows["input_ids"]} == {32}
+        assert isinstance(rows[0]["text"], str)
+    assert "model_sha256 was" in refusal("synthesize", str(tiny), *words)
+    assert "llm-qat" in refusal("synthesize", str(tiny), *words, "--strategy", "magic")
 
 
 def test_chat_answers_a_prompt_and_a_conversation(tiny: Path, packed: Path):

@@ -156,7 +156,7 @@ def test_override_through_a_value_is_refused():
         ("seed=many", ["seed='many'", "integer"]),
         ("quant.num_bits=9", ["quant.num_bits=9", "less than or equal to 8"]),
         ("quant.weights={num_bits: 3}", ["quant", "exclude each other"]),
-        ("data.path=x", ["data", "data.path", "synthetic"]),
+        ("data.name=x", ["data", "data.name", "synthetic"]),
     ],
 )
 def test_what_is_not_understood_is_refused_with_key_value_and_way_out(tmp_path: Path, override: str, parts: list[str]):

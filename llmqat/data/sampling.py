@@ -1,0 +1,100 @@
+"""Drawing the next token of many rows from their logits.
+
+One uniform number a row is enough: it inverts the distribution function, in two levels, where drawing by exponentials
+would need a random number for each of the B x V probabilities. A few rows at a time are worked on, so that their
+probabilities in float32 stay in the processor's cache and never lie in memory for all rows.
+
+Letters: B rows, V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_ROWS_AT_ONCE = 16
+_BUCKET = 256
+"""Vocabulary entries summed together in the first level."""
+_CANDIDATES = 512
+"""Most likely tokens that are looked at first for top_p; rows that need more of them are sorted whole."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 1.0
+    """Logits are divided by it."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have this probability are drawn; 1: all."""
+    top_k: int | None = None
+    """Only so many of the most likely tokens are drawn; None: all."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the model's unchanged distribution."""
+        return self == Sampling()
+
+
+def choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Returns one token a row, int64 [B], and its log-probability in softmax(logits), in nats, float32 [B].
+
+    Args:
+        logits: [B, V], any floating dtype.
+        uniforms: float64 [B] in [0, 1).
+        greedy: bool [B]: rows that take the most likely token instead.
+        sampling: how the others are drawn.
+    """
+    parts = zip(logits.split(_ROWS_AT_ONCE), uniforms.split(_ROWS_AT_ONCE), greedy.split(_ROWS_AT_ONCE), strict=True)
+    tokens, log_probs = zip(*(_choose(*part, sampling) for part in parts), strict=True)
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
+def _choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    if sampling.is_plain:
+        tokens = invert(weights, uniforms)
+    else:
+        candidates, kept = _truncated(logits, sampling)
+        tokens = candidates.gather(1, invert(kept, uniforms)[:, None]).squeeze(1)
+    if greedy.any():
+        tokens = torch.where(greedy, logits.argmax(-1), tokens)
+    chosen = weights.gather(1, tokens[:, None]).squeeze(1)
+    return tokens, chosen.clamp(min=torch.finfo(chosen.dtype).tiny).log()
+
+
+def _truncated(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Returns the tokens that may be drawn, most likely first, int64 [B, K], and their weights, float32 [B, K]."""
+    size = logits.shape[-1]
+    count = min(sampling.top_k or size, size)
+    weights = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    first = count if sampling.top_p == 1 or sampling.top_k else min(_CANDIDATES, count)
+    kept, candidates = weights.topk(first)
+    if first < count and bool((kept.sum(-1) < sampling.top_p).any()):
+        kept, candidates = weights.topk(count)
+    before = kept.double().cumsum(-1) - kept  # of more likely tokens: the first token is always kept
+    whole = kept.double().sum(-1, keepdim=True) if sampling.top_k else 1.0
+    return candidates, kept.masked_fill(before >= sampling.top_p * whole, 0.0)
+
+
+def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Returns the index, int64 [B], at which the distribution function of `weights` reaches `uniforms`.
+
+    Args:
+        weights: float32 [B, K], not negative; need not sum to one.
+        uniforms: float64 [B] in [0, 1).
+    """
+    short = -weights.shape[-1] % _BUCKET
+    if short:
+        weights = nn.functional.pad(weights, (0, short))
+    weights = weights.view(len(weights), -1, _BUCKET)
+    buckets = weights.sum(-1).double().cumsum(-1)
+    target = uniforms[:, None] * buckets[:, -1:]
+    bucket = torch.searchsorted(buckets, target, right=True).clamp_(max=buckets.shape[-1] - 1)
+    target = target - torch.where(bucket > 0, buckets.gather(-1, (bucket - 1).clamp(min=0)), 0.0)
+    inner = weights.gather(1, bucket[..., None].expand(-1, 1, _BUCKET)).squeeze(1).double().cumsum(-1)
+    # The bucket's own sum is rounded differently from the sum of its entries: stay on its last possible entry.
+    target = torch.minimum(target, inner[:, -1:] * (1 - 2**-40))
+    return (bucket * _BUCKET + torch.searchsorted(inner, target, right=True)).squeeze(-1)

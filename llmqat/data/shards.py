@@ -1,0 +1,326 @@
+"""A folder of text that a model has written: shards, what made them, and what they are like.
+
+    shard-00000.parquet   blocks of the first shard: columns `input_ids` and `text`
+    llmqat.json           the manifest: model, settings, a line a shard with rows, hash and counts; the report
+    README.md             the same for people, with samples to read; its head makes `datasets.load_dataset(FOLDER)` work
+
+A shard counts once the manifest names it, and both are written beside their place and renamed. So a run that is killed
+loses the shard it was writing, and nothing else: the same command goes on, and what it writes then is what it would
+have written. More tokens asked of a finished folder are more shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmqat.data.blocks import Progress, token_blocks
+from llmqat.data.hub import MANIFEST_FILE
+from llmqat.data.quality import distinct_shares, merged, summary
+from llmqat.data.strategy import SynthesisConfig
+from llmqat.data.synthesis import Shard, Writer
+from llmqat.layers.source import checksum
+from llmqat.models import write_whole
+
+log = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+FORMAT = "llmqat synthesis 1"
+SAMPLES = 12
+SAMPLE_CHARACTERS = 1200
+_LEFT_OVERS = (".shard-*.parquet.*", f".{MANIFEST_FILE}.*", f".{CARD_FILE}.*")
+"""Names under which a killed run may leave half-written files."""
+_NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+"""Keys of a model's configuration that change nothing in what it writes."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards says of itself."""
+
+    made_with: dict[str, Any]
+    """Hashes of model, tokenizer and prompts, and the settings: what the text depends on, flat."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """The model's name and the versions: for people."""
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    """A line a finished shard: number, file, rows, blocks, sha256 of its ids, counts of its documents."""
+    report: dict[str, Any] | None = None
+    """What the text is like; None while shards are missing."""
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SynthesisConfig, rows: int
+    ) -> Manifest:
+        """Returns the manifest of a folder without shards; a shard will have at most `rows` rows."""
+        settings = config.model_dump(mode="json", exclude={"prompts", "batch_size"})
+        prompts = None if config.prompts is None else hashlib.sha256(config.prompts.read_bytes()).hexdigest()
+        made_with = {
+            "model_sha256": model_fingerprint(model),
+            "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "batch_size": rows,
+            "prompts_sha256": prompts,
+            **settings,
+        }
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        capability = torch.backends.cpu.get_cpu_capability()
+        facts = {"model": model.config._name_or_path or type(model).__name__, **versions, "processor": capability}
+        return cls(made_with, facts)
+
+
+@dataclass(frozen=True)
+class WrittenFolder:
+    """A folder that holds all that was asked for."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards' files in order."""
+        return [self.path / line["file"] for line in self.manifest.shards]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in all shards."""
+        return sum(line["blocks"] for line in self.manifest.shards)
+
+    def shards(self) -> Iterator[Shard]:
+        """Yields the shards as they lie on disk."""
+        for line in self.manifest.shards:
+            yield _shard_of(line, _read_ids(self.path / line["file"]))
+
+
+def write_shards(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    folder: Path,
+    config: SynthesisConfig,
+    progress: Progress | None = None,
+) -> WrittenFolder:
+    """Fills `folder` with shards until they hold `tokens`; those that it holds already are kept.
+
+    Raises:
+        FileExistsError: `folder` holds something else.
+        ValueError: it was written by another model or with other settings; says which. And as `Writer`.
+    """
+    check_folder(folder)
+    writer = Writer(model, tokenizer, config)
+    manifest = Manifest.of(model, tokenizer, config, writer.most_rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove(folder, *_LEFT_OVERS)
+    if (folder / MANIFEST_FILE).is_file():
+        found = read_manifest(folder)
+        _check_same(found, manifest, folder)
+        manifest = found
+    done = {shard.number: shard for shard in _finished(manifest, folder)}
+    if done:
+        log.info("%s: %d shards are there already", folder, len(done))
+    lines: list[dict[str, Any]] = []
+    for shard in writer.shards(tokens, done, progress):
+        lines.append(_line_of(shard))
+        if shard.number not in done:
+            _write_parquet(shard.ids, tokenizer, folder / lines[-1]["file"])
+            # What lies behind an unfinished shard was finished before it was damaged: it is kept.
+            later = [line for line in manifest.shards if line["number"] > shard.number and line["number"] in done]
+            _write_manifest(Manifest(manifest.made_with, manifest.facts, [*lines, *later]), folder)
+    kept = [line for line in manifest.shards if line["number"] >= len(lines) and line["number"] in done]
+    manifest = Manifest(manifest.made_with, manifest.facts, [*lines, *kept])
+    return _reported(WrittenFolder(folder, manifest), tokenizer)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises where `folder` is something else than shards, finished or not.
+
+    Raises:
+        FileExistsError: it is.
+    """
+    if folder.exists() and not (folder.is_dir() and _holds_shards(folder)):
+        raise FileExistsError(f"output folder {folder} exists already and holds no written text; choose another --out")
+
+
+def remove_shards(folder: Path) -> None:
+    """Deletes the written text in `folder`, if there is any; the folder stays.
+
+    Raises:
+        FileExistsError: `folder` holds something else.
+    """
+    check_folder(folder)
+    if folder.exists():
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)  # first: without it nothing counts
+        _remove(folder, "shard-*.parquet", CARD_FILE, *_LEFT_OVERS)
+
+
+def _holds_shards(folder: Path) -> bool:
+    """Whether there is a manifest of ours, or only what a run leaves that was killed before it wrote one."""
+    left_over = ("shard-*.parquet", *_LEFT_OVERS)
+    others = (path for path in folder.iterdir() if not any(path.match(pattern) for pattern in left_over))
+    return (folder / MANIFEST_FILE).is_file() or not any(others)
+
+
+def _remove(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Returns what `folder` says of itself.
+
+    Raises:
+        ValueError: its manifest is damaged or something else.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("format") != FORMAT:
+            raise ValueError(f"it is not of format {FORMAT!r}")
+        return Manifest(**found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no manifest of written text: {error}; choose another --out") from error
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Returns the SHA-256 of what `model` computes with: its configuration, and a sum over every tensor's bits."""
+    settings = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_COMPUTED_WITH}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}\n".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the SHA-256 of the tokenizer's vocabulary and chat template."""
+    held = [sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)]
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+
+
+def _check_same(found: Manifest, wanted: Manifest, folder: Path) -> None:
+    keys = sorted(found.made_with.keys() | wanted.made_with.keys())
+    pairs = [(key, found.made_with.get(key), wanted.made_with.get(key)) for key in keys]
+    differing = [f"{key} was {before!r}, now {now!r}" for key, before, now in pairs if before != now]
+    if differing:
+        raise ValueError(
+            f"the text in {folder} (by {found.facts.get('model')}) was begun with something else: "
+            f"{'; '.join(differing)}. Give the same again to go on, another --out, or --overwrite to begin anew"
+        )
+
+
+# Shards and their lines in the manifest
+
+
+def _line_of(shard: Shard) -> dict[str, Any]:
+    return {
+        "number": shard.number,
+        "file": f"shard-{shard.number:05d}.parquet",
+        "rows": shard.rows,
+        "blocks": len(shard.ids),
+        "sha256": token_blocks(shard.ids, "").sha256,
+        "facts": dict(shard.facts),
+    }
+
+
+def _shard_of(line: dict[str, Any], ids: Tensor) -> Shard:
+    return Shard(line["number"], line["rows"], ids, line["facts"])
+
+
+def _finished(manifest: Manifest, folder: Path) -> Iterator[Shard]:
+    """Yields the shards that lie whole in `folder`; others are written again."""
+    size = manifest.made_with["block_size"]
+    for line in manifest.shards:
+        path = folder / line["file"]
+        try:
+            ids = _read_ids(path).view(-1, size)
+        except (OSError, ValueError, RuntimeError) as error:
+            log.warning("%s is missing or damaged and is written again: %s", path, error)
+            continue
+        if token_blocks(ids, "").sha256 == line["sha256"]:
+            yield _shard_of(line, ids)
+        else:
+            log.warning("%s does not hold what the manifest says, and is written again", path)
+
+
+def _write_parquet(ids: Tensor, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    from datasets import Dataset
+
+    rows = {"input_ids": ids.tolist(), "text": tokenizer.batch_decode(ids)}
+    temporary = path.with_name(f".{path.name}.tmp")
+    Dataset.from_dict(rows).to_parquet(temporary)
+    temporary.replace(path)
+
+
+def _read_ids(path: Path) -> Tensor:
+    import pyarrow.parquet as parquet
+
+    column = parquet.read_table(path, columns=["input_ids"])["input_ids"].combine_chunks()
+    return torch.tensor(column.values.to_numpy(), dtype=torch.int64).view(len(column), -1)
+
+
+def _write_manifest(manifest: Manifest, folder: Path) -> None:
+    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, ensure_ascii=False)
+    write_whole(folder / MANIFEST_FILE, text + "\n")
+
+
+# The report
+
+
+def _reported(written: WrittenFolder, tokenizer: PreTrainedTokenizerBase) -> WrittenFolder:
+    """Returns the folder with its report, which is put into the manifest and the card."""
+    manifest, ids = written.manifest, torch.cat([shard.ids for shard in written.shards()])
+    report = {
+        "blocks": len(ids),
+        "tokens_kept": ids.numel(),
+        **summary(merged(line["facts"] for line in manifest.shards)),
+        "distinct_ngram_shares": distinct_shares(ids),
+    }
+    manifest = Manifest(manifest.made_with, manifest.facts, manifest.shards, report)
+    chosen = ids[torch.linspace(0, len(ids) - 1, min(SAMPLES, len(ids))).long()]
+    samples = [text[:SAMPLE_CHARACTERS] for text in tokenizer.batch_decode(chosen)]
+    write_whole(written.path / CARD_FILE, _card(manifest, samples))
+    _write_manifest(manifest, written.path)
+    return WrittenFolder(written.path, manifest)
+
+
+def _card(manifest: Manifest, samples: list[str]) -> str:
+    head = ["---", "configs:", "- config_name: default", '  data_files: "shard-*.parquet"', "---", ""]
+    lines = [*head, f"# Text written by {manifest.facts['model']}", "", *report_lines(manifest.report or {}), ""]
+    lines += ["Made with:", "", *(f"- {key}: {value}" for key, value in manifest.made_with.items()), ""]
+    lines += [f"## {len(samples)} of its blocks, from their beginning", ""]
+    for sample in samples:
+        lines += [*(f"    {line}" for line in sample.splitlines()), "", "---", ""]
+    return "\n".join(lines)
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """Returns the report as a Markdown table of kinds of documents, and a line of figures below it."""
+    columns = ["documents", "tokens a document", "ended by the model", "perplexity", "repeated 4-grams", "dropped"]
+    lines = [f"| kind | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for kind, figures in [*report["by_kind"].items(), ("all", report)]:
+        count = report["documents"] if kind == "all" else report["documents_by_kind"][kind]
+        dropped = ", ".join(f"{number} {fault}" for fault, number in figures["dropped"].items()) or "none"
+        share = f"{figures['dropped_token_share']:.1%} of tokens"
+        lines.append(
+            f"| {kind} | {count:,} | {figures['mean_document_tokens']} | {figures['ended_share']:.0%} | "
+            f"{figures['perplexity']} | {figures['repeated_4gram_share']:.1%} | {dropped} ({share}) |"
+        )
+    shares = ", ".join(f"{size}: {share:.3f}" for size, share in report["distinct_ngram_shares"].items())
+    lengths = ", ".join(f"{length}: {count}" for length, count in report["lengths_up_to"].items())
+    return [
+        *lines,
+        "",
+        f"{report['blocks']:,} blocks, {report['tokens_kept']:,} tokens; distinct n-grams, by n: {shares}",
+        "",
+        f"documents by length, up to: {lengths}",
+    ]

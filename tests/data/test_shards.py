@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import load_dataset
+
+from llmqat.data import DataConfig, load_blocks
+from llmqat.data.shards import WrittenFolder, write_shards
+from llmqat.data.strategy import SynthesisConfig
+from llmqat.data.synthesis import Writer, synthesize
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+TOKENS = 8 * 4 * 48
+KILLS = int(os.environ.get("LLMQAT_TEST_KILLS", "3"))
+
+
+def fill(folder: Path, tokens: int = TOKENS, seed: int = 0, model_seed: int = 0, **settings: Any) -> WrittenFolder:
+    config = SynthesisConfig(**{"block_size": 48, "batch_size": 4, "seed": seed, **settings})
+    return write_shards(tiny_llama(seed=model_seed), tiny_tokenizer(), tokens, folder, config)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "text"
+    fill(folder)
+    return folder
+
+
+def test_a_run_that_is_killed_goes_on_and_writes_the_same(undisturbed: Path, tmp_path: Path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llmqat.data.shards", "tests.data.test_shards"])
+    folder, draw = tmp_path / "text", random.Random(0)
+    killed = 0
+    while True:
+        before = contents(folder)
+        process = context.Process(target=fill, args=(folder,))
+        process.start()
+        deadline = time.monotonic() + 60
+        if killed < KILLS:
+            while contents(folder).keys() == before.keys() and process.is_alive() and time.monotonic() < deadline:
+                time.sleep(draw.uniform(0.0, 0.05))  # at least one shard a start, so that the end is reached
+            time.sleep(draw.uniform(0.0, 0.3))
+            process.kill()
+        process.join(60)
+        after = contents(folder)
+        assert before.items() <= after.items()  # no finished shard is lost or changed
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -9
+        killed += 1
+    assert killed >= 2
+    assert contents(folder) == contents(undisturbed)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    manifests = [json.loads((path / "llmqat.json").read_text()) for path in (folder, undisturbed)]
+    assert manifests[0]["made_with"] == manifests[1]["made_with"]
+    assert [line["sha256"] for line in manifests[0]["shards"]] == [line["sha256"] for line in manifests[1]["shards"]]
+
+
+def test_a_shard_depends_on_number_and_rows_alone(undisturbed: Path):
+    config = SynthesisConfig(block_size=48, batch_size=4)
+    lines = json.loads((undisturbed / "llmqat.json").read_text())["shards"]
+    last = Writer(tiny_llama(), tiny_tokenizer(), config).write(lines[-1]["number"], lines[-1]["rows"])
+    rows = load_dataset("parquet", data_files=str(undisturbed / lines[-1]["file"]), split="train")
+    assert rows["input_ids"][:] == last.ids.tolist()
+
+
+def test_datasets_and_recipes_read_it(undisturbed: Path):
+    tokenizer = tiny_tokenizer()
+    rows = load_dataset(str(undisturbed), split="train")
+    assert set(rows.column_names) == {"input_ids", "text"}
+    assert rows[0]["text"] == tokenizer.decode(rows[0]["input_ids"])
+    config = DataConfig(source="dataset", path=undisturbed, block_size=16)
+    assert len(load_blocks(config, tokenizer)) > 8
+    again = DataConfig(path=undisturbed, tokens=480, block_size=48, batch_size=4)
+    blocks = load_blocks(again, tokenizer, tiny_llama())
+    assert blocks.ids.tolist() == rows["input_ids"][:10]
+    in_memory = synthesize(tiny_llama(), tokenizer, TOKENS, block_size=48, batch_size=4)
+    assert in_memory.ids.tolist() == rows["input_ids"][: len(in_memory)]
+
+
+def test_more_tokens_are_more_shards(tmp_path: Path):
+    first = fill(tmp_path, tokens=200)
+    before = contents(tmp_path)
+    second = fill(tmp_path, tokens=700)
+    assert before.items() < contents(tmp_path).items()
+    assert first.blocks < second.blocks
+    assert second.blocks * 48 >= 700
+
+
+def test_a_damaged_shard_is_written_again(tmp_path: Path):
+    files = fill(tmp_path, tokens=700).files
+    before = contents(tmp_path)
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    files[1].unlink()
+    fill(tmp_path, tokens=700)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"model_seed": 1}, "model_sha256 was"),
+        ({"batch_size": 5}, "batch_size was 4, now 5"),
+        ({"top_p": 0.5}, "top_p was 1.0, now 0.5"),
+    ],
+)
+def test_something_else_in_the_folder_is_refused(undisturbed: Path, changes: dict[str, Any], named: str):
+    before = contents(undisturbed)
+    with pytest.raises(ValueError, match=named) as caught:
+        fill(undisturbed, **changes)
+    assert str(caught.value).count(" was ") == 2  # "was begun", and the one difference
+    assert contents(undisturbed) == before
+
+
+def test_other_files_are_left_alone(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no written text"):
+        fill(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_report_tells_what_the_text_is_like(undisturbed: Path):
+    manifest = json.loads((undisturbed / "llmqat.json").read_text())
+    report = manifest["report"]
+    assert set(report["documents_by_kind"]) == {"chat", "plain"}
+    assert report["perplexity"] > 1
+    assert list(report["distinct_ngram_shares"]) == ["1", "2", "3", "4"]
+    assert sum(report["lengths_up_to"].values()) == report["documents"] - sum(report["dropped"].values())
+    card = (undisturbed / "README.md").read_text()
+    assert "12 of its blocks" in card
+    assert "perplexity" in card
