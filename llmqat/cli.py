@@ -354,6 +354,9 @@ def synthesize(
     temperature: Annotated[float, typer.Option(help="Logits are divided by it.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Draw of the likeliest tokens that have this share together.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Draw of so many of the likeliest tokens; off.")] = None,
+    teacher_top_k: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many of the model's likeliest tokens a position, in OUT/teacher.")
+    ] = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -367,7 +370,9 @@ def synthesize(
 
         llmqat synthesize HuggingFaceTB/SmolLM2-135M --strategy prompts --prompts beginnings.txt --out written
 
-        llmqat train recipes/smollm2-135m-int4.yaml data.path=written
+        llmqat synthesize HuggingFaceTB/SmolLM2-135M --tokens 1M --teacher-top-k 64 --out written
+
+        llmqat train recipes/smollm2-135m-int4.yaml data.path=written teacher_cache=written/teacher
     """
     from llmqat.data.shards import report_lines
     from llmqat.data.strategy import SynthesisConfig
@@ -386,7 +391,12 @@ def synthesize(
         "top_k": top_k,
     }
     written = synthesize_to(
-        model, out, tokens=_count(tokens), config=SynthesisConfig.model_validate(values), overwrite=overwrite
+        model,
+        out,
+        tokens=_count(tokens),
+        config=SynthesisConfig.model_validate(values),
+        teacher_top_k=teacher_top_k,
+        overwrite=overwrite,
     )
     for line in report_lines(written.manifest.report or {}):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

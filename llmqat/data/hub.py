@@ -25,7 +25,7 @@ BUILDERS = {
 }
 """File suffixes that can be read, and the `datasets` builder for each."""
 MANIFEST_FILE = "llmqat.json"
-"""Lies beside text that a model has written, and is no data."""
+"""Lies beside shards of text that a model has written, and is no data."""
 TEXT_COLUMNS = ("text", "content", "document", "article", "raw_content")
 """Column names taken for the text when several columns hold strings; the first that is there."""
 
@@ -103,7 +103,8 @@ def _data_files(path: Path) -> list[Path]:
         if path.suffix not in BUILDERS:
             raise ValueError(f"{path} has an unknown kind of file; allowed: {', '.join(BUILDERS)}")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in BUILDERS and file.name != MANIFEST_FILE)
+    pattern = "shard-*.parquet" if (path / MANIFEST_FILE).is_file() else "*"
+    files = sorted(file for file in path.rglob(pattern) if file.suffix in BUILDERS)
     if not files:
         raise FileNotFoundError(f"the folder {path} holds no file of a known kind: {', '.join(BUILDERS)}")
     kinds = sorted({file.suffix for file in files})

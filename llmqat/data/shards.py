@@ -2,6 +2,7 @@
 
     shard-00000.parquet   blocks of the first shard: columns `input_ids` and `text`
     llmqat.json           the manifest: model, settings, a line a shard with rows, hash and counts; the report
+    teacher/              on demand: what the writer predicts at every position (see `teacher_cache.py`)
     README.md             the same for people, with samples to read; its head makes `datasets.load_dataset(FOLDER)` work
 
 A shard counts once the manifest names it, and both are written beside their place and renamed. So a run that is killed
@@ -15,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,19 +31,18 @@ from llmqat.data.hub import MANIFEST_FILE
 from llmqat.data.quality import distinct_shares, merged, summary
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import Shard, Writer
-from llmqat.layers.source import checksum
+from llmqat.data.teacher_cache import cache_teacher, model_fingerprint, tokenizer_fingerprint
 from llmqat.models import write_whole
 
 log = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
+TEACHER_FOLDER = "teacher"
 FORMAT = "llmqat synthesis 1"
 SAMPLES = 12
 SAMPLE_CHARACTERS = 1200
 _LEFT_OVERS = (".shard-*.parquet.*", f".{MANIFEST_FILE}.*", f".{CARD_FILE}.*")
 """Names under which a killed run may leave half-written files."""
-_NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
-"""Keys of a model's configuration that change nothing in what it writes."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,20 @@ def write_shards(
     folder: Path,
     config: SynthesisConfig,
     progress: Progress | None = None,
+    teacher_top_k: int | None = None,
 ) -> WrittenFolder:
     """Fills `folder` with shards until they hold `tokens`; those that it holds already are kept.
+
+    Args:
+        model: the writer, packed or not.
+        tokenizer: of the model.
+        tokens: wanted.
+        folder: made, or begun by an earlier call.
+        config: what makes the text.
+        progress: called with (tokens written, tokens to write).
+        teacher_top_k: whether the model's likeliest tokens are kept for training, in `folder`/teacher, and how many a
+            position. They come from one pass over each finished shard: steps of writing see a document alone, and a
+            block may hold several.
 
     Raises:
         FileExistsError: `folder` holds something else.
@@ -136,6 +149,8 @@ def write_shards(
             # What lies behind an unfinished shard was finished before it was damaged: it is kept.
             later = [line for line in manifest.shards if line["number"] > shard.number and line["number"] in done]
             _write_manifest(Manifest(manifest.made_with, manifest.facts, [*lines, *later]), folder)
+        if teacher_top_k is not None:
+            cache_teacher(model, tokenizer, shard.ids, folder / TEACHER_FOLDER, top_k=teacher_top_k)
     kept = [line for line in manifest.shards if line["number"] >= len(lines) and line["number"] in done]
     manifest = Manifest(manifest.made_with, manifest.facts, [*lines, *kept])
     return _reported(WrittenFolder(folder, manifest), tokenizer)
@@ -161,6 +176,7 @@ def remove_shards(folder: Path) -> None:
     if folder.exists():
         (folder / MANIFEST_FILE).unlink(missing_ok=True)  # first: without it nothing counts
         _remove(folder, "shard-*.parquet", CARD_FILE, *_LEFT_OVERS)
+        shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)
 
 
 def _holds_shards(folder: Path) -> bool:
@@ -190,21 +206,6 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(**found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no manifest of written text: {error}; choose another --out") from error
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Returns the SHA-256 of what `model` computes with: its configuration, and a sum over every tensor's bits."""
-    settings = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_COMPUTED_WITH}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}\n".encode())
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the SHA-256 of the tokenizer's vocabulary and chat template."""
-    held = [sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)]
-    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
 def _check_same(found: Manifest, wanted: Manifest, folder: Path) -> None:

@@ -91,12 +91,12 @@ class CacheHeader:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Returns the SHA-256 of what `model` computes with: its configuration, and the bits of every parameter."""
+    """Returns the SHA-256 of what `model` computes with: its configuration, and the bits of every tensor it stores."""
     config: Any = model.config
     settings = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_COMPUTED_WITH}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {checksum(parameter)}\n".encode())
+    for name, tensor in model.state_dict().items():  # packed codes are no parameters
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}\n".encode())
     return digest.hexdigest()
 
 

@@ -13,7 +13,13 @@ from llmqat.recipe.bars import token_bar
 
 
 def synthesize_to(
-    spec: str, folder: Path, *, tokens: int, config: SynthesisConfig, overwrite: bool = False
+    spec: str,
+    folder: Path,
+    *,
+    tokens: int,
+    config: SynthesisConfig,
+    teacher_top_k: int | None = None,
+    overwrite: bool = False,
 ) -> WrittenFolder:
     """Lets the model `spec` write text into `folder`, or go on where an interrupted run stopped.
 
@@ -22,6 +28,7 @@ def synthesize_to(
         folder: receives the shards.
         tokens: to write, rounded up to whole blocks.
         config: strategy, seed, rows, block size.
+        teacher_top_k: as `write_shards`.
         overwrite: whether text written earlier is deleted first.
 
     Raises:
@@ -35,4 +42,4 @@ def synthesize_to(
     if overwrite:
         remove_shards(folder)
     with token_bar("text") as progress:
-        return write_shards(model, tokenizer, tokens, folder, config, progress)
+        return write_shards(model, tokenizer, tokens, folder, config, progress, teacher_top_k)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import load_dataset
 
 from llmqat.data import DataConfig, load_blocks
-from llmqat.data.shards import WrittenFolder, write_shards
+from llmqat.data.shards import WrittenFolder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import Writer, synthesize
+from llmqat.data.teacher_cache import TeacherCache
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENS = 8 * 4 * 48
@@ -141,3 +143,18 @@ def test_the_report_tells_what_the_text_is_like(undisturbed: Path):
     card = (undisturbed / "README.md").read_text()
     assert "12 of its blocks" in card
     assert "perplexity" in card
+
+
+def test_the_teachers_likeliest_tokens_are_kept_for_every_block(tmp_path: Path):
+    model, tokenizer, config = tiny_llama(), tiny_tokenizer(), SynthesisConfig(block_size=48, batch_size=4)
+    write_shards(model, tokenizer, 200, tmp_path, config)
+    written = write_shards(model, tokenizer, 500, tmp_path, config, teacher_top_k=8)  # also what lay there before
+    blocks = torch.cat([shard.ids for shard in written.shards()])
+    cache = TeacherCache(tmp_path / "teacher")
+    cache.check(model, tokenizer, blocks)
+    with torch.no_grad():
+        expected = model(blocks).logits[:, :-1].log_softmax(-1).flatten(0, 1).topk(8).values
+    torch.testing.assert_close(cache.lookup(blocks).log_probs, expected, atol=0.01, rtol=0.002)
+    assert len(load_blocks(DataConfig(source="dataset", path=tmp_path, block_size=16), tokenizer)) > 8
+    remove_shards(tmp_path)
+    assert not list(tmp_path.iterdir())
