@@ -28,7 +28,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-PIECE = 64
+PIECE = 128
 """Positions in one piece of the cache: smaller ones mean more calls, larger ones more reading of empty positions."""
 ATTENTION_NAME = "llmqat_lockstep"
 _CHANGE_ARITHMETIC = ("softcap", "s_aux", "position_bias")
@@ -78,11 +78,11 @@ class LockstepCache:
 
 
 class LayerCache:
-    """One layer's keys and values: all full positions in one contiguous tensor, and an open piece of PIECE positions.
+    """One layer's keys and values, in pieces of PIECE positions of which the last one may be partly empty.
 
     Attributes:
-        keys: [B*N, L, D] (when there are any) and [B*N, PIECE, D].
-        values: the same shapes.
+        keys: [B*N, PIECE, D] each.
+        values: the same.
     """
 
     def __init__(self) -> None:
@@ -93,8 +93,8 @@ class LayerCache:
         """Stores key and value [B*N, D] at `position`, which follows the last one written."""
         slot = position % PIECE
         if slot == 0:
-            self.keys = _with_open_piece(self.keys, key)
-            self.values = _with_open_piece(self.values, value)
+            self.keys.append(key.new_zeros(len(key), PIECE, key.shape[-1]))
+            self.values.append(value.new_zeros(len(value), PIECE, value.shape[-1]))
         self.keys[-1][:, slot] = key
         self.values[-1][:, slot] = value
 
@@ -106,19 +106,13 @@ class LayerCache:
             bias: [B, L].
             scaling: factor of the products.
         """
-        products = [torch.bmm(queries, piece.transpose(1, 2)) for piece in self.keys]  # [B*N, G, L]
+        products = [torch.bmm(queries, piece.transpose(1, 2)) for piece in self.keys]  # [B*N, G, PIECE]
         return torch.add(bias[:, None], torch.cat(products, dim=2).view(len(bias), -1, bias.shape[1]), alpha=scaling)
 
     def mix(self, weights: Tensor) -> Tensor:
         """Returns the values' sum, weighted by `weights` [B*N, G, L], as [B*N, G, D]."""
-        output = torch.bmm(weights[..., -PIECE:], self.values[-1])
-        return output if len(self.values) == 1 else output + torch.bmm(weights[..., :-PIECE], self.values[0])
-
-
-def _with_open_piece(pieces: list[Tensor], like: Tensor) -> list[Tensor]:
-    """Returns all of `pieces` in one tensor, and an empty piece for states like `like` [B*N, D]."""
-    full = [torch.cat(pieces, dim=1)] if pieces else []
-    return [*full, like.new_zeros(len(like), PIECE, like.shape[-1])]
+        first, *others = map(torch.bmm, weights.split(PIECE, dim=2), self.values)
+        return sum(others, first)
 
 
 def lockstep_attention(
