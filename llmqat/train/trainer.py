@@ -267,7 +267,7 @@ class QATTrainer(Trainer):
         """Writes the model as Trainer does; an adapter's folder takes the quantizers along."""
         super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
+        if isinstance(model, PeftModel) and self.args.should_save:  # every process is here, and one has written
             add_quantizers(model, Path(output_dir or self.args.output_dir))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
