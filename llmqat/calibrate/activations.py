@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.calibrate.forward import Wrap, check_finite, check_seen, observe_inputs
+from llmqat.data.blocks import Rows
 from llmqat.layers import ActivationConfig, QuantLinear
 from llmqat.layers.activation import range_parameters, row_codes, row_values
 
@@ -30,12 +31,12 @@ CLIP_RATIOS = tuple(1.0 - 0.01 * step for step in range(70))
 Range = tuple[float, float]
 
 
-def calibrate_activations(model: nn.Module, blocks: Tensor, batch_size: int = 4, wrap: Wrap = iter) -> int:
+def calibrate_activations(model: nn.Module, blocks: Tensor | Rows, batch_size: int = 4, wrap: Wrap = iter) -> int:
     """Sets every static input range of `model`, in place, from token `blocks` [N, L]; returns how many there are.
 
     Args:
         model: a prepared causal language model; runs with its quantizers off.
-        blocks: [N, L] token ids.
+        blocks: token ids [N, L], or token blocks with their documents.
         batch_size: blocks per forward.
         wrap: put around the iteration over batches, for a progress bar.
 
@@ -71,7 +72,7 @@ def _config(layer: QuantLinear) -> ActivationConfig:
 
 
 def _full_ranges(
-    model: nn.Module, layers: dict[str, QuantLinear], blocks: Tensor, batch_size: int, wrap: Wrap
+    model: nn.Module, layers: dict[str, QuantLinear], blocks: Tensor | Rows, batch_size: int, wrap: Wrap
 ) -> dict[str, Range]:
     found: dict[str, Range] = {}
 
@@ -96,7 +97,7 @@ def _histograms(
     model: nn.Module,
     layers: dict[str, QuantLinear],
     ranges: dict[str, Range],
-    blocks: Tensor,
+    blocks: Tensor | Rows,
     batch_size: int,
     wrap: Wrap,
 ) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ def _iteration(
 ) -> float:
     device = model_device(block.module)
     with cast_parameters(block.module, block.dtype):
-        loss = relative_error(block(inputs[rows].to(device)), targets[rows].to(device))
+        loss = relative_error(block(inputs[rows].to(device), rows), targets[rows].to(device))
         loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
@@ -163,7 +163,7 @@ def _check(block: Block, inputs: Tensor, targets: Tensor, size: int) -> float:
     with cast_parameters(block.module, block.dtype), quantized_once(block.module):
         for start in range(inputs.shape[0] - count, inputs.shape[0], size):
             rows = slice(start, start + size)
-            errors.append(relative_error(block(inputs[rows].to(device)), targets[rows].to(device)))
+            errors.append(relative_error(block(inputs[rows].to(device), rows), targets[rows].to(device)))
     return float(torch.stack(errors).mean())
 
 

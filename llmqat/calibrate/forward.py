@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmqat.data.blocks import Rows, rows_of
 from llmqat.layers import quantizers_off
 from llmqat.models import capture_hidden, model_device
 
-Wrap = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+Wrap = Callable[[Iterable[int]], Iterable[int]]
 """Put around the iteration over batches, for a progress bar."""
 
 
@@ -21,7 +22,7 @@ def observe_inputs(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     record: Callable[[str, Tensor], None],
-    blocks: Tensor,
+    blocks: Tensor | Rows,
     batch_size: int,
     wrap: Wrap = iter,
     after_batch: Callable[[], None] = lambda: None,
@@ -32,7 +33,7 @@ def observe_inputs(
         model: a causal language model.
         layers: modules by name; the first input of each is recorded.
         record: called with the name and the input [tokens, features].
-        blocks: [N, L] token ids.
+        blocks: token ids [N, L], or token blocks with their documents.
         batch_size: blocks per forward.
         wrap: put around the iteration over batches.
         after_batch: called after each forward.
@@ -40,7 +41,8 @@ def observe_inputs(
     Raises:
         ValueError: when there is no block.
     """
-    if blocks.shape[0] == 0:
+    rows = rows_of(blocks)
+    if len(rows) == 0:
         raise ValueError("calibration got no token block; give it at least one")
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -54,8 +56,8 @@ def observe_inputs(
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
         device = model_device(model)
-        for batch in wrap(blocks.split(batch_size)):
-            model(input_ids=batch.to(device), use_cache=False)
+        for start in wrap(range(0, len(rows), batch_size)):
+            model(**rows[start : start + batch_size].inputs(device), use_cache=False)
             captured.take()
             after_batch()
 

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.calibrate.forward import Wrap, check_finite, check_seen, observe_inputs
+from llmqat.data.blocks import Rows
 from llmqat.layers import KVQuantizer, QuantLinear, QuantModule
 
 
-def collect_moments(model: nn.Module, blocks: Tensor, batch_size: int = 4, wrap: Wrap = iter) -> dict[str, Tensor]:
+def collect_moments(
+    model: nn.Module, blocks: Tensor | Rows, batch_size: int = 4, wrap: Wrap = iter
+) -> dict[str, Tensor]:
     """Returns, for each QuantLinear of `model`, the mean square of each input feature: name -> [I] float32.
 
     Args:
         model: a prepared causal language model.
-        blocks: [N, L] token ids.
+        blocks: token ids [N, L], or token blocks with their documents.
         batch_size: blocks per forward.
         wrap: put around the iteration over batches, for a progress bar.
 

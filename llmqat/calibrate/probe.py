@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmqat.data.blocks import Rows, rows_of
 from llmqat.metrics import Predictor, predictor_of, token_statistics
 from llmqat.models import capture_hidden, cast_parameters, model_device
 
@@ -13,15 +14,15 @@ from llmqat.models import capture_hidden, cast_parameters, model_device
 class Probe:
     """The full-precision model's final hidden states on a little text, to measure divergence from."""
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, dtype: torch.dtype) -> None:
-        """Runs `model`, full precision, over token blocks `ids` [N, L], computing in `dtype`."""
-        self.ids, self.dtype = ids, dtype
+    def __init__(self, model: PreTrainedModel, blocks: Tensor | Rows, dtype: torch.dtype) -> None:
+        """Runs `model`, full precision, over token blocks, computing in `dtype`."""
+        self.rows, self.dtype = rows_of(blocks), dtype
         self.hidden, self.predictor = self._forward(model)
 
     def divergence(self, model: PreTrainedModel) -> float:
         """Returns KL(full precision || model) a token on the probe, nats."""
         hidden, predictor = self._forward(model)
-        labels = self.ids[:, 1:].flatten().to(hidden.device)
+        labels = self.rows.ids[:, 1:].flatten().to(hidden.device)
         found = token_statistics(hidden, predictor, labels, self.hidden, self.predictor)
         assert found.kl_sum is not None
         return found.kl_sum / found.tokens
@@ -32,7 +33,7 @@ class Probe:
         model.eval()
         try:
             with cast_parameters(model, self.dtype), capture_hidden(model) as captured:
-                model(input_ids=self.ids.to(model_device(model)), use_cache=False)
+                model(**self.rows.inputs(model_device(model)), use_cache=False)
                 found = predictor_of(model)
                 return captured.take()[:, :-1].flatten(0, 1), found.detached()
         finally:

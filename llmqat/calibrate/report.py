@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from llmqat.calibrate.blocks import Block, find_blocks, open_walk
 from llmqat.calibrate.masters import Originals
+from llmqat.data.blocks import Rows
 from llmqat.grid import quantize
 from llmqat.layers import QuantLinear, QuantModule, quantizers_off
 
@@ -52,7 +53,7 @@ class LayerReport:
 
 @torch.no_grad()
 def report_layers(
-    model: PreTrainedModel, originals: Originals, ids: Tensor | None, dtype: torch.dtype = torch.bfloat16
+    model: PreTrainedModel, originals: Originals, ids: Tensor | Rows | None, dtype: torch.dtype = torch.bfloat16
 ) -> list[LayerReport]:
     """Returns what quantization did to each quantized weight of the blocks of `model`, in order.
 

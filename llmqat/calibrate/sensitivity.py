@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmqat.calibrate.forward import Wrap
+from llmqat.data.blocks import Rows, rows_of
 from llmqat.grid import fake_quantize, search_scale
 from llmqat.layers import Override, QuantConfig, QuantModule, WeightConfig, prepare, quantizers_off
 from llmqat.metrics import Predictor, predictor_of
@@ -85,7 +86,7 @@ def measure_sensitivity(
     model: nn.Module,
     quant: QuantConfig,
     choices: Sequence[int],
-    ids: Tensor,
+    ids: Tensor | Rows,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
@@ -99,7 +100,7 @@ def measure_sensitivity(
         model: a full-precision causal language model; its weights are not changed.
         quant: says which layers, and the scheme but for its bits.
         choices: bits to choose among.
-        ids: token blocks [N, L].
+        ids: token ids [N, L], or token blocks with their documents.
         seed: of the labels that the model draws.
         dtype: what forwards compute in.
         wrap: put around the iteration over token blocks, for a progress bar.
@@ -107,7 +108,7 @@ def measure_sensitivity(
     Raises:
         ValueError: when there is no token block, or no layer to choose for.
     """
-    if ids.shape[0] == 0:
+    if len(ids) == 0:
         raise ValueError("sensitivity got no token block; give it at least one")
     prepare(model, quant)
     layers = {
@@ -127,7 +128,7 @@ def measure_sensitivity(
 def fisher_diagonal(
     model: nn.Module,
     layers: Mapping[str, QuantModule],
-    ids: Tensor,
+    ids: Tensor | Rows,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
@@ -138,12 +139,12 @@ def fisher_diagonal(
     Args:
         model: prepared; runs with its quantizers off.
         layers: by name.
-        ids: token blocks [N, L].
+        ids: token ids [N, L], or token blocks with their documents.
         seed: of the labels drawn from the model's own distribution.
         dtype: what forwards compute in.
         wrap: put around the iteration over token blocks.
     """
-    device = model_device(model)
+    rows, device = rows_of(ids), model_device(model)
     generator = torch.Generator(device).manual_seed(seed)
     found = {name: torch.zeros(layer.rows, layer.columns, device=device) for name, layer in layers.items()}
     wanted = {id(layer.weight) for layer in layers.values()}
@@ -154,9 +155,9 @@ def fisher_diagonal(
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(id(parameter) in wanted)
         stack.enter_context(quantizers_off(model))
-        for block in wrap(ids.split(1)):
+        for index in wrap(range(len(rows))):
             with cast_parameters(model, dtype), capture_hidden(model) as captured:
-                model(input_ids=block.to(device), use_cache=False)
+                model(**rows[index : index + 1].inputs(device), use_cache=False)
                 hidden = captured.take()[0]
                 hidden.backward(_label_gradient(hidden.detach(), predictor_of(model).detached(), generator))
             for name, layer in layers.items():
@@ -164,7 +165,7 @@ def fisher_diagonal(
                 gradient = layer.weight.grad.mT if layer.transposed else layer.weight.grad
                 found[name] += gradient.reshape(found[name].shape).float().square()
                 layer.weight.grad = None
-    return {name: total.div_(ids.numel()) for name, total in found.items()}
+    return {name: total.div_(rows.stored.numel()) for name, total in found.items()}
 
 
 def _label_gradient(hidden: Tensor, predictor: Predictor, generator: torch.Generator) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmqat.calibrate.forward import Wrap, check_finite, check_seen, observe_inputs
 from llmqat.calibrate.structure import Norm, check_foldable, find_norms, input_last, unchanged_logits
+from llmqat.data.blocks import Rows
 from llmqat.layers import linear_maps
 
 _SMALLEST = 1e-5
@@ -34,12 +35,12 @@ class _Fold:
     readers: tuple[nn.Module, ...]
 
 
-def smooth(model: nn.Module, blocks: Tensor, alpha: float = 0.5, batch_size: int = 4, wrap: Wrap = iter) -> int:
+def smooth(model: nn.Module, blocks: Tensor | Rows, alpha: float = 0.5, batch_size: int = 4, wrap: Wrap = iter) -> int:
     """Smooths the layer inputs of a full-precision `model`, in place; returns the number of places folded.
 
     Args:
         model: a causal language model that is not prepared yet.
-        blocks: [N, L] token ids that ranges of activations are taken from.
+        blocks: token ids [N, L], or token blocks, that ranges of activations are taken from.
         alpha: share of the range that moves into the weights, 0 to 1.
         batch_size: blocks per forward.
         wrap: put around the iteration over batches, for a progress bar.

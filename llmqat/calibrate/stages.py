@@ -57,6 +57,7 @@ from llmqat.calibrate.probe import Probe
 from llmqat.calibrate.ranges import calibrate_ranges
 from llmqat.calibrate.rotate import rotate
 from llmqat.calibrate.smooth import smooth
+from llmqat.data.blocks import Rows
 from llmqat.grid import fusing
 from llmqat.layers import (
     ActivationConfig,
@@ -180,7 +181,7 @@ def calibrate(
     model: PreTrainedModel,
     quant: QuantConfig,
     stages: Sequence[Stage],
-    ids: Tensor | None,
+    ids: Tensor | Rows | None,
     *,
     seed: int = 0,
     folder: Path | None = None,
@@ -193,7 +194,8 @@ def calibrate(
         model: float32 where training follows or it is rotated or smoothed; else bfloat16 will do, in less memory.
         quant: the scheme.
         stages: in order; none leaves the scales of plain rounding.
-        ids: token blocks [N, L]; None will do for stages that look at weights alone.
+        ids: token ids [N, L], or token blocks with their documents (`TokenBlocks.rows`); None will do for stages that
+            look at weights alone.
         seed: of rotation and block-wise training.
         folder: keeps what is finished, for another start; nothing is kept where not given.
         dtype: what forwards compute in.
@@ -228,7 +230,7 @@ class _Calibration:
         self,
         model: PreTrainedModel,
         quant: QuantConfig,
-        ids: Tensor | None,
+        ids: Tensor | Rows | None,
         seed: int,
         folder: Path,
         dtype: torch.dtype,
@@ -251,7 +253,7 @@ class _Calibration:
         if has_blocks(self.model):
             Originals.set_aside(self.model, self.folder / ORIGINALS_FILE, self.dtype)
 
-    def text(self, stage: TextStage) -> Tensor:
+    def text(self, stage: TextStage) -> Tensor | Rows:
         """Returns the token blocks that `stage` looks at."""
         assert self.ids is not None
         return self.ids[: stage.blocks]

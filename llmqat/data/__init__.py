@@ -1,12 +1,21 @@
-"""Text as token blocks: from files, from datasets, from Python's own manual, or written by the model itself."""
+"""Text as token blocks: from files, from datasets, from Python's own manual, or written by the model itself.
+
+config.py     what a recipe says about text          documents.py  pieces of documents, tokenized by several processes
+text.py       files and folders                      packing.py    pieces packed to blocks in files, by split
+hub.py        the `datasets` library                 blocks.py     blocks, their hash, and what a model takes of them
+pydoc.py      Python's own manual                    cache.py      blocks that have been made before
+synthesis.py  text that the model writes             mix.py        several sources by weight
+chat.py       conversations, and whose words count
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, cast
 
-from llmqat.data.blocks import Progress, TokenBlocks, pack_blocks, read_blocks, save_blocks, token_blocks
-from llmqat.data.config import SOURCES, DataConfig
+from llmqat.data.blocks import Progress, Rows, TokenBlocks, read_blocks, rows_of, save_blocks, token_blocks
+from llmqat.data.config import MIX, SOURCES, DataConfig
+from llmqat.data.packing import TextSplits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,10 +24,13 @@ __all__ = [
     "SOURCES",
     "DataConfig",
     "Progress",
+    "Rows",
+    "TextSplits",
     "TokenBlocks",
     "load_blocks",
-    "pack_blocks",
+    "load_splits",
     "read_blocks",
+    "rows_of",
     "save_blocks",
     "token_blocks",
 ]
@@ -30,10 +42,20 @@ def load_blocks(
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
 ) -> TokenBlocks:
-    """Returns the text that `config` describes as token blocks.
+    """Returns the training text that `config` describes as token blocks; arguments and errors as `load_splits`."""
+    return load_splits(config, tokenizer, model, progress).train
+
+
+def load_splits(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | None = None,
+    progress: Progress | None = None,
+) -> TextSplits:
+    """Returns the text that `config` describes as token blocks, split as it says.
 
     Args:
-        config: source, amount and block size.
+        config: source, amount, block size and splits.
         tokenizer: of the model that will read the blocks.
         model: writes the text if the source is `synthetic`; else unused.
         progress: called with (tokens done, tokens in all) by sources that take long.
@@ -42,5 +64,13 @@ def load_blocks(
         FileNotFoundError: when the text is not where `config` says.
         ValueError: when it cannot be read or is too short; the message says what to change.
     """
+    if config.source == MIX:
+        from llmqat.data import mix
+
+        return mix.load(config, lambda one: load_splits(one, tokenizer, model, progress))
     module = importlib.import_module(SOURCES[config.source])
-    return cast(TokenBlocks, module.load(config, tokenizer, model, progress))
+    if hasattr(module, "open_source"):
+        from llmqat.data.cache import read_documents
+
+        return read_documents(module.open_source(config), config, tokenizer, progress)
+    return TextSplits(cast(TokenBlocks, module.load(config, tokenizer, model, progress)))

@@ -1,12 +1,15 @@
 """What a recipe says about text: where it comes from, how much of it, cut to which length.
 
-A source is a module with a function `load(config, tokenizer, model, progress) -> TokenBlocks` and one line in
-`SOURCES`; it is imported when it is used.
+A source is a module and one line in `SOURCES`; it is imported when it is used. It has a function `open_source(config)
+-> DocumentSource`, whose documents are tokenized, split and packed like those of all others; or, as for the model's own
+text, `load(config, tokenizer, model, progress) -> TokenBlocks`.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,13 +22,21 @@ SOURCES = {
     "dataset": "llmqat.data.hub",
 }
 """Where text may come from, and the module that brings it."""
+MIX = "mix"
+"""Stands in `source` for several of them."""
 
 _COMMON = {"source", "tokens", "block_size", "seed"}
+_DOCUMENTS = {"packing", "num_proc", "calibration_share", "validation_share"}
+"""What holds for every source that gives documents."""
 _OWN = {
     "synthetic": {*SynthesisConfig.model_fields, "path"},
-    "text": {"path"},
-    "pydoc": set[str](),
-    "dataset": {"path", "name", "config_name", "revision", "split", "column"},
+    "text": {"path"} | _DOCUMENTS,
+    "pydoc": _DOCUMENTS,
+    "dataset": {
+        *("path", "name", "config_name", "revision", "split", "column", "format", "chat_template", "streaming"),
+        *_DOCUMENTS,
+    },
+    MIX: {"mix"} | _DOCUMENTS,
 }
 DEFAULT_SYNTHETIC_TOKENS = 65536
 
@@ -34,12 +45,15 @@ class DataConfig(SynthesisConfig):
     """Text to calibrate and train on."""
 
     source: str = "synthetic"
-    """`synthetic` (written by the model itself), `text` (files), `pydoc` (Python's own manual), or `dataset`."""
+    """`synthetic` (written by the model itself), `text` (files), `pydoc` (Python's own manual), `dataset`, or `mix`."""
     tokens: int | None = Field(None, ge=1)
-    """Tokens wanted; rounded up to whole blocks. None: 65,536 synthetic ones, or all that the text has."""
+    """Tokens wanted for training; rounded up to whole blocks. None: 65,536 synthetic ones, or all that the text has."""
+    seed: int = 0
+    """Seed of synthesis, of the splits, and of the order in a mix."""
     path: Path | None = None
-    """Source text: a file or a folder of .txt and .md files. Source dataset: a local file or folder. Source synthetic:
-    a folder that keeps the text as shards, and is gone on with; None: the text is kept in the run folder alone."""
+    """Source text: a file or a folder of .txt and .md files. Source dataset: a local file (parquet, json, jsonl, csv,
+    arrow, txt), a folder of them, or one made by `save_to_disk`. Source synthetic: a folder that keeps the text as
+    shards, and is gone on with; None: the text is kept in the run folder alone."""
     name: str | None = None
     """Source dataset: id on the Hugging Face hub."""
     config_name: str | None = None
@@ -49,14 +63,51 @@ class DataConfig(SynthesisConfig):
     split: str | None = None
     """Source dataset: split; `train` where nothing is said."""
     column: str | None = None
-    """Source dataset: column that holds the text; found where nothing is said and only one can be meant."""
+    """Source dataset: column that holds the text, the messages or the chosen answer; found where nothing is said and
+    only one can be meant."""
+    format: Literal["text", "messages", "prompt_completion", "preference"] | None = None
+    """Source dataset: what a row is, in TRL's words; found from the columns where only one can be meant. `messages`: a
+    conversation, through the chat template, the assistant's words alone being labels. `prompt_completion`: columns
+    `prompt` and `completion`, text or messages, the completion being labels. `preference`: column `chosen`, and
+    `prompt` where there is one; what was rejected is not looked at."""
+    chat_template: Path | None = None
+    """Source dataset: file with a Jinja chat template in place of the tokenizer's own."""
+    streaming: bool = False
+    """Source dataset: read rows as they arrive, without downloading or converting the dataset as a whole first. Its
+    blocks are made anew by each run, since what it holds is not known before it is read."""
+    packing: Literal["concatenate", "documents"] = "concatenate"
+    """`concatenate`: a block is one text. `documents`: position ids begin anew with each document in it, and attention
+    stays within documents; models that cannot do this are refused by name. Not for synthetic text."""
+    num_proc: int = Field(1, ge=1)
+    """Processes that tokenize; the blocks do not depend on it. Not for synthetic text."""
+    calibration_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the documents, chosen by their hash and the seed, that is calibrated on and not trained on. 0: the first
+    blocks of the training text are calibrated on. Not for synthetic text."""
+    validation_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the documents, chosen likewise, that only the trainer's evaluation loss is measured on, at the end and
+    as train.eval_strategy says. Not for synthetic text."""
+    mix: tuple[MixedSource, ...] | None = None
+    """Several sources, each a mapping with its own keys and a `weight`; `source: mix` need not be said."""
+
+    @property
+    def wanted_blocks(self) -> int | None:
+        """Blocks of training text wanted; None for all that there are."""
+        return None if self.tokens is None else math.ceil(self.tokens / self.block_size)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mix_is_a_source(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("mix") is not None:
+            return {"source": MIX, **values}
+        return values
 
     @model_validator(mode="after")
     def _check_source(self) -> DataConfig:
-        if self.source not in SOURCES:
-            raise ValueError(f"data.source={self.source!r} is not known; choose one of {', '.join(SOURCES)}")
-        allowed = _COMMON | _OWN.get(self.source, set(type(self).model_fields))
-        unused = sorted(key for key in self.model_fields_set - allowed if getattr(self, key) is not None)
+        if self.source not in _OWN:
+            raise ValueError(f"data.source={self.source!r} is not known; choose one of {', '.join(_OWN)}")
+        allowed = _COMMON | _OWN[self.source]
+        meant = {name for name in self.model_fields_set if getattr(self, name) != type(self).model_fields[name].default}
+        unused = sorted(meant - allowed - {"weight"})
         if unused:
             raise ValueError(
                 f"data.{unused[0]} means nothing for data.source={self.source!r}, which takes "
@@ -66,4 +117,30 @@ class DataConfig(SynthesisConfig):
             raise ValueError("data.source='text' needs data.path=FILE_OR_FOLDER")
         if self.source == "dataset" and (self.path is None) == (self.name is None):
             raise ValueError("data.source='dataset' needs either data.name=HUB_ID or data.path=FILE_OR_FOLDER")
+        if self.calibration_share + self.validation_share >= 1:
+            raise ValueError(
+                f"data.calibration_share={self.calibration_share} and data.validation_share={self.validation_share} "
+                "leave nothing to train on; together they must be below 1"
+            )
+        if self.source == MIX and len(self.mix or ()) < 2:
+            raise ValueError("data.mix needs at least two sources, such as [{source: pydoc}, {source: text, path: F}]")
         return self
+
+
+class MixedSource(DataConfig):
+    """One source of a mix."""
+
+    weight: float = Field(1.0, gt=0)
+    """Its share of the tokens, relative to the weights of the others."""
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> MixedSource:
+        if self.source == MIX:
+            raise ValueError("data.mix: a mix in a mix is one mix; list all sources side by side")
+        shared = sorted(self.model_fields_set & ((_COMMON | _DOCUMENTS) - {"source"}))
+        if shared:
+            raise ValueError(f"data.mix: {shared[0]} holds for the whole mix; give it as data.{shared[0]}")
+        return self
+
+
+DataConfig.model_rebuild()

@@ -10,31 +10,20 @@ from __future__ import annotations
 import platform
 import re
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from llmqat.data.blocks import Progress, TokenBlocks, pack_blocks, token_blocks, tokenize
 from llmqat.data.config import DataConfig
+from llmqat.data.documents import DocumentSource, document_hash, pieces_of
 from llmqat.data.text import sha256_of_texts
 
 _UNDERLINE = re.compile(r"\s*([*=~^-])\1{2,}\s*")
 
 
-def load(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel | None = None,
-    progress: Progress | None = None,
-) -> TokenBlocks:
-    """Returns blocks of the Python manual's prose.
-
-    Raises:
-        ValueError: when a block is longer than the whole text.
-    """
+def open_source(config: DataConfig) -> DocumentSource:
+    """Returns the Python manual's prose, as one document."""
     text = pydoc_text()
-    ids = pack_blocks(tokenize([text], tokenizer), config.block_size, config.tokens, "pydoc")
-    return token_blocks(
-        ids, f"pydoc_data.topics of Python {platform.python_version()}", {"text_sha256": sha256_of_texts([text])}
-    )
+    digest = sha256_of_texts([text])
+    name = f"pydoc_data.topics of Python {platform.python_version()}"
+    document = document_hash(text)
+    return DocumentSource(name, lambda: pieces_of([text], document), digest, details={"text_sha256": digest})
 
 
 def pydoc_text() -> str:

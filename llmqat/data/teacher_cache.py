@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmqat.data.blocks import Progress
+from llmqat.data.blocks import Progress, Rows, rows_of
 from llmqat.layers.source import checksum
 from llmqat.metrics import Predictor, TopProbabilities, predictor_of, top_probabilities
 from llmqat.models import capture_hidden, model_device, save_whole, vocabulary_size, write_whole
@@ -243,14 +243,14 @@ class TeacherCache:
         self,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        blocks: Tensor | None = None,
+        blocks: Tensor | Rows | None = None,
     ) -> None:
         """Refuses a cache that was made with something else; what is not given is not compared.
 
         Args:
             model: the original model, as `load_model` gives it.
             tokenizer: of the text.
-            blocks: int64 [N, L], the text.
+            blocks: the text, ids int64 [N, L] or rows with documents of their own.
 
         Raises:
             ValueError: when it differs; names in what, and the way out.
@@ -278,9 +278,9 @@ class TeacherCache:
                 "data, or `llmqat cache-teacher` with this recipe and the same --out, which adds what is missing"
             )
 
-    def missing(self, blocks: Iterable[Tensor]) -> list[int]:
-        """Returns the places of the blocks, int64 [L] each, that are not in the cache."""
-        return [place for place, ids in enumerate(blocks) if block_key(ids) not in self._places]
+    def missing(self, blocks: Tensor | Rows) -> list[int]:
+        """Returns the places of the blocks, ids int64 [N, L] or rows, that are not in the cache."""
+        return [place for place, key in enumerate(_block_keys(blocks)) if key not in self._places]
 
     def lookup(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -331,7 +331,7 @@ class TeacherCache:
 def cache_teacher(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: Tensor,
+    blocks: Tensor | Rows,
     folder: Path,
     *,
     top_k: int = DEFAULT_TOP_K,
@@ -345,7 +345,7 @@ def cache_teacher(
     Args:
         model: the teacher; its training mode is restored.
         tokenizer: of the text.
-        blocks: int64 [N, L].
+        blocks: ids int64 [N, L], or rows with documents of their own.
         folder: made, or a cache of the same model, tokenizer and `top_k`.
         top_k: K, tokens kept a position.
         batch_size: blocks in one forward pass.
@@ -356,28 +356,43 @@ def cache_teacher(
         ValueError: it holds the cache of another model, tokenizer or `top_k`; or `top_k` is out of range.
     """
     with TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k)) as writer:
-        wanted = {key: ids for ids in blocks if (key := block_key(ids)) not in writer}
+        rows = rows_of(blocks)
+        wanted = {key: place for place, key in enumerate(_block_keys(rows)) if key not in writer}
         predictor, training = predictor_of(model), model.training
-        done = blocks.numel() - sum(len(ids) for ids in wanted.values())
+        size = rows.stored.shape[1]
+        done = (len(rows) - len(wanted)) * size
         model.eval()
         try:
-            for batch in torch.stack(list(wanted.values())).split(batch_size) if wanted else ():
-                for ids, hidden in zip(batch, hidden_states(model, batch), strict=True):
-                    writer.add(ids, _top_of(hidden[:-1], predictor, top_k))
-                done += batch.numel()
+            for places in torch.tensor(list(wanted.values()), dtype=torch.int64).split(batch_size) if wanted else ():
+                inputs = rows[places].inputs()
+                hidden = hidden_states(model, **inputs)
+                positions = inputs.get("position_ids", [None] * len(places))
+                for ids, states, own in zip(inputs["input_ids"], hidden, positions, strict=True):
+                    writer.add(ids, _top_of(states[:-1], predictor, top_k), own)
+                done += len(places) * size
                 if progress is not None:
-                    progress(done, blocks.numel())
+                    progress(done, len(rows) * size)
         finally:
             model.train(training)
     return TeacherCache(folder)
 
 
 @torch.no_grad()
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Returns what enters the output head of `model` for ids [B, L]: [B, L, D]."""
+    given = {"input_ids": input_ids} if position_ids is None else {"input_ids": input_ids, "position_ids": position_ids}
+    device = model_device(model)
     with capture_hidden(model) as captured:
-        model(input_ids=ids.to(model_device(model)), use_cache=False)
+        model(**{name: tensor.to(device) for name, tensor in given.items()}, use_cache=False)
         return captured.take()
+
+
+def _block_keys(blocks: Tensor | Rows) -> Iterator[bytes]:
+    """Yields the key of each block."""
+    rows = rows_of(blocks)
+    for place in range(len(rows)):
+        inputs = rows[place : place + 1].inputs()
+        yield block_key(inputs["input_ids"][0], inputs["position_ids"][0] if "position_ids" in inputs else None)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmqat.calibrate import Allocation, AllocationConfig, LayerSensitivity, allocate_bits, measure_sensitivity
+from llmqat.data import Rows
 from llmqat.layers import QuantConfig
 from llmqat.models import load_model, write_whole
 from llmqat.recipe.bars import progress
@@ -50,7 +51,7 @@ class BitPlan:
 
 
 def plan_bits(
-    spec: str, quant: QuantConfig, config: AllocationConfig, ids: Tensor, *, seed: int, dtype: torch.dtype
+    spec: str, quant: QuantConfig, config: AllocationConfig, ids: Tensor | Rows, *, seed: int, dtype: torch.dtype
 ) -> BitPlan:
     """Returns the best assignment of bits to the layers of the model `spec`.
 
@@ -58,7 +59,7 @@ def plan_bits(
         spec: what `load_model` takes.
         quant: the scheme but for its bits.
         config: budget and choices.
-        ids: token blocks [N, L].
+        ids: token ids [N, L], or token blocks.
         seed: of the labels that the model draws.
         dtype: what forwards compute in, and weights are held in.
 
@@ -73,7 +74,14 @@ def plan_bits(
 
 
 def planned(
-    file: Path, spec: str, quant: QuantConfig, config: AllocationConfig, ids: Tensor, *, seed: int, dtype: torch.dtype
+    file: Path,
+    spec: str,
+    quant: QuantConfig,
+    config: AllocationConfig,
+    ids: Tensor | Rows,
+    *,
+    seed: int,
+    dtype: torch.dtype,
 ) -> BitPlan:
     """Returns the plan in `file`, made and left there where it is not."""
     if not file.is_file():

@@ -82,6 +82,8 @@ class EvaluationSettings(Config):
     """Windows in one forward pass."""
     speed: bool = True
     """Whether decoded tokens a second are measured as well."""
+    allow_trained_text: bool = False
+    """Whether text may be scored that a model was calibrated or trained on; its figures say nothing of other text."""
 
 
 DEFAULT_STAGES: Any = ("ranges",)

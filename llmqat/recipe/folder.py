@@ -1,7 +1,8 @@
 """The run folder: what one run leaves on disk, and how an interrupted run is found again.
 
     recipe.yaml          the recipe, overrides included
-    blocks.safetensors   the text that was calibrated and trained on
+    blocks.safetensors   the text that was trained on, and calibrated on where it has no text of its own
+    calibration.safetensors, validation.safetensors      text of the other splits, where there are any
     calibration/         what the stages of the calibration have done, removed when the run has finished
     checkpoints/         the trainer's own, removed when the run has finished
     model/               the packed checkpoint
@@ -21,14 +22,19 @@ from typing import Any
 
 import yaml
 
-from llmqat.data import TokenBlocks, read_blocks, save_blocks
+from llmqat.data import TextSplits, read_blocks, save_blocks
 from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
 from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
 from llmqat.models import write_whole
 from llmqat.recipe.allocation import PLAN_FILE
 from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, load_recipe
 
-BLOCKS_FILE = "blocks.safetensors"
+BLOCKS_FILES = {
+    "train": "blocks.safetensors",
+    "calibration": "calibration.safetensors",
+    "validation": "validation.safetensors",
+}
+"""Split of the text -> its file."""
 CALIBRATION_FOLDER = "calibration"
 CHECKPOINT_FOLDER = "model"
 RESULTS_FILE = "results.json"
@@ -59,7 +65,7 @@ def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
             return True
         for name in (CALIBRATION_FOLDER, TRAINER_FOLDER, CHECKPOINT_FOLDER):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (RESULTS_FILE, PLAN_FILE, LAYERS_FILE, LAYERS_PICTURE, BLOCKS_FILE, RECIPE_FILE):
+        for name in (RESULTS_FILE, PLAN_FILE, LAYERS_FILE, LAYERS_PICTURE, *BLOCKS_FILES.values(), RECIPE_FILE):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(
@@ -98,14 +104,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def kept_blocks(folder: Path, make: Callable[[], TokenBlocks], name: str = BLOCKS_FILE) -> TokenBlocks:
+def kept_text(folder: Path, make: Callable[[], TextSplits]) -> TextSplits:
     """Returns the run's text: from the folder where an earlier start has left it there, else made and left there."""
-    path = folder / name
-    if path.is_file():
-        return read_blocks(path)
-    blocks = make()
-    save_blocks(blocks, path)
-    return blocks
+    files = {split: folder / name for split, name in BLOCKS_FILES.items()}
+    if files["train"].is_file():
+        return TextSplits(**{split: read_blocks(file) for split, file in files.items() if file.is_file()})
+    text = make()
+    for split, blocks in reversed(text.given().items()):  # the training text last: where it is, all are
+        save_blocks(blocks, files[split])
+    return text
 
 
 def whole_checkpoint(folder: Path) -> Path | None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmqat.calibrate import (
@@ -39,7 +39,7 @@ from llmqat.calibrate import (
     report_layers,
     rotates,
 )
-from llmqat.data import TokenBlocks
+from llmqat.data import Rows, TextSplits, TokenBlocks
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.evaluate.layers import write_layers
@@ -48,22 +48,29 @@ from llmqat.layers import (
     CoverageAudit,
     convert,
 )
-from llmqat.models import adapter_base, load_adapter_base, load_model, load_with_few_bits, write_whole
+from llmqat.models import (
+    adapter_base,
+    keeps_documents_apart,
+    load_adapter_base,
+    load_model,
+    load_with_few_bits,
+    write_whole,
+)
 from llmqat.recipe.allocation import PLAN_FILE, planned
 from llmqat.recipe.bars import progress
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, training_arguments
-from llmqat.recipe.evaluation import evaluation_windows
+from llmqat.recipe.evaluation import check_untrained, evaluation_windows
 from llmqat.recipe.folder import (
     CALIBRATION_FOLDER,
     CHECKPOINT_FOLDER,
     RESULTS_FILE,
     checkpoint_step,
-    kept_blocks,
+    kept_text,
     open_run_folder,
     whole_checkpoint,
 )
 from llmqat.recipe.plan import coverage_of
-from llmqat.recipe.teacher import teacher_cache_of, text_of
+from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
 from llmqat.train import QATArguments, QATTrainer, is_own_teacher
 
 log = logging.getLogger(__name__)
@@ -135,19 +142,22 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         windows = evaluation_windows(recipe.evaluate, tokenizer)  # now: a text that does not do should not cost a run
         cache = teacher_cache_of(recipe, teacher, tokenizer)
     with stage("text", recipe.data.source), arguments.main_process_first(local=False):
-        blocks = kept_blocks(recipe.output, partial(text_of, recipe, tokenizer, teacher))
+        text = kept_text(recipe.output, partial(text_of, recipe, tokenizer, teacher))
+        blocks, calibration_rows = text.train, text.calibrated_on.rows
+        check_untrained(recipe.evaluate, text.record(), "this recipe")
+        check_documents_apart(teacher, blocks)
     if cache is not None:
-        cache.check(blocks=blocks.ids)
+        check_cached(cache, text)
     if cache is not None or recipe.teacher_bits is not None:
         del teacher  # loaded again for the comparison
         teacher = None
     if recipe.allocate is not None:
         with stage("allocate", f"{recipe.allocate.target_bits} bits"), arguments.main_process_first(local=False):
-            recipe = with_planned_bits(recipe, blocks.ids, arguments)
+            recipe = with_planned_bits(recipe, calibration_rows, arguments)
             coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
     with stage("calibrate", ", ".join(step.stage for step in recipe.calibrate) or "plain rounding"):
-        student, calibration = calibrated_model(recipe, blocks.ids, arguments)
-        layers = {"calibrated": layers_of(recipe, student, blocks.ids, arguments)}
+        student, calibration = calibrated_model(recipe, calibration_rows, arguments)
+        layers = {"calibrated": layers_of(recipe, student, calibration_rows, arguments)}
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
         model = student if recipe.lora is None else recipe.lora.attach(student, recipe.seed)
         taught_by = _taught_by(recipe, model, teacher, cache)
@@ -155,7 +165,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
             teacher = None
         if packed := arguments.trainable == "scales":
             convert(student)  # codes stay as they are, so no weight is needed any more
-        training = _train(model, taught_by, arguments, blocks)
+        training = _train(model, taught_by, arguments, text)
         del taught_by
         if packed:
             convert(student)
@@ -163,17 +173,17 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         return None
     facts: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
-        "text": {"source": blocks.source, "sha256": blocks.sha256, "tokens": blocks.tokens, **blocks.details},
+        **text.record(),
         "calibration": [dataclasses.asdict(report) for report in calibration],
         "training": training,
     }
     with stage("save", "packing, and proving what lies on disk"):
         if not packed:
-            layers["trained"] = layers_of(recipe, student, blocks.ids, arguments)
+            layers["trained"] = layers_of(recipe, student, calibration_rows, arguments)
         write_layers(layers, recipe.output, picture=importlib.util.find_spec("matplotlib") is not None)
         report = save(student, recipe.output / CHECKPOINT_FOLDER, tokenizer, run=facts, overwrite=True)
     with stage("evaluate", ", ".join(windows)):
-        candidates = _candidates(recipe, teacher, coverage, blocks.ids, report, arguments)
+        candidates = _candidates(recipe, teacher, coverage, calibration_rows, report, arguments)
         with progress_bar() as advance:
             comparison = compare(
                 candidates,
@@ -208,7 +218,16 @@ def _checked_coverage(recipe: Recipe) -> CoverageAudit:
     return coverage
 
 
-def with_planned_bits(recipe: Recipe, blocks: Tensor, arguments: QATArguments) -> Recipe:
+def check_documents_apart(model: PreTrainedModel, blocks: TokenBlocks) -> None:
+    """Raises ValueError where documents are to be kept apart and `model` cannot do so."""
+    if blocks.rows.starts is not None and not keeps_documents_apart(model):
+        raise ValueError(
+            f"data.packing='documents': {type(model).__name__} attends beyond the documents that position ids begin; "
+            "use data.packing=concatenate"
+        )
+
+
+def with_planned_bits(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> Recipe:
     """Returns `recipe` with the bits that its `allocate` leads to, made once and kept in the run folder."""
     assert recipe.allocate is not None
     dtype = forward_dtype(arguments.bf16)
@@ -221,7 +240,7 @@ def with_planned_bits(recipe: Recipe, blocks: Tensor, arguments: QATArguments) -
 
 
 def calibrated_model(
-    recipe: Recipe, blocks: Tensor, arguments: QATArguments
+    recipe: Recipe, blocks: Rows, arguments: QATArguments
 ) -> tuple[PreTrainedModel, list[StageReport]]:
     """Returns the recipe's model, prepared and calibrated, and what each stage did.
 
@@ -248,7 +267,7 @@ def _master_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.lora is not None and not folds else torch.float32
 
 
-def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Tensor, arguments: QATArguments) -> list[LayerReport]:
+def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Rows, arguments: QATArguments) -> list[LayerReport]:
     """Returns what quantization, and training where it is done, has done to each layer; empty in other processes."""
     originals = recipe.output / CALIBRATION_FOLDER / ORIGINALS_FILE
     if arguments.process_index != 0 or not originals.is_file():
@@ -257,7 +276,7 @@ def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Tensor, arguments:
     return report_layers(model, Originals(originals), blocks[:REPORT_BLOCKS], dtype)
 
 
-def plainly_rounded_model(recipe: Recipe, blocks: Tensor, arguments: QATArguments) -> PreTrainedModel:
+def plainly_rounded_model(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> PreTrainedModel:
     """Returns the recipe's model in float32, prepared, with the scales of plain rounding."""
     model, _ = load_model(recipe.model, torch.float32)
     model.to(arguments.device)
@@ -270,17 +289,25 @@ def _train(
     model: PreTrainedModel | PeftModel,
     teacher: PreTrainedModel | TeacherCache | None,
     arguments: QATArguments,
-    blocks: TokenBlocks,
+    text: TextSplits,
 ) -> dict[str, Any]:
     """Trains `model` in place, from the run's last whole checkpoint if there is one; returns the facts of it.
 
     Adapters are folded into the weights of the model under them. Without a teacher the model is its own.
     """
-    trainer = QATTrainer(model=model, teacher=teacher, args=arguments, train_dataset=blocks.dataset())
+    blocks, validation = text.train, text.validation
+    trainer = QATTrainer(
+        model=model,
+        teacher=teacher,
+        args=arguments,
+        train_dataset=blocks.dataset(),
+        eval_dataset=None if validation is None else validation.dataset(),
+    )
     last = whole_checkpoint(Path(arguments.output_dir))
     if last is not None:
         log.info("going on from %s", last)
     output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    validation_loss = None if validation is None else trainer.evaluate()["eval_loss"]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if isinstance(model, PeftModel):
         model.merge_and_unload()
@@ -296,6 +323,7 @@ def _train(
         "tokens_per_second": steps_now * step_tokens / output.metrics["train_runtime"],
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
+        "validation_loss": validation_loss,
         "trained_parameters": trained,
         "own_teacher": teacher is None,
         "teacher_cache": dataclasses.asdict(teacher.header) if isinstance(teacher, TeacherCache) else None,
@@ -308,7 +336,7 @@ def _candidates(
     recipe: Recipe,
     teacher: PreTrainedModel | None,
     coverage: CoverageAudit,
-    blocks: Tensor,
+    blocks: Rows,
     report: ExportReport,
     arguments: QATArguments,
 ) -> list[Candidate]:

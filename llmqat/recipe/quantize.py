@@ -35,8 +35,7 @@ from llmqat.calibrate import (
     rotates,
 )
 from llmqat.calibrate.config import TextStage
-from llmqat.data import DataConfig, TokenBlocks
-from llmqat.data import load_blocks as read_text
+from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits
 from llmqat.data.text import read_texts
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.layers import QuantConfig
@@ -44,7 +43,7 @@ from llmqat.models import load_model, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.bars import progress, token_bar
 from llmqat.recipe.config import forward_dtype, scheme_of
-from llmqat.recipe.folder import kept_blocks
+from llmqat.recipe.folder import kept_text
 from llmqat.recipe.pipeline import REPORT_BLOCKS
 from llmqat.recipe.plan import coverage_of
 from llmqat.train import processor_has_bf16
@@ -174,14 +173,14 @@ def _quantized(
     ids = None
     if data is not None:
 
-        def read() -> TokenBlocks:
+        def read() -> TextSplits:
             with token_bar("text") as advance:
                 writer = model if not folds else load_model(spec, torch.bfloat16)[0]
-                return read_text(data, tokenizer, writer, advance)
+                return load_splits(data, tokenizer, writer, advance)
 
-        blocks = kept_blocks(work, read)
-        facts["text"] = {"source": blocks.source, "sha256": blocks.sha256, "tokens": blocks.tokens}
-        ids = blocks.ids
+        blocks = kept_text(work, read).train
+        facts["text"] = blocks.record()
+        ids = blocks.rows
     dtype = forward_dtype(processor_has_bf16())
     if allocate is not None:
         assert ids is not None
@@ -228,9 +227,9 @@ def sensitivity_of(
     model, tokenizer = load_model(spec, torch.bfloat16)
     data = text_source(text, allocate.blocks * block_size, block_size, seed)
     with token_bar("text") as advance:
-        blocks = read_text(data, tokenizer, model, advance)
+        blocks = load_blocks(data, tokenizer, model, advance)
     del model
-    return plan_bits(spec, quant, allocate, blocks.ids, seed=seed, dtype=dtype)
+    return plan_bits(spec, quant, allocate, blocks.rows, seed=seed, dtype=dtype)
 
 
 def _work_folder(folder: Path, settings: dict[str, Any]) -> Path:

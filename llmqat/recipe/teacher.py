@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmqat.data import DataConfig, TokenBlocks, load_blocks, read_blocks
+from llmqat.data import DataConfig, Rows, TextSplits, load_splits, read_blocks, save_blocks
+from llmqat.data.packing import CALIBRATION
 from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
 from llmqat.models import load_model
 from llmqat.recipe.bars import token_bar
 from llmqat.recipe.config import Recipe, training_arguments
-from llmqat.recipe.folder import kept_blocks
 
 
 def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: int) -> TeacherCache:
@@ -36,13 +37,34 @@ def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: in
     model, tokenizer = load_model(recipe.model, torch.bfloat16)
     model.to(training_arguments(recipe).device)
     TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k))  # now: a folder that does not do costs no text
-    make = partial(text_of, recipe, tokenizer, model)
-    written = recipe.data.source == "synthetic"
-    blocks = kept_blocks(folder, make, text_file(recipe.data)) if written else make()
+    text = _kept_where_written(recipe, folder, partial(text_of, recipe, tokenizer, model))
+    cache = None
     with token_bar("teacher") as progress:
-        return cache_teacher(
-            model, tokenizer, blocks.ids, folder, top_k=top_k, batch_size=batch_size, progress=progress
-        )
+        for rows in _taught(text):
+            cache = cache_teacher(model, tokenizer, rows, folder, top_k=top_k, batch_size=batch_size, progress=progress)
+    assert cache is not None
+    return cache
+
+
+def _kept_where_written(recipe: Recipe, folder: Path, make: Callable[[], TextSplits]) -> TextSplits:
+    """Returns the text; what the model writes is kept in the cache's folder, for training to find."""
+    if recipe.data.source != "synthetic":
+        return make()
+    file = folder / text_file(recipe.data)
+    if not file.is_file():
+        save_blocks(make().train, file)
+    return TextSplits(read_blocks(file))
+
+
+def _taught(text: TextSplits) -> list[Rows]:
+    """Returns the rows that a teacher is asked about: those that are trained on and validated on."""
+    return [blocks.rows for name, blocks in text.given().items() if name != CALIBRATION]
+
+
+def check_cached(cache: TeacherCache, text: TextSplits) -> None:
+    """Raises ValueError where `cache` lacks a block that is trained or validated on."""
+    for rows in _taught(text):
+        cache.check(blocks=rows)
 
 
 def teacher_cache_of(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TeacherCache | None:
@@ -59,13 +81,13 @@ def teacher_cache_of(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrain
     return cache
 
 
-def text_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TokenBlocks:
+def text_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TextSplits:
     """Returns the recipe's text: where `model` has written it for the teacher's cache already, from there."""
     kept = None if recipe.teacher_cache is None else recipe.teacher_cache / text_file(recipe.data)
     if kept is not None and kept.is_file():
-        return read_blocks(kept)
+        return TextSplits(read_blocks(kept))
     with token_bar("text") as progress:
-        return load_blocks(recipe.data, tokenizer, model, progress)
+        return load_splits(recipe.data, tokenizer, model, progress)
 
 
 def text_file(data: DataConfig) -> str:

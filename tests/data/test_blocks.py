@@ -6,34 +6,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from llmqat.data import pack_blocks, read_blocks, save_blocks, token_blocks
-from llmqat.data.blocks import leading_ids, tokenize
+from llmqat.data import read_blocks, save_blocks, token_blocks
+from llmqat.data.blocks import Rows, leading_ids, positions
 from tests.tiny import tiny_llama, tiny_tokenizer
-
-
-def test_documents_are_joined_and_cut():
-    ids = pack_blocks([[1, 2, 3], [4, 5], [6, 7, 8, 9]], 4, None, "here")
-    assert ids.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-
-
-def test_no_more_is_read_than_wanted():
-    def endless():
-        while True:
-            yield [1, 2, 3]
-
-    assert pack_blocks(endless(), 4, 9, "here").shape == (3, 4)
-
-
-def test_too_short_names_both_counts():
-    with pytest.raises(ValueError, match=r"here has 3 tokens, and one block needs data.block_size=4"):
-        pack_blocks([[1, 2, 3]], 4, None, "here")
-
-
-def test_documents_end_with_the_end_of_text_token():
-    tokenizer = tiny_tokenizer()
-    documents = list(tokenize(["ab", "c"], tokenizer))
-    assert [document[-1] for document in documents] == [tokenizer.eos_token_id] * 2
-    assert tokenizer.decode(documents[0][:-1]) == "ab"
 
 
 def test_leading_ids_are_a_bos_that_the_tokenizer_adds():
@@ -43,6 +18,21 @@ def test_leading_ids_are_a_bos_that_the_tokenizer_adds():
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     assert leading_ids(tokenizer) == [0]
+
+
+def test_positions_begin_anew_with_documents_and_blocks():
+    starts = torch.tensor([[0, 0, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0]], dtype=torch.uint8)
+    assert positions(starts).tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4]]
+
+
+def test_labels_are_what_is_scored_and_has_something_before_it():
+    stored = torch.tensor([[7, 8, 9, 10]], dtype=torch.uint16)
+    scored = torch.tensor([[1, 1, 0, 1]], dtype=torch.uint8)
+    assert Rows(stored, scored).labels().tolist() == [[7, 8, -100, 10]]
+    rows = Rows(stored, scored, torch.tensor([[0, 1, 0, 0]], dtype=torch.uint8))
+    assert rows.labels().tolist() == [[7, -100, -100, 10]]
+    assert rows.inputs()["position_ids"].tolist() == [[0, 0, 1, 2]]
+    assert rows.ids.dtype == rows.labels().dtype == torch.int64
 
 
 def test_dataset_trains_in_a_stock_trainer(tmp_path: Path):

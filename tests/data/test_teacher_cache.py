@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from llmqat.data import Rows
 from llmqat.data.teacher_cache import (
     BLOCKS_PER_SHARD,
     CacheHeader,
@@ -179,3 +180,21 @@ def test_the_writer_takes_whole_blocks_only(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"a block of 5 tokens in a cache of top_k=8 has \(4, 8\)"):
             writer.add(torch.arange(5), top)
     assert block_key(torch.arange(6)) in writer
+
+
+def test_documents_apart_are_kept_apart(tmp_path: Path) -> None:
+    ids = torch.randint(3, 100, (3, 16), generator=torch.Generator().manual_seed(0))
+    starts = torch.zeros(3, 16, dtype=torch.uint8)
+    starts[:, 0] = starts[1, 7] = 1
+    rows = Rows(ids.to(torch.uint16), starts=starts)
+    model = tiny_llama()
+    cache = cache_teacher(model, tiny_tokenizer(), rows, tmp_path / "cache", top_k=TOP_K)
+    cache.check(blocks=rows)
+    with pytest.raises(ValueError, match="lacks 1 of the text's 3 blocks"):
+        cache.check(blocks=ids)  # as one text each, the second is another
+    inputs = rows[1:2].inputs()
+    found = cache.lookup(**inputs)
+    with torch.no_grad():
+        alone = model(input_ids=ids[1:2, 7:]).logits[0, :-1].log_softmax(-1)
+    expected = alone.gather(-1, found.indices[7:])
+    assert torch.allclose(found.log_probs[7:], expected, atol=5e-3)  # float16

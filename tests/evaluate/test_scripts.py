@@ -98,7 +98,7 @@ def test_schemes(
     arguments = ["--recipe", str(SCRIPTS.parent / "recipes" / "smollm2-135m-int4.yaml"), "--model", str(folder)]
     arguments += ["--text", str(text), "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
     small = ["data={source: pydoc, tokens: 256, block_size: 32}", "calibrate.ranges.blocks=2", "train.max_steps=2"]
-    small += ["evaluate.window=32", "evaluate.max_windows=4"]
+    small += ["evaluate.window=32", "evaluate.max_windows=4", "evaluate.allow_trained_text=true"]
     names = ["int4", "int4, int8 embedding", "w4a8kv8"]
     run(monkeypatch, "schemes.py", *arguments, "--schemes", *names, "--set", *small)
     assert list(headline(capsys.readouterr().out)) == names
@@ -167,3 +167,12 @@ def test_teacher_cache(
     assert found["perplexity against live"] == pytest.approx(1, abs=0.1)
     assert found["cached perplexity"] != found["live perplexity"]
     assert list(found)[-1] == "speed against live"
+
+
+def test_tokenize_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "tokenize_folder.py", "--model", str(folder), "--megabytes", "0.3", "--num-proc", "2")
+    found = headline(capsys.readouterr().out)
+    assert list(found)[-1] == "peak_rss_mb"
+    assert 50 < found["peak_rss_mb"] < 4000
+    assert 300_000 - 512 <= found["tokens"] <= 310_000  # a byte is a token
+    assert found["seconds from the cache"] < found["seconds"]

@@ -11,6 +11,7 @@ SMALL = (
     "train.logging_steps=1",
     "train.save_steps=1",
     "evaluate.texts=[pydoc]",
+    "evaluate.allow_trained_text=true",
     "evaluate.window=32",
     "evaluate.max_windows=4",
     "evaluate.speed=false",

@@ -1,0 +1,82 @@
+"""Blocks that have been made once: kept in the cache folder under a hash of all that they depend on.
+
+That is the content of the text (the bytes of files, the fingerprint of a dataset), the tokenizer, and the settings that
+decide on blocks. So a changed file or tokenizer never meets old blocks, and an unchanged one is not tokenized again, by
+whatever run. The folder is `blocks` in the cache folder of models.py; it can be deleted at any time. Text whose content
+is not known before it is read (streaming) is not kept: its blocks go when the process ends, unless a run links them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import logging
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from llmqat.data.blocks import Progress
+from llmqat.data.config import DataConfig
+from llmqat.data.documents import DocumentSource, tokenizer_fingerprint
+from llmqat.data.packing import TextSplits, pack, read_splits
+from llmqat.models import cache_folder, folder_in_progress, rename_unless_there
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when the same text, tokenizer and settings give other blocks."""
+
+
+def blocks_folder() -> Path:
+    """Returns where blocks are kept."""
+    return cache_folder() / "blocks"
+
+
+def read_documents(
+    source: DocumentSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+) -> TextSplits:
+    """Returns the blocks of `source`, from the cache where they are there.
+
+    Raises:
+        ValueError: when a split is shorter than one block, or a document cannot be read.
+    """
+    settings = None
+    if source.fingerprint is not None:
+        settings = {
+            "source": source.name,
+            "text": source.fingerprint,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "block_size": config.block_size,
+            "tokens": config.tokens,
+            "packing": config.packing,
+            "splits": [config.calibration_share, config.validation_share],
+            "seed": config.seed if config.calibration_share or config.validation_share else None,
+        }
+    return kept(settings, lambda folder: pack(source, config, tokenizer, folder, progress))
+
+
+def kept(settings: dict[str, Any] | None, make: Callable[[Path], None]) -> TextSplits:
+    """Returns the splits that `make` leaves in a folder, made unless they are in the cache.
+
+    Args:
+        settings: all that they depend on; None where that is not known, and nothing is kept.
+        make: writes them into the folder that it is given.
+    """
+    if settings is None:
+        folder = blocks_folder() / f"unnamed-{secrets.token_hex(8)}"
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    else:
+        text = json.dumps({"format": FORMAT, **settings}, sort_keys=True)
+        folder = blocks_folder() / hashlib.sha256(text.encode()).hexdigest()[:32]
+    if folder.is_dir():
+        log.info("token blocks are taken from %s", folder)
+    else:
+        with folder_in_progress(folder) as temporary:
+            make(temporary)
+            rename_unless_there(temporary, folder)
+    return read_splits(folder)

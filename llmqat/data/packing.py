@@ -1,0 +1,266 @@
+"""Pieces of documents packed to blocks in files, as they come; nothing but the block that is being filled is held.
+
+Each document goes to one split, by its hash and the seed alone: training, calibration or validation. So the same text
+never lies in two of them, in whatever file or order it comes. What fills no last block of a split is left out, and so
+is a block in which nothing is a label.
+
+    pieces -> ids -> split -> raw files -> one safetensors file a split, under a temporary name until it is whole
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from llmqat.data.blocks import CHUNK, PARTS, Progress, TokenBlocks, read_blocks, sha256_of_chunks
+from llmqat.data.config import DataConfig
+from llmqat.data.documents import DocumentSource, Encoded, encoded
+from llmqat.models import folder_in_progress
+
+TRAIN, CALIBRATION, VALIDATION = "train", "calibration", "validation"
+_NAMES = {np.dtype(np.uint16): "U16", np.dtype(np.int32): "I32", np.dtype(np.int64): "I64", np.dtype(np.uint8): "U8"}
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    """A run's text; no document is in two of the three."""
+
+    train: TokenBlocks
+    """What is trained on, and calibrated on where `calibration` is None."""
+    calibration: TokenBlocks | None = None
+    """What is calibrated on alone."""
+    validation: TokenBlocks | None = None
+    """What the trainer's evaluation loss is measured on."""
+
+    @property
+    def calibrated_on(self) -> TokenBlocks:
+        """The split that is calibrated on."""
+        return self.train if self.calibration is None else self.calibration
+
+    def given(self) -> dict[str, TokenBlocks]:
+        """Returns the splits that there are, by name."""
+        named = {TRAIN: self.train, CALIBRATION: self.calibration, VALIDATION: self.validation}
+        return {name: blocks for name, blocks in named.items() if blocks is not None}
+
+    def record(self) -> dict[str, Any]:
+        """Returns the facts that a run's record holds: `text`, and `calibration_text`, `validation_text` if given."""
+        return {"text" if name == TRAIN else f"{name}_text": blocks.record() for name, blocks in self.given().items()}
+
+
+def split_of(document: int, seed: int, calibration: float, validation: float) -> str:
+    """Returns the split that a document of this hash belongs to, given the shares of the other two splits."""
+    digest = hashlib.sha256(f"{seed}:{document}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    if place < validation:
+        return VALIDATION
+    return CALIBRATION if place < validation + calibration else TRAIN
+
+
+def pack(
+    source: DocumentSource,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Reads `source` once and leaves a file of blocks for each split of `config` in `folder`.
+
+    Reading ends when the training split has the tokens wanted.
+
+    Raises:
+        ValueError: when a split is shorter than one block, or a document cannot be read.
+    """
+    shares = {CALIBRATION: config.calibration_share, VALIDATION: config.validation_share}
+    splits = [TRAIN, *(name for name, share in shares.items() if share)]
+    most = config.wanted_blocks
+    with ExitStack() as stack:
+        scratch = stack.enter_context(folder_in_progress(folder / "scratch"))
+        dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+        packers = {
+            name: stack.enter_context(
+                BlockWriter(scratch / name, config.block_size, dtype, source.labelled, config.packing == "documents")
+            )
+            for name in splits
+        }
+        done = 0
+        for piece in encoded(source.pieces(), tokenizer, config.num_proc):
+            name = split_of(piece.document, config.seed, **shares_as_arguments(config))
+            packers[name].add(piece, most if name == TRAIN else None)
+            done += len(piece.ids)
+            if progress is not None:
+                progress(done, max(done, config.tokens or 0))
+            if most is not None and packers[TRAIN].blocks >= most:
+                break
+        for name, packer in packers.items():
+            _check_length(packer, source, config, name)
+            packer.write(folder / f"{name}.safetensors", source.name, source.details)
+
+
+def shares_as_arguments(config: DataConfig) -> dict[str, float]:
+    """Returns the shares of a configuration as `split_of` takes them."""
+    return {"calibration": config.calibration_share, "validation": config.validation_share}
+
+
+def _check_length(packer: BlockWriter, source: DocumentSource, config: DataConfig, name: str) -> None:
+    if packer.blocks:
+        return
+    if name != TRAIN:
+        share = f"data.{name}_share={getattr(config, f'{name}_share')}"
+        raise ValueError(
+            f"{source.name}: {share} leaves {packer.tokens} tokens for {name}, and one block needs "
+            f"data.block_size={config.block_size}; give more documents or a larger share"
+        )
+    if packer.tokens >= config.block_size:
+        raise ValueError(f"{source.name}: no block has a token that is a label; is there an answer in the data?")
+    raise ValueError(
+        f"{source.name} has {packer.tokens} tokens, and one block needs data.block_size={config.block_size}; "
+        "give more text or a smaller block_size"
+    )
+
+
+def read_splits(folder: Path) -> TextSplits:
+    """Returns the splits that `pack` left in `folder`, mapped from there."""
+    found = {
+        name: read_blocks(folder / f"{name}.safetensors")
+        for name in (TRAIN, CALIBRATION, VALIDATION)
+        if name == TRAIN or (folder / f"{name}.safetensors").is_file()
+    }
+    return TextSplits(**found)
+
+
+class BlockWriter:
+    """Fills blocks and appends them to raw files; a context that closes them."""
+
+    def __init__(self, folder: Path, block_size: int, dtype: Any, labelled: bool, apart: bool) -> None:
+        self.block_size = block_size
+        self.types: dict[str, Any] = {"ids": dtype}
+        self.types |= {"scored": np.uint8} if labelled else {}
+        self.types |= {"starts": np.uint8} if apart else {}
+        self.blocks = 0
+        self.tokens = 0
+        self.documents = array("q")
+        self._waiting: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in self.types}
+        self._length = 0
+        self._begun: list[int] = []  # documents in the block that is being filled
+        self._folder = folder
+        self._files: dict[str, IO[bytes]] = {}
+
+    def __enter__(self) -> BlockWriter:
+        self._folder.mkdir()
+        self._files = {name: (self._folder / name).open("wb") for name in self.types}
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add(self, piece: Encoded, most: int | None) -> None:
+        """Takes a piece in; writes the blocks that are full, `most` of them in all."""
+        size = len(piece.ids)
+        parts = {"ids": piece.ids, "scored": piece.scored, "starts": None}
+        if "starts" in self.types:
+            parts["starts"] = np.zeros(size, np.uint8)
+            parts["starts"][:1] = piece.first
+        for name, dtype in self.types.items():
+            part = parts[name]
+            self._waiting[name].append(np.ones(size, dtype) if part is None else part.astype(dtype))
+        self._begun.append(piece.document)
+        self._length += size
+        self.tokens += size
+        if self._length >= self.block_size:
+            self._write(most)
+
+    def _write(self, most: int | None) -> None:
+        count = self._length // self.block_size
+        whole = {name: np.concatenate(parts) for name, parts in self._waiting.items()}
+        rows = {name: part[: count * self.block_size].reshape(count, -1) for name, part in whole.items()}
+        learnt = np.ones((count, self.block_size), bool)
+        if "scored" in rows:
+            learnt &= rows["scored"] == 1
+        if "starts" in rows:
+            learnt &= rows["starts"] == 0
+        kept = learnt[:, 1:].any(axis=1)
+        if most is not None:
+            kept &= np.cumsum(kept) <= most - self.blocks
+        self.append({name: part[kept] for name, part in rows.items()}, self._begun)
+        self._waiting = {name: [part[count * self.block_size :]] for name, part in whole.items()}
+        self._length -= count * self.block_size
+        self._begun = self._begun[-1:] if self._length else []
+
+    def append(self, rows: Mapping[str, np.ndarray[Any, Any]], documents: Iterable[int]) -> None:
+        """Writes whole blocks, each part [rows, L]; a part that is not given is all labels, or one text."""
+        count = len(rows["ids"])
+        for name, dtype in self.types.items():
+            part = rows.get(name)
+            if part is None:
+                part = np.full((count, self.block_size), name == "scored", dtype)
+                part[:, 0] |= name == "starts"
+            self._files[name].write(part.astype(dtype).tobytes())
+        self.blocks += count
+        self.documents.extend(documents)
+
+    def write(self, path: Path, source: str, details: Mapping[str, Any]) -> None:
+        """Writes the blocks as the safetensors file `path`."""
+        for file in self._files.values():
+            file.close()
+        documents = np.unique(np.frombuffer(self.documents, np.int64) if self.documents else np.empty(0, np.int64))
+        documents.tofile(self._folder / "documents")
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self.types, (self.blocks, self.block_size))
+        raw = {name: self._folder / name for name in (*self.types, "documents")}
+        types = {**{name: np.dtype(dtype) for name, dtype in self.types.items()}, "documents": np.dtype(np.int64)}
+        digest = sha256_of_chunks(
+            shapes["ids"], {name: _read_raw(raw[name], types[name]) for name in PARTS if name in self.types}
+        )
+        facts = {"source": source, "sha256": digest, "details": json.dumps(dict(details))}
+        write_safetensors(path, raw, types, {**shapes, "documents": (len(documents),)}, facts)
+
+
+def _read_raw(path: Path, dtype: Any) -> Iterator[np.ndarray[Any, Any]]:
+    with path.open("rb") as file:
+        while len(chunk := np.fromfile(file, dtype, CHUNK)):
+            yield chunk
+
+
+def write_safetensors(
+    path: Path,
+    raw: Mapping[str, Path],
+    types: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes `raw` files as one safetensors file, without holding any in memory.
+
+    The format: the header's length in 8 bytes, the header in JSON, the tensors one after the other.
+
+    Args:
+        path: the file.
+        raw: little-endian numbers of each tensor; those with the widest type first, so that each is aligned.
+        types: numpy dtype of each.
+        shapes: of each.
+        metadata: text that the header carries.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    names = sorted(raw, key=lambda name: -types[name].itemsize)
+    place = 0
+    for name in names:
+        size = raw[name].stat().st_size
+        offsets = [place, place + size]
+        header[name] = {"dtype": _NAMES[types[name]], "shape": list(shapes[name]), "data_offsets": offsets}
+        place += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            with raw[name].open("rb") as part:
+                shutil.copyfileobj(part, file, CHUNK)
