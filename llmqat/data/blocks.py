@@ -60,7 +60,8 @@ class Rows:
 
     def __getitem__(self, rows: slice | Tensor) -> Rows:
         """Returns some of the blocks; slices of mapped ones are mapped as well."""
-        return Rows(*(None if part is None else part[rows] for part in (self.stored, self.scored, self.starts)))
+        others = (None if part is None else part[rows] for part in (self.scored, self.starts))
+        return Rows(self.stored[rows], *others)
 
     @property
     def ids(self) -> Tensor:

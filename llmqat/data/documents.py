@@ -185,7 +185,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a hash of all that decides on ids: vocabulary, merges, chat template, special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if hasattr(backend, "to_str") else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     around = [leading_ids(tokenizer), closing_ids(tokenizer), type(tokenizer).__name__, str(tokenizer.chat_template)]
     return hashlib.sha256("\0".join([model, *map(str, around)]).encode()).hexdigest()

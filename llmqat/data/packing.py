@@ -169,8 +169,7 @@ class BlockWriter:
         size = len(piece.ids)
         parts = {"ids": piece.ids, "scored": piece.scored, "starts": None}
         if "starts" in self.types:
-            parts["starts"] = np.zeros(size, np.uint8)
-            parts["starts"][:1] = piece.first
+            parts["starts"] = (np.arange(size) == 0).astype(np.uint8) * np.uint8(piece.first)
         for name, dtype in self.types.items():
             part = parts[name]
             self._waiting[name].append(np.ones(size, dtype) if part is None else part.astype(dtype))
