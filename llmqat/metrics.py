@@ -10,8 +10,8 @@ Shapes: T tokens, D hidden size, V vocabulary, K likeliest tokens of a cached te
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -52,6 +52,32 @@ def predictor_of(model: nn.Module) -> Predictor:
 
 
 @dataclass(frozen=True)
+class TokenScores:
+    """What was measured at each scored token, in order: float32 [S] on the CPU.
+
+    All but `nll` are None without a reference.
+    """
+
+    nll: Tensor  # negative log-likelihood of the label, nats
+    kl: Tensor | None = None  # KL(reference || model), nats
+    reverse_kl: Tensor | None = None  # KL(model || reference), nats
+    top1: Tensor | None = None  # 1 where model and reference rank the same token first, else 0
+    top5: Tensor | None = None  # share of the reference's five most probable tokens among the model's five
+
+    def sum(self, name: str) -> float | None:
+        """Returns the sum of the field `name`, taken in float64; None where it was not measured."""
+        values: Tensor | None = getattr(self, name)
+        return None if values is None else float(values.sum(dtype=torch.float64))
+
+    @staticmethod
+    def joined(parts: Sequence[TokenScores]) -> TokenScores:
+        """Returns the scores of all `parts`, in order; all or none were taken against a reference."""
+
+        measured = [field.name for field in fields(TokenScores) if getattr(parts[0], field.name) is not None]
+        return TokenScores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in measured})
+
+
+@dataclass(frozen=True)
 class TokenStatistics:
     """Sums over scored tokens, so that statistics of batches add up to those of the whole text."""
 
@@ -78,7 +104,6 @@ class TokenStatistics:
         )
 
 
-@torch.no_grad()
 def token_statistics(
     hidden: Tensor,
     model: Predictor,
@@ -88,6 +113,29 @@ def token_statistics(
     chunk_tokens: int = 512,
 ) -> TokenStatistics:
     """Returns likelihood, divergence from the reference, and top-1 agreement, summed over the labelled tokens.
+
+    Arguments and errors are those of `token_scores`.
+    """
+    scores = token_scores(hidden, model, labels, reference_hidden, reference, chunk_tokens)
+    matches = scores.sum("top1")
+    return TokenStatistics(
+        nll_sum=scores.sum("nll") or 0.0,
+        kl_sum=scores.sum("kl"),
+        top1_matches=None if matches is None else round(matches),
+        tokens=scores.nll.numel(),
+    )
+
+
+@torch.no_grad()
+def token_scores(
+    hidden: Tensor,
+    model: Predictor,
+    labels: Tensor,
+    reference_hidden: Tensor | None = None,
+    reference: Predictor | None = None,
+    chunk_tokens: int = 512,
+) -> TokenScores:
+    """Returns likelihood, divergence from the reference in both directions, and agreement, of each labelled token.
 
     The logits are those of the deployed model: made and transformed in the dtype of its head, and widened to float32
     only for the log-softmax.
@@ -111,32 +159,54 @@ def token_statistics(
             "a divergence needs models that share a vocabulary"
         )
     scored = labels.ne(IGNORED_LABEL).nonzero().squeeze(-1)
-    total = TokenStatistics(0.0, None, None, 0) if reference is None else TokenStatistics(0.0, 0.0, 0, 0)
+    if scored.numel() == 0:
+        return TokenScores(*[torch.zeros(0)] * (1 if reference is None else 5))
+    parts = []
     for rows in scored.split(chunk_tokens):
-        logits = model.logits(hidden[rows])
-        if reference is None or reference_hidden is None:
-            total += _logit_statistics(logits, labels[rows], None)
-        else:
-            total += _logit_statistics(logits, labels[rows], reference.logits(reference_hidden[rows]))
-    return total
+        targets = None
+        if reference is not None and reference_hidden is not None:
+            targets = reference.logits(reference_hidden[rows])
+        parts.append(_logit_scores(model.logits(hidden[rows]), labels[rows], targets))
+    return TokenScores.joined(parts)
 
 
-def _logit_statistics(logits: Tensor, labels: Tensor, reference_logits: Tensor | None) -> TokenStatistics:
-    """Returns the statistics of logits [T, V] in any dtype; worked in blocks of rows that stay in a core's cache."""
-    nll, kl, matches = 0.0, 0.0, 0
+def _logit_scores(logits: Tensor, labels: Tensor, reference_logits: Tensor | None) -> TokenScores:
+    """Returns the scores of logits [T, V] in any dtype; worked in blocks of rows that stay in a core's cache."""
+    found = torch.zeros(5, logits.shape[0], device=logits.device)
     for rows in _row_blocks(logits):
         wide = logits[rows].float()
         log_probs = F.log_softmax(wide, dim=-1)
-        nll -= float(log_probs.gather(-1, labels[rows].unsqueeze(-1)).sum(dtype=torch.float64))
+        found[0, rows] = -log_probs.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
         if reference_logits is None:
             continue
         reference_wide = reference_logits[rows].float()
-        matches += int(_argmax(wide).eq(_argmax(reference_wide)).sum())
+        found[3, rows] = _argmax(wide).eq(_argmax(reference_wide)).float()
+        found[4, rows] = _shared(_leading(wide), _leading(reference_wide))
         reference = F.log_softmax(reference_wide, dim=-1)
-        kl += float(torch.linalg.vecdot(reference.exp(), reference.sub_(log_probs)).sum(dtype=torch.float64))
-    if reference_logits is None:
-        return TokenStatistics(nll, None, None, labels.numel())
-    return TokenStatistics(nll, kl, matches, labels.numel())
+        probs = reference.exp()
+        difference = reference.sub_(log_probs)
+        found[1, rows] = torch.linalg.vecdot(probs, difference)
+        found[2, rows] = -torch.linalg.vecdot(log_probs.exp_(), difference)
+    nll, *others = found.cpu()
+    return TokenScores(nll) if reference_logits is None else TokenScores(nll, *others)
+
+
+def _leading(logits: Tensor, count: int = 5, block: int = 64) -> Tensor:
+    """Returns the indices [T, count] of the largest logits [T, V], in falling order.
+
+    As in `_argmax`: the largest lie in the blocks whose maxima are largest.
+    """
+    if logits.shape[-1] % block or logits.shape[-1] < count * block:
+        return logits.topk(min(count, logits.shape[-1])).indices
+    blocks = logits.unflatten(-1, (-1, block))
+    winners = blocks.amax(-1).topk(count).indices
+    inside = blocks.gather(1, winners.unsqueeze(-1).expand(-1, -1, block)).flatten(1).topk(count).indices
+    return winners.gather(1, inside // block) * block + inside % block
+
+
+def _shared(left: Tensor, right: Tensor) -> Tensor:
+    """Returns the share [T] of the entries of `right` [T, K] that are in `left` [T, K]."""
+    return (right.unsqueeze(-1) == left.unsqueeze(-2)).any(-1).float().mean(-1)
 
 
 def _argmax(logits: Tensor, block: int = 64) -> Tensor:

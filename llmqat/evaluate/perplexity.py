@@ -8,11 +8,14 @@ Nothing outside a window is seen when its tokens are scored. With a stride short
 overlap is context, and each token is scored once. Perplexity is exp(mean negative log-likelihood of the scored tokens).
 
 The divergence is KL(reference || model), the mean over the same scored tokens. The reference runs once: its final
-hidden states are kept ([N, L, D] in its own dtype, 23 MB for 40 windows of 512 at D = 576), its logits never are. Judge
-a quantized model by this divergence first: a perplexity below that of full precision is a model that has learned the
-text's domain, not one that is closer to its original.
+hidden states at the scored positions are kept ([S, D] in its own dtype, 23 MB for 40 windows of 512 at D = 576), its
+logits never are. Judge a quantized model by this divergence first: a perplexity below that of full precision is a model
+that has learned the text's domain, not one that is closer to its original.
 
-Shapes: N windows, L tokens in a window, B windows in a forward, D hidden size.
+An evaluation also keeps what each single token scored (`ScoredTokens`), from which intervals (bootstrap.py) and
+breakdowns (breakdown.py) are made.
+
+Shapes: N windows, L tokens in a window, B windows in a forward, S scored tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmqat.metrics import IGNORED_LABEL, Predictor, TokenStatistics, predictor_of, token_statistics
+from llmqat.metrics import IGNORED_LABEL, Predictor, TokenScores, predictor_of, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device
 
 Progress = Callable[[int, int], None]
@@ -43,6 +46,9 @@ class TokenWindows:
     stride: int  # text tokens from the start of one window to the next
     sha256: str  # of the text in UTF-8, or of the token ids where no text was given
     source: str  # where the text came from, for the table
+    lengths: Tensor | None = None  # int64 [N], tokens before the padding at a window's end; None: no window is padded
+    units: Tensor | None = None  # int64 [N], the document of a window; None: each window is one of its own
+    words: int | None = None  # words of the text, where perplexity is counted by words
 
     @property
     def window(self) -> int:
@@ -56,6 +62,21 @@ class TokenWindows:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    def tokens_in(self, rows: slice) -> list[int]:
+        """Returns the number of tokens that the model reads in each window of `rows`."""
+        shape = self.ids[rows].shape
+        return [shape[1]] * shape[0] if self.lengths is None else self.lengths[rows].tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredTokens:
+    """The scored tokens of all windows, in order, and what each scored; tensors are [S]."""
+
+    scores: TokenScores
+    unit: Tensor  # int64, the document or else the window that a token is in: what a bootstrap draws
+    position: Tensor  # int64, tokens before it in its window
+    token: Tensor  # int64, its id
 
 
 @dataclass(frozen=True)
@@ -71,10 +92,20 @@ class Evaluation:
     window: int  # tokens in a window
     stride: int
     text_sha256: str
+    reverse_kl: float | None = None  # mean KL(model || reference), nats a token
+    top5: float | None = None  # share of the reference's five most probable tokens that are among the model's five
+    words: int | None = None  # of the text, where perplexity is also counted by words
+    scored: ScoredTokens | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp(summed negative log-likelihood / words of the text); None where words were not counted."""
+        return None if self.words is None else _exp(self.nll * self.tokens / self.words)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON takes them."""
-        return asdict(self)
+        """Returns the fields as JSON takes them, single tokens left out."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "scored"}
+        return {**values, "word_perplexity": self.word_perplexity}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +113,7 @@ class Reference:
     """The reference model's side of a comparison on one text: all that is needed of it after it is let go."""
 
     windows: TokenWindows
-    hidden: Tensor  # [N, L, D] on the CPU, in the model's dtype
+    hidden: Tensor  # [S, D] on the CPU, in the model's dtype: where the scored tokens are predicted
     predictor: Predictor
     evaluation: Evaluation  # of the reference itself: its divergence is 0 and its agreement 1
 
@@ -178,12 +209,15 @@ def evaluate(
             f"the reference was kept for the windows of {kept.windows.source} and the model is evaluated on those of "
             f"{windows.source}; a divergence needs the same windows"
         )
-    total = TokenStatistics(0.0, None, None, 0) if kept is None else TokenStatistics(0.0, 0.0, 0, 0)
+    parts: list[TokenScores] = []
     with _deployed(model, dtype):
         predictor = predictor_of(model).detached()
-        for rows, hidden in _final_hidden_states(model, windows, batch_size, progress):
-            total += _score(predictor, hidden, windows.labels[rows], kept, rows)
-    return _evaluation(total, windows)
+        done = 0
+        for hidden, labels in _predicting_states(model, windows, batch_size, progress):
+            rows = slice(done, done + len(labels))
+            parts.append(_scores(predictor, hidden, labels, kept, rows))
+            done = rows.stop
+    return _evaluation(TokenScores.joined(parts), windows)
 
 
 def keep_reference(
@@ -191,13 +225,15 @@ def keep_reference(
 ) -> Reference:
     """Returns what later comparisons with `model` on `windows` need; the model itself may then be let go."""
     kept: list[Tensor] = []
-    total = TokenStatistics(0.0, None, None, 0)
+    parts: list[TokenScores] = []
     with _deployed(model, None):
         predictor = predictor_of(model).detached()
-        for rows, hidden in _final_hidden_states(model, windows, batch_size, progress):
+        for hidden, labels in _predicting_states(model, windows, batch_size, progress):
             kept.append(hidden.cpu())
-            total += _score(predictor, hidden, windows.labels[rows], None, rows)
-    own = TokenStatistics(nll_sum=total.nll_sum, kl_sum=0.0, top1_matches=total.tokens, tokens=total.tokens)
+            parts.append(_scores(predictor, hidden, labels, None, slice(0)))
+    nll = torch.cat([part.nll for part in parts])
+    zeros, ones = torch.zeros_like(nll), torch.ones_like(nll)
+    own = TokenScores(nll, kl=zeros, reverse_kl=zeros, top1=ones, top5=ones)
     return Reference(windows=windows, hidden=torch.cat(kept), predictor=predictor, evaluation=_evaluation(own, windows))
 
 
@@ -218,20 +254,28 @@ def _check_shape(window: int, body: int, stride: int | None, max_windows: int | 
 
 
 @torch.no_grad()
-def _final_hidden_states(
+def _predicting_states(
     model: nn.Module, windows: TokenWindows, batch_size: int, progress: Progress | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yields the rows of each batch of windows and their final hidden states [B, L, D]."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields, a batch of windows at a time, the scored tokens [s] and the final hidden states [s, D] before them."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} evaluates nothing; choose at least 1")
     device = model_device(model)
+    done, total = 0, sum(windows.tokens_in(slice(None)))
     with capture_hidden(model) as captured:
         for start in range(0, len(windows), batch_size):
             rows = slice(start, min(start + batch_size, len(windows)))
-            model(input_ids=windows.ids[rows].to(device), use_cache=False)
-            yield rows, captured.take()
+            lengths = windows.tokens_in(rows)
+            # Padding lies behind the tokens, which a causal model does not see from there: no mask is needed.
+            ids, labels = (side[rows, : max(lengths)].to(device) for side in (windows.ids, windows.labels))
+            # The last token only is predicted: a rolling window is one token longer than what the model can read.
+            model(input_ids=ids if windows.lengths is None else ids[:, :-1], use_cache=False)
+            next_labels = labels[:, 1:]
+            scored = next_labels.ne(IGNORED_LABEL)
+            yield captured.take()[:, : next_labels.shape[1]][scored], next_labels[scored]
+            done += sum(lengths)
             if progress is not None:
-                progress(rows.stop * windows.window, windows.ids.numel())
+                progress(done, total)
 
 
 @contextmanager
@@ -246,22 +290,14 @@ def _deployed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         model.train(was_training)
 
 
-def _score(
+def _scores(
     predictor: Predictor, hidden: Tensor, labels: Tensor, reference: Reference | None, rows: slice
-) -> TokenStatistics:
-    """Returns the statistics of one batch: hidden [B, L, D] at position t predicts the label [B, L] at t + 1."""
-    next_labels = labels[:, 1:].reshape(-1).to(hidden.device)
+) -> TokenScores:
+    """Returns the scores of one batch: hidden [s, D] predicts labels [s]; `rows` of the reference's states do too."""
     if reference is None:
-        return token_statistics(_predicting(hidden), predictor, next_labels)
-    states = _predicting(reference.hidden[rows]).to(hidden.device)
-    return token_statistics(
-        _predicting(hidden), predictor, next_labels, states, _on(reference.predictor, hidden.device)
-    )
-
-
-def _predicting(hidden: Tensor) -> Tensor:
-    """Returns the hidden states [B*(L-1), D] that have a next token."""
-    return hidden[:, :-1].flatten(0, 1)
+        return token_scores(hidden, predictor, labels)
+    states = reference.hidden[rows].to(hidden.device)
+    return token_scores(hidden, predictor, labels, states, _on(reference.predictor, hidden.device))
 
 
 def _on(predictor: Predictor, device: torch.device) -> Predictor:
@@ -269,16 +305,32 @@ def _on(predictor: Predictor, device: torch.device) -> Predictor:
     return Predictor(predictor.head.to(device), bias, predictor.transform)
 
 
-def _evaluation(total: TokenStatistics, windows: TokenWindows) -> Evaluation:
-    nll = total.nll_sum / total.tokens
+def _evaluation(scores: TokenScores, windows: TokenWindows) -> Evaluation:
+    tokens = scores.nll.numel()
+    means = {
+        name: None if (total := scores.sum(name)) is None else total / tokens
+        for name in ("nll", "kl", "reverse_kl", "top1", "top5")
+    }
+    nll = means.pop("nll") or 0.0
+    window, position = windows.labels[:, 1:].ne(IGNORED_LABEL).nonzero(as_tuple=True)
     return Evaluation(
-        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        perplexity=_exp(nll),
         nll=nll,
-        kl=None if total.kl_sum is None else total.kl_sum / total.tokens,
-        top1=None if total.top1_matches is None else total.top1_matches / total.tokens,
-        tokens=total.tokens,
+        **means,
+        tokens=tokens,
         windows=len(windows),
         window=windows.window,
         stride=windows.stride,
         text_sha256=windows.sha256,
+        words=windows.words,
+        scored=ScoredTokens(
+            scores=scores,
+            unit=window if windows.units is None else windows.units[window],
+            position=position + 1,
+            token=windows.labels[window, position + 1],
+        ),
     )
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf

@@ -23,6 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 from llmqat.calibrate import AllocationConfig, Stage, check_stages
 from llmqat.config import Config, unknown_key_message
 from llmqat.data.config import DataConfig
+from llmqat.evaluate.protocols import PROTOCOLS, PYDOC
 from llmqat.layers import QuantConfig
 from llmqat.train import LoraSettings, QATArguments
 
@@ -30,8 +31,6 @@ RECIPE_FILE = "recipe.yaml"
 """Name of the recipe in a run folder."""
 TRAINER_FOLDER = "checkpoints"
 """Name of the trainer's folder in a run folder."""
-PYDOC = "pydoc"
-"""Stands for the prose of the Python version in use among evaluate.texts."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,12 +67,14 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 class EvaluationSettings(Config):
-    """What the comparison at the end measures."""
+    """What the comparison at the end measures. Where nothing is said, the protocol's own text and windows stand."""
 
-    texts: tuple[str, ...] = (PYDOC,)
-    """Texts to score: paths of UTF-8 files, or `pydoc`, the prose of the Python version in use."""
-    window: int = Field(default=512, ge=2)
-    """Tokens in a window; nothing outside a window is seen when its tokens are scored."""
+    protocol: str = "windows"
+    """`windows`, `wikitext2` (as in GPTQ's papers) or `wikitext` (word perplexity, as lm-eval): evaluate/protocols.py."""
+    texts: tuple[str, ...] = Field(default=(PYDOC,), min_length=1)
+    """Texts to score: `pydoc`, UTF-8 files or folders, files of rows (.jsonl, .parquet), hub:NAME:CONFIG:SPLIT."""
+    window: int | None = Field(default=512, ge=2)
+    """Tokens in a window; nothing outside a window is seen when its tokens are scored. None: the model's longest."""
     stride: int | None = Field(default=None, ge=1)
     """Tokens from the start of one window to the next; None means `window`, windows that do not overlap."""
     max_windows: int | None = Field(default=40, ge=1)
@@ -81,9 +82,24 @@ class EvaluationSettings(Config):
     batch_size: int = Field(default=4, ge=1)
     """Windows in one forward pass."""
     speed: bool = True
-    """Whether decoded tokens a second are measured as well."""
+    """Whether speed, memory and energy of decoding are measured as well."""
     allow_trained_text: bool = False
     """Whether text may be scored that a model was calibrated or trained on; its figures say nothing of other text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_protocol_s_own(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("protocol") not in PROTOCOLS:
+            return values
+        own = PROTOCOLS[values["protocol"]]
+        return {"texts": (own.text,), "window": own.window, "max_windows": own.max_windows, **values}
+
+    @field_validator("protocol")
+    @classmethod
+    def _check_protocol(cls, value: str) -> str:
+        if value not in PROTOCOLS:
+            raise ValueError(f"{value!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
+        return value
 
 
 DEFAULT_STAGES: Any = ("ranges",)

@@ -12,29 +12,41 @@ from transformers import PreTrainedTokenizerBase
 from llmqat.data.blocks import hash_text
 from llmqat.data.documents import document_hash
 from llmqat.data.pydoc import pydoc_text
-from llmqat.data.text import hash_file, read_texts, text_files
+from llmqat.data.text import hash_file, text_files
 from llmqat.evaluate.compare import Comparison, candidate_from, compare, progress_bar
-from llmqat.evaluate.perplexity import TokenWindows, windows_from_text
+from llmqat.evaluate.perplexity import TokenWindows
+from llmqat.evaluate.protocols import HUB_PREFIX, PYDOC, text_windows
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.models import load_tokenizer, resolve_spec
-from llmqat.recipe.config import PYDOC, EvaluationSettings
+from llmqat.recipe.config import EvaluationSettings
 
 
-def evaluation_windows(settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, TokenWindows]:
+def evaluation_windows(
+    settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, model_length: int | None = None
+) -> dict[str, TokenWindows]:
     """Returns the windows of each text by the name that the table shows.
+
+    Args:
+        settings: protocol, texts and windows.
+        tokenizer: of the models.
+        model_length: tokens that the models take at most, for protocols that use all of them.
 
     Raises:
         FileNotFoundError: a text is not there.
-        ValueError: a text is not UTF-8, or shorter than a window.
+        ValueError: a text cannot be read, or is shorter than a window.
     """
-    windows = {}
-    for source in settings.texts:
-        name = source if source == PYDOC else Path(source).name
-        text = pydoc_text() if source == PYDOC else "\n\n".join(read_texts(Path(source)))
-        windows[name] = windows_from_text(
-            text, tokenizer, settings.window, settings.stride, settings.max_windows, source
+    return {
+        source if source.startswith((PYDOC, HUB_PREFIX)) else Path(source).name: text_windows(
+            settings.protocol,
+            source,
+            tokenizer,
+            window=settings.window,
+            stride=settings.stride,
+            max_windows=settings.max_windows,
+            model_length=model_length,
         )
-    return windows
+        for source in settings.texts
+    }
 
 
 TRAINED_TEXTS = ("text", "calibration_text")
@@ -69,7 +81,9 @@ def check_untrained(settings: EvaluationSettings, record: Mapping[str, Any], own
 
 
 def _documents_of(source: str) -> dict[str, str]:
-    """Returns the hash of each document of an evaluation text, by name."""
+    """Returns the hash of each document of an evaluation text, by name; none of a data set on the hub."""
+    if source.startswith(HUB_PREFIX):
+        return {}
     if source == PYDOC:
         return {PYDOC: hash_text(document_hash(pydoc_text()))}
     found = {str(file): hash_file(file) for file in text_files(Path(source))}

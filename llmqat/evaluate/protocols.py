@@ -1,0 +1,286 @@
+"""Named ways of scoring a text, so that figures can be put beside those of papers and of lm-eval.
+
+    windows    the text in windows of `window` tokens, with or without overlap; a BOS token, where the model knows one,
+               opens each window. What llmqat's own tables use.
+    wikitext2  as GPTQ's code and most papers since: rows of WikiText joined by an empty line, tokenized once, cut into
+               windows of 2,048 tokens; the last, short window is dropped. (Frantar et al. 2210.17323)
+    wikitext   as lm-eval's task of that name: each page alone, its tokens predicted once in windows as long as the model
+               takes, the first behind a BOS (else EOS) token; perplexity by words of the page as it came.
+
+A source of text is `pydoc` (the prose of the Python version in use), a UTF-8 file, a folder of them, a file of rows
+(.jsonl, .parquet, .csv, .arrow), or `hub:NAME[:CONFIG[:SPLIT]]`, a dataset of the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmqat.data.config import DataConfig
+from llmqat.data.hub import BUILDERS, check_text_column, find_text_column, open_hub, open_local
+from llmqat.data.pydoc import pydoc_text
+from llmqat.data.text import read_text, read_texts
+from llmqat.evaluate.perplexity import TokenWindows, windows_from_text
+from llmqat.metrics import IGNORED_LABEL
+
+PYDOC = "pydoc"
+"""Stands for the prose of the Python version in use."""
+HUB_PREFIX = "hub:"
+PAGE = "page"
+"""Column of a dataset of whole WikiText pages."""
+LONGEST = 2048
+"""Tokens in a window of the protocol `wikitext` where neither model nor tokenizer says how long it may be."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a protocol scores where nothing else is said."""
+
+    text: str
+    window: int | None  # tokens; None: as long as the model takes
+    max_windows: int | None  # None: all of the text
+
+
+PROTOCOLS = {
+    "windows": Protocol(PYDOC, 512, 40),
+    "wikitext2": Protocol(f"{HUB_PREFIX}Salesforce/wikitext:wikitext-2-raw-v1:test", 2048, None),
+    "wikitext": Protocol(f"{HUB_PREFIX}EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test", None, None),
+}
+
+
+def text_windows(
+    protocol: str,
+    source: str,
+    tokenizer: Any,
+    *,
+    window: int | None,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    model_length: int | None = None,
+) -> TokenWindows:
+    """Returns the windows of the text at `source` by `protocol`.
+
+    Args:
+        protocol: a name in `PROTOCOLS`.
+        source: as this file's first lines say.
+        tokenizer: a transformers tokenizer.
+        window: tokens in a window; None where the protocol allows it: as long as the model takes.
+        stride: tokens from one window to the next; only of the protocol `windows`.
+        max_windows: windows kept, from the start; None keeps all.
+        model_length: tokens that the model takes at most, where it says.
+
+    Raises:
+        FileNotFoundError: the text is not there.
+        ValueError: it is unreadable or too short, or the settings do not go with the protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
+    if stride is not None and protocol != "windows":
+        raise ValueError(f"stride={stride} is not part of the protocol {protocol!r}; leave it out, or use 'windows'")
+    if protocol == "wikitext":
+        length = window or min(model_length or LONGEST, getattr(tokenizer, "model_max_length", LONGEST))
+        return rolling_windows(read_pages(source), tokenizer, length, max_windows, source)
+    if window is None:
+        raise ValueError(f"the protocol {protocol!r} needs a window; leave it out for its own, or give tokens")
+    if protocol == "wikitext2":
+        return gptq_windows("\n\n".join(read_rows(source)), tokenizer, window, max_windows, source)
+    text = "\n\n".join(row for row in read_documents(source) if row.strip())
+    return windows_from_text(text, tokenizer, window, stride, max_windows, source)
+
+
+# Texts
+
+
+def read_documents(source: str) -> list[str]:
+    """Returns the texts at `source`: one a file, or one a row of a dataset.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read, or it is not clear which column holds the text.
+    """
+    if source == PYDOC:
+        return [pydoc_text()]
+    return _dataset_rows(source) if _is_dataset(source) else read_texts(Path(source))
+
+
+def read_rows(source: str) -> list[str]:
+    """Returns the rows of `source`; those of a text file are its lines as the hub's WikiText has them, blank ones empty.
+
+    Raises:
+        FileNotFoundError: there is no such text.
+        ValueError: it cannot be read.
+    """
+    if source == PYDOC or _is_dataset(source) or Path(source).is_dir():
+        return read_documents(source)
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"no text at {source}; give a text file, or one of rows, or {HUB_PREFIX}NAME:CONFIG:SPLIT")
+    return [line if line.strip() else "" for line in read_text(Path(source)).splitlines(keepends=True)]
+
+
+_TITLE = re.compile(r"^ ?= (?!=)(?!.*= = *$).* = *$", re.MULTILINE)
+"""A line that is a page's title in WikiText, and not that of a section."""
+
+
+def read_pages(source: str) -> list[tuple[str, str]]:
+    """Returns pages as (as it came, as it is read): a dataset's rows, or a text file cut before each title of WikiText.
+
+    Tokenized WikiText (" @-@ ") is read detokenized; the words that perplexity is counted by are those that came.
+
+    Raises:
+        FileNotFoundError: there is no such text.
+        ValueError: it cannot be read, or is empty.
+    """
+    pages = read_documents(source)
+    if not _is_dataset(source) and Path(source).is_file():
+        (text,) = pages
+        cuts = [match.start() for match in _TITLE.finditer(text)]
+        bounds = [0, *(cut for cut in cuts if text[:cut].strip()), len(text)]
+        pages = [text[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    pages = [page for page in pages if page.strip()]
+    if not pages:
+        raise ValueError(f"{source} is empty; evaluation needs a text")
+    tokenized = any(mark in page for page in pages for mark in (" @-@ ", " @,@ ", " @.@ "))
+    return [(page, detokenized(page) if tokenized else page) for page in pages]
+
+
+def _is_dataset(source: str) -> bool:
+    suffix = Path(source).suffix
+    return source.startswith(HUB_PREFIX) or (suffix in BUILDERS and suffix != ".txt")
+
+
+def _dataset_rows(source: str) -> list[str]:
+    if source.startswith(HUB_PREFIX):
+        name, _, rest = source.removeprefix(HUB_PREFIX).partition(":")
+        config, _, split = rest.partition(":")
+        rows = open_hub(DataConfig(source="dataset", name=name, config_name=config or None), split or "test")
+    else:
+        rows = open_local(Path(source), "train")
+    column = PAGE if PAGE in rows.column_names else find_text_column(rows, source)
+    check_text_column(rows, column, source)
+    return [text or "" for text in rows[column]]
+
+
+_DETOKENIZE: tuple[tuple[str, str], ...] = (
+    (r"s '", "s'"),
+    (r"/' [0-9]/", r"/'[0-9]/"),
+    (r" @-@ ", "-"),
+    (r" @,@ ", ","),
+    (r" @\.@ ", "."),
+    (r" : ", ": "),
+    (r" ; ", "; "),
+    (r" \. ", ". "),
+    (r" ! ", "! "),
+    (r" \? ", "? "),
+    (r" , ", ", "),
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+    (r"= = = =", "===="),
+    (r"= = =", "==="),
+    (r"= =", "=="),
+    (r" ° ", "°"),
+    (r" \n", "\n"),
+    (r"\n ", "\n"),
+    (r" N ", " 1 "),
+    (r" 's", "'s"),
+)
+"""Replacements, in order: what lm-eval's task does to a page, so that figures agree."""
+
+
+def detokenized(page: str) -> str:
+    """Returns a page of tokenized WikiText as running text.
+
+    Source: lm-eval, task `wikitext` (after Megatron-LM).
+    """
+    for pattern, replacement in _DETOKENIZE:
+        page = re.sub(pattern, replacement, page)
+    return page
+
+
+# Windows
+
+
+def gptq_windows(text: str, tokenizer: Any, window: int, max_windows: int | None, source: str) -> TokenWindows:
+    """Returns `text`, tokenized in one piece as the tokenizer does by itself, in windows without overlap.
+
+    Raises:
+        ValueError: the text is shorter than a window.
+    """
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    count = len(ids) // window
+    if count == 0:
+        raise ValueError(
+            f"{source} has {len(ids)} tokens, fewer than one window of {window}; give a longer text or a shorter window"
+        )
+    blocks = ids[: count * window].view(count, window)[:max_windows]
+    return TokenWindows(blocks, blocks, window, _sha256(text), source)
+
+
+def rolling_windows(
+    pages: Sequence[tuple[str, str]], tokenizer: Any, window: int, max_windows: int | None, source: str
+) -> TokenWindows:
+    """Returns pages in windows in which each of their tokens is predicted once, the first behind a BOS or EOS token.
+
+    A page's last window is as long as the others, its first tokens only read. Windows come longest first.
+
+    Args:
+        pages: (as it came, as it is read).
+        tokenizer: a transformers tokenizer.
+        window: tokens that are read in a forward.
+        max_windows: windows kept, from the first page on; whole pages only, so that words can be counted.
+        source: for messages and the table.
+
+    Raises:
+        ValueError: the window is too short, or max_windows keeps no page.
+    """
+    if window < 2:
+        raise ValueError(f"window={window} leaves nothing to predict from; choose at least 2")
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    rows: list[tuple[int, list[int], int]] = []  # page, tokens, how many of the last are scored
+    words = 0
+    for number, (raw, text) in enumerate(pages):
+        own = [(number, *cut) for cut in _rolling(tokenizer.encode(text, verbose=False), prefix, window)]
+        if max_windows is not None and len(rows) + len(own) > max_windows:
+            break
+        rows += own
+        words += len(re.split(r"\s+", raw))
+    if not rows:
+        raise ValueError(f"max_windows={max_windows} keeps no page of {source} whole; give more, or leave it out")
+    rows.sort(key=lambda row: -len(row[1]))
+    ids = torch.full((len(rows), len(rows[0][1])), prefix)
+    labels = torch.full_like(ids, IGNORED_LABEL)
+    for index, (_, tokens, scored) in enumerate(rows):
+        ids[index, : len(tokens)] = torch.tensor(tokens)
+        labels[index, len(tokens) - scored : len(tokens)] = ids[index, len(tokens) - scored : len(tokens)]
+    return TokenWindows(
+        ids=ids,
+        labels=labels,
+        stride=window,
+        sha256=_sha256("\n\n".join(raw for raw, _ in pages)),
+        source=source,
+        lengths=torch.tensor([len(tokens) for _, tokens, _ in rows]),
+        units=torch.tensor([page for page, _, _ in rows]),
+        words=words,
+    )
+
+
+def _rolling(tokens: list[int], prefix: int, window: int) -> list[tuple[list[int], int]]:
+    """Returns windows of at most `window` + 1 tokens, and how many of the last of each are scored."""
+    cuts = []
+    for start in range(0, len(tokens), window):
+        end = min(start + window, len(tokens))
+        read = [prefix, *tokens[:end]] if start == 0 else tokens[max(end - window - 1, 0) : end]
+        cuts.append((read, end - start))
+    return cuts
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

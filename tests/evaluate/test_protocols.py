@@ -1,0 +1,123 @@
+"""Protocols by name: windows worked by hand, GPTQ's, and lm-eval's word perplexity from lm-eval itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llmqat.evaluate.perplexity import evaluate
+from llmqat.evaluate.protocols import detokenized, read_pages, read_rows, text_windows
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+PAGES = [
+    '\n = Robert <unk> = \n\n Robert had a 70 @-@ year role , in " The Bill " ( 2000 ) . \n\n = = Career = = \n\n'
+    + " It cost 1 @,@ 000 @.@ 5 pounds ; he 's the players ' man . \n" * 4,
+    "\n = Second page = \n\n" + " Words that follow one another : one , two , and N more ! \n" * 9,
+    "\n = Third = \n\n Short . \n",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Path:
+    path = tmp_path / "pages.jsonl"
+    path.write_text("".join(json.dumps({"page": page}) + "\n" for page in PAGES))
+    return path
+
+
+def lm_eval_task(folder: Path, pages: Path) -> Any:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")
+    from lm_eval.tasks import TaskManager
+
+    task = {
+        "task": "local_wikitext",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(pages)}},
+        "output_type": "loglikelihood_rolling",
+        "test_split": "test",
+        "doc_to_text": "",
+        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    }
+    wikitext = Path(__import__("lm_eval").__file__).parent / "tasks" / "wikitext"
+    source = (wikitext / "preprocess_wikitext.py").read_text()
+    (folder / "preprocess_wikitext.py").write_text(source)
+    lines = [f"{key}: {json.dumps(value)}" for key, value in task.items()]
+    lines += [
+        "doc_to_target: !function preprocess_wikitext.wikitext_detokenizer",
+        "process_results: !function preprocess_wikitext.process_results",
+    ]
+    (folder / "local_wikitext.yaml").write_text("\n".join(lines) + "\n")
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_word_perplexity_is_lm_evals(pages: Path, tmp_path: Path, tokenizer: Any, window: int | None) -> None:
+    tasks = lm_eval_task(tmp_path, pages)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    model = tiny_llama()
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, max_length=window, batch_size=2),
+        tasks=["local_wikitext"],
+        task_manager=tasks,
+        bootstrap_iters=0,
+    )
+    windows = text_windows("wikitext", str(pages), tokenizer, window=window, model_length=256)
+    assert windows.window == (window or 256) + 1
+    ours = evaluate(model, windows, batch_size=2)
+    assert ours.words == sum(len(page.split()) + page[0].isspace() + page[-1].isspace() for page in PAGES)
+    assert ours.word_perplexity == pytest.approx(
+        theirs["results"]["local_wikitext"]["word_perplexity,none"], rel=1e-5
+    )
+
+
+def test_a_text_file_is_cut_into_pages_at_titles(tmp_path: Path, pages: Path) -> None:
+    path = tmp_path / "test.tokens"
+    path.write_text("".join(PAGES))
+    assert [page.strip() for page, _ in read_pages(str(path))] == [page.strip() for page in PAGES]
+    assert [read for _, read in read_pages(str(pages))] == [detokenized(page) for page in PAGES]
+    plain = tmp_path / "plain.txt"
+    plain.write_text("= Title =\n\nText, as it is.\n\n== Section ==\n\nMore.\n")
+    ((came, read),) = read_pages(str(plain))
+    assert came == read == plain.read_text()
+
+
+def test_gptqs_windows_are_rows_joined_and_cut(tmp_path: Path, tokenizer: Any) -> None:
+    raw = tmp_path / "wiki.test.raw"
+    raw.write_text(" \n = Title = \n \n Some text . \n")
+    assert read_rows(str(raw)) == ["", " = Title = \n", "", " Some text . \n"]
+    ids = tokenizer("\n\n".join(read_rows(str(raw))))["input_ids"]
+    windows = text_windows("wikitext2", str(raw), tokenizer, window=10)
+    assert windows.ids.flatten().tolist() == ids[: len(ids) // 10 * 10]
+    model = tiny_llama()
+    with torch.no_grad():  # the loop of GPTQ's code
+        losses = [F.cross_entropy(model(input_ids=row).logits[0, :-1], row[0, 1:]) * 10 for row in windows.ids.split(1)]
+    expected = torch.exp(torch.stack(losses).sum() / (len(windows) * 10))
+    assert evaluate(model, windows).perplexity == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "message"),
+    [
+        ("c4", {"window": 64}, "'c4' is unknown; choose one of windows, wikitext2, wikitext"),
+        ("wikitext2", {"window": 64, "stride": 8}, "stride=8 is not part of the protocol 'wikitext2'"),
+        ("wikitext2", {"window": 100_000}, "fewer than one window of 100000"),
+        ("windows", {"window": None}, "needs a window"),
+        ("wikitext", {"window": 64, "max_windows": 1}, "keeps no page"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    protocol: str, options: dict[str, Any], message: str, pages: Path, tokenizer: Any
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        text_windows(protocol, str(pages), tokenizer, **options)
