@@ -2,8 +2,8 @@
 
 Heavy imports (torch, transformers) happen inside the commands, so that `llmqat --help` answers at once.
 
-Exit codes: 0 done; 2 the user's mistake, told in one message without a traceback (`llmqat --traceback COMMAND ...`
-shows it); 1 ours, with the traceback; 130 interrupted.
+Exit codes: 0 done; 1 our fault, with the traceback; 2 the user's mistake, told in one message without a traceback
+(`llmqat --traceback COMMAND ...` shows it); 3 a gate is broken; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from llmqat.evaluate.compare import Comparison
+    from llmqat.evaluate.tasks import TaskSettings
     from llmqat.layers import AuditEntry, CoverageAudit
     from llmqat.recipe import EvaluationSettings, RunResult
     from llmqat.recipe.allocation import BitPlan
@@ -31,6 +32,7 @@ USER_MISTAKES = (ValueError, OSError, ImportError)
 """What a room raises when the input, the files or the installed packages are not what they must be."""
 
 EXIT_USER = 2
+EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
 
 console = Console()
@@ -65,7 +67,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-MODEL_HELP = "Hub id, folder (full precision or packed), .gguf file, or package:NAME/FILE.gguf."
+MODEL_HELP = "Hub id, folder (full precision, packed or peft adapter), .gguf file, or package:NAME/FILE.gguf."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 ModelsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe (.yaml), or the folder of a run.")]
@@ -84,11 +86,44 @@ GroupSizeOption = Annotated[
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")]
 TextOption = Annotated[
     list[str] | None,
-    typer.Option(help="UTF-8 text file or folder; may be given again. Python's own manual where not given."),
+    typer.Option(
+        help="UTF-8 text file or folder, rows (.jsonl, .parquet), or hub:NAME:CONFIG:SPLIT; may be given again. "
+        "Else the protocol's own: Python's manual, or WikiText-2 from the hub."
+    ),
 ]
-WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+ProtocolOption = Annotated[
+    str,
+    typer.Option(
+        help="windows: the text cut up, 40 windows of 512 tokens; wikitext2: as in GPTQ's papers, windows of 2,048; "
+        "wikitext: word perplexity, as lm-eval."
+    ),
+]
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option(help="Full-precision model that divergence is measured from; else the first of several models."),
+]
+WindowOption = Annotated[int | None, typer.Option(min=2, help="Tokens in a window; else the protocol's own.")]
+TasksOption = Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-eval to run too: arc_easy,piqa")]
+TaskFolderOption = Annotated[
+    Path | None, typer.Option(help="Folder of NAME.jsonl with lines of query, choices and gold: tasks of your own.")
+]
+TaskLimitOption = Annotated[int | None, typer.Option(min=1, help="Questions of each task; else all.")]
+GateOption = Annotated[
+    str | None, typer.Option(help='Limits to keep, such as "perplexity<=1.02x, top1>=0.95, size<=0.3x".')
+]
+BaselineOption = Annotated[
+    Path | None,
+    typer.Option(help="Report that --json wrote earlier: its text is scored again, and a gate's x is relative to it."),
+]
+ThresholdOption = Annotated[
+    float, typer.Option(min=0, help="Share of perplexity that may be lost before training is advised.")
+]
+CsvOption = Annotated[Path | None, typer.Option("--csv", help="Write the table to this file as CSV.")]
+MarkdownOption = Annotated[Path | None, typer.Option(help="Write the table to this file as Markdown.")]
 StrideOption = Annotated[int | None, typer.Option(min=1, help="Tokens between window starts; else no overlap.")]
-MaxWindowsOption = Annotated[int, typer.Option(min=0, help="Windows scored in each text, from its start; 0 for all.")]
+MaxWindowsOption = Annotated[
+    int | None, typer.Option(min=0, help="Windows scored in each text, from its start; 0 for all.")
+]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")]
 TrainedTextOption = Annotated[
     bool, typer.Option("--allow-trained-text", help="Score a text that a model was calibrated or trained on.")
@@ -165,77 +200,146 @@ def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     console.print(f"memory: {memory} for teacher, masters, gradients and AdamW; activations on top", highlight=False)
 
 
-def _settings(
-    texts: list[str] | None,
-    window: int,
-    stride: int | None,
-    max_windows: int,
-    batch_size: int,
-    speed: bool,
-    allow_trained_text: bool,
-) -> EvaluationSettings:
-    """Returns what `eval` and `compare` measure; no text means the recipe's own, and 0 windows mean all."""
-    from llmqat.recipe import EvaluationSettings
-
-    return EvaluationSettings(
-        texts=tuple(texts or EvaluationSettings().texts),
-        window=window,
-        stride=stride,
-        max_windows=max_windows or None,
-        batch_size=batch_size,
-        speed=speed,
-        allow_trained_text=allow_trained_text,
-    )
-
-
 @app.command(name="eval")
 def evaluate(
     models: ModelsArgument,
     text: TextOption = None,
-    window: WindowOption = 512,
+    protocol: ProtocolOption = "windows",
+    window: WindowOption = None,
     stride: StrideOption = None,
-    max_windows: MaxWindowsOption = 40,
-    reference: Annotated[str | None, typer.Option(help="Model that divergence (KL, top-1) is measured from.")] = None,
+    max_windows: MaxWindowsOption = None,
+    reference: ReferenceOption = None,
     batch_size: BatchSizeOption = 4,
+    tasks: TasksOption = None,
+    task_folder: TaskFolderOption = None,
+    task_limit: TaskLimitOption = None,
+    gate: GateOption = None,
+    baseline: BaselineOption = None,
+    threshold: ThresholdOption = 0.02,
     allow_trained_text: TrainedTextOption = False,
     json_file: JsonOption = None,
+    csv_file: CsvOption = None,
+    markdown: MarkdownOption = None,
 ) -> None:
-    """Scores models on the same windows of text: perplexity, and divergence from a reference.
+    """Scores models on the same windows of text: perplexity, divergence from a reference, where they are weak.
+
+    Exit code 3 means that a gate is broken.
 
     **Examples**
 
         llmqat eval runs/smollm2-135m-int4/model --text notes.txt --json notes.json
 
         llmqat eval runs/a/model runs/b/model --reference HuggingFaceTB/SmolLM2-135M --window 512 --max-windows 40
-    """
-    from llmqat.recipe import compare_models
 
-    settings = _settings(text, window, stride, max_windows, batch_size, False, allow_trained_text)
-    _print_comparison(compare_models(models, settings, reference), json_file)
+        llmqat eval runs/a/model model-Q4_0.gguf my-adapter/ --reference ./original --protocol wikitext
+
+        llmqat eval runs/a/model --reference ./original --tasks arc_easy,piqa
+
+        llmqat eval runs/a/model --baseline last-week.json --gate "perplexity<=1.01x"
+    """
+    settings = _asked(
+        text, protocol, window, stride, max_windows, batch_size, baseline, allow_trained_text, speed=False
+    )
+    chosen = _tasks(tasks, task_folder, task_limit)
+    _judge(models, settings, reference, baseline, gate, threshold, chosen, (json_file, csv_file, markdown, None))
 
 
 @app.command()
 def compare(
     models: ModelsArgument,
-    reference: Annotated[str, typer.Option(help="Full-precision model that the others are compared with.")],
+    reference: ReferenceOption = None,
     text: TextOption = None,
-    window: WindowOption = 512,
+    protocol: ProtocolOption = "windows",
+    window: WindowOption = None,
     stride: StrideOption = None,
-    max_windows: MaxWindowsOption = 40,
+    max_windows: MaxWindowsOption = None,
     batch_size: BatchSizeOption = 4,
+    tasks: TasksOption = None,
+    task_folder: TaskFolderOption = None,
+    task_limit: TaskLimitOption = None,
+    gate: GateOption = None,
+    baseline: BaselineOption = None,
+    threshold: ThresholdOption = 0.02,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML report to this file.")] = None,
     allow_trained_text: TrainedTextOption = False,
     json_file: JsonOption = None,
+    csv_file: CsvOption = None,
+    markdown: MarkdownOption = None,
 ) -> None:
-    """Puts models beside a reference: perplexity, divergence, size on disk, decoded tokens a second.
+    """Puts models beside a reference: quality as `eval` does, size, speed, memory, energy, and an HTML report.
+
+    Exit code 3 means that a gate is broken.
 
     **Examples**
 
-        llmqat compare runs/a/model runs/b/model --reference HuggingFaceTB/SmolLM2-135M --json ab.json
+        llmqat compare runs/a/model runs/b/model --reference HuggingFaceTB/SmolLM2-135M --html ab.html --json ab.json
+
+        llmqat compare runs/a/model --reference ./original --gate "perplexity<=1.02x, top1>=0.95, size<=0.3x"
     """
+    settings = _asked(text, protocol, window, stride, max_windows, batch_size, baseline, allow_trained_text, speed=True)
+    chosen = _tasks(tasks, task_folder, task_limit)
+    _judge(models, settings, reference, baseline, gate, threshold, chosen, (json_file, csv_file, markdown, html))
+
+
+def _asked(
+    texts: list[str] | None,
+    protocol: str,
+    window: int | None,
+    stride: int | None,
+    max_windows: int | None,
+    batch_size: int,
+    baseline: Path | None,
+    allow_trained_text: bool,
+    speed: bool,
+) -> EvaluationSettings:
+    """Returns what `eval` and `compare` measure: what was asked for, else as the baseline, else the protocol's own."""
+    from llmqat.evaluate.gate import read_report
+    from llmqat.recipe import EvaluationSettings
+
+    given: dict[str, Any] = {"protocol": protocol, "texts": texts and tuple(texts), "window": window, "stride": stride}
+    asked = {key: value for key, value in given.items() if value is not None}
+    if max_windows is not None:
+        asked["max_windows"] = max_windows or None
+    if baseline is not None:
+        before = read_report(baseline)["settings"]
+        kept = {key: before[key] for key in ("protocol", "texts", "window", "stride", "max_windows") if key in before}
+        asked = {**kept, **{key: value for key, value in asked.items() if key != "protocol"}}
+    return EvaluationSettings(**asked, batch_size=batch_size, speed=speed, allow_trained_text=allow_trained_text)
+
+
+def _tasks(names: str | None, folder: Path | None, limit: int | None) -> TaskSettings | None:
+    from llmqat.evaluate.tasks import TaskSettings
+
+    if names is None and folder is None:
+        return None
+    return TaskSettings(tuple(names.split(",")) if names else (), folder, limit)
+
+
+def _judge(
+    models: list[str],
+    settings: EvaluationSettings,
+    reference: str | None,
+    baseline: Path | None,
+    gate: str | None,
+    threshold: float,
+    tasks: TaskSettings | None,
+    files: tuple[Path | None, Path | None, Path | None, Path | None],
+) -> None:
+    """Measures, shows, writes (JSON, CSV, Markdown, HTML), and exits with 3 where the gate is broken."""
+    from llmqat.evaluate.gate import parse_gate, read_report
+    from llmqat.evaluate.report import Verdict, verdict_on
     from llmqat.recipe import compare_models
 
-    settings = _settings(text, window, stride, max_windows, batch_size, True, allow_trained_text)
-    _print_comparison(compare_models(models, settings, reference), json_file)
+    rules = parse_gate(gate) if gate else ()
+    before = None if baseline is None else read_report(baseline)
+    if reference is None and before is not None:
+        reference = before["settings"].get("reference")
+    comparison = compare_models(models, settings, reference, tasks=tasks, details=files[-1] is not None)
+    verdict: Verdict = verdict_on(comparison, rules, before, threshold)
+    verdict.write(*files)
+    console.print(verdict.rendered())
+    if not verdict.passed:
+        raise typer.Exit(EXIT_GATE)
 
 
 @app.command()
@@ -587,12 +691,10 @@ def _print_plan(plan: BitPlan) -> None:
     console.print(f"{average}, predicted KL {chosen.predicted_kl:.4f}", highlight=False)
 
 
-def _print_comparison(comparison: Comparison, json_file: Path | None = None) -> None:
-    from llmqat.evaluate.compare import render, write_json
+def _print_comparison(comparison: Comparison) -> None:
+    from llmqat.evaluate.compare import render
 
     console.print(render(comparison))
-    if json_file is not None:
-        write_json(comparison, json_file)
 
 
 def _print_audit(coverage: CoverageAudit) -> None:

@@ -72,7 +72,6 @@ class TokenScores:
     @staticmethod
     def joined(parts: Sequence[TokenScores]) -> TokenScores:
         """Returns the scores of all `parts`, in order; all or none were taken against a reference."""
-
         measured = [field.name for field in fields(TokenScores) if getattr(parts[0], field.name) is not None]
         return TokenScores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in measured})
 

@@ -136,7 +136,7 @@ def resolve_spec(spec: str) -> str | Path:
     """
     if (base := adapter_base(spec)) is not None:
         return resolve_spec(base)
-    path = _package_path(spec) if spec.startswith(PACKAGE_PREFIX) else Path(spec).expanduser()
+    path = _path_of(spec)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"model {spec!r} is a file that llmqat cannot read as a model; give {ALLOWED_SPECS}")
@@ -147,6 +147,16 @@ def resolve_spec(spec: str) -> str | Path:
     if spec.startswith(PACKAGE_PREFIX) or path.suffix == ".gguf" or not _may_be_hub_id(spec):
         raise FileNotFoundError(f"model {spec!r} does not exist: no such file or folder; give {ALLOWED_SPECS}")
     return spec
+
+
+def model_file(spec: str) -> Path | None:
+    """Returns the file that `spec` names, such as a GGUF file; None for folders and hub ids."""
+    path = _path_of(spec)
+    return path if path.is_file() else None
+
+
+def _path_of(spec: str) -> Path:
+    return _package_path(spec) if spec.startswith(PACKAGE_PREFIX) else Path(spec).expanduser()
 
 
 def read_config(source: str | Path, spec: str) -> PreTrainedConfig:
@@ -364,7 +374,8 @@ def adapter_base(spec: str) -> str | None:
         raise ValueError(
             f"model {spec!r}: {file} names no base model; write its id or folder as base_model_name_or_path"
         )
-    return base
+    beside = folder / base
+    return str(beside) if beside.is_dir() else base
 
 
 def load_adapter_base(spec: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -11,7 +11,10 @@ for perplexity, and the same for KL from full precision, whose own KL is 0. The 
 perplexity on a text also falls when a model learns that text's domain, KL does not. Where training has made a model
 worse than its training-free start, the table says so in red and what to try.
 
-`Comparison` is plain data; `render` and `to_dict` are the two ways to show it.
+Figures come with 95 % intervals by bootstrap over windows (bootstrap.py), and two models whose difference is smaller
+than the noise of the text are said to be alike, not ranked.
+
+`Comparison` is plain data; `render` and `to_dict` are two ways to show it; tables.py and html.py show the second.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,10 +40,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from llmqat.evaluate.bootstrap import METRICS, difference, interval
+from llmqat.evaluate.breakdown import Part, by_kind, by_position
+from llmqat.evaluate.loading import known_of, load_to_judge
 from llmqat.evaluate.perplexity import Evaluation, Reference, TokenWindows, evaluate, keep_reference
-from llmqat.evaluate.speed import decode_speed, disk_usage
-from llmqat.export import load_any
-from llmqat.models import resolve_spec
+from llmqat.evaluate.speed import Costs, measure_costs
+from llmqat.models import write_whole
 
 Role = Literal["full precision", "plain rounding", "training-free", "without adapter", "trained", "other"]
 """What a model stands for in the comparison; each but the last two is borne by one model at most.
@@ -59,6 +65,11 @@ class Candidate:
     role: Role = "other"
     bits_per_weight: float | None = None  # of the quantized linears on disk, scales included
     bytes_on_disk: int | None = None  # of the weight files, tokenizer and configuration not counted
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what else is known of it, as JSON takes it
+
+
+Extra = Callable[[nn.Module, Candidate], Any]
+"""Measures something else of a loaded model; what it returns is put into the row as it is, so JSON must take it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,10 @@ class Row:
     bytes_on_disk: int | None
     decode_tokens_per_second: float | None
     evaluations: Mapping[str, Evaluation]  # by text name
+    costs: Costs | None = None
+    seconds: float | None = None  # that its evaluations took
+    parts: Mapping[str, Mapping[str, Sequence[Part]]] = field(default_factory=dict)  # by text, then position and kind
+    extras: Mapping[str, Any] = field(default_factory=dict)  # by name, as `Extra` gave them; and the candidate's facts
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,7 @@ class Comparison:
 
     rows: tuple[Row, ...]
     environment: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what was asked for, so that it can be asked again
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -116,13 +132,13 @@ class Comparison:
         )
 
     def findings(self) -> tuple[Finding, ...]:
-        """Returns warnings and notes about rows of role 'trained', and what is left of an adapter, text by text."""
+        """Returns warnings and notes: rows of role 'trained', what is left of an adapter, rows no text tells apart."""
         found: list[Finding] = []
         for row in self.rows:
             if row.role == "trained":
                 found += [finding for text in self.texts for finding in self._judge(row, text)]
         for text in self.texts:
-            found += self._adapter_loss(text)
+            found += [*self._adapter_loss(text), *self._alike(text)]
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,6 +155,7 @@ class Comparison:
                 }
                 for name, entry in first.items()
             },
+            "settings": dict(self.settings),
             "rows": [self._row_dict(row) for row in self.rows],
             "findings": [{"level": finding.level, "text": finding.text} for finding in self.findings()],
             "environment": dict(self.environment),
@@ -154,17 +171,33 @@ class Comparison:
             **headline,
             "bytes_on_disk": row.bytes_on_disk,
             "decode_tokens_per_second": row.decode_tokens_per_second,
+            "costs": None if row.costs is None else row.costs.to_dict(),
+            "seconds": row.seconds,
             "texts": by_text,
+            **row.extras,
         }
 
     def _text_dict(self, row: Row, text: str) -> dict[str, Any]:
         entry, recovered = row.evaluations[text], self.recovered(row, text)
-        return {
+        intervals = {metric: interval(entry, metric) for metric in METRICS}
+        full = self.row("full precision")
+        lost = None if full is None or full is row else difference(entry, full.evaluations[text], "perplexity")
+        found: dict[str, Any] = {
             "perplexity": entry.perplexity,
             "kl": entry.kl,
             "top1": entry.top1,
             "recovered": {"perplexity": recovered.perplexity, "kl": recovered.kl},
+            "reverse_kl": entry.reverse_kl,
+            "top5": entry.top5,
+            "intervals": {metric: found.to_dict() for metric, found in intervals.items() if found is not None},
         }
+        if lost is not None:
+            found["perplexity_lost"] = {**lost.to_dict(), "noise": lost.holds_zero}
+        if entry.word_perplexity is not None:
+            found["word_perplexity"] = entry.word_perplexity
+        if text in row.parts:
+            found["parts"] = {way: [part.to_dict() for part in parts] for way, parts in row.parts[text].items()}
+        return found
 
     def _adapter_loss(self, text: str) -> Iterator[Finding]:
         """Yields how far each quantized row is from the merged model, next to how far the adapter took that."""
@@ -196,6 +229,21 @@ class Comparison:
                 "not recovery. Read the KL column, and a text of another domain.",
             )
 
+    def _alike(self, text: str) -> Iterator[Finding]:
+        """Yields a note for each two rows, neighbours in rank, whose difference is no more than the text's noise."""
+        kl = self.row("full precision") is not None
+        metric, heading = ("kl", "KL") if kl else ("perplexity", "perplexity")
+        rows = [row for row in self.rows if row.role != "full precision"]
+        rows.sort(key=lambda row: getattr(row.evaluations[text], metric))
+        for better, worse in pairwise(rows):
+            apart = difference(worse.evaluations[text], better.evaluations[text], metric)
+            if apart is not None and apart.holds_zero:
+                yield Finding(
+                    "note",
+                    f"{better.name} and {worse.name} are alike on {text}: their {heading} differs by "
+                    f"{apart.low:.4f} to {apart.high:.4f} (95 %, paired by window), which is noise.",
+                )
+
 
 WHAT_TO_TRY = (
     "Try a third of train.learning_rate; more tokens (data.tokens) or fewer epochs over the same ones; check that the "
@@ -211,6 +259,9 @@ def compare(
     batch_size: int = 4,
     speed: bool = True,
     progress: ComparisonProgress | None = None,
+    tokenizer: Any = None,
+    extras: Mapping[str, Extra] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Returns the measurements of all candidates on all texts; one model is in memory at a time.
 
@@ -219,8 +270,11 @@ def compare(
             measured first. Without one there is no KL.
         texts: windows by name, the first being the headline's.
         batch_size: windows in a forward; the same for all models, since bfloat16 sums depend on it.
-        speed: whether to time decoding as well.
+        speed: whether loading and decoding are measured as well: time, memory, energy.
         progress: called with what is being measured, tokens done, tokens in all.
+        tokenizer: of all models; with it, figures by position and by kind of token are kept.
+        extras: what else to measure of each model, by the key in its row.
+        settings: what was asked for, kept as it is.
 
     Raises:
         ValueError: if there is nothing to compare, a name is given twice, or two models claim one role.
@@ -229,15 +283,31 @@ def compare(
     references: dict[str, Reference] = {}
     measured: dict[str, Row] = {}
     for candidate in sorted(candidates, key=lambda entry: entry.role != "full precision"):
-        measured[candidate.name] = _measure(candidate, texts, references, batch_size, speed, progress)
+        model, costs = measure_costs(candidate.load) if speed else (candidate.load(), None)
+        start = time.perf_counter()
+        evaluations = _evaluations(model, candidate, texts, references, batch_size, progress)
+        measured[candidate.name] = Row(
+            name=candidate.name,
+            role=candidate.role,
+            bits_per_weight=candidate.bits_per_weight,
+            bytes_on_disk=candidate.bytes_on_disk,
+            decode_tokens_per_second=None if costs is None else costs.decode_tokens_per_second,
+            evaluations=evaluations,
+            costs=costs,
+            seconds=time.perf_counter() - start,
+            parts={} if tokenizer is None else {text: _parts(one, tokenizer) for text, one in evaluations.items()},
+            extras={**candidate.facts, **{name: take(model, candidate) for name, take in (extras or {}).items()}},
+        )
+        del model
         gc.collect()
-    return Comparison(tuple(measured[candidate.name] for candidate in candidates), environment())
+    rows = tuple(measured[candidate.name] for candidate in candidates)
+    return Comparison(rows, environment(), settings or {})
 
 
 def candidate_from(
     spec: str, role: Role = "other", name: str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Candidate:
-    """Returns the candidate for what `export.load_any` loads: a packed folder, a model folder, a hub id, a GGUF file.
+    """Returns the candidate for anything that loading.py loads: hub ids, folders, packed ones, GGUF, adapters.
 
     Args:
         spec: where the model is.
@@ -249,14 +319,14 @@ def candidate_from(
         FileNotFoundError: if there is no such model.
         ValueError: if its files are damaged.
     """
-    source = resolve_spec(spec)
-    usage = disk_usage(source) if isinstance(source, Path) else None
+    known = known_of(spec, as_reference=role == "full precision")
     return Candidate(
         name=name or Path(spec).name,
-        load=lambda: load_any(spec, dtype)[0],
+        load=lambda: load_to_judge(spec, dtype),
         role=role,
-        bits_per_weight=None if usage is None else usage.bits_per_weight,
-        bytes_on_disk=None if usage is None else usage.weight_bytes,
+        bits_per_weight=known.bits_per_weight,
+        bytes_on_disk=known.bytes_on_disk,
+        facts={"spec": spec, "method": known.method, "run": dict(known.run), "layers": dict(known.layers)},
     )
 
 
@@ -275,21 +345,74 @@ def render(comparison: Comparison, title: str | None = None) -> RenderableType:
             table.add_row(row.name, *cost, *_quality_cells(comparison, row, text), style=style)
         table.add_section()
     lines = [Text(_describe(name, comparison.rows[0].evaluations[name]), style="dim") for name in comparison.texts]
+    lines += [Text(line, style="dim") for line in _word_perplexities(comparison)]
     colours = {"warning": "bold red", "note": "yellow"}
     lines += [Text(finding.text, style=colours[finding.level]) for finding in comparison.findings()]
-    return Group(table, *lines)
+    costs = [_costs_table(comparison)] if any(row.costs for row in comparison.rows) else []
+    return Group(table, *lines, *costs)
+
+
+def render_parts(comparison: Comparison) -> RenderableType:
+    """Returns where each model is weak: KL (or perplexity) by position in the window and by kind of token."""
+    tables = []
+    for text in comparison.texts:
+        for way in ("position", "kind"):
+            rows = [(row, row.parts[text][way]) for row in comparison.rows if text in row.parts]
+            if not rows:
+                continue
+            kl = all(part.kl is not None for _, parts in rows for part in parts)
+            title = f"{'KL' if kl else 'perplexity'} by {way} on {text}"
+            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+            table.add_column("model", overflow="fold")
+            for part in rows[0][1]:
+                table.add_column(f"{part.name}\n{part.tokens:,}", justify="right")
+            for row, parts in rows:
+                if not (kl and row.role == "full precision"):
+                    cells = (_number(part.kl, ".4f") if kl else _number(part.perplexity, ".1f") for part in parts)
+                    table.add_row(row.name, *cells)
+            tables.append(table)
+    return Group(*tables)
+
+
+def _costs_table(comparison: Comparison) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("model", overflow="fold")
+    sizes = {row.costs.batch_size for row in comparison.rows if row.costs is not None}
+    together = f"tok/s,\n{'/'.join(map(str, sorted(sizes)))} at once"
+    for heading in ("load\ns", "first\ntoken, ms", "tok/s,\nalone", together, "peak\nMB", "joules\na token"):
+        table.add_column(heading, justify="right", vertical="bottom")
+    for row in comparison.rows:
+        if (costs := row.costs) is not None:
+            table.add_row(
+                row.name,
+                f"{costs.load_seconds:.1f}",
+                f"{1e3 * costs.first_token_seconds:.0f}",
+                f"{costs.decode_tokens_per_second:.1f}",
+                f"{costs.batch_tokens_per_second:.1f}",
+                _number(None if costs.peak_bytes is None else costs.peak_bytes / 1e6, ".0f"),
+                "not available" if costs.joules_per_token is None else f"{costs.joules_per_token:.3g}",
+            )
+    return table
+
+
+def _word_perplexities(comparison: Comparison) -> Iterator[str]:
+    for text in comparison.texts:
+        found = {row.name: row.evaluations[text].word_perplexity for row in comparison.rows}
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None)
+        if figures:
+            yield f"{text}: word perplexity (lm-eval's): {figures}"
 
 
 def write_json(comparison: Comparison, path: Path | str) -> None:
     """Writes the comparison to `path`; the file appears whole or not at all, and replaces one that is there."""
+    write_report(comparison.to_dict(), path)
+
+
+def write_report(report: Mapping[str, Any], path: Path | str) -> None:
+    """Writes a report as JSON, what is infinite or no number as null; whole or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(_finite(comparison.to_dict()), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(target, json.dumps(_finite(dict(report)), indent=2) + "\n")
 
 
 @contextmanager
@@ -340,33 +463,29 @@ def _check(candidates: Sequence[Candidate], texts: Mapping[str, TokenWindows]) -
             raise ValueError(f"{roles.count(role)} models claim the role {role!r}; only one can have it")
 
 
-def _measure(
+def _evaluations(
+    model: nn.Module,
     candidate: Candidate,
     texts: Mapping[str, TokenWindows],
     references: dict[str, Reference],
     batch_size: int,
-    speed: bool,
     progress: ComparisonProgress | None,
-) -> Row:
-    """Returns the candidate's row; the full-precision candidate also fills `references`."""
-    model = candidate.load()
-    evaluations: dict[str, Evaluation] = {}
+) -> dict[str, Evaluation]:
+    """Returns the evaluations of a loaded candidate by text; the full-precision one also fills `references`."""
+    found: dict[str, Evaluation] = {}
     for text, windows in texts.items():
         report = _report(progress, f"{candidate.name} on {text}")
         if candidate.role == "full precision":
             references[text] = keep_reference(model, windows, batch_size=batch_size, progress=report)
-            evaluations[text] = references[text].evaluation
+            found[text] = references[text].evaluation
         else:
             reference = references.get(text)
-            evaluations[text] = evaluate(model, windows, reference, batch_size=batch_size, progress=report)
-    return Row(
-        name=candidate.name,
-        role=candidate.role,
-        bits_per_weight=candidate.bits_per_weight,
-        bytes_on_disk=candidate.bytes_on_disk,
-        decode_tokens_per_second=decode_speed(model).decode_tokens_per_second if speed else None,
-        evaluations=evaluations,
-    )
+            found[text] = evaluate(model, windows, reference, batch_size=batch_size, progress=report)
+    return found
+
+
+def _parts(found: Evaluation, tokenizer: Any) -> dict[str, Sequence[Part]]:
+    return {"position": by_position(found), "kind": by_kind(found, tokenizer)}
 
 
 def _report(progress: ComparisonProgress | None, what: str) -> Callable[[int, int], None] | None:
@@ -382,12 +501,13 @@ def _share(low: float | None, high: float | None, own: float | None) -> float | 
 
 
 def _worse(own: Evaluation, rival: Evaluation) -> str:
-    """Returns in which figures `own` is worse than `rival`, in words; empty when it is worse in none."""
+    """Returns in which figures `own` is worse than `rival` beyond noise, in words; empty when it is worse in none."""
     figures = []
-    if own.kl is not None and rival.kl is not None and own.kl > rival.kl:
-        figures.append(f"KL {own.kl:.4f} against {rival.kl:.4f}")
-    if own.perplexity > rival.perplexity:
-        figures.append(f"perplexity {own.perplexity:.2f} against {rival.perplexity:.2f}")
+    for metric, heading, style in (("kl", "KL", ".4f"), ("perplexity", "perplexity", ".2f")):
+        mine, theirs = getattr(own, metric), getattr(rival, metric)
+        apart = difference(own, rival, metric)
+        if mine is not None and theirs is not None and mine > theirs and (apart is None or not apart.holds_zero):
+            figures.append(f"{heading} {mine:{style}} against {theirs:{style}}")
     return ", ".join(figures)
 
 
@@ -404,11 +524,18 @@ def _quality_cells(comparison: Comparison, row: Row, text: str) -> list[str]:
     anchor = row.role in ("full precision", "plain rounding") or recovered == Recovered(None, None)
     closed = "" if anchor else f"{_number(recovered.perplexity, '.0%')} / {_number(recovered.kl, '.0%')}"
     return [
-        _number(entry.perplexity, ".2f" if entry.perplexity < 1e4 else ".3g"),
-        _number(entry.kl, ".4f"),
+        _with_spread(entry, "perplexity", ".2f" if entry.perplexity < 1e4 else ".3g"),
+        _with_spread(entry, "kl", ".4f"),
         _number(entry.top1, ".1%"),
         closed,
     ]
+
+
+def _with_spread(entry: Evaluation, metric: str, style: str) -> str:
+    """Returns a figure, and half the width of its interval where it has one."""
+    found = interval(entry, metric)
+    spread = "" if found is None or found.low == found.high else f" ±{(found.high - found.low) / 2:.2g}"
+    return _number(getattr(entry, metric), style) + spread
 
 
 def _number(value: float | None, style: str) -> str:
@@ -427,7 +554,7 @@ def _finite(value: Any) -> Any:
     """Returns `value` with infinities and NaN as None: JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_finite(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None

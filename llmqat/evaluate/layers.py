@@ -9,10 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
 from rich.table import Table
+from safetensors import safe_open
+from torch import nn
 
 from llmqat.calibrate import LayerReport
-from llmqat.models import write_whole
+from llmqat.layers import PackedModule, QuantModule
+from llmqat.models import resolve_spec, weight_files, write_whole
 
 BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 """The number of a block in the dotted name of a layer."""
@@ -45,6 +50,53 @@ def render_layers(reports: Sequence[LayerReport]) -> Table:
             f"{statistics.fmean(report.clip_ratio for report in group):.2f}",
         )
     return table
+
+
+@torch.no_grad()
+def weight_errors(model: nn.Module, original: str) -> dict[str, float]:
+    """Returns |W - Ŵ|² / |W|² of each matrix of `model` that the model `original` has under the same name and shape.
+
+    Nothing where the original's files are not on this machine. After smoothing or rotation the weights are others by
+    design, and the figure means nothing.
+
+    Args:
+        model: plain, fake-quantized or packed.
+        original: what `models.load_model` takes.
+    """
+    source = resolve_spec(original)
+    try:
+        folder = source if isinstance(source, Path) else Path(snapshot_download(source, local_files_only=True))
+        shards = weight_files(folder)
+    except OSError:
+        return {}
+    found: dict[str, float] = {}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  # it is no mapping
+                weight = _matrix_of(model, key)
+                if weight is None or tensors.get_slice(key).get_shape() != list(weight.shape):
+                    continue
+                wanted = tensors.get_tensor(key).float()
+                error = (weight.float().cpu() - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)
+                found[key.removesuffix(".weight")] = float(error)
+    return found
+
+
+def _matrix_of(model: nn.Module, key: str) -> torch.Tensor | None:
+    """Returns the weight that the forward of the linear layer with the state-dict key `key` computes with, or None."""
+    name, _, leaf = key.rpartition(".")
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    if leaf != "weight" or not BLOCK_NUMBER.search(key):
+        return None
+    if isinstance(module, PackedModule):
+        return module.dequantized_weight(torch.float32)
+    if isinstance(module, QuantModule):
+        return module.quantized_weight(torch.float32)
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
 
 
 def write_layers(stages: Mapping[str, Sequence[LayerReport]], folder: Path, *, picture: bool) -> list[Path]:

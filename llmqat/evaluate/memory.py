@@ -1,4 +1,4 @@
-"""Memory of this process, as the kernel counts it (Linux)."""
+"""Memory of this process: as the kernel counts it (Linux), or on the accelerator as torch does."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 
 def forget_peak() -> int | None:
-    """Makes the kernel forget how much memory this process has held at most; returns what it holds now, in bytes."""
+    """Makes kernel and torch forget how much memory this process has held at most; returns what it holds now, in bytes.
+
+    On a machine with a GPU it is the GPU's memory that is counted.
+    """
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
+
+
+def peak(device: torch.device) -> int | None:
+    """Returns the bytes held at most since `forget_peak`; None where nobody counted."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
 
 
 def resident(what: Literal["VmRSS", "VmHWM"]) -> int | None:

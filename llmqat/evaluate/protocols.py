@@ -4,8 +4,8 @@
                opens each window. What llmqat's own tables use.
     wikitext2  as GPTQ's code and most papers since: rows of WikiText joined by an empty line, tokenized once, cut into
                windows of 2,048 tokens; the last, short window is dropped. (Frantar et al. 2210.17323)
-    wikitext   as lm-eval's task of that name: each page alone, its tokens predicted once in windows as long as the model
-               takes, the first behind a BOS (else EOS) token; perplexity by words of the page as it came.
+    wikitext   as lm-eval's task of that name: each page alone, its tokens predicted once in windows as long as the
+               model takes, the first behind a BOS (else EOS) token; perplexity by words of the page as it came.
 
 A source of text is `pydoc` (the prose of the Python version in use), a UTF-8 file, a folder of them, a file of rows
 (.jsonl, .parquet, .csv, .arrow), or `hub:NAME[:CONFIG[:SPLIT]]`, a dataset of the Hugging Face hub.
@@ -17,6 +17,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ PYDOC = "pydoc"
 HUB_PREFIX = "hub:"
 PAGE = "page"
 """Column of a dataset of whole WikiText pages."""
+UNLIMITED = 10**9
+"""Tokenizers that know no limit name one above this."""
 LONGEST = 2048
 """Tokens in a window of the protocol `wikitext` where neither model nor tokenizer says how long it may be."""
 
@@ -84,8 +87,8 @@ def text_windows(
     if stride is not None and protocol != "windows":
         raise ValueError(f"stride={stride} is not part of the protocol {protocol!r}; leave it out, or use 'windows'")
     if protocol == "wikitext":
-        length = window or min(model_length or LONGEST, getattr(tokenizer, "model_max_length", LONGEST))
-        return rolling_windows(read_pages(source), tokenizer, length, max_windows, source)
+        own = tokenizer.model_max_length if tokenizer.model_max_length < UNLIMITED else LONGEST
+        return rolling_windows(read_pages(source), tokenizer, window or model_length or own, max_windows, source)
     if window is None:
         raise ValueError(f"the protocol {protocol!r} needs a window; leave it out for its own, or give tokens")
     if protocol == "wikitext2":
@@ -110,7 +113,7 @@ def read_documents(source: str) -> list[str]:
 
 
 def read_rows(source: str) -> list[str]:
-    """Returns the rows of `source`; those of a text file are its lines as the hub's WikiText has them, blank ones empty.
+    """Returns the rows of `source`; those of a text file are its lines as in the hub's WikiText, blank ones empty.
 
     Raises:
         FileNotFoundError: there is no such text.
@@ -119,7 +122,9 @@ def read_rows(source: str) -> list[str]:
     if source == PYDOC or _is_dataset(source) or Path(source).is_dir():
         return read_documents(source)
     if not Path(source).is_file():
-        raise FileNotFoundError(f"no text at {source}; give a text file, or one of rows, or {HUB_PREFIX}NAME:CONFIG:SPLIT")
+        raise FileNotFoundError(
+            f"no text at {source}; give a text file, or one of rows, or {HUB_PREFIX}NAME:CONFIG:SPLIT"
+        )
     return [line if line.strip() else "" for line in read_text(Path(source)).splitlines(keepends=True)]
 
 
@@ -141,7 +146,7 @@ def read_pages(source: str) -> list[tuple[str, str]]:
         (text,) = pages
         cuts = [match.start() for match in _TITLE.finditer(text)]
         bounds = [0, *(cut for cut in cuts if text[:cut].strip()), len(text)]
-        pages = [text[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+        pages = [text[start:end] for start, end in pairwise(bounds)]
     pages = [page for page in pages if page.strip()]
     if not pages:
         raise ValueError(f"{source} is empty; evaluation needs a text")

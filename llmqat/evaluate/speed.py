@@ -1,4 +1,4 @@
-"""What a model costs to run: tokens decoded a second, and bytes on disk by part.
+"""What a model costs to run: time to the first token, tokens decoded a second, memory, energy, bytes on disk by part.
 
 Decoding is measured as a chat feels it: a prompt of fixed length goes through the model once (prefill), then tokens
 follow one at a time through the key-value cache, greedily, each fed back in. Only the steps are timed for the decode
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -22,6 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from llmqat.evaluate.energy import EnergyMeter
+from llmqat.evaluate.memory import forget_peak, peak
 from llmqat.layers import new_cache
 from llmqat.models import check_safetensors, model_device, vocabulary_size, weight_files
 
@@ -46,6 +49,29 @@ class DecodeSpeed:
     new_tokens: int
     repeats: int
     threads: int  # of torch on the CPU
+    batch_size: int = 1  # sequences decoded side by side; the rates count the tokens of all
+
+    @property
+    def first_token_seconds(self) -> float:
+        """Seconds from the prompt to its first new token."""
+        return self.prompt_tokens * self.batch_size / self.prefill_tokens_per_second
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON takes them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What it took to load a model and to decode with it; None is what this machine does not tell."""
+
+    load_seconds: float
+    first_token_seconds: float  # after a prompt of 64 tokens
+    decode_tokens_per_second: float  # one sequence
+    batch_tokens_per_second: float  # `batch_size` sequences side by side
+    batch_size: int
+    peak_bytes: int | None  # held at most while loading and decoding, beyond what was held before
+    joules_per_token: float | None  # of the package (RAPL) or the board (NVML), per token of one sequence
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON takes them."""
@@ -87,26 +113,34 @@ class DiskUsage:
 
 @torch.no_grad()
 def decode_speed(
-    model: nn.Module, *, prompt_tokens: int = 64, new_tokens: int = 32, repeats: int = 3, seed: int = 0
+    model: nn.Module,
+    *,
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    batch_size: int = 1,
+    seed: int = 0,
 ) -> DecodeSpeed:
-    """Returns how fast `model` reads a prompt and writes tokens, at batch size 1.
+    """Returns how fast `model` reads prompts and writes tokens.
 
     Args:
         model: a transformers causal language model.
         prompt_tokens: random tokens of the prompt; what they say does not matter to the speed.
         new_tokens: tokens timed in each repeat.
         repeats: timed repeats, after one that is not timed.
+        batch_size: sequences side by side.
         seed: of the prompt.
 
     Raises:
         ValueError: if one of the counts is below 1.
     """
-    for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
+    counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "batch_size": batch_size}
+    for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}={count} measures nothing; choose at least 1")
     device = model_device(model)
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(vocabulary_size(model), (1, prompt_tokens), generator=generator).to(device)
+    prompt = torch.randint(vocabulary_size(model), (batch_size, prompt_tokens), generator=generator).to(device)
     was_training = model.training
     model.eval()
     try:
@@ -114,12 +148,37 @@ def decode_speed(
     finally:
         model.train(was_training)
     return DecodeSpeed(
-        decode_tokens_per_second=new_tokens / median(decode for _, decode in timed),
-        prefill_tokens_per_second=prompt_tokens / median(prefill for prefill, _ in timed),
+        decode_tokens_per_second=new_tokens * batch_size / median(decode for _, decode in timed),
+        prefill_tokens_per_second=prompt_tokens * batch_size / median(prefill for prefill, _ in timed),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         repeats=repeats,
         threads=torch.get_num_threads(),
+        batch_size=batch_size,
+    )
+
+
+def measure_costs(load: Callable[[], nn.Module], *, batch_size: int = 8) -> tuple[nn.Module, Costs]:
+    """Loads a model and decodes with it; returns it and what that took."""
+    before = forget_peak()
+    start = time.perf_counter()
+    model = load()
+    loaded = time.perf_counter() - start
+    meter = EnergyMeter.of(model_device(model))
+    joules = meter.joules()
+    alone = decode_speed(model)
+    spent = None if joules is None else (meter.joules() or joules) - joules
+    together = decode_speed(model, batch_size=batch_size, repeats=1)
+    held = peak(model_device(model))
+    written = alone.new_tokens * (alone.repeats + 1)
+    return model, Costs(
+        load_seconds=loaded,
+        first_token_seconds=alone.first_token_seconds,
+        decode_tokens_per_second=alone.decode_tokens_per_second,
+        batch_tokens_per_second=together.decode_tokens_per_second,
+        batch_size=batch_size,
+        peak_bytes=None if held is None or before is None else held - before,
+        joules_per_token=None if spent is None else spent / written,
     )
 
 

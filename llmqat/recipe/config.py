@@ -70,7 +70,7 @@ class EvaluationSettings(Config):
     """What the comparison at the end measures. Where nothing is said, the protocol's own text and windows stand."""
 
     protocol: str = "windows"
-    """`windows`, `wikitext2` (as in GPTQ's papers) or `wikitext` (word perplexity, as lm-eval): evaluate/protocols.py."""
+    """`windows`, `wikitext2` (as in GPTQ's papers) or `wikitext` (as lm-eval): evaluate/protocols.py."""
     texts: tuple[str, ...] = Field(default=(PYDOC,), min_length=1)
     """Texts to score: `pydoc`, UTF-8 files or folders, files of rows (.jsonl, .parquet), hub:NAME:CONFIG:SPLIT."""
     window: int | None = Field(default=512, ge=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ from llmqat.data.blocks import hash_text
 from llmqat.data.documents import document_hash
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.text import hash_file, text_files
-from llmqat.evaluate.compare import Comparison, candidate_from, compare, progress_bar
+from llmqat.evaluate.compare import Comparison, Extra, candidate_from, compare, progress_bar
+from llmqat.evaluate.layers import weight_errors
+from llmqat.evaluate.loading import longest_of
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.evaluate.protocols import HUB_PREFIX, PYDOC, text_windows
+from llmqat.evaluate.samples import completions
+from llmqat.evaluate.tasks import TaskSettings, opened_tasks
 from llmqat.export.checkpoint import RUN_FILE
+from llmqat.layers import audit
 from llmqat.models import load_tokenizer, resolve_spec
 from llmqat.recipe.config import EvaluationSettings
+from llmqat.recipe.folder import CHECKPOINT_FOLDER
 
 
 def evaluation_windows(
@@ -98,22 +105,78 @@ def _record_of(spec: str) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")).get("run") or {}
 
 
-def compare_models(specs: Sequence[str], settings: EvaluationSettings, reference: str | None = None) -> Comparison:
+def compare_models(
+    specs: Sequence[str],
+    settings: EvaluationSettings,
+    reference: str | None = None,
+    *,
+    tasks: TaskSettings | None = None,
+    details: bool = False,
+) -> Comparison:
     """Returns the comparison of models, loaded one at a time, on the windows that `settings` describe.
 
     Args:
-        specs: what `export.load_any` takes.
+        specs: what `evaluate.loading` loads.
         settings: texts and windows.
-        reference: the full-precision model that divergence is measured from; it need not be among `specs`.
+        reference: the full-precision model that divergence is measured from; it need not be among `specs`. The first of
+            them where not given and there are several.
+        tasks: zero-shot tasks to run as well.
+        details: also take what the HTML report shows: samples, errors of layers, coverage.
 
     Raises:
         FileNotFoundError: a model or a text is not there.
         ValueError: a model or a text does not do.
+        ImportError: tasks are asked for and lm-eval is not installed.
     """
-    listed = [*([] if reference is None or reference in specs else [reference]), *specs]
-    candidates = [candidate_from(spec, "full precision" if spec == reference else "other", spec) for spec in listed]
+    if reference is None and len(specs) > 1:
+        reference = specs[0]
+    listed = list(dict.fromkeys([*([] if reference is None else [reference]), *specs]))
+    names = short_names(listed)
+    candidates = [
+        candidate_from(spec, "full precision" if spec == reference else "other", name)
+        for spec, name in zip(listed, names, strict=True)
+    ]
     for spec in listed:
         check_untrained(settings, _record_of(spec), spec)
-    windows = evaluation_windows(settings, load_tokenizer(resolve_spec(listed[0]), listed[0]))
-    with progress_bar() as progress:
-        return compare(candidates, windows, batch_size=settings.batch_size, speed=settings.speed, progress=progress)
+    tokenizer = load_tokenizer(resolve_spec(listed[0]), listed[0])
+    windows = evaluation_windows(settings, tokenizer, longest_of(listed[0]))
+    asked = {**settings.model_dump(mode="json"), "reference": reference, "models": list(specs)}
+    extras = _details(tokenizer, reference) if details else {}
+    with ExitStack() as stack:
+        if tasks is not None:
+            ready = stack.enter_context(opened_tasks(tasks))
+            extras["tasks"] = lambda model, _: ready.run(model, tokenizer)
+        return compare(
+            candidates,
+            windows,
+            batch_size=settings.batch_size,
+            speed=settings.speed,
+            progress=stack.enter_context(progress_bar()),
+            tokenizer=tokenizer,
+            extras=extras,
+            settings=asked,
+        )
+
+
+def short_names(specs: Sequence[str]) -> list[str]:
+    """Returns what tables call models: the last part of their path, longer where that is not enough to tell them apart.
+
+    A checkpoint in a run folder, RUN/model, is called by its run.
+    """
+    parts = [[part for part in spec.replace(":", "/").split("/") if part] for spec in specs]
+    parts = [part[:-1] if len(part) > 1 and part[-1] == CHECKPOINT_FOLDER else part for part in parts]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(specs)
+
+
+def _details(tokenizer: PreTrainedTokenizerBase, reference: str | None) -> dict[str, Extra]:
+    details: dict[str, Extra] = {
+        "samples": lambda model, _: completions(model, tokenizer),
+        "coverage": lambda model, _: audit(model).to_dict(),
+    }
+    if reference is not None:
+        details["weight_errors"] = lambda model, _: weight_errors(model, reference)
+    return details

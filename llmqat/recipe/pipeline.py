@@ -329,6 +329,7 @@ def _train(
         "teacher_cache": dataclasses.asdict(teacher.header) if isinstance(teacher, TeacherCache) else None,
         "processes": arguments.world_size,
         "resumed_from": None if last is None else last.name,
+        "history": trainer.state.log_history,
     }
 
 

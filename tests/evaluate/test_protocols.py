@@ -76,9 +76,7 @@ def test_word_perplexity_is_lm_evals(pages: Path, tmp_path: Path, tokenizer: Any
     assert windows.window == (window or 256) + 1
     ours = evaluate(model, windows, batch_size=2)
     assert ours.words == sum(len(page.split()) + page[0].isspace() + page[-1].isspace() for page in PAGES)
-    assert ours.word_perplexity == pytest.approx(
-        theirs["results"]["local_wikitext"]["word_perplexity,none"], rel=1e-5
-    )
+    assert ours.word_perplexity == pytest.approx(theirs["results"]["local_wikitext"]["word_perplexity,none"], rel=1e-5)
 
 
 def test_a_text_file_is_cut_into_pages_at_titles(tmp_path: Path, pages: Path) -> None:

@@ -1,0 +1,188 @@
+"""A gate for CI: limits that a model must keep, and what the field advises when it does not.
+
+    perplexity<=1.02x, top1>=0.95, size<=0.3x, piqa>=0.99x
+
+A limit with an x is a multiple of the reference's figure in the same report; with a saved report as baseline, of the
+same model's figure in that report, which must have been taken on the same windows of the same text: so drift is seen.
+Figures of quality must be kept on every text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ON_TEXT = ("perplexity", "word_perplexity", "kl", "reverse_kl", "top1", "top5")
+COSTS = {
+    "size": ("bytes_on_disk",),
+    "bits": ("bits_per_weight",),
+    "speed": ("decode_tokens_per_second",),
+    "batch_speed": ("costs", "batch_tokens_per_second"),
+    "first_token": ("costs", "first_token_seconds"),
+    "load": ("costs", "load_seconds"),
+    "memory": ("costs", "peak_bytes"),
+    "energy": ("costs", "joules_per_token"),
+}
+"""Figures that do not depend on a text, and where they are in a row."""
+REFERENCE = "full precision"
+
+_RULE = re.compile(r"^(?P<metric>[\w.-]+)\s*(?P<operator><=|>=)\s*(?P<limit>[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*(?P<x>x?)$")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One limit."""
+
+    metric: str
+    operator: Literal["<=", ">="]
+    limit: float
+    relative: bool  # `limit` times the figure of the reference, or of the baseline
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.operator}{self.limit:g}{'x' if self.relative else ''}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rule held against one model."""
+
+    rule: Rule
+    model: str
+    text: str | None  # None for figures that do not depend on one
+    value: float
+    bound: float  # in the figure's own unit
+
+    @property
+    def passed(self) -> bool:
+        """Whether the limit is kept; a figure that is no number keeps none."""
+        if math.isnan(self.value):
+            return False
+        return self.value <= self.bound if self.rule.operator == "<=" else self.value >= self.bound
+
+    def __str__(self) -> str:
+        where = "" if self.text is None else f" on {self.text}"
+        verdict = "kept" if self.passed else "BROKEN"
+        return f"{verdict}: {self.rule}: {self.model}{where}: {self.value:.6g}, bound {self.bound:.6g}"
+
+
+def parse_gate(text: str) -> tuple[Rule, ...]:
+    """Returns the rules in `text`, which commas separate.
+
+    Raises:
+        ValueError: for what is no rule.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ValueError("the gate is empty; write for example perplexity<=1.02x, top1>=0.95, size<=0.3x")
+    rules = []
+    for part in parts:
+        found = _RULE.match(part)
+        if found is None:
+            known = ", ".join((*ON_TEXT, *COSTS))
+            raise ValueError(
+                f"{part!r} is no rule of a gate; write FIGURE<=LIMIT or FIGURE>=LIMIT, an x behind the limit for a "
+                f"multiple of the reference; figures: {known}, or the name of a task"
+            )
+        operator: Literal["<=", ">="] = "<=" if found["operator"] == "<=" else ">="
+        rules.append(Rule(found["metric"], operator, float(found["limit"]), bool(found["x"])))
+    return tuple(rules)
+
+
+def judge(
+    rules: Sequence[Rule], report: Mapping[str, Any], baseline: Mapping[str, Any] | None = None
+) -> tuple[Check, ...]:
+    """Returns each rule held against each model but the reference, on each text.
+
+    Args:
+        rules: from `parse_gate`.
+        report: `Comparison.to_dict()`.
+        baseline: an earlier report, which relative limits are multiples of.
+
+    Raises:
+        ValueError: a figure was not measured, there is nothing to compare with, or the texts differ.
+    """
+    rows = [row for row in report["rows"] if row["role"] != REFERENCE] or report["rows"]
+    if baseline is not None:
+        _check_same_texts(report, baseline)
+    checks = []
+    for row in rows:
+        for rule in rules:
+            against = _compared_with(row, report, baseline) if rule.relative else None
+            for text in report["texts"] if rule.metric in ON_TEXT else (None,):
+                value = _figure(row, rule.metric, text)
+                bound = rule.limit * (1.0 if against is None else _figure(against, rule.metric, text))
+                checks.append(Check(rule, row["name"], text, value, bound))
+    return tuple(checks)
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Returns a report that `--json` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no report at {path}; write one with --json")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(report, dict) or not {"rows", "texts", "settings"} <= report.keys():
+        raise ValueError(f"{path} is no report of llmqat eval or compare: it lacks rows, texts or settings")
+    return report
+
+
+def _compared_with(
+    row: Mapping[str, Any], report: Mapping[str, Any], baseline: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    if baseline is not None:
+        same = [entry for entry in baseline["rows"] if entry["name"] == row["name"]]
+        others = [entry for entry in baseline["rows"] if entry["role"] != REFERENCE]
+        found = same or (others if len(others) == 1 else [])
+        where = f"the baseline has no row {row['name']!r}: {', '.join(entry['name'] for entry in baseline['rows'])}"
+    else:
+        found = [entry for entry in report["rows"] if entry["role"] == REFERENCE]
+        where = "a limit with an x needs a model to compare with; give --reference MODEL or --baseline REPORT"
+    if not found:
+        raise ValueError(where)
+    return found[0]
+
+
+def _check_same_texts(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
+    for name, text in report["texts"].items():
+        before = baseline["texts"].get(name)
+        if before is None or any(text[key] != before[key] for key in ("sha256", "windows", "window", "stride")):
+            raise ValueError(
+                f"the baseline was taken on other windows or another text than {name}; leave --text and --window out "
+                "to score what the baseline scored"
+            )
+
+
+def _figure(row: Mapping[str, Any], metric: str, text: str | None) -> float:
+    if text is not None:
+        value = row["texts"].get(text, {}).get(metric)
+        measured = metric in row["texts"].get(text, {})
+        # An infinite perplexity is null in JSON.
+        value = math.inf if value is None and measured and metric.endswith("perplexity") else value
+    elif metric in COSTS:
+        value = row
+        for key in COSTS[metric]:
+            value = None if value is None else value.get(key)
+    else:
+        task = (row.get("tasks") or {}).get(metric)
+        if task is None:
+            known = ", ".join((*ON_TEXT, *COSTS, *(row.get("tasks") or {})))
+            raise ValueError(f"the gate asks for {metric!r}, which is no figure of the report; figures: {known}")
+        value = task.get("acc_norm", task.get("acc"))
+    if value is None:
+        raise ValueError(
+            f"the gate asks for {metric!r} of {row['name']}, which was not measured (KL and agreement need "
+            "--reference, speed and memory `llmqat compare`, energy a machine that counts it)"
+        )
+    return float(value)

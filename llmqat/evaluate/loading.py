@@ -1,0 +1,152 @@
+"""Loads whatever is to be judged, and tells what is known of it: size on disk, and how it was made.
+
+peft adapter folder         base model from its adapter_config.json, adapter folded in; one that was trained inside
+                            llmqat's quantizers is packed with the very codes it was trained with
+compressed-tensors, packed  llmqat's own loader and kernels
+any other quantization      stock transformers, with the package that made it
+the rest                    `models.load_model`: hub ids, folders, GGUF files (dequantized, sized as they are)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from llmqat.evaluate.layers import JSON_FILE
+from llmqat.evaluate.speed import disk_usage
+from llmqat.export import load_any
+from llmqat.export.checkpoint import RUN_FILE
+from llmqat.layers import QuantConfig, convert, prepare
+from llmqat.layers.prepare import CONFIG_KEY
+from llmqat.models import (
+    ADAPTER_WEIGHTS_FILE,
+    adapter_base,
+    check_safetensors,
+    load_adapter_base,
+    model_file,
+    read_config,
+    resolve_spec,
+)
+from llmqat.train.adapter import load_adapter
+
+PACKED_FORMATS = ("pack-quantized", None)
+"""Formats of compressed-tensors that llmqat's loader takes; None: the configuration does not say."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the files of a model say about it, before it is loaded."""
+
+    bits_per_weight: float | None = None  # of the linear layers on disk, scales included
+    bytes_on_disk: int | None = None  # of the weight files
+    run: Mapping[str, Any] = field(default_factory=dict)  # llmqat's facts of how it was made (llmqat.json)
+    layers: Mapping[str, Any] = field(default_factory=dict)  # reports on layers by stage (layers.json of its run)
+
+    @property
+    def method(self) -> str:
+        """How it was made, in a word or two; empty where nobody wrote it down."""
+        if self.run.get("training"):
+            return "trained"
+        stages = [stage["stage"] for stage in self.run.get("calibrate", ())]
+        return ", ".join(stages) or ("plain rounding" if self.run else "")
+
+
+def load_to_judge(spec: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Returns the model that `spec` names, in evaluation mode, on the accelerator where there is one.
+
+    Raises:
+        FileNotFoundError: it, or the base of an adapter, is not there.
+        ValueError: it cannot be loaded.
+        ImportError: the package that quantized it is not installed.
+    """
+    model = _loaded(spec, dtype)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model.eval()
+
+
+def longest_of(spec: str) -> int | None:
+    """Returns the tokens that the model takes at most, where its configuration says."""
+    config = read_config(resolve_spec(spec), spec).get_text_config()
+    found = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+    return next((length for length in found if length is not None), None)
+
+
+def known_of(spec: str, *, as_reference: bool = False) -> Known:
+    """Returns what the files say; nothing where the model lies on the hub.
+
+    Args:
+        spec: as for `load_to_judge`.
+        as_reference: a GGUF file is then what it is evaluated as, a bfloat16 model, and not the file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: its files are damaged.
+    """
+    if adapter_base(spec) is not None:
+        return Known()
+    file, source = model_file(spec), resolve_spec(spec)
+    if file is not None and not as_reference:
+        bits, size = _gguf_usage(file)
+        return Known(bits, size)
+    if not isinstance(source, Path):
+        return Known()
+    usage = disk_usage(source)
+    run = {**(_read_json(source / RUN_FILE) or {}).get("run", {})}
+    run.pop("results", None)  # an earlier report, which this one replaces
+    return Known(usage.bits_per_weight, usage.weight_bytes, run, _read_json(source.parent / JSON_FILE) or {})
+
+
+def _loaded(spec: str, dtype: torch.dtype) -> nn.Module:
+    if adapter_base(spec) is not None and (scheme := _scheme_of(Path(spec).expanduser())) is not None:
+        base = load_adapter_base(spec, dtype)
+        prepare(base, scheme)
+        return convert(load_adapter(base, Path(spec).expanduser()).merge_and_unload(), dtype)
+    source = resolve_spec(spec)
+    found = getattr(read_config(source, spec), "quantization_config", None)
+    method, kind = (found.get(key) for key in ("quant_method", "format")) if isinstance(found, dict) else (None, None)
+    if method is None or (method == "compressed-tensors" and kind in PACKED_FORMATS):
+        return load_any(spec, dtype)[0]
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model {spec!r} (quantized by {method}) could not be loaded: {error}") from error
+    return model
+
+
+def _scheme_of(folder: Path) -> QuantConfig | None:
+    """Returns the scheme that an adapter was trained inside of; None for an ordinary one, and where it has no file."""
+    file = folder / ADAPTER_WEIGHTS_FILE
+    if not file.is_file():
+        return None  # load_model says what is missing
+    check_safetensors(file)
+    with safe_open(file, framework="pt") as opened:
+        found = json.loads((opened.metadata() or {}).get(CONFIG_KEY, "null"))
+    return None if found is None else QuantConfig.model_validate(found)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    return found
+
+
+def _gguf_usage(path: Path) -> tuple[float | None, int]:
+    """Returns the bits of an average weight of the blocks' matrices, and the bytes of the file."""
+    from gguf import GGUFReader
+
+    blocks = [entry for entry in GGUFReader(path).tensors if entry.name.startswith("blk.") and len(entry.shape) > 1]
+    weights = sum(int(entry.n_elements) for entry in blocks)
+    return 8 * sum(int(entry.n_bytes) for entry in blocks) / weights if weights else None, path.stat().st_size

@@ -1,0 +1,108 @@
+"""A comparison with its verdict: the gate, the advice, and the files that show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from llmqat.evaluate.advice import THRESHOLD, advice
+from llmqat.evaluate.bootstrap import mean_difference
+from llmqat.evaluate.compare import Comparison, render, render_parts, write_report
+from llmqat.evaluate.gate import REFERENCE, Check, Rule, judge
+from llmqat.evaluate.html import to_html
+from llmqat.evaluate.tables import accuracy, to_csv, to_markdown
+from llmqat.models import write_whole
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison amounts to."""
+
+    comparison: Comparison
+    report: Mapping[str, Any]  # the comparison as JSON takes it, with checks and advice
+    checks: tuple[Check, ...]
+    advice: tuple[str, ...]
+    drift: tuple[str, ...]  # what changed since the baseline, a line a model and text
+
+    @property
+    def passed(self) -> bool:
+        """Whether every limit is kept."""
+        return all(check.passed for check in self.checks)
+
+    def rendered(self) -> RenderableType:
+        """Returns everything for the terminal."""
+        lines = [Text(line) for line in (*_task_lines(self.report), *self.advice, *self.drift)]
+        lines += [Text(str(check), style="green" if check.passed else "bold red") for check in self.checks]
+        return Group(render(self.comparison), render_parts(self.comparison), *lines)
+
+    def write(self, json_file: Path | None, csv: Path | None, markdown: Path | None, html: Path | None) -> None:
+        """Writes the files that are asked for, each whole or not at all."""
+        if json_file is not None:
+            write_report(self.report, json_file)
+        for file, make in ((csv, to_csv), (markdown, to_markdown), (html, to_html)):
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, make(self.report))
+
+
+def verdict_on(
+    comparison: Comparison,
+    rules: Sequence[Rule] = (),
+    baseline: Mapping[str, Any] | None = None,
+    threshold: float = THRESHOLD,
+) -> Verdict:
+    """Returns the verdict on `comparison`.
+
+    Args:
+        comparison: what was measured.
+        rules: the gate.
+        baseline: an earlier report of the same text, which relative rules and the drift are about.
+        threshold: share of perplexity that may be lost before training is advised.
+
+    Raises:
+        ValueError: a rule asks for what was not measured, or the baseline is of another text.
+    """
+    report = comparison.to_dict()
+    checks = judge(rules, report, baseline)
+    said = advice(report, threshold)
+    drift = () if baseline is None else tuple(_drift(report, baseline))
+    judged = [{"rule": str(check.rule), "said": str(check), "passed": check.passed} for check in checks]
+    return Verdict(
+        comparison, {**report, "gate": judged, "advice": list(said), "drift": list(drift)}, checks, said, drift
+    )
+
+
+def _drift(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
+    before = {row["name"]: row for row in baseline["rows"]}
+    lines = []
+    for row in report["rows"]:
+        for text, now in row["texts"].items():
+            then = before.get(row["name"], {}).get("texts", {}).get(text)
+            if then is not None and then["perplexity"]:
+                change = now["perplexity"] / then["perplexity"] - 1
+                lines.append(
+                    f"{row['name']} on {text}: perplexity {then['perplexity']:.4f} then, {now['perplexity']:.4f} now "
+                    f"({change:+.2%})"
+                )
+    return lines
+
+
+def _task_lines(report: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each model's accuracies, with paired intervals of their differences from the reference's."""
+    reference = next((row for row in report["rows"] if row["role"] == REFERENCE), None)
+    lines = []
+    for row in report["rows"]:
+        for name, task in (row.get("tasks") or {}).items():
+            line = f"{row['name']}: {name} {accuracy(row, name):.4f} of {task['questions']} questions"
+            metric = "acc_norm" if "acc_norm" in task else "acc"
+            if reference is not None and row is not reference:
+                apart = mean_difference(task["samples"][metric], reference["tasks"][name]["samples"][metric])
+                noise = ", noise" if apart.holds_zero else ""
+                line += f" ({apart.low:+.4f} to {apart.high:+.4f} from {reference['name']}{noise})"
+            lines.append(line)
+    return lines

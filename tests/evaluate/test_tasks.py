@@ -1,0 +1,77 @@
+"""Local tasks through lm-eval: the prompts it makes, and scores against likelihoods worked with the model itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llmqat.evaluate.tasks import TaskSettings, average, opened_tasks, write_task_folder
+from llmqat.layers import PackedLinear, QuantConfig, convert, prepare
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")
+
+QUESTIONS = [
+    {"query": "Question: what is dry?\n", "choices": ["sand", "the sea"], "gold": 0},
+    {"query": "Question: what is wet?", "choices": ["a stone", "rain", "air"], "gold": 1},
+    {"query": "She opened the door and", "choices": ["went in.", "sank."], "gold": 0},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "things.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    return tmp_path
+
+
+def likelihoods(model: Any, tokenizer: Any, question: dict[str, Any]) -> list[float]:
+    asked = question["query"].strip()
+    asked += "\nAnswer:" if asked.startswith("Question:") else ""
+    found = []
+    for choice in question["choices"]:
+        context, whole = tokenizer.encode(asked), tokenizer.encode(f"{asked} {choice}")
+        with torch.no_grad():
+            log_probs = F.log_softmax(model(torch.tensor([whole])).logits[0].float(), dim=-1)
+        found.append(sum(float(log_probs[at - 1, whole[at]]) for at in range(len(context), len(whole))))
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_answers_are_those_of_the_model_s_likelihoods(folder: Path, packed: bool) -> None:
+    model, tokenizer = tiny_llama().to(torch.bfloat16 if packed else torch.float32), tiny_tokenizer()
+    if packed:
+        prepare(model, QuantConfig.preset("int4", group_size=32))
+        convert(model)
+        assert any(isinstance(module, PackedLinear) for module in model.modules())
+    with opened_tasks(TaskSettings(folder=folder, batch_size=2)) as tasks:
+        assert tasks.names == ("things",)
+        found = tasks.run(model, tokenizer)["things"]
+    expected, normalized = [], []
+    for question in QUESTIONS:
+        scores = torch.tensor(likelihoods(model, tokenizer, question))
+        expected.append(float(int(scores.argmax()) == question["gold"]))
+        lengths = torch.tensor([float(len(choice)) for choice in question["choices"]])
+        normalized.append(float(int((scores / lengths).argmax()) == question["gold"]))
+    assert found["samples"] == {"acc": expected, "acc_norm": normalized}
+    assert found["questions"] == 3
+    assert found["acc_norm"] == pytest.approx(sum(normalized) / 3)
+    assert average({"things": found}) == found["acc_norm"]
+
+
+def test_tasks_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="unknown tasks: nothings; local ones: things"),
+        opened_tasks(TaskSettings(names=("nothings",), folder=folder)),
+    ):
+        pass
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no \.jsonl file"):
+        write_task_folder(tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "empty" / "broken.jsonl").write_text('{"query": "x"}\n')
+    with pytest.raises(ValueError, match=r"broken\.jsonl line 1 is no question: .* choices, gold, query"):
+        write_task_folder(tmp_path / "empty", tmp_path / "out")
