@@ -281,6 +281,42 @@ def test_eval_scores_every_model_on_the_same_windows(tiny: Path, packed: Path, t
     assert written["texts"]["text.txt"]["windows"] == 3
 
 
+def test_a_gate_has_an_exit_code_of_its_own_and_a_report_is_judged_again(tiny: Path, packed: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("some words that are repeated many times over. " * 40)
+    words = ["--reference", str(tiny), "--text", str(tmp_path / "text.txt"), "--window", "64", "--max-windows", "3"]
+    files = {name: str(tmp_path / f"report.{name}") for name in ("json", "csv", "markdown", "html")}
+    options = [word for name, file in files.items() for word in (f"--{name}", file)]
+    done = call("compare", str(packed), *words, *options, "--gate", "top1>=0.5, size<=0.9x")
+    assert done.exit_code == 0, done.output
+    assert "kept: size<=0.9x" in done.output
+    assert "not available" in done.output or "joules" in done.output
+    assert all(Path(file).stat().st_size > 100 for file in files.values())
+    row = json.loads(Path(files["json"]).read_text())["rows"][1]
+    assert [part["name"] for part in row["texts"]["text.txt"]["parts"]["position"]] == ["1-7", "8-31", "32-127"]
+    assert row["texts"]["text.txt"]["intervals"]["kl"]["low"] > 0
+    assert len(row["samples"]) == 3
+    assert len(row["weight_errors"]) == 14
+
+    broken = call("eval", str(packed), *words, "--gate", "kl<=1e-9")
+    assert broken.exit_code == 3, broken.output
+    assert "BROKEN: kl<=1e-09" in broken.output
+    again = call("eval", str(packed), "--baseline", files["json"], "--gate", "perplexity<=1.0001x")
+    assert again.exit_code == 0, again.output
+    assert "(+0.00%)" in again.output
+    assert "'perplexity=1' is no rule" in refusal("eval", str(packed), "--gate", "perplexity=1")
+    assert "is no report" in refusal("eval", str(packed), "--baseline", str(tiny / "config.json"))
+
+
+def test_protocols_by_name(tiny: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("some words that are repeated many times over. " * 40)
+    words = [str(tiny), "--text", str(tmp_path / "text.txt")]
+    done = call("eval", *words, "--protocol", "wikitext")
+    assert done.exit_code == 0, done.output
+    assert "word perplexity (lm-eval's)" in done.output
+    assert "windows of 257" in done.output
+    assert "choose one of windows, wikitext2, wikitext" in refusal("eval", *words, "--protocol", "c4")
+
+
 def test_eval_of_a_text_that_does_not_do(tiny: Path, tmp_path: Path):
     assert "no text at" in refusal("eval", str(tiny), "--text", str(tmp_path / "absent.txt"))
     (tmp_path / "empty.txt").write_text("  \n")

@@ -21,6 +21,8 @@ Report = Mapping[str, Any]
 Cell = str | tuple[str, float]
 """A cell's HTML, and perhaps how deep its colour is, 0 to 1."""
 
+LONG_TITLE = 60
+"""Letters from which the models' names are too many for a heading."""
 STYLE = """
 :root{color-scheme:light dark;--page:#f9f9f7;--card:#fff;--ink:#14140f;--soft:#55534c;--line:#e3e2dc;--good:#12741f;
 --bad:#c02b2b;--c0:#8d8b83;--c1:#2a78d6;--c2:#d9541f;--c3:#12906a;--c4:#b07a00;--c5:#c14f80;--c6:#4a3aa7;--c7:#0f7c86;
@@ -30,17 +32,18 @@ STYLE = """
 --c7:#3cb0ba;--c8:#c08e58}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1240px;margin:0 auto;padding:28px 20px 60px}
+main{max-width:1400px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:26px;line-height:1.2;margin:0 0 4px}h2{font-size:18px;margin:36px 0 10px}
 h3{font-size:15px;margin:18px 0 6px}p{margin:4px 0;max-width:80ch}.soft,figcaption span{color:var(--soft)}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:7px 9px;font-size:14px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;color:var(--soft);font-size:13px;vertical-align:bottom}
-tr:last-child td{border-bottom:0}th:first-child,td:first-child{text-align:left;white-space:normal;min-width:150px}
+tr:last-child td{border-bottom:0}th:first-child,td:first-child{text-align:left;white-space:normal;min-width:170px}
 td small{color:var(--soft)}
 .key{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:8px}
-.grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr))}
+.grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
+.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr))}.wide svg{max-width:520px}
 figure,.card{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;
 padding:14px 16px;min-width:0}
 figcaption{display:flex;flex-direction:column;margin-bottom:8px}figcaption span{font-size:13px}
@@ -77,7 +80,8 @@ def to_html(report: Report) -> str:
     names = ", ".join(row["name"] for row in report["rows"] if row["role"] != REFERENCE)
     body = "".join(f"<section><h2>{escape(title)}</h2>{inner}</section>" for title, inner in bodies if inner)
     head = f"<title>llmqat: {escape(names)}</title><style>{STYLE}</style>"
-    top = f'<h1>{escape(names)}</h1><p class="soft">{escape(_subtitle(report))}</p>'
+    heading = names if len(names) < LONG_TITLE else "Comparison"
+    top = f'<h1>{escape(heading)}</h1><p class="soft">{escape(_subtitle(report))}</p>'
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width,initial-scale=1">{head}</head>'
@@ -164,7 +168,7 @@ def _pictures(report: Report, colours: Mapping[str, int]) -> str:
             title = f"Quality against {heading}, {text}"
             found.append(scatter(placed, title, f"{label}; lower is better", unit, label.split(",")[0]))
     shown = "".join(found)
-    return f'<div class="grid">{shown}</div>' if shown else ""
+    return f'<div class="grid wide">{shown}</div>' if shown else ""
 
 
 def _placed(
@@ -216,23 +220,29 @@ def _parts(report: Report, colours: Mapping[str, int]) -> str:
 
 
 def _layers(report: Report, colours: Mapping[str, int]) -> str:
-    maps = []
-    for row in report["rows"]:
-        if row["role"] == REFERENCE:
-            continue
-        stage, reports = next(reversed((row.get("layers") or {}).items()), ("", []))
-        errors = {entry["name"]: entry["output_error"] for entry in reports if entry.get("output_error") is not None}
-        what = f"output error, {stage}" if errors else "weight error |W - Ŵ|² / |W|²"
-        errors = errors or {name: error for name, error in (row.get("weight_errors") or {}).items() if error > 0}
-        cells: dict[str, dict[int, float]] = {}
-        for name, error in errors.items():
-            number = BLOCK_NUMBER.search(name)
-            if number is not None:
-                cells.setdefault(kind_of(name), {})[int(number[1])] = error
-        if cells:
-            values = [value for kinds in cells.values() for value in kinds.values()]
-            maps.append(heat_map(cells, row["name"], f"{what}, by block", ".2%", (min(values), max(values))))
-    return f'<div class="grid">{"".join(maps)}</div>' if maps else ""
+    found = [(row["name"], *_layer_errors(row)) for row in report["rows"] if row["role"] != REFERENCE]
+    found = [(name, what, cells) for name, what, cells in found if cells]
+    bounds: dict[str, tuple[float, float]] = {}
+    for _, what, cells in found:  # one scale for all models of which the same was measured
+        low, high = bounds.get(what, (float("inf"), 0.0))
+        values = [value for row in cells.values() for value in row.values()]
+        bounds[what] = min(low, *values), max(high, *values)
+    maps = "".join(heat_map(cells, name, f"{what}, by block", ".2%", bounds[what]) for name, what, cells in found)
+    return f'<div class="grid wide">{maps}</div>' if maps else ""
+
+
+def _layer_errors(row: Report) -> tuple[str, dict[str, dict[int, float]]]:
+    """Returns what was measured of a model's layers, and it by kind of layer and block."""
+    stage, reports = next(reversed((row.get("layers") or {}).items()), ("", []))
+    errors = {entry["name"]: entry["output_error"] for entry in reports if entry.get("output_error") is not None}
+    what = f"output error, {stage}" if errors else "weight error |W - Ŵ|² / |W|²"
+    errors = errors or {name: error for name, error in (row.get("weight_errors") or {}).items() if error > 0}
+    cells: dict[str, dict[int, float]] = {}
+    for name, error in errors.items():
+        number = BLOCK_NUMBER.search(name)
+        if number is not None:
+            cells.setdefault(kind_of(name), {})[int(number[1])] = error
+    return what, cells
 
 
 _CURVES = {

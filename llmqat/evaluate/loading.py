@@ -93,10 +93,11 @@ def known_of(spec: str, *, as_reference: bool = False) -> Known:
     """
     if adapter_base(spec) is not None:
         return Known()
-    file, source = model_file(spec), resolve_spec(spec)
-    if file is not None and not as_reference:
+    file = model_file(spec)
+    if file is not None and file.suffix == ".gguf" and not as_reference:
         bits, size = _gguf_usage(file)
         return Known(bits, size)
+    source = resolve_spec(spec)
     if not isinstance(source, Path):
         return Known()
     usage = disk_usage(source)

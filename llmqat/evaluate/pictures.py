@@ -68,7 +68,7 @@ def scatter(points: Sequence[Point], title: str, note: str, x_label: str, y_labe
     for point in sorted(points, key=lambda entry: entry.y):
         px, py = x(point.x), y(point.y)
         leftwards = px > WIDTH * 0.6
-        label_y = _free(taken, px, py + 4)
+        label_y = _free(taken, px, min(py + 4, height - bottom - 7))
         anchor, shift = ("end", -9) if leftwards else ("start", 9)
         label = escape(_short(point.name, 26))
         marks.append(
@@ -114,7 +114,7 @@ def heat_map(
     if not columns:
         return ""
     left, size, top = 118, 15, 4
-    width, height = left + size * len(columns) + 4, top + size * len(cells) + 46
+    width, height = left + max(size * len(columns), 150) + 4, top + size * len(cells) + 46
     low, high = (math.log(max(bound, 1e-12)) for bound in bounds)
     marks = []
     for line, (kind, row) in enumerate(cells.items()):

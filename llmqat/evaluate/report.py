@@ -100,7 +100,7 @@ def _task_lines(report: Mapping[str, Any]) -> list[str]:
         for name, task in (row.get("tasks") or {}).items():
             line = f"{row['name']}: {name} {accuracy(row, name):.4f} of {task['questions']} questions"
             metric = "acc_norm" if "acc_norm" in task else "acc"
-            if reference is not None and row is not reference:
+            if reference is not None and row is not reference and name in (reference.get("tasks") or {}):
                 apart = mean_difference(task["samples"][metric], reference["tasks"][name]["samples"][metric])
                 noise = ", noise" if apart.holds_zero else ""
                 line += f" ({apart.low:+.4f} to {apart.high:+.4f} from {reference['name']}{noise})"

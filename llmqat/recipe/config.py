@@ -24,8 +24,9 @@ from llmqat.calibrate import AllocationConfig, Stage, check_stages
 from llmqat.config import Config, unknown_key_message
 from llmqat.data.config import DataConfig
 from llmqat.evaluate.protocols import PROTOCOLS, PYDOC
+from llmqat.export.checkpoint import RUN_FILE
 from llmqat.layers import QuantConfig
-from llmqat.train import LoraSettings, QATArguments
+from llmqat.train import LoraSettings, MonitorSettings, QATArguments
 
 RECIPE_FILE = "recipe.yaml"
 """Name of the recipe in a run folder."""
@@ -144,6 +145,8 @@ class Recipe(Config):
     """Holds the teacher's linear layers in 8 or 4 bits (bitsandbytes) while training; bfloat16 where not given."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Fields of QATArguments: those of transformers.TrainingArguments and a few more; checked by name and type."""
+    monitor: MonitorSettings | None = Field(default_factory=MonitorSettings)
+    """What is logged of codes, scales and gradients while the model trains; null switches it off."""
     evaluate: EvaluationSettings = Field(default_factory=EvaluationSettings)
     """The comparison at the end."""
 
@@ -232,21 +235,35 @@ def _of_declared_type(key: str, value: Any, hint: Any) -> Any:
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Returns the recipe in the YAML file `path`, or in the run folder `path`, changed by `key=value` overrides.
 
+    A checkpoint's llmqat.json, or the folder that holds it, repeats the run that made it.
+
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: for what is not YAML, for an unknown key, a wrong type, or an override that is not `key=value`.
     """
     file = Path(path)
     if file.is_dir():
-        file = file / RECIPE_FILE
+        recorded = file / RUN_FILE
+        file = recorded if recorded.is_file() and not (file / RECIPE_FILE).is_file() else file / RECIPE_FILE
     if not file.is_file():
         raise FileNotFoundError(f"no recipe at {file}; give a .yaml file such as those in recipes/, or a run folder")
-    values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    values = parse_yaml(file.read_text(encoding="utf-8"), str(file))  # of which JSON is a part
+    if file.name == RUN_FILE and isinstance(values, dict):
+        values = _without_defaults((values.get("run") or {}).get("recipe"))
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no recipe: expected `key: value` lines, found {type(values).__name__}")
     for override in overrides:
         apply_override(values, override)
     return recipe_from(values, str(file))
+
+
+def _without_defaults(recorded: Any) -> Any:
+    """Returns a recorded recipe, which names every key, without the keys of `data` that say nothing to its source."""
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("data"), dict):
+        return recorded
+    fields = DataConfig.model_fields
+    given = {key: value for key, value in recorded["data"].items() if key not in fields or value != fields[key].default}
+    return {**recorded, "data": given}
 
 
 def recipe_from(values: Mapping[str, Any], source: str) -> Recipe:

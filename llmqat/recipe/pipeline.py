@@ -44,10 +44,7 @@ from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.evaluate.layers import write_layers
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
-from llmqat.layers import (
-    CoverageAudit,
-    convert,
-)
+from llmqat.layers import CoverageAudit, QuantModule, convert
 from llmqat.models import (
     adapter_base,
     keeps_documents_apart,
@@ -71,7 +68,7 @@ from llmqat.recipe.folder import (
 )
 from llmqat.recipe.plan import coverage_of
 from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
-from llmqat.train import QATArguments, QATTrainer, is_own_teacher
+from llmqat.train import MonitorSettings, QATArguments, QATTrainer, QuantizationMonitor, is_own_teacher
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +162,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
             teacher = None
         if packed := arguments.trainable == "scales":
             convert(student)  # codes stay as they are, so no weight is needed any more
-        training = _train(model, taught_by, arguments, text)
+        training = _train(model, taught_by, arguments, text, recipe.monitor)
         del taught_by
         if packed:
             convert(student)
@@ -290,6 +287,7 @@ def _train(
     teacher: PreTrainedModel | TeacherCache | None,
     arguments: QATArguments,
     text: TextSplits,
+    monitor: MonitorSettings | None,
 ) -> dict[str, Any]:
     """Trains `model` in place, from the run's last whole checkpoint if there is one; returns the facts of it.
 
@@ -303,6 +301,8 @@ def _train(
         train_dataset=blocks.dataset(),
         eval_dataset=None if validation is None else validation.dataset(),
     )
+    if monitor is not None and any(isinstance(module, QuantModule) for module in model.modules()):  # not packed ones
+        QuantizationMonitor(monitor).attach(trainer)
     last = whole_checkpoint(Path(arguments.output_dir))
     if last is not None:
         log.info("going on from %s", last)

@@ -1,6 +1,15 @@
 """Training: distillation of a prepared model from the original one, on transformers.Trainer."""
 
 from llmqat.train.adapter import LoraSettings, is_own_teacher
+from llmqat.train.monitor import MonitorSettings, QuantizationMonitor
 from llmqat.train.trainer import QATArguments, QATTrainer, processor_has_bf16
 
-__all__ = ["LoraSettings", "QATArguments", "QATTrainer", "is_own_teacher", "processor_has_bf16"]
+__all__ = [
+    "LoraSettings",
+    "MonitorSettings",
+    "QATArguments",
+    "QATTrainer",
+    "QuantizationMonitor",
+    "is_own_teacher",
+    "processor_has_bf16",
+]

@@ -317,7 +317,7 @@ class QATTrainer(Trainer):
         }
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups[_group_of(name, parameter)]["params"].append(parameter)
+                groups[group_of(name, parameter)]["params"].append(parameter)
         return [group for group in groups.values() if group["params"]]
 
 
@@ -407,7 +407,7 @@ def _share_starting_scales(model: nn.Module, world_size: int) -> None:
                 torch.distributed.broadcast(tensor, src=0)
 
 
-def _group_of(name: str, parameter: nn.Parameter) -> str:
+def group_of(name: str, parameter: nn.Parameter) -> str:
     if name.endswith(".log_scale"):
         return "log_scales"
     if name.endswith(".zero_point"):

@@ -131,6 +131,26 @@ def test_kv_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert found["bfloat16"] > found["8 bits"] > found["4 bits, groups of 8"] > 0
 
 
+def test_zero_shot(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")
+    (tmp_path / "tasks").mkdir()
+    lines = [{"query": f"Question: {word}?", "choices": ["yes", "no"], "gold": 0} for word in ("one", "two", "three")]
+    (tmp_path / "tasks" / "quiz.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = tmp_path / "again"
+    tiny_llama(seed=1).save_pretrained(again)
+    tiny_tokenizer().save_pretrained(again)
+    arguments = ["--model", str(again), "--reference", str(folder), "--task-folder", str(tmp_path / "tasks")]
+    run(monkeypatch, "zero_shot.py", *arguments, "--json", str(tmp_path / "out.json"))
+    output = capsys.readouterr().out
+    assert list(headline(output))[-1] == "again average"
+    assert len(json.loads((tmp_path / "out.json").read_text())[str(again)]["quiz"]["samples"]["acc"]) == 3
+    assert re.search(r"again quiz acc_norm [01]\.\d+ \(3 questions\), [-+]\d\.\d+ \[", output)
+    run(monkeypatch, "zero_shot.py", "--make", str(tmp_path / "made"), "--task-folder", str(tmp_path / "tasks"))
+    assert (tmp_path / "made" / "quiz.yaml").is_file()
+
+
 def test_every_row_of_schemes_is_a_recipe() -> None:
     schemes = runpy.run_path(str(SCRIPTS / "schemes.py"))["SCHEMES"]
     recipe = SCRIPTS.parent / "recipes" / "smollm2-135m-int4.yaml"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmqat.evaluate.speed import decode_speed, disk_usage
+from llmqat.evaluate.energy import EnergyMeter
+from llmqat.evaluate.speed import decode_speed, disk_usage, measure_costs
 from llmqat.export import save
 from llmqat.layers import QuantConfig, convert, prepare
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_tokenizer
@@ -90,6 +91,39 @@ def test_decoding_feeds_each_token_back(packed: bool) -> None:
     assert speed.prefill_tokens_per_second > 0
     assert (speed.prompt_tokens, speed.new_tokens, speed.repeats) == (7, 3, 2)
     assert model.training
+
+
+def test_costs_of_loading_and_decoding() -> None:
+    model, costs = measure_costs(tiny_llama, batch_size=3)
+    assert next(model.parameters()).dtype == torch.float32
+    assert costs.batch_size == 3
+    figures = costs.to_dict()
+    assert all(figures[name] > 0 for name in figures if name not in ("joules_per_token", "peak_bytes"))
+    assert costs.peak_bytes is None or costs.peak_bytes >= 0
+
+
+def test_several_sequences_are_counted_together() -> None:
+    speed = decode_speed(tiny_llama(), prompt_tokens=8, new_tokens=4, repeats=1, batch_size=5)
+    assert speed.batch_size == 5
+    assert speed.first_token_seconds == pytest.approx(8 * 5 / speed.prefill_tokens_per_second)
+
+
+def test_joules_of_all_packages_through_a_wrap(tmp_path: Path) -> None:
+    def package(name: str, energy: int) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "energy_uj").write_text(f"{energy}\n")
+        (folder / "max_energy_range_uj").write_text("10000000\n")
+        return folder / "energy_uj"
+
+    first, second = package("intel-rapl:0", 9_000_000), package("intel-rapl:1", 1_000_000)
+    package("intel-rapl:0:0", 5_000_000)  # a part of package 0, which is not counted twice
+    meter = EnergyMeter.of(torch.device("cpu"), tmp_path)
+    assert meter.joules() == 0
+    first.write_text("2000000")  # wrapped around: 3 J
+    second.write_text("1500000")
+    assert meter.joules() == pytest.approx(3.5)
+    assert EnergyMeter.of(torch.device("cpu"), tmp_path / "absent").joules() is None
 
 
 def test_decoding_nothing_is_refused() -> None:

@@ -265,6 +265,21 @@ def test_a_finished_run_is_refused_and_stays_as_it_was(tiny_folder: Path, tmp_pa
     assert (again.checkpoint / "model.safetensors").read_bytes() == before  # same recipe, same seed
 
 
+def test_a_checkpoint_alone_repeats_its_run_bit_for_bit(tiny_folder: Path, tmp_path: Path):
+    first = run_small(RECIPE, tiny_folder, tmp_path / "run")
+    alone = load_recipe(first.checkpoint, [f"output={tmp_path / 'again'}"])
+    assert alone == load_recipe(tmp_path / "run", [f"output={tmp_path / 'again'}"])
+    second = run(alone)
+    assert second is not None
+    weights = [(result.checkpoint / "model.safetensors").read_bytes() for result in (first, second)]
+    assert weights[0] == weights[1]
+    history = json.loads((second.checkpoint / "llmqat.json").read_text())["run"]["training"]["history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
+    (tmp_path / "llmqat.json").write_text('{"run": {}}')
+    with pytest.raises(ValueError, match="holds no recipe"):
+        load_recipe(tmp_path / "llmqat.json")
+
+
 def test_bad_input_costs_no_training(tiny_folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"quant\.group_size=96 does not divide in_features=64"):
         run_small(RECIPE, tiny_folder, tmp_path / "a", "quant.group_size=96")

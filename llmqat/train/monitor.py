@@ -1,0 +1,170 @@
+"""What quantization does while a model trains: logged through the Trainer, to whatever trackers it reports to.
+
+Weights that sit near the border of two codes make low-bit training restless: their codes flip to and fro while
+the loss hardly moves. Every `every` steps this looks at some rows of some layers, over three steps in a row, and logs
+
+    quantization/flipped       share of codes that the last step changed
+    quantization/oscillating   share of codes that it changed back to what they were one step before
+    quantization/scale_drift   mean |log(scale / starting scale)| of the layers looked at
+    quantization/clipped       share of weights beyond the reach of the grid; with trackers also by layer
+    grad_norm/GROUP            norm of the gradients of weights, log-scales, zero points and norms, after clipping
+
+It changes nothing of the training. Every `every` steps it reads at most `layers` x `weights` weights three times, and
+each gradient once; with adapters the whole matrix of a layer is made for it.
+
+Source: Nagel et al. 2203.08086, oscillations in quantization-aware training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llmqat.config import Config
+from llmqat.grid import quantize
+from llmqat.layers import QuantModule
+from llmqat.train.trainer import group_of
+
+LOOKS = 3
+"""Steps in a row whose codes are compared."""
+
+
+class MonitorSettings(Config):
+    """How often, and how much of a model, is looked at while it trains."""
+
+    every: int = Field(10, ge=1)
+    """Optimizer steps from one look to the next."""
+    layers: int = Field(8, ge=1)
+    """Layers looked at, spread evenly over the model."""
+    weights: int = Field(65_536, ge=1)
+    """Weights looked at in a layer, in whole rows from its first; at least one row."""
+
+
+class QuantizationMonitor(TrainerCallback):
+    """Looks at codes, scales and gradients of a prepared model while any transformers Trainer trains it."""
+
+    def __init__(self, settings: MonitorSettings | None = None) -> None:
+        self.settings = settings or MonitorSettings()
+        self._trainer: Trainer | None = None
+        self._layers: dict[str, QuantModule] = {}
+        self._starts: list[Tensor | None] = []
+        self._codes: dict[int, list[Tensor]] = {}  # by step
+        self._gradients: dict[str, float] = {}
+
+    def attach(self, trainer: Trainer) -> QuantizationMonitor:
+        """Makes `trainer` call this and takes its `log`, which reaches every tracker; returns itself.
+
+        Raises:
+            ValueError: the trainer's model has no quantized weight to look at.
+        """
+        found = {name: module for name, module in trainer.model.named_modules() if isinstance(module, QuantModule)}
+        if not found:
+            raise ValueError("the trainer's model has no quantized weight to look at: call llmqat.prepare first")
+        names = list(found)
+        count = min(self.settings.layers, len(names))
+        chosen = [names[round(index * (len(names) - 1) / max(count - 1, 1))] for index in range(count)]
+        self._layers = {name: found[name] for name in dict.fromkeys(chosen)}
+        self._trainer = trainer
+        trainer.add_callback(self)
+        return self
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Notes where scales start: those of the calibration, or of the checkpoint that is resumed from."""
+        self._codes.clear()
+        self._starts = [_log_scale(layer) for layer in self._layers.values()]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Takes the norms of the gradients of a step that will be logged."""
+        if self._is_due(state.global_step + 1) and state.is_world_process_zero:
+            self._gradients = gradient_norms(given["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keeps the codes of the steps before a look, and logs at the look itself."""
+        step = state.global_step
+        if not state.is_world_process_zero or not any(self._is_due(step + ahead) for ahead in range(LOOKS)):
+            return
+        self._codes = {earlier: codes for earlier, codes in self._codes.items() if earlier > step - LOOKS}
+        self._codes[step] = [codes_of(layer, self.settings.weights) for layer in self._layers.values()]
+        if self._is_due(step) and self._trainer is not None:
+            tracked = bool(args.report_to) and args.report_to != ["none"]
+            self._trainer.log({**self._figures(step, by_layer=tracked), **self._gradients})
+            self._gradients = {}
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.settings.every == 0
+
+    def _figures(self, step: int, by_layer: bool) -> dict[str, float]:
+        now, before, earlier = (self._codes.get(step - back) for back in range(LOOKS))
+        figures: dict[str, float] = {}
+        if before is not None:
+            changed = [new != old for new, old in zip(now or (), before, strict=True)]
+            figures["quantization/flipped"] = _share(changed)
+            if earlier is not None:
+                back = [c & (new == old) for c, new, old in zip(changed, now or (), earlier, strict=True)]
+                figures["quantization/oscillating"] = _share(back)
+        drifts = [_drift(layer, start) for layer, start in zip(self._layers.values(), self._starts, strict=True)]
+        if known := [drift for drift in drifts if drift is not None]:
+            figures["quantization/scale_drift"] = sum(known) / len(known)
+        clipped = {name: clipped_share(layer, self.settings.weights) for name, layer in self._layers.items()}
+        figures["quantization/clipped"] = sum(clipped.values()) / len(clipped)
+        if by_layer:
+            figures |= {f"quantization/clipped/{name}": share for name, share in clipped.items()}
+        return figures
+
+
+@torch.no_grad()
+def codes_of(layer: QuantModule, weights: int) -> Tensor:
+    """Returns the codes of the first rows of a layer, as many as hold `weights` weights, in float32 [n, I]."""
+    rows, scale, zero_point = _first_rows(layer, weights)
+    return quantize(rows, scale, zero_point, layer.grid)
+
+
+@torch.no_grad()
+def clipped_share(layer: QuantModule, weights: int) -> float:
+    """Returns the share of weights, in the same rows, that are more than half a step beyond the outermost levels."""
+    rows, scale, zero_point = _first_rows(layer, weights)
+    groups = rows.float().reshape(rows.shape[0], scale.shape[1], -1) if scale.shape[0] > 1 else rows.float()[:, None]
+    codes = groups / scale.float().unsqueeze(-1)
+    if zero_point is not None:
+        codes = codes + zero_point.round().unsqueeze(-1)
+    low, high = layer.grid.qmin + layer.grid.offset - 0.5, layer.grid.qmax + layer.grid.offset + 0.5
+    return float(((codes < low) | (codes > high)).float().mean())
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Returns the norm of the gradient of each group of parameters: weights, log_scales, zero_points, norms."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            groups.setdefault(group_of(name, parameter), []).append(parameter.grad)
+    norms = {name: torch.stack(torch._foreach_norm(gradients)) for name, gradients in groups.items()}
+    return {f"grad_norm/{name}": float(torch.linalg.vector_norm(entries.float())) for name, entries in norms.items()}
+
+
+def _first_rows(layer: QuantModule, weights: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the first rows of a layer's matrix with their scales and zero points."""
+    count = max(1, min(layer.rows, weights // layer.columns))
+    scale, zero_point = layer.scale_and_zero_point()
+    if scale.shape[0] > 1:
+        scale, zero_point = scale[:count], None if zero_point is None else zero_point[:count]
+    return layer.matrix()[:count], scale, zero_point
+
+
+def _log_scale(layer: QuantModule) -> Tensor | None:
+    return None if layer.log_scale is None else layer.log_scale.detach().clone()
+
+
+def _drift(layer: QuantModule, start: Tensor | None) -> float | None:
+    now = _log_scale(layer)
+    return None if now is None or start is None else float((now - start.to(now.device)).abs().mean())
+
+
+def _share(masks: Sequence[Tensor]) -> float:
+    return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)

@@ -1,0 +1,194 @@
+"""Gates, drift from a saved report, advice, and the tables and page made of a report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from llmqat.evaluate.advice import advice
+from llmqat.evaluate.compare import Comparison, Row, write_report
+from llmqat.evaluate.gate import judge, parse_gate, read_report
+from llmqat.evaluate.html import to_html
+from llmqat.evaluate.perplexity import Evaluation
+from llmqat.evaluate.report import verdict_on
+from llmqat.evaluate.speed import Costs
+from llmqat.evaluate.tables import to_csv, to_markdown
+
+
+def evaluation(
+    perplexity: float, kl: float | None, top1: float | None = 0.9, sha256: str = "0123456789ab"
+) -> Evaluation:
+    return Evaluation(perplexity, 1.0, kl, top1, 20_000, 40, 512, 512, sha256, reverse_kl=kl, top5=top1)
+
+
+def layer(block: int, kind: str, error: float) -> dict[str, Any]:
+    return {"name": f"model.layers.{block}.{kind}", "output_error": error, "scheme": "int4 g64"}
+
+
+def comparison(perplexity: float = 24.0, method: str = "ranges, gptq", **changes: Any) -> Comparison:
+    history = [{"step": step, "loss": 1 / step, "quantization/flipped": 0.01 / step} for step in range(1, 6)]
+    extras: dict[str, Any] = {
+        "method": method,
+        "run": {"recipe": {"model": "<tiny>", "seed": 0}, "training": {"history": history}},
+        "layers": {
+            "trained": [layer(b, k, 0.01 * (b + 1)) for b in range(3) for k in ("mlp.up_proj", "mlp.down_proj")]
+        },
+        "samples": [{"prompt": "Once", "completion": "upon <b>a</b> time"}],
+        "tasks": {
+            "quiz": {"acc": 0.5, "acc_norm": 0.6, "questions": 2, "samples": {"acc": [0, 1], "acc_norm": [1, 0]}}
+        },
+        "coverage": {
+            "notes": ["a note"],
+            "average_bits_of_all": 5.5,
+            "entries": [
+                {
+                    "name": f"model.layers.{b}.mlp.up_proj.weight",
+                    "shape": [8, 4],
+                    "treatment": "int4 g64",
+                    "reason": "",
+                    "bytes_before": 64,
+                    "bytes_after": 18,
+                }
+                for b in range(3)
+            ],
+        },
+    }
+    costs = Costs(0.5, 0.1, 30.0, 90.0, 8, 200_000_000, None)
+    rows = (
+        Row("original", "full precision", 16, 269_000_000, 20.0, {"prose": evaluation(22.0, 0.0, 1.0)}, seconds=10.0),
+        Row(
+            "four <bits>",
+            "other",
+            4.25,
+            113_000_000,
+            30.0,
+            {"prose": evaluation(perplexity, 0.1)},
+            costs,
+            extras=extras,
+        ),
+    )
+    return Comparison(rows, {"torch": "2"}, {"texts": ["prose.txt"], "window": 512, **changes})
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    return comparison(**changes).to_dict()
+
+
+def test_rules_by_hand() -> None:
+    rules = parse_gate("perplexity<=1.1x, kl<=0.05, top1 >= 0.9,size<=0.5x, speed>=1x, quiz>=0.6, memory<=2e8")
+    checks = judge(rules, report())
+    assert [(str(check.rule), check.passed) for check in checks] == [
+        ("perplexity<=1.1x", True),
+        ("kl<=0.05", False),
+        ("top1>=0.9", True),
+        ("size<=0.5x", True),
+        ("speed>=1x", True),
+        ("quiz>=0.6", True),
+        ("memory<=2e+08", True),
+    ]
+    assert checks[0].bound == pytest.approx(24.2)
+    assert {check.model for check in checks} == {"four <bits>"}
+    assert not judge(parse_gate("perplexity<=1000"), report(perplexity=float("inf")))[0].passed
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("", "the gate is empty"),
+        ("perplexity<1", "'perplexity<1' is no rule of a gate"),
+        ("perplexity<=about 3", "figures: perplexity, word_perplexity, kl"),
+        ("piqa>=0.5", "'piqa', which is no figure of the report; .* quiz"),
+        ("energy<=1", "'energy' of four <bits>, which was not measured"),
+        ("word_perplexity<=60", "'word_perplexity' of four <bits>, which was not measured"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(gate: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        judge(parse_gate(gate), report())
+
+
+def test_a_relative_rule_needs_something_to_be_relative_to() -> None:
+    alone = Comparison(comparison().rows[1:]).to_dict()
+    with pytest.raises(ValueError, match=r"give --reference MODEL or --baseline REPORT"):
+        judge(parse_gate("perplexity<=1.02x"), alone)
+
+
+def test_drift_from_a_saved_report(tmp_path: Path) -> None:
+    write_report(report(), tmp_path / "week.json")
+    before = read_report(tmp_path / "week.json")
+    same = verdict_on(comparison(), parse_gate("perplexity<=1.01x, size<=1x"), before)
+    assert same.passed
+    drifted = verdict_on(comparison(25.0), parse_gate("perplexity<=1.01x"), before)
+    assert not drifted.passed
+    assert "perplexity 24.0000 then, 25.0000 now (+4.17%)" in drifted.drift[1]
+    other = Comparison((Row("four <bits>", "other", 4, 1, 1.0, {"prose": evaluation(24, 0.1, 0.9, "another")}),))
+    with pytest.raises(ValueError, match="another text than prose"):
+        verdict_on(other, (), before)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no report"):
+        read_report(tmp_path / "other.json")
+    with pytest.raises(FileNotFoundError, match="no report at"):
+        read_report(tmp_path / "absent.json")
+
+
+def test_advice_is_training_free_first() -> None:
+    assert advice(report(perplexity=22.3)) == (
+        "four <bits> loses 1.4% of perplexity, within 2%: no training is needed.",
+    )
+    (said,) = advice(report())
+    assert "loses 9.1% of perplexity, more than 2%: training is worth it" in said
+    assert "about 5 minutes here" in said  # 60,000 tokens x 10 at 2,000 a second
+    assert "2.4 GB of memory" in said
+    assert "no training is needed" in advice(report(), threshold=0.1)[0]
+    assert "more bits" in advice(report(method="trained"))[0]
+    assert "ship it" in advice(report(perplexity=22.1, method="trained"))[0]
+
+
+def test_csv_and_markdown_hold_the_figures() -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(report()))))
+    assert [row["model"] for row in rows] == ["original", "four <bits>"]
+    assert float(rows[1]["KL"]) == 0.1
+    assert rows[1]["made by"] == "ranges, gptq"
+    assert float(rows[1]["quiz"]) == 0.6
+    assert rows[0]["peak MB"] == ""
+    lines = to_markdown(report()).splitlines()
+    assert lines[0].startswith("| text | model | made by |")
+    assert "word perplexity" not in lines[0]  # which nobody measured
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    assert "sha256 0123456789ab" in lines[5]
+
+
+def test_the_page_is_whole_and_needs_nothing_else() -> None:
+    page = to_html(verdict_on(comparison(), parse_gate("kl<=0.05")).report)
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert "four &lt;bits&gt;" in page
+    assert "<b>a</b>" not in page
+    for section in ("Verdict", "Results", "Pictures", "Layers", "Training", "What they write", "Coverage", "Recipes"):
+        assert f"<h2>{section}</h2>" in page
+    assert "BROKEN: kl&lt;=0.05" in page
+    assert "prefers-color-scheme:dark" in page
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) == 7  # two bars, two scatters, a heat map, loss, flips
+    for drawing in drawings:
+        root = ElementTree.fromstring(drawing)
+        assert "nan" not in drawing
+        width, height = map(float, root.attrib["viewBox"].split()[2:])
+        for mark in root.iter("rect"):
+            assert 0 <= float(mark.attrib["x"]) <= width
+            assert 0 <= float(mark.attrib["y"]) <= height
+    assert to_html(json.loads(json.dumps(verdict_on(comparison()).report))) == to_html(verdict_on(comparison()).report)
+
+
+def test_the_page_of_a_bare_report_leaves_sections_out() -> None:
+    bare = Comparison((Row("bare", "other", None, None, None, {"t": evaluation(12.0, None, None)}),)).to_dict()
+    page = to_html(bare)
+    assert "<h2>Results</h2>" in page
+    assert "<h2>Training</h2>" not in page
+    assert "<h2>Layers</h2>" not in page

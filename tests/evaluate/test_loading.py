@@ -1,0 +1,112 @@
+"""Whatever can be judged: packed, by other tools, GGUF, and adapters of both kinds, equal to what they were."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from llmqat import adopt_adapters, lora_config, save_adapter
+from llmqat.evaluate.layers import weight_errors
+from llmqat.evaluate.loading import is_adapter, known_of, load_to_judge, longest_of, tokenizer_of
+from llmqat.export import save, write_gguf
+from llmqat.layers import PackedLinear, QuantConfig, convert, prepare
+from llmqat.models import load_model
+from llmqat.recipe.evaluation import short_names
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+INT4 = QuantConfig.preset("int4", group_size=32)
+IDS = torch.arange(2, 34)[None]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def moved(model: PeftModel) -> PeftModel:
+    """Gives the adapters something to say."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def test_a_plain_adapter_is_folded_into_its_base(base: Path, tmp_path: Path) -> None:
+    model, _ = load_model(str(base))
+    adapted = moved(get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    assert is_adapter(str(tmp_path / "adapter"))
+    judged = load_to_judge(str(tmp_path / "adapter"))
+    assert torch.equal(logits(judged), logits(adapted.merge_and_unload()))
+    assert not torch.equal(logits(judged), logits(load_to_judge(str(base))))
+    assert tokenizer_of(str(tmp_path / "adapter")).eos_token == "</s>"
+    assert longest_of(str(tmp_path / "adapter")) == 256
+
+
+def test_an_adapter_inside_quantizers_is_judged_packed(base: Path, tmp_path: Path) -> None:
+    model, _ = load_model(str(base))
+    prepare(model, INT4)
+    adapted = get_peft_model(model, lora_config(model, r=4))
+    adopt_adapters(adapted)
+    moved(adapted).peft_config["default"].base_model_name_or_path = str(base)
+    save_adapter(adapted, tmp_path / "adapter")
+    judged = load_to_judge(str(tmp_path / "adapter"))
+    assert sum(isinstance(module, PackedLinear) for module in judged.modules()) == 14
+    assert torch.equal(logits(judged), logits(convert(copy.deepcopy(adapted).merge_and_unload())))
+
+
+def test_an_adapter_without_weights_or_base_is_told(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no base model"):
+        load_to_judge(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{base}"}}')
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors"):
+        load_to_judge(str(tmp_path / "adapter"))
+
+
+def test_a_gguf_file_is_sized_as_it_is(tmp_path: Path) -> None:
+    model = tiny_llama()
+    prepare(model, INT4)
+    convert(model)
+    file = tmp_path / "model.gguf"
+    write_gguf(model, tiny_tokenizer(), file)
+    known = known_of(str(file))
+    assert (known.bits_per_weight, known.bytes_on_disk) == (4.5, file.stat().st_size)
+
+
+def test_what_the_files_say_of_how_it_was_made(base: Path, tmp_path: Path) -> None:
+    model = tiny_llama()
+    prepare(model, INT4)
+    facts = {"calibrate": [{"stage": "ranges"}, {"stage": "gptq"}], "results": {"old": 1}}
+    save(model, tmp_path / "run" / "model", tiny_tokenizer(), run=facts)
+    (tmp_path / "run" / "layers.json").write_text('{"quantized": []}')
+    known = known_of(str(tmp_path / "run" / "model"))
+    assert (known.method, known.bits_per_weight) == ("ranges, gptq", 4.5)
+    assert "results" not in known.run
+    assert known.layers == {"quantized": []}
+    assert known_of(str(base)).method == ""
+    errors = weight_errors(load_to_judge(str(tmp_path / "run" / "model")), str(base))
+    assert len(errors) == 14
+    assert all(0 < error < 0.02 for error in errors.values())
+    assert set(weight_errors(load_to_judge(str(base)), str(base)).values()) == {0.0}
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    assert short_names(["runs/a/model", "runs/b/model", "org/c"]) == ["a", "b", "c"]
+    assert short_names(["x/a/model", "y/a/model"]) == ["x/a", "y/a"]
+    assert short_names(["package:llm/a.gguf"]) == ["a.gguf"]
