@@ -408,6 +408,7 @@ def _share_starting_scales(model: nn.Module, world_size: int) -> None:
 
 
 def group_of(name: str, parameter: nn.Parameter) -> str:
+    """Returns the name of the parameter group: log_scales, zero_points, weights or norms."""
     if name.endswith(".log_scale"):
         return "log_scales"
     if name.endswith(".zero_point"):
