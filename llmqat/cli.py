@@ -552,14 +552,22 @@ def audit(
 @app.command()
 def export(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="File to write; must not exist.")],
-    format: Annotated[str, typer.Option(help="gguf: one file for llama.cpp.")] = "gguf",
+    out: Annotated[Path, typer.Option(help="File (gguf) or folder (all others) to write; must not exist.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="gguf: one file for llama.cpp; gptq: GPTQ's layout for gptqmodel, vLLM and others; onnx: for "
+            "onnxruntime; compressed-tensors: another tool's checkpoint as llmqat writes it."
+        ),
+    ] = "gguf",
 ) -> None:
     """Writes a packed checkpoint in another format: its codes as they are, nothing rounded again.
 
     **Examples**
 
         llmqat export runs/smollm2-135m-int4/model --format gguf --out smollm2-int4.gguf
+
+        llmqat export runs/smollm2-135m-int4/model --format onnx --out smollm2-int4-onnx
     """
     from llmqat.export import CONVERSIONS, load_any
 
@@ -567,7 +575,9 @@ def export(
         raise ValueError(f"--format {format!r} is unknown; choose one of {', '.join(CONVERSIONS)}")
     sizes = CONVERSIONS[format](*load_any(model), out)
     parts = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
-    console.print(f"{out}: {out.stat().st_size:,} bytes ({parts})", highlight=False, soft_wrap=True)
+    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    console.print(f"{out}: {size:,} bytes ({parts})", highlight=False, soft_wrap=True)
 
 
 @app.command()

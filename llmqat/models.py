@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -238,6 +239,24 @@ def weight_files(folder: Path) -> list[Path]:
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{index} is not a readable safetensors index: {error!r}; copy it again") from error
     return [folder / name for name in sorted(names)]
+
+
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = "5GB") -> None:
+    """Writes `tensors` into `folder` as `model.safetensors`, or as shards and their index where they are larger.
+
+    Args:
+        tensors: by name; contiguous, on the CPU.
+        folder: exists, and holds `config.json`.
+        max_shard_size: bytes of a shard, or a text such as "5GB".
+    """
+    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        # safetensors writes files that only their owner may read; config.json has the rights the user is used to.
+        (folder / file).chmod((folder / "config.json").stat().st_mode)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
+        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 # Folders and weights

@@ -159,8 +159,12 @@ def test_a_scheme_goes_from_quantize_to_audit_to_gguf(tmp_path: Path, tiny: Path
     assert "Q4_0" in done.output
     assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
     assert "exists already" in refusal("export", str(tmp_path / "out"), "--out", str(tmp_path / "model.gguf"))
-    assert "'onnx' is unknown; choose one of gguf" in refusal(
-        "export", str(tmp_path / "out"), "--format", "onnx", "--out", str(tmp_path / "model.onnx")
+    done = call("export", str(tmp_path / "out"), "--format", "gptq", "--out", str(tmp_path / "gptq"))
+    assert done.exit_code == 0, done.output
+    size = sum(path.stat().st_size for path in (tmp_path / "gptq").iterdir())
+    assert f"gptq: {size:,} bytes (codes " in done.output.replace("\n", "")
+    assert "'awq' is unknown; choose one of compressed-tensors, gguf, gptq, onnx" in refusal(
+        "export", str(tmp_path / "out"), "--format", "awq", "--out", str(tmp_path / "awq")
     )
     assert "no quantized weight" in refusal("export", str(tiny), "--out", str(tmp_path / "other.gguf"))
 

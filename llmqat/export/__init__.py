@@ -1,9 +1,37 @@
 """Checkpoints: one file a format, and saving with proof on top of them."""
 
-from llmqat.export.checkpoint import FORMATS, ExportReport, ProofError, load, load_any, prove, save
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmqat.export.checkpoint import FORMATS, ExportReport, ProofError, load, load_any, prove, save, save_again
 from llmqat.export.gguf import write_gguf
+from llmqat.export.gptq import write_gptq
+from llmqat.export.onnx import write_onnx
 
-CONVERSIONS = {"gguf": write_gguf}
-"""Formats that a packed checkpoint is written to beside its own: (model, tokenizer, path) -> bytes by block type."""
+Conversion = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], dict[str, int]]
+"""Writes a packed model and its tokenizer to a file or folder, the codes as they are; returns bytes by part."""
 
-__all__ = ["CONVERSIONS", "FORMATS", "ExportReport", "ProofError", "load", "load_any", "prove", "save", "write_gguf"]
+CONVERSIONS: dict[str, Conversion] = {
+    "compressed-tensors": save_again,
+    "gguf": write_gguf,
+    "gptq": write_gptq,
+    "onnx": write_onnx,
+}
+"""Formats that a packed checkpoint is written to, by the name that `llmqat export --format` takes."""
+
+__all__ = [
+    "CONVERSIONS",
+    "FORMATS",
+    "Conversion",
+    "ExportReport",
+    "ProofError",
+    "load",
+    "load_any",
+    "prove",
+    "save",
+    "write_gguf",
+    "write_gptq",
+    "write_onnx",
+]

@@ -35,6 +35,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 import llmqat
 from llmqat.export import compressed_tensors
+from llmqat.export.tensors import stored_dtype
 from llmqat.kernels import KERNELS
 from llmqat.layers import (
     PackedEmbedding,
@@ -196,6 +197,11 @@ def save(
         _move_into_place(temporary, folder)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     return ExportReport(folder, format, sizes, files, _quantized_weights(model), proof, audit(model).notes)
+
+
+def save_again(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, int]:
+    """Writes a packed model, another tool's perhaps, as `save` does; returns bytes by part."""
+    return dict(save(model, folder, tokenizer, dtype=stored_dtype(model)).bytes)
 
 
 def _check_arguments(model: nn.Module, dtype: torch.dtype, run: Mapping[str, Any] | None, format: str) -> None:

@@ -32,9 +32,7 @@ import torch
 from accelerate import init_empty_weights
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
 from compressed_tensors.utils.match import match_named_modules, match_targets
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -62,7 +60,7 @@ from llmqat.layers import (
 from llmqat.layers.attention import IMPLEMENTATION_PREFIX
 from llmqat.layers.config import Observer
 from llmqat.layers.embedding import embedding_multiplier
-from llmqat.models import check_safetensors, shortened, weight_files
+from llmqat.models import check_safetensors, shortened, weight_files, write_shards
 
 QUANT_METHOD = "compressed-tensors"
 ONLY_HERE = "only_llmqat_loads_this"
@@ -91,15 +89,7 @@ def write(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_si
     """
     state = packed_state_dict(model, dtype)
     _write_config(model, folder, dtype)
-    plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
-    for file, names in plan.filename_to_tensors.items():
-        save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
-        # safetensors writes files that only their owner may read; config.json has the rights the user is used to.
-        (folder / file).chmod((folder / "config.json").stat().st_mode)
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    write_shards(state, folder, max_shard_size)
     return state
 
 

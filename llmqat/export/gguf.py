@@ -1,12 +1,15 @@
 """GGUF: one file for llama.cpp, its blocks written from the codes that were trained, never through floats.
 
-    int2, int3, int4 (symmetric)   Q4_0   blocks of 32: d (float16) and codes + 8, two a byte, element j beside j + 16
-    int5 .. int8 (symmetric)       Q8_0   blocks of 32: d (float16) and int8 codes
-    not quantized                  BF16 matrices, F32 vectors
+    int2, int3, int4 symmetric     Q4_0   blocks of 32: d (float16) and codes + 8, two a byte, element j beside j + 16
+    int2, int3, int4 asymmetric    Q4_1   blocks of 32: d, m (float16) and codes, likewise; weight = d * code + m
+    int5 .. int8 symmetric         Q8_0   blocks of 32: d (float16) and int8 codes
+    not quantized                  BF16 matrices (F16 of a float16 checkpoint), F32 vectors
 
 A block's d is our scale, repeated where a group or a channel is longer than 32; a bfloat16 scale of at least 2^-17 is a
-float16 exactly. Rounding the weights again instead would change most of them. What GGUF cannot hold (asymmetric codes,
-quantized inputs, a quantized KV cache, groups that 32 does not divide) is refused by name.
+float16 exactly. The m of Q4_1 is -z * s. Of z and 15 - z one is even, so that its product with a bfloat16 scale fits
+into the 11 bits of a float16; where it is the latter, the block is written mirrored: codes 15 - q and scale -s are the
+same weights. Rounding the weights again instead would change most of them. What GGUF cannot hold (8-bit codes with zero
+points, quantized inputs, a quantized KV cache, groups that 32 does not divide) is refused by name.
 
 Letters: O rows, I in features, G scales per row, N blocks.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +28,86 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmqat.export.compressed_tensors import packed_state_dict, quantized_layers
-from llmqat.grid import unpack_int32
-from llmqat.layers import KVQuantizer
+from llmqat.export.tensors import StoredWeight, check_weights_only, exact_float16, stored_tensors
 
 BLOCK = 32
-ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
-"""transformers' model type -> the name of GGUF's architecture."""
+KIND = "GGUF"
+_HIGHEST = 15
+"""Largest code of a Q4_1 block."""
 
-PERMUTED = ("llama", "mistral")
-"""Model types whose query and key rows GGUF keeps in another order (pairs of rotary features side by side)."""
 
-_FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "Q8_0": "MOSTLY_Q8_0"}
+@dataclass(frozen=True)
+class Architecture:
+    """What GGUF does with the models of a type.
+
+    Attributes:
+        name: the architecture's name in gguf-py.
+        permuted: query and key rows lie in another order (pairs of rotary features side by side).
+        norms_from_one: norm weights are stored with the 1 added that the model adds in its forward.
+        settings: the function that writes what only this architecture has, or None.
+    """
+
+    name: str
+    permuted: bool = False
+    norms_from_one: bool = False
+    settings: Callable[[Any, Any], None] | None = None
+
+
+def _gemma2_settings(writer: Any, config: Any) -> None:
+    _check_gemma(config, period=2)
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_sliding_window(config.sliding_window)
+
+
+def _gemma3_settings(writer: Any, config: Any) -> None:
+    _check_gemma(config, period=6)
+    if config.attn_logit_softcapping or config.final_logit_softcapping:
+        raise ValueError("GGUF's gemma3 has no soft-capping of logits, but the model has")
+    writer.add_sliding_window(config.sliding_window)
+
+
+def _phi3_settings(writer: Any, config: Any) -> None:
+    writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings or config.max_position_embeddings)
+    writer.add_sliding_window(config.sliding_window or 0)
+
+
+def _check_gemma(config: Any, period: int) -> None:
+    """Raises unless the model is as llmqat's users' llama.cpp assumes: it is told neither layer types nor scale."""
+    if config.query_pre_attn_scalar != config.head_dim:
+        raise ValueError(
+            f"query_pre_attn_scalar={config.query_pre_attn_scalar} is not head_dim={config.head_dim}, which llama.cpp "
+            f"takes it for; GGUF cannot say it"
+        )
+    expected = [
+        "full_attention" if (index + 1) % period == 0 else "sliding_attention"
+        for index in range(config.num_hidden_layers)
+    ]
+    if list(config.layer_types) != expected:
+        raise ValueError(
+            f"layer_types {config.layer_types} are not one full attention in {period}, as llama.cpp has it"
+        )
+
+
+ARCHITECTURES = {
+    "llama": Architecture("LLAMA", permuted=True),
+    "mistral": Architecture("LLAMA", permuted=True),
+    "qwen2": Architecture("QWEN2"),
+    "qwen3": Architecture("QWEN3"),
+    "gemma": Architecture("GEMMA", norms_from_one=True),
+    "gemma2": Architecture("GEMMA2", norms_from_one=True, settings=_gemma2_settings),
+    "gemma3_text": Architecture("GEMMA3", norms_from_one=True, settings=_gemma3_settings),
+    "phi3": Architecture("PHI3", settings=_phi3_settings),
+}
+"""transformers' model type -> what GGUF does with it."""
+
+_MATRICES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1", "Q8_0": "MOSTLY_Q8_0"}
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
 """Regular expressions by which tokenizers cut text -> llama.cpp's names for them."""
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
 def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> dict[str, int]:
@@ -48,7 +115,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 
     Args:
         model: of one of `ARCHITECTURES`.
-        tokenizer: a byte-level BPE tokenizer (GPT-2, SmolLM, Llama 3 and Qwen kinds).
+        tokenizer: a BPE tokenizer over bytes (GPT-2, SmolLM, Llama 3 and Qwen kinds) or with byte fallback
+            (Llama 2, Mistral, Gemma and Phi-3 kinds).
         path: must not exist; appears whole or not at all.
 
     Raises:
@@ -68,19 +136,24 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         raise ValueError(
             f"GGUF of model type {config.model_type!r} is not written here; {', '.join(ARCHITECTURES)} are"
         )
-    _check_model(model)
-    blocks = dict(_tensors(model))
+    check_weights_only(model, KIND)
+    architecture = ARCHITECTURES[config.model_type]
+    blocks = dict(_tensors(model, architecture))
     temporary = path.with_name(f".{path.name}.part")
-    writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]])
+    writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture.name]])
     try:
         _write_config(writer, gguf, config, blocks)
+        if architecture.settings is not None:
+            architecture.settings(writer, config)
         _write_tokenizer(writer, tokenizer, config.vocab_size)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]], config.num_hidden_layers)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name], config.num_hidden_layers)
         for name, (kind, data) in blocks.items():
             short = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if short is None:
                 raise ValueError(f"GGUF has no name for the tensor {name} of {config.model_type}")
             writer.add_tensor(short, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        if (factors := _frequency_factors(model)) is not None:
+            writer.add_tensor("rope_freqs.weight", factors, raw_dtype=gguf.GGMLQuantizationType.F32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -97,73 +170,75 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 # Weights
 
 
-def _check_model(model: PreTrainedModel) -> None:
-    if not dict(quantized_layers(model)):
-        raise ValueError("the model has no quantized weight to write; give a packed checkpoint, or prepare the model")
-    for name, layer in quantized_layers(model):
-        if not layer.weights.symmetric:
-            raise ValueError(
-                f"{name} is asymmetric ({layer.weights.label}), whose zero points GGUF's blocks cannot hold"
-            )
-        if getattr(layer, "input_quantizer", None) is not None:
-            raise ValueError(f"{name} has quantized inputs, which GGUF cannot say; export it as compressed-tensors")
-    if any(isinstance(module, KVQuantizer) for module in model.modules()):
-        raise ValueError("the model has a quantized KV cache, which GGUF cannot say; export it as compressed-tensors")
-
-
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, tuple[str, np.ndarray]]]:
+def _tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, tuple[str, np.ndarray]]]:
     """Yields the name in the model, the block type and the bytes of every tensor."""
-    layers = dict(quantized_layers(model))
-    state = packed_state_dict(model, torch.bfloat16)
-    for name, layer in layers.items():
-        scheme, order = layer.weights.stored, _order(model, name)
-        codes = unpack_int32(state[f"{name}.weight_packed"], scheme.grid, layer.columns)
-        yield f"{name}.weight", _blocks(name, codes, state[f"{name}.weight_scale"], scheme.num_bits, order)
-    for name, tensor in state.items():
-        owner, _, leaf = name.rpartition(".")
-        if owner in layers and leaf != "bias":
-            continue
-        order = _order(model, owner)
-        kept = tensor.float() if order is None else order(tensor.float())
-        yield name, ("F32", kept.numpy()) if kept.dim() == 1 else ("BF16", _bfloat16_bytes(kept))
+    weights, others = stored_tensors(model)
+    for name, weight in weights.items():
+        yield f"{name}.weight", _blocks(name, weight, _order(model, architecture, name))
+    for name, tensor in others.items():
+        order = _order(model, architecture, name.rpartition(".")[0])
+        kept = tensor if order is None else order(tensor)
+        if kept.dim() == 1:
+            vector = kept.float() + 1 if architecture.norms_from_one and name.endswith("norm.weight") else kept.float()
+            yield name, ("F32", vector.numpy())
+        else:
+            yield name, (_MATRICES[kept.dtype], kept.contiguous().view(torch.uint8).numpy())
 
 
-def _blocks(
-    name: str, codes: Tensor, scale: Tensor, num_bits: int, order: Callable[[Tensor], Tensor] | None
-) -> tuple[str, np.ndarray]:
-    """Returns the block type and the blocks, uint8 [O, N * bytes], of codes [O, I] with scales [O, G]."""
-    per_scale = codes.shape[1] // scale.shape[1]
-    if per_scale % BLOCK:
-        raise ValueError(f"{name} has a scale for {per_scale} weights; GGUF's blocks need groups that {BLOCK} divides")
-    scale = scale.repeat_interleave(per_scale // BLOCK, dim=1)
+def _blocks(name: str, weight: StoredWeight, order: Callable[[Tensor], Tensor] | None) -> tuple[str, np.ndarray]:
+    """Returns the block type and the blocks, uint8 [O, N * bytes], of a quantized weight."""
+    if weight.per_scale % BLOCK:
+        raise ValueError(
+            f"{name} has a scale for {weight.per_scale} weights; GGUF's blocks need groups that {BLOCK} divides"
+        )
+    num_bits, codes, zeros = weight.scheme.num_bits, weight.codes(), weight.zero_point()
+    if zeros is not None and num_bits > 4:
+        raise ValueError(f"{name} has zero points and {num_bits} bits; GGUF's blocks have zero points up to 4 bits")
+    scale = _by_block(weight.scale, weight)
+    zeros = None if zeros is None else _by_block(zeros, weight)
     if order is not None:
-        codes, scale = order(codes), order(scale)
-    d = scale.to(torch.float16)
-    if not torch.equal(d.float(), scale.float()):
-        raise ValueError(f"{name} has a scale that float16 cannot hold exactly; GGUF's blocks would round it")
-    heads = np.ascontiguousarray(d.numpy())[..., None].view(np.uint8)  # [O, N, 2]
+        codes, scale, zeros = order(codes), order(scale), None if zeros is None else order(zeros)
     grouped = codes.unflatten(1, (-1, BLOCK))
+    if zeros is not None:
+        mirrored = zeros % 2 == 1
+        grouped = torch.where(mirrored[..., None], _HIGHEST - grouped, grouped)
+        signed = torch.where(mirrored, -scale, scale)
+        minimum = -torch.where(mirrored, _HIGHEST - zeros, zeros).float() * signed.float()
+        heads = [_float16_bytes(signed, name), _float16_bytes(minimum, name)]
+        return "Q4_1", _joined(*heads, _nibbles(grouped))
+    head = _float16_bytes(scale, name)
     if num_bits > 4:
-        return "Q8_0", _joined(heads, grouped.contiguous().numpy().view(np.uint8))
-    nibbles = (grouped + 8).to(torch.uint8)
-    both = nibbles[..., : BLOCK // 2] | (nibbles[..., BLOCK // 2 :] << 4)
-    return "Q4_0", _joined(heads, both.numpy())
+        return "Q8_0", _joined(head, grouped.contiguous().numpy().view(np.uint8))
+    return "Q4_0", _joined(head, _nibbles((grouped + 8).to(torch.uint8)))
 
 
-def _joined(heads: np.ndarray, bodies: np.ndarray) -> np.ndarray:
-    blocks = np.concatenate([heads, bodies], axis=-1)
+def _by_block(values: Tensor, weight: StoredWeight) -> Tensor:
+    """Returns what there is one of a scale [O, G] as one of a block [O, N]."""
+    return values.repeat_interleave(weight.per_scale // BLOCK, dim=1)
+
+
+def _nibbles(codes: Tensor) -> np.ndarray:
+    """Returns unsigned 4-bit codes [O, N, 32] as bytes [O, N, 16]."""
+    both: np.ndarray = (codes[..., : BLOCK // 2] | (codes[..., BLOCK // 2 :] << 4)).numpy()
+    return both
+
+
+def _float16_bytes(values: Tensor, name: str) -> np.ndarray:
+    """Returns values [O, N], which float16 must hold, as bytes [O, N, 2]."""
+    halves = exact_float16(values, name, "GGUF's blocks")
+    return np.ascontiguousarray(halves.numpy())[..., None].view(np.uint8)
+
+
+def _joined(*parts: np.ndarray) -> np.ndarray:
+    blocks = np.concatenate(parts, axis=-1)
     return np.ascontiguousarray(blocks.reshape(blocks.shape[0], -1))
 
 
-def _bfloat16_bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-
-
-def _order(model: PreTrainedModel, name: str) -> Callable[[Tensor], Tensor] | None:
+def _order(model: PreTrainedModel, architecture: Architecture, name: str) -> Callable[[Tensor], Tensor] | None:
     """Returns how GGUF orders the rows of the layer `name`, or None for as they are."""
     config: Any = model.config
     leaf = name.rpartition(".")[2]
-    if config.model_type not in PERMUTED or leaf not in ("q_proj", "k_proj"):
+    if not architecture.permuted or leaf not in ("q_proj", "k_proj"):
         return None
     heads = config.num_attention_heads if leaf == "q_proj" else config.num_key_value_heads
 
@@ -187,41 +262,116 @@ def _write_config(writer: Any, gguf: Any, config: Any, blocks: dict[str, tuple[s
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_size)
     writer.add_value_length(head_size)
-    writer.add_rope_dimension_count(head_size)
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {rope['rope_type']!r} is not written to GGUF here; 'default' is")
+    rope = _rope(config)
+    writer.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     kinds = [kind for kind, _ in blocks.values()]
-    main = max(("Q4_0", "Q8_0"), key=kinds.count)
+    main = max(_FILE_TYPES, key=kinds.count)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[main]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """Returns the rotary settings of the layers with full attention.
+
+    Raises:
+        ValueError: they are of a kind that is not written here.
+    """
+    rope: dict[str, Any] = config.rope_parameters
+    if "full_attention" in rope:
+        local = rope.get("sliding_attention", {})
+        if local.get("rope_type", "default") != "default" or local.get("rope_theta", 10_000.0) != 10_000.0:
+            raise ValueError(f"GGUF cannot say the rotary settings of sliding attention {local}; base 10000 is assumed")
+        rope = rope["full_attention"]
+    kinds = ("default", "linear", "llama3") if config.model_type == "llama" else ("default", "linear")
+    if rope.get("rope_type", "default") not in kinds:
+        kind = f"rope_type {rope['rope_type']!r} of {config.model_type}"
+        raise ValueError(f"{kind} is not written to GGUF here; {', '.join(kinds)} are")
+    return rope
+
+
+def _frequency_factors(model: PreTrainedModel) -> np.ndarray | None:
+    """Returns what llama.cpp divides each rotary frequency by, float32 [H / 2], for Llama 3's scaling; else None."""
+    config: Any = model.config
+    rope = _rope(config)
+    if rope.get("rope_type") != "llama3":
+        return None
+    scaled: Tensor = model.get_submodule("model.rotary_emb").inv_freq.float()
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled)))
+    return (plain / scaled).numpy()
 
 
 def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     if described["model"]["type"] != "BPE":
         raise ValueError(f"a tokenizer of type {described['model']['type']} is not written to GGUF here; BPE is")
+    vocabulary: dict[str, int] = described["model"]["vocab"]
+    added = {entry["content"]: entry["id"] for entry in described["added_tokens"]}
+    if (last := max([*vocabulary.values(), *added.values()])) >= size:
+        raise ValueError(f"the tokenizer has the token {last}, but the model's vocabulary ends at {size - 1}")
     tokens = [f"[PAD{index}]" for index in range(size)]
     kinds = [_UNUSED] * size
-    for token, index in described["model"]["vocab"].items():
+    for token, index in vocabulary.items():
         tokens[index], kinds[index] = token, _NORMAL
-    for added in described["added_tokens"]:
-        tokens[added["id"]], kinds[added["id"]] = added["content"], _CONTROL if added["special"] else _USER_DEFINED
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in described["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer(described))
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in described["model"]["merges"]]
+    if described["model"].get("byte_fallback"):
+        _write_fallback_kind(writer, described, tokens, kinds, merges)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_tokenizer(described))
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    for entry in described["added_tokens"]:
+        special = _CONTROL if entry["special"] else _USER_DEFINED
+        tokens[entry["id"]], kinds[entry["id"]] = entry["content"], special
+    if (unknown := described["model"].get("unk_token")) is not None:
+        kinds[tokens.index(unknown)] = _UNKNOWN
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
     writer.add_add_bos_token(tokenizer("", verbose=False)["input_ids"] == [tokenizer.bos_token_id])
     for name in ("bos", "eos", "unk", "pad"):
         if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(index)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _write_fallback_kind(
+    writer: Any, described: dict[str, Any], tokens: list[str], kinds: list[int], merges: list[list[str]]
+) -> None:
+    """Writes what llama.cpp's tokenizer "llama" needs: which tokens are bytes, and scores in the order of merging."""
+    scores = dict.fromkeys(tokens, -float(len(merges) + 1))
+    for rank, merge in reversed(list(enumerate(merges))):
+        scores["".join(merge)] = -float(rank)
+    for byte in range(256):
+        if (name := f"<0x{byte:02X}>") in scores:
+            kinds[tokens.index(name)] = _BYTE
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([scores[token] for token in tokens])
+    writer.add_add_space_prefix(_begins_with_space(described))
+
+
+def _begins_with_space(described: dict[str, Any]) -> bool:
+    """Returns whether the tokenizer puts a space before a text.
+
+    Raises:
+        ValueError: it changes the text in a way that llama.cpp does not know.
+    """
+    normalizer, pre = described["normalizer"] or {}, described["pre_tokenizer"] or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    prepends = any(step["type"] == "Prepend" for step in steps)
+    known = all(step["type"] in ("Prepend", "Replace") for step in steps)
+    if pre.get("type") == "Metaspace":
+        return bool(pre.get("prepend_scheme", "always") != "never")
+    if known and pre.get("type") in (None, "Split"):
+        return prepends
+    kinds = [step["type"] for step in steps], pre.get("type")
+    raise ValueError(f"the tokenizer changes text by {kinds}, for which llmqat knows no setting in llama.cpp")
 
 
 def _pre_tokenizer(described: dict[str, Any]) -> str:

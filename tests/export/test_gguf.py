@@ -9,21 +9,35 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmqat import QuantConfig, load, prepare, save
 from llmqat.export import gguf as gguf_format
 from llmqat.export.gguf import write_gguf
 from llmqat.layers import QuantLinear, QuantModule
 from llmqat.models import cast_parameters
-from tests.tiny import tiny_architecture, tiny_llama, tiny_qwen2, tiny_qwen3, tiny_tokenizer
+from tests.tiny import (
+    LLAMA3,
+    VOCAB_SIZE,
+    tiny_architecture,
+    tiny_llama,
+    tiny_model,
+    tiny_qwen2,
+    tiny_qwen3,
+    tiny_tokenizer,
+)
 
 MODELS = {
     "llama tied": tiny_llama,
     "llama untied": lambda: tiny_llama(tied=False),
     "qwen2": tiny_qwen2,
     "qwen3": lambda: tiny_qwen3(head_dim=128),  # transformers' reader takes no other head size for it
+    # Its reader takes the default query_pre_attn_scalar of 256 for granted, which is the head size.
+    "gemma2": lambda: tiny_architecture("gemma2", head_dim=256, sliding_window=8),
+    "gemma3": lambda: tiny_architecture("gemma3_text", head_dim=256, sliding_window=8),
+    "phi3": lambda: tiny_architecture("phi3"),
 }
 
 
@@ -44,13 +58,13 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("preset", ["int4", "int3", "int8", "ternary", "int2-seq"])
+@pytest.mark.parametrize("preset", ["int4", "int4 asym", "int3", "int8", "int2-seq"])
 def test_transformers_reads_the_weights_bit_for_bit(name: str, preset: str, tmp_path: Path) -> None:
-    changes = {} if preset == "int8" else {"group_size": 32}
+    changes: dict[str, Any] = {} if preset == "int8" else {"group_size": 32, "symmetric": "asym" not in preset}
     embeddings = {"embeddings": "int8", "lm_head": "int8"}
-    model = prepared(MODELS[name](), preset, **changes, **embeddings)
+    model = prepared(MODELS[name](), preset.split()[0], **changes, **embeddings)
     sizes = write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
-    assert sizes["Q8_0" if preset == "int8" else "Q4_0"] > 0
+    assert sizes[{"int8": "Q8_0", "int4 asym": "Q4_1"}.get(preset, "Q4_0")] > 0
     assert "BF16" not in sizes  # nothing large is left
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16)
     for layer, module in model.named_modules():
@@ -86,7 +100,7 @@ def test_a_packed_checkpoint_is_written_as_the_prepared_model_is(tmp_path: Path)
 @pytest.mark.parametrize(
     ("make", "preset", "changes", "message"),
     [
-        (tiny_llama, "int4", {"group_size": 32, "symmetric": False}, "zero points"),
+        (tiny_llama, "int8", {"group_size": 32, "symmetric": False}, "zero points and 8 bits"),
         (tiny_llama, "w4a8", {"group_size": 32}, "quantized inputs"),
         (tiny_llama, "w4a8kv8", {"group_size": 32, "input_activations": None}, "quantized KV cache"),
         (tiny_llama, "int4", {"group_size": 16}, "scale for 16 weights"),
@@ -148,6 +162,96 @@ def test_a_tokenizer_that_cuts_text_in_an_unknown_way_is_refused() -> None:
         gguf_format._pre_tokenizer(described(r"[^\r\n\p{L}\p{N}]?\p{Lu}+|\p{N}"))
 
 
+def fallback_tokenizer(prepends: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer of the Llama 2 kind (a space before the text) or of the Gemma kind (none)."""
+    characters = [chr(code) for code in range(97, 123)] + ["▁"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
+    # As SentencePiece's are converted: every way to halve a token, in the order of the tokens' scores.
+    words = ["▁a", "th", "the", "▁the", "he", "▁th", "▁t"]
+    halves = ((word[:at], word[at:]) for word in words for at in range(1, len(word)))
+    merges = [pair for pair in halves if all(len(part) == 1 or part in words for part in pair)]
+    tokens += dict.fromkeys("".join(merge) for merge in merges)
+    model = tokenizers.models.BPE(
+        vocab={token: index for index, token in enumerate(dict.fromkeys(tokens))},
+        merges=merges,
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    replace = tokenizers.normalizers.Replace(" ", "▁")
+    steps = [tokenizers.normalizers.Prepend("▁"), replace] if prepends else [replace]
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(steps)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template="{{ x }}"
+    )
+
+
+@pytest.mark.parametrize("prepends", [True, False], ids=["llama 2", "gemma"])
+def test_a_tokenizer_with_byte_fallback_is_read_back_by_transformers(prepends: bool, tmp_path: Path) -> None:
+    tokenizer = fallback_tokenizer(prepends)
+    write_gguf(prepared(tiny_llama(), group_size=32), tokenizer, tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert bytes(fields["tokenizer.ggml.model"].parts[-1]) == b"llama"
+    assert bool(fields["tokenizer.ggml.add_space_prefix"].parts[-1][0]) == prepends
+    kinds = [int(fields["tokenizer.ggml.token_type"].parts[index][0]) for index in range(-VOCAB_SIZE, 0)]
+    assert kinds[:4] == [2, 3, 3, 6]
+    assert kinds[-1] == 5  # beyond the tokenizer's end
+    scores = fields["tokenizer.ggml.scores"]
+    by_token = {
+        str(bytes(fields["tokenizer.ggml.tokens"].parts[left]), "utf-8"): float(scores.parts[right][0])
+        for left, right in zip(fields["tokenizer.ggml.tokens"].data, scores.data, strict=True)
+    }
+    assert by_token["▁a"] > by_token["th"] > by_token["the"] > by_token["▁the"] > by_token["he"] > by_token["a"]
+    if prepends:
+        read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+        text = "the heat a thé"
+        assert read(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 32}, "query_pre_attn_scalar=32 is not head_dim=16"),
+        (
+            {"model_type": "gemma2", "query_pre_attn_scalar": 16, "layer_types": ["full_attention"] * 2},
+            "one full attention in 2",
+        ),
+        (
+            {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type 'dynamic'",
+        ),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = prepared(tiny_architecture(**changes), group_size=32)
+    with pytest.raises(ValueError, match=message):
+        write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_without_quantized_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no quantized weight"):
         write_gguf(tiny_llama(), tiny_tokenizer(), tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["Q4_0", "Q4_1"])
+@pytest.mark.parametrize("name", [*MODELS, "gemma", "llama 3's rotary"])
+def test_llama_cpp_computes_the_same(name: str, symmetric: bool, tmp_path: Path) -> None:
+    """Runs where llama-cpp-python is installed; `make` does not, as it takes minutes to compile."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    others = {"gemma": lambda: tiny_model("gemma"), "llama 3's rotary": lambda: tiny_llama(rope_parameters=LLAMA3)}
+    model = prepared((MODELS | others)[name](), group_size=32, symmetric=symmetric, embeddings="int8")
+    tokenizer = fallback_tokenizer(prepends=True)
+    write_gguf(model, tokenizer, tmp_path / "model.gguf")
+    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    ids = torch.randint(3, 258, (1, 40), generator=torch.Generator().manual_seed(4))
+    theirs.eval(ids[0].tolist())
+    with torch.no_grad(), cast_parameters(model, torch.bfloat16):
+        ours = model(ids).logits[0].float().numpy()
+    # Its kernels round activations to 8 bits: about a hundredth of the logits' range.
+    assert np.abs(np.array(theirs.scores[:40]) - ours).max() < 0.025 * (ours.max() - ours.min())
+    text = "the heat a thé"
+    assert theirs.tokenize(text.encode(), add_bos=False) == tokenizer(text, add_special_tokens=False).input_ids

@@ -1,0 +1,153 @@
+"""The GPTQ layout, for gptqmodel, vLLM, SGLang and TensorRT-LLM: another order of the same codes.
+
+A quantized linear NAME is stored as
+    NAME.qweight  int32 [I * b / 32, O]: unsigned codes, packed along the input, element 0 in the lowest bits
+    NAME.qzeros   int32 [G, O * b / 32]: unsigned zero points, packed along the output
+    NAME.scales   float16 [G, O]
+    NAME.g_idx    int32 [I]: the group of each input
+and means weight[o, i] = (code - zero) * scale. Symmetric codes are shifted by their middle 2^(b-1), which is their
+zero. Two conventions are about. The first (`checkpoint_format: gptq`), which every loader reads, stores zero - 1 and
+cannot hold a zero of 0; the second (`gptq_v2`) stores the zero itself. Symmetric models are written in the first,
+models with zero points in the second. b is 2, 3, 4 or 8: codes of 5 to 7 bits are kept in 8.
+
+`config.json` alone says how to load it, `quantize_config.json` says the same to older tools. Layers that differ from
+the first scheme, and layers left alone, are named in `dynamic`. A quantized embedding or head, which the layout has no
+place for, is written as the numbers that it stands for. Conv1D and stacked experts are refused.
+
+Source: AutoGPTQ's QuantLinear and its successor GPTQModel's, `checkpoint_format` of GPTQModel's QuantizeConfig.
+Letters: O out features, I in features, G scales per row, b bits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import llmqat
+from llmqat.export.tensors import StoredWeight, check_weights_only, exact_float16, stored_dtype, stored_tensors
+from llmqat.grid import Grid, pack_int32
+from llmqat.layers import PackedLinear, QuantLinear
+from llmqat.models import folder_in_progress, write_shards
+
+KIND = "the GPTQ layout"
+WIDTHS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+"""Bits of a scheme -> bits of a code in the file."""
+
+_MULTIPLE = 32
+"""What loaders want both sides of a weight to be divided by."""
+
+
+def write_gptq(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> dict[str, int]:
+    """Writes a prepared or packed `model` and its tokenizer to `folder`; returns bytes by part.
+
+    Args:
+        model: linear layers in its blocks are quantized, weights only.
+        tokenizer: written beside the weights.
+        folder: must not exist; appears whole or not at all.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        ValueError: the layout cannot hold the model; says what.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; choose another name")
+    check_weights_only(model, KIND)
+    weights, others = stored_tensors(model)
+    dtype = stored_dtype(model)
+    head = model.get_output_embeddings()
+    linears = {
+        name: weight for name, weight in weights.items() if _is_linear(weight.layer) and weight.layer is not head
+    }
+    if not linears:
+        raise ValueError(f"no linear layer of the model's blocks is quantized, so {KIND} has nothing to hold")
+    v2 = any(not weight.scheme.symmetric for weight in linears.values())
+    parts: dict[str, dict[str, Tensor]] = {"codes": {}, "scales": {}, "zero_points": {}, "dequantized": {}}
+    for name, weight in linears.items():
+        for part, tensors in _layout(name, weight, v2).items():
+            parts[part] |= tensors
+    for name, weight in weights.items():
+        if name not in linears:
+            parts["dequantized"][f"{name}.weight"] = weight.dequantized(dtype)
+    parts["other"] = others
+    with folder_in_progress(folder) as temporary:
+        _write_config(model, temporary, _settings(model, linears, v2))
+        write_shards({name: tensor for part in parts.values() for name, tensor in part.items()}, temporary)
+        if model.generation_config is not None:
+            model.generation_config.to_json_file(temporary / "generation_config.json")
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+    return {part: sum(tensor.nbytes for tensor in tensors.values()) for part, tensors in parts.items()}
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, (QuantLinear, PackedLinear)) and not layer.transposed
+
+
+def _layout(name: str, weight: StoredWeight, v2: bool) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of one layer by part and name."""
+    layer, bits = weight.layer, WIDTHS[weight.scheme.num_bits]
+    if layer.rows % _MULTIPLE or layer.columns % _MULTIPLE:
+        raise ValueError(
+            f"{name} is {layer.rows} x {layer.columns}; {KIND} needs both divided by {_MULTIPLE}; leave it out with "
+            f"quant.ignore, or export it as compressed-tensors"
+        )
+    codes, zeros = weight.unsigned(bits)
+    grid = Grid(bits, symmetric=False)
+    groups = torch.arange(layer.columns, dtype=torch.int32) // weight.per_scale
+    stored_zeros = zeros.t().to(torch.int64) - (0 if v2 else 1)
+    return {
+        "codes": {f"{name}.qweight": pack_int32(codes, grid).t().contiguous()},
+        "scales": {f"{name}.scales": exact_float16(weight.scale, name, KIND).t().contiguous()},
+        "zero_points": {f"{name}.qzeros": pack_int32(stored_zeros, grid), f"{name}.g_idx": groups},
+    }
+
+
+def _settings(model: nn.Module, linears: Mapping[str, StoredWeight], v2: bool) -> dict[str, Any]:
+    """Returns the `quantization_config` of config.json."""
+    first = next(iter(linears.values()))
+    dynamic: dict[str, dict[str, Any]] = {}
+    for name, weight in linears.items():
+        if _scheme(weight) != _scheme(first):
+            dynamic[f"+:^{re.escape(name)}$"] = _scheme(weight)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and name not in linears:
+            dynamic[f"-:^{re.escape(name)}$"] = {}
+    settings = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq_v2" if v2 else "gptq",
+        **_scheme(first),
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"llmqat:{llmqat.__version__}"]},
+    }
+    return settings | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _scheme(weight: StoredWeight) -> dict[str, Any]:
+    return {
+        "bits": WIDTHS[weight.scheme.num_bits],
+        "group_size": weight.scheme.group_size or -1,
+        "sym": weight.scheme.symmetric,
+    }
+
+
+def _write_config(model: PreTrainedModel, folder: Path, settings: dict[str, Any]) -> None:
+    config = deepcopy(model.config)
+    if hasattr(config, "llmqat"):
+        del config.llmqat
+    config.architectures = [type(model).__name__]
+    config.dtype = stored_dtype(model)
+    config.quantization_config = settings
+    config.save_pretrained(folder)
+    (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
