@@ -638,6 +638,40 @@ def cache_teacher(
     console.print(f"next: llmqat train {recipe} teacher_cache={out}", highlight=False, soft_wrap=True, markup=False)
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Packed checkpoint.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the hub; made if not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; main where not given.")] = None,
+    license: Annotated[str | None, typer.Option(help="License of the original model, such as apache-2.0.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the original model.")] = None,
+    dry_run: Annotated[
+        Path | None, typer.Option(help="Write what would be published to this folder; send nothing.")
+    ] = None,
+) -> None:
+    """Publishes a packed checkpoint on the Hugging Face hub, with a model card of its scheme, data and results.
+
+    **Examples**
+
+        llmqat push runs/smollm2-135m-int4/model someone/smollm2-135m-int4 --license apache-2.0 --private
+
+        llmqat push runs/smollm2-135m-int4/model someone/smollm2-135m-int4 --dry-run to-publish
+    """
+    from llmqat.export.hub import push as publish
+
+    done = publish(
+        folder,
+        repository,
+        private=private,
+        revision=revision,
+        license=license,
+        base_model=base_model,
+        dry_run=dry_run,
+    )
+    console.print(done, highlight=False, soft_wrap=True)
+
+
 def _ask() -> str:
     try:
         return console.input("> ").strip()

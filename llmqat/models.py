@@ -59,6 +59,8 @@ ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_mode
 """What peft calls the files of an adapter."""
 MOST_DOCUMENT_DIFFERENCE = 0.05
 """Relative difference of a packed document's hidden states from its own alone that is rounding (bfloat16), no more."""
+MOST_LAYERS = 10_000
+"""Layers of a model whose configuration is believed."""
 
 ALLOWED_SPECS = (
     "a hub id (HuggingFaceTB/SmolLM2-135M), a folder with config.json and safetensors, a peft adapter's folder, "
@@ -145,7 +147,7 @@ def resolve_spec(spec: str) -> str | Path:
     if path.is_dir():
         _check_folder(path, spec)
         return path
-    if spec.startswith(PACKAGE_PREFIX) or path.suffix == ".gguf" or not _may_be_hub_id(spec):
+    if spec.startswith(PACKAGE_PREFIX) or path.suffix == ".gguf" or not may_be_hub_id(spec):
         raise FileNotFoundError(f"model {spec!r} does not exist: no such file or folder; give {ALLOWED_SPECS}")
     return spec
 
@@ -167,6 +169,8 @@ def read_config(source: str | Path, spec: str) -> PreTrainedConfig:
         FileNotFoundError: The hub cannot be reached, or has no such repository, and the cache neither.
         ValueError: The configuration is unreadable, of an unknown architecture, or needs code from the repository.
     """
+    if isinstance(source, Path):
+        _check_layers(source / "config.json")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
@@ -182,6 +186,16 @@ def read_config(source: str | Path, spec: str) -> PreTrainedConfig:
             f"model {spec!r}: config.json is not that of a causal language model which this transformers can build "
             f"without running code from the repository: {_first_line(error)}"
         ) from error
+
+
+def _check_layers(path: Path) -> None:
+    """Raises where config.json names more layers than any model has: transformers makes lists of that length."""
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8")).get("num_hidden_layers", 0)
+    except (OSError, ValueError, AttributeError):
+        return  # what is wrong with it, transformers says
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"{path}: num_hidden_layers is {layers}, more than {MOST_LAYERS}, so it is not believed")
 
 
 def load_tokenizer(source: str | Path, spec: str) -> PreTrainedTokenizerBase:
@@ -225,7 +239,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: The folder holds no safetensors.
-        ValueError: The index is unreadable.
+        ValueError: The index is unreadable, or names a file outside of the folder.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
@@ -236,8 +250,13 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a readable safetensors index: {error!r}; copy it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index} names the file {name!r}; only safetensors in the folder itself are read, so it is refused"
+            )
     return [folder / name for name in sorted(names)]
 
 
@@ -323,12 +342,17 @@ def _check_full_precision(config: PreTrainedConfig, spec: str) -> None:
 
 
 def _load_weights(source: str | Path, spec: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    if isinstance(source, Path) and not _has_only_pickles(source):
+    if isinstance(source, Path):
+        if _has_only_pickles(source):
+            raise ValueError(
+                f"model {spec!r} has its weights as pickles (pytorch_model*.bin), which can run code when read; "
+                f"llmqat reads none: load it with transformers if you trust it, and write it with save_pretrained"
+            )
         for path in weight_files(source):
             check_safetensors(path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {spec!r} could not be loaded as a causal language model: {error}") from error
@@ -355,7 +379,8 @@ def _check_loading_info(info: dict[str, Any], spec: str) -> None:
         )
 
 
-def _may_be_hub_id(spec: str) -> bool:
+def may_be_hub_id(spec: str) -> bool:
+    """Returns whether `spec` has the form of a hub id."""
     try:
         validate_repo_id(spec)
     except HFValidationError:

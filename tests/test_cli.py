@@ -14,8 +14,20 @@ from llmqat import QuantConfig, cli
 from llmqat.recipe import coverage_of
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-COMMANDS = ["train", "plan", "eval", "compare", "quantize", "sensitivity", "synthesize", "audit", "export", "chat"]
-COMMANDS.append("cache-teacher")
+COMMANDS = [
+    "train",
+    "plan",
+    "eval",
+    "compare",
+    "quantize",
+    "sensitivity",
+    "synthesize",
+    "audit",
+    "export",
+    "chat",
+    "cache-teacher",
+    "push",
+]
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
 
 

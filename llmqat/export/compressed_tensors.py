@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmqat.grid import Grid, pack_int32
 from llmqat.layers import (
     ActivationConfig,
     KVCacheConfig,
@@ -66,10 +67,15 @@ QUANT_METHOD = "compressed-tensors"
 ONLY_HERE = "only_llmqat_loads_this"
 """Key of a group in a checkpoint that other loaders would get wrong; compressed-tensors refuses unknown keys."""
 PACKED_FORMAT = "pack-quantized"
+PLAIN_FORMAT = "int-quantized"
+"""The format of others for W8A8: int8 codes, not packed; read here, and packed on the way."""
 KV_KEY = "llmqat_kv_cache"
 
+_BESIDE = ("version", "sparsity_config", "transform_config")
+"""Keys of a `quantization_config` that do not belong to compressed-tensors' own QuantizationConfig."""
 _INPUT_NAMES = {"input_quantizer.scale": "input_scale", "input_quantizer.zero_point": "input_zero_point"}
 """Names of static input ranges: in the module, on disk."""
+_SCALES = (".weight_scale", ".input_quantizer.scale")
 
 
 # Writing
@@ -261,21 +267,23 @@ def read(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: 
             of another shape or dtype than `config.json` says.
     """
     schemes = _read_schemes(config, folder)
+    _check_plausible(config, folder)
     options = {} if attention is None else {"attn_implementation": attention.removeprefix(IMPLEMENTATION_PREFIX)}
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     _install(model, schemes, dtype)
     if (cache := getattr(config, KV_KEY, None)) is not None:
         quantize_kv(model, KVCacheConfig.model_validate(cache))
-    tensors = _read_tensors(folder)
+    tensors = _repacked(model, _read_tensors(folder))
     _check_tensors(model, tensors, folder)
     _assign(model, {name: tensor for name, (tensor, _) in tensors.items()})
     return model.eval()
 
 
 def _read_schemes(config: PreTrainedConfig, folder: Path) -> QuantizationConfig:
+    described = deepcopy(config.quantization_config)
+    _take_beside(described, folder)
     try:
-        described = deepcopy(config.quantization_config)
         for group in described.get("config_groups", {}).values():
             group.pop(ONLY_HERE, None)
         parsed = QuantizationConfig.model_validate(described)
@@ -291,10 +299,19 @@ def _read_schemes(config: PreTrainedConfig, folder: Path) -> QuantizationConfig:
     return parsed
 
 
+def _take_beside(described: dict[str, Any], folder: Path) -> None:
+    """Takes the keys `_BESIDE` out of a `quantization_config`; raises where they say what is not run here."""
+    beside = {key: described.pop(key, None) for key in _BESIDE}
+    sparsity = (beside["sparsity_config"] or {}).get("format", "dense")
+    if sparsity != "dense" or beside["transform_config"]:
+        what = f"sparse weights ({sparsity})" if sparsity != "dense" else "transforms of weights and inputs"
+        raise ValueError(f"{folder / 'config.json'}: quantization_config has {what}, which llmqat does not run")
+
+
 def _unsupported(scheme: QuantizationScheme, config: QuantizationConfig) -> str | None:
     weights, form = scheme.weights, scheme.format or config.format
     checks = (
-        (form == PACKED_FORMAT, f"format {form!r} (not {PACKED_FORMAT!r})"),
+        (form in (PACKED_FORMAT, PLAIN_FORMAT), f"format {form!r} (not {PACKED_FORMAT!r} or {PLAIN_FORMAT!r})"),
         (config.quantization_status == QuantizationStatus.COMPRESSED, f"status {config.quantization_status!r}"),
         (config.kv_cache_scheme is None, "a quantized KV cache"),
         (scheme.output_activations is None, "quantized output activations"),
@@ -311,6 +328,35 @@ def _runs_inputs(inputs: QuantizationArgs | None) -> bool:
         return True
     kind = (inputs.strategy, inputs.dynamic)
     return inputs.type == "int" and 2 <= inputs.num_bits <= 8 and kind in (("token", True), ("tensor", False))
+
+
+def _check_plausible(config: PreTrainedConfig, folder: Path) -> None:
+    """Raises, before anything is allocated, where `config.json` calls for far more than the files can hold.
+
+    Raises:
+        ValueError: names the key; a hostile or mixed-up configuration would otherwise fill the memory.
+    """
+    text: Any = config.get_text_config()
+    entries = sum(_entries(path) for path in weight_files(folder))
+    bits = 8 * sum(path.stat().st_size for path in weight_files(folder))
+    vocabulary, hidden = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
+    checks = (
+        ("num_hidden_layers", getattr(text, "num_hidden_layers", 0), entries),
+        ("vocab_size * hidden_size", vocabulary * hidden, bits),
+        ("head_dim", getattr(text, "head_dim", None) or 0, bits),
+    )
+    for name, value, most in checks:
+        if value > most:
+            raise ValueError(
+                f"{folder / 'config.json'}: {name} is {value}, more than the weight files ({entries} tensors, "
+                f"{bits // 8} bytes) could hold; they do not belong together"
+            )
+
+
+def _entries(path: Path) -> int:
+    check_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        return len(file.keys())
 
 
 def _install(model: nn.Module, config: QuantizationConfig, dtype: torch.dtype) -> None:
@@ -378,10 +424,42 @@ def _read_tensors(folder: Path) -> dict[str, tuple[Tensor, Path]]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
+                    if _in_module(name) in tensors:
+                        raise ValueError(f"{path}: {name} lies in {tensors[_in_module(name)][1].name} as well")
                     tensors[_in_module(name)] = _widened(name, file.get_tensor(name)), path
         except SafetensorError as error:
             raise ValueError(f"{path} has an unreadable tensor: {error}; copy it again") from error
     return tensors
+
+
+def _repacked(model: nn.Module, tensors: dict[str, tuple[Tensor, Path]]) -> dict[str, tuple[Tensor, Path]]:
+    """Returns `tensors`, those of the format `int-quantized` as the packed ones that the model's layers hold.
+
+    Raises:
+        ValueError: a code or a zero point lies outside the range of its bits; names it.
+    """
+    found = dict(tensors)
+    for name, layer in quantized_layers(model):
+        if f"{name}.weight" not in found or f"{name}.weight_packed" in found:
+            continue
+        codes, path = found.pop(f"{name}.weight")
+        grid = Grid(layer.weights.num_bits)  # codes are around zero in this format, those with zero points as well
+        try:
+            found[f"{name}.weight_packed"] = pack_int32(_int8_matrix(codes), grid), path
+            if f"{name}.weight_zero_point" in found:
+                zeros, zeros_path = found[f"{name}.weight_zero_point"]
+                packed = pack_int32(_int8_matrix(zeros).t(), grid).t().contiguous()
+                found[f"{name}.weight_zero_point"] = packed, zeros_path
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from error
+        found[f"{name}.weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64), path
+    return found
+
+
+def _int8_matrix(values: Tensor) -> Tensor:
+    if values.dtype != torch.int8 or values.dim() != 2:
+        raise ValueError(f"its codes are {values.dtype} of shape {list(values.shape)}; a matrix of torch.int8 is read")
+    return values
 
 
 def _in_module(name: str) -> str:
@@ -414,6 +492,8 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]],
             )
         if tensor.dtype != wanted.dtype and not (tensor.is_floating_point() and wanted.is_floating_point()):
             raise ValueError(f"{path}: {name} is {tensor.dtype}, but the format stores it as {wanted.dtype}")
+        if name.endswith(_SCALES) and not bool((torch.isfinite(tensor) & (tensor != 0)).all()):
+            raise ValueError(f"{path}: {name} holds scales that are zero, infinite or not a number")
 
 
 def _assign(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:

@@ -37,7 +37,14 @@ def folder(tmp_path: Path) -> Path:
 
 def test_every_script_is_described() -> None:
     scripts = sorted(path.name for path in SCRIPTS.glob("*.py"))
-    assert {"calibration.py", "kv_cache.py", "schemes.py", "training_memory.py", "training_speed.py"} <= set(scripts)
+    assert {
+        "calibration.py",
+        "formats.py",
+        "kv_cache.py",
+        "schemes.py",
+        "training_memory.py",
+        "training_speed.py",
+    } <= set(scripts)
     readme = (SCRIPTS / "README.md").read_text(encoding="utf-8")
     assert [name for name in scripts if name not in readme] == []
 
@@ -76,6 +83,22 @@ def test_wikitext_of_several_models_names_each(
     run(monkeypatch, "wikitext.py", "--model", str(folder), str(again), "--text", str(text), "--window", "64")
     found = headline(capsys.readouterr().out)
     assert found["original perplexity"] != found["again perplexity"]
+
+
+def test_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset("int4", group_size=32, symmetric=False))
+    save(model, tmp_path / "packed", tiny_tokenizer())
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is long enough for some windows. " * 20, encoding="utf-8")
+    arguments = ["--text", str(text), "--window", "64", "--max-windows", "2", "--json", str(tmp_path / "out.json")]
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # it takes no tokenizer without merges
+    run(monkeypatch, "formats.py", "--model", str(tmp_path / "packed"), *arguments)
+    found = headline(capsys.readouterr().out)
+    assert list(found)[-1] == "onnxruntime off by percent"
+    assert abs(found["onnxruntime off by percent"]) < 1
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert rows["onnxruntime"]["equal"] == rows["transformers, GGUF"]["equal"] == rows["llmqat"]["layers"] == 14
 
 
 def test_training_speed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

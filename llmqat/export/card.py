@@ -1,0 +1,265 @@
+"""The model card of a packed checkpoint, from nothing but the folder itself: config.json and llmqat.json.
+
+The metadata that the hub reads (base model, license, datasets, measured results) goes on top as YAML, through
+huggingface_hub's own classes; below it what a reader needs: how to load the model, what is quantized and how, on what
+data, what was measured, and what was not. What the folder does not know is left out, never guessed: a local path is no
+base model, and a license that nobody gave is not named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from llmqat.export.checkpoint import RUN_FILE
+from llmqat.export.compressed_tensors import KV_KEY, ONLY_HERE
+from llmqat.models import may_be_hub_id
+
+VLLM_BITS, VLLM_GROUPS = (4, 8), (None, 32, 64, 128)
+"""Weight-only schemes that vLLM's kernels for compressed-tensors run."""
+
+_METRICS = {"perplexity": "perplexity", "kl": "KL from full precision (nats a token)", "top1": "top-1 agreement"}
+
+
+def model_card(folder: Path, repository: str, *, license: str | None = None, base_model: str | None = None) -> str:
+    """Returns the text of README.md for the packed checkpoint in `folder`.
+
+    Args:
+        folder: holds config.json, and llmqat.json where llmqat wrote it.
+        repository: the hub id that it will have.
+        license: the license of the original model, as the hub names it; not named where not given.
+        base_model: the hub id of the original model; where not given, the run's own, if it was one.
+    """
+    config = _json(folder / "config.json")
+    facts = _json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    run = facts.get("run", {})
+    base = base_model or _hub_id(_source(run))
+    metadata = ModelCardData(
+        license=license,
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        datasets=[name for name in [_dataset(run)] if name] or None,
+        tags=["llmqat", "quantized", config["quantization_config"]["quant_method"], *_bit_tags(config)],
+        model_name=repository.rpartition("/")[2],
+        eval_results=_results(run) or None,
+    )
+    parts = [
+        f"# {repository.rpartition('/')[2]}",
+        _introduction(base, run),
+        "## How to load it",
+        _loading(config, repository),
+        "## What is quantized",
+        _schemes(config),
+        *(["## Bytes", _bytes(facts["bytes"])] if "bytes" in facts else []),
+        *(["## Data and training", _data(run)] if run else []),
+        *(["## Measured", _measured(run)] if _comparison(run) else []),
+        "## Limits",
+        _limits(config, run, license),
+        *(["## Versions", _table(("package", "version"), facts["versions"].items())] if "versions" in facts else []),
+    ]
+    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    return content
+
+
+def _source(run: Mapping[str, Any]) -> str:
+    """Returns what the run was told as its model."""
+    return str(run.get("recipe", {}).get("model") or run.get("model") or "")
+
+
+def _hub_id(spec: str) -> str | None:
+    """Returns `spec` where it is a hub id; a path on somebody's disk is nobody's base model."""
+    if "/" not in spec or Path(spec).exists() or Path(spec).suffix == ".gguf" or spec.startswith((".", "/", "~")):
+        return None
+    return spec if may_be_hub_id(spec) else None
+
+
+def _dataset(run: Mapping[str, Any]) -> str | None:
+    data = run.get("recipe", {}).get("data", {})
+    return _hub_id(str(data.get("name") or "")) if data.get("source") == "dataset" else None
+
+
+def _bit_tags(config: Mapping[str, Any]) -> list[str]:
+    return [f"{bits}-bit" for bits in sorted({group["weights"]["num_bits"] for group in _groups(config)})]
+
+
+def _groups(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return list(config["quantization_config"].get("config_groups", {}).values())
+
+
+def _comparison(run: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = run.get("results", {}).get("comparison", {})
+    return found
+
+
+def _own_row(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the row of the comparison that is this checkpoint's."""
+    rows = {row["role"]: row for row in _comparison(run).get("rows", [])}
+    found: dict[str, Any] | None = rows.get("trained") or rows.get("training-free")
+    return found
+
+
+def _results(run: Mapping[str, Any]) -> list[EvalResult]:
+    row = _own_row(run)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_slug(text),
+            dataset_name=f"{text} ({_comparison(run)['texts'][text]['windows']} windows)",
+            metric_type=metric,
+            metric_value=values[metric],
+            metric_name=label,
+        )
+        for text, values in (row or {"texts": {}})["texts"].items()
+        for metric, label in _METRICS.items()
+        if values.get(metric) is not None
+    ]
+
+
+def _slug(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in Path(text).name.lower())
+
+
+# Sections
+
+
+def _introduction(base: str | None, run: Mapping[str, Any]) -> str:
+    origin = f"[{base}](https://huggingface.co/{base})" if base else "its original"
+    how = "trained with its quantizers in the forward" if run.get("training") else "calibrated"
+    return (
+        f"A low-bit form of {origin}, {how} by llmqat. The weights are packed integers in safetensors; `config.json` "
+        f"alone says how they are read."
+    )
+
+
+def _loading(config: Mapping[str, Any], repository: str) -> str:
+    own = f"With llmqat, packed as it is:\n\n```python\nimport llmqat\n\nmodel = llmqat.load({repository!r})\n```"
+    gguf = f"For llama.cpp:\n\n```\nllmqat export {repository} --format gguf --out model.gguf\n```"
+    if any(group.get(ONLY_HERE) for group in _groups(config)):
+        return f"{own}\n\nOther loaders refuse it: it holds layers that they would leave random."
+    options = ""
+    if not all(group["weights"].get("symmetric", True) for group in _groups(config)):
+        options = ", quantization_config=CompressedTensorsConfig(dequantize=True)"
+    stock = (
+        f"With transformers (`pip install compressed-tensors`):\n\n```python\nfrom transformers import "
+        f"AutoModelForCausalLM, AutoTokenizer{', CompressedTensorsConfig' if options else ''}\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({repository!r}{options})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({repository!r})\n```"
+    )
+    served = f"With vLLM:\n\n```\nvllm serve {repository}\n```"
+    if not _vllm_runs(config):
+        served = "vLLM has no kernel for this scheme (it runs 4 and 8 bits, by channel or in groups of 32, 64, 128)."
+    return "\n\n".join((stock, served, gguf, own))
+
+
+def _vllm_runs(config: Mapping[str, Any]) -> bool:
+    weights = [group["weights"] for group in _groups(config)]
+    return all(entry["num_bits"] in VLLM_BITS and entry.get("group_size") in VLLM_GROUPS for entry in weights)
+
+
+def _schemes(config: Mapping[str, Any]) -> str:
+    rows = []
+    for group in _groups(config):
+        weights, inputs = group["weights"], group.get("input_activations")
+        targets = group["targets"]
+        named = f"`{targets[0]}`" if len(targets) == 1 else f"`{targets[0]}` and {len(targets) - 1} more"
+        extent = f"groups of {weights['group_size']}" if weights.get("group_size") else "channel"
+        zero = "symmetric" if weights.get("symmetric", True) else "with zero points"
+        kind = "kept" if inputs is None else f"{inputs['num_bits']} bits by {inputs['strategy']}"
+        rows.append((named, f"{weights['num_bits']}", extent, zero, kind))
+    table = _table(("layers", "bits", "one scale for", "range", "inputs"), rows)
+    ignored = config["quantization_config"].get("ignore") or []
+    kept = f"\n\nLeft in high precision: {', '.join(f'`{name}`' for name in ignored)}." if ignored else ""
+    cache = f"\n\nKV cache: `{json.dumps(config[KV_KEY])}`; other loaders keep it plain." if KV_KEY in config else ""
+    return table + kept + cache
+
+
+def _bytes(sizes: Mapping[str, int]) -> str:
+    rows = [(part, f"{size:,}") for part, size in sizes.items() if size]
+    return _table(("part of the weight files", "bytes"), [*rows, ("together", f"{sum(sizes.values()):,}")])
+
+
+def _data(run: Mapping[str, Any]) -> str:
+    text, training, recipe = run.get("text") or {}, run.get("training") or {}, run.get("recipe") or {}
+    facts = {
+        "text": _public(text.get("source")),
+        "SHA-256 of its tokens": text.get("sha256"),
+        "tokens of text": text.get("tokens"),
+        "seed": recipe.get("seed"),
+        "calibration": ", ".join(stage["stage"] for stage in recipe.get("calibrate") or run.get("calibrate") or []),
+        "optimizer steps": training.get("steps"),
+        "tokens trained on": training.get("tokens"),
+        "tokens a second": training.get("tokens_per_second"),
+    }
+    return _table(("what", "value"), [(key, _shown(value)) for key, value in facts.items() if value not in (None, "")])
+
+
+def _public(source: Any) -> str | None:
+    """Returns a text's source without the folders of the machine that read it."""
+    return None if source is None else (Path(str(source)).name if Path(str(source)).is_absolute() else str(source))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _measured(run: Mapping[str, Any]) -> str:
+    comparison = _comparison(run)
+    tables = []
+    for text, entry in comparison["texts"].items():
+        rows = [
+            (
+                row["name"],
+                *(_cell(row["texts"][text].get(metric)) for metric in _METRICS),
+                _cell(row.get("bits_per_weight")),
+                _cell(row.get("bytes_on_disk")),
+                _cell(row.get("decode_tokens_per_second")),
+            )
+            for row in comparison["rows"]
+        ]
+        heads = ("model", *_METRICS.values(), "bits a weight", "bytes", "tokens decoded a second")
+        shape = f"{entry['windows']} windows of {entry['window']} tokens"
+        tables.append(f"{_public(text)}, {shape}, SHA-256 `{entry['sha256']}`:\n\n{_table(heads, rows)}")
+    findings = [f"- {finding['level']}: {finding['text']}" for finding in comparison.get("findings", [])]
+    machine = {key: value for key, value in comparison.get("environment", {}).items() if key != "host"}
+    tables += ["\n".join(findings)] if findings else []
+    return "\n\n".join([*tables, f"Measured on: {json.dumps(machine, ensure_ascii=False)}"])
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else _shown(value)
+
+
+def _limits(config: Mapping[str, Any], run: Mapping[str, Any], license: str | None) -> str:
+    limits = [
+        "- It has the limits and biases of the original model, and what rounding cost beside them.",
+        "- Perplexities compare only between models with one tokenizer, on one text, with one window.",
+    ]
+    if _source(run).endswith(".gguf"):
+        limits.append("- The original was itself a dequantized GGUF file; 'full precision' above means that model.")
+    if not _comparison(run):
+        limits.append("- Nothing was measured when it was made; `llmqat compare` does.")
+    if any(not group["weights"].get("symmetric", True) for group in _groups(config)):
+        limits.append("- Stock transformers loads weights with zero points dequantized only.")
+    if license is None:
+        limits.append("- Whoever published it did not state the license; that of the original model holds.")
+    return "\n".join(limits)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,156 @@
+"""Checkpoints written by compressed-tensors itself, as llm-compressor does it: loaded, trained further, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+
+from llmqat import QATTrainer, convert, load, save
+from llmqat.export import CONVERSIONS, load_any
+from llmqat.layers import PackedLinear
+from tests.export.readers import READERS
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_tokenizer
+from tests.train.test_trainer import Blocks, _arguments
+
+INT8_INPUTS = {"num_bits": 8, "strategy": "token", "dynamic": True}
+
+
+def foreign(folder: Path, dtype: torch.dtype = torch.bfloat16, inputs: Any = None, **weights: Any) -> Path:
+    """Quantizes a tiny model, its head left alone, and saves it by compressed-tensors alone."""
+    model = tiny_qwen2().to(dtype)
+    given = {"num_bits": 4, "strategy": "group", "group_size": 32, **weights}
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(**given),
+        input_activations=None if inputs is None else QuantizationArgs(**inputs),
+    )
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            observe(module, scheme.weights)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def observe(module: Any, weights: QuantizationArgs) -> None:
+    """Gives a layer the ranges of its weights, as a minmax observer would."""
+    rows = module.weight.view(*module.weight_scale.shape, -1).float()
+    scale, zero_point = calculate_qparams(rows.amin(-1), rows.amax(-1), weights)
+    module.weight_scale.copy_(scale)
+    if hasattr(module, "weight_zero_point"):
+        module.weight_zero_point.copy_(zero_point)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(2))
+    return model(ids).logits
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "W4A16 group": {},
+    "W4A16 group, float16": {"dtype": torch.float16},
+    "W4A16 channel": {"strategy": "channel", "group_size": None},
+    "W8A16 channel": {"num_bits": 8, "strategy": "channel", "group_size": None},
+    "W8A16 group": {"num_bits": 8},
+    "W8A8": {"num_bits": 8, "strategy": "channel", "group_size": None, "inputs": INT8_INPUTS},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_others_checkpoints_load_as_stock_transformers_loads_them(name: str, tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "theirs", **CASES[name])
+    format = json.loads((folder / "config.json").read_text())["quantization_config"]["format"]
+    assert format == ("int-quantized" if name == "W8A8" else "pack-quantized")
+    ours = load(folder, kernel="reference")
+    assert sum(isinstance(module, PackedLinear) for module in ours.modules()) == 14
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=CASES[name].get("dtype", torch.bfloat16))
+    assert torch.equal(logits(ours), logits(stock))
+    save(ours, tmp_path / "ours", dtype=ours.dtype)
+    assert torch.equal(logits(load(tmp_path / "ours", kernel="reference")), logits(ours))
+
+
+@pytest.mark.parametrize(("num_bits", "inputs"), [(4, None), (8, None), (8, INT8_INPUTS)])
+def test_others_zero_points_are_read_as_compressed_tensors_writes_them(
+    num_bits: int, inputs: Any, tmp_path: Path
+) -> None:
+    """Stock transformers loads them dequantized only: then with the same weights."""
+    group = {"strategy": "group", "group_size": 32} if inputs is None else {"strategy": "channel", "group_size": None}
+    folder = foreign(tmp_path / "theirs", num_bits=num_bits, symmetric=False, inputs=inputs, **group)
+    options = {"dtype": torch.bfloat16, "quantization_config": CompressedTensorsConfig(dequantize=True)}
+    stock = AutoModelForCausalLM.from_pretrained(folder, **options)
+    logits(stock)
+    layers = [pair for pair in load(folder).named_modules() if isinstance(pair[1], PackedLinear)]
+    assert len(layers) == 14
+    for name, module in layers:
+        assert torch.equal(module.weight, stock.get_submodule(name).weight), name
+
+
+def test_others_checkpoint_is_exported_with_its_own_codes(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "theirs")
+    theirs = READERS["compressed-tensors"](folder, "qwen2")
+    for format in ("gguf", "gptq", "onnx"):
+        CONVERSIONS[format](load_any(folder)[0], tiny_tokenizer(), tmp_path / format)
+        for name, (levels, scale) in READERS[format](tmp_path / format, "qwen2").items():
+            assert (levels == theirs[name][0]).all()
+            assert (scale == theirs[name][1]).all()
+
+
+def test_others_checkpoint_is_where_training_of_scales_can_start(tmp_path: Path) -> None:
+    model = load(foreign(tmp_path / "theirs"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    arguments = _arguments(tmp_path / "run", trainable="scales", scale_learning_rate=5e-2, bf16=True, max_steps=4)
+    QATTrainer(model=model, teacher=tiny_llama(), args=arguments, train_dataset=Blocks()).train()
+    save(convert(model), tmp_path / "trained")
+    after = load(tmp_path / "trained").state_dict()
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(after[f"{name}.weight_packed"], before[f"{name}.weight_packed"])
+    assert not torch.equal(after[f"{name}.weight_scale"], before[f"{name}.weight_scale"])
+
+
+def changed(folder: Path, **changes: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_is_not_run_is_refused_by_name(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "theirs")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparse weights \(sparse-24-bitmask\)"),
+        ({"sparsity_config": {}, "transform_config": {"config_groups": {"R1": {}}}}, "transforms of weights"),
+        ({"transform_config": {}, "format": "nvfp4-pack-quantized", "config_groups": group(format=None)}, "nvfp4-pack"),
+        ({"config_groups": group(format="float-quantized")}, "format 'float-quantized'"),
+        ({"config_groups": group(weights={"num_bits": 4, "type": "float"})}, "weights that are not integers"),
+        ({"config_groups": group(weights={"num_bits": 8, "strategy": "tensor"})}, "not scaled by group or channel"),
+        ({"config_groups": group(weights={"num_bits": 4, "group_size": 32, "actorder": "group"})}, "actorder"),
+        ({"config_groups": group(), "kv_cache_scheme": {"num_bits": 8}}, "quantized KV cache"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            load(changed(folder, **changes))
+
+
+def group(**changes: Any) -> dict[str, Any]:
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32}
+    return {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized", **changes}}
