@@ -37,7 +37,7 @@ from llmqat.models import (
 )
 from llmqat.train.adapter import load_adapter
 
-PACKED_FORMATS = ("pack-quantized", None)
+PACKED_FORMATS = ("pack-quantized", "int-quantized", None)
 """Formats of compressed-tensors that llmqat's loader takes; None: the configuration does not say."""
 
 

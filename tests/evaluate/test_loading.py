@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from llmqat import adopt_adapters, lora_config, save_adapter
 from llmqat.evaluate.layers import weight_errors
-from llmqat.evaluate.loading import is_adapter, known_of, load_to_judge, longest_of, tokenizer_of
+from llmqat.evaluate.loading import known_of, load_to_judge, longest_of
 from llmqat.export import save, write_gguf
 from llmqat.layers import PackedLinear, QuantConfig, convert, prepare
-from llmqat.models import load_model
+from llmqat.models import adapter_base, load_model, load_tokenizer, resolve_spec
 from llmqat.recipe.evaluation import short_names
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -49,11 +49,11 @@ def test_a_plain_adapter_is_folded_into_its_base(base: Path, tmp_path: Path) -> 
     adapted = moved(get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])))
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(str(tmp_path / "adapter"))
-    assert is_adapter(str(tmp_path / "adapter"))
+    assert adapter_base(str(tmp_path / "adapter")) == str(base)
     judged = load_to_judge(str(tmp_path / "adapter"))
     assert torch.equal(logits(judged), logits(adapted.merge_and_unload()))
     assert not torch.equal(logits(judged), logits(load_to_judge(str(base))))
-    assert tokenizer_of(str(tmp_path / "adapter")).eos_token == "</s>"
+    assert load_tokenizer(resolve_spec(str(tmp_path / "adapter")), str(tmp_path / "adapter")).eos_token == "</s>"
     assert longest_of(str(tmp_path / "adapter")) == 256
 
 
@@ -75,7 +75,7 @@ def test_an_adapter_without_weights_or_base_is_told(tmp_path: Path, base: Path) 
     with pytest.raises(ValueError, match="names no base model"):
         load_to_judge(str(tmp_path / "adapter"))
     (tmp_path / "adapter" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{base}"}}')
-    with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors"):
         load_to_judge(str(tmp_path / "adapter"))
 
 
