@@ -31,12 +31,12 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CompileConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import llmqat
 from llmqat.export import compressed_tensors
 from llmqat.export.tensors import stored_dtype
-from llmqat.kernels import KERNELS
+from llmqat.kernels import KERNELS, compile_kernels, packed_linear
 from llmqat.layers import (
     PackedEmbedding,
     PackedLinear,
@@ -46,6 +46,8 @@ from llmqat.layers import (
     TiedHead,
     audit,
     check_merged,
+    products,
+    share_products,
 )
 from llmqat.models import (
     cast_parameters,
@@ -458,7 +460,9 @@ def _default_probe(model: PreTrainedModel) -> Tensor:
 # Loading
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, kernel: str = "auto") -> PreTrainedModel:
+def load(
+    folder: str | Path, dtype: torch.dtype | None = None, kernel: str = "auto", compile: bool = False
+) -> PreTrainedModel:
     """Returns the packed model in `folder`, ready to generate, on the CPU in evaluation mode.
 
     Args:
@@ -466,6 +470,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, kernel: str = "au
             what is packed and how; tensors are mapped from the files, not copied.
         dtype: of scales and high-precision parameters; the checkpoint's own where not given.
         kernel: "auto" for the fastest that fits, or a name in `llmqat.kernels.KERNELS`.
+        compile: let `generate` use a static cache and compile the decoding step, which takes a minute at the first
+            call and again when a longer cache is needed; needs a C++ compiler on the CPU.
 
     Raises:
         FileNotFoundError: there is no such folder or hub repository, or a weights file is missing.
@@ -490,7 +496,26 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, kernel: str = "au
             module.kernel = kernel
     if (local / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(local)
+    share_products(model)
+    if compile:
+        _compile_decoding(model)
     return model
+
+
+@torch.no_grad()
+def _compile_decoding(model: PreTrainedModel) -> None:
+    """Sets `generate` of `model` up to compile; what kernels make at their first call is made now, not in a graph."""
+    compile_kernels()
+    for product in products(model):
+        first = product if isinstance(product, PackedLinear) else product.members[0]
+        if isinstance(product, PackedLinear):
+            product(torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype))
+        else:
+            packed_linear(torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype), product.weight())
+    settings = CompileConfig(mode="default", fullgraph=False)
+    settings._compile_all_devices = True  # transformers leaves the CPU out unless asked so
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.compile_config = settings
 
 
 def load_any(spec: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -35,9 +35,11 @@ from compressed_tensors.utils.match import match_named_modules, match_targets
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.grid import Grid, pack_int32
+from llmqat.kernels import FileMappings
 from llmqat.layers import (
     ActivationConfig,
     KVCacheConfig,
@@ -269,7 +271,8 @@ def read(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: 
     schemes = _read_schemes(config, folder)
     _check_plausible(config, folder)
     options = {} if attention is None else {"attn_implementation": attention.removeprefix(IMPLEMENTATION_PREFIX)}
-    with init_empty_weights(include_buffers=False):
+    # Without no_init_weights, transformers draws random numbers for the weights on the meta device: half the time.
+    with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     _install(model, schemes, dtype)
     if (cache := getattr(config, KV_KEY, None)) is not None:
@@ -277,6 +280,11 @@ def read(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: 
     tensors = _repacked(model, _read_tensors(folder))
     _check_tensors(model, tensors, folder)
     _assign(model, {name: tensor for name, (tensor, _) in tensors.items()})
+    mappings = FileMappings({path for _, path in tensors.values()})
+    for _, layer in quantized_layers(model):
+        if isinstance(layer, PackedModule):
+            layer.mapped_by(mappings)
+    mappings.let_go()
     return model.eval()
 
 

@@ -5,7 +5,18 @@ why, and that reason is logged once. "reference" always accepts: it dequantizes 
 of an export compares against. Kernels take tensors only.
 """
 
-from llmqat.kernels.reference import PackedWeight
+from llmqat.kernels.cpu import compile_kernels
+from llmqat.kernels.pages import FileMappings, FilePages
+from llmqat.kernels.reference import JoinedWeight, PackedWeight
 from llmqat.kernels.registry import KERNELS, Kernel, packed_linear
 
-__all__ = ["KERNELS", "Kernel", "PackedWeight", "packed_linear"]
+__all__ = [
+    "KERNELS",
+    "FileMappings",
+    "FilePages",
+    "JoinedWeight",
+    "Kernel",
+    "PackedWeight",
+    "compile_kernels",
+    "packed_linear",
+]

@@ -1,27 +1,50 @@
-"""The CPU kernels: torch's int4 and int8 products for few rows (decoding), chunked dequantize + product for many.
+"""The CPU kernels: torch's int4 and int8 products for few rows (decoding), dequantize + product for many (prefill).
 
 `_weight_int4pack_mm_for_cpu` reads 4 bits a weight and wins while the product is bound by memory, up to a few dozen
 rows. It computes (q - 8) * scale with q in 0..15, so any symmetric grid of up to 4 bits runs on it by shifting its
-codes. `_weight_int8pack_mm` does the same for 8 bits a channel. Above that, dequantizing a slice of output rows at a
-time keeps the bf16 slice in cache for the product.
+codes: 2 and 3 bits and ternary take 4 bits a weight in memory then. `_weight_int8pack_mm` does the same for 8 bits a
+channel. What these kernels read is made at their first call and kept; the packed words are not read again by them.
 
-Letters: M rows of activations, O out features, I in features, G scales per row, g weights per scale.
+Many rows are bound by arithmetic: the weight is dequantized, a slice of output rows at a time, and multiplied in
+bfloat16. 2, 4 and 8 bits are unpacked without putting the codes into their order: words are shifted and masked as they
+lie, which gives the columns p, p + n, p + 2n, … for each of the n codes of a byte, and the activations' columns are put
+into that order instead. A code stays in the upper bits of its byte, where it is a multiple of the code, and the scale
+is divided by the same power of two: the products are the same numbers, bit for bit. `fusing` makes one compiled pass of
+it where there is a compiler (`grid.fused`), else it is eight passes over int32, int8 and bfloat16.
+
+Letters: M rows of activations, O out features, I in features, G scales per row, g weights per scale, b bits,
+n = 8 / b codes a byte.
 """
 
 from __future__ import annotations
+
+import functools
+import logging
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llmqat.grid import dequantize, unpack_int32
-from llmqat.kernels.reference import PackedWeight
+from llmqat.kernels.pages import trim_heap
+from llmqat.kernels.reference import PackedWeight, native_group, native_scales
+
+logger = logging.getLogger(__name__)
 
 MAX_DECODE_ROWS = 32
 MAX_INT8_ROWS = 16
-_NATIVE_GROUPS = (256, 128, 64, 32)
 _INNER_K_TILES = 2
-_CHUNK_ELEMENTS = 262_144
+_CHUNK_ELEMENTS = 2_097_152
+_INT4_PACK = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
+_INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+_TRIM_ELEMENTS = 16_777_216
+_state: dict[str, int] = {"compiles": False, "untrimmed": 0}
+_buffers = threading.local()
 
 
 class CpuInt4Kernel:
@@ -31,25 +54,28 @@ class CpuInt4Kernel:
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why torch's int4 kernel cannot take this product, or None."""
-        out_features = weight.packed.shape[0]
-        checks = (
-            (x.device.type == "cpu", f"it runs on the CPU, not on {x.device.type}"),
-            (x.dtype == torch.bfloat16, f"it needs bfloat16 activations, not {x.dtype}"),
-            (weight.grid.symmetric and weight.grid.num_bits <= 4, "it needs a symmetric grid of at most 4 bits"),
-            (out_features % 16 == 0, f"out_features={out_features} is not a multiple of 16"),
-            (_native_group(weight) is not None, f"group size {weight.group_size} of {weight.in_features} does not fit"),
-            (x.numel() <= MAX_DECODE_ROWS * weight.in_features, f"it loses above {MAX_DECODE_ROWS} rows"),
-        )
-        return next((reason for holds, reason in checks if not holds), None)
+        if x.device.type != "cpu":
+            return f"it runs on the CPU, not on {x.device.type}"
+        if x.dtype != torch.bfloat16:
+            return f"it needs bfloat16 activations, not {x.dtype}"
+        if not weight.grid.symmetric or weight.grid.num_bits > 4:
+            return "it needs a symmetric grid of at most 4 bits"
+        if weight.out_features % 16:
+            return f"out_features={weight.out_features} is not a multiple of 16"
+        if native_group(weight) is None:
+            return f"group size {weight.group_size} of {weight.in_features} does not fit"
+        return None if x.numel() <= MAX_DECODE_ROWS * weight.in_features else f"it loses above {MAX_DECODE_ROWS} rows"
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias; the kernel's own layout is built at the first call and kept with the weight."""
-        group_size = _native_group(weight)
         if self.name not in weight.layouts:
-            weight.layouts[self.name] = _int4_layout(weight, group_size or 0)
+            weight.layouts[self.name] = _int4_layout(weight, native_group(weight) or 0)
+            weight.read()
+            _trim_heap(weight)
         blob, scales_and_zeros = weight.layouts[self.name]
+        group_size = weight.in_features // scales_and_zeros.shape[0]
         rows = x.reshape(-1, weight.in_features)
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, blob, group_size, scales_and_zeros)
+        out = _INT4_PRODUCT(rows, blob, group_size, scales_and_zeros)
         out = out.view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 
@@ -61,22 +87,24 @@ class CpuInt8Kernel:
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why torch's int8 kernel cannot take this product, or None."""
-        checks = (
-            (x.device.type == "cpu", f"it runs on the CPU, not on {x.device.type}"),
-            (x.dtype == torch.bfloat16, f"it needs bfloat16 activations, not {x.dtype}"),
-            (weight.grid.symmetric and weight.grid.num_bits == 8, "it needs a symmetric grid of 8 bits"),
-            (weight.scale.shape[1] == 1, "it needs one scale a channel"),
-            # torch 2.13 ends the process where this does not hold.
-            (weight.in_features % 16 == 0, f"in_features={weight.in_features} is not a multiple of 16"),
-            (x.numel() <= MAX_INT8_ROWS * weight.in_features, f"it loses above {MAX_INT8_ROWS} rows"),
-        )
-        return next((reason for holds, reason in checks if not holds), None)
+        if x.device.type != "cpu":
+            return f"it runs on the CPU, not on {x.device.type}"
+        if x.dtype != torch.bfloat16:
+            return f"it needs bfloat16 activations, not {x.dtype}"
+        if not weight.grid.symmetric or weight.grid.num_bits != 8:
+            return "it needs a symmetric grid of 8 bits"
+        if weight.group_size != weight.in_features:
+            return "it needs one scale a channel"
+        if weight.in_features % 16:  # torch 2.13 ends the process where this does not hold
+            return f"in_features={weight.in_features} is not a multiple of 16"
+        return None if x.numel() <= MAX_INT8_ROWS * weight.in_features else f"it loses above {MAX_INT8_ROWS} rows"
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias; the int8 codes are taken out of their words at the first call and kept."""
         if self.name not in weight.layouts:
-            codes = unpack_int32(weight.packed, weight.grid, weight.in_features).contiguous()
-            weight.layouts[self.name] = codes, weight.scale.view(-1).to(torch.bfloat16)
+            weight.layouts[self.name] = weight.codes().contiguous(), weight.scale.view(-1).to(torch.bfloat16)
+            weight.read()
+            _trim_heap(weight)
         codes, scale = weight.layouts[self.name]
         out = torch._weight_int8pack_mm(x.reshape(-1, weight.in_features).contiguous(), codes, scale)
         out = out.view(*x.shape[:-1], -1)
@@ -84,7 +112,7 @@ class CpuInt8Kernel:
 
 
 class CpuDequantizeKernel:
-    """Dequantize a slice of output rows, multiply, next slice: no whole dequantized weight exists."""
+    """Dequantize a slice of output rows, multiply, next slice: no whole dequantized weight of a large layer exists."""
 
     name = "cpu-dequantize"
 
@@ -94,31 +122,165 @@ class CpuDequantizeKernel:
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias, computed slice by slice of the output features."""
-        out_features = weight.packed.shape[0]
-        step = max(16, _CHUNK_ELEMENTS // weight.in_features // 16 * 16)
-        slices = [slice(start, start + step) for start in range(0, out_features, step)]
-        parts = [
-            F.linear(x, _dequantized_rows(weight, rows, x.dtype), None if bias is None else bias[rows])
-            for rows in slices
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        # The backward pass would need the weight, which the next layer overwrites.
+        planes = 0 if x.requires_grad and torch.is_grad_enabled() else _planes(weight, x.dtype)
+        if planes > 1:  # the columns in the order that the unpacked codes have
+            x = x.unflatten(-1, (-1, planes)).transpose(-1, -2).flatten(-2)
+        pieces = []
+        for first, part in _slices(weight):
+            rows = part.out_features
+            dequantized = _dequantized_planes(part, planes) if planes else _dequantized(part, x.dtype)
+            pieces.append(F.linear(x, dequantized, None if bias is None else bias[first : first + rows]))
+        weight.read()
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
-def _dequantized_rows(weight: PackedWeight, rows: slice, dtype: torch.dtype) -> Tensor:
-    zero_point = None if weight.zero_point is None else weight.zero_point[rows]
-    codes = unpack_int32(weight.packed[rows], weight.grid, weight.in_features)
-    return dequantize(codes, weight.scale[rows], zero_point, dtype)
+def compile_kernels() -> None:
+    """Makes one compiled pass of dequantization from now on in this process, where there is a compiler.
+
+    It is used only once it gave the eager passes' numbers, bit for bit, in a trial; the reason is logged otherwise.
+    """
+    _state["compiles"] = True
 
 
-def _native_group(weight: PackedWeight) -> int | None:
-    """Returns the largest group size of the kernel that divides the weight's own, or None."""
-    return next((g for g in _NATIVE_GROUPS if min(weight.group_size, weight.in_features) % g == 0), None)
+def _slices(weight: PackedWeight) -> Iterator[tuple[int, PackedWeight]]:
+    """Yields (first row, weight of some rows) with at most `_CHUNK_ELEMENTS` weights each."""
+    most = max(16, _CHUNK_ELEMENTS // weight.in_features // 16 * 16)
+    first = 0
+    if len(weight.parts) > 1 and weight.out_features <= most:
+        words = torch.cat([part.packed for part in weight.parts])
+        yield 0, PackedWeight(words, weight.scale, None, weight.grid, weight.in_features)
+        return
+    for part in weight.parts:
+        pieces = -(-part.out_features // most)
+        step = -(-part.out_features // pieces // 16) * 16  # of about the same size
+        for start in range(0, part.out_features, step):
+            yield first + start, part if pieces == 1 else part.rows(slice(start, start + step))
+        first += part.out_features
+
+
+def _dequantized(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    codes = unpack_int32(weight.packed, weight.grid, weight.in_features)
+    return dequantize(codes, weight.scale, weight.zero_point, dtype)
+
+
+def _planes(weight: PackedWeight, dtype: torch.dtype) -> int:
+    """Returns n, the codes of a byte, where `_dequantized_planes` takes this weight; else 0."""
+    bits = weight.grid.num_bits
+    fits = bits in (2, 4, 8) and sys.byteorder == "little" and dtype == weight.parts[0].scale.dtype == torch.bfloat16
+    if not fits or weight.in_features * bits % 32 or weight.group_size % (8 // bits):
+        return 0
+    return 8 // bits
+
+
+def _dequantized_planes(weight: PackedWeight, planes: int) -> Tensor:
+    """Returns the weight [O, I] in bfloat16, its columns ordered by their place in the byte."""
+    compiled = _compiled_pass(planes, weight.zero_point is not None) if _state["compiles"] else None
+    return (compiled or _eager_pass)(weight.packed, weight.scale, weight.zero_point, planes)
+
+
+def _eager_pass(packed: Tensor, scale: Tensor, zero_point: Tensor | None, planes: int) -> Tensor:
+    rows, groups = scale.shape
+    bits = 8 // planes
+    unit = 2 ** (8 - bits)  # a code stays in the upper bits of its byte; powers of two are exact
+    words = packed
+    if zero_point is None:
+        # What is stored of a signed code is code - qmin: with its upper bit flipped it is the code in two's complement.
+        words = _scratch("words", packed.shape, torch.int32)
+        torch.bitwise_xor(packed, _repeated(2 ** (bits - 1), bits), out=words)
+    stored = words.view(torch.uint8)
+    codes = stored
+    if planes > 1:
+        codes = _scratch("codes", (planes, *stored.shape), torch.uint8)
+        for plane in range(planes):
+            shift = 8 - bits * (plane + 1)
+            shifted = torch.bitwise_left_shift(stored, shift, out=codes[plane]) if shift else stored
+            if plane:  # the lowest code is alone in its byte once it is shifted up
+                mask = _repeated((2**bits - 1) * unit, 8)
+                torch.bitwise_and(shifted.view(torch.int32), mask, out=codes[plane].view(torch.int32))
+    codes = codes.view(torch.int8 if zero_point is None else torch.uint8).view(planes, rows, -1)
+    out = _scratch("weight", (rows, planes, codes.shape[-1]), torch.bfloat16)
+    out.transpose(0, 1).copy_(codes)
+    grouped = out.view(rows, planes, groups, -1)
+    if zero_point is not None:
+        grouped.sub_((zero_point.to(torch.bfloat16) * unit)[:, None, :, None])
+    grouped.mul_((scale / unit)[:, None, :, None])
+    return out.view(rows, -1)
+
+
+def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns an uninitialized tensor that the next call with this name, in this thread, overwrites.
+
+    The buffers are kept: fresh ones for every layer would cost page faults, and leave holes in the heap.
+    """
+    size = math.prod(shape)
+    buffer: Tensor | None = getattr(_buffers, name, None)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):  # or it could not be written to outside of inference mode
+            buffer = torch.empty(size, dtype=dtype)
+        setattr(_buffers, name, buffer)
+    return buffer[:size].view(shape)
+
+
+def _repeated(value: int, bits: int) -> int:
+    """Returns the int32 that has `value` in each of its fields of `bits` bits."""
+    word = sum(value << place for place in range(0, 32, bits))
+    return word - 2**32 if word >= 2**31 else word
+
+
+@functools.cache
+def _compiled_pass(planes: int, asymmetric: bool) -> Callable[..., Tensor] | None:
+    """Returns the compiled form of `_eager_pass`, or None where there is no compiler or it gives other numbers."""
+    bits = 8 // planes
+
+    def unpack(packed: Tensor, scale: Tensor, zero_point: Tensor | None, planes: int) -> Tensor:
+        rows, groups = scale.shape
+        stored = packed.view(torch.uint8).view(rows, groups, -1)
+        factor = scale.float()[:, :, None]
+        offset = 2.0 ** (bits - 1) if zero_point is None else zero_point.float()[:, :, None]
+        out = torch.empty(rows, planes, *stored.shape[1:], dtype=torch.bfloat16, device=packed.device)
+        for plane in range(planes):
+            code = stored >> bits * plane if plane else stored
+            code = code & (2**bits - 1) if plane < planes - 1 else code
+            out[:, plane] = ((code.float() - offset) * factor).to(torch.bfloat16)
+        return out.view(rows, -1)
+
+    compiled = torch.compile(unpack, dynamic=True, fullgraph=True)
+    try:
+        same = all(_agree(compiled, planes, asymmetric, rows) for rows in (48, 80))
+    except Exception as error:  # a compiler can fail in any way; without it prefill is slower, not wrong
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        logger.warning("dequantization is not compiled (slower): %s", reason)
+        return None
+    if not same:
+        logger.warning("dequantization is not compiled (slower): the compiled pass gives other numbers")
+        return None
+    return compiled
+
+
+@torch.no_grad()
+def _agree(compiled: Callable[..., Any], planes: int, asymmetric: bool, rows: int) -> bool:
+    generator = torch.Generator().manual_seed(rows)
+    groups, words = rows // 16, rows // 16 * 8
+    packed = torch.randint(-(2**31), 2**31, (rows, words), generator=generator, dtype=torch.int64).to(torch.int32)
+    scale = torch.randn(rows, groups, generator=generator).to(torch.bfloat16)
+    zeros = torch.randint(0, 2 ** (8 // planes), (rows, groups), generator=generator)
+    arguments = (packed, scale, zeros if asymmetric else None, planes)
+    return torch.equal(compiled(*arguments), _eager_pass(*arguments))
+
+
+def _trim_heap(weight: PackedWeight) -> None:
+    """Gives back the holes that making layouts leaves in the heap, every few layers: each time costs a millisecond."""
+    _state["untrimmed"] += weight.out_features * weight.in_features
+    if _state["untrimmed"] >= _TRIM_ELEMENTS:
+        _state["untrimmed"] = 0
+        trim_heap()
 
 
 def _int4_layout(weight: PackedWeight, group_size: int) -> tuple[Tensor, Tensor]:
     """Returns torch's int4 blob and scales_and_zeros [I/g, O, 2] bfloat16."""
-    codes = unpack_int32(weight.packed, weight.grid, weight.in_features).to(torch.int32) + 8
-    blob = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INNER_K_TILES)
-    groups = weight.in_features // group_size
-    scale = weight.scale.repeat_interleave(groups // weight.scale.shape[1], dim=1).t().to(torch.bfloat16)
-    return blob, torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous()
+    # What stays is allocated before what goes: the other way round, the heap is left full of holes, thrice as large.
+    blob = torch.empty(weight.out_features, weight.in_features // 2, dtype=torch.uint8)
+    scales_and_zeros = native_scales(weight, group_size)
+    blob.copy_(_INT4_PACK(weight.codes().to(torch.int32) + 8, _INNER_K_TILES))
+    return blob, scales_and_zeros

@@ -8,7 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from llmqat.kernels.cpu import MAX_DECODE_ROWS, CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel
+from llmqat.kernels.cuda import CudaInt4Kernel
 from llmqat.kernels.reference import PackedWeight, ReferenceKernel
+from llmqat.kernels.triton import TritonKernel
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +31,15 @@ class Kernel(Protocol):
         """Returns x [*, I] times the dequantized weight [O, I] transposed, plus bias [O]: [*, O] in x's dtype."""
 
 
-KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel for kernel in (CpuInt4Kernel(), CpuInt8Kernel(), CpuDequantizeKernel(), ReferenceKernel())
-}
+_IN_ORDER: tuple[Kernel, ...] = (
+    CpuInt4Kernel(),
+    CpuInt8Kernel(),
+    CpuDequantizeKernel(),
+    CudaInt4Kernel(),
+    TritonKernel(),
+    ReferenceKernel(),
+)
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _IN_ORDER}
 _logged: set[str] = set()
 
 
@@ -49,10 +57,19 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, k
     """
     if kernel != "auto":
         return _named(kernel, x, weight).linear(x, weight, bias)
+    rows = min(x.numel() // weight.in_features, MAX_DECODE_ROWS + 1)
+    key = rows, x.dtype, x.device.type
+    if key not in weight.chosen:
+        weight.chosen[key] = _first_that_accepts(x, weight)
+    chosen: Kernel = weight.chosen[key]
+    return chosen.linear(x, weight, bias)
+
+
+def _first_that_accepts(x: Tensor, weight: PackedWeight) -> Kernel:
     for candidate in KERNELS.values():
         reason = candidate.declines(x, weight)
         if reason is None:
-            return candidate.linear(x, weight, bias)
+            return candidate
         if x.numel() <= MAX_DECODE_ROWS * weight.in_features:  # with more rows no decode kernel is wanted anyway
             _log_once(f"kernel {candidate.name} is not used: {reason}")
     raise AssertionError("unreachable: the reference kernel accepts everything")

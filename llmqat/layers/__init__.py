@@ -5,6 +5,7 @@ activation.py  inputs of linear layers                  linear.py      QuantLine
 attention.py   keys and values, in training             embedding.py   embeddings and the head tied to them
 cache.py       keys and values, in generation           experts.py     stacked weights of experts
 prepare.py     prepare and convert                      packed.py      PackedModule: packed codes
+shared.py      one product for q, k and v
 source.py      whether weights are still the source's
 audit.py       what is covered                          lora.py        peft's LoRA inside the quantizer (not
                                                                        imported here: peft takes seconds)
@@ -51,6 +52,7 @@ from llmqat.layers.quantized import (
     without_adapter,
     without_adapters,
 )
+from llmqat.layers.shared import products, share_products
 from llmqat.layers.source import note_moved
 
 __all__ = [
@@ -94,10 +96,12 @@ __all__ = [
     "packed_form",
     "plain_name",
     "prepare",
+    "products",
     "quantize_kv",
     "quantized_once",
     "quantizer_state",
     "quantizers_off",
+    "share_products",
     "untied_keys",
     "without_adapter",
     "without_adapters",

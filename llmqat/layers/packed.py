@@ -11,18 +11,21 @@ them by name. Source: EfficientQAT (2407.11062) section 3.3. Letters: O rows, I 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmqat.grid import Grid, gradient_factor, pack_int32, scale_from_log, snap_scale, stored_codes, unpack_int32
-from llmqat.kernels import PackedWeight, packed_linear
+from llmqat.kernels import FileMappings, FilePages, PackedWeight, packed_linear
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.config import ActivationConfig, WeightConfig
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.quantized import QuantModule, compute_dtype
+
+if TYPE_CHECKING:
+    from llmqat.layers.shared import SharedProduct
 
 
 class PackedModule(nn.Module):
@@ -75,6 +78,11 @@ class PackedModule(nn.Module):
         self.register_buffer("weight_shape", empty(2, dtype=torch.int64))
         self.register_parameter("log_scale", None)
         self._runtime: PackedWeight | None = None
+        self._pages: FilePages | None = None
+
+    def mapped_by(self, mappings: FileMappings) -> None:
+        """Lets kernels give back the pages of the files that `weight_packed` is mapped from, once they have read it."""
+        self._pages = mappings.pages_of(self.weight_packed)
 
     @torch.no_grad()
     def take_codes(self, layer: QuantModule, dtype: torch.dtype) -> None:
@@ -115,6 +123,8 @@ class PackedModule(nn.Module):
             if self.weight_zero_point is not None:
                 zero_point = unpack_int32(self.weight_zero_point.t().contiguous(), self.grid, self.rows).t()
             self._runtime = PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.grid, self.columns)
+            if self._pages is not None and self._pages.tensor is self.weight_packed:
+                self._runtime.release = self._pages
         return self._runtime
 
     def train_scales(self) -> None:
@@ -217,9 +227,11 @@ class PackedLinear(PackedModule):
         input_quantizer: what fake-quantizes the input, or None.
         kernel: "auto", or the name of the kernel to insist on.
         transposed: it stands for a Conv1D; the codes are [O, I] all the same.
+        shared: the product that it shares with other layers of the same input (`shared.py`), or None.
     """
 
     bias: Tensor | None
+    shared: SharedProduct | None
 
     def __init__(
         self,
@@ -239,7 +251,7 @@ class PackedLinear(PackedModule):
         """
         super().__init__(out_features, in_features, weights, dtype, device, name)
         self.in_features, self.out_features, self.kernel = in_features, out_features, "auto"
-        self.transposed = False
+        self.transposed, self.shared = False, None
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
         self.input_quantizer = (
             None if input_activations is None else ActivationQuantizer(input_activations, device, name)
@@ -259,6 +271,8 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in the autocast dtype or else x's."""
+        if self.shared is not None and (part := self.shared.take(self, x)) is not None:
+            return part
         dtype = compute_dtype(x)
         inputs = x.to(dtype) if self.input_quantizer is None else self.input_quantizer(x, dtype)
         return self.product(inputs, None if self.bias is None else self.bias.to(dtype), self.kernel)

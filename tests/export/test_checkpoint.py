@@ -631,3 +631,23 @@ def test_full_precision_folder_and_unknown_kernel_are_refused(good: Path, tmp_pa
         load(good, kernel="fastest")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load(tmp_path / "nowhere" / "at" / "all")
+
+
+def test_generation_compiles_in_one_graph_and_gives_the_same_logits(tmp_path: Path) -> None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler: nothing is compiled")
+    save(prepared(tiny_llama(num_hidden_layers=1)), tmp_path / "out")
+    prompt = torch.arange(2, 42)[None]
+    settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
+    logits = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for compiled in (False, True):
+        model = load(tmp_path / "out", compile=compiled)
+        output = model.generate(prompt, **settings, output_logits=True, return_dict_in_generate=True)
+        logits.append(output.logits[1])  # of the first decoded token, whose input is the same in both
+        frames = torch._dynamo.utils.counters["frames"]["ok"]
+        assert (frames > 0) == compiled
+    # A compiled graph keeps in float32 what eager mode rounds to bfloat16 between operations.
+    torch.testing.assert_close(*logits, rtol=0, atol=2**-5 * logits[0].abs().max().item())
+    assert not torch._dynamo.utils.counters["graph_break"]

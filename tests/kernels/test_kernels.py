@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
-from llmqat.kernels import KERNELS, packed_linear, registry
+from llmqat.kernels import KERNELS, JoinedWeight, cpu, packed_linear, registry
 from llmqat.layers import PackedLinear, QuantLinear, WeightConfig
 
 SCHEMES = [
@@ -19,7 +20,7 @@ SCHEMES = [
 ]
 
 
-def _packed(scheme: WeightConfig, out_features: int = 64, in_features: int = 384) -> PackedLinear:
+def packed_layer(scheme: WeightConfig, out_features: int = 64, in_features: int = 384) -> PackedLinear:
     return PackedLinear.from_quant_linear(
         QuantLinear.from_linear(nn.Linear(in_features, out_features, bias=False), scheme)
     )
@@ -29,7 +30,7 @@ def _packed(scheme: WeightConfig, out_features: int = 64, in_features: int = 384
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_a_kernel_agrees_with_the_product_in_float64(name: str, scheme: WeightConfig, rows: int) -> None:
-    layer, x = _packed(scheme), torch.randn(rows, 384).bfloat16()
+    layer, x = packed_layer(scheme), torch.randn(rows, 384).bfloat16()
     weight = layer.packed_weight()
     if KERNELS[name].declines(x, weight) is not None:
         assert name != "reference"
@@ -54,22 +55,22 @@ def test_which_kernel_runs_is_decided_by_rows_and_dtype(monkeypatch: pytest.Monk
             return _linear(x, weight, bias)
 
         monkeypatch.setattr(kernel, "linear", spy)
-    weight = _packed(WeightConfig(num_bits=4, group_size=64)).packed_weight()
+    weight = packed_layer(WeightConfig(num_bits=4, group_size=64)).packed_weight()
     for rows, dtype in ((1, torch.bfloat16), (32, torch.bfloat16), (33, torch.bfloat16), (1, torch.float32)):
         packed_linear(torch.randn(rows, 384).to(dtype), weight)
-    tensor = _packed(WeightConfig(num_bits=4, strategy="tensor")).packed_weight()
+    tensor = packed_layer(WeightConfig(num_bits=4, strategy="tensor")).packed_weight()
     packed_linear(torch.randn(40, 384).bfloat16(), tensor)
-    eight = _packed(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
+    eight = packed_layer(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
     for rows in (1, 17):
         packed_linear(torch.randn(rows, 384).bfloat16(), eight)
-    ragged = _packed(WeightConfig(num_bits=8, strategy="channel"), in_features=24).packed_weight()
+    ragged = packed_layer(WeightConfig(num_bits=8, strategy="channel"), in_features=24).packed_weight()
     packed_linear(torch.randn(1, 24).bfloat16(), ragged)
     assert used[5:] == ["cpu-int8", "cpu-dequantize", "cpu-dequantize"]
     assert used[:5] == ["cpu-int4", "cpu-int4", "cpu-dequantize", "cpu-dequantize", "cpu-dequantize"]
 
 
 def test_the_int4_layout_is_built_once() -> None:
-    layer = _packed(WeightConfig(num_bits=4, group_size=64))
+    layer = packed_layer(WeightConfig(num_bits=4, group_size=64))
     x = torch.randn(1, 384).bfloat16()
     layer(x)
     blob = layer.packed_weight().layouts["cpu-int4"][0]
@@ -81,7 +82,7 @@ def test_a_reason_for_falling_back_is_logged_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_logged", set())
-    weight = _packed(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
+    weight = packed_layer(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
     with caplog.at_level(logging.INFO, logger="llmqat"):
         for _ in range(3):
             packed_linear(torch.randn(1, 384).bfloat16(), weight)
@@ -91,7 +92,7 @@ def test_a_reason_for_falling_back_is_logged_once(
 
 
 def test_a_kernel_asked_for_by_name_must_fit() -> None:
-    weight = _packed(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
+    weight = packed_layer(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
     with pytest.raises(ValueError, match="cannot run here: it needs a symmetric grid"):
         packed_linear(torch.randn(1, 384).bfloat16(), weight, kernel="cpu-int4")
     with pytest.raises(ValueError, match="kernel='cuda' is unknown; choose auto, cpu-int4"):
@@ -99,9 +100,46 @@ def test_a_kernel_asked_for_by_name_must_fit() -> None:
 
 
 def test_loading_or_casting_a_layer_drops_what_was_derived_from_the_old_codes() -> None:
-    layer, other = (_packed(WeightConfig(num_bits=4, group_size=64)) for _ in range(2))
+    layer, other = (packed_layer(WeightConfig(num_bits=4, group_size=64)) for _ in range(2))
     x = torch.randn(1, 384).bfloat16()
     layer(x)
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x))
     assert layer.to(torch.float32).packed_weight().scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_unpacking_by_planes_gives_the_very_weights_of_the_reference(bits: int, symmetric: bool) -> None:
+    scheme = WeightConfig(num_bits=bits, symmetric=symmetric, strategy="group", group_size=48)
+    layer = packed_layer(scheme, out_features=80, in_features=96)
+    weight = layer.packed_weight()
+    planes = 8 // bits
+    unpacked = cpu._dequantized_planes(weight, planes).view(80, planes, -1).transpose(1, 2).reshape(80, 96)
+    assert torch.equal(unpacked, weight.dequantized(torch.bfloat16))
+
+
+def test_the_compiled_pass_of_dequantization_gives_the_very_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler: nothing is compiled")
+    compiled = cpu._compiled_pass(2, False)  # None where a trial gave other numbers
+    assert compiled is not None
+    weight = packed_layer(WeightConfig(num_bits=4, group_size=64)).packed_weight()
+    eager = cpu._eager_pass(weight.packed, weight.scale, None, 2).clone()
+    assert torch.equal(compiled(weight.packed, weight.scale, None, 2), eager)
+
+
+def test_a_large_weight_is_dequantized_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [packed_layer(WeightConfig(num_bits=4, group_size=64), rows).packed_weight() for rows in (80, 48)]
+    x, joined = torch.randn(40, 384).bfloat16(), JoinedWeight(members)
+    whole = packed_linear(x, joined, None, "cpu-dequantize")
+    monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 40 * 384)
+    assert [(first, piece.out_features) for first, piece in cpu._slices(joined)] == [
+        (0, 32),
+        (32, 32),
+        (64, 16),
+        (80, 32),
+        (112, 16),
+    ]
+    torch.testing.assert_close(packed_linear(x, joined, None, "cpu-dequantize"), whole, rtol=2**-6, atol=2**-6)
+    torch.testing.assert_close(packed_linear(x, joined, None, "reference"), whole, rtol=2**-6, atol=2**-6)

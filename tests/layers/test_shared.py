@@ -1,0 +1,105 @@
+"""Layers that share a product: the same numbers as each on its own, and nothing of it in the checkpoint."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from llmqat.layers import ActivationConfig, PackedLinear, QuantConfig, WeightConfig, convert, prepare, products
+from llmqat.layers.shared import SharedProduct, share_products
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2
+
+
+def packed_model(model: PreTrainedModel | None = None, **changes: object) -> PreTrainedModel:
+    model = tiny_llama() if model is None else model
+    prepare(model, QuantConfig(**{"weights": WeightConfig(num_bits=4, group_size=32), **changes}))
+    convert(model)
+    return model
+
+
+def ids(length: int = 9) -> torch.Tensor:
+    return torch.randint(VOCAB_SIZE, (2, length), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 9, 60])
+@pytest.mark.parametrize("kind", ["llama", "biases", "inputs", "int8", "3 bits"])
+def test_sharing_changes_nothing_but_the_order_of_sums(kind: str, length: int) -> None:
+    changes = {
+        "inputs": {"input_activations": ActivationConfig(num_bits=8)},
+        "int8": {"weights": WeightConfig(num_bits=8, strategy="channel", group_size=None)},
+        "3 bits": {"weights": WeightConfig(num_bits=3, group_size=32)},
+    }.get(kind, {})
+    alone = packed_model(tiny_qwen2() if kind == "biases" else None, **changes)
+    model = copy.deepcopy(alone)
+    share_products(model)
+    assert sum(isinstance(product, SharedProduct) for product in products(model)) == 2 * 2
+    own, shared = alone(ids(length)).logits.float(), model(ids(length)).logits.float()
+    # The tiles of a wider product add up in another order; two bfloat16 units after two layers of residuals.
+    assert (own - shared).abs().max() <= 2**-5 * own.abs().max()
+    again = model(ids(length)).logits.float()
+    assert torch.equal(shared, again)
+    assert model.state_dict().keys() == alone.state_dict().keys()
+
+
+@torch.no_grad()
+def test_a_layer_that_comes_with_another_input_computes_by_itself() -> None:
+    model = packed_model()
+    attention = model.model.layers[0].self_attn
+    x, y = torch.randn(2, 3, 64).bfloat16()
+    alone = attention.q_proj(x), attention.k_proj(y), attention.v_proj(x)
+    share_products(model)
+    shared = attention.q_proj.shared
+    assert isinstance(shared, SharedProduct)
+    for _ in range(4):
+        together = attention.q_proj(x), attention.k_proj(y), attention.v_proj(x)
+        for own, got in zip(alone, together, strict=True):
+            torch.testing.assert_close(got, own, rtol=2**-6, atol=2**-4)
+    assert shared._misses >= 3  # it has given up
+
+
+@torch.no_grad()
+def test_an_input_that_was_written_to_is_multiplied_again() -> None:
+    model = packed_model()
+    share_products(model)
+    mlp, x = model.model.layers[0].mlp, torch.randn(3, 64).bfloat16()
+    before = mlp.gate_proj(x)
+    x.mul_(2)
+    torch.testing.assert_close(mlp.up_proj(x), copy.deepcopy(mlp.up_proj)(x), rtol=2**-6, atol=2**-4)
+    torch.testing.assert_close(mlp.gate_proj(x), 2 * before, rtol=2**-6, atol=2**-4)
+
+
+@torch.no_grad()
+def test_new_codes_are_used_at_once() -> None:
+    model, other = packed_model(), packed_model(tiny_llama(seed=1))
+    share_products(model)
+    model(ids())
+    model.load_state_dict(other.state_dict())
+    share_products(other)
+    assert torch.equal(model(ids()).logits, other(ids()).logits)
+
+
+def test_scales_in_training_are_not_shared() -> None:
+    model = packed_model()
+    share_products(model)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.train_scales()
+    model(ids()).logits.float().sum().backward()
+    gradient = model.model.layers[0].mlp.up_proj.log_scale.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+def test_gradients_pass_through_a_packed_model_to_what_is_trained() -> None:
+    model = packed_model()
+    share_products(model)
+    norm = model.model.layers[0].input_layernorm.weight
+    with torch.inference_mode():
+        model(ids(60))
+    model(ids(60)).logits.float().sum().backward()
+    assert norm.grad is not None
+    assert norm.grad.abs().sum() > 0
