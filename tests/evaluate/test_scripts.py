@@ -40,6 +40,7 @@ def test_every_script_is_described() -> None:
     assert {
         "calibration.py",
         "formats.py",
+        "inference.py",
         "kv_cache.py",
         "schemes.py",
         "training_memory.py",
@@ -219,3 +220,17 @@ def test_tokenize_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert 50 < found["peak_rss_mb"] < 4000
     assert 300_000 - 512 <= found["tokens"] <= 310_000  # a byte is a token
     assert found["seconds from the cache"] < found["seconds"]
+
+
+def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--prompt-tokens", "40", "--new-tokens", "4", "--repeats", "2", "--group-size", "32", "--no-memory"]
+    run(monkeypatch, "inference.py", "--random-llama", "tiny", "--work", str(tmp_path), *short)
+    output = capsys.readouterr().out
+    found = headline(output)
+    assert list(found)[:2] == ["decode of llmqat against bf16", "prefill of llmqat against bf16"]
+    assert all(value > 0 for value in found.values())
+    assert "llama.cpp" in output
+    run(monkeypatch, "inference.py", "--child", "llmqat", "--folder", str(tmp_path / "llama-tiny-int4"))
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert alone["file"] == (tmp_path / "llama-tiny-int4" / "model.safetensors").stat().st_size
+    assert 0 < alone["load"] < alone["first"]
