@@ -603,7 +603,7 @@ def chat(
     if prompt is not None:
         talk.say(prompt)
         return
-    console.print(f"{talk.kind}; an empty line or Ctrl-D ends it", style="dim")
+    console.print(f"{talk.kind}; an empty line or Ctrl-D ends it, Ctrl-C ends an answer", style="dim")
     while line := _ask():
         talk.say(line)
 

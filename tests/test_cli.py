@@ -371,6 +371,28 @@ def test_chat_answers_a_prompt_and_a_conversation(tiny: Path, packed: Path):
     assert done.output.count("> ") >= 3
 
 
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(packed: Path, monkeypatch: pytest.MonkeyPatch):
+    from llmqat.recipe import Conversation
+
+    talk = Conversation.open(str(packed), max_new_tokens=8, temperature=0.0, seed=0)
+    whole = Conversation.open(str(packed), max_new_tokens=3, temperature=0.0, seed=0).say("one")
+    put, count = talk.streamer.put, 0
+
+    def interrupted(value: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 4:  # the prompt and three tokens
+            raise KeyboardInterrupt
+        put(value)
+
+    monkeypatch.setattr(talk.streamer, "put", interrupted)
+    assert talk.say("one") == whole
+    monkeypatch.undo()
+    talk.say("two")
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+    assert talk.messages[1]["content"] == whole
+
+
 def test_chat_without_a_template_completes(tiny: Path):
     from llmqat.recipe import Conversation
 

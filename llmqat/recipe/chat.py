@@ -11,6 +11,17 @@ from llmqat.export import load_any
 from llmqat.layers import new_cache
 
 
+class _Shown(TextStreamer):
+    """Shows text as it comes, and remembers what it has shown of this answer."""
+
+    text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Shows `text`."""
+        self.text += text
+        super().on_finalized_text(text, stream_end)
+
+
 class Conversation:
     """A model, and what has been said so far. Without a chat template every line is completed on its own."""
 
@@ -20,7 +31,7 @@ class Conversation:
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
-        self.streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.streamer = _Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.messages = [{"role": "system", "content": system}] if system else []
 
     @classmethod
@@ -51,19 +62,23 @@ class Conversation:
         return "chat" if self.tokenizer.chat_template else "completion"
 
     def say(self, line: str) -> str:
-        """Shows the model's answer to `line` as it is written, and returns it."""
+        """Shows the model's answer to `line` as it is written, and returns it; Ctrl-C ends it where it is."""
         inputs = self._inputs(line).to(self.model.device)
-        output = self.model.generate(
-            **inputs,
-            **self.settings,
-            past_key_values=new_cache(self.model),
-            streamer=self.streamer,
-            pad_token_id=self.tokenizer.eos_token_id,
-        )
-        answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        self.streamer.text = ""
+        try:
+            self.model.generate(
+                **inputs,
+                **self.settings,
+                past_key_values=new_cache(self.model),
+                streamer=self.streamer,
+                pad_token_id=self.tokenizer.eos_token_id,
+            )
+        except KeyboardInterrupt:
+            self.streamer.end()  # shows what it has kept back of an unfinished word
+        answer = self.streamer.text
         if self.kind == "chat":
             self.messages.append({"role": "assistant", "content": answer})
-        return str(answer)
+        return answer
 
     def _inputs(self, line: str) -> Any:
         if self.kind == "completion":
