@@ -22,6 +22,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
 )
+from transformers.cli.serving.model_manager import ModelManager
 
 from llmqat.calibrate import calibrate_activations
 from llmqat.export import FORMATS, ProofError, checkpoint, load, load_any, prove, save
@@ -651,3 +652,13 @@ def test_generation_compiles_in_one_graph_and_gives_the_same_logits(tmp_path: Pa
     # A compiled graph keeps in float32 what eager mode rounds to bfloat16 between operations.
     torch.testing.assert_close(*logits, rtol=0, atol=2**-5 * logits[0].abs().max().item())
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_transformers_serve_takes_the_folder(tmp_path: Path) -> None:
+    save(prepared(), tmp_path / "out", tiny_tokenizer())
+    # What `transformers serve FOLDER` does before it listens (listening needs fastapi, uvicorn and openai).
+    manager = ModelManager(device="cpu", dtype="auto", force_model=None)
+    model, processor = manager.load_model_and_processor(ModelManager.process_model_name(str(tmp_path / "out")))
+    assert processor.chat_template == tiny_tokenizer().chat_template
+    assert torch.equal(model(token_ids()).logits, load(tmp_path / "out", kernel="reference")(token_ids()).logits)
+    manager.shutdown()
