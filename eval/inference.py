@@ -54,7 +54,7 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 STOCK, PACKED, LLAMA_CPP = "transformers bf16", "llmqat", "llama.cpp"
-COMPILED = ", compiled"
+COMPILED = "llmqat, compiled"
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 
 Turn = Callable[[], tuple[float, float]]
@@ -102,7 +102,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in a turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each model, after one that is not counted")
-    parser.add_argument("--compile", action="store_true", help="compiled models take turns as well (a minute more)")
+    parser.add_argument("--compile", action="store_true", help="the packed model, compiled, takes turns as well")
     parser.add_argument("--no-memory", action="store_true", help="leave load time and memory out")
     parser.add_argument("--child", choices=[STOCK, PACKED], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -164,10 +164,9 @@ def round_to(stock: Path, packed: Path, scheme: str, group_size: int) -> None:
 
 def take_turns(options: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Times]:
     """Returns the times of all models, a turn each in turn."""
-    turns = {name: transformers_turn(load(name, folder, False), options) for name, folder in folders.items()}
+    turns = {name: transformers_turn(load(name, folder), options) for name, folder in folders.items()}
     if options.compile:
-        for name, folder in folders.items():
-            turns[name + COMPILED] = transformers_turn(load(name, folder, True), options)
+        turns[COMPILED] = transformers_turn(load(PACKED, folders[PACKED], compiled=True), options)
     if importlib.util.find_spec("llama_cpp") is None:
         print("llama.cpp: skipped, llama_cpp cannot be imported (pip install llama-cpp-python)")
     else:
@@ -181,22 +180,16 @@ def take_turns(options: argparse.Namespace, folders: dict[str, Path]) -> dict[st
     return times
 
 
-def load(name: str, folder: Path, compiled: bool) -> Any:
-    """Returns a model in evaluation mode; compiled, with what `generate` needs to compile it."""
+def load(name: str, folder: Path, compiled: bool = False) -> Any:
+    """Returns a model in evaluation mode."""
     import torch
-    from transformers import AutoModelForCausalLM, CompileConfig
+    from transformers import AutoModelForCausalLM
 
     import llmqat
 
     if name == PACKED:
         return llmqat.load(folder, compile=compiled)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    if compiled:
-        settings = CompileConfig(mode="default", fullgraph=False)
-        settings._compile_all_devices = True
-        model.generation_config.cache_implementation = "static"
-        model.generation_config.compile_config = settings
-    return model
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
 def transformers_turn(model: Any, options: argparse.Namespace) -> Turn:
@@ -282,7 +275,7 @@ def measured_alone(name: str, folder: Path) -> dict[str, float]:
     getattr(AutoModelForCausalLM, "from_pretrained")  # noqa: B009 (resolves what is imported lazily)
     before = forget_peak()
     start = time.perf_counter()
-    model = load(name, folder, False)
+    model = load(name, folder)
     loaded = time.perf_counter()
     prompt = torch.arange(1, 17)[None]
     model.generation_config.eos_token_id = None

@@ -35,7 +35,7 @@ class TritonKernel:
         if x.device.type != "cuda" and not interpreted:
             return f"it runs on a GPU, not on {x.device.type}"
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; run `pip install triton`"
+            return "triton is not installed; run `pip install llmqat[triton]`"
         if len(weight.parts) > 1:
             return "it takes one weight at a time"
         return None if x.dtype in _DTYPES else f"it has no products of {x.dtype}"

@@ -279,7 +279,9 @@ class PackedLinear(PackedModule):
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
+        widened = self.weights.symmetric and self.weights.num_bits < 4
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, weights={self.label}, kernel={self.kernel}"
+            + (" (decoding on a CPU takes 4 bits a weight in memory)" if widened else "")
         )
