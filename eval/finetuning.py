@@ -6,8 +6,9 @@ the same adapters (all linear weights), tokens, order and rate, cross-entropy al
 
 - `base`: the model as it is;
 - `LoRA`: peft's plain LoRA in bfloat16 over the base, merged; what it gains is 100 %;
-- `LoRA, rounded`: the same, plainly rounded; `LoRA, calibrated`: with scales by the same search as the next has;
-- `inside`: LoRA inside the quantizer, folded, packed, saved and loaded.
+- `LoRA, rounded`: the same, plainly rounded; `LoRA, calibrated`: after the stages that the next starts from;
+- `inside`: the base after `--stages` on the training text, then LoRA inside its quantizers; folded, packed, saved and
+  loaded.
 
 The last lines are the headline, `name: share of the gain that is kept`.
 
@@ -31,7 +32,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 import llmqat
-from llmqat.calibrate import RangesStage, calibrate
+from llmqat.calibrate import BlockwiseStage, GPTQStage, RangesStage, Stage, calibrate
 from llmqat.data.blocks import TokenBlocks, pack_blocks, token_blocks, tokenize
 from llmqat.data.pydoc import pydoc_text
 from llmqat.evaluate.perplexity import TokenWindows, evaluate, windows_from_text
@@ -39,6 +40,12 @@ from llmqat.layers import QuantConfig
 from llmqat.models import load_model
 from llmqat.train import LoraSettings, QATArguments, QATTrainer
 
+STAGES: dict[str, list[Stage]] = {
+    "ranges": [RangesStage(method="mse")],
+    "gptq": [RangesStage(), GPTQStage()],
+    "blockwise": [RangesStage(), GPTQStage(), BlockwiseStage()],
+}
+"""What `--stages` stands for."""
 HELD_OUT = 0.1
 """Share of the records that is scored."""
 
@@ -52,10 +59,10 @@ def main() -> None:
     merged = plain_lora(options, blocks)
     scores["LoRA"] = score(merged, windows)
     quant = QuantConfig.preset(options.scheme, group_size=options.group_size)
-    for name, stage in (("rounded", RangesStage(method="minmax")), ("calibrated", RangesStage(method="mse"))):
+    for name, stages in (("rounded", [RangesStage(method="minmax")]), ("calibrated", STAGES[options.stages])):
         model, _ = load_model(options.model)
         model.load_state_dict(merged.state_dict())
-        calibrate(model, quant, [stage], None)
+        calibrate(model, quant, stages, blocks.ids)
         scores[f"LoRA, {name}"] = score(llmqat.convert(model), windows)
     scores["inside"] = score(inside(options, quant, blocks), windows)
     gain = scores["base"] - scores["LoRA"]
@@ -74,6 +81,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder, hub id, GGUF file")
     parser.add_argument("--scheme", default="int4", help="preset")
     parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
+    parser.add_argument("--stages", choices=STAGES, default="blockwise", help="before LoRA inside the quantizers")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--steps", type=int, default=48, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="blocks in a step")
@@ -144,7 +152,7 @@ def plain_lora(options: argparse.Namespace, blocks: TokenBlocks) -> PreTrainedMo
 def inside(options: argparse.Namespace, quant: QuantConfig, blocks: TokenBlocks) -> nn.Module:
     """Returns the packed model of a LoRA that was trained inside the quantizer, as it lies on disk."""
     model, tokenizer = load_model(options.model)
-    calibrate(model, quant, [RangesStage(method="mse")], None)
+    calibrate(model, quant, STAGES[options.stages], blocks.ids)
     adapted = LoraSettings(r=options.rank, lora_alpha=2 * options.rank).attach(model)
     with tempfile.TemporaryDirectory() as folder:
         QATTrainer(model=adapted, args=arguments(options, folder), train_dataset=blocks.dataset()).train()

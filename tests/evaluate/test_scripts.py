@@ -185,7 +185,7 @@ def test_every_row_of_schemes_is_a_recipe() -> None:
 
 def test_finetuning(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--steps", "20", "--block-size", "32", "--max-windows", "8", "--group-size", "32", "--rank", "8"]
-    run(monkeypatch, "finetuning.py", "--model", str(folder), "--learning-rate", "1e-2", *small)
+    run(monkeypatch, "finetuning.py", "--model", str(folder), "--learning-rate", "1e-2", "--stages", "gptq", *small)
     found = headline(capsys.readouterr().out)
     assert set(found) == {"LoRA, rounded", "LoRA, calibrated", "inside"}
     assert 0.5 < found["inside"] < 1.5
