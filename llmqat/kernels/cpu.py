@@ -245,7 +245,7 @@ def _compiled_pass(planes: int, asymmetric: bool) -> Callable[..., Tensor] | Non
             out[:, plane] = ((code.float() - offset) * factor).to(torch.bfloat16)
         return out.view(rows, -1)
 
-    compiled = torch.compile(unpack, dynamic=True, fullgraph=True)
+    compiled = torch.compile(unpack, dynamic=True)  # above torch's limit of recompilations it runs uncompiled
     try:
         same = all(_agree(compiled, planes, asymmetric, rows) for rows in (48, 80))
     except Exception as error:  # a compiler can fail in any way; without it prefill is slower, not wrong

@@ -187,14 +187,15 @@ def test_finetuning(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     small = ["--steps", "20", "--block-size", "32", "--max-windows", "8", "--group-size", "32", "--rank", "8"]
     run(monkeypatch, "finetuning.py", "--model", str(folder), "--learning-rate", "1e-2", "--stages", "gptq", *small)
     found = headline(capsys.readouterr().out)
-    assert set(found) == {"LoRA, rounded", "LoRA, calibrated", "inside"}
+    assert set(found) == {"differing codes", "LoRA, rounded", "LoRA, calibrated", "inside"}
+    assert found["differing codes"] == 0
     assert 0.5 < found["inside"] < 1.5
 
 
 def test_training_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "3", "--batch-size", "2", "--block-size", "32", "--group-size", "32", "--rank", "4"]
-    run(monkeypatch, "training_memory.py", "--model", str(folder), *arguments)
-    assert set(headline(capsys.readouterr().out)) == {"all", "cached", "lora", "scales"}
+    run(monkeypatch, "training_memory.py", "--model", str(folder), "--ways", "lora", "scales", *arguments)
+    assert set(headline(capsys.readouterr().out)) == {"lora", "scales"}
 
 
 def test_teacher_cache(

@@ -129,6 +129,19 @@ def test_the_compiled_pass_of_dequantization_gives_the_very_same_weights(monkeyp
     assert torch.equal(compiled(weight.packed, weight.scale, None, 2), eager)
 
 
+def test_more_shapes_than_torch_compiles_are_dequantized_all_the_same() -> None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler: nothing is compiled")
+    compiled = cpu._compiled_pass(2, False)
+    assert compiled is not None
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for group_size in (64, 32):  # one group and two: torch compiles the number one by itself
+            scheme = WeightConfig(num_bits=4, group_size=group_size)
+            weight = packed_layer(scheme, out_features=48, in_features=64).packed_weight()
+            eager = cpu._eager_pass(weight.packed, weight.scale, None, 2).clone()
+            assert torch.equal(compiled(weight.packed, weight.scale, None, 2), eager)
+
+
 def test_a_large_weight_is_dequantized_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     members = [packed_layer(WeightConfig(num_bits=4, group_size=64), rows).packed_weight() for rows in (80, 48)]
     x, joined = torch.randn(40, 384).bfloat16(), JoinedWeight(members)
