@@ -141,7 +141,7 @@ class TokenBlocks:
         facts = {"source": self.source, "sha256": self.sha256, "tokens": self.tokens, **self.details}
         if self.documents is not None:
             hashes = self.documents[:MOST_RECORDED_DOCUMENTS].tolist()
-            facts["documents"] = {"count": len(self.documents), "hashes": " ".join(map(hash_text, hashes))}
+            facts["document_hashes"] = {"count": len(self.documents), "hashes": " ".join(map(hash_text, hashes))}
         return facts
 
 

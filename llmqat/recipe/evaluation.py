@@ -75,7 +75,7 @@ def check_untrained(settings: EvaluationSettings, record: Mapping[str, Any], own
     seen = {
         digest
         for name in TRAINED_TEXTS
-        for digest in ((record.get(name) or {}).get("documents") or {}).get("hashes", "").split()
+        for digest in ((record.get(name) or {}).get("document_hashes") or {}).get("hashes", "").split()
     }
     for source in settings.texts if seen else ():
         for name, digest in _documents_of(source).items():

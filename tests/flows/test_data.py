@@ -91,7 +91,9 @@ def test_a_recipe_with_splits_trains_on_one_and_names_all(tiny_folder: Path, tmp
     assert result is not None
     assert result.training["validation_loss"] > 0
     recorded = json.loads((result.checkpoint / "llmqat.json").read_text())["run"]
-    hashes = [recorded[name]["documents"]["hashes"].split() for name in ("text", "calibration_text", "validation_text")]
+    hashes = [
+        recorded[name]["document_hashes"]["hashes"].split() for name in ("text", "calibration_text", "validation_text")
+    ]
     assert all(hashes)
     assert len(set().union(*hashes)) == sum(map(len, hashes))
 

@@ -74,7 +74,13 @@ def _reported(recipe: Recipe) -> tuple[str, ...]:
 
 
 def test_synthetic_text_is_the_default_and_kept(tiny_folder: Path, tmp_path: Path):
-    result = run_small(RECIPE, tiny_folder, tmp_path / "run", "data={source: synthetic, tokens: 128, block_size: 32}")
+    result = run_small(
+        RECIPE,
+        tiny_folder,
+        tmp_path / "run",
+        "data={source: synthetic, tokens: 128, block_size: 32}",
+        "evaluate.allow_trained_text=false",
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["text"]["source"].startswith("synthesized by")
     assert load_file(tmp_path / "run" / "blocks.safetensors")["ids"].shape == (4, 32)
