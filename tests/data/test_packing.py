@@ -144,7 +144,7 @@ class TestSplits:
             DataConfig(source="pydoc", validation_share=0.5, calibration_share=0.5)
 
     def test_the_record_lists_hashes_of_documents(self):
-        record = splits_of(TEXTS).train.record()["documents"]
+        record = splits_of(TEXTS).train.record()["document_hashes"]
         assert record["count"] == 60
         assert hash_text(document_hash(TEXTS[3])) in record["hashes"].split()
 
