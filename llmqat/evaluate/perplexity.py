@@ -2,7 +2,7 @@
 
 A text is cut once into windows of equal length, and every model of a comparison scores exactly these windows:
 
-    text -> tokens -> TokenWindows [N, L] -> final hidden states -> metrics.token_statistics -> Evaluation
+    text -> tokens -> TokenWindows [N, L] -> final hidden states -> metrics.token_scores -> Evaluation
 
 Nothing outside a window is seen when its tokens are scored. With a stride shorter than the window, windows overlap: the
 overlap is context, and each token is scored once. Perplexity is exp(mean negative log-likelihood of the scored tokens).
