@@ -49,6 +49,7 @@ from llmqat.layers.quantized import (
     at_least_bits,
     quantized_once,
     quantizers_off,
+    reused_in_step,
     without_adapter,
     without_adapters,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "quantized_once",
     "quantizer_state",
     "quantizers_off",
+    "reused_in_step",
     "share_products",
     "untied_keys",
     "without_adapter",

@@ -34,6 +34,7 @@ from llmqat.grid import (
     snap_scale,
 )
 from llmqat.layers.config import WeightConfig
+from llmqat.layers.reuse import ReusedWeight
 
 QUANTIZER_PARAMETERS = ("weight", "log_scale", "zero_point")
 """Parameters of a QuantModule that stay float32 masters; the quantizer makes the numbers of the checkpoint of them."""
@@ -90,6 +91,7 @@ class QuantModule(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.adapters: tuple[Adapter, ...] = ()  # in a tuple no module of theirs becomes one of this module's
         self._kept: dict[Any, Tensor] | None = None
+        self._reused: ReusedWeight | None = None
         self.weight = weight
         matrix = self.matrix()
         self.rows, self.columns = matrix.shape
@@ -183,13 +185,16 @@ class QuantModule(nn.Module):
 
     def quantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight of the forward in `dtype` and the master's layout; differentiable in what is trained."""
-        if self._kept is None or torch.is_grad_enabled():
+        holder = self._reused if torch.is_grad_enabled() else self._kept
+        if holder is None:
             return self._made(dtype)
         key = dtype, self.enabled, self.strength, *(adapter.state() for adapter in self.adapters)
-        if key not in self._kept:
-            self._kept.clear()
-            self._kept[key] = self._made(dtype)
-        return self._kept[key]
+        if isinstance(holder, ReusedWeight):
+            return holder.read(key, lambda: self._made(dtype))
+        if key not in holder:
+            holder.clear()
+            holder[key] = self._made(dtype)
+        return holder[key]
 
     def _made(self, dtype: torch.dtype) -> Tensor:
         if not self.enabled:
@@ -283,6 +288,32 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._kept = None
+
+
+@contextmanager
+def reused_in_step(model: nn.Module, last: bool) -> Iterator[None]:
+    """Inside, one micro-batch of an optimizer step runs forward and backward over the weights that the first one made.
+
+    Args:
+        model: a prepared model; nothing of it may change between the micro-batches of a step.
+        last: whether this micro-batch is the last of its step; after it the weights are forgotten.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantModule)]
+    done = False
+    try:
+        for layer in layers:
+            layer._reused = layer._reused or ReusedWeight()
+            layer._reused.last = last
+        yield
+        if last:
+            for layer in layers:
+                if layer._reused is not None:
+                    layer._reused.finish()
+        done = not last
+    finally:
+        if not done:
+            for layer in layers:
+                layer._reused = None
 
 
 def without_adapter(module: nn.Module) -> nn.Module:

@@ -35,7 +35,15 @@ from transformers.utils import is_torch_cuda_available
 
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.grid import fusing
-from llmqat.layers import ActivationQuantizer, KVQuantizer, PackedEmbedding, PackedModule, QuantModule, without_adapters
+from llmqat.layers import (
+    ActivationQuantizer,
+    KVQuantizer,
+    PackedEmbedding,
+    PackedModule,
+    QuantModule,
+    reused_in_step,
+    without_adapters,
+)
 from llmqat.layers.lora import adopt_adapters
 from llmqat.metrics import IGNORED_LABEL, Teacher, TopProbabilities, predictor_of, token_loss
 from llmqat.models import capture_hidden, cast_parameters, vocabulary_size
@@ -101,6 +109,14 @@ class QATArguments(TrainingArguments):
     )
     freeze_embeddings: bool = field(
         default=False, metadata={"help": "Leave token embeddings (and an output head tied to them) untrained."}
+    )
+    reuse_quantized_weights: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Quantize each weight once an optimizer step, for all its micro-batches and for layers that "
+            "gradient checkpointing computes again, and hold it meanwhile: 2 bytes a weight in bf16. By default where "
+            "a step has several micro-batches and no process holds a part of the weights only (FSDP, ZeRO)."
+        },
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
@@ -185,6 +201,7 @@ class QATTrainer(Trainer):
         # The loss is divided by num_items_in_batch in compute_loss; Trainer must count the tokens and not divide again.
         self.model_accepts_loss_kwargs = True
         self._fuse = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantModule)) >= FUSING_PAYS
+        self._reuse = self._reuses()
         self.teacher = teacher
         if isinstance(teacher, nn.Module):
             teacher.requires_grad_(False).eval()
@@ -195,7 +212,12 @@ class QATTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Runs forward and backward; both read unquantized parameters in the checkpoint's dtype."""
-        with self._warming(model), self._checkpoint_numbers(model), fusing() if self._fuse else nullcontext():
+        with (
+            self._warming(model),
+            self._checkpoint_numbers(model),
+            fusing() if self._fuse else nullcontext(),
+            reused_in_step(model, self.accelerator.sync_gradients) if self._reuse else nullcontext(),
+        ):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
 
@@ -237,6 +259,21 @@ class QATTrainer(Trainer):
             # DDP averages gradients over processes, and the token count is already that of all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
+
+    def _reuses(self) -> bool:
+        """Returns whether weights are quantized once an optimizer step.
+
+        Raises:
+            ValueError: when that is asked for and each process holds a part of the weights only.
+        """
+        asked = getattr(self.args, "reuse_quantized_weights", None)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if asked and sharded:
+            raise ValueError(
+                "reuse_quantized_weights=True holds every weight whole through a step, which FSDP and ZeRO are there "
+                "to avoid; leave it out"
+            )
+        return self.args.gradient_accumulation_steps > 1 and not sharded if asked is None else asked
 
     def _weights(self) -> tuple[float, float]:
         """Returns the weights of forward KL and cross-entropy."""

@@ -103,11 +103,12 @@ def test_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_training_speed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--steps", "1", "--block-size", "32", "--batch-size", "2")
+    arguments = ("--steps", "1", "--block-size", "32", "--batch-size", "1", "--accumulation", "2")
     run(monkeypatch, "training_speed.py", "--model", str(folder), *arguments)
     output = capsys.readouterr().out
     found = headline(output)
-    assert list(found)[-3:] == ["plain training tokens/s", "speed against plain", "training tokens/s"]
+    assert list(found)[-2:] == ["step with quantizers against without", "speed against plain"]
+    assert list(found)[:3] == ["llmqat tokens/s", "quantizers off tokens/s", "plain tokens/s"]
     assert all(value > 0 for value in found.values())
     for part in ("teacher forward", "student forward", "loss", "backward", "optimizer"):
         (line,) = (line for line in output.splitlines() if f" {part} " in line)

@@ -67,8 +67,9 @@ def test_gradient_checkpointing_and_the_teacher_go_together(tmp_path: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
 
 
-def test_checkpointing_makes_each_quantized_weight_twice_a_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reuse", [False, True])
+def test_checkpointing_makes_each_quantized_weight_twice_a_step_or_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reuse: bool
 ) -> None:
     made: dict[int, int] = {}
     original = QuantModule.quantized_rows
@@ -79,11 +80,12 @@ def test_checkpointing_makes_each_quantized_weight_twice_a_step(
 
     monkeypatch.setattr(QuantModule, "quantized_rows", counted)
     model = adapted(tiny_llama())
-    arguments = _arguments(tmp_path, max_steps=1, bf16=True, gradient_checkpointing=True)
+    options = {"gradient_checkpointing": True, "reuse_quantized_weights": reuse}
+    arguments = _arguments(tmp_path, max_steps=1, bf16=True, **options)
     QATTrainer(model=model, args=arguments, train_dataset=Blocks()).train()
     layers = [module for module in model.modules() if isinstance(module, QuantModule)]
     # In the forward, and once more for the backward; the teacher's forward makes none.
-    assert sorted(made.values()) == [2] * len(layers)
+    assert sorted(made.values()) == [1 if reuse else 2] * len(layers)
 
 
 def test_the_fold_after_training_keeps_every_code(tmp_path: Path) -> None:

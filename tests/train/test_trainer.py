@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from llmqat import QATArguments, QATTrainer, QuantConfig, convert, prepare, save
 from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
-from llmqat.layers import QuantLinear
+from llmqat.layers import QuantLinear, QuantModule
 from llmqat.metrics import top_probabilities
 from llmqat.models import cast_parameters
 from tests.tiny import VOCAB_SIZE, tiny_architecture, tiny_llama, tiny_qwen2, tiny_tokenizer
@@ -137,6 +137,62 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path
         weights.append(student.model.layers[0].mlp.up_proj.weight.detach().clone())
     assert torch.allclose(*weights, atol=1e-6)
     assert not torch.equal(weights[0], tiny_llama().model.layers[0].mlp.up_proj.weight)
+
+
+REUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "int3": ("llama", {"name": "int3"}, {}),
+    "checkpointed": ("llama", {"name": "int3"}, {"gradient_checkpointing": True}),
+    "zero points": ("qwen2", {"name": "int4", "symmetric": False}, {}),
+    "ternary, warming up": ("llama", {"name": "ternary"}, {"quantization_warmup_steps": 3}),
+    "embedding": ("llama", {"name": "int4", "embeddings": "int8"}, {}),
+    "experts": ("mixtral", {"name": "int4"}, {}),
+    "transposed": ("gpt2", {"name": "w4a8"}, {}),
+}
+
+
+@pytest.mark.parametrize("name", REUSED)
+def test_a_weight_that_is_quantized_once_a_step_gets_the_same_gradients(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_type, scheme, changes = REUSED[name]
+    made: dict[int, int] = {}
+    original = QuantModule.quantized_matrix
+
+    def counted(layer: QuantModule, dtype: torch.dtype) -> torch.Tensor:
+        made[id(layer)] = made.get(id(layer), 0) + 1
+        return original(layer, dtype)
+
+    monkeypatch.setattr(QuantModule, "quantized_matrix", counted)
+    moved, counts = [], []
+    for reuse in (False, True):
+        teacher = tiny_architecture(model_type)
+        student = copy.deepcopy(teacher)
+        prepare(student, QuantConfig.preset(**scheme, group_size=32))
+        options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "optim": "sgd"}
+        arguments = _arguments(tmp_path, bf16=False, reuse_quantized_weights=reuse, **options, **changes)
+        made.clear()
+        QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks()).train()
+        moved.append({key: value.detach().clone() for key, value in student.named_parameters()})
+        counts.append(max(made.values()))
+    assert counts[0] >= 6
+    assert counts[1] == 2
+    for key, parameter in moved[0].items():
+        assert torch.allclose(parameter, moved[1][key], rtol=1e-5, atol=1e-7), key
+
+
+def test_an_interrupted_step_leaves_no_weight_behind(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    arguments = _arguments(tmp_path, gradient_accumulation_steps=2)
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
+    layer = next(module for module in student.modules() if isinstance(module, QuantModule))
+    trainer.accelerator.gradient_state._set_sync_gradients(False)
+    batch = {"input_ids": Blocks().ids[:2], "labels": Blocks().ids[:2]}
+    trainer.training_step(student, dict(batch), 100)
+    assert layer._reused is not None
+    layer.enabled = False
+    with pytest.raises(RuntimeError, match="changed within an optimizer step"):
+        trainer.training_step(student, dict(batch), 100)
+    assert layer._reused is None
 
 
 def test_parameter_groups_have_their_own_rates_and_no_decay_on_scales(tmp_path: Path) -> None:
