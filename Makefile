@@ -21,12 +21,6 @@ export PYTHONDONTWRITEBYTECODE :=
 # Threads that wait do not spin: beside another busy process, spinning made single operations a hundred times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# A step allocates and frees the same large tensors over and over. Left alone, glibc returns them to the system each time
-# and every page is faulted in anew: 5 to 10 % of a training step.
-export MALLOC_MMAP_MAX_ ?= 0
-export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
-export MALLOC_TOP_PAD_ ?= 100000000
-
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmqat.data.synthesis import synthesize
     from llmqat.evaluate.perplexity import evaluate
     from llmqat.export.checkpoint import load, save
+    from llmqat.heap import keep_freed_memory
     from llmqat.layers.cache import QuantizedCache
     from llmqat.layers.config import QuantConfig
     from llmqat.layers.lora import adopt_adapters, lora_config
@@ -32,6 +33,7 @@ _HOMES = {
     "adopt_adapters": "llmqat.layers.lora",
     "convert": "llmqat.layers.prepare",
     "evaluate": "llmqat.evaluate.perplexity",
+    "keep_freed_memory": "llmqat.heap",
     "load": "llmqat.export.checkpoint",
     "load_adapter": "llmqat.train.adapter",
     "lora_config": "llmqat.layers.lora",
@@ -51,6 +53,7 @@ __all__ = [
     "adopt_adapters",
     "convert",
     "evaluate",
+    "keep_freed_memory",
     "load",
     "load_adapter",
     "lora_config",

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from llmqat.heap import keep_freed_memory
+
 if TYPE_CHECKING:
     from llmqat.evaluate.compare import Comparison
     from llmqat.evaluate.tasks import TaskSettings
@@ -131,14 +133,21 @@ TrainedTextOption = Annotated[
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
 
+COMMANDS_THAT_TRAIN = ("train", "quantize", "sensitivity", "synthesize", "cache-teacher")
+"""They allocate and free the same tensors for minutes."""
+
+
 @app.callback()
 def _start(
+    ctx: typer.Context,
     show_traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of every error.")] = False,
 ) -> None:
     """Low-bit quantization-aware training of Hugging Face causal language models.
 
     Begin with: llmqat train recipes/smollm2-135m-int4.yaml
     """
+    if ctx.invoked_subcommand in COMMANDS_THAT_TRAIN:
+        keep_freed_memory()
     main_process = os.environ.get("RANK", "0") == "0"
     console.quiet = not main_process
     handler = RichHandler(console=errors, show_time=False, show_path=False, show_level=False, highlighter=None)

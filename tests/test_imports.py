@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
-    "config grid kernels layers models metrics data calibrate train export evaluate recipe cli".split()  # noqa: SIM905
+    "heap config grid kernels layers models metrics data calibrate train export evaluate recipe cli".split()  # noqa: SIM905
 )
 FILES = sorted((ROOT / "llmqat").rglob("*.py"))
 ENTRY_POINTS = {"__init__", "__main__"}

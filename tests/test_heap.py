@@ -1,0 +1,36 @@
+"""What the C library does with freed memory, seen in page faults of a process of its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from llmqat.heap import SETTINGS_OF_THE_USER
+
+SCRIPT = """
+import resource
+from llmqat.heap import keep_freed_memory
+print(keep_freed_memory())
+b"x" * 40_000_000
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    b"x" * 40_000_000
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's heap")
+@pytest.mark.parametrize("variable", [None, "MALLOC_MMAP_THRESHOLD_"])
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(variable: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS_OF_THE_USER)}
+    if variable:
+        environment[variable] = "1000000"
+    command = [sys.executable, "-c", SCRIPT]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    pages = 40_000_000 // os.sysconf("SC_PAGE_SIZE")
+    assert output[0] == str(variable is None)
+    assert int(output[1]) < pages if variable is None else int(output[1]) > 4 * pages
