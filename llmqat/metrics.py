@@ -76,55 +76,6 @@ class TokenScores:
         return TokenScores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in measured})
 
 
-@dataclass(frozen=True)
-class TokenStatistics:
-    """Sums over scored tokens, so that statistics of batches add up to those of the whole text."""
-
-    nll_sum: float  # negative log-likelihood of the labels, nats
-    kl_sum: float | None  # KL(reference || model), nats; None without a reference
-    top1_matches: int | None  # tokens where model and reference rank the same token first; None without a reference
-    tokens: int  # tokens scored
-
-    def __add__(self, other: TokenStatistics) -> TokenStatistics:
-        """Returns the statistics of both sets of tokens together.
-
-        Raises:
-            ValueError: if only one of the two was taken against a reference.
-        """
-        if (self.kl_sum is None) != (other.kl_sum is None):
-            raise ValueError("cannot add statistics taken with a reference to statistics taken without one")
-        return TokenStatistics(
-            nll_sum=self.nll_sum + other.nll_sum,
-            kl_sum=None if self.kl_sum is None or other.kl_sum is None else self.kl_sum + other.kl_sum,
-            top1_matches=None
-            if self.top1_matches is None or other.top1_matches is None
-            else self.top1_matches + other.top1_matches,
-            tokens=self.tokens + other.tokens,
-        )
-
-
-def token_statistics(
-    hidden: Tensor,
-    model: Predictor,
-    labels: Tensor,
-    reference_hidden: Tensor | None = None,
-    reference: Predictor | None = None,
-    chunk_tokens: int = 512,
-) -> TokenStatistics:
-    """Returns likelihood, divergence from the reference, and top-1 agreement, summed over the labelled tokens.
-
-    Arguments and errors are those of `token_scores`.
-    """
-    scores = token_scores(hidden, model, labels, reference_hidden, reference, chunk_tokens)
-    matches = scores.sum("top1")
-    return TokenStatistics(
-        nll_sum=scores.sum("nll") or 0.0,
-        kl_sum=scores.sum("kl"),
-        top1_matches=None if matches is None else round(matches),
-        tokens=scores.nll.numel(),
-    )
-
-
 @torch.no_grad()
 def token_scores(
     hidden: Tensor,

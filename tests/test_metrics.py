@@ -16,10 +16,10 @@ from llmqat.metrics import (
     LogitTransform,
     Predictor,
     Teacher,
-    TokenStatistics,
+    TokenScores,
     TopProbabilities,
     token_loss,
-    token_statistics,
+    token_scores,
     top_probabilities,
 )
 from llmqat.metrics import _argmax as fast_argmax
@@ -38,9 +38,9 @@ def states(tokens: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> t
     return hidden, Predictor(head, bias), labels
 
 
-def plain_statistics(
+def plain_scores(
     hidden: Tensor, model: Predictor, labels: Tensor, reference_hidden: Tensor, reference: Predictor
-) -> TokenStatistics:
+) -> TokenScores:
     """All logits at once, in the model's dtype, then float64."""
 
     def log_probs(states: Tensor, predictor: Predictor) -> tuple[Tensor, Tensor]:
@@ -51,12 +51,15 @@ def plain_statistics(
     logits, own = log_probs(hidden, model)
     reference_logits, target = log_probs(reference_hidden, reference)
     scored = labels != IGNORED_LABEL
-    return TokenStatistics(
-        nll_sum=float(F.nll_loss(own[scored], labels[scored], reduction="sum")),
-        kl_sum=float(F.kl_div(own[scored], target[scored], log_target=True, reduction="sum")),
-        top1_matches=int((logits.argmax(-1) == reference_logits.argmax(-1))[scored].sum()),
-        tokens=int(scored.sum()),
+    return TokenScores(
+        nll=F.nll_loss(own[scored], labels[scored], reduction="none"),
+        kl=F.kl_div(own[scored], target[scored], log_target=True, reduction="none").sum(-1),
+        top1=(logits.argmax(-1) == reference_logits.argmax(-1))[scored].float(),
     )
+
+
+def sums(scores: TokenScores) -> tuple[float | None, ...]:
+    return scores.sum("nll"), scores.sum("kl"), scores.sum("top1")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,64 +73,62 @@ def test_statistics_equal_full_logits(
     reference_hidden, reference, _ = states(50, vocabulary, dtype, seed=1)
     model = Predictor(model.head, model.bias, transform)
     labels[::7] = IGNORED_LABEL
-    found = token_statistics(hidden, model, labels, reference_hidden, reference, chunk_tokens)
-    plain = plain_statistics(hidden, model, labels, reference_hidden, reference)
-    assert found.tokens == plain.tokens == 42
+    found = token_scores(hidden, model, labels, reference_hidden, reference, chunk_tokens)
+    plain = plain_scores(hidden, model, labels, reference_hidden, reference)
+    assert found.nll.numel() == plain.nll.numel() == 42
     # A matrix product in bfloat16 may round otherwise when its rows are taken in chunks: one unit in 2^8 of a logit.
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
-    assert found.nll_sum == pytest.approx(plain.nll_sum, rel=tolerance)
-    assert found.kl_sum == pytest.approx(plain.kl_sum, rel=tolerance)
+    assert found.sum("nll") == pytest.approx(plain.sum("nll"), rel=tolerance)
+    assert found.sum("kl") == pytest.approx(plain.sum("kl"), rel=tolerance)
     if dtype == torch.float32:
-        assert found.top1_matches == plain.top1_matches
+        assert found.sum("top1") == plain.sum("top1")
 
 
 def test_no_token_means_nothing_is_counted() -> None:
     hidden, model, labels = states(5, 11, torch.float32)
     labels.fill_(IGNORED_LABEL)
-    assert token_statistics(hidden, model, labels) == TokenStatistics(0.0, None, None, 0)
-    assert token_statistics(hidden, model, labels, hidden, model) == TokenStatistics(0.0, 0.0, 0, 0)
+    assert sums(token_scores(hidden, model, labels)) == (0.0, None, None)
+    assert sums(token_scores(hidden, model, labels, hidden, model)) == (0.0, 0.0, 0.0)
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     hidden, model, labels = states(40, 200, torch.bfloat16)
-    found = token_statistics(hidden, model, labels, hidden, model)
-    assert (found.kl_sum, found.top1_matches, found.tokens) == (0.0, 40, 40)
+    found = token_scores(hidden, model, labels, hidden, model)
+    assert sums(found)[1:] == (0.0, 40.0)
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary() -> None:
     model = Predictor(torch.zeros(96, 4))
-    found = token_statistics(torch.randn(10, 4), model, torch.arange(10))
-    assert found.nll_sum == pytest.approx(10 * math.log(96), rel=1e-6)
-    assert found.kl_sum is None
+    found = token_scores(torch.randn(10, 4), model, torch.arange(10))
+    assert found.sum("nll") == pytest.approx(10 * math.log(96), rel=1e-6)
+    assert found.kl is None
 
 
 def test_divergence_is_from_the_reference_to_the_model() -> None:
     # Bernoulli(3/4) as the reference, Bernoulli(1/2) as the model: 3/4 ln(3/2) + 1/4 ln(1/2).
     reference = Predictor(torch.zeros(2, 1), torch.tensor([math.log(3), 0.0]))
     model = Predictor(torch.zeros(2, 1))
-    found = token_statistics(torch.zeros(1, 1), model, torch.zeros(1, dtype=torch.long), torch.zeros(1, 1), reference)
-    assert found.kl_sum == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    found = token_scores(torch.zeros(1, 1), model, torch.zeros(1, dtype=torch.long), torch.zeros(1, 1), reference)
+    assert found.sum("kl") == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
 
 
 def test_a_model_of_another_width_can_be_the_reference() -> None:
     hidden, model, labels = states(9, 30, torch.float32)
-    found = token_statistics(hidden, model, labels, torch.randn(9, 5), Predictor(torch.randn(30, 5)))
-    assert found.kl_sum is not None
-    assert found.kl_sum > 0
+    found = token_scores(hidden, model, labels, torch.randn(9, 5), Predictor(torch.randn(30, 5)))
+    assert found.kl is not None
+    assert found.kl.min() > 0
 
 
 def test_what_does_not_fit_is_refused() -> None:
     hidden, model, labels = states(3, 10, torch.float32)
     with pytest.raises(ValueError, match="give both or neither"):
-        token_statistics(hidden, model, labels, reference_hidden=hidden)
+        token_scores(hidden, model, labels, reference_hidden=hidden)
     with pytest.raises(ValueError, match="vocabulary of 10 and its reference one of 12"):
-        token_statistics(hidden, model, labels, hidden, Predictor(torch.zeros(12, 16)))
+        token_scores(hidden, model, labels, hidden, Predictor(torch.zeros(12, 16)))
     with pytest.raises(ValueError, match="needs a teacher, labels, or both"):
         token_loss(hidden, model, torch.ones(3))
     with pytest.raises(ValueError, match="vocabulary of 10 and the teacher one of 12"):
         token_loss(hidden, model, torch.ones(3), Teacher(hidden, Predictor(torch.zeros(12, 16))))
-    with pytest.raises(ValueError, match="with a reference"):
-        TokenStatistics(1.0, None, None, 1) + TokenStatistics(1.0, 0.0, 0, 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -193,8 +194,8 @@ def test_training_loss_and_evaluation_agree() -> None:
     hidden, model, labels = states(20, 64, torch.bfloat16)
     reference_hidden, reference, _ = states(20, 64, torch.bfloat16, seed=1)
     loss = token_loss(hidden, model, torch.ones(20), Teacher(reference_hidden, reference))
-    statistics = token_statistics(hidden, model, labels, reference_hidden, reference)
-    assert float(loss) == pytest.approx(statistics.kl_sum, rel=1e-5)
+    scores = token_scores(hidden, model, labels, reference_hidden, reference)
+    assert float(loss) == pytest.approx(scores.sum("kl"), rel=1e-5)
 
 
 def dense_bucketed_kl(log_probs: Tensor, target: Tensor, top_k: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmqat.data.blocks import Rows, rows_of
-from llmqat.metrics import Predictor, predictor_of, token_statistics
+from llmqat.metrics import Predictor, predictor_of, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device
 
 
@@ -23,9 +23,9 @@ class Probe:
         """Returns KL(full precision || model) a token on the probe, nats."""
         hidden, predictor = self._forward(model)
         labels = self.rows.ids[:, 1:].flatten().to(hidden.device)
-        found = token_statistics(hidden, predictor, labels, self.hidden, self.predictor)
-        assert found.kl_sum is not None
-        return found.kl_sum / found.tokens
+        found = token_scores(hidden, predictor, labels, self.hidden, self.predictor)
+        assert found.kl is not None
+        return float(found.kl.mean(dtype=torch.float64))
 
     @torch.no_grad()
     def _forward(self, model: PreTrainedModel) -> tuple[Tensor, Predictor]:
