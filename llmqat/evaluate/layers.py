@@ -17,7 +17,7 @@ from torch import nn
 
 from llmqat.calibrate import LayerReport
 from llmqat.layers import PackedModule, QuantModule
-from llmqat.models import resolve_spec, weight_files, write_whole
+from llmqat.models import adapter_base, resolve_spec, weight_files, write_whole
 
 BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 """The number of a block in the dotted name of a layer."""
@@ -56,13 +56,15 @@ def render_layers(reports: Sequence[LayerReport]) -> Table:
 def weight_errors(model: nn.Module, original: str) -> dict[str, float]:
     """Returns |W - Ŵ|² / |W|² of each matrix of `model` that the model `original` has under the same name and shape.
 
-    Nothing where the original's files are not on this machine. After smoothing or rotation the weights are others by
-    design, and the figure means nothing.
+    Nothing where the original's files are not on this machine, or are an adapter's, to be merged first. After smoothing
+    or rotation the weights are others by design, and the figure means nothing.
 
     Args:
         model: plain, fake-quantized or packed.
         original: what `models.load_model` takes.
     """
+    if adapter_base(original) is not None:
+        return {}
     source = resolve_spec(original)
     try:
         folder = source if isinstance(source, Path) else Path(snapshot_download(source, local_files_only=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,10 @@ def test_what_the_files_say_of_how_it_was_made(base: Path, tmp_path: Path) -> No
     assert len(errors) == 14
     assert all(0 < error < 0.02 for error in errors.values())
     assert set(weight_errors(load_to_judge(str(base)), str(base)).values()) == {0.0}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert weight_errors(load_to_judge(str(base)), str(adapter)) == {}
 
 
 def test_names_are_as_short_as_they_can_be() -> None:
