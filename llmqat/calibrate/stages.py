@@ -67,6 +67,7 @@ from llmqat.layers import (
     at_least_bits,
     prepare,
     quantizer_state,
+    short_attention,
 )
 from llmqat.models import cast_parameters, save_whole, write_whole
 
@@ -213,6 +214,7 @@ def calibrate(
         folder.mkdir(parents=True, exist_ok=True)
         stack.callback(model.train, model.training)
         model.eval()
+        stack.enter_context(short_attention())
         run = _Calibration(model, quant, ids, seed, folder, dtype, bar)
         reports = []
         for number, stage in enumerate(stages, 1):

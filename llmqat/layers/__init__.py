@@ -15,6 +15,7 @@ from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.attention import KVQuantizer, attention_layers, model_kind, quantize_kv
 from llmqat.layers.audit import AuditEntry, CoverageAudit, audit
 from llmqat.layers.cache import QuantizedCache, kv_scheme, new_cache
+from llmqat.layers.causal import short_attention
 from llmqat.layers.config import (
     PRESETS,
     ActivationConfig,
@@ -104,6 +105,7 @@ __all__ = [
     "quantizers_off",
     "reused_in_step",
     "share_products",
+    "short_attention",
     "untied_keys",
     "without_adapter",
     "without_adapters",

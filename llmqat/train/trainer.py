@@ -12,7 +12,8 @@ divided by the tokens of the whole optimizer step over all processes.
 
 The student's masters are float32. With `bf16` every other parameter reads as bfloat16 inside a step
 (`models.cast_parameters`), so the training forward computes with the very numbers that the exported checkpoint holds,
-and the residual stream, rotary tables and attention run in bfloat16.
+and the residual stream, rotary tables and attention run in bfloat16. On a CPU short sequences attend by plain matrix
+products, in half the time (layers/causal.py).
 
 Weights, log-scales, zero points and norms are parameter groups with learning rates of their own. Gradients of the
 quantizers are normalized in their backward, so a prepared model also trains in a stock Trainer or a plain loop.
@@ -42,6 +43,7 @@ from llmqat.layers import (
     PackedModule,
     QuantModule,
     reused_in_step,
+    short_attention,
     without_adapters,
 )
 from llmqat.layers.lora import adopt_adapters
@@ -215,6 +217,7 @@ class QATTrainer(Trainer):
         with (
             self._warming(model),
             self._checkpoint_numbers(model),
+            short_attention(),
             fusing() if self._fuse else nullcontext(),
             reused_in_step(model, self.accelerator.sync_gradients) if self._reuse else nullcontext(),
         ):

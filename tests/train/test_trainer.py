@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from llmqat import QATArguments, QATTrainer, QuantConfig, convert, prepare, save
 from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
-from llmqat.layers import QuantLinear, QuantModule
+from llmqat.layers import QuantLinear, QuantModule, short_attention
 from llmqat.metrics import top_probabilities
 from llmqat.models import cast_parameters
 from tests.tiny import VOCAB_SIZE, tiny_architecture, tiny_llama, tiny_qwen2, tiny_tokenizer
@@ -109,7 +109,7 @@ def test_the_training_forward_computes_with_the_numbers_of_the_checkpoint(tmp_pa
     ids = Blocks(2).ids
     trainer.training_step(student, {"input_ids": ids, "labels": ids}, torch.tensor(2 * 31))
     student.eval()
-    with torch.no_grad(), cast_parameters(student, torch.bfloat16):
+    with torch.no_grad(), cast_parameters(student, torch.bfloat16), short_attention():
         student(ids)
     assert seen[0].dtype == torch.bfloat16
     assert torch.equal(seen[0], seen[1])
