@@ -74,6 +74,9 @@ class BlockwiseStage(WeightStage):
     """This stage's name."""
     trains: Literal["weights", "rounding"] = "weights"
     """All of a block by AdamW (EfficientQAT), or rounding up or down and scales by sign-SGD (AutoRound)."""
+    target: Literal["clean", "quantized"] = "clean"
+    """What a block is to give: its full-precision output from inputs that no quantization has touched, so that it also
+    undoes what the blocks before it have done; or from the inputs that it really gets."""
     iterations: int = Field(20, ge=1)
     """Iterations of `batch_size` token blocks for each transformer block."""
     learning_rate: float | None = Field(None, ge=0)

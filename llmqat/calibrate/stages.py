@@ -344,7 +344,7 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
         file = files[block.index]
         if not isinstance(stage, GPTQStage):  # which asks for nothing but its own inputs
             with originals.in_place(block):
-                block.run_full(walk.full, walk.full, stage.batch_size)
+                block.run_full(walk.full if stage.target == "clean" else walk.quantized, walk.full, stage.batch_size)
         if file.is_file():
             found = _read_block(block.module, file)
             earlier += found["seconds"]

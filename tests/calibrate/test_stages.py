@@ -13,6 +13,8 @@ from torch import Tensor
 from llmqat import QuantConfig
 from llmqat.calibrate import Stage, calibrate, check_stages, needs_text
 from llmqat.calibrate import stages as stages_module
+from llmqat.calibrate.blocks import Block
+from llmqat.calibrate.blockwise import BlockTraining
 from llmqat.layers import QuantModule
 from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama
 
@@ -129,6 +131,22 @@ def test_dropout_and_frozen_parameters_are_left_as_they_were() -> None:
     calibrate(other, INT3, stages("ranges", BLOCKWISE), text())
     expected = state(other)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state(model).items())
+
+
+@pytest.mark.parametrize("target", ["clean", "quantized"])
+def test_a_block_is_to_give_what_it_gave_in_full_precision_from_either_chain(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same: list[bool] = []
+
+    def looked(block: Block, inputs: Tensor, targets: Tensor, *args: Any) -> BlockTraining:
+        expected = block.run_full(inputs, torch.empty_like(inputs), 2)  # ranges alone have not moved a weight
+        same.append(torch.equal(expected, targets))
+        return BlockTraining(1.0, 1.0, 0)
+
+    monkeypatch.setattr(stages_module, "train_block", looked)
+    calibrate(tiny_llama(), INT3, stages("ranges", {**BLOCKWISE, "target": target}), text())
+    assert same == [True, target == "quantized"]
 
 
 def test_no_stage_is_plain_rounding() -> None:
