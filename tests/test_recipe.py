@@ -239,7 +239,7 @@ def test_run_folder_of_the_same_recipe_goes_on_and_of_another_is_refused(tmp_pat
     path = written(tmp_path, train={"max_steps": 3})
     assert open_run_folder(load_recipe(path)) is False
     assert open_run_folder(load_recipe(path)) is True
-    with pytest.raises(FileExistsError, match=r"train\.max_steps=4 \(there: 3\)"):
+    with pytest.raises(FileExistsError, match=r"train\.max_steps: 3 -> 4"):
         open_run_folder(load_recipe(path, ["train.max_steps=4"]))
     assert open_run_folder(load_recipe(path, ["train.max_steps=4"]), overwrite=True) is False
 

@@ -38,6 +38,9 @@ BLOCKS_FILES = {
 CALIBRATION_FOLDER = "calibration"
 CHECKPOINT_FOLDER = "model"
 RESULTS_FILE = "results.json"
+MAY_DIFFER = ("output", "train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+"""Keys that may change when an interrupted run goes on. With another number of processes a step must be cut up
+differently; that it has as many samples as before, the trainer checks."""
 
 
 def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
@@ -57,21 +60,25 @@ def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
     file = folder / RECIPE_FILE
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output={folder} is a file; choose another output")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path for path in folder.iterdir() if not path.name.startswith(f".{RECIPE_FILE}.")):
         if not file.is_file():
             raise FileExistsError(f"output={folder} exists and is no run of llmqat; choose another output=FOLDER")
         if not overwrite:
             _check_same_run(recipe, folder)
+            _write_recipe(recipe, file)
             return True
         for name in (CALIBRATION_FOLDER, TRAINER_FOLDER, CHECKPOINT_FOLDER):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in (RESULTS_FILE, PLAN_FILE, LAYERS_FILE, LAYERS_PICTURE, *BLOCKS_FILES.values(), RECIPE_FILE):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(
-        file, yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
-    )
+    _write_recipe(recipe, file)
     return False
+
+
+def _write_recipe(recipe: Recipe, file: Path) -> None:
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    write_whole(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _check_same_run(recipe: Recipe, folder: Path) -> None:
@@ -83,14 +90,14 @@ def _check_same_run(recipe: Recipe, folder: Path) -> None:
     earlier = _flat(load_recipe(folder).model_dump(mode="json"))
     now = _flat(recipe.model_dump(mode="json"))
     differing = [
-        f"{key}={now.get(key)!r} (there: {earlier.get(key)!r})"
+        f"{key}: {earlier.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(earlier.keys() | now.keys())
-        if earlier.get(key) != now.get(key) and key != "output"
+        if earlier.get(key) != now.get(key) and key not in MAY_DIFFER
     ]
     if differing:
         raise FileExistsError(
-            f"output={folder} holds an interrupted run of another recipe: {'; '.join(differing)}; give the same values "
-            "to go on with it, choose another output=FOLDER, or start anew with --overwrite"
+            f"output={folder} holds an interrupted run of another recipe (there -> now): {'; '.join(differing)}; give "
+            "the same values to go on with it, choose another output=FOLDER, or start anew with --overwrite"
         )
 
 
@@ -113,14 +120,3 @@ def kept_text(folder: Path, make: Callable[[], TextSplits]) -> TextSplits:
     for split, blocks in reversed(text.given().items()):  # the training text last: where it is, all are
         save_blocks(blocks, files[split])
     return text
-
-
-def whole_checkpoint(folder: Path) -> Path | None:
-    """Returns the trainer's newest checkpoint that has its last file; None when an interruption cut all short."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(whole, key=checkpoint_step, default=None)
-
-
-def checkpoint_step(path: Path) -> int:
-    """Returns the optimizer step at which the trainer wrote the checkpoint folder `path`."""
-    return int(path.name.rpartition("-")[2])

@@ -61,14 +61,13 @@ from llmqat.recipe.folder import (
     CALIBRATION_FOLDER,
     CHECKPOINT_FOLDER,
     RESULTS_FILE,
-    checkpoint_step,
     kept_text,
     open_run_folder,
-    whole_checkpoint,
 )
 from llmqat.recipe.plan import coverage_of
 from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
 from llmqat.train import MonitorSettings, QATArguments, QATTrainer, QuantizationMonitor, is_own_teacher
+from llmqat.train.checkpoints import checkpoint_step, last_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -303,7 +302,7 @@ def _train(
     )
     if monitor is not None and any(isinstance(module, QuantModule) for module in model.modules()):  # not packed ones
         QuantizationMonitor(monitor).attach(trainer)
-    last = whole_checkpoint(Path(arguments.output_dir))
+    last = last_checkpoint(Path(arguments.output_dir))
     if last is not None:
         log.info("going on from %s", last)
     output = trainer.train(resume_from_checkpoint=None if last is None else str(last))

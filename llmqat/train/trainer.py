@@ -22,6 +22,7 @@ quantizers are normalized in their backward, so a prepared model also trains in 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -30,8 +31,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import is_torch_cuda_available
 
 from llmqat.data.teacher_cache import TeacherCache
@@ -50,6 +54,14 @@ from llmqat.layers.lora import adopt_adapters
 from llmqat.metrics import IGNORED_LABEL, Teacher, TopProbabilities, predictor_of, token_loss
 from llmqat.models import capture_hidden, cast_parameters, vocabulary_size
 from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
+from llmqat.train.checkpoints import (
+    UNFINISHED_FOLDER,
+    check_resumable,
+    is_writing_error,
+    last_checkpoint,
+    publish,
+    writing_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -204,11 +216,30 @@ class QATTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._fuse = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantModule)) >= FUSING_PAYS
         self._reuse = self._reuses()
+        self._is_saving = False
         self.teacher = teacher
         if isinstance(teacher, nn.Module):
             teacher.requires_grad_(False).eval()
             if not getattr(teacher, "is_quantized", False):  # bitsandbytes has put its weights where they stay
                 teacher.to(self.args.device)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
+        """Trains as Trainer does, from the newest whole checkpoint for True, or from the one given.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite; nothing of it is saved.
+            OSError: a checkpoint could not be written; the one before it is still there.
+            ValueError: the checkpoint is not whole, or was trained with another number of samples a step.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(Path(self._get_output_dir(trial))) or "")
+            if not resume_from_checkpoint:
+                raise ValueError(f"there is no whole checkpoint in {self.args.output_dir}; train from the start")
+        if resume_from_checkpoint:
+            check_resumable(Path(resume_from_checkpoint), self._samples_per_step())
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -302,6 +333,64 @@ class QATTrainer(Trainer):
         """Returns the loss of an evaluation batch; logits are never made."""
         with torch.no_grad(), self._checkpoint_numbers(model):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _samples_per_step(self) -> int:
+        """Returns the samples of an optimizer step, all processes together."""
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Returns where checkpoints are: while one is written, where it lies until it is whole."""
+        folder: str = super()._get_output_dir(trial)
+        return str(Path(folder) / UNFINISHED_FOLDER) if self._is_saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint aside, puts it in place when it is whole, and only then deletes older ones.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        folder = Path(self._get_output_dir(trial))
+        final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside = folder / UNFINISHED_FOLDER / final.name
+        if self.args.should_save:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self._is_saving = True
+            super()._save_checkpoint(model, trial)
+            self._is_saving = False
+            if self.state.best_model_checkpoint == str(aside):
+                self.state.best_model_checkpoint = str(final)
+                if self.args.should_save:
+                    self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            self._publish(aside, final)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_writing_error(error):
+                raise
+            shutil.rmtree(aside.parent, ignore_errors=True)
+            raise writing_error(error, folder, self.state.global_step) from error
+        finally:
+            self._is_saving = False
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), limit, best_model_checkpoint=best, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _publish(self, aside: Path, final: Path) -> None:
+        """Puts a checkpoint in place: the main process, and then one on each machine that has a disk of its own."""
+        facts = {"samples": self._samples_per_step(), "processes": self.args.world_size}
+        if self.args.process_index == 0:
+            publish(aside, final, **facts)
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0 and aside.is_dir():
+            publish(aside, final, **facts)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads a checkpoint that is in place."""
+        if not self._is_saving:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Writes the model as Trainer does; an adapter's folder takes the quantizers along."""

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_that_is_killed_goes_on_and_writes_the_same(undisturbed: Path, tmp_path: Path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmqat.data.shards", "tests.data.test_shards"])
+def test_a_run_that_is_killed_goes_on_and_writes_the_same(
+    undisturbed: Path, tmp_path: Path, forkserver: ForkServerContext
+):
     folder, draw = tmp_path / "text", random.Random(0)
     killed = 0
     while True:
         before = contents(folder)
-        process = context.Process(target=fill, args=(folder,))
+        process = forkserver.Process(target=fill, args=(folder,))
         process.start()
         deadline = time.monotonic() + 60
         if killed < KILLS:

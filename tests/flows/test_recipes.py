@@ -235,7 +235,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
     with pytest.raises(Interrupted):
         run_small(RECIPE, tiny_folder, tmp_path / "run", "train.max_steps=4")
     assert not (tmp_path / "run" / "results.json").exists()
-    with pytest.raises(FileExistsError, match=r"train\.max_steps=5 \(there: 4\)"):
+    with pytest.raises(FileExistsError, match=r"train\.max_steps: 4 -> 5"):
         run_small(RECIPE, tiny_folder, tmp_path / "run", "train.max_steps=5")
     resumed = run_small(RECIPE, tiny_folder, tmp_path / "run", "train.max_steps=4")
     assert resumed.training["resumed_from"] == "checkpoint-2"

@@ -1,0 +1,127 @@
+"""Checkpoints of a training: written aside, forced to disk, and renamed, so that one is there whole or not at all.
+
+    OUTPUT/checkpoint-40/               as transformers.Trainer writes it, and MANIFEST_FILE
+    OUTPUT/unfinished/checkpoint-60/    being written; what a killed process leaves there is deleted at the next start
+
+The manifest lists every file with its size, so a folder that was cut short later (a full disk, a copy that broke off, a
+deletion that was interrupted) is told from a whole one. Older checkpoints are deleted only when the new one is in
+place. The manifest also holds how many samples a step had: the order of the data depends on the seed alone, so a run
+goes on with another number of processes as long as a step has as many samples as before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+log = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.json"
+UNFINISHED_FOLDER = "unfinished"
+
+
+def checkpoint_step(path: Path) -> int:
+    """Returns the optimizer step at which the checkpoint folder `path` was written."""
+    return int(path.name.rpartition("-")[2])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest whole checkpoint in the trainer's `folder`; None where there is none."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
+    for path in sorted(found, key=checkpoint_step, reverse=True):
+        if lacking := what_it_lacks(path):
+            log.warning("%s is not whole (%s) and is left out", path, lacking)
+        else:
+            return path
+    return None
+
+
+def what_it_lacks(path: Path) -> str | None:
+    """Returns why the checkpoint folder `path` is not whole; None where it is."""
+    try:
+        files: dict[str, int] = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"no readable {MANIFEST_FILE}: {type(error).__name__}"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes of {size:,}"
+    return None
+
+
+def check_resumable(path: Path, samples: int) -> None:
+    """Raises ValueError where training cannot go on from `path` as if it had not been interrupted.
+
+    Args:
+        path: a checkpoint folder.
+        samples: in an optimizer step now, all processes together.
+    """
+    if lacking := what_it_lacks(path):
+        raise ValueError(
+            f"resume_from_checkpoint={path} is not whole: {lacking}; give another checkpoint, or True for the newest "
+            "whole one"
+        )
+    before = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    if before["samples_per_step"] != samples:
+        raise ValueError(
+            f"{path} was trained with {before['samples_per_step']} samples a step ({before['processes']} processes), "
+            f"now a step has {samples}; give the same number: it is per_device_train_batch_size x "
+            "gradient_accumulation_steps x processes"
+        )
+
+
+def publish(unfinished: Path, folder: Path, *, samples: int, processes: int) -> None:
+    """Gives `unfinished` a manifest, forces it to disk and renames it to `folder`, replacing what is there.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    files = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
+    manifest = {"samples_per_step": samples, "processes": processes, "files": files}
+    (unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for path in (*_files(unfinished), *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
+        _force_to_disk(path)
+    if folder.exists():
+        replaced = unfinished.with_name(f"replaced-{folder.name}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    _force_to_disk(folder.parent)
+    shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+
+def is_writing_error(error: BaseException) -> bool:
+    """Returns whether `error` is that of a file that could not be written, as torch and safetensors also raise it."""
+    return isinstance(error, (OSError, SafetensorError)) or "inline_container.cc" in str(error)
+
+
+def writing_error(error: BaseException, folder: Path, step: int) -> OSError:
+    """Returns the error to raise where the checkpoint of `step` could not be written into the trainer's `folder`."""
+    last = last_checkpoint(folder)
+    kept = f"{last} is whole, and training goes on from it" if last is not None else "there is no earlier one"
+    free = shutil.disk_usage(folder).free
+    return OSError(
+        f"the checkpoint of step {step} could not be written to {folder} ({free:,} bytes free): {error}; {kept}. Free "
+        "some space, or write to another disk, and give the same command again"
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _force_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,211 @@
+"""Checkpoints are whole or not there: killed runs end bit-identical, a full disk costs nothing, damage is noticed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_model
+from transformers import TrainerCallback
+
+from llmqat import QATTrainer, QuantConfig, prepare
+from llmqat.train.checkpoints import MANIFEST_FILE, UNFINISHED_FOLDER, last_checkpoint, what_it_lacks
+from tests.tiny import tiny_llama
+from tests.train.test_trainer import Blocks, _arguments, _pair
+
+KILLS = int(os.environ.get("LLMQAT_TEST_KILLS", "3"))
+KILLS_WHILE_SAVING = max(1, KILLS // 4)
+FINAL = "final.safetensors"
+
+
+def train_until(output: Path, moment: tuple[str, int, float] | None) -> None:
+    """Trains, and leaves the weights, unless a SIGKILL ends it some seconds after a step or a saving has begun.
+
+    The training has all that must be gone on with: epochs in an order of their own, accumulation, dropout, zero points,
+    both warm-ups.
+    """
+    if moment is not None:
+        _let_kill(*moment)
+    teacher = tiny_llama(attention_dropout=0.1)
+    student = copy.deepcopy(teacher)
+    prepare(student, QuantConfig.preset("int3", group_size=32, symmetric=False))
+    arguments = _arguments(
+        output,
+        max_steps=2 * KILLS + 2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
+        warmup_steps=2,
+        quantization_warmup_steps=5,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+    )
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks(10))
+    trainer.train(resume_from_checkpoint=last_checkpoint(output) is not None)
+    save_model(student, str(output / FINAL))
+
+
+def _let_kill(where: str, number: int, delay: float) -> None:
+    name = {"step": "training_step", "save": "_save_checkpoint"}[where]
+    original, calls = getattr(QATTrainer, name), []
+
+    def watched(trainer: QATTrainer, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            subprocess.Popen(["sh", "-c", f"sleep {delay:.4f}; kill -9 {os.getpid()}"])
+        return original(trainer, *args, **kwargs)
+
+    setattr(QATTrainer, name, watched)
+
+
+def moments() -> Iterator[tuple[str, int, float]]:
+    """Yields moments to be killed at; every fourth is in a saving, which takes some tens of milliseconds here."""
+    draw = random.Random(0)
+    for number in range(10 * KILLS):
+        yield ("save" if number % 4 == 1 else "step", draw.randint(1, 3), draw.uniform(0.0, 0.03))
+
+
+def test_a_run_that_is_killed_ends_with_the_same_weights(tmp_path: Path, forkserver: ForkServerContext) -> None:
+    killed = {"step": 0, "save": 0}
+    for moment in moments():
+        wanted = sum(killed.values()) < KILLS or killed["save"] < KILLS_WHILE_SAVING
+        child = forkserver.Process(target=train_until, args=(tmp_path / "run", moment if wanted else None))
+        child.start()
+        child.join(120)
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        killed["save" if (tmp_path / "run" / UNFINISHED_FOLDER).is_dir() else "step"] += 1
+    assert killed["save"] >= KILLS_WHILE_SAVING
+    assert sum(killed.values()) >= KILLS
+    assert [path.name for path in (tmp_path / "run").glob("*-*")] == [f"checkpoint-{2 * KILLS + 2}"]
+    train_until(tmp_path / "whole", None)
+    assert (tmp_path / "run" / FINAL).read_bytes() == (tmp_path / "whole" / FINAL).read_bytes()
+
+
+def _saving_trainer(folder: Path, eval_dataset: Any = None, **changes: Any) -> QATTrainer:
+    student, teacher = _pair()
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, **changes}
+    arguments = _arguments(folder, **options)
+    return QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks(), eval_dataset=eval_dataset)
+
+
+class _AtStep(TrainerCallback):
+    """Does something when a step begins."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == self.step:
+            self.action()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MB, which takes one checkpoint of the tiny model and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a disk that can be full needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 400_000, 1_000_000])
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(small_disk: Path, left: int) -> None:
+    output = small_disk / "run"
+
+    def fill() -> None:
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        (small_disk / "else").write_bytes(b"x" * (free - left))
+
+    trainer = _saving_trainer(output)
+    trainer.add_callback(_AtStep(2, fill))
+    with pytest.raises(OSError, match=r"checkpoint of step 4 could not be written.* bytes free.*checkpoint-2 is whole"):
+        trainer.train()
+    assert [path.name for path in output.iterdir()] == ["checkpoint-2"]
+    (small_disk / "else").unlink()
+    resumed = _saving_trainer(output)
+    resumed.train(resume_from_checkpoint=True)
+    assert [path.name for path in output.iterdir()] == ["checkpoint-4"]
+    undisturbed = _saving_trainer(small_disk.parent / "whole")
+    undisturbed.train()
+    for (name, one), other in zip(
+        resumed.model.state_dict().items(), undisturbed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_what_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    _saving_trainer(tmp_path, save_total_limit=None).train()
+    newest = tmp_path / "checkpoint-4"
+    files = [path for path in newest.iterdir() if path.name != MANIFEST_FILE]
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {
+        path.name for path in files
+    }
+    assert last_checkpoint(tmp_path) == newest
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert what_it_lacks(newest) == f"{path.name} has {len(content) // 2:,} bytes of {len(content):,}"
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+        path.unlink()
+        assert what_it_lacks(newest) == f"{path.name} is missing"
+        path.write_bytes(content)
+    (newest / MANIFEST_FILE).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 is not whole: no readable manifest\.json"):
+        _saving_trainer(tmp_path).train(resume_from_checkpoint=str(newest))
+    trainer = _saving_trainer(tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert last_checkpoint(tmp_path) == newest  # written anew
+    with pytest.raises(ValueError, match="no whole checkpoint in"):
+        _saving_trainer(tmp_path / "absent").train(resume_from_checkpoint=True)
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
+    trainer = _saving_trainer(
+        tmp_path,
+        eval_dataset=Blocks(8),
+        max_steps=6,
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # an early one, as the loss falls
+        save_total_limit=2,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {Path(best).name, "checkpoint-6"}
+    recorded = json.loads((Path(best) / "trainer_state.json").read_text())
+    assert recorded["best_model_checkpoint"] == best
+
+
+def test_a_step_keeps_its_number_of_samples(tmp_path: Path) -> None:
+    """Cut up in another way it is the same training: what a run with fewer processes needs."""
+    losses = []
+    for folder, batch, accumulation in ((tmp_path / "a", 4, 1), (tmp_path / "b", 1, 4)):
+        _saving_trainer(folder, max_steps=2, lr_scheduler_type="constant").train()
+        changed = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer = _saving_trainer(folder, lr_scheduler_type="constant", **changed)
+        trainer.train(resume_from_checkpoint=True)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    with pytest.raises(ValueError, match=r"4 samples a step \(1 processes\), now a step has 2"):
+        _saving_trainer(tmp_path / "a", per_device_train_batch_size=2).train(resume_from_checkpoint=True)
