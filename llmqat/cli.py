@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llmqat.recipe import EvaluationSettings, RunResult
     from llmqat.recipe.allocation import BitPlan
 
-USER_MISTAKES = (ValueError, OSError, ImportError)
+USER_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
 """What a room raises when the input, the files or the installed packages are not what they must be."""
 
 EXIT_USER = 2

@@ -357,7 +357,18 @@ def _load_weights(source: str | Path, spec: str, dtype: torch.dtype, **options: 
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {spec!r} could not be loaded as a causal language model: {error}") from error
     _check_loading_info(info, spec)
+    _check_finite(model, spec)
     return model
+
+
+def _check_finite(model: PreTrainedModel, spec: str) -> None:
+    # A finite sum has finite terms, and is much quicker than to look at each.
+    sums = ((name, p) for name, p in model.named_parameters() if p.is_floating_point() and not p.sum().isfinite())
+    if found := [name for name, parameter in sums if not parameter.isfinite().all()]:
+        raise ValueError(
+            f"model {spec!r}: {len(found)} of its tensors hold NaN or infinity ({shortened(found)}); the checkpoint is "
+            "damaged, or was saved by a training that diverged: copy it again, or give another"
+        )
 
 
 def _has_only_pickles(folder: Path) -> bool:

@@ -103,6 +103,9 @@ def train_block(
         stage: how long and how fast.
         seed: of the order of token blocks, together with the block's number.
         on_step: told of each iteration.
+
+    Raises:
+        FloatingPointError: the block gives, or learns, what is not finite.
     """
     parameters = [parameter for parameter in block.module.parameters() if parameter.is_floating_point()]
     trained_before = [parameter.requires_grad for parameter in parameters]
@@ -114,6 +117,11 @@ def train_block(
     size = min(stage.batch_size, inputs.shape[0])
     order = iter(_endless(inputs.shape[0], size, generator))
     before = best_error = _check(block, inputs, targets, size)
+    if not math.isfinite(before):
+        raise FloatingPointError(
+            f"{block.name} gives NaN or infinity before it is trained (relative error {before}), in "
+            f"{_not_finite(block, inputs, targets)}; the source model, or what an earlier stage made of it, is damaged"
+        )
     best, done, stalled = _state(parameters), 0, 0
     interval = max(1, stage.iterations // CHECKS)
     for done in range(1, stage.iterations + 1):
@@ -121,6 +129,11 @@ def train_block(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
         loss = _iteration(block, inputs, targets, next(order), optimizer, parameters)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"block-wise training of {block.name} has no finite error in iteration {done} of {stage.iterations}, "
+                f"in {_not_finite(block, inputs, targets)}; lower learning_rate and scale_learning_rate of the stage"
+            )
         on_step(done, loss)
         if done % interval and done != stage.iterations:
             continue
@@ -135,6 +148,16 @@ def train_block(
         parameter.grad = None
         parameter.requires_grad_(trained)
     return BlockTraining(before, best_error, done)
+
+
+def _not_finite(block: Block, inputs: Tensor, targets: Tensor) -> str:
+    """Returns what of a block holds NaN or infinity: a parameter, else the hidden states around it."""
+    states = {"its input": inputs, "its target": targets}
+    found = [
+        f"{block.name}.{name}" for name, value in block.module.named_parameters() if not bool(value.isfinite().all())
+    ]
+    found += [name for name, value in states.items() if not bool(value.isfinite().all())]
+    return found[0] if found else "what it computes"
 
 
 def _iteration(

@@ -7,7 +7,12 @@ the loss hardly moves. Every `every` steps this looks at some rows of some layer
     quantization/oscillating   share of codes that it changed back to what they were one step before
     quantization/scale_drift   mean |log(scale / starting scale)| of the layers looked at
     quantization/clipped       share of weights beyond the reach of the grid; with trackers also by layer
+    quantization/dead_scales   share of groups whose scale does nothing: at its floor, unmoved while others have moved,
+                               or with all codes zero (of the rows looked at)
     grad_norm/GROUP            norm of the gradients of weights, log-scales, zero points and norms, after clipping
+
+The first dead scales of a layer, and a logged loss of more than `spike` times the median of those before it, are also
+warned of.
 
 It changes nothing of the training. Every `every` steps it reads at most `layers` x `weights` weights three times, and
 each gradient once; with adapters the whole matrix of a layer is made for it.
@@ -17,7 +22,10 @@ Source: Nagel et al. 2203.08086, oscillations in quantization-aware training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,11 +35,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from llmqat.config import Config
 from llmqat.grid import quantize
+from llmqat.grid.integer import SCALE_FLOOR
 from llmqat.layers import QuantModule
 from llmqat.train.trainer import group_of
 
+log = logging.getLogger(__name__)
+
 LOOKS = 3
 """Steps in a row whose codes are compared."""
+LOSSES = 20
+"""Logged losses that a new one is compared with."""
+FEWEST_LOSSES = 5
+"""Logged losses below which none is called a spike."""
 
 
 class MonitorSettings(Config):
@@ -43,6 +58,8 @@ class MonitorSettings(Config):
     """Layers looked at, spread evenly over the model."""
     weights: int = Field(65_536, ge=1)
     """Weights looked at in a layer, in whole rows from its first; at least one row."""
+    spike: float = Field(3.0, gt=1)
+    """A logged loss of more than so many times the median of the last 20 is warned of."""
 
 
 class QuantizationMonitor(TrainerCallback):
@@ -55,6 +72,8 @@ class QuantizationMonitor(TrainerCallback):
         self._starts: list[Tensor | None] = []
         self._codes: dict[int, list[Tensor]] = {}  # by step
         self._gradients: dict[str, float] = {}
+        self._losses: deque[float] = deque(maxlen=LOSSES)
+        self._warned: set[tuple[str, str]] = set()
 
     def attach(self, trainer: Trainer) -> QuantizationMonitor:
         """Makes `trainer` call this and takes its `log`, which reaches every tracker; returns itself.
@@ -97,6 +116,50 @@ class QuantizationMonitor(TrainerCallback):
             self._trainer.log({**self._figures(step, by_layer=tracked), **self._gradients})
             self._gradients = {}
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Warns of a loss that is far above those before it."""
+        loss = (logs or {}).get("loss")
+        if loss is None or not state.is_world_process_zero:
+            return
+        loss = float(loss)
+        if len(self._losses) >= FEWEST_LOSSES and loss > self.settings.spike * median(self._losses):
+            log.warning(
+                "step %d: the loss is %.4g, %.1f times the median of the last %d logged; lower the learning rates or "
+                "max_grad_norm if it does not come back",
+                *(state.global_step, loss, loss / median(self._losses), len(self._losses)),
+            )
+        self._losses.append(loss)
+
+    def _dead_share(self, step: int) -> float:
+        """Returns the share of dead groups in the layers looked at, and warns of each cause once a layer."""
+        moved = [
+            None if now is None or start is None else now != start
+            for now, start in zip(map(_log_scale, self._layers.values()), self._starts, strict=True)
+        ]
+        any_moved = any(
+            bool(mask.any()) for mask in moved if mask is not None
+        )  # else rates are still 0, or it is fixed
+        dead, groups = 0, 0
+        for (name, layer), mask in zip(self._layers.items(), moved, strict=True):
+            causes = dead_groups(layer, self.settings.weights)
+            if any_moved and mask is not None:
+                causes["unmoved since training began"] = ~mask[: len(causes[FLOOR])]
+            for cause, found in causes.items():
+                if bool(found.any()) and (name, cause) not in self._warned:
+                    self._warned.add((name, cause))
+                    count = int(found.sum())
+                    log.warning("step %d: %s: %d of %d scales: %s", step, name, count, found.numel(), cause)
+            together = torch.stack(list(causes.values())).any(dim=0)
+            dead, groups = dead + int(together.sum()), groups + together.numel()
+        return dead / groups
+
     def _is_due(self, step: int) -> bool:
         return step % self.settings.every == 0
 
@@ -112,6 +175,7 @@ class QuantizationMonitor(TrainerCallback):
         drifts = [_drift(layer, start) for layer, start in zip(self._layers.values(), self._starts, strict=True)]
         if known := [drift for drift in drifts if drift is not None]:
             figures["quantization/scale_drift"] = sum(known) / len(known)
+        figures["quantization/dead_scales"] = self._dead_share(step)
         clipped = {name: clipped_share(layer, self.settings.weights) for name, layer in self._layers.items()}
         figures["quantization/clipped"] = sum(clipped.values()) / len(clipped)
         if by_layer:
@@ -136,6 +200,19 @@ def clipped_share(layer: QuantModule, weights: int) -> float:
         codes = codes + zero_point.round().unsqueeze(-1)
     low, high = layer.grid.qmin + layer.grid.offset - 0.5, layer.grid.qmax + layer.grid.offset + 0.5
     return float(((codes < low) | (codes > high)).float().mean())
+
+
+FLOOR, ALL_ZERO = "at the floor", "all codes zero"
+
+
+@torch.no_grad()
+def dead_groups(layer: QuantModule, weights: int) -> dict[str, Tensor]:
+    """Returns by cause which groups of a layer's first rows [n, G] have a scale that does nothing."""
+    rows, scale, zero_point = _first_rows(layer, weights)
+    codes = quantize(rows, scale, zero_point, layer.grid).reshape(*scale.shape, -1)
+    values = codes if zero_point is None else codes - zero_point.round().unsqueeze(-1)
+    # The floor itself is stored as the bfloat16 above it.
+    return {FLOOR: scale.abs() <= 1.01 * SCALE_FLOOR, ALL_ZERO: (values == 0).all(-1)}
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:

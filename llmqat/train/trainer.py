@@ -62,6 +62,7 @@ from llmqat.train.checkpoints import (
     publish,
     writing_error,
 )
+from llmqat.train.stability import check_lengths, is_finite, not_finite_error, not_finite_parameter, where_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,9 @@ class QATArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "DDP broadcasts buffers at each forward."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite from the log; training stops at them anyhow."}
+    )
     bf16: bool = field(
         default_factory=processor_has_bf16, metadata={"help": "Compute in bfloat16 over float32 masters."}
     )
@@ -156,6 +160,8 @@ class QATArguments(TrainingArguments):
                 f"kl_weight={self.kl_weight} and cross_entropy_weight={self.cross_entropy_weight}: neither may be "
                 "negative, and one of them must count"
             )
+        if self.max_grad_norm is not None and self.max_grad_norm < 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} is negative; 0 means that gradients are not clipped")
         if self.quantization_warmup_steps < 0:
             raise ValueError(f"quantization_warmup_steps={self.quantization_warmup_steps} is negative; give 0 for none")
         if not torch.accelerator.is_available():
@@ -217,6 +223,7 @@ class QATTrainer(Trainer):
         self._fuse = sum(m.weight.numel() for m in model.modules() if isinstance(m, QuantModule)) >= FUSING_PAYS
         self._reuse = self._reuses()
         self._is_saving = False
+        self._micro_batches: list[tuple[dict[str, Any], Tensor | int | None, Tensor]] = []
         self.teacher = teacher
         if isinstance(teacher, nn.Module):
             teacher.requires_grad_(False).eval()
@@ -253,7 +260,39 @@ class QATTrainer(Trainer):
             reused_in_step(model, self.accelerator.sync_gradients) if self._reuse else nullcontext(),
         ):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-            return loss
+        self._micro_batches.append((inputs, num_items_in_batch, loss))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Returns the norm of the gradients of the step that is about to be made.
+
+        Raises:
+            FloatingPointError: it, or the loss, is not finite.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        done, self._micro_batches = self._micro_batches, []
+        loss = torch.stack([loss for _, _, loss in done]).sum()
+        seen = loss if norm is None else loss + norm  # one number, so the device is waited for once
+        if is_finite(torch.as_tensor(seen)):
+            return norm
+
+        def repeat() -> None:
+            for inputs, items, _ in done:
+                self.training_step(model, inputs, items)
+
+        where = where_not_finite(self.accelerator.unwrap_model(self.model), repeat)
+        what = f"the loss is {float(loss):.4g}, the norm of the gradients {norm if norm is None else float(norm):.4g}"
+        raise not_finite_error(self.state.global_step + 1, what, where, Path(self.args.output_dir))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Returns the schedule of the learning rates.
+
+        Raises:
+            ValueError: a warm-up does not end within the training.
+        """
+        quantization_warmup = getattr(self.args, "quantization_warmup_steps", 0)
+        check_lengths(num_training_steps, self.args.get_warmup_steps(num_training_steps), quantization_warmup)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self,
@@ -347,9 +386,13 @@ class QATTrainer(Trainer):
         """Writes a checkpoint aside, puts it in place when it is whole, and only then deletes older ones.
 
         Raises:
+            FloatingPointError: a parameter is not finite.
             OSError: it could not be written.
         """
         folder = Path(self._get_output_dir(trial))
+        if name := not_finite_parameter(self.accelerator.unwrap_model(model)):
+            what = "the step itself has made a parameter that is not finite"
+            raise not_finite_error(self.state.global_step, what, f"the parameter {name}", folder)
         final = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         aside = folder / UNFINISHED_FOLDER / final.name
         if self.args.should_save:
@@ -447,6 +490,14 @@ class QATTrainer(Trainer):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups[group_of(name, parameter)]["params"].append(parameter)
+        given = {
+            "log_scales": ("scale_learning_rate", scale_rate, QATArguments.scale_learning_rate),
+            "zero_points": ("zero_point_learning_rate", zero_rate, QATArguments.zero_point_learning_rate),
+            "norms": ("norm_learning_rate", norm_rate, None),
+        }
+        for group, (key, rate, default) in given.items():
+            if rate != default and not groups[group]["params"]:
+                raise ValueError(f"{key}={rate}: there are no {group.replace('_', ' ')} that train; leave it out")
         return [group for group in groups.values() if group["params"]]
 
 

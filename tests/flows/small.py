@@ -8,6 +8,7 @@ SMALL = (
     "data={source: pydoc, tokens: 256, block_size: 32}",
     "calibrate=[{stage: ranges, blocks: 2}]",
     "train.max_steps=2",
+    "train.warmup_steps=0",
     "train.logging_steps=1",
     "train.save_steps=1",
     "evaluate.texts=[pydoc]",
