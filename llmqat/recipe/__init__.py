@@ -3,6 +3,7 @@
 config.py      the recipe: types, YAML, overrides       pipeline.py    from the model to the compared checkpoint
 folder.py      what a run leaves on disk                evaluation.py  texts cut into windows, models compared on them
 plan.py        what a recipe would do                   quantize.py    calibration only, no training
+memory.py      bytes of a training, by arithmetic       probe.py       a few steps, timed
 allocation.py  bits chosen layer by layer               bars.py        progress bars
 text.py        text that a model writes                 chat.py        a conversation with a model
 teacher.py     what a teacher predicts, kept on disk
@@ -13,7 +14,8 @@ from llmqat.recipe.config import EvaluationSettings, Recipe, load_recipe, scheme
 from llmqat.recipe.evaluation import compare_models
 from llmqat.recipe.folder import open_run_folder
 from llmqat.recipe.pipeline import RunResult, run
-from llmqat.recipe.plan import Plan, coverage_of, plan_run
+from llmqat.recipe.plan import Plan, available_bytes, coverage_of, devices_of, plan_run
+from llmqat.recipe.probe import Probe, probe
 from llmqat.recipe.quantize import quantize_model, sensitivity_of
 from llmqat.recipe.teacher import cache_teacher_of
 from llmqat.recipe.text import synthesize_to
@@ -22,14 +24,18 @@ __all__ = [
     "Conversation",
     "EvaluationSettings",
     "Plan",
+    "Probe",
     "Recipe",
     "RunResult",
+    "available_bytes",
     "cache_teacher_of",
     "compare_models",
     "coverage_of",
+    "devices_of",
     "load_recipe",
     "open_run_folder",
     "plan_run",
+    "probe",
     "quantize_model",
     "run",
     "scheme_of",

@@ -20,7 +20,7 @@ import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from llmqat.calibrate import AllocationConfig, Stage, check_stages
+from llmqat.calibrate import AllocationConfig, RotateStage, SmoothStage, Stage, check_stages
 from llmqat.config import Config, unknown_key_message
 from llmqat.data.config import DataConfig
 from llmqat.evaluate.protocols import PROTOCOLS, PYDOC
@@ -344,6 +344,16 @@ def _entry(entries: list[Any], part: str, key: str) -> Any:
     if len(chosen) != 1 or chosen[0] >= len(entries):
         raise ValueError(f"{key} means {len(chosen)} of the stages {names}; give the name of one, or a number")
     return entries[chosen[0]]
+
+
+def folds_weights(recipe: Recipe) -> bool:
+    """Returns whether calibration folds weights into each other, for which they are float32."""
+    return any(isinstance(stage, (RotateStage, SmoothStage)) for stage in recipe.calibrate)
+
+
+def master_dtype(recipe: Recipe) -> torch.dtype:
+    """Returns float32 for weights that are trained, or folded into each other; frozen ones keep their bfloat16."""
+    return torch.bfloat16 if recipe.lora is not None and not folds_weights(recipe) else torch.float32
 
 
 def forward_dtype(bf16: bool) -> torch.dtype:

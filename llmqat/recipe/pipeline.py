@@ -31,8 +31,6 @@ from llmqat.calibrate import (
     LayerReport,
     Originals,
     RangesStage,
-    RotateStage,
-    SmoothStage,
     StageReport,
     calibrate,
     needs_text,
@@ -55,7 +53,7 @@ from llmqat.models import (
 )
 from llmqat.recipe.allocation import PLAN_FILE, planned
 from llmqat.recipe.bars import progress
-from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, training_arguments
+from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, training_arguments
 from llmqat.recipe.evaluation import check_untrained, evaluation_windows
 from llmqat.recipe.folder import (
     CALIBRATION_FOLDER,
@@ -242,7 +240,7 @@ def calibrated_model(
 
     What an earlier start, or this one, has left of it in the run folder is not done again.
     """
-    model, _ = load_model(recipe.model, _master_dtype(recipe))
+    model, _ = load_model(recipe.model, master_dtype(recipe))
     model.to(arguments.device)
     reports = calibrate(
         model,
@@ -255,12 +253,6 @@ def calibrated_model(
         bar=progress,
     )
     return model, reports
-
-
-def _master_dtype(recipe: Recipe) -> torch.dtype:
-    """Returns float32 for weights that are trained, or folded into each other; frozen ones keep their bfloat16."""
-    folds = any(isinstance(step, (RotateStage, SmoothStage)) for step in recipe.calibrate)
-    return torch.bfloat16 if recipe.lora is not None and not folds else torch.float32
 
 
 def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Rows, arguments: QATArguments) -> list[LayerReport]:

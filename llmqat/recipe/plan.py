@@ -1,24 +1,33 @@
-"""What a recipe would do, told from the model's configuration alone: coverage, steps, tokens, memory."""
+"""What a recipe would do, told from the model's configuration alone: coverage, steps, tokens, memory on each device.
+
+Memory is memory.py's arithmetic on the model as it would be prepared, made without weights. A few steps on random
+tokens (probe.py) say what it really takes here, and how long.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from llmqat.calibrate import rotates, untie
+from llmqat.calibrate import RangesStage, rotates, untie
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
 from llmqat.export import FORMATS, load
-from llmqat.layers import AuditEntry, CoverageAudit, QuantConfig, audit, prepare
+from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
 from llmqat.models import read_config, resolve_spec
-from llmqat.recipe.config import Recipe, training_arguments
-from llmqat.train import LoraSettings
+from llmqat.recipe.config import Recipe, folds_weights, parse_yaml, training_arguments
+from llmqat.recipe.memory import Devices, Memory, Method, ModelSize, memory_of, optimizer_bytes, size_of
+from llmqat.train import LoraSettings, QATArguments, choose_trained
 
-BYTES_PER_TRAINED_PARAMETER = 16
-"""float32 master, gradient, and two moments of AdamW."""
-BYTES_PER_TEACHER_PARAMETER = 2
+PROPOSED_RANK = 16
+"""Of the adapters that are proposed where memory is short."""
+MOST_USED = 0.9
+"""Share of a device's memory that a plan fills at most: allocators leave gaps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,53 +44,209 @@ class Plan:
     """Tokens trained on, repeats counted."""
     target_bits: float | None
     """Average that the bits of layers are chosen under when the run begins; None where all have those of the scheme."""
-    state_bytes: int
-    """Memory of teacher, masters, gradients and optimizer state with AdamW; activations come on top. With adapters the
-    masters are frozen in bfloat16."""
+    size: ModelSize
+    """The model."""
+    method: Method
+    """How it is trained."""
+    devices: Devices
+    """On what."""
+    trained_by: Mapping[str, int]
+    """Parameters that would train by other methods, `lora` (of rank 16) and `scales`, where the scheme allows them."""
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes on each device."""
+        return memory_of(self.size, self.method, self.devices)
+
+    def fitting_batch(self, available: int) -> int:
+        """Returns the most samples a device that a micro-batch may have within `available` bytes; 0 for none."""
+
+        def fits(batch: int) -> bool:
+            method = dataclasses.replace(self.method, batch=batch)
+            return memory_of(self.size, method, self.devices).peak <= MOST_USED * available
+
+        batch = 1
+        while fits(batch) and batch < 4096:
+            batch *= 2
+        low, high = batch // 2, batch  # low fits (or is 0), high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def cheaper(self, available: int) -> dict[str, Memory]:
+        """Returns ways that fit into `available` bytes, by the keys of a recipe, those that change least first.
+
+        Adapters and scales are proposed with gradient checkpointing and a micro-batch of one.
+        """
+        small = {"batch": 1, "accumulation": self.method.accumulation * self.method.batch}
+        least = {"checkpointing": True, **small}
+        ways: dict[str, dict[str, Any]] = {
+            "train.gradient_checkpointing=true": {"checkpointing": True},
+            f"train.per_device_train_batch_size=1 train.gradient_accumulation_steps={small['accumulation']}": small,
+            "a teacher_cache (llmqat cache-teacher)": {"teacher": 0.0},
+            "these three together": {**least, "teacher": 0.0},
+            f"lora={{r: {PROPOSED_RANK}}} calibrate=[ranges], its own teacher, with gradient checkpointing": {
+                **least,
+                "trains": "lora",
+                "trained": self.trained_by.get("lora"),
+                "teacher": 0.0,
+                "head_trains": False,
+            },
+            "train.trainable=scales, with gradient checkpointing": {
+                **least,
+                "trains": "scales",
+                "trained": self.trained_by.get("scales"),
+                "head_trains": False,
+            },
+        }
+        found = {
+            name: memory_of(self.size, dataclasses.replace(self.method, **changes), self.devices)
+            for name, changes in ways.items()
+            if changes.get("trained", 1) is not None
+        }
+        return {name: memory for name, memory in found.items() if memory.peak <= MOST_USED * available}
 
 
-def plan_run(recipe: Recipe) -> Plan:
+def plan_run(recipe: Recipe, devices: Devices | None = None) -> Plan:
     """Returns what `recipe` would do; no weights are loaded, but a GGUF file is dequantized to the cache once.
+
+    Args:
+        recipe: from `load_recipe`.
+        devices: what it is spread over; the processes there are, each on what is at hand, where not given.
 
     Raises:
         FileNotFoundError: the model is not there.
         ValueError: the scheme or the trainer's arguments do not do.
     """
     arguments = training_arguments(recipe)
-    coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
+    here = Devices(processes=arguments.world_size, accelerator=arguments.device.type)
+    devices = devices or here
     wanted = recipe.data.tokens or (DEFAULT_SYNTHETIC_TOKENS if recipe.data.source == "synthetic" else None)
     blocks = None if wanted is None else math.ceil(wanted / recipe.data.block_size)
-    samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * devices.processes
     steps: int | None = arguments.max_steps
     if arguments.max_steps <= 0:
         steps = None if blocks is None else math.ceil(math.ceil(blocks / samples) * arguments.num_train_epochs)
+    model, coverage = _prepared(recipe)
     return Plan(
         coverage=coverage,
         blocks=blocks,
         steps=steps,
         tokens=None if steps is None else steps * samples * recipe.data.block_size,
         target_bits=None if recipe.allocate is None else recipe.allocate.target_bits,
-        state_bytes=_state_bytes(recipe, coverage),
+        size=size_of(model, model.config, _packed_bytes(coverage)),
+        method=_method(recipe, arguments, model),
+        devices=devices,
+        trained_by=_trained_by(recipe),
     )
 
 
-def _state_bytes(recipe: Recipe, coverage: CoverageAudit) -> int:
-    entries = [entry for entry in coverage.entries if entry.bytes_before]
-    held = sum(entry.numel for entry in entries) * BYTES_PER_TEACHER_PARAMETER
-    teacher = held if recipe.teacher_cache is None else 0
-    if recipe.teacher_bits is not None:
-        linear = sum(entry.numel for entry in coverage.quantized)
-        teacher -= round(linear * (BYTES_PER_TEACHER_PARAMETER - recipe.teacher_bits / 8))
-    if recipe.lora is None:
-        return teacher + sum(entry.numel for entry in entries) * BYTES_PER_TRAINED_PARAMETER
-    adapted = [entry for entry in coverage.quantized if recipe.lora.targets is None or _is_target(entry, recipe.lora)]
-    factors = sum(recipe.lora.r * math.prod(entry.shape[:-2]) * sum(entry.shape[-2:]) for entry in adapted)
-    return held + teacher + factors * BYTES_PER_TRAINED_PARAMETER
+def _trained_by(recipe: Recipe) -> dict[str, int]:
+    """Returns how many parameters would train by the cheaper methods, counted on a model of its own."""
+    model: Any = _prepared(recipe)[0]
+    found = {}
+    for trains in ("scales", "lora"):  # adapters last: they stay on the model
+        try:
+            model = LoraSettings(r=PROPOSED_RANK).attach(model) if trains == "lora" else model
+            choose_trained(model, "scales" if trains == "scales" else "all")
+        except ValueError:  # the scheme does not allow it: scales that are not learned
+            continue
+        found[trains] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return found
 
 
-def _is_target(entry: AuditEntry, lora: LoraSettings) -> bool:
-    name = entry.name.removesuffix(".weight")
-    return any(name == target or name.endswith(f".{target}") for target in lora.targets or ())
+def _prepared(recipe: Recipe) -> tuple[PreTrainedModel, CoverageAudit]:
+    """Returns the recipe's model, prepared without weights, and its coverage."""
+    model = _without_weights(read_config(resolve_spec(recipe.model), recipe.model))
+    if rotates(recipe.calibrate):
+        untie(model)
+    return model, prepare(model, recipe.quant)
+
+
+def _packed_bytes(coverage: CoverageAudit) -> float:
+    """Returns the bytes of a quantized weight, without its scale in bfloat16, on average."""
+    weights = sum(entry.numel for entry in coverage.quantized)
+    return int(coverage.average_bits) / 8 if weights else 0.0
+
+
+def _method(recipe: Recipe, arguments: QATArguments, model: PreTrainedModel) -> Method:
+    """Returns how the recipe trains `model`, on which what trains is marked."""
+    trains = "lora" if recipe.lora is not None else arguments.trainable
+    trained: Any = model if recipe.lora is None else recipe.lora.attach(model)
+    choose_trained(trained, arguments.trainable)
+    if arguments.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    return Method(
+        trains=trains,
+        trained=sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
+        teacher=_teacher(recipe, arguments),
+        head_trains=_head_trains(model),
+        frozen_bytes=4.0 if folds_weights(recipe) else 2.0,
+        batch=arguments.per_device_train_batch_size,
+        length=recipe.data.block_size,
+        accumulation=arguments.gradient_accumulation_steps,
+        checkpointing=bool(arguments.gradient_checkpointing),
+        optimizer=optimizer_bytes(str(arguments.optim.value)),
+    )
+
+
+def _head_trains(model: PreTrainedModel) -> bool:
+    head = cast("torch.nn.Module", model.get_output_embeddings())
+    return any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _teacher(recipe: Recipe, arguments: QATArguments) -> float:
+    """Returns the bytes of one of the teacher's linear weights while training; 0 where no second model is held."""
+    own = recipe.lora is not None and all(isinstance(stage, RangesStage) for stage in recipe.calibrate)
+    if own or recipe.teacher_cache is not None or arguments.kl_weight == 0:
+        return 0.0
+    return 2.0 if recipe.teacher_bits is None else recipe.teacher_bits / 8
+
+
+# Devices
+
+_READERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "NO": lambda values: "ddp",
+    "MULTI_CPU": lambda values: "ddp",
+    "MULTI_GPU": lambda values: "ddp",
+    "FSDP": lambda values: "fsdp2",
+    "DEEPSPEED": lambda values: f"zero{(values.get('deepspeed_config') or {}).get('zero_stage', 2)}",
+}
+"""distributed_type of accelerate -> how a model is spread."""
+
+
+def devices_of(file: Path) -> Devices:
+    """Returns what an accelerate configuration spreads a training over.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of accelerate's, or of a kind that is not planned for.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no accelerate configuration at {file}; `accelerate config` writes one")
+    values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    kind = values.get("distributed_type") if isinstance(values, dict) else None
+    if kind is False:  # YAML reads a bare NO as false
+        kind = "NO"
+    if kind not in _READERS:
+        raise ValueError(f"{file}: distributed_type={kind!r} is not planned for; known are {', '.join(_READERS)}")
+    fsdp = values.get("fsdp_config") or {}
+    if kind == "FSDP" and int(fsdp.get("fsdp_version", 1)) != 2:
+        raise ValueError(f"{file}: fsdp_version={fsdp.get('fsdp_version', 1)}; scales shard with FSDP2 alone, give 2")
+    on_cpu = values.get("use_cpu") or kind == "MULTI_CPU"
+    return Devices(int(values.get("num_processes") or 1), _READERS[kind](values), "cpu" if on_cpu else "cuda")
+
+
+def available_bytes(devices: Devices) -> int | None:
+    """Returns the memory that is free for one of the processes here; None where they are for another kind of device."""
+    if torch.cuda.is_available() and devices.accelerator == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    file = Path("/proc/meminfo")
+    if devices.accelerator != "cpu" or not file.is_file():
+        return None
+    line = next(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024 // devices.processes
 
 
 def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> CoverageAudit:
@@ -105,7 +270,7 @@ def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> Coverag
     return prepare(model, quant)
 
 
-def _without_weights(config: PreTrainedConfig) -> torch.nn.Module:
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model

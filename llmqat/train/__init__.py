@@ -2,7 +2,7 @@
 
 from llmqat.train.adapter import LoraSettings, is_own_teacher
 from llmqat.train.monitor import MonitorSettings, QuantizationMonitor
-from llmqat.train.trainer import QATArguments, QATTrainer, processor_has_bf16
+from llmqat.train.trainer import QATArguments, QATTrainer, choose_trained, processor_has_bf16
 
 __all__ = [
     "LoraSettings",
@@ -10,6 +10,7 @@ __all__ = [
     "QATArguments",
     "QATTrainer",
     "QuantizationMonitor",
+    "choose_trained",
     "is_own_teacher",
     "processor_has_bf16",
 ]

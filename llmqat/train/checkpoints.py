@@ -1,7 +1,7 @@
 """Checkpoints of a training: written aside, forced to disk, and renamed, so that one is there whole or not at all.
 
     OUTPUT/checkpoint-40/               as transformers.Trainer writes it, and MANIFEST_FILE
-    OUTPUT/unfinished/checkpoint-60/    being written; what a killed process leaves there is deleted at the next start
+    OUTPUT/unfinished/checkpoint-60/    being written; what a killed process leaves there is deleted at the next saving
 
 The manifest lists every file with its size, so a folder that was cut short later (a full disk, a copy that broke off, a
 deletion that was interrupted) is told from a whole one. Older checkpoints are deleted only when the new one is in

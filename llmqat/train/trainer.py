@@ -205,7 +205,7 @@ class QATTrainer(Trainer):
             )
         if args is not None:
             _check_arguments(args)
-        _choose_trained(model, getattr(args, "trainable", "all"))
+        choose_trained(model, getattr(args, "trainable", "all"))
         if teacher is None and getattr(args, "kl_weight", 1.0) > 0:
             check_self_teacher(model)
         raise_masters(model)
@@ -506,7 +506,7 @@ def _vocabulary(model: nn.Module | TeacherCache) -> int:
     return model.header.vocabulary if isinstance(model, TeacherCache) else vocabulary_size(without_adapters(model))
 
 
-def _choose_trained(model: nn.Module, trainable: str) -> None:
+def choose_trained(model: nn.Module, trainable: str) -> None:
     """Makes trainable, in place, what `trainable` says, and with adapters the quantizers as well.
 
     Raises:

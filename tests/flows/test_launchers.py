@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from llmqat.recipe import load_recipe, run
+from llmqat.train import QATTrainer
 from tests.flows.small import small
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +75,32 @@ def test_two_processes_train_the_same_weights_as_one(
     launched(["tests.flows.record_training", str(one), *words, *alone], environment)
     expected = records(one)[0]["losses"]
     assert expected[:steps_alike] == pytest.approx(first["losses"][:steps_alike], rel=1e-3)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    tiny_folder: Path, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    eight, four = ("train.per_device_train_batch_size=8",), ("train.per_device_train_batch_size=4",)
+    whole = run(load_recipe(RECIPE, small(tiny_folder, tmp_path / "whole", *STEPS, *eight)))
+    assert whole is not None
+    training_step = QATTrainer.training_step
+
+    def interrupted(trainer: QATTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 4:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QATTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(load_recipe(RECIPE, small(tiny_folder, tmp_path / "run", *STEPS, *eight)))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llmqat", "train", str(RECIPE)]
+    launched([*torchrun, *small(tiny_folder, tmp_path / "run", *STEPS, *four)], environment)
+    training = json.loads((tmp_path / "run" / "results.json").read_text())["training"]
+    assert training["resumed_from"] == "checkpoint-3"
+    assert training["processes"] == 2
+    losses = [[e["loss"] for e in facts["history"] if "loss" in e] for facts in (training, whole.training)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_accelerate_launch_runs_the_recipe(tiny_folder: Path, tmp_path: Path, environment: dict[str, str]):

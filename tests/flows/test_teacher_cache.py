@@ -99,4 +99,4 @@ def test_the_plan_counts_no_teacher(tiny_folder: Path, tmp_path: Path) -> None:
     words = small(tiny_folder, tmp_path / "run")
     plans = [plan_run(load_recipe(RECIPE, [*words, *more])) for more in ((), ("teacher_cache=somewhere",))]
     parameters = sum(parameter.numel() for parameter in tiny_llama().parameters())
-    assert plans[0].state_bytes - plans[1].state_bytes == torch.bfloat16.itemsize * parameters
+    assert plans[0].memory.teacher - plans[1].memory.teacher == torch.bfloat16.itemsize * parameters

@@ -79,6 +79,7 @@ def test_defaults_are_those_of_trl(tmp_path: Path) -> None:
         "cross_entropy_weight",
         "ddp_find_unused_parameters",
         "ddp_broadcast_buffers",
+        "logging_nan_inf_filter",
         "bf16",
         "use_cpu",
     }

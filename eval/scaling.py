@@ -1,0 +1,164 @@
+"""Memory and traffic of training Llama-3 8B and 70B at low bits on 8 and 64 GPUs, by the arithmetic of `llmqat plan`.
+
+Nothing is run: models are made without weights, prepared, and counted. Prints Markdown, which is eval/scaling.md:
+
+    python eval/scaling.py > eval/scaling.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmqat.layers import QuantConfig, prepare
+from llmqat.recipe.memory import (
+    CHUNK_TOKENS,
+    Devices,
+    Method,
+    ModelSize,
+    blockwise_memory,
+    memory_of,
+    size_of,
+    traffic_of,
+)
+from llmqat.train import LoraSettings, choose_trained
+
+SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+GPUS = (8, 64)
+GPU_BYTES = 80e9
+LENGTH, GROUP, RANK = 4096, 128, 16
+CALIBRATION_TOKENS = 128 * 2048
+METHODS = {
+    "all weights, DDP, a teacher on each": ("all", "ddp", False),
+    "all weights, ZeRO-2, a teacher on each": ("all", "zero2", False),
+    "all weights, FSDP2, a teacher on each": ("all", "fsdp2", False),
+    "all weights, FSDP2, the teacher sharded": ("all", "fsdp2", True),
+    "LoRA, its own teacher, DDP": ("lora", "ddp", False),
+    "LoRA, its own teacher, FSDP2": ("lora", "fsdp2", False),
+    "scales of the packed model, DDP, a teacher on each": ("scales", "ddp", False),
+    "scales of the packed model, DDP, a teacher's cache": ("scales", "ddp", True),
+}
+"""What is trained -> (memory.Method.trains, memory.Devices.kind, whether the teacher takes less than a model each)."""
+
+
+def main() -> None:
+    """Prints the page."""
+    print(page())
+
+
+def page() -> str:
+    """Returns eval/scaling.md."""
+    parts = [HEAD, *(_section(name) for name in SHAPES), _assumptions()]
+    return "\n".join(parts).rstrip()
+
+
+HEAD = f"""# 8B and 70B on 8 and 64 GPUs, on paper
+
+Made by `python eval/scaling.py`, from the formulas of `llmqat plan` (llmqat/recipe/memory.py); nothing here was run.
+Llama-3's shapes to int4 in groups of {GROUP}; a micro-batch of one sequence of {LENGTH:,} tokens a GPU, bfloat16 with
+float32 masters, AdamW, gradient checkpointing. GB (1e9 bytes) on each GPU at the peak, and what a GPU sends in an
+optimizer step of one micro-batch; **bold** does not fit into {GPU_BYTES / 1e9:.0f} GB.
+"""
+
+
+def _section(name: str) -> str:
+    size, trained = counted(name)
+    lines = [
+        f"## {name}: {size.parameters / 1e9:.2f} G parameters, {size.quantized / 1e9:.2f} G quantized, "
+        f"{size.groups / 1e6:.0f} M scales",
+        "",
+        "| trained | parameters | " + " | ".join(f"{gpus} GPUs: GB | sent, GB" for gpus in GPUS) + " |",
+        "|---|---" + "|---|---" * len(GPUS) + "|",
+    ]
+    for label, (trains, kind, less) in METHODS.items():
+        cells = [label, f"{trained[trains] / 1e6:,.0f} M"]
+        for gpus in GPUS:
+            method, devices = method_of(trains, trained[trains], less), Devices(gpus, kind, "cuda")
+            peak = memory_of(size, method, devices).peak
+            shown = f"{peak / 1e9:,.0f}"
+            cells += [f"**{shown}**" if peak > GPU_BYTES else shown, f"{traffic_of(size, method, devices) / 1e9:,.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(_blockwise_line(size))
+    return "\n".join([*lines, "", _parts(size, trained), ""])
+
+
+def _parts(size: ModelSize, trained: dict[str, int]) -> str:
+    """Returns one line of the parts of the methods on 8 GPUs."""
+    shown = []
+    for label in ("all weights, FSDP2, the teacher sharded", "LoRA, its own teacher, FSDP2"):
+        trains, kind, less = METHODS[label]
+        parts = memory_of(size, method_of(trains, trained[trains], less), Devices(GPUS[0], kind, "cuda")).parts()
+        shown.append(f"{label}: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in parts.items() if v >= 5e7))
+    return "Parts on 8 GPUs, not all at once: " + "; ".join(shown) + "."
+
+
+def _blockwise_line(size: ModelSize) -> str:
+    memory = blockwise_memory(size, CALIBRATION_TOKENS, 1, 2048)
+    shown = f"{memory / 1e9:,.0f}"
+    cell = f"**{shown}**" if memory > GPU_BYTES else shown
+    cells = " | ".join([f"{cell} | 0.0"] * len(GPUS))
+    label = f"block-wise, one GPU, {CALIBRATION_TOKENS // 1024:,} k tokens"
+    return f"| {label} | {size.block / 1e6:,.0f} M a block | {cells} |"
+
+
+def counted(name: str) -> tuple[ModelSize, dict[str, int]]:
+    """Returns the size of a model, and how many parameters train by each method."""
+    config = LlamaConfig(
+        **SHAPES[name], vocab_size=128256, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False
+    )
+    trained: dict[str, int] = {}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    prepare(model, QuantConfig.preset("int4", group_size=GROUP))
+    size = size_of(model, config)
+    for trains in ("all", "scales", "lora"):  # adapters last: they stay on the model
+        chosen = LoraSettings(r=RANK, lora_alpha=2 * RANK).attach(model) if trains == "lora" else model
+        choose_trained(chosen, "scales" if trains == "scales" else "all")
+        trained[trains] = sum(p.numel() for p in chosen.parameters() if p.requires_grad)
+    return size, trained
+
+
+def method_of(trains: str, trained: int, less_teacher: bool) -> Method:
+    """Returns how a row of the table is trained."""
+    method = Method(
+        trains=trains,
+        trained=trained,
+        teacher=0.0 if trains == "lora" else 2.0,
+        head_trains=trains == "all",
+        batch=1,
+        length=LENGTH,
+        checkpointing=True,
+    )
+    if not less_teacher:
+        return method
+    return replace(method, shards_teacher=True) if trains == "all" else replace(method, teacher=0.0)
+
+
+def _assumptions() -> str:
+    return f"""## What is assumed
+
+- Parts and their bytes are those that `llmqat/recipe/memory.py` lists. Its prediction is held against measured peaks of
+  a 135 M model on a CPU only ([eval/results](results/plan-smollm2-135m.txt)); nothing was measured on a GPU.
+- Peaks leave out what CUDA, NCCL and the allocator's gaps take: plan with nine tenths of a GPU.
+- The loss makes logits of {CHUNK_TOKENS} tokens at a time, so a vocabulary of 128,256 costs about 1.3 GB, whatever the
+  length; training the head adds its gradient, made whole in float32.
+- Under FSDP2 two blocks are whole at a time, and embeddings and head always; masters are gathered in float32, as their
+  scales are needed with them. Frozen weights are gathered in bfloat16.
+- A sharded teacher is gathered block by block once a micro-batch. llmqat's own launch files keep a teacher whole on
+  each GPU; at 70B it has to be sharded, kept in 4 bits (`teacher_bits`), or run once (`llmqat cache-teacher`).
+- The traffic is that of ring collectives, (W - 1) / W of what is moved; with more micro-batches a step, FSDP2 gathers
+  again for each, DDP does not. Nothing is said of what is hidden behind computation.
+- Activations are those of Llama's blocks in transformers with fused attention: a sequence twice as long keeps twice as
+  much. Scores of attention are never whole.
+- Block-wise training holds the model in bfloat16 and one block in float32 with AdamW; hidden states of both chains lie
+  on the GPU here (llmqat puts them on disk beyond `hidden_memory`). GPUs more than one only share the text.
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""A few real steps of a recipe's training on random tokens: what memory they take here, and how long one is."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+
+from llmqat.data.blocks import token_blocks
+from llmqat.evaluate.memory import forget_peak, peak
+from llmqat.layers import convert, prepare
+from llmqat.models import load_model, load_with_few_bits, vocabulary_size
+from llmqat.recipe.config import Recipe, master_dtype, training_arguments
+from llmqat.train import QATTrainer, is_own_teacher
+
+PROBE_STEPS = 4
+"""Optimizer steps of a probe; the first, in which kernels are made, is not timed."""
+SHORT: dict[str, Any] = {
+    "max_steps": PROBE_STEPS,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "warmup_steps": 0,
+    "quantization_warmup_steps": 0,
+    "disable_tqdm": True,
+    "push_to_hub": False,
+}
+"""What a probe's training differs in."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What some steps took.
+
+    Attributes:
+        step_seconds: median of an optimizer step.
+        first_seconds: of the first one.
+        peak_bytes: memory at most while training; above what the process held before on a CPU, of torch's own counting
+            on a GPU. None where nobody counted.
+    """
+
+    step_seconds: float
+    first_seconds: float
+    peak_bytes: int | None
+
+    def seconds(self, steps: int) -> float:
+        """Returns how long a training of `steps` optimizer steps would take, calibration and evaluation not counted."""
+        return self.first_seconds + self.step_seconds * (steps - 1)
+
+
+class _Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Marks where the first step begins."""
+        if not self.marks:
+            self.marks.append(time.perf_counter())
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Marks where a step ends."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.marks.append(time.perf_counter())
+
+
+def probe(recipe: Recipe) -> Probe:
+    """Returns what a few steps of `recipe` take in this process, without calibration; nothing of them is kept.
+
+    Raises:
+        FileNotFoundError: the model is not there.
+        ValueError: the recipe has a teacher's cache, which knows nothing of random tokens, or does not do.
+    """
+    if recipe.teacher_cache is not None:
+        raise ValueError(
+            f"a probe trains on random tokens, which teacher_cache={recipe.teacher_cache} knows nothing of; plan "
+            "without --probe, or probe with teacher_cache=null"
+        )
+    before = forget_peak() or 0
+    model, _ = load_model(recipe.model, master_dtype(recipe))
+    prepare(model, recipe.quant)
+    student: Any = model if recipe.lora is None else recipe.lora.attach(model, recipe.seed)
+    clock = _Clock()
+    with tempfile.TemporaryDirectory(prefix="llmqat-") as folder:
+        arguments = training_arguments(
+            recipe.model_copy(update={"output": Path(folder), "train": {**recipe.train, **SHORT}})
+        )
+        if arguments.trainable == "scales":
+            convert(model)
+        samples = PROBE_STEPS * arguments.train_batch_size * arguments.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed(recipe.seed)
+        ids = torch.randint(vocabulary_size(model), (samples, recipe.data.block_size), generator=generator)
+        trainer = QATTrainer(
+            model=student,
+            teacher=_teacher(recipe, student),
+            args=arguments,
+            train_dataset=token_blocks(ids, "random").dataset(),
+            callbacks=[clock],
+        )
+        forget_peak()
+        trainer.train()
+        highest = peak(arguments.device)
+    seconds = [after - earlier for earlier, after in pairwise(clock.marks)]
+    return Probe(median(seconds[1:]), seconds[0], None if highest is None else highest - before)
+
+
+def _teacher(recipe: Recipe, student: Any) -> PreTrainedModel | None:
+    if recipe.teacher_bits is not None:
+        return load_with_few_bits(recipe.model, recipe.teacher_bits)
+    return None if recipe.lora is not None and is_own_teacher(student) else load_model(recipe.model, torch.bfloat16)[0]

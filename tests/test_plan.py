@@ -1,0 +1,162 @@
+"""What a plan says: counts that are those of the model that trains, memory that follows them, devices and ways out."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmqat.layers import QuantConfig, prepare
+from llmqat.recipe import devices_of, load_recipe, plan_run, probe
+from llmqat.recipe.memory import Devices, memory_of, optimizer_bytes, traffic_of
+from llmqat.train import LoraSettings, choose_trained
+from tests.flows.small import small
+from tests.tiny import tiny_architecture, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "smollm2-135m-int4.yaml"
+QUANT = "quant={preset: int4, group_size: 32}"
+
+
+def planned(model: Path, *more: str, devices: Devices | None = None) -> Any:
+    return plan_run(load_recipe(RECIPE, small(model, model / "run", QUANT, *more)), devices)
+
+
+@pytest.fixture(scope="module", params=["llama", "mixtral", "gpt_oss", "gpt2"])
+def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_architecture(request.param).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return request.param, folder
+
+
+METHODS = {"all": (), "lora": ("lora={r: 4}",), "scales": ("train.trainable=scales",)}
+
+
+@pytest.mark.parametrize("trains", METHODS)
+def test_it_counts_what_trains(architecture: tuple[str, Path], trains: str) -> None:
+    kind, folder = architecture
+    model: Any = tiny_architecture(kind)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    model = LoraSettings(r=4).attach(model) if trains == "lora" else model
+    choose_trained(model, "scales" if trains == "scales" else "all")
+    plan = planned(folder, *METHODS[trains])
+    assert plan.method.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.size.parameters == weights
+    assert plan.method.trains == trains
+    assert plan.method.teacher == (0.0 if trains == "lora" else 2.0)
+    assert plan.method.head_trains == (trains == "all")
+    if trains == "all":  # what it proposes is counted as if it were asked for
+        assert plan.trained_by["lora"] == planned(folder, "lora={r: 16}").method.trained
+        assert plan.trained_by["scales"] == planned(folder, *METHODS["scales"]).method.trained
+
+
+@pytest.fixture
+def llama(tiny_llama_folder: Path) -> Any:
+    return planned(tiny_llama_folder, devices=Devices(1, "ddp", "cuda"))
+
+
+@pytest.fixture(scope="module")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_architecture("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_sharding_divides_states_and_nothing_else(llama: Any) -> None:
+    """The laws of ZeRO (1910.02054, section 5): stage 2 divides gradients and optimizer, stage 3 weights as well."""
+    one = memory_of(llama.size, llama.method, Devices(1, "ddp", "cuda"))
+    whole, zero2, zero3 = (memory_of(llama.size, llama.method, Devices(8, kind, "cuda")) for kind in
+                           ("ddp", "zero2", "fsdp2"))  # fmt: skip
+    assert whole.weights == zero2.weights == one.weights
+    assert zero2.gradients == zero3.gradients == one.gradients / 8 == whole.gradients / 16
+    assert zero2.optimizer == zero3.optimizer == one.optimizer / 8
+    assert one.optimizer == 8 * llama.method.trained
+    assert one.weights / 8 < zero3.weights
+    assert whole.activations == zero3.activations == one.activations
+    assert traffic_of(llama.size, llama.method, Devices(1, "ddp")) == 0
+    assert traffic_of(llama.size, llama.method, Devices(8, "ddp")) == 2 * 7 / 8 * 4 * llama.method.trained
+    accumulated = replace(llama.method, accumulation=4)
+    assert traffic_of(llama.size, accumulated, Devices(8, "ddp")) == traffic_of(llama.size, llama.method, Devices(8))
+    assert traffic_of(llama.size, accumulated, Devices(8, "fsdp2")) > 3 * traffic_of(
+        llama.size, llama.method, Devices(8, "fsdp2")
+    )
+
+
+def test_the_largest_batch_is_the_largest_that_fits(llama: Any) -> None:
+    available = int(2 * llama.memory.peak)
+    batch = llama.fitting_batch(available)
+    peaks = [
+        memory_of(llama.size, replace(llama.method, batch=size), llama.devices).peak for size in (batch, batch + 1)
+    ]
+    assert peaks[0] <= 0.9 * available < peaks[1]
+    assert llama.fitting_batch(1000) == 0
+    ways = llama.cheaper(int(llama.memory.peak))
+    assert all(memory.peak <= 0.9 * llama.memory.peak for memory in ways.values())
+    assert any("trainable=scales" in name for name in ways)
+    assert llama.cheaper(1000) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("distributed_type: MULTI_GPU\nnum_processes: 8", Devices(8, "ddp", "cuda")),
+        ("distributed_type: NO\nuse_cpu: true\nnum_processes: 1", Devices(1, "ddp", "cpu")),
+        ("distributed_type: FSDP\nnum_processes: 16\nfsdp_config: {fsdp_version: 2}", Devices(16, "fsdp2", "cuda")),
+        (
+            "distributed_type: DEEPSPEED\nnum_processes: 8\ndeepspeed_config: {zero_stage: 3}",
+            Devices(8, "zero3", "cuda"),
+        ),
+    ],
+)
+def test_an_accelerate_configuration_is_read(tmp_path: Path, text: str, expected: Devices) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(text)
+    assert devices_of(file) == expected
+
+
+def test_a_configuration_that_is_not_planned_for_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    with pytest.raises(FileNotFoundError, match="no accelerate configuration at"):
+        devices_of(file)
+    file.write_text("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}")
+    with pytest.raises(ValueError, match="fsdp_version=1; scales shard with FSDP2 alone"):
+        devices_of(file)
+    file.write_text("distributed_type: MEGATRON_LM")
+    with pytest.raises(ValueError, match="distributed_type='MEGATRON_LM' is not planned for"):
+        devices_of(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("adamw_torch_fused", 8), ("adamw_bnb_8bit", 2), ("lion_32bit", 4), ("lion_8bit", 1), ("sgd", 0)]
+)
+def test_state_of_optimizers(name: str, size: float) -> None:
+    assert optimizer_bytes(name) == size
+
+
+@pytest.mark.parametrize("trains", METHODS)
+def test_a_probe_trains_and_leaves_nothing(tiny_llama_folder: Path, trains: str) -> None:
+    before = sorted(tiny_llama_folder.rglob("*"))
+    found = probe(load_recipe(RECIPE, small(tiny_llama_folder, tiny_llama_folder / "run", QUANT, *METHODS[trains])))
+    assert found.step_seconds > 0
+    assert found.seconds(11) == pytest.approx(found.first_seconds + 10 * found.step_seconds)
+    assert found.peak_bytes is None or found.peak_bytes > 0
+    assert sorted(tiny_llama_folder.rglob("*")) == before
+    with pytest.raises(ValueError, match="random tokens, which teacher_cache=x knows nothing of"):
+        probe(load_recipe(RECIPE, small(tiny_llama_folder, tiny_llama_folder / "run", "teacher_cache=x")))
+
+
+def test_the_page_on_scaling_is_what_its_script_prints() -> None:
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "eval" / "scaling.py")
+    assert spec is not None
+    assert spec.loader is not None
+    scaling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scaling)
+    assert (ROOT / "eval" / "scaling.md").read_text() == scaling.page() + "\n"
+    assert torch.get_default_device() == torch.device("cpu")
