@@ -25,7 +25,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,7 +50,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llmqat.layers import QUANTIZER_PARAMETERS, PackedModule, QuantModule, TiedHead, kept_in_float32, without_adapter
+from llmqat.layers import (
+    QUANTIZER_PARAMETERS,
+    PackedModule,
+    QuantModule,
+    TiedHead,
+    kept_in_float32,
+    without_adapter,
+    without_adapters,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -591,6 +601,8 @@ def _has_gguf_config() -> bool:
 
 # Shapes
 
+_HEAD_NOT_REACHED = "the forward did not reach the model's output head; is it a causal language model?"
+
 
 @dataclass
 class CapturedHidden:
@@ -605,7 +617,7 @@ class CapturedHidden:
             RuntimeError: when no forward reached the output head.
         """
         if self.hidden is None:
-            raise RuntimeError("the forward did not reach the model's output head; is it a causal language model?")
+            raise RuntimeError(_HEAD_NOT_REACHED)
         hidden, self.hidden = self.hidden, None
         return hidden
 
@@ -620,17 +632,55 @@ def capture_hidden(model: nn.Module) -> Iterator[CapturedHidden]:
     Args:
         model: a transformers causal language model (not a wrapper of one).
     """
-    head = output_head(model)
     captured = CapturedHidden()
 
     def stand_in(hidden: Tensor) -> Tensor:
         captured.hidden = hidden
         return hidden[..., :1]
 
+    with _in_place_of_head(model, stand_in):
+        yield captured
+
+
+@contextmanager
+def loss_in_forward(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, a forward of `model` returns `loss_of(hidden)`, made where the output head runs, and makes no logits.
+
+    Where parameters are gathered for the forward alone (FSDP2, ZeRO-3), that is where the head's weight is whole; and
+    a wrapper that looks at what head and model return sees the loss, and so the beginning of the backward pass.
+
+    Args:
+        model: a causal language model, perhaps inside peft's wrapper of a model, but in no other wrapper.
+        loss_of: given the head's input [B, L, D], returns a scalar.
+    """
+    made: list[Tensor] = []
+
+    def stand_in(hidden: Tensor) -> Tensor:
+        # As wide as logits may be: models scale and cap what their head gives.
+        made[:] = [loss_of(hidden).expand(*hidden.shape[:-1], 1)]
+        return made[0]
+
+    def give(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor:
+        if not made:
+            raise RuntimeError(_HEAD_NOT_REACHED)
+        return made.pop().flatten()[0]
+
+    handle = model.register_forward_hook(give, prepend=True)  # before the wrapper's own, which look at the output
+    try:
+        with _in_place_of_head(without_adapters(model), stand_in):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _in_place_of_head(model: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, `stand_in` is what the output head of `model` computes; its hooks stay its own."""
+    head = output_head(model)
     own = head.__dict__.get("forward")  # accelerate's device hooks are such a forward of the instance
     head.forward = stand_in
     try:
-        yield captured
+        yield
     finally:
         if own is None:
             del head.forward
@@ -666,7 +716,8 @@ def head_weight(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     if isinstance(source, PackedModule):
         return source.dequantized_weight(source.weight_scale.dtype), bias
     weight: Any = source.weight
-    return weight, bias
+    # Of a teacher that is sharded itself, whose forward is over.
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight, bias
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -748,32 +799,80 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         model: the unwrapped model.
         dtype: what parameters read as.
     """
-    casts: dict[int, Tensor] = {}
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    quantizers: list[tuple[QuantModule, torch.dtype | None]] = []
+    names = {module: found for module, found in _cast_names(model, dtype).items() if found}
+    quantizers = [(module, module.compute_dtype) for module in model.modules() if isinstance(module, QuantModule)]
+    casting = _cast_within_forwards if is_sharded(model) else _cast_at_once
+    try:
+        for quantizer, _ in quantizers:
+            quantizer.compute_dtype = dtype
+        with casting(names, dtype):
+            yield
+    finally:
+        for quantizer, before in quantizers:
+            quantizer.compute_dtype = before
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether FSDP2 holds parameters of `model`, which are then whole only within a forward or backward."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _cast_names(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, list[str]]:
+    """Returns the names of each module's own parameters that are to be read in `dtype`."""
     in_float32 = kept_in_float32(model)
     layers = [module for module in model.modules() if isinstance(module, QuantModule)]
     factors = {id(factor) for layer in layers for adapter in layer.adapters for factor in adapter.factors()}
+
+    def is_cast(prefix: str, module: nn.Module, name: str, parameter: Tensor | None) -> bool:
+        if parameter is None or parameter.dtype == dtype or not parameter.is_floating_point():
+            return False
+        if name in QUANTIZER_PARAMETERS and isinstance(module, (QuantModule, PackedModule)):
+            return False
+        return id(parameter) not in factors and not in_float32(f"{prefix}.{name}")
+
+    return {
+        module: [name for name, parameter in module._parameters.items() if is_cast(prefix, module, name, parameter)]
+        for prefix, module in model.named_modules()
+    }
+
+
+@contextmanager
+def _cast_at_once(names: Mapping[nn.Module, list[str]], dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the named parameters are replaced by one cast each."""
+    casts: dict[int, Tensor] = {}
+    replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     try:
-        for prefix, module in model.named_modules():
-            quantized = isinstance(module, (QuantModule, PackedModule))
-            if isinstance(module, QuantModule):
-                quantizers.append((module, module.compute_dtype))
-                module.compute_dtype = dtype
-            for name, parameter in list(module._parameters.items()):
-                if parameter is None or parameter.dtype == dtype or not parameter.is_floating_point():
-                    continue
-                if (name in QUANTIZER_PARAMETERS and quantized) or id(parameter) in factors:
-                    continue
-                if in_float32(f"{prefix}.{name}"):
-                    continue
+        for module, own in names.items():
+            for name in own:
+                parameter = module._parameters[name]
+                assert parameter is not None
                 if id(parameter) not in casts:
                     casts[id(parameter)] = parameter.to(dtype)
                 replaced.append((module, name, parameter))
-                module._parameters[name] = casts[id(parameter)]
+                module._parameters[name] = casts[id(parameter)]  # type: ignore[assignment]
         yield
     finally:
         for module, name, parameter in replaced:
             module._parameters[name] = parameter
-        for quantizer, before in quantizers:
-            quantizer.compute_dtype = before
+
+
+@contextmanager
+def _cast_within_forwards(names: Mapping[nn.Module, list[str]], dtype: torch.dtype) -> Iterator[None]:
+    """Inside, each module casts its named parameters when its forward begins, where FSDP2 has gathered them."""
+    waiting: dict[nn.Module, list[dict[str, nn.Parameter | None]]] = {module: [] for module in names}
+
+    def cast(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        waiting[module].append({name: module._parameters[name] for name in names[module]})
+        for name, parameter in waiting[module][-1].items():
+            assert parameter is not None
+            module._parameters[name] = parameter.to(dtype)  # type: ignore[assignment]
+
+    def restore(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        module._parameters.update(waiting[module].pop())
+
+    with ExitStack() as stack:
+        for module in names:
+            stack.callback(module.register_forward_pre_hook(cast).remove)
+            # Before FSDP2's own hook lets the parameters go, and when recomputation ends a forward early.
+            stack.callback(module.register_forward_hook(restore, prepend=True, always_call=True).remove)
+        yield

@@ -8,7 +8,8 @@ its own teacher where no other is given (adapter.py).
 
 One step: the teacher's forward without gradients, the student's forward with fake-quantized weights, the forward KL of
 their next-token distributions made a few hundred tokens at a time (no logits are stored), one backward. The loss is
-divided by the tokens of the whole optimizer step over all processes.
+divided by the tokens of the whole optimizer step over all processes. It is made inside the student's forward, where its
+output head runs: a student that is sharded (FSDP2, ZeRO-3) has its head's weight there and nowhere else.
 
 The student's masters are float32. With `bf16` every other parameter reads as bfloat16 inside a step
 (`models.cast_parameters`), so the training forward computes with the very numbers that the exported checkpoint holds,
@@ -51,8 +52,8 @@ from llmqat.layers import (
     without_adapters,
 )
 from llmqat.layers.lora import adopt_adapters
-from llmqat.metrics import IGNORED_LABEL, Teacher, TopProbabilities, predictor_of, token_loss
-from llmqat.models import capture_hidden, cast_parameters, vocabulary_size
+from llmqat.metrics import IGNORED_LABEL, Predictor, Teacher, TopProbabilities, predictor_of, token_loss
+from llmqat.models import capture_hidden, cast_parameters, loss_in_forward, vocabulary_size
 from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
 from llmqat.train.checkpoints import (
     UNFINISHED_FOLDER,
@@ -311,23 +312,27 @@ class QATTrainer(Trainer):
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels", inputs["input_ids"])
-        student = without_adapters(self.accelerator.unwrap_model(model))
-        with capture_hidden(student) as captured:
-            model(**inputs, use_cache=False)
-            student_hidden = captured.take()
+        student = self.accelerator.unwrap_model(model)
         # The state at position t predicts the label of t + 1.
         mask = labels[:, 1:].ne(IGNORED_LABEL).flatten()
         tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         distilled, supervised = self._weights()
-        loss = token_loss(
-            student_hidden[:, :-1].flatten(0, 1),
-            predictor_of(student),
-            mask.float() / tokens,
-            self._taught(student, inputs) if distilled else None,
-            labels[:, 1:].flatten() if supervised else None,
-            kl_weight=distilled,
-            cross_entropy_weight=supervised,
-        )
+        known = self._known(student, inputs) if distilled else None
+
+        def loss_of(hidden: Tensor) -> Tensor:
+            with torch.autocast(hidden.device.type, enabled=False):  # dtypes are those of the checkpoint already
+                return token_loss(
+                    hidden[:, :-1].flatten(0, 1),
+                    predictor_of(without_adapters(student)),
+                    mask.float() / tokens,
+                    Teacher(known, self._teacher_predictor(student)) if isinstance(known, Tensor) else known,
+                    labels[:, 1:].flatten() if supervised else None,
+                    kl_weight=distilled,
+                    cross_entropy_weight=supervised,
+                )
+
+        with loss_in_forward(student, loss_of):
+            loss: Tensor = model(**inputs, use_cache=False)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages gradients over processes, and the token count is already that of all of them.
             loss = loss * self.accelerator.num_processes
@@ -352,19 +357,29 @@ class QATTrainer(Trainer):
         """Returns the weights of forward KL and cross-entropy."""
         return getattr(self.args, "kl_weight", 1.0), getattr(self.args, "cross_entropy_weight", 0.0)
 
-    def _taught(self, student: nn.Module, inputs: dict[str, Any]) -> Teacher | TopProbabilities:
-        """Returns what the teacher predicts (with) at the positions that have a next token, without gradients."""
+    def _known(self, student: nn.Module, inputs: dict[str, Any]) -> Tensor | TopProbabilities:
+        """Returns what the teacher makes of `inputs`, at the positions that have a next token, without gradients.
+
+        Its final hidden states [T, D'], or of a cache its predictions.
+        """
         if isinstance(self.teacher, TeacherCache):
             return self.teacher.lookup(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"))
         with torch.no_grad() if self.teacher is not None else original_model(student):
             teacher = student if self.teacher is None else self.teacher
             training = teacher.training
             teacher.eval()
-            with capture_hidden(teacher) as captured:
+            with capture_hidden(without_adapters(teacher)) as captured:
                 teacher(**inputs, use_cache=False)
                 hidden = captured.take()
             teacher.train(training)
-            return Teacher(hidden[:, :-1].flatten(0, 1), predictor_of(teacher))
+            return hidden[:, :-1].flatten(0, 1)
+
+    def _teacher_predictor(self, student: nn.Module) -> Predictor:
+        """Returns the teacher's predictor; to be called inside the student's forward, which may be its own teacher."""
+        if isinstance(self.teacher, nn.Module):
+            return predictor_of(self.teacher)
+        with original_model(student):
+            return predictor_of(without_adapters(student)).detached()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
