@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.data.blocks import Rows, rows_of
+from llmqat.data.processes import ALONE, Processes
 from llmqat.layers import QuantModule, model_kind, quantized_once, quantizers_off
 from llmqat.models import capture_hidden, cast_parameters, model_device
 
@@ -80,17 +81,32 @@ class Block:
         }
 
     @torch.no_grad()
-    def run(self, hidden: Tensor, out: Tensor, batch_size: int) -> Tensor:
-        """Writes the hidden states after the block to `out` [N, L, D], which may be `hidden` itself; returns `out`."""
-        device = model_device(self.module)
+    def run(self, hidden: Tensor, out: Tensor, batch_size: int, processes: Processes = ALONE) -> Tensor:
+        """Writes the hidden states after the block to `out` [N, L, D], which may be `hidden` itself; returns `out`.
+
+        `processes` share the batches, and all get the states of all of them.
+        """
+        device, batches = model_device(self.module), list(_batches(hidden.shape[0], batch_size))
         with cast_parameters(self.module, self.dtype), quantized_once(self.module):
-            for rows in _batches(hidden.shape[0], batch_size):
+            for rows in processes.share(batches):
                 out[rows] = self(hidden[rows].to(device), rows).to(out.device)
+        for index, rows in enumerate(batches):
+            processes.copy([out[rows]], processes.owner(index))
         return out
 
     @torch.no_grad()
-    def run_until(self, layer: nn.Module, record: Callable[[Tensor], None], hidden: Tensor, batch_size: int) -> None:
-        """Shows `record` the inputs of `layer`, a module of the block, for hidden states [N, L, D]; goes no further."""
+    def run_until(
+        self,
+        layer: nn.Module,
+        record: Callable[[Tensor], None],
+        hidden: Tensor,
+        batch_size: int,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Shows `record` the inputs of `layer`, a module of the block, for hidden states [N, L, D]; goes no further.
+
+        `processes` share the batches; each records its own.
+        """
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             record(inputs[0])
@@ -99,16 +115,16 @@ class Block:
         device, handle = model_device(self.module), layer.register_forward_pre_hook(hook)
         try:
             with cast_parameters(self.module, self.dtype), quantized_once(self.module):
-                for rows in _batches(hidden.shape[0], batch_size):
+                for rows in processes.share(list(_batches(hidden.shape[0], batch_size))):
                     with suppress(_Reached):
                         self(hidden[rows].to(device), rows)
         finally:
             handle.remove()
 
-    def run_full(self, hidden: Tensor, out: Tensor, batch_size: int) -> Tensor:
+    def run_full(self, hidden: Tensor, out: Tensor, batch_size: int, processes: Processes = ALONE) -> Tensor:
         """Writes what the block gives with its quantizers off to `out`, as `run` does."""
         with quantizers_off(self.module):
-            return self.run(hidden, out, batch_size)
+            return self.run(hidden, out, batch_size, processes)
 
 
 @dataclass
@@ -167,6 +183,7 @@ def open_walk(
     batch_size: int,
     memory_limit: float = math.inf,
     dtype: torch.dtype = torch.bfloat16,
+    processes: Processes = ALONE,
 ) -> Walk:
     """Returns the walk over `model` for token blocks.
 
@@ -176,6 +193,7 @@ def open_walk(
         batch_size: token blocks in a forward.
         memory_limit: bytes of both chains together above which they lie in temporary files.
         dtype: what is computed in, and what hidden states are kept in.
+        processes: those that will share the token blocks of a batch.
 
     Raises:
         ValueError: when there is no token block, or the model changes hidden states between its blocks.
@@ -190,7 +208,7 @@ def open_walk(
         model.eval()
         stack.enter_context(cast_parameters(model, dtype))
         with quantizers_off(model), capture_hidden(model):
-            _record_calls(model, blocks, rows, batch_size)
+            _record_calls(model, blocks, rows, batch_size, processes)
         width = _first_input(model, blocks[0], rows[:1].inputs(device)).shape[-1]
         chains = _hidden_states(tuple(rows.stored.shape), width, memory_limit, dtype)
         for part in _batches(len(rows), batch_size):
@@ -201,11 +219,12 @@ def open_walk(
     return Walk(blocks, *chains)
 
 
-def _record_calls(model: nn.Module, blocks: list[Block], rows: Rows, batch_size: int) -> None:
+def _record_calls(model: nn.Module, blocks: list[Block], rows: Rows, batch_size: int, processes: Processes) -> None:
     """Notes what each block gets: at each batch size, or with documents apart for each token block."""
     device = model_device(model)
     if rows.starts is None:
-        for size in {min(batch_size, len(rows)), len(rows) % batch_size} - {0}:
+        sizes = {min(batch_size, len(rows)), len(rows) % batch_size}
+        for size in sizes.union(len(processes.share(range(size))) for size in sizes) - {0}:
             for block, call in zip(blocks, _calls(model, blocks, rows[:size].inputs(device)), strict=True):
                 block.calls[size] = call
         return

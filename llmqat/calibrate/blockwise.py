@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.config import BlockwiseStage
+from llmqat.data.processes import ALONE, Processes
 from llmqat.layers import QuantModule, quantized_once
 from llmqat.models import cast_parameters, model_device
 
@@ -92,7 +93,13 @@ class SignSGD(torch.optim.Optimizer):
 
 
 def train_block(
-    block: Block, inputs: Tensor, targets: Tensor, stage: BlockwiseStage, seed: int, on_step: OnStep = lambda *_: None
+    block: Block,
+    inputs: Tensor,
+    targets: Tensor,
+    stage: BlockwiseStage,
+    seed: int,
+    on_step: OnStep = lambda *_: None,
+    processes: Processes = ALONE,
 ) -> BlockTraining:
     """Trains `block` in place so that it gives `targets` [N, L, D] from `inputs` [N, L, D]; its parameters are float32.
 
@@ -103,6 +110,7 @@ def train_block(
         stage: how long and how fast.
         seed: of the order of token blocks, together with the block's number.
         on_step: told of each iteration.
+        processes: share the token blocks of each iteration, and end with the same block.
 
     Raises:
         FloatingPointError: the block gives, or learns, what is not finite.
@@ -116,7 +124,7 @@ def train_block(
     generator = torch.Generator().manual_seed(seed * 1_000_003 + block.index)
     size = min(stage.batch_size, inputs.shape[0])
     order = iter(_endless(inputs.shape[0], size, generator))
-    before = best_error = _check(block, inputs, targets, size)
+    before = best_error = _check(block, inputs, targets, size, processes)
     if not math.isfinite(before):
         raise FloatingPointError(
             f"{block.name} gives NaN or infinity before it is trained (relative error {before}), in "
@@ -128,7 +136,7 @@ def train_block(
         share = _rate(stage, done - 1)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
-        loss = _iteration(block, inputs, targets, next(order), optimizer, parameters)
+        loss = _iteration(block, inputs, targets, next(order), optimizer, parameters, processes)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"block-wise training of {block.name} has no finite error in iteration {done} of {stage.iterations}, "
@@ -137,7 +145,7 @@ def train_block(
         on_step(done, loss)
         if done % interval and done != stage.iterations:
             continue
-        error = _check(block, inputs, targets, size)
+        error = _check(block, inputs, targets, size, processes)
         stalled = 0 if error < best_error else stalled + 1
         if error < best_error:
             best_error, best = error, _state(parameters)
@@ -167,27 +175,38 @@ def _iteration(
     rows: Tensor,
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
+    processes: Processes,
 ) -> float:
-    device = model_device(block.module)
-    with cast_parameters(block.module, block.dtype):
-        loss = relative_error(block(inputs[rows].to(device), rows), targets[rows].to(device))
-        loss.backward()
+    """Takes a step on the token blocks `rows` together, of which each process does some; returns the loss."""
+    device, own = model_device(block.module), rows[processes.rank :: processes.count]
+    wide = targets[own].to(device).float()
+    size = processes.add(wide.square().sum()).clamp(min=1e-12)
+    loss = torch.zeros((), device=device)
+    if len(own) > 0:
+        with cast_parameters(block.module, block.dtype):
+            error = (block(inputs[own].to(device), own).float() - wide).square().sum() / size
+            error.backward()
+            loss = error.detach()
+    if processes.count > 1:
+        for parameter in parameters:
+            parameter.grad = processes.add(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss.detach())
+    return float(processes.add(loss))
 
 
 @torch.no_grad()
-def _check(block: Block, inputs: Tensor, targets: Tensor, size: int) -> float:
+def _check(block: Block, inputs: Tensor, targets: Tensor, size: int, processes: Processes) -> float:
     device = model_device(block.module)
     count = max(size, min(CHECK_BLOCKS, inputs.shape[0]) // size * size)
-    errors = []
+    starts = range(inputs.shape[0] - count, inputs.shape[0], size)
+    errors = torch.zeros(len(starts), device=device)
     with cast_parameters(block.module, block.dtype), quantized_once(block.module):
-        for start in range(inputs.shape[0] - count, inputs.shape[0], size):
-            rows = slice(start, start + size)
-            errors.append(relative_error(block(inputs[rows].to(device), rows), targets[rows].to(device)))
-    return float(torch.stack(errors).mean())
+        for number in processes.share(range(len(starts))):
+            rows = slice(starts[number], starts[number] + size)
+            errors[number] = relative_error(block(inputs[rows].to(device), rows), targets[rows].to(device))
+    return float(processes.add(errors).mean())
 
 
 def _state(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.data.blocks import Rows, rows_of
+from llmqat.data.processes import ALONE, Processes
 from llmqat.layers import quantizers_off
 from llmqat.models import capture_hidden, model_device
 
@@ -26,6 +27,7 @@ def observe_inputs(
     batch_size: int,
     wrap: Wrap = iter,
     after_batch: Callable[[], None] = lambda: None,
+    processes: Processes = ALONE,
 ) -> None:
     """Runs `model` over token `blocks` [N, L], its quantizers off, and shows `record` each input of `layers`.
 
@@ -37,6 +39,7 @@ def observe_inputs(
         batch_size: blocks per forward.
         wrap: put around the iteration over batches.
         after_batch: called after each forward.
+        processes: share the batches; each records its own.
 
     Raises:
         ValueError: when there is no block.
@@ -56,7 +59,7 @@ def observe_inputs(
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
         device = model_device(model)
-        for start in wrap(range(0, len(rows), batch_size)):
+        for start in wrap(processes.share(range(0, len(rows), batch_size))):
             model(**rows[start : start + batch_size].inputs(device), use_cache=False)
             captured.take()
             after_batch()

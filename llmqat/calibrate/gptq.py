@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.config import GPTQStage
+from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import Grid, dequantize, snap_scale
 from llmqat.layers import QuantLinear
 
@@ -225,7 +226,9 @@ class LayerRounding:
     after: float
 
 
-def gptq_block(block: Block, inputs: Tensor, stage: GPTQStage) -> dict[str, LayerRounding]:
+def gptq_block(
+    block: Block, inputs: Tensor, stage: GPTQStage, processes: Processes = ALONE
+) -> dict[str, LayerRounding]:
     """Finds codes and scales of every linear layer of `block` in place, in the order they run; returns what it gained.
 
     A layer sees the inputs that it gets from the layers before it with their new codes.
@@ -234,10 +237,11 @@ def gptq_block(block: Block, inputs: Tensor, stage: GPTQStage) -> dict[str, Laye
         block: with its quantizers on.
         inputs: hidden states [N, L, D] of the quantized chain.
         stage: damping and rounds.
+        processes: share the batches of `inputs`; all find the same codes and scales.
     """
     found: dict[str, LayerRounding] = {}
     for layers in layers_by_input(block, inputs[: stage.batch_size]):
-        moments = second_moments(block, next(iter(layers.values())), inputs, stage.batch_size)
+        moments = second_moments(block, next(iter(layers.values())), inputs, stage.batch_size, processes)
         curvature = Curvature.of(damped(moments, stage.damping))
         for name, layer in layers.items():
             found[f"{block.name}.{name}"] = gptq_layer(layer, curvature, stage.rounds)
@@ -288,20 +292,22 @@ def layers_by_input(block: Block, hidden: Tensor) -> list[dict[str, QuantLinear]
 
 
 @torch.no_grad()
-def second_moments(block: Block, layer: QuantLinear, inputs: Tensor, batch_size: int) -> Tensor:
+def second_moments(
+    block: Block, layer: QuantLinear, inputs: Tensor, batch_size: int, processes: Processes = ALONE
+) -> Tensor:
     """Returns E[x^T x] [I, I] float32 of the inputs of `layer`, quantized where it quantizes them."""
     total = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
-    count = 0
+    count = torch.zeros((), dtype=torch.int64)
 
     def record(x: Tensor) -> None:
-        nonlocal count
         x = x if layer.input_quantizer is None else layer.input_quantizer(x)
         rows = x.reshape(-1, x.shape[-1]).float()
         for start in range(0, layer.in_features, SYMMETRIC):  # the matrix is symmetric: its upper part is enough
             columns = slice(start, start + SYMMETRIC)
             total[columns, start:].addmm_(rows[:, columns].t(), rows[:, start:])
-        count += len(rows)
+        count.add_(len(rows))
 
-    block.run_until(layer, record, inputs, batch_size)
+    block.run_until(layer, record, inputs, batch_size, processes)
+    processes.add(total)
     upper = total.triu_()
-    return (upper + upper.t().tril(-1)) / count
+    return (upper + upper.t().tril(-1)) / int(processes.add(count))

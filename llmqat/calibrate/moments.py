@@ -13,11 +13,16 @@ from torch import Tensor, nn
 
 from llmqat.calibrate.forward import Wrap, check_finite, check_seen, observe_inputs
 from llmqat.data.blocks import Rows
+from llmqat.data.processes import ALONE, Processes
 from llmqat.layers import KVQuantizer, QuantLinear, QuantModule
 
 
 def collect_moments(
-    model: nn.Module, blocks: Tensor | Rows, batch_size: int = 4, wrap: Wrap = iter
+    model: nn.Module,
+    blocks: Tensor | Rows,
+    batch_size: int = 4,
+    wrap: Wrap = iter,
+    processes: Processes = ALONE,
 ) -> dict[str, Tensor]:
     """Returns, for each QuantLinear of `model`, the mean square of each input feature: name -> [I] float32.
 
@@ -26,6 +31,7 @@ def collect_moments(
         blocks: token ids [N, L], or token blocks with their documents.
         batch_size: blocks per forward.
         wrap: put around the iteration over batches, for a progress bar.
+        processes: share the batches; all get the moments of all of them.
 
     Raises:
         ValueError: when there is no block, a layer saw no input, or an activation is not finite.
@@ -34,13 +40,15 @@ def collect_moments(
         raise ValueError("the model has no QuantLinear to calibrate; call llmqat.prepare(model, config) first")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
-    counts = dict.fromkeys(layers, 0)
+    counts = {name: torch.zeros((), dtype=torch.int64) for name in layers}
 
     def record(name: str, x: Tensor) -> None:
         sums[name] += x.float().square().sum(0).cpu()
         counts[name] += x.shape[0]
 
-    observe_inputs(model, layers, record, blocks, batch_size, wrap)
-    check_seen({name: count > 0 for name, count in counts.items()})
+    observe_inputs(model, layers, record, blocks, batch_size, wrap, processes=processes)
+    for total in (*sums.values(), *counts.values()):
+        processes.add(total)
+    check_seen({name: bool(count > 0) for name, count in counts.items()})
     check_finite({name: bool(torch.isfinite(total).all()) for name, total in sums.items()})
     return {name: (total / counts[name]).float() for name, total in sums.items()}

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import minmax_scale, percentile_scale, search_scale
 from llmqat.layers import QuantLinear, QuantModule
 
@@ -27,6 +28,7 @@ def calibrate_ranges(
     moments: Mapping[str, Tensor] | None = None,
     wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
     percentile: float = 99.9,
+    processes: Processes = ALONE,
 ) -> None:
     """Sets the starting scale (and zero point) of every quantized weight of `model`, in place.
 
@@ -37,6 +39,7 @@ def calibrate_ranges(
             takes equal weights for embeddings and experts that have none.
         wrap: put around the iteration over layer names, for a progress bar.
         percentile: share of a group's weights inside the range, in percent; only for "percentile".
+        processes: share the layers; all get the scales of all of them.
 
     Raises:
         ValueError: for an unknown method, or moments missing for a linear layer.
@@ -62,10 +65,20 @@ def calibrate_ranges(
         return search_scale(weight, grid, shape, known.get(name))
 
     on_cpu = all(layer.weight.device.type == "cpu" for layer in layers.values())
+    names = list(layers)
     workers = torch.get_num_threads() if on_cpu else 1
     with _one_thread_an_operation(), ThreadPoolExecutor(workers) as pool:
-        for name, found in zip(wrap(list(layers)), pool.map(start, layers), strict=True):
+        own = processes.share(names)
+        for name, found in zip(wrap(own), pool.map(start, own), strict=True):
             layers[name].set_scale(*found)
+    for index, layer in enumerate(layers.values()):
+        processes.copy(quantizer_tensors(layer), processes.owner(index))
+
+
+def quantizer_tensors(layer: QuantModule) -> list[Tensor]:
+    """Returns what holds the scale and zero point of a layer."""
+    held = (layer.initial_scale, layer.clip_ratio, layer.log_scale, layer.zero_point)
+    return [tensor for tensor in held if tensor is not None]
 
 
 @contextmanager

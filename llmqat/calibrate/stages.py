@@ -58,6 +58,7 @@ from llmqat.calibrate.ranges import calibrate_ranges
 from llmqat.calibrate.rotate import rotate
 from llmqat.calibrate.smooth import smooth
 from llmqat.data.blocks import Rows
+from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import fusing
 from llmqat.layers import (
     ActivationConfig,
@@ -188,6 +189,7 @@ def calibrate(
     folder: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
     bar: Bar = no_bar,
+    processes: Processes = ALONE,
 ) -> list[StageReport]:
     """Prepares a full-precision `model` in place and takes it through `stages`; returns what each did.
 
@@ -201,6 +203,8 @@ def calibrate(
         folder: keeps what is finished, for another start; nothing is kept where not given.
         dtype: what forwards compute in.
         bar: progress bars.
+        processes: share the work, each with the same model, text and folder, and end with the same bits. Sums over
+            text are then taken in another order than by one process, and differ from its in their last digits.
 
     Raises:
         ValueError: stages that cannot follow each other, or do not fit the scheme or the model; no text where needed.
@@ -215,7 +219,7 @@ def calibrate(
         stack.callback(model.train, model.training)
         model.eval()
         stack.enter_context(short_attention())
-        run = _Calibration(model, quant, ids, seed, folder, dtype, bar)
+        run = _Calibration(model, quant, ids, seed, folder, dtype, bar, processes)
         reports = []
         for number, stage in enumerate(stages, 1):
             if not isinstance(stage, (RotateStage, SmoothStage)):
@@ -237,9 +241,10 @@ class _Calibration:
         folder: Path,
         dtype: torch.dtype,
         bar: Bar,
+        processes: Processes,
     ) -> None:
         self.model, self.quant, self.ids, self.seed = model, quant, ids, seed
-        self.folder, self.dtype, self.bar = folder, dtype, bar
+        self.folder, self.dtype, self.bar, self.processes = folder, dtype, bar, processes
         self.bits: int | None = None
         self.probe = None if ids is None else Probe(model, ids[:PROBE_BLOCKS], dtype)
 
@@ -265,7 +270,8 @@ class _Calibration:
         place = self.folder / f"{number:02}-{stage.stage}"
         place.mkdir(parents=True, exist_ok=True)
         file = place / REPORT_FILE
-        report = StageReport(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        is_done = self.processes.agreed(file.is_file())
+        report = StageReport(**json.loads(file.read_text(encoding="utf-8"))) if is_done else None
         before = None if report is not None else self.divergence()
         start = time.perf_counter()
         if isinstance(stage, WeightStage):
@@ -276,7 +282,8 @@ class _Calibration:
             return report
         seconds = earlier + time.perf_counter() - start
         report = StageReport(stage.stage, seconds, before, self.divergence(), parts)
-        write_whole(file, json.dumps(asdict(report)))
+        if self.processes.is_first:
+            write_whole(file, json.dumps(asdict(report)))
         log.info("%s: %.0f s, KL %s", stage.stage, seconds, report.change)
         return report
 
@@ -314,18 +321,20 @@ def _smooth(run: _Calibration, stage: SmoothStage, place: Path) -> _Done:
 
 
 def _ranges(run: _Calibration, stage: RangesStage, place: Path) -> _Done:
-    file = place / STATE_FILE
-    if file.is_file():
+    file, processes = place / STATE_FILE, run.processes
+    if processes.agreed(file.is_file()):
         run.model.load_state_dict(load_file(file), strict=False)
         return 0.0, {}
     with cast_parameters(run.model, run.dtype):
         moments = None
         if stage.method == "weighted_mse":
-            moments = collect_moments(run.model, run.text(stage), stage.batch_size, run.bar("moments", "batch"))
-        calibrate_ranges(run.model, stage.method, moments, run.bar("ranges", "layer"), stage.percentile)
+            bar = run.bar("moments", "batch")
+            moments = collect_moments(run.model, run.text(stage), stage.batch_size, bar, processes)
+        calibrate_ranges(run.model, stage.method, moments, run.bar("ranges", "layer"), stage.percentile, processes)
         if static_layers(run.model):
             calibrate_activations(run.model, run.text(stage), stage.batch_size, run.bar("inputs", "batch"))
-    save_whole(file, quantizer_state(run.model))
+    if processes.is_first:
+        save_whole(file, quantizer_state(run.model))
     return 0.0, {}
 
 
@@ -334,9 +343,11 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
     originals = Originals(run.folder / ORIGINALS_FILE)
     inner = find_blocks(run.model)
     files = [place / f"block-{index:04}.safetensors" for index in range(len(inner))]
-    if all(file.is_file() for file in files):
+    processes = run.processes
+    done = processes.agreed([file.is_file() for file in files])
+    if all(done):
         return 0.0, {name: _read_block(module, file) for (name, module), file in zip(inner.items(), files, strict=True)}
-    walk = open_walk(run.model, run.text(stage), stage.batch_size, stage.hidden_memory * 1e9, run.dtype)
+    walk = open_walk(run.model, run.text(stage), stage.batch_size, stage.hidden_memory * 1e9, run.dtype, processes)
     facts: dict[str, Any] = {}
     earlier = 0.0
     bar = run.bar(stage.stage, "block")(walk.blocks)
@@ -344,30 +355,33 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
         file = files[block.index]
         if not isinstance(stage, GPTQStage):  # which asks for nothing but its own inputs
             with originals.in_place(block):
-                block.run_full(walk.full if stage.target == "clean" else walk.quantized, walk.full, stage.batch_size)
-        if file.is_file():
+                full = walk.full if stage.target == "clean" else walk.quantized
+                block.run_full(full, walk.full, stage.batch_size, processes)
+        if done[block.index]:
             found = _read_block(block.module, file)
             earlier += found["seconds"]
         else:
             start = time.perf_counter()
             with in_float32(block), fusing():
-                found = _IN_BLOCK[type(stage)](block, walk, stage, run.seed, bar)
+                found = _IN_BLOCK[type(stage)](block, walk, stage, run, bar)
+                processes.copy((*block.module.parameters(), *block.module.buffers()))
             found["seconds"] = time.perf_counter() - start
-            _write_block(block, file, found)
+            if processes.is_first:
+                _write_block(block, file, found)
         facts[block.name] = found
-        block.run(walk.quantized, walk.quantized, stage.batch_size)
+        block.run(walk.quantized, walk.quantized, stage.batch_size, processes)
     return earlier, facts
 
 
-def _gptq_in_block(block: Block, walk: Walk, stage: GPTQStage, seed: int, bar: Any) -> dict[str, Any]:
-    return {name: asdict(found) for name, found in gptq_block(block, walk.quantized, stage).items()}
+def _gptq_in_block(block: Block, walk: Walk, stage: GPTQStage, run: _Calibration, bar: Any) -> dict[str, Any]:
+    return {name: asdict(found) for name, found in gptq_block(block, walk.quantized, stage, run.processes).items()}
 
 
-def _train_in_block(block: Block, walk: Walk, stage: BlockwiseStage, seed: int, bar: Any) -> dict[str, Any]:
+def _train_in_block(block: Block, walk: Walk, stage: BlockwiseStage, run: _Calibration, bar: Any) -> dict[str, Any]:
     def show(iteration: int, loss: float) -> None:
         bar.set_postfix(iteration=f"{iteration}/{stage.iterations}", loss=f"{loss:.5f}")
 
-    return asdict(train_block(block, walk.quantized, walk.full, stage, seed, show))
+    return asdict(train_block(block, walk.quantized, walk.full, stage, run.seed, show, run.processes))
 
 
 _DO: dict[type[Any], Callable[[_Calibration, Any, Path], _Done]] = {
@@ -377,7 +391,7 @@ _DO: dict[type[Any], Callable[[_Calibration, Any, Path], _Done]] = {
     GPTQStage: _block_by_block,
     BlockwiseStage: _block_by_block,
 }
-_IN_BLOCK: dict[type[Any], Callable[[Block, Walk, Any, int, Any], dict[str, Any]]] = {
+_IN_BLOCK: dict[type[Any], Callable[[Block, Walk, Any, _Calibration, Any], dict[str, Any]]] = {
     GPTQStage: _gptq_in_block,
     BlockwiseStage: _train_in_block,
 }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 from llmqat.data.blocks import Progress, Rows, TokenBlocks, read_blocks, rows_of, save_blocks, token_blocks
 from llmqat.data.config import MIX, SOURCES, DataConfig
 from llmqat.data.packing import TextSplits
+from llmqat.data.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +52,7 @@ def load_splits(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> TextSplits:
     """Returns the text that `config` describes as token blocks, split as it says.
 
@@ -59,6 +61,7 @@ def load_splits(
         tokenizer: of the model that will read the blocks.
         model: writes the text if the source is `synthetic`; else unused.
         progress: called with (tokens done, tokens in all) by sources that take long.
+        processes: write together what the model writes, unless it is part of a mix; other text each makes by itself.
 
     Raises:
         FileNotFoundError: when the text is not where `config` says.
@@ -73,4 +76,4 @@ def load_splits(
         from llmqat.data.cache import read_documents
 
         return read_documents(module.open_source(config), config, tokenizer, progress)
-    return TextSplits(cast(TokenBlocks, module.load(config, tokenizer, model, progress)))
+    return TextSplits(cast(TokenBlocks, module.load(config, tokenizer, model, progress, processes)))

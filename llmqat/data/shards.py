@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data.blocks import Progress, token_blocks
 from llmqat.data.hub import MANIFEST_FILE
+from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import distinct_shares, merged, summary
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import Shard, Writer
@@ -111,6 +112,7 @@ def write_shards(
     config: SynthesisConfig,
     progress: Progress | None = None,
     teacher_top_k: int | None = None,
+    processes: Processes = ALONE,
 ) -> WrittenFolder:
     """Fills `folder` with shards until they hold `tokens`; those that it holds already are kept.
 
@@ -124,6 +126,7 @@ def write_shards(
         teacher_top_k: whether the model's likeliest tokens are kept for training, in `folder`/teacher, and how many a
             position. They come from one pass over each finished shard: steps of writing see a document alone, and a
             block may hold several.
+        processes: write the shards together, the first one to disk; what lies there is what one would write.
 
     Raises:
         FileExistsError: `folder` holds something else.
@@ -132,18 +135,23 @@ def write_shards(
     check_folder(folder)
     writer = Writer(model, tokenizer, config)
     manifest = Manifest.of(model, tokenizer, config, writer.most_rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove(folder, *_LEFT_OVERS)
-    if (folder / MANIFEST_FILE).is_file():
-        found = read_manifest(folder)
-        _check_same(found, manifest, folder)
-        manifest = found
-    done = {shard.number: shard for shard in _finished(manifest, folder)}
+    done: dict[int, Shard] = {}
+    if processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove(folder, *_LEFT_OVERS)
+        if (folder / MANIFEST_FILE).is_file():
+            found = read_manifest(folder)
+            _check_same(found, manifest, folder)
+            manifest = found
+        done = {shard.number: shard for shard in _finished(manifest, folder)}
+    done = processes.agreed(done)
     if done:
         log.info("%s: %d shards are there already", folder, len(done))
     lines: list[dict[str, Any]] = []
-    for shard in writer.shards(tokens, done, progress):
+    for shard in writer.shards(tokens, done, progress, processes):
         lines.append(_line_of(shard))
+        if not processes.is_first:
+            continue
         if shard.number not in done:
             _write_parquet(shard.ids, tokenizer, folder / lines[-1]["file"])
             # What lies behind an unfinished shard was finished before it was damaged: it is kept.
@@ -153,7 +161,9 @@ def write_shards(
             cache_teacher(model, tokenizer, shard.ids, folder / TEACHER_FOLDER, top_k=teacher_top_k)
     kept = [line for line in manifest.shards if line["number"] >= len(lines) and line["number"] in done]
     manifest = Manifest(manifest.made_with, manifest.facts, [*lines, *kept])
-    return _reported(WrittenFolder(folder, manifest), tokenizer)
+    if processes.is_first:
+        manifest = _reported(WrittenFolder(folder, manifest), tokenizer).manifest
+    return WrittenFolder(folder, processes.agreed(manifest))
 
 
 def check_folder(folder: Path) -> None:

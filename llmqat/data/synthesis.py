@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmqat.data.blocks import Progress, TokenBlocks, token_blocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS, DataConfig
 from llmqat.data.decode import open_decoder
+from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import Document, distinct_shares, judged, merged, refused, summary, tally
 from llmqat.data.sampling import Sampling, choose
 from llmqat.data.script import Script, read_script
@@ -51,6 +52,7 @@ def load(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> TokenBlocks:
     """Returns blocks that `model` has written, as `config` says; with `config.path` they are kept there as shards.
 
@@ -61,7 +63,7 @@ def load(
         raise ValueError("data.source='synthetic' needs the model that writes the text; pass model=")
     settings = {name: getattr(config, name) for name in SynthesisConfig.model_fields}
     tokens = config.tokens or DEFAULT_SYNTHETIC_TOKENS
-    return synthesize(model, tokenizer, tokens, folder=config.path, progress=progress, **settings)
+    return synthesize(model, tokenizer, tokens, folder=config.path, progress=progress, processes=processes, **settings)
 
 
 def synthesize(
@@ -71,6 +73,7 @@ def synthesize(
     *,
     folder: Path | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
     **settings: Any,
 ) -> TokenBlocks:
     """Returns text written by `model` itself, as token blocks.
@@ -83,6 +86,7 @@ def synthesize(
         tokens: wanted, rounded up to whole blocks.
         folder: keeps the text as shards; those it holds already are not written again (see `shards.write_shards`).
         progress: called with (tokens written, tokens to write) after each step.
+        processes: write it together; all get the whole text, which is that of one process.
         settings: fields of `SynthesisConfig`: block_size, seed, batch_size, strategy, chat_share, temperature, ….
 
     Raises:
@@ -94,10 +98,10 @@ def synthesize(
     if folder is not None:
         from llmqat.data.shards import write_shards
 
-        written = write_shards(model, tokenizer, tokens, folder, config, progress)
+        written = write_shards(model, tokenizer, tokens, folder, config, progress, processes=processes)
         shards = list(written.shards())
     else:
-        shards = list(Writer(model, tokenizer, config).shards(tokens, progress=progress))
+        shards = list(Writer(model, tokenizer, config).shards(tokens, progress=progress, processes=processes))
     return _as_blocks(model, config, tokens, shards)
 
 
@@ -133,14 +137,22 @@ class Writer:
         self.most_rows = min(config.batch_size, max(CACHE_BYTES // (cache_bytes_per_token(model) * size), 1))
 
     def shards(
-        self, tokens: int, done: Mapping[int, Shard] | None = None, progress: Progress | None = None
+        self,
+        tokens: int,
+        done: Mapping[int, Shard] | None = None,
+        progress: Progress | None = None,
+        processes: Processes = ALONE,
     ) -> Iterator[Shard]:
         """Yields shards until they hold `tokens`, in the order of their numbers.
+
+        How many rows each has is planned in rounds: for what is wanted, then for what that has left wanting. So the
+        shards are the same whoever writes them.
 
         Args:
             tokens: wanted.
             done: shards that need not be written again, by number.
             progress: called with (tokens written, tokens to write).
+            processes: write shards in turn, at the same time; all get all of them.
 
         Raises:
             ValueError: when nothing of what the model writes can be used.
@@ -149,18 +161,33 @@ class Writer:
         wanted, blocks, tapes, number = -(-tokens // size), 0, 0, 0
         facts: list[Mapping[str, Any]] = []
         while blocks < wanted:
-            if number >= MOST_FRUITLESS_SHARDS and blocks == 0:
-                raise ValueError(
-                    f"the model writes nothing usable, documents by fault: {refused(merged(facts))}; is it trained?"
-                )
-            plan = rows_of_shards(wanted - blocks, self.most_rows)
-            shard = (done or {}).get(number)
-            if shard is None:
-                watch = _Watch(progress, tapes * size, (tapes + sum(plan)) * size)
-                shard = self.write(number, plan[0], watch)
-            yield shard
-            facts.append(shard.facts)
-            blocks, tapes, number = blocks + len(shard.ids), tapes + shard.rows, number + 1
+            plan = dict(enumerate(rows_of_shards(wanted - blocks, self.most_rows), number))
+            watch = _Watch(progress, tapes * size, (tapes + sum(plan.values())) * size)
+            for shard in self._round(plan, done or {}, watch, processes):
+                if number >= MOST_FRUITLESS_SHARDS and blocks == 0:
+                    raise ValueError(
+                        f"the model writes nothing usable, documents by fault: {refused(merged(facts))}; is it trained?"
+                    )
+                yield shard
+                facts.append(shard.facts)
+                blocks, tapes, number = blocks + len(shard.ids), tapes + shard.rows, number + 1
+                if blocks >= wanted:
+                    break
+
+    def _round(
+        self, plan: Mapping[int, int], done: Mapping[int, Shard], watch: _Watch, processes: Processes
+    ) -> Iterator[Shard]:
+        """Yields the shards of `plan` (number -> rows), from `done` or written when they are due."""
+        made = {number: done[number] for number in plan if number in done}
+        for number in plan:
+            if number not in made:
+                due = [other for other in plan if other >= number and other not in made][: processes.count]
+                own = [
+                    self.write(mine, plan[mine], watch.after(plan, mine, self.config.block_size))
+                    for mine in processes.share(due)
+                ]
+                made |= {shard.number: shard for part in processes.gathered(own) for shard in part}
+            yield made.pop(number)
 
     def write(self, number: int, rows: int, watch: Progress | None = None) -> Shard:
         """Returns shard `number` of `rows` tapes, whatever has been written before."""
@@ -220,6 +247,11 @@ class _Watch:
     progress: Progress | None
     done: int
     total: int
+
+    def after(self, plan: Mapping[int, int], number: int, size: int) -> _Watch:
+        """Returns what watches shard `number` of a `plan` (number -> rows of `size` tokens)."""
+        earlier = sum(rows for other, rows in plan.items() if other < number)
+        return _Watch(self.progress, self.done + earlier * size, self.total)
 
     def __call__(self, written: int, _: int) -> None:
         if self.progress is not None:
