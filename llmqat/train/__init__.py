@@ -1,6 +1,7 @@
 """Training: distillation of a prepared model from the original one, on transformers.Trainer."""
 
 from llmqat.train.adapter import LoraSettings, is_own_teacher
+from llmqat.train.distribution import check_distribution, whole_model
 from llmqat.train.monitor import MonitorSettings, QuantizationMonitor
 from llmqat.train.trainer import QATArguments, QATTrainer, choose_trained, processor_has_bf16
 
@@ -10,7 +11,9 @@ __all__ = [
     "QATArguments",
     "QATTrainer",
     "QuantizationMonitor",
+    "check_distribution",
     "choose_trained",
     "is_own_teacher",
     "processor_has_bf16",
+    "whole_model",
 ]

@@ -78,12 +78,17 @@ class QuantizationMonitor(TrainerCallback):
     def attach(self, trainer: Trainer) -> QuantizationMonitor:
         """Makes `trainer` call this and takes its `log`, which reaches every tracker; returns itself.
 
+        Under FSDP and DeepSpeed, where no process holds whole weights, nothing is logged but a warning.
+
         Raises:
             ValueError: the trainer's model has no quantized weight to look at.
         """
         found = {name: module for name, module in trainer.model.named_modules() if isinstance(module, QuantModule)}
         if not found:
             raise ValueError("the trainer's model has no quantized weight to look at: call llmqat.prepare first")
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            log.warning("codes and scales are not monitored: each process holds a part of the weights only")
+            return self
         names = list(found)
         count = min(self.settings.layers, len(names))
         chosen = [names[round(index * (len(names) - 1) / max(count - 1, 1))] for index in range(count)]

@@ -63,6 +63,7 @@ from llmqat.train.checkpoints import (
     publish,
     writing_error,
 )
+from llmqat.train.distribution import check_distribution
 from llmqat.train.stability import check_lengths, is_finite, not_finite_error, not_finite_parameter, where_not_finite
 
 logger = logging.getLogger(__name__)
@@ -204,8 +205,9 @@ class QATTrainer(Trainer):
             raise ValueError(
                 f"the student's vocabulary has {sizes[0]} entries, the teacher's {sizes[-1]}; they must match"
             )
-        if args is not None:
-            _check_arguments(args)
+        args = TrainingArguments("tmp_trainer") if args is None else args  # as Trainer does
+        _check_arguments(args)
+        check_distribution(args)
         choose_trained(model, getattr(args, "trainable", "all"))
         if teacher is None and getattr(args, "kl_weight", 1.0) > 0:
             check_self_teacher(model)
@@ -218,6 +220,10 @@ class QATTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process mean DataParallel, which this loss cannot be split over; start "
                 "one process per GPU with `accelerate launch` or `torchrun`, or show it one GPU by CUDA_VISIBLE_DEVICES"
             )
+        if self.is_fsdp_enabled:
+            # Left to accelerate, weights and scales would be gathered in bfloat16, of which other codes come; what may
+            # be rounded is cast after that (`models.cast_parameters`).
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         _share_starting_scales(model, self.args.world_size)
         # The loss is divided by num_items_in_batch in compute_loss; Trainer must count the tokens and not divide again.
         self.model_accepts_loss_kwargs = True
