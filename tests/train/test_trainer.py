@@ -143,7 +143,7 @@ REUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "int3": ("llama", {"name": "int3"}, {}),
     "checkpointed": ("llama", {"name": "int3"}, {"gradient_checkpointing": True}),
     "zero points": ("qwen2", {"name": "int4", "symmetric": False}, {}),
-    "ternary, warming up": ("llama", {"name": "ternary"}, {"quantization_warmup_steps": 3}),
+    "ternary, warming up": ("llama", {"name": "ternary"}, {"quantization_warmup_steps": 1}),
     "embedding": ("llama", {"name": "int4", "embeddings": "int8"}, {}),
     "experts": ("mixtral", {"name": "int4"}, {}),
     "transposed": ("gpt2", {"name": "w4a8"}, {}),
