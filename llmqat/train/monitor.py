@@ -118,7 +118,10 @@ class QuantizationMonitor(TrainerCallback):
         self._codes[step] = [codes_of(layer, self.settings.weights) for layer in self._layers.values()]
         if self._is_due(step) and self._trainer is not None:
             tracked = bool(args.report_to) and args.report_to != ["none"]
+            is_due = control.should_log
             self._trainer.log({**self._figures(step, by_layer=tracked), **self._gradients})
+            # Trainer takes any log for its own of this step; it would skip the loss, for which all processes wait.
+            control.should_log = is_due
             self._gradients = {}
 
     def on_log(

@@ -74,6 +74,9 @@ def test_watching_changes_nothing(tmp_path: Path) -> None:
     watched, _ = trained(tmp_path / "a", MonitorSettings(every=1, layers=3, weights=100))
     alone, _ = trained(tmp_path / "b", None)
     assert looks(alone) == {}
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (watched, alone)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8
     for (name, one), other in zip(watched.model.named_parameters(), alone.model.parameters(), strict=True):
         assert torch.equal(one, other), name
 
