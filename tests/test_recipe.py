@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
 
 from llmqat.layers import QuantConfig, WeightConfig
 from llmqat.recipe import Recipe, load_recipe, open_run_folder, training_arguments
@@ -269,3 +271,16 @@ def test_recipes_are_immutable(tmp_path: Path):
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3  # type: ignore[misc]
     assert isinstance(recipe, Recipe)
+
+
+def test_accelerate_reads_every_configuration_that_is_shipped() -> None:
+    files = sorted((RECIPES[0].parent / "accelerate").glob("*.yaml"))
+    assert len(files) == 7
+    for file in files:
+        found = load_config_from_file(str(file))
+        head = [line for line in file.read_text().splitlines() if line.startswith("#")]
+        assert any(f"accelerate launch --config_file recipes/accelerate/{file.name}" in line for line in head), file
+        assert any("Validated only" in line or "Run as it is here" in line for line in head), file
+        assert found.mixed_precision == "no", file  # what QATArguments.bf16 says counts
+        if found.distributed_type == DistributedType.FSDP:
+            assert found.fsdp_config["fsdp_version"] == 2, file

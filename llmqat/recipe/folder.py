@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from llmqat.data import TextSplits, read_blocks, save_blocks
+from llmqat.data.processes import ALONE, Processes
 from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
 from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
 from llmqat.models import write_whole
@@ -111,12 +112,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def kept_text(folder: Path, make: Callable[[], TextSplits]) -> TextSplits:
-    """Returns the run's text: from the folder where an earlier start has left it there, else made and left there."""
+def kept_text(folder: Path, make: Callable[[], TextSplits], processes: Processes = ALONE) -> TextSplits:
+    """Returns the run's text: from the folder where an earlier start has left it there, else made and left there.
+
+    Where `processes` make it together, the first one leaves it there.
+    """
     files = {split: folder / name for split, name in BLOCKS_FILES.items()}
-    if files["train"].is_file():
+    if processes.agreed(files["train"].is_file()):
         return TextSplits(**{split: read_blocks(file) for split, file in files.items() if file.is_file()})
     text = make()
+    if not processes.is_first:
+        return text
     for split, blocks in reversed(text.given().items()):  # the training text last: where it is, all are
         save_blocks(blocks, files[split])
     return text

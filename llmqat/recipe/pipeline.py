@@ -15,8 +15,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from llmqat.calibrate import (
     ORIGINALS_FILE,
@@ -38,6 +39,7 @@ from llmqat.calibrate import (
     rotates,
 )
 from llmqat.data import Rows, TextSplits, TokenBlocks
+from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.evaluate.layers import write_layers
@@ -64,7 +66,15 @@ from llmqat.recipe.folder import (
 )
 from llmqat.recipe.plan import coverage_of
 from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
-from llmqat.train import MonitorSettings, QATArguments, QATTrainer, QuantizationMonitor, is_own_teacher
+from llmqat.train import (
+    MonitorSettings,
+    QATArguments,
+    QATTrainer,
+    QuantizationMonitor,
+    check_distribution,
+    is_own_teacher,
+    whole_model,
+)
 from llmqat.train.checkpoints import checkpoint_step, last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -107,8 +117,8 @@ class Stages:
 def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     """Runs `recipe` from the model to the compared artefact, or goes on with it where it was interrupted.
 
-    Under `accelerate launch` or `torchrun` all processes calibrate and train; the main one writes the text, saves,
-    evaluates and reports.
+    Under `accelerate launch` or `torchrun` all processes share writing the text, calibrating and training; the main one
+    reads text that exists, saves, evaluates and reports.
 
     Args:
         recipe: from `load_recipe`.
@@ -123,6 +133,9 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         ValueError: the model, the text or the scheme does not do.
     """
     arguments = training_arguments(recipe)
+    check_distribution(arguments)
+    if is_deepspeed_zero3_enabled():  # models are loaded and calibrated whole, and partitioned when training begins
+        unset_hf_deepspeed_config()
     main = arguments.process_index == 0
     with arguments.main_process_first(local=False):
         if main and open_run_folder(recipe, overwrite=overwrite):
@@ -135,8 +148,10 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         teacher.to(arguments.device)
         windows = evaluation_windows(recipe.evaluate, tokenizer)  # now: a text that does not do should not cost a run
         cache = teacher_cache_of(recipe, teacher, tokenizer)
-    with stage("text", recipe.data.source), arguments.main_process_first(local=False):
-        text = kept_text(recipe.output, partial(text_of, recipe, tokenizer, teacher))
+    together = recipe.data.source == "synthetic"
+    with stage("text", recipe.data.source), nullcontext() if together else arguments.main_process_first(local=False):
+        writers = Processes.all() if together else ALONE
+        text = kept_text(recipe.output, partial(text_of, recipe, tokenizer, teacher, writers), writers)
         blocks, calibration_rows = text.train, text.calibrated_on.rows
         check_untrained(recipe.evaluate, text.record(), "this recipe")
         check_documents_apart(teacher, blocks)
@@ -150,20 +165,20 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
             recipe = with_planned_bits(recipe, calibration_rows, arguments)
             coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
     with stage("calibrate", ", ".join(step.stage for step in recipe.calibrate) or "plain rounding"):
-        student, calibration = calibrated_model(recipe, calibration_rows, arguments)
+        student, calibration = calibrated_model(recipe, calibration_rows, arguments, Processes.all())
         layers = {"calibrated": layers_of(recipe, student, calibration_rows, arguments)}
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
-        model = student if recipe.lora is None else recipe.lora.attach(student, recipe.seed)
+        model = trainable_model(recipe, student, arguments)
         taught_by = _taught_by(recipe, model, teacher, cache)
         if taught_by is not teacher:
             teacher = None
-        if packed := arguments.trainable == "scales":
-            convert(student)  # codes stay as they are, so no weight is needed any more
-        training = _train(model, taught_by, arguments, text, recipe.monitor)
-        del taught_by
-        if packed:
-            convert(student)
-    if not main:
+
+        def anew() -> nn.Module:
+            return trainable_model(recipe, calibrated_model(recipe, calibration_rows, arguments)[0], arguments)
+
+        trained, training = _train(model, taught_by, arguments, text, recipe.monitor, anew)
+        del taught_by, model, student
+    if trained is None or not main:
         return None
     facts: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
@@ -172,10 +187,12 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         "training": training,
     }
     with stage("save", "packing, and proving what lies on disk"):
-        if not packed:
-            layers["trained"] = layers_of(recipe, student, calibration_rows, arguments)
+        if arguments.trainable == "scales":
+            convert(trained)
+        else:
+            layers["trained"] = layers_of(recipe, trained, calibration_rows, arguments)
         write_layers(layers, recipe.output, picture=importlib.util.find_spec("matplotlib") is not None)
-        report = save(student, recipe.output / CHECKPOINT_FOLDER, tokenizer, run=facts, overwrite=True)
+        report = save(trained, recipe.output / CHECKPOINT_FOLDER, tokenizer, run=facts, overwrite=True)
     with stage("evaluate", ", ".join(windows)):
         candidates = _candidates(recipe, teacher, coverage, calibration_rows, report, arguments)
         with progress_bar() as advance:
@@ -234,9 +251,9 @@ def with_planned_bits(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> 
 
 
 def calibrated_model(
-    recipe: Recipe, blocks: Rows, arguments: QATArguments
+    recipe: Recipe, blocks: Rows, arguments: QATArguments, processes: Processes = ALONE
 ) -> tuple[PreTrainedModel, list[StageReport]]:
-    """Returns the recipe's model, prepared and calibrated, and what each stage did.
+    """Returns the recipe's model, prepared and calibrated by `processes` together, and what each stage did.
 
     What an earlier start, or this one, has left of it in the run folder is not done again.
     """
@@ -251,8 +268,17 @@ def calibrated_model(
         folder=recipe.output / CALIBRATION_FOLDER,
         dtype=forward_dtype(arguments.bf16),
         bar=progress,
+        processes=processes,
     )
     return model, reports
+
+
+def trainable_model(recipe: Recipe, student: PreTrainedModel, arguments: QATArguments) -> PreTrainedModel | PeftModel:
+    """Returns what is trained of a calibrated `student`, which is changed in place: with adapters, or packed."""
+    model = student if recipe.lora is None else recipe.lora.attach(student, recipe.seed)
+    if arguments.trainable == "scales":
+        convert(student)  # codes stay as they are, so no weight is needed any more
+    return model
 
 
 def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Rows, arguments: QATArguments) -> list[LayerReport]:
@@ -279,10 +305,12 @@ def _train(
     arguments: QATArguments,
     text: TextSplits,
     monitor: MonitorSettings | None,
-) -> dict[str, Any]:
-    """Trains `model` in place, from the run's last whole checkpoint if there is one; returns the facts of it.
+    anew: Callable[[], nn.Module],
+) -> tuple[PreTrainedModel | None, dict[str, Any]]:
+    """Trains `model` in place, from the run's last whole checkpoint if there is one; returns it and the facts of it.
 
-    Adapters are folded into the weights of the model under them. Without a teacher the model is its own.
+    Adapters are folded into the weights of the model under them. Without a teacher the model is its own. What has been
+    sharded is given to the first process alone, whole, in a model that `anew` makes.
     """
     blocks, validation = text.train, text.validation
     trainer = QATTrainer(
@@ -299,15 +327,16 @@ def _train(
         log.info("going on from %s", last)
     output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     validation_loss = None if validation is None else trainer.evaluate()["eval_loss"]
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if isinstance(model, PeftModel):
-        model.merge_and_unload()
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = whole_model(trainer, anew)
+    if isinstance(trained, PeftModel):
+        trained = trained.merge_and_unload()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     step_tokens = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     step_tokens *= blocks.block_size
     steps = trainer.state.global_step
     steps_now = steps - (0 if last is None else checkpoint_step(last))
-    return {
+    facts = {
         "steps": steps,
         "tokens": steps * step_tokens,
         "seconds": output.metrics["train_runtime"],
@@ -315,13 +344,14 @@ def _train(
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "validation_loss": validation_loss,
-        "trained_parameters": trained,
+        "trained_parameters": parameters,
         "own_teacher": teacher is None,
         "teacher_cache": dataclasses.asdict(teacher.header) if isinstance(teacher, TeacherCache) else None,
         "processes": arguments.world_size,
         "resumed_from": None if last is None else last.name,
         "history": trainer.state.log_history,
     }
+    return trained, facts
 
 
 def _candidates(

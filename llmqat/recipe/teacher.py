@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data import DataConfig, Rows, TextSplits, load_splits, read_blocks, save_blocks
 from llmqat.data.packing import CALIBRATION
+from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
 from llmqat.models import load_model
 from llmqat.recipe.bars import token_bar
@@ -81,13 +82,18 @@ def teacher_cache_of(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrain
     return cache
 
 
-def text_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TextSplits:
-    """Returns the recipe's text: where `model` has written it for the teacher's cache already, from there."""
+def text_of(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, processes: Processes = ALONE
+) -> TextSplits:
+    """Returns the recipe's text: where `model` has written it for the teacher's cache already, from there.
+
+    `processes` write together what the model writes now.
+    """
     kept = None if recipe.teacher_cache is None else recipe.teacher_cache / text_file(recipe.data)
     if kept is not None and kept.is_file():
         return TextSplits(read_blocks(kept))
     with token_bar("text") as progress:
-        return load_splits(recipe.data, tokenizer, model, progress)
+        return load_splits(recipe.data, tokenizer, model, progress, processes)
 
 
 def text_file(data: DataConfig) -> str:

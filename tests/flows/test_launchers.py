@@ -24,6 +24,7 @@ STEPS = (
     "quant.preset=int2",
     "train={max_steps: 6, optim: sgd, max_grad_norm: 0, learning_rate: 0.3, scale_learning_rate: 0.3, "
     "lr_scheduler_type: constant, bf16: false, logging_steps: 1, save_steps: 3, per_device_train_batch_size: 4}",
+    "monitor.every=2",
 )
 
 
@@ -113,3 +114,15 @@ def test_accelerate_launch_runs_the_recipe(tiny_folder: Path, tmp_path: Path, en
     assert results["training"]["processes"] == 1
     assert results["training"]["steps"] == 2
     assert "checkpoint:" in done.stdout
+
+
+def test_accelerate_launch_on_a_cpu_starts_one_process_and_the_run_says_so(
+    tiny_folder: Path, tmp_path: Path, environment: dict[str, str]
+):
+    words = ["train", str(RECIPE), *small(tiny_folder, tmp_path / "run")]
+    configured = ["accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml")]
+    command = [sys.executable, "-m", *configured, "--num_processes", "2", "-m", "llmqat", *words]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "2 or more processes were asked for, and 1 runs" in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
