@@ -12,8 +12,9 @@ Counted in bytes a device:
     teacher       bfloat16, or 1 or 0.5 bytes a linear weight; none for the model itself or a cache
     casts         bfloat16 copies of float32 parameters that no quantizer handles (embeddings, norms), and of gradients
     logits        512 tokens of student and teacher in bfloat16, and on a GPU four float32 copies of them
-    activations   what a Llama's blocks keep for the backward pass, and their quantized weights in bfloat16; with
-                  gradient checkpointing one hidden state a block, and all this for one block
+    activations   what a Llama's blocks keep for the backward pass (on a CPU attention's scores too), and their
+                  quantized weights in bfloat16; with gradient checkpointing one hidden state a block, and all this for
+                  one block
 
 Letters: P parameters, D hidden size, F intermediate size, A attention width (heads x head size), K width of keys,
 T tokens in a micro-batch, L blocks, W processes, V vocabulary.
@@ -28,13 +29,14 @@ from typing import Any
 from torch import nn
 
 from llmqat.layers import QuantModule
+from llmqat.layers.causal import LONGEST
 
 CHUNK_TOKENS = 512
 """Tokens whose logits exist at once (metrics.token_loss)."""
 KINDS = ("ddp", "zero2", "zero3", "fsdp2")
 """How a model is spread: ddp holds all of it on each device, zero2 shards gradients and optimizer, the others all."""
 CPU_RUNTIME = 120_000_000
-"""What a first step leaves in a process on a CPU beside tensors (primitives, buffers, threads): measured."""
+"""What a first step leaves in a process on a CPU beside tensors (primitives, buffers, threads); from measured peaks."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class ModelSize:
     hidden: int
     intermediate: int
     """Width of the activated part of the MLP: with experts, those that one token meets."""
+    heads: int
+    """Of queries."""
     attention: int
     key_value: int
     vocabulary: int
@@ -148,6 +152,7 @@ def size_of(model: nn.Module, config: Any, packed_bytes: float = 0.5) -> ModelSi
         layers=text.num_hidden_layers,
         hidden=hidden,
         intermediate=wide * experts,
+        heads=heads,
         attention=heads * head,
         key_value=keys * head,
         vocabulary=text.vocab_size,
@@ -171,13 +176,13 @@ def memory_of(size: ModelSize, method: Method, devices: Devices) -> Memory:
     casts = 2.0 * rest if method.trains == "all" else 0.0
     head = float(size.vocabulary * size.hidden) if method.head_trains else 0.0
     logits = _logit_bytes(size, method, devices)
-    activations = _activation_bytes(size, method)
+    activations = _activation_bytes(size, method, devices)
     runtime = float(CPU_RUNTIME) if devices.accelerator == "cpu" else 0.0
     always = weights + optimizer + teacher + casts + runtime + (gradients if method.accumulation > 1 else 0.0)
     at_loss = always + activations + logits + 4 * head
     at_start = always + activations + 10 * head  # float32 as it was made, scaled, and in bfloat16
     after = gradients if method.accumulation == 1 else 0.0
-    at_end = always + after + casts + _block_bytes(size, method)
+    at_end = always + after + casts + _block_bytes(size, method, devices)
     peak = max(at_loss, at_start, at_end)
     return Memory(weights, gradients, optimizer, teacher, 2 * casts, logits + 10 * head, activations, runtime, peak)
 
@@ -264,17 +269,26 @@ def _made_weights(size: ModelSize, method: Method) -> float:
     return {"all": 2.0, "lora": 6.0, "scales": 0.0}[method.trains] * size.quantized
 
 
-def _block_bytes(size: ModelSize, method: Method) -> float:
+def _scores(size: ModelSize, method: Method, devices: Devices) -> float:
+    """Returns the bytes a token of attention's scores that a block keeps: on a CPU, of short sequences alone."""
+    return 2.0 * size.heads * method.length if devices.accelerator == "cpu" and method.length <= LONGEST else 0.0
+
+
+def _block_bytes(size: ModelSize, method: Method, devices: Devices) -> float:
     """Returns what one block needs in its own backward pass."""
-    block = _kept_by_block(size) * method.batch * method.length + _made_weights(size, method) / size.layers
+    kept = (_kept_by_block(size) + _scores(size, method, devices)) * method.batch * method.length
+    block = kept + _made_weights(size, method) / size.layers
     if method.trains == "scales":  # the largest matrix: dequantized, its gradient, and the product of both in float32
         block += 14.0 * size.hidden * size.intermediate
     return block
 
 
-def _activation_bytes(size: ModelSize, method: Method) -> float:
+def _activation_bytes(size: ModelSize, method: Method, devices: Devices) -> float:
     tokens = method.batch * method.length
     ends = 12.0 * size.hidden * tokens  # hidden states of student and teacher before the head, and their gradients
     if method.checkpointing:
-        return ends + 2.0 * size.hidden * tokens * size.layers + _block_bytes(size, method)
-    return ends + _kept_by_block(size) * tokens * size.layers + _made_weights(size, method)
+        whole = devices.kind == "ddp" and method.trains != "scales"
+        reused = 2.0 * size.quantized if method.accumulation > 1 and whole else 0.0
+        return ends + 2.0 * size.hidden * tokens * size.layers + _block_bytes(size, method, devices) + reused
+    kept = _kept_by_block(size) + _scores(size, method, devices)
+    return ends + kept * tokens * size.layers + _made_weights(size, method)
