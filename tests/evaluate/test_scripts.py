@@ -150,6 +150,35 @@ def test_calibration(
     assert rows[2]["seconds"] > rows[0]["seconds"]
 
 
+def test_peers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is long enough for some windows. " * 20, encoding="utf-8")
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "auto_round.py").write_text("raise ModuleNotFoundError(\"No module named 'auto_round'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "without"))
+    monkeypatch.syspath_prepend(SCRIPTS)
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    save(model, tmp_path / "packed", tiny_tokenizer())
+    arguments = ["--model", str(folder), "--text", str(text), "--eval", "pydoc", "--work", str(tmp_path / "work")]
+    arguments += ["--window", "32", "--max-windows", "4", "--blocks", "4", "--steps", "1", "--group-size", "32"]
+    arguments += ["--checkpoint", f"rounded={tmp_path / 'packed'}", "--json", str(tmp_path / "out.json"), "--bits", "4"]
+    run(monkeypatch, "peers.py", *arguments, "--methods", "llmqat gptq", "AutoRound")
+    found = headline(capsys.readouterr().out)
+    assert 0 < found["llmqat gptq, 4 bits, pydoc kl"] < found["rounded, 4 bits, pydoc kl"]
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert "No module named 'auto_round'" in report["skipped"]["AutoRound, 4 bits"]
+    assert [row["bits_per_weight"] for row in report["rows"]] == [4.5, 4.5]
+    before = (tmp_path / "work" / "llmqat-gptq-4" / "arm.json").stat().st_mtime_ns
+    run(monkeypatch, "peers.py", *arguments, "--methods", "llmqat gptq")
+    assert headline(capsys.readouterr().out) == found
+    assert (tmp_path / "work" / "llmqat-gptq-4" / "arm.json").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="was begun with other settings"):
+        run(monkeypatch, "peers.py", *arguments, "--methods", "llmqat gptq", "--steps", "2")
+
+
 def test_kv_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run(monkeypatch, "kv_cache.py", "--model", str(folder), "--tokens", "48", "--group-size", "8")
     found = headline(capsys.readouterr().out)
