@@ -655,7 +655,7 @@ def loss_in_forward(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> It
     """
     made: list[Tensor] = []
 
-    @torch.compiler.disable  # the loss makes its own gradient, and changes from step to step
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the loss makes its own gradient
     def stand_in(hidden: Tensor) -> Tensor:
         # As wide as logits may be: models scale and cap what their head gives.
         made[:] = [loss_of(hidden).expand(*hidden.shape[:-1], 1)]
