@@ -4,10 +4,12 @@
 # Each target makes .venv when it is missing; there is nothing else to do by hand.
 #   PYTHON=python3.12   the interpreter that makes .venv; the pins in constraints.txt need 3.11 or newer
 #   TORCH_INDEX=URL     one more index to look for torch in (pytorch.org has a CPU-only one; PyPI has CUDA on Linux)
+#   JOBS=4              processes that run tests, a core each; as many as there are cores where not given
 #   ARGS="..."          more words for `make demo`, such as ARGS="train.max_steps=60 --overwrite"
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 ARGS ?=
 
 VENV := .venv
@@ -28,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/llmqat train $(RECIPE) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -53,7 +53,7 @@ from llmqat.layers import (
 )
 from llmqat.layers.lora import adopt_adapters
 from llmqat.metrics import IGNORED_LABEL, Predictor, Teacher, TopProbabilities, predictor_of, token_loss
-from llmqat.models import capture_hidden, cast_parameters, loss_in_forward, vocabulary_size
+from llmqat.models import capture_hidden, cast_parameters, is_sharded, loss_in_forward, vocabulary_size
 from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
 from llmqat.train.checkpoints import (
     UNFINISHED_FOLDER,
@@ -351,7 +351,7 @@ class QATTrainer(Trainer):
             ValueError: when that is asked for and each process holds a part of the weights only.
         """
         asked = getattr(self.args, "reuse_quantized_weights", None)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(self.model)
         if asked and sharded:
             raise ValueError(
                 "reuse_quantized_weights=True holds every weight whole through a step, which FSDP and ZeRO are there "
