@@ -122,7 +122,8 @@ def test_schemes(
     text.write_text("A text that is long enough for some windows. " * 20, encoding="utf-8")
     arguments = ["--recipe", str(SCRIPTS.parent / "recipes" / "smollm2-135m-int4.yaml"), "--model", str(folder)]
     arguments += ["--text", str(text), "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
-    small = ["data={source: pydoc, tokens: 256, block_size: 32}", "calibrate.ranges.blocks=2", "train.max_steps=2"]
+    small = ["data={source: pydoc, tokens: 256, block_size: 32}", "calibrate.ranges.blocks=2"]
+    small += ["train.max_steps=2", "train.warmup_steps=0"]
     small += ["evaluate.window=32", "evaluate.max_windows=4", "evaluate.allow_trained_text=true"]
     names = ["int4", "int4, int8 embedding", "w4a8kv8"]
     run(monkeypatch, "schemes.py", *arguments, "--schemes", *names, "--set", *small)

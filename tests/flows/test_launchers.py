@@ -41,7 +41,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 # Adapters inside the quantizers, with the model as its own teacher and recomputed activations. They start at zero, and
-# the last digit of their sums decides which codes flip: the second loss shows that gradients agree, later ones drift.
+# the last digit of their sums decides which codes flip: the second loss, a twentieth below the first, shows that
+# gradients agree, to a hundredth of it; later ones drift.
 ADAPTERS = (
     "quant.preset=int4",
     "lora={r: 4, lora_alpha: 32}",
@@ -51,9 +52,16 @@ ADAPTERS = (
 )
 
 
-@pytest.mark.parametrize(("more", "steps_alike"), [((), 6), (ADAPTERS, 2)], ids=["weights", "adapters"])
+@pytest.mark.parametrize(
+    ("more", "steps_alike", "tolerance"), [((), 6, 1e-3), (ADAPTERS, 2, 1e-2)], ids=["weights", "adapters"]
+)
 def test_two_processes_train_the_same_weights_as_one(
-    more: tuple[str, ...], steps_alike: int, tiny_folder: Path, tmp_path: Path, environment: dict[str, str]
+    more: tuple[str, ...],
+    steps_alike: int,
+    tolerance: float,
+    tiny_folder: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
 ):
     both, one = tmp_path / "both", tmp_path / "one"
     both.mkdir()
@@ -75,7 +83,7 @@ def test_two_processes_train_the_same_weights_as_one(
     alone = small(tiny_folder, one / "run", *STEPS, *more, "train.per_device_train_batch_size=8")
     launched(["tests.flows.record_training", str(one), *words, *alone], environment)
     expected = records(one)[0]["losses"]
-    assert expected[:steps_alike] == pytest.approx(first["losses"][:steps_alike], rel=1e-3)
+    assert expected[:steps_alike] == pytest.approx(first["losses"][:steps_alike], rel=tolerance)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(
