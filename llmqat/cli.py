@@ -136,6 +136,9 @@ SeedOption = Annotated[int, typer.Option(help="The same seed gives the same resu
 COMMANDS_THAT_TRAIN = ("train", "quantize", "sensitivity", "synthesize", "cache-teacher")
 """They allocate and free the same tensors for minutes."""
 
+COMMANDS_OF_MANY_PROCESSES = ("train", "plan")
+"""All others would do the same thing in each, and write over each other."""
+
 
 @app.callback()
 def _start(
@@ -146,6 +149,12 @@ def _start(
 
     Begin with: llmqat train recipes/smollm2-135m-int4.yaml
     """
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1 and ctx.invoked_subcommand not in COMMANDS_OF_MANY_PROCESSES:
+        raise ValueError(
+            f"WORLD_SIZE={processes}: llmqat {ctx.invoked_subcommand} runs in one process; start it without torchrun "
+            f"and accelerate, or unset WORLD_SIZE (for many processes: {', '.join(COMMANDS_OF_MANY_PROCESSES)})"
+        )
     if ctx.invoked_subcommand in COMMANDS_THAT_TRAIN:
         keep_freed_memory()
     main_process = os.environ.get("RANK", "0") == "0"

@@ -65,6 +65,12 @@ def recipe(tmp_path: Path, model: Path | str) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("command", ["synthesize", "quantize", "eval"])
+def test_a_command_of_one_process_is_refused_in_many(command: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert f"WORLD_SIZE=2: llmqat {command} runs in one process" in refusal(command, "model")
+
+
 def test_every_command_has_help_with_an_example():
     assert sorted(typer.main.get_command(cli.app).commands) == sorted(COMMANDS)
     for command in COMMANDS:
