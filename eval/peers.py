@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,8 @@ ORIGINAL_FOLDER = "original"
 SETTINGS_FILE = "settings.json"
 SCORES_FILE = "scores.safetensors"
 FULL = "full precision"
+METHOD_KEYS = ("quant", "calibrate", "train")
+"""What is kept of a checkpoint's own record."""
 
 
 def main() -> None:
@@ -72,7 +75,7 @@ def main() -> None:
     rows.sort(key=lambda row: -row["bits"])
     full = score(options, rows)
     report = {
-        "command": " ".join(["python", "eval/peers.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "eval/peers.py", *sys.argv[1:]]),
         "settings": json.loads((options.work / SETTINGS_FILE).read_text(encoding="utf-8")),
         "environment": {**environment(), "processor": processor(), "llmqat": llmqat.__version__},
         "full precision": {text: figures(found) for text, found in full.items()},
@@ -230,7 +233,7 @@ def checkpoint(given: str, work: Path) -> dict[str, Any]:
         "processor_seconds": None,
         "peak_bytes": None,
         "threads": None,
-        "settings": {key: run[key] for key in ("recipe", "calibrate") if key in run},
+        "settings": {key: value for key, value in (run.get("recipe") or run).items() if key in METHOD_KEYS},
         "versions": recorded.get("versions", {}),
         "spec": folder,
         "folder": work / f"checkpoint-{plain_name(name)}",
@@ -340,9 +343,9 @@ def order_of(ranked: list[dict[str, Any]], bits: int, text: str, metric: str) ->
 
 def table(rows: list[dict[str, Any]], full: dict[str, Evaluation]) -> Table:
     """Returns the figures as a table, half the width of 95 % intervals behind them."""
-    shown = Table("bits", "method", "bits a weight", "seconds (of a processor)", "MB at peak")
+    shown = Table("bits", "method", "bits a\nweight", "seconds\n(processor)", "MB at\npeak")
     for text in full:
-        for heading in (f"{text}, perplexity", "KL", "top-1"):
+        for heading in (f"{text},\nperplexity", "KL", "top-1"):
             shown.add_column(heading)
     shown.add_row("16", FULL, "16", "", "", *cells(full, reference=True))
     for row in rows:
