@@ -59,10 +59,17 @@ class BlockTraining:
     iterations: int
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Returns |output - target|^2 / |target|^2, a float32 scalar; `output` gets gradients."""
+def relative_error(output: Tensor, target: Tensor, size: Tensor | None = None) -> Tensor:
+    """Returns |output - target|^2 / |target|^2, a float32 scalar; `output` gets gradients.
+
+    Args:
+        output: of a block.
+        target: what it is to be.
+        size: the denominator, where it is that of more than this target.
+    """
     wide = target.float()
-    return (output.float() - wide).square().sum() / wide.square().sum().clamp(min=1e-12)
+    size = wide.square().sum() if size is None else size
+    return (output.float() - wide).square().sum() / size.clamp(min=1e-12)
 
 
 class SignSGD(torch.optim.Optimizer):
@@ -179,12 +186,12 @@ def _iteration(
 ) -> float:
     """Takes a step on the token blocks `rows` together, of which each process does some; returns the loss."""
     device, own = model_device(block.module), rows[processes.rank :: processes.count]
-    wide = targets[own].to(device).float()
-    size = processes.add(wide.square().sum()).clamp(min=1e-12)
+    target = targets[own].to(device)
+    size = processes.add(target.float().square().sum())
     loss = torch.zeros((), device=device)
     if len(own) > 0:
         with cast_parameters(block.module, block.dtype):
-            error = (block(inputs[own].to(device), own).float() - wide).square().sum() / size
+            error = relative_error(block(inputs[own].to(device), own), target, size)
             error.backward()
             loss = error.detach()
     if processes.count > 1:

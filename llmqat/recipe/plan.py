@@ -158,10 +158,8 @@ def _trained_by(recipe: Recipe) -> dict[str, int]:
 
 def _prepared(recipe: Recipe) -> tuple[PreTrainedModel, CoverageAudit]:
     """Returns the recipe's model, prepared without weights, and its coverage."""
-    model = _without_weights(read_config(resolve_spec(recipe.model), recipe.model))
-    if rotates(recipe.calibrate):
-        untie(model)
-    return model, prepare(model, recipe.quant)
+    config = read_config(resolve_spec(recipe.model), recipe.model)
+    return _prepared_without_weights(config, recipe.quant, rotates(recipe.calibrate))
 
 
 def _packed_bytes(coverage: CoverageAudit) -> float:
@@ -264,13 +262,14 @@ def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> Coverag
     config = read_config(resolve_spec(spec), spec)
     if any(format.is_packed(config) for format in FORMATS.values()):
         return audit(load(spec))
-    model = _without_weights(config)
-    if rotated:
-        untie(model)
-    return prepare(model, quant)
+    return _prepared_without_weights(config, quant, rotated)[1]
 
 
-def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+def _prepared_without_weights(
+    config: PreTrainedConfig, quant: QuantConfig, rotated: bool
+) -> tuple[PreTrainedModel, CoverageAudit]:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
+    if rotated:
+        untie(model)
+    return model, prepare(model, quant)
