@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.children import ROOT, TORCHRUN, launched
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     out = tmp_path_factory.mktemp("shared")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, "-m", *torchrun, str(ROOT / "tests" / "calibrate" / "shared.py"), str(out)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launched(*TORCHRUN, str(ROOT / "tests" / "calibrate" / "shared.py"), str(out))
     processes = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [process["count"] for process in processes] == [2, 2]
     return processes

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import pytest
 
 from llmqat.recipe import load_recipe, run
 from llmqat.train import QATTrainer
+from tests.children import ROOT, TORCHRUN, launched, started
 from tests.flows.small import small
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "smollm2-135m-int4.yaml"
 RECORDER = ROOT / "tests" / "flows" / "record_training.py"
 # Eight blocks are one step of four on each of two processes, or of eight on one: every step sees the same text, so the
@@ -26,14 +24,6 @@ STEPS = (
     "lr_scheduler_type: constant, bf16: false, logging_steps: 1, save_steps: 3, per_device_train_batch_size: 4}",
     "monitor.every=2",
 )
-
-
-def launched(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", *command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -61,14 +51,12 @@ def test_two_processes_train_the_same_weights_as_one(
     tolerance: float,
     tiny_folder: Path,
     tmp_path: Path,
-    environment: dict[str, str],
 ):
     both, one = tmp_path / "both", tmp_path / "one"
     both.mkdir()
     one.mkdir()
     words = ["train", str(RECIPE)]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RECORDER), str(both)]
-    done = launched([*torchrun, *words, *small(tiny_folder, both / "run", *STEPS, *more)], environment)
+    done = launched(*TORCHRUN, str(RECORDER), str(both), *words, *small(tiny_folder, both / "run", *STEPS, *more))
     first, second = records(both)
     assert first["world_size"] == second["world_size"] == 2
     assert first["digest"] == second["digest"]
@@ -81,13 +69,13 @@ def test_two_processes_train_the_same_weights_as_one(
     assert done.stdout.count("checkpoint:") == 1  # one process reports
 
     alone = small(tiny_folder, one / "run", *STEPS, *more, "train.per_device_train_batch_size=8")
-    launched(["tests.flows.record_training", str(one), *words, *alone], environment)
+    launched("tests.flows.record_training", str(one), *words, *alone)
     expected = records(one)[0]["losses"]
     assert expected[:steps_alike] == pytest.approx(first["losses"][:steps_alike], rel=tolerance)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(
-    tiny_folder: Path, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     eight, four = ("train.per_device_train_batch_size=8",), ("train.per_device_train_batch_size=4",)
     whole = run(load_recipe(RECIPE, small(tiny_folder, tmp_path / "whole", *STEPS, *eight)))
@@ -103,8 +91,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
         patch.setattr(QATTrainer, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(load_recipe(RECIPE, small(tiny_folder, tmp_path / "run", *STEPS, *eight)))
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llmqat", "train", str(RECIPE)]
-    launched([*torchrun, *small(tiny_folder, tmp_path / "run", *STEPS, *four)], environment)
+    words = ["-m", "llmqat", "train", str(RECIPE), *small(tiny_folder, tmp_path / "run", *STEPS, *four)]
+    launched(*TORCHRUN, *words)
     training = json.loads((tmp_path / "run" / "results.json").read_text())["training"]
     assert training["resumed_from"] == "checkpoint-3"
     assert training["processes"] == 2
@@ -112,25 +100,20 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_accelerate_launch_runs_the_recipe(tiny_folder: Path, tmp_path: Path, environment: dict[str, str]):
+def test_accelerate_launch_runs_the_recipe(tiny_folder: Path, tmp_path: Path):
     words = ["train", str(RECIPE), *small(tiny_folder, tmp_path / "run")]
     accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    done = launched(
-        [*accelerate, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "llmqat", *words], environment
-    )
+    done = launched(*accelerate, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "llmqat", *words)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["training"]["processes"] == 1
     assert results["training"]["steps"] == 2
     assert "checkpoint:" in done.stdout
 
 
-def test_accelerate_launch_on_a_cpu_starts_one_process_and_the_run_says_so(
-    tiny_folder: Path, tmp_path: Path, environment: dict[str, str]
-):
+def test_accelerate_launch_on_a_cpu_starts_one_process_and_the_run_says_so(tiny_folder: Path, tmp_path: Path):
     words = ["train", str(RECIPE), *small(tiny_folder, tmp_path / "run")]
     configured = ["accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml")]
-    command = [sys.executable, "-m", *configured, "--num_processes", "2", "-m", "llmqat", *words]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = started(*configured, "--num_processes", "2", "-m", "llmqat", *words)
     assert done.returncode != 0
     assert "2 or more processes were asked for, and 1 runs" in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()

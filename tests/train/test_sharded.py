@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.children import ROOT, TORCHRUN, launched
 from tests.train.sharded import CASES
-
-ROOT = Path(__file__).resolve().parents[2]
 
 Found = list[dict[str, Any]]
 
@@ -22,11 +17,7 @@ Found = list[dict[str, Any]]
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     """Case -> what each of two processes found."""
     out = tmp_path_factory.mktemp("sharded")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, "-m", *torchrun, str(ROOT / "tests" / "train" / "sharded.py"), str(out)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launched(*TORCHRUN, str(ROOT / "tests" / "train" / "sharded.py"), str(out))
     found = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
     return {name: [process[name] for process in found] for name in CASES}
 
