@@ -380,12 +380,13 @@ def _candidates(
     def base() -> nn.Module:
         return load_adapter_base(recipe.model, torch.bfloat16).to(arguments.device)
 
-    rows = [Candidate("full precision", original, "full precision", 16.0, plain.bytes_before)]
+    from_files = teacher is None
+    rows = [Candidate("full precision", original, "full precision", 16.0, plain.bytes_before, from_files=from_files)]
     if adapter_base(recipe.model) is not None:
         rows.append(Candidate("without adapter", base, "without adapter", 16.0, plain.bytes_before))
-    rows.append(Candidate("plain rounding", rounded, "plain rounding", bits, plain_size))
+    rows.append(Candidate("plain rounding", rounded, "plain rounding", bits, plain_size, from_files=False))
     if any(not isinstance(step, RangesStage) or step.method != "minmax" for step in recipe.calibrate):
-        rows.append(Candidate("calibrated", calibrated, "training-free", bits, size))
+        rows.append(Candidate("calibrated", calibrated, "training-free", bits, size, from_files=False))
     rows.append(Candidate("trained", lambda: load(report.folder).to(arguments.device), "trained", bits, size))
     return rows
 
