@@ -44,6 +44,7 @@ from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.evaluate.layers import write_layers
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
+from llmqat.heap import give_back_freed_memory
 from llmqat.layers import CoverageAudit, QuantModule, convert
 from llmqat.models import (
     adapter_base,
@@ -325,6 +326,7 @@ def _train(
     last = last_checkpoint(Path(arguments.output_dir))
     if last is not None:
         log.info("going on from %s", last)
+    give_back_freed_memory()
     output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     validation_loss = None if validation is None else trainer.evaluate()["eval_loss"]
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from llmqat.data.blocks import token_blocks
 from llmqat.evaluate.memory import forget_peak, peak
+from llmqat.heap import give_back_freed_memory
 from llmqat.layers import convert, prepare
 from llmqat.models import load_model, load_with_few_bits, vocabulary_size
 from llmqat.recipe.config import Recipe, master_dtype, training_arguments
@@ -105,6 +106,7 @@ def probe(recipe: Recipe) -> Probe:
             train_dataset=token_blocks(ids, "random").dataset(),
             callbacks=[clock],
         )
+        give_back_freed_memory()
         forget_peak()
         trainer.train()
         highest = peak(arguments.device)
