@@ -130,6 +130,7 @@ def model_folders(options: argparse.Namespace, work: Path) -> dict[str, Path]:
         stock = work / f"llama-{options.random_llama}"
         if not stock.is_dir():
             random_llama(options.random_llama).save_pretrained(stock)
+            byte_tokenizer().save_pretrained(stock)
     else:
         stock = Path(resolve_spec(options.model))
     packed = Path(options.packed) if options.packed else work / f"{stock.name}-{options.scheme}"
@@ -148,16 +149,28 @@ def random_llama(shape: str) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
+def byte_tokenizer() -> Any:
+    """Returns a tokenizer of single bytes: GGUF files hold one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
 def round_to(stock: Path, packed: Path, scheme: str, group_size: int) -> None:
     """Writes the model in `stock`, plainly rounded, to `packed`."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import llmqat
 
     model = AutoModelForCausalLM.from_pretrained(stock, dtype=torch.bfloat16)
     llmqat.prepare(model, llmqat.QuantConfig.preset(scheme, group_size=group_size))
-    llmqat.save(model, packed)
+    llmqat.save(model, packed, AutoTokenizer.from_pretrained(stock))
 
 
 # Turns

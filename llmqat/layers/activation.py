@@ -87,7 +87,8 @@ class ActivationQuantizer(nn.Module):
         Raises:
             RuntimeError: for a static range that was never calibrated.
         """
-        self._range_key()
+        if not torch.compiler.is_compiling():
+            self._range_key()  # which raises
         scale, zero_point = self._range_of(x)
         codes = row_codes(x, scale, zero_point, self.config.num_bits)
         return QuantizedInput(codes.to(torch.int8), scale, zero_point)
