@@ -386,7 +386,7 @@ def _train(
         "steps": steps,
         "tokens": steps * step_tokens,
         "seconds": output.metrics["train_runtime"],
-        "tokens_per_second": steps_now * step_tokens / output.metrics["train_runtime"],
+        "tokens_per_second": steps_now * step_tokens / output.metrics["train_runtime"] if steps_now else None,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "validation_loss": validated.get("eval_loss"),
