@@ -55,7 +55,8 @@ def main() -> None:
     table = Table("processes", "seed", "first loss", f"loss, last {LAST}", "perplexity", "tokens/s")
     for arm, figures in found.items():
         numbers = (f"{figures['first']:.6f}", f"{figures['last']:.5f}", f"{figures['perplexity']:.3f}")
-        table.add_row(str(arm.processes), str(arm.seed), *numbers, f"{figures['speed']:.0f}")
+        speed = figures["speed"]
+        table.add_row(str(arm.processes), str(arm.seed), *numbers, "" if speed is None else f"{speed:.0f}")
     Console(width=100).print(table)
     seeds, counts = [found[arm] for arm in arms[: len(options.seeds)]], [found[Arm(n, first)] for n in more]
     for what in ("first", "last", "perplexity"):
@@ -85,8 +86,8 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def outcome(arm: Arm, options: argparse.Namespace) -> dict[str, float]:
-    """Returns the losses, the perplexity and the speed of a run, which is made if it is not there."""
+def outcome(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
+    """Returns losses, perplexity and speed (None after an interruption) of a run, which is made if it is not there."""
     out = options.out / arm.name
     if not (out / "results.json").is_file():
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -128,7 +129,7 @@ def settings(arm: Arm, options: argparse.Namespace, out: Path) -> list[str]:
     ]
 
 
-def apart(what: str, runs: list[dict[str, float]]) -> float:
+def apart(what: str, runs: list[dict[str, Any]]) -> float:
     """Returns how far the runs are apart at most, relative to the first."""
     values = [run[what] for run in runs]
     return (max(values) - min(values)) / values[0]

@@ -265,6 +265,8 @@ def token_loss(
         [0.0 if teacher is None else kl_weight, 0.0 if labels is None else cross_entropy_weight],
         device=token_weights.device,
     )
+    if not torch.is_grad_enabled():
+        student = student.detached()  # no product is made for a gradient that nobody takes
     loss: Tensor = _TokenLoss.apply(  # type: ignore[no-untyped-call]
         student_hidden, student.head, student.bias, student.transform, weights, teacher, labels, chunk_tokens
     )
@@ -284,8 +286,8 @@ class _TokenLoss(torch.autograd.Function):
         labels: Tensor | None,
         chunk_tokens: int,
     ) -> Tensor:
-        wants_head, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        grad_hidden = torch.empty_like(hidden, dtype=head.dtype)
+        wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden, dtype=head.dtype) if wants_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if wants_head else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -297,7 +299,8 @@ class _TokenLoss(torch.autograd.Function):
             wanted = None if labels is None else labels[rows]
             # From here on `logits` holds its own gradient.
             total += _loss_and_gradient_(logits, transform, weights[rows], targets, wanted)
-            grad_hidden[rows] = logits @ head
+            if grad_hidden is not None:
+                grad_hidden[rows] = logits @ head
             if grad_head is not None:
                 grad_head += logits.t() @ states
             if grad_bias is not None:
@@ -310,7 +313,7 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head, grad_bias = ctx.saved_tensors
         hidden_dtype, head_dtype = ctx.dtypes
-        scaled = (grad_hidden * grads[0]).to(hidden_dtype)
+        scaled = None if grad_hidden is None else (grad_hidden * grads[0]).to(hidden_dtype)
         head = None if grad_head is None else (grad_head * grads[0]).to(head_dtype)
         bias = None if grad_bias is None else (grad_bias * grads[0]).to(head_dtype)
         return scaled, head, bias, None, None, None, None, None

@@ -256,6 +256,9 @@ def test_quantize_searches_on_given_text_and_says_what_is_next(tiny: Path, tmp_p
     assert "blockwise: " in done.output
     assert not list(tmp_path.glob(".*"))
     assert run["text"]["source"] == f"text {tmp_path / 'text.txt'}"
+    again = tmp_path / "the-same.txt"
+    again.write_text((tmp_path / "text.txt").read_text())
+    assert f"{again} is text that {out} calibrates or trains on" in refusal("eval", str(out), "--text", str(again))
 
 
 def test_sensitivity_plans_bits_and_quantize_takes_them(tiny: Path, tmp_path: Path):

@@ -223,6 +223,16 @@ def test_a_recipe_with_text_files_reads_back_as_itself(tmp_path: Path):
     assert load_recipe(recipe.output) == recipe
 
 
+def test_what_is_watched_may_not_choose_the_result_nor_lack_a_teacher(tmp_path: Path):
+    train = {"eval_strategy": "steps", "eval_steps": 5}
+    chosen = refusal(tmp_path, train={**train, "load_best_model_at_end": True})
+    assert "train.load_best_model_at_end would choose by the text that judges the result; set data.valid" in chosen
+    assert "evaluate.texts, which are not in teacher_cache" in refusal(tmp_path, train=train, teacher_cache="cache")
+    data = {"source": "text", "path": str(tmp_path), "validation_share": 0.1}
+    recipe = load_recipe(written(tmp_path, train={**train, "load_best_model_at_end": True}, data=data))
+    assert recipe.train["load_best_model_at_end"] is True
+
+
 def test_training_arguments_carry_the_recipe(tmp_path: Path):
     recipe = load_recipe(written(tmp_path, seed=5, train={"max_steps": 3, "scale_learning_rate": 0.01, "bf16": False}))
     arguments = training_arguments(recipe)

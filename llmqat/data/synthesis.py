@@ -39,12 +39,18 @@ from llmqat.data.quality import Document, distinct_shares, judged, merged, refus
 from llmqat.data.sampling import Sampling, choose
 from llmqat.data.script import Script, read_script
 from llmqat.data.strategy import SynthesisConfig
+from llmqat.layers import dequantized_once
 
 EXPECTED_LOSS = 0.02
 """Share of tokens expected to be dropped; so much more is written in the first round."""
 MOST_FRUITLESS_SHARDS = 3
 CACHE_BYTES = 4 * 2**30
 """Keys and values of a shard take no more; a large model writes fewer rows at once."""
+
+WEIGHT_BYTES = 4 * 2**30
+"""Weights of a packed writer are dequantized once a shard where they take no more, and else at every position."""
+FEW_ROWS = 8
+"""So few rows are faster on the kernels that read packed weights."""
 
 
 def load(
@@ -355,7 +361,11 @@ def _write_tapes(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), open_decoder(model, length) as decoder:
+        with (
+            torch.inference_mode(),
+            dequantized_once(model, 0 if rows <= FEW_ROWS else WEIGHT_BYTES),
+            open_decoder(model, length) as decoder,
+        ):
             for position in range(length - 1):
                 logits = decoder.step(tapes.ids[:, position].to(device), tapes.starts[:, position].to(device))
                 uniforms = torch.rand(rows, dtype=torch.float64, generator=generator)

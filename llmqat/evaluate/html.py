@@ -6,7 +6,8 @@ The page is made of the JSON report alone, so that a saved report can be shown l
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -248,6 +249,7 @@ def _layer_errors(row: Report) -> tuple[str, dict[str, dict[int, float]]]:
 _CURVES = {
     "loss": ("Training loss", "nats a token"),
     "eval_loss": ("Evaluation loss", "nats a token"),
+    "eval_perplexity": ("Evaluation perplexity", "of the weights as they would be packed"),
     "quantization/flipped": ("Codes that flip", "share of the codes looked at, a step"),
     "quantization/oscillating": ("Codes that flip back and forth", "share of the codes looked at"),
     "quantization/scale_drift": ("Drift of scales", "mean |log scale / starting scale|"),
@@ -257,17 +259,32 @@ _CURVES = {
 }
 
 
+_OF_A_TEXT = re.compile(r"eval_(.+)_perplexity")
+
+
 def _training(report: Report, colours: Mapping[str, int]) -> str:
     found = []
-    for key, (title, note) in _CURVES.items():
+    histories = {row["name"]: _history(row) for row in report["rows"]}
+    for key, (title, note) in _curves_of(histories.values()).items():
         series = {}
-        for row in report["rows"]:
-            history = ((row.get("run") or {}).get("training") or {}).get("history") or ()
+        for name, history in histories.items():
             points = [(entry["step"], entry[key]) for entry in history if isinstance(entry.get(key), (int, float))]
             if points:
-                series[row["name"]] = (colours[row["name"]], points)
+                series[name] = (colours[name], points)
         found.append(lines(series, title, note, "optimizer step"))
     return f'<div class="grid">{"".join(found)}</div>' if any(found) else ""
+
+
+def _history(row: Report) -> Sequence[Report]:
+    return ((row.get("run") or {}).get("training") or {}).get("history") or ()
+
+
+def _curves_of(histories: Iterable[Sequence[Report]]) -> dict[str, tuple[str, str]]:
+    """Returns title and note of each curve by its key; texts that were watched by name have curves of their own."""
+    keys = dict.fromkeys(key for history in histories for entry in history for key in entry)
+    named = {key: found[1] for key in keys if (found := _OF_A_TEXT.fullmatch(key))}
+    title, note = _CURVES["eval_perplexity"]
+    return {**_CURVES, **{key: (f"{title}, {text}", note) for key, text in named.items()}}
 
 
 def _samples(report: Report, colours: Mapping[str, int]) -> str:

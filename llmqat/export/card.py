@@ -34,8 +34,7 @@ def model_card(folder: Path, repository: str, *, license: str | None = None, bas
         license: the license of the original model, as the hub names it; not named where not given.
         base_model: the hub id of the original model; where not given, the run's own, if it was one.
     """
-    config = _json(folder / "config.json")
-    facts = _json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    config, facts = checkpoint_facts(folder)
     run = facts.get("run", {})
     base = base_model or _hub_id(_source(run))
     metadata = ModelCardData(
@@ -64,6 +63,15 @@ def model_card(folder: Path, repository: str, *, license: str | None = None, bas
         *(["## Versions", _table(("package", "version"), facts["versions"].items())] if "versions" in facts else []),
     ]
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def checkpoint_facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what the packed checkpoint in `folder` says of itself: config.json, and llmqat.json or nothing.
+
+    Raises:
+        ValueError: one of them is not JSON.
+    """
+    return _json(folder / "config.json"), _json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -104,7 +112,7 @@ def _comparison(run: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _own_row(run: Mapping[str, Any]) -> dict[str, Any] | None:
+def own_row(run: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the row of the comparison that is this checkpoint's."""
     rows = {row["role"]: row for row in _comparison(run).get("rows", [])}
     found: dict[str, Any] | None = rows.get("trained") or rows.get("training-free")
@@ -112,7 +120,7 @@ def _own_row(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _results(run: Mapping[str, Any]) -> list[EvalResult]:
-    row = _own_row(run)
+    row = own_row(run)
     return [
         EvalResult(
             task_type="text-generation",

@@ -29,7 +29,7 @@ from llmqat.layers.config import (
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
 from llmqat.layers.linear import QuantLinear
-from llmqat.layers.packed import PackedLinear, PackedModule
+from llmqat.layers.packed import PackedLinear, PackedModule, dequantized_once
 from llmqat.layers.prepare import (
     LinearMap,
     changed_since_prepared,
@@ -88,6 +88,7 @@ __all__ = [
     "changed_since_prepared",
     "check_merged",
     "convert",
+    "dequantized_once",
     "install",
     "kept_in_float32",
     "kv_scheme",

@@ -10,7 +10,8 @@ them by name. Source: EfficientQAT (2407.11062) section 3.3. Letters: O rows, I 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +80,7 @@ class PackedModule(nn.Module):
         self.register_parameter("log_scale", None)
         self._runtime: PackedWeight | None = None
         self._pages: FilePages | None = None
+        self._held: Tensor | None = None
 
     def mapped_by(self, mappings: FileMappings) -> None:
         """Lets kernels give back the pages of the files that codes and scales are mapped from, once they were read."""
@@ -163,15 +165,39 @@ class PackedModule(nn.Module):
 
     def product(self, x: Tensor | QuantizedInput, bias: Tensor | None, kernel: str) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in x's dtype."""
-        if self.log_scale is None:
+        if self._held is None and self.log_scale is None:
             return packed_linear(x, self.packed_weight(), bias, kernel)
         x = x.values() if isinstance(x, QuantizedInput) else x
+        if self._held is not None and self._held.dtype == x.dtype:
+            return F.linear(x, self._held, bias)
+        if self.log_scale is None:
+            return packed_linear(x, self.packed_weight(), bias, kernel)
         output: Tensor = _Product.apply(x, self.scale(), bias, self.packed_weight())  # type: ignore[no-untyped-call]
         return output
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
         return f"{self.rows}×{self.columns}, weights={self.label}"
+
+
+@contextmanager
+def dequantized_once(model: nn.Module, most_bytes: int) -> Iterator[None]:
+    """Inside, packed layers of `model` hold their dequantized weights, where all together take at most `most_bytes`.
+
+    For many products with some dozens of rows each, such as decoding in a large batch: there a kernel spends more time
+    on dequantizing than on multiplying. Weights must not change inside.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedModule)]
+    wanted = sum(layer.rows * layer.columns * layer.weight_scale.element_size() for layer in layers)
+    held = layers if wanted <= most_bytes else []
+    try:
+        for layer in held:
+            layer._held = layer.weight
+            layer.packed_weight().read()
+        yield
+    finally:
+        for layer in held:
+            layer._held = None
 
 
 def _with_scale(weight: PackedWeight, scale: Tensor) -> PackedWeight:
@@ -272,7 +298,7 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in the autocast dtype or else x's."""
-        if self.shared is not None and (part := self.shared.take(self, x)) is not None:
+        if self.shared is not None and self._held is None and (part := self.shared.take(self, x)) is not None:
             return part
         dtype = compute_dtype(x)
         return self.product(self.inputs(x, dtype), None if self.bias is None else self.bias.to(dtype), self.kernel)

@@ -189,6 +189,20 @@ class Recipe(Config):
             raise ValueError(f"teacher_bits={self.teacher_bits}: a teacher_cache holds no model; leave out either")
         return self
 
+    @model_validator(mode="after")
+    def _check_watched_text(self) -> Recipe:
+        if self.train.get("eval_strategy", "no") == "no" or self.data.validation_share:
+            return self
+        where = f"train.eval_strategy={self.train['eval_strategy']!r} without data.validation_share evaluates on"
+        if self.teacher_cache is not None:
+            raise ValueError(f"{where} evaluate.texts, which are not in teacher_cache; set data.validation_share")
+        if self.train.get("load_best_model_at_end"):
+            raise ValueError(
+                f"{where} evaluate.texts, and train.load_best_model_at_end would choose by the text that judges the "
+                "result; set data.validation_share"
+            )
+        return self
+
     @field_validator("calibrate", mode="before")
     @classmethod
     def _take_a_list(cls, value: Any) -> Any:

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
@@ -43,7 +44,9 @@ from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.evaluate.layers import write_layers
+from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
+from llmqat.export.registry import register, tracked_run
 from llmqat.heap import give_back_freed_memory
 from llmqat.layers import CoverageAudit, QuantModule, convert
 from llmqat.models import (
@@ -180,7 +183,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         def anew() -> nn.Module:
             return trainable_model(recipe, calibrated_model(recipe, calibration_rows, arguments)[0], arguments)
 
-        trained, training = _train(model, taught_by, arguments, text, recipe.monitor, anew)
+        trained, training = _train(model, taught_by, arguments, text, windows, recipe.monitor, anew)
         del taught_by, model, student
     if trained is None or not main:
         return None
@@ -209,7 +212,20 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
             )
     result = RunResult(report.folder, comparison, report, training, stage.seconds)
     _write_results(recipe, result, facts)
+    _register(recipe, result, stage)
     return result
+
+
+def _register(recipe: Recipe, result: RunResult, stage: Stages) -> None:
+    """Puts what MLflow has tracked into its registry; where that fails, says so: the run itself is finished."""
+    name, run_id = recipe.output.name, result.training["mlflow_run"]
+    if run_id is None:
+        return
+    with stage("register", f"{name} in MLflow's model registry"):
+        try:
+            log.info("it is version %s there", register(result.checkpoint, name, run_id))
+        except OSError as error:
+            log.error("%s; to try again: llmqat.export.registry.register(folder, name, run_id)", error)
 
 
 def _taught_by(
@@ -312,11 +328,27 @@ def plainly_rounded_model(recipe: Recipe, blocks: Rows, arguments: QATArguments)
     return model
 
 
+def _watched(
+    arguments: QATArguments, text: TextSplits, windows: Mapping[str, TokenWindows]
+) -> Dataset[dict[str, Tensor]] | dict[str, Dataset[dict[str, Tensor]]] | None:
+    """Returns what is evaluated while a model trains: the validation split, else the windows that the table is made of.
+
+    Several texts come by name; none where neither is there to be evaluated.
+    """
+    if text.validation is not None:
+        return text.validation.dataset()
+    if arguments.eval_strategy == "no":
+        return None
+    datasets = {Path(name).stem: one.dataset() for name, one in windows.items()}
+    return datasets if len(datasets) > 1 else next(iter(datasets.values()))
+
+
 def _train(
     model: PreTrainedModel | PeftModel,
     teacher: PreTrainedModel | TeacherCache | None,
     arguments: QATArguments,
     text: TextSplits,
+    windows: Mapping[str, TokenWindows],
     monitor: MonitorSettings | None,
     anew: Callable[[], nn.Module],
 ) -> tuple[PreTrainedModel | None, dict[str, Any]]:
@@ -325,13 +357,13 @@ def _train(
     Adapters are folded into the weights of the model under them. Without a teacher the model is its own. What has been
     sharded is given to the first process alone, whole, in a model that `anew` makes.
     """
-    blocks, validation = text.train, text.validation
+    blocks = text.train
     trainer = QATTrainer(
         model=model,
         teacher=teacher,
         args=arguments,
         train_dataset=blocks.dataset(),
-        eval_dataset=None if validation is None else validation.dataset(),
+        eval_dataset=_watched(arguments, text, windows),
     )
     if monitor is not None and any(isinstance(module, QuantModule) for module in model.modules()):  # not packed ones
         QuantizationMonitor(monitor).attach(trainer)
@@ -340,7 +372,7 @@ def _train(
         log.info("going on from %s", last)
     give_back_freed_memory()
     output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    validation_loss = None if validation is None else trainer.evaluate()["eval_loss"]
+    validated = {} if text.validation is None else trainer.evaluate()
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = whole_model(trainer, anew)
     if isinstance(trained, PeftModel):
@@ -354,15 +386,17 @@ def _train(
         "steps": steps,
         "tokens": steps * step_tokens,
         "seconds": output.metrics["train_runtime"],
-        "tokens_per_second": steps_now * step_tokens / output.metrics["train_runtime"],
+        "tokens_per_second": steps_now * step_tokens / output.metrics["train_runtime"] if steps_now else None,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "validation_loss": validation_loss,
+        "validation_loss": validated.get("eval_loss"),
+        "validation_perplexity": validated.get("eval_perplexity"),
         "trained_parameters": parameters,
         "own_teacher": teacher is None,
         "teacher_cache": dataclasses.asdict(teacher.header) if isinstance(teacher, TeacherCache) else None,
         "processes": arguments.world_size,
         "resumed_from": None if last is None else last.name,
+        "mlflow_run": tracked_run() if "mlflow" in arguments.report_to and arguments.process_index == 0 else None,
         "history": trainer.state.log_history,
     }
     return trained, facts

@@ -30,13 +30,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput, rotate_checkpoints
 from transformers.utils import is_torch_cuda_available
 
 from llmqat.data.teacher_cache import TeacherCache
@@ -52,7 +53,7 @@ from llmqat.layers import (
     without_adapters,
 )
 from llmqat.layers.lora import adopt_adapters
-from llmqat.metrics import IGNORED_LABEL, Predictor, Teacher, TopProbabilities, predictor_of, token_loss
+from llmqat.metrics import IGNORED_LABEL, Predictor, Teacher, TopProbabilities, predictor_of, token_loss, token_scores
 from llmqat.models import capture_hidden, cast_parameters, is_sharded, loss_in_forward, vocabulary_size
 from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
 from llmqat.train.checkpoints import (
@@ -193,7 +194,8 @@ class QATTrainer(Trainer):
                 was prepared, and train nothing but adapters and scales.
             args: `QATArguments`; or `TrainingArguments`, where the fields that only QATArguments has take its defaults.
             **options: of transformers.Trainer. `train_dataset` yields {"input_ids", "labels"}; positions whose label is
-                -100 are not distilled.
+                -100 are not distilled. `compute_metrics` is `perplexity_of` where not given, and is called with the
+                same: negative log-likelihoods and counts, no logits.
 
         Raises:
             ValueError: when the model is not prepared, the vocabularies differ, or the model cannot be its own teacher.
@@ -214,7 +216,7 @@ class QATTrainer(Trainer):
         raise_masters(model)
         if getattr(args, "freeze_embeddings", False):
             model.get_input_embeddings().requires_grad_(False)
-        super().__init__(model=model, args=args, **options)
+        super().__init__(model=model, args=args, **{"compute_metrics": perplexity_of, **options})
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process mean DataParallel, which this loss cannot be split over; start "
@@ -313,7 +315,8 @@ class QATTrainer(Trainer):
         Args:
             model: the student, perhaps wrapped.
             inputs: "input_ids" [B, L], "labels" [B, L]; -100 in labels leaves a token out.
-            return_outputs: also return a dictionary, empty: no logits are made.
+            return_outputs: also return {"nll", "scored"}, both [B]: the negative log-likelihood of each sample's labels
+                in nats, and how many there are. No logits are made.
             num_items_in_batch: labelled tokens of the whole optimizer step.
         """
         inputs = dict(inputs)
@@ -324,12 +327,16 @@ class QATTrainer(Trainer):
         tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         distilled, supervised = self._weights()
         known = self._known(student, inputs) if distilled else None
+        outputs: dict[str, Tensor] = {}
 
         def loss_of(hidden: Tensor) -> Tensor:
             with torch.autocast(hidden.device.type, enabled=False):  # dtypes are those of the checkpoint already
+                predictor = predictor_of(without_adapters(student))
+                if return_outputs:
+                    outputs.update(_likelihoods(hidden, predictor, labels))
                 return token_loss(
                     hidden[:, :-1].flatten(0, 1),
-                    predictor_of(without_adapters(student)),
+                    predictor,
                     mask.float() / tokens,
                     Teacher(known, self._teacher_predictor(student)) if isinstance(known, Tensor) else known,
                     labels[:, 1:].flatten() if supervised else None,
@@ -342,7 +349,7 @@ class QATTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP averages gradients over processes, and the token count is already that of all of them.
             loss = loss * self.accelerator.num_processes
-        return (loss, {}) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss
 
     def _reuses(self) -> bool:
         """Returns whether weights are quantized once an optimizer step.
@@ -389,10 +396,11 @@ class QATTrainer(Trainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, None, None]:
-        """Returns the loss of an evaluation batch; logits are never made."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the loss of an evaluation batch, and what `perplexity_of` wants; logits are never whole."""
         with torch.no_grad(), self._checkpoint_numbers(model):
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            loss, found = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        return loss.detach(), *((None, None) if prediction_loss_only else (found["nll"], found["scored"]))
 
     def _samples_per_step(self) -> int:
         """Returns the samples of an optimizer step, all processes together."""
@@ -520,6 +528,22 @@ class QATTrainer(Trainer):
             if rate != default and not groups[group]["params"]:
                 raise ValueError(f"{key}={rate}: there are no {group.replace('_', ' ')} that train; leave it out")
         return [group for group in groups.values() if group["params"]]
+
+
+def perplexity_of(evaluated: EvalPrediction) -> dict[str, float]:
+    """Returns {"perplexity"} of the evaluation text, from each sample's negative log-likelihood and count of labels."""
+    nll, scored = (np.asarray(part, dtype=np.float64).sum() for part in evaluated)
+    return {"perplexity": float(np.exp(nll / max(scored, 1)))}
+
+
+@torch.no_grad()
+def _likelihoods(hidden: Tensor, predictor: Predictor, labels: Tensor) -> dict[str, Tensor]:
+    """Returns {"nll", "scored"}, float32 [B]: of each sample's labels [B, L], predicted from hidden [B, L, D]."""
+    wanted = labels[:, 1:]
+    mask = wanted.ne(IGNORED_LABEL)
+    scores = token_scores(hidden[:, :-1].flatten(0, 1), predictor.detached(), wanted.flatten())
+    nll = torch.zeros(mask.shape, device=hidden.device).masked_scatter_(mask, scores.nll.to(hidden.device))
+    return {"nll": nll.sum(1), "scored": mask.sum(1).float()}
 
 
 def _vocabulary(model: nn.Module | TeacherCache) -> int:

@@ -19,8 +19,9 @@ from llmqat.data.synthesis import Writer, synthesize
 from llmqat.data.teacher_cache import TeacherCache
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-TOKENS = 8 * 4 * 48
 KILLS = int(os.environ.get("LLMQAT_TEST_KILLS", "3"))
+TOKENS = (KILLS + 5) * 4 * 48
+"""More shards than kills: at least one is finished between two."""
 
 
 def fill(folder: Path, tokens: int = TOKENS, seed: int = 0, model_seed: int = 0, **settings: Any) -> WrittenFolder:

@@ -12,6 +12,7 @@ from llmqat.data import synthesis
 from llmqat.data.quality import repeated_share
 from llmqat.data.sampling import Sampling
 from llmqat.data.synthesis import synthesize
+from llmqat.layers import PackedModule, QuantConfig, convert, prepare
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 EOS = 1
@@ -46,6 +47,20 @@ def test_global_random_state_is_neither_used_nor_touched():
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     assert written(model).sha256 == first.sha256
+
+
+def test_a_packed_writer_writes_what_its_dequantized_weights_would():
+    model = tiny_llama().bfloat16()
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    packed = convert(model)
+    plain = tiny_llama().bfloat16()
+    plain.load_state_dict(
+        {
+            **{name: tensor for name, tensor in packed.state_dict().items() if name in plain.state_dict()},
+            **{f"{name}.weight": m.weight for name, m in packed.named_modules() if isinstance(m, PackedModule)},
+        }
+    )
+    assert written(packed, tokens=400, batch_size=16).sha256 == written(plain, tokens=400, batch_size=16).sha256
 
 
 def test_training_mode_comes_back():

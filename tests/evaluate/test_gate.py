@@ -34,6 +34,7 @@ def layer(block: int, kind: str, error: float) -> dict[str, Any]:
 
 def comparison(perplexity: float = 24.0, method: str = "ranges, gptq", **changes: Any) -> Comparison:
     history = [{"step": step, "loss": 1 / step, "quantization/flipped": 0.01 / step} for step in range(1, 6)]
+    history += [{"step": step, "eval_manual_perplexity": 30 / step} for step in (1, 2, 3)]
     extras: dict[str, Any] = {
         "method": method,
         "run": {"recipe": {"model": "<tiny>", "seed": 0}, "training": {"history": history}},
@@ -175,7 +176,8 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     assert "BROKEN: kl&lt;=0.05" in page
     assert "prefers-color-scheme:dark" in page
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(drawings) == 7  # two bars, two scatters, a heat map, loss, flips
+    assert len(drawings) == 8  # two bars, two scatters, a heat map, loss, flips, perplexity
+    assert "Evaluation perplexity, manual" in page
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
         assert "nan" not in drawing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -34,49 +35,17 @@ def pages(tmp_path: Path) -> Path:
     return path
 
 
-def lm_eval_task(folder: Path, pages: Path) -> Any:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")
-    from lm_eval.tasks import TaskManager
-
-    task = {
-        "task": "local_wikitext",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(pages)}},
-        "output_type": "loglikelihood_rolling",
-        "test_split": "test",
-        "doc_to_text": "",
-        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
-    }
-    wikitext = Path(__import__("lm_eval").__file__).parent / "tasks" / "wikitext"
-    source = (wikitext / "preprocess_wikitext.py").read_text()
-    (folder / "preprocess_wikitext.py").write_text(source)
-    lines = [f"{key}: {json.dumps(value)}" for key, value in task.items()]
-    lines += [
-        "doc_to_target: !function preprocess_wikitext.wikitext_detokenizer",
-        "process_results: !function preprocess_wikitext.process_results",
-    ]
-    (folder / "local_wikitext.yaml").write_text("\n".join(lines) + "\n")
-    return TaskManager(include_path=str(folder), include_defaults=False)
-
-
 @pytest.mark.parametrize("window", [None, 64])
-def test_word_perplexity_is_lm_evals(pages: Path, tmp_path: Path, tokenizer: Any, window: int | None) -> None:
-    tasks = lm_eval_task(tmp_path, pages)
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
+def test_word_perplexity_is_lm_evals(pages: Path, tokenizer: Any, window: int | None) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")
+    script = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "word_perplexity.py"))
     model = tiny_llama()
-    theirs = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, max_length=window, batch_size=2),
-        tasks=["local_wikitext"],
-        task_manager=tasks,
-        bootstrap_iters=0,
-    )
+    theirs = script["lm_eval_word_perplexity"](model, tokenizer, PAGES, window, 2)
     windows = text_windows("wikitext", str(pages), tokenizer, window=window, model_length=256)
     assert windows.window == (window or 256) + 1
     ours = evaluate(model, windows, batch_size=2)
     assert ours.words == sum(len(page.split()) + page[0].isspace() + page[-1].isspace() for page in PAGES)
-    assert ours.word_perplexity == pytest.approx(theirs["results"]["local_wikitext"]["word_perplexity,none"], rel=1e-5)
+    assert ours.word_perplexity == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_text_file_is_cut_into_pages_at_titles(tmp_path: Path, pages: Path) -> None:

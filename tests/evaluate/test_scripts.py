@@ -296,3 +296,17 @@ def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert alone["file"] == (tmp_path / "llama-tiny-int4" / "model.safetensors").stat().st_size
     assert min(alone["load"], alone["first"]) > 0
+
+
+def test_word_perplexity(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")
+    text = tmp_path / "pages.txt"
+    text.write_text("".join(f" = Page {n} = \n\n Some words , of a page . \n" for n in range(3)), encoding="utf-8")
+    arguments = ["--text", str(text), "--window", "32", "--max-pages", "2"]
+    run(monkeypatch, "word_perplexity.py", "--model", str(folder), *arguments)
+    output = capsys.readouterr().out
+    assert "2 pages of" in output
+    assert list(headline(output)) == ["relative difference"]
+    assert headline(output)["relative difference"] < 1e-3

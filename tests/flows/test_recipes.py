@@ -70,6 +70,18 @@ def test_shipped_recipe_runs_and_leaves_what_it_promises(path: Path, tiny_folder
         assert torch.equal(stock(ids).logits, ours(ids).logits)
 
 
+def test_perplexity_is_watched_on_the_windows_of_the_table(tiny_folder: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("Other words than those of the manual, again and again. " * 30)
+    texts = f"evaluate.texts=[pydoc, {tmp_path / 'text.txt'}]"
+    words = ("train.eval_strategy=steps", "train.eval_steps=1", texts)
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run", *words)
+    history = result.training["history"]
+    for name, text in (("pydoc", "pydoc"), ("text", "text.txt")):
+        seen = [entry[f"eval_{name}_perplexity"] for entry in history if f"eval_{name}_perplexity" in entry]
+        assert len(seen) == 2
+        assert seen[-1] == pytest.approx(result.comparison.rows[-1].evaluations[text].perplexity, rel=2e-3)
+
+
 def _reported(recipe: Recipe) -> tuple[str, ...]:
     """When layers are reported on; where only scales trained, codes are what calibration left."""
     return ("calibrated",) if recipe.train.get("trainable") == "scales" else ("calibrated", "trained")

@@ -8,7 +8,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llmqat.layers import ActivationConfig, PackedLinear, QuantConfig, WeightConfig, convert, prepare, products
+from llmqat.layers import (
+    ActivationConfig,
+    PackedLinear,
+    PackedModule,
+    QuantConfig,
+    TiedHead,
+    WeightConfig,
+    convert,
+    dequantized_once,
+    prepare,
+    products,
+)
 from llmqat.layers.shared import SharedProduct, share_products
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2
 
@@ -108,3 +119,23 @@ def test_gradients_pass_through_a_packed_model_to_what_is_trained() -> None:
     model(ids(60)).logits.float().sum().backward()
     assert norm.grad is not None
     assert norm.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("embeddings", ["keep", "int8"])
+def test_weights_that_are_held_give_the_reference_kernels_numbers(embeddings: str) -> None:
+    model = packed_model(embeddings=embeddings).bfloat16()
+    reference = copy.deepcopy(model)
+    for module in reference.modules():
+        if isinstance(module, (PackedLinear, TiedHead)):
+            module.kernel = "reference"
+    share_products(model)
+    before = model(ids()).logits
+    with dequantized_once(model, 2**20):
+        assert torch.equal(model(ids()).logits, reference(ids()).logits)
+    assert torch.equal(model(ids()).logits, before)
+    packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+    assert len(packed) == 14 + (embeddings == "int8")
+    with dequantized_once(model, sum(2 * module.rows * module.columns for module in packed) - 1):
+        assert all(module._held is None for module in packed)
+        assert torch.equal(model(ids()).logits, before)

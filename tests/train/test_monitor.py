@@ -33,7 +33,14 @@ def trained(folder: Path, monitor: MonitorSettings | None, **changes: Any) -> tu
     student, teacher = _pair(bits=2)
     recorder = Recorder()
     arguments = _arguments(folder, learning_rate=1e-2, scale_learning_rate=1e-2, **changes)
-    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks(), callbacks=[recorder])
+    trainer = QATTrainer(
+        model=student,
+        teacher=teacher,
+        args=arguments,
+        train_dataset=Blocks(),
+        eval_dataset=Blocks(4, seed=1),
+        callbacks=[recorder],
+    )
     if monitor is not None:
         QuantizationMonitor(monitor).attach(trainer)
     trainer.train()
@@ -125,7 +132,8 @@ def test_tensorboard_holds_every_figure(tmp_path: Path, monkeypatch: pytest.Monk
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    trainer, _ = trained(tmp_path, MonitorSettings(every=4, layers=2), report_to="tensorboard")
+    evaluations = {"eval_strategy": "steps", "eval_steps": 4}
+    trainer, _ = trained(tmp_path, MonitorSettings(every=4, layers=2), report_to="tensorboard", **evaluations)
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     tags = set(board.Tags()["scalars"])
     named = {f"train/quantization/{name}" for name in ("flipped", "oscillating", "scale_drift", "clipped")}
@@ -133,6 +141,10 @@ def test_tensorboard_holds_every_figure(tmp_path: Path, monkeypatch: pytest.Monk
     assert len([tag for tag in tags if tag.startswith("train/quantization/clipped/model.layers.")]) == 2
     flips = {event.step: event.value for event in board.Scalars("train/quantization/flipped")}
     assert flips == {step: pytest.approx(entry["quantization/flipped"]) for step, entry in looks(trainer).items()}
+    perplexities = {event.step: event.value for event in board.Scalars("eval/perplexity")}
+    history = trainer.state.log_history
+    assert perplexities == {e["step"]: pytest.approx(e["eval_perplexity"]) for e in history if "eval_perplexity" in e}
+    assert sorted(perplexities) == [4, 8]
 
 
 def test_mlflow_keeps_them_in_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -394,6 +395,22 @@ def test_evaluation_reports_the_same_divergence(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = _kl(student, teacher, Blocks(8).ids).item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluation_reports_the_perplexity_of_labelled_tokens(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    data = Blocks(6)
+    labels = data.ids.clone()
+    labels[0, 5:] = labels[3, :20] = -100
+    samples = [{"input_ids": ids, "labels": wanted} for ids, wanted in zip(data.ids, labels, strict=True)]
+    arguments = _arguments(tmp_path, bf16=False, per_device_eval_batch_size=4)
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=data, eval_dataset=samples)
+    with torch.no_grad():
+        expected = cross_entropy(student(data.ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).exp()
+    assert trainer.evaluate()["eval_perplexity"] == pytest.approx(float(expected), rel=1e-5)
+    arguments = _arguments(tmp_path, prediction_loss_only=True)
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=data, eval_dataset=samples)
+    assert "eval_perplexity" not in trainer.evaluate()
 
 
 def test_low_precision_masters_are_raised(tmp_path: Path) -> None:
