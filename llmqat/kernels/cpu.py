@@ -43,6 +43,7 @@ _BLOCK_ROWS = 64
 """Rows that torch's int4 layout keeps together, on any processor, or a multiple: such blocks are packed alone."""
 _PACKED_ELEMENTS = 131_072
 _MOST_IN_FEATURES = 65_536
+_MULTIPLIES_INT8 = torch.cpu._is_vnni_supported()
 _CHUNK_ELEMENTS = 2_097_152
 _INT4_PACK = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 _INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default
@@ -125,6 +126,8 @@ class CpuIntegerKernel:
         """Returns why inputs and weight cannot be multiplied as integers here, or None."""
         if x.codes.device.type != "cpu":
             return f"it runs on the CPU, not on {x.codes.device.type}"
+        if not _MULTIPLIES_INT8:
+            return "it is slow on processors without AVX512-VNNI"
         if not weight.grid.symmetric or weight.grid.num_bits != 8:
             return "it needs a symmetric grid of 8 bits"
         if weight.group_size != weight.in_features:

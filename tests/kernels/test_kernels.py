@@ -76,6 +76,7 @@ def test_quantized_inputs_are_multiplied_as_integers(
     ) * found.scale.double()
     weight = layer.dequantized_weight(torch.float32).double()
     exact = taken @ weight.T
+    monkeypatch.setattr(cpu, "_MULTIPLIES_INT8", True)  # where it is slow, it is right all the same
     monkeypatch.setattr(cpu.CpuDequantizeKernel, "linear", None)  # it is not what runs
     got = layer(x).double()
     # The sums are exact in 32 bits; what is left are four roundings in float32 (2^-24 each) and one to the dtype.
@@ -83,11 +84,14 @@ def test_quantized_inputs_are_multiplied_as_integers(
     assert ((got - exact).abs() <= unit * exact.abs() + 2**-21 * (taken.abs() @ weight.abs().T)).all()
 
 
-def test_quantized_inputs_of_other_weights_are_taken_as_they_were() -> None:
+def test_quantized_inputs_of_other_weights_are_taken_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = packed_layer(WeightConfig(num_bits=4, group_size=64))
     x = ActivationQuantizer(ActivationConfig()).integers(torch.randn(3, 384).bfloat16())
     weight = layer.packed_weight()
     assert torch.equal(packed_linear(x, weight), packed_linear(x.values(), weight))
+    monkeypatch.setattr(cpu, "_MULTIPLIES_INT8", False)
+    eight = packed_layer(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
+    assert torch.equal(packed_linear(x, eight), packed_linear(x.values(), eight))
     assert torch.equal(
         packed_linear(x, weight, None, "reference"), packed_linear(x.values(), weight, None, "reference")
     )
