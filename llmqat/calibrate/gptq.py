@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.config import GPTQStage
 from llmqat.data.processes import ALONE, Processes
-from llmqat.grid import Grid, dequantize, snap_scale
+from llmqat.grid import Grid, snap_scale
 from llmqat.layers import QuantLinear
 
 COLUMNS = 64
@@ -195,15 +195,11 @@ def placed_weight(
     scale: Tensor,
     zero_point: Tensor | None,
     grid: Grid,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Returns the master weight [O, I] nearest to `weight` that rounds to `codes`.
+    """Returns the master weight, float32 [O, I], nearest to `weight` that rounds to `codes`.
 
-    A weight that lies beyond the last code of the grid, and has that code, stays where it is. In another `dtype` than
-    float32, whose own rounding could cross the edge between two codes, the weight is put on the level of its code.
+    A weight that lies beyond the last code of the grid, and has that code, stays where it is.
     """
-    if dtype != torch.float32:
-        return dequantize(codes, scale, zero_point, dtype, grid.offset)
     shape = scale.numel(), -1
     level = _levels(codes.reshape(shape), None if zero_point is None else zero_point.reshape(-1), grid)
     code, v = codes.reshape(shape), weight.reshape(shape) / scale.reshape(-1, 1)
@@ -253,7 +249,7 @@ def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int) -> LayerRound
     """Finds the codes of `layer` by GPTQ and the scales that suit them, in turn, and puts both in place.
 
     Args:
-        layer: its scales, as they are, are the start.
+        layer: its weight is float32; its scales, as they are, are the start.
         inputs: of the layer.
         rounds: times that codes are found.
     """
@@ -266,7 +262,7 @@ def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int) -> LayerRound
         scale = refit_scales(weight, hessian, codes, scale, zero_point, layer.grid)
     after = output_error(weight, hessian, codes, scale, zero_point, layer.grid)
     layer.set_scale(scale, zero_point)
-    placed = placed_weight(weight, codes, *layer.scale_and_zero_point(), layer.grid, layer.weight.dtype)
+    placed = placed_weight(weight, codes, *layer.scale_and_zero_point(), layer.grid)
     layer.weight.copy_(layer.restored(placed))
     return LayerRounding(float(before / size), float(after / size))
 

@@ -11,6 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llmqat.calibrate.blocks import Block, find_blocks
+from llmqat.grid import quantize
+from llmqat.layers import QuantModule
 from llmqat.models import save_whole
 
 
@@ -58,11 +60,7 @@ class Originals:
 
 @contextmanager
 def in_float32(block: Block) -> Iterator[None]:
-    """Inside, the parameters of `block` are float32.
-
-    Afterwards they are in their own dtype again; a quantized weight that is not float32 then lies on the very level of
-    its code, so that it still rounds to it.
-    """
+    """Inside, the parameters of `block` are float32; afterwards they are in their own dtype again, codes unchanged."""
     narrow = {p: p.dtype for p in block.module.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     for parameter in narrow:
         parameter.data = parameter.data.float()
@@ -70,8 +68,25 @@ def in_float32(block: Block) -> Iterator[None]:
         yield
     finally:
         if narrow:
+            dtypes = {id(parameter): dtype for parameter, dtype in narrow.items()}
             for layer in block.quantized().values():
-                if layer.weight in narrow:
-                    layer.weight.data = layer.restored(layer.quantized_matrix(torch.float32)).detach()
+                if (dtype := dtypes.get(id(layer.weight))) is not None:
+                    layer.weight.data = layer.restored(_narrowed(layer, dtype))
         for parameter, dtype in narrow.items():
             parameter.data = parameter.data.to(dtype)
+
+
+@torch.no_grad()
+def _narrowed(layer: QuantModule, dtype: torch.dtype) -> Tensor:
+    """Returns the weight of `layer`, float32 [O, I], in `dtype` and with its codes.
+
+    A weight whose rounding to `dtype` would cross into the next code is put on the level of its own, and with dynamic
+    scales, which depend on all of them, every weight. The others stay where they are, often near the edge of their
+    code: on their levels they would be half a step from any other, further than adapters move them.
+    """
+    levels = layer.quantized_matrix(dtype)
+    if layer.weights.scales == "dynamic":
+        return levels
+    near = layer.matrix().to(dtype)
+    kept = quantize(near, *layer.scale_and_zero_point(), layer.grid) == layer.codes()
+    return torch.where(kept, near, levels)

@@ -117,20 +117,18 @@ def test_refitted_scales_solve_the_least_squares() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(sorted(GRIDS)), st.integers(0, 10_000), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_the_master_weight_rounds_to_the_codes(name: str, seed: int, dtype: torch.dtype) -> None:
+@given(st.sampled_from(sorted(GRIDS)), st.integers(0, 10_000))
+def test_the_master_weight_rounds_to_the_codes(name: str, seed: int) -> None:
     grid = GRIDS[name]
     weight, _, scale, zero_point = problem(8, 32, grid, 8, seed)
     codes = torch.randint(grid.qmin, grid.qmax + 1, weight.shape, generator=torch.Generator().manual_seed(seed)).to(
         grid.code_dtype
     )
-    placed = placed_weight(weight, codes, scale, zero_point, grid, dtype)
-    assert placed.dtype == dtype
+    placed = placed_weight(weight, codes, scale, zero_point, grid)
     assert torch.equal(quantize(placed, scale, zero_point, grid), codes)
-    if dtype == torch.float32:
-        kept = quantize(weight, scale, zero_point, grid) == codes
-        near = (placed - weight).abs() <= 0.011 * scale.abs().repeat_interleave(8, 1)
-        assert near[kept].all()
+    kept = quantize(weight, scale, zero_point, grid) == codes
+    near = (placed - weight).abs() <= 0.011 * scale.abs().repeat_interleave(8, 1)
+    assert near[kept].all()
 
 
 def test_a_layer_keeps_its_codes_after_gptq() -> None:
