@@ -658,20 +658,28 @@ def loss_in_forward(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> It
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the loss makes its own gradient
     def stand_in(hidden: Tensor) -> Tensor:
         # As wide as logits may be: models scale and cap what their head gives.
-        made[:] = [loss_of(hidden).expand(*hidden.shape[:-1], 1)]
-        return made[0]
+        return loss_of(hidden).expand(*hidden.shape[:-1], 1)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        made[:] = [output]
 
     def give(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor:
         if not made:
             raise RuntimeError(_HEAD_NOT_REACHED)
         return made.pop().flatten()[0]
 
-    handle = model.register_forward_hook(give, prepend=True)  # before the wrapper's own, which look at the output
+    own = without_adapters(model)
+    handles = (
+        output_head(own).register_forward_hook(keep),  # after the wrapper's own: ZeRO-3 gathers the head again by them
+        model.register_forward_hook(give, prepend=True),  # before the wrapper's own, which look at the output
+    )
     try:
-        with _in_place_of_head(without_adapters(model), stand_in):
+        with _in_place_of_head(own, stand_in):
             yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
