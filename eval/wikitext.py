@@ -26,6 +26,7 @@ from llmqat.evaluate.compare import (
 )
 from llmqat.evaluate.perplexity import windows_from_text
 from llmqat.models import load_tokenizer, resolve_spec
+from llmqat.recipe.evaluation import short_names
 
 REFERENCE_NAME = "full precision"
 
@@ -69,12 +70,9 @@ def parse_options() -> argparse.Namespace:
 
 
 def candidates(options: argparse.Namespace) -> list[Candidate]:
-    """Returns the reference, if any, and the models, named by their paths where the folder's name is not enough."""
-    names = [Path(spec).name for spec in options.model]
-    unique = len(set(names)) == len(names)
-    models = [
-        candidate_from(spec, name=name if unique else spec) for spec, name in zip(options.model, names, strict=True)
-    ]
+    """Returns the reference, if any, and the models."""
+    names = short_names(options.model)
+    models = [candidate_from(spec, name=name) for spec, name in zip(options.model, names, strict=True)]
     if options.reference is None:
         return models
     return [candidate_from(options.reference, "full precision", REFERENCE_NAME), *models]

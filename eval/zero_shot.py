@@ -20,6 +20,7 @@ from llmqat.evaluate.bootstrap import mean_difference
 from llmqat.evaluate.loading import load_to_judge
 from llmqat.evaluate.tasks import TaskSettings, average, opened_tasks, write_task_folder
 from llmqat.models import load_tokenizer, resolve_spec, write_whole
+from llmqat.recipe.evaluation import short_names
 
 
 def main() -> None:
@@ -84,11 +85,11 @@ def print_row(spec: str, tasks: dict[str, Any], reference: dict[str, Any]) -> No
 def print_headline(found: dict[str, dict[str, Any]], reference: str) -> None:
     """Prints the average over tasks of each model, and the share of the reference's that it keeps."""
     whole = average(found[reference])
-    for spec, tasks in found.items():
+    for name, tasks in zip(short_names(list(found)), found.values(), strict=True):
         mean = average(tasks)
         if mean is not None and whole:
-            print(f"{Path(spec).name} share kept: {mean / whole:.6g}")
-            print(f"{Path(spec).name} average: {mean:.6g}")
+            print(f"{name} share kept: {mean / whole:.6g}")
+            print(f"{name} average: {mean:.6g}")
 
 
 if __name__ == "__main__":

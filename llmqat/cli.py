@@ -743,9 +743,11 @@ def _print_run(result: RunResult) -> None:
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
     console.print(f"seconds: {seconds}; in all {sum(result.seconds.values()):.0f}", highlight=False)
     training = result.training
+    rate = training["tokens_per_second"]  # None where an earlier start had made the last step
+    speed = "" if rate is None else f", {rate:.0f} tokens/s"
     console.print(
-        f"trained {training['tokens']:,} tokens in {training['steps']} steps, "
-        f"{training['tokens_per_second']:.0f} tokens/s; loss {training['first_loss']} -> {training['last_loss']} nats",
+        f"trained {training['tokens']:,} tokens in {training['steps']} steps{speed}; "
+        f"loss {training['first_loss']} -> {training['last_loss']} nats",
         highlight=False,
     )
     _print_checkpoint(result.report)

@@ -1,8 +1,9 @@
 """Fine-tunes a model on chat data as int4: accelerate launch recipes/sft-int4.py MODEL DATA OUT [options].
 
-MODEL is a hub id or folder, DATA what datasets.load_dataset takes (`messages`, or `prompt` and `completion`), OUT a new
-folder: OUT/model is the packed checkpoint. Options are the fields of trl.SFTConfig and llmqat.QATArguments. LoRA is
-inside the quantizers, and the model itself is the teacher of the KL term.
+MODEL is a hub id or folder, DATA what datasets.load_dataset takes, OUT a folder to make: OUT/model is packed.
+Rows are `prompt` and `completion`, with the loss on the completion, or `messages`, with the loss on all of them (on the
+assistant's by --assistant_only_loss true, where TRL knows the chat template). Options are the fields of trl.SFTConfig
+and llmqat.QATArguments. LoRA is inside the quantizers, and the model itself is the teacher of the KL term.
 """
 
 import datasets

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-"""Module and words that start two processes of what follows."""
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    """Returns module and words that start processes of what follows."""
+    return "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)
 
 
 def started(*module: str) -> subprocess.CompletedProcess[str]:

@@ -34,3 +34,27 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(variable: str | Non
     pages = 40_000_000 // os.sysconf("SC_PAGE_SIZE")
     assert output[0] == str(variable is None)
     assert int(output[1]) < pages if variable is None else int(output[1]) > 4 * pages
+
+
+GIVEN_BACK = """
+from llmqat.evaluate.memory import resident
+from llmqat.heap import give_back_freed_memory, keep_freed_memory
+assert keep_freed_memory()
+start = resident("VmRSS")
+held = [b"x" * 1_000_000 for _ in range(100)]
+last = b"x" * 1_000_000  # what is free lies under it
+del held
+print(resident("VmRSS") - start)
+give_back_freed_memory()
+print(resident("VmRSS") - start)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="trims glibc's heap")
+def test_kept_memory_is_given_back_when_asked() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS_OF_THE_USER)}
+    command = [sys.executable, "-c", GIVEN_BACK]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    kept, left = map(int, output)
+    assert kept > 90_000_000
+    assert left < 10_000_000

@@ -66,6 +66,7 @@ class Candidate:
     bits_per_weight: float | None = None  # of the quantized linears on disk, scales included
     bytes_on_disk: int | None = None  # of the weight files, tokenizer and configuration not counted
     facts: Mapping[str, Any] = field(default_factory=dict)  # what else is known of it, as JSON takes it
+    from_files: bool = True  # `load` reads the model's own files; if not, what loading costs is not measured
 
 
 Extra = Callable[[nn.Module, Candidate], Any]
@@ -283,7 +284,9 @@ def compare(
     references: dict[str, Reference] = {}
     measured: dict[str, Row] = {}
     for candidate in sorted(candidates, key=lambda entry: entry.role != "full precision"):
-        model, costs = measure_costs(candidate.load) if speed else (candidate.load(), None)
+        model, costs = (
+            measure_costs(candidate.load, from_files=candidate.from_files) if speed else (candidate.load(), None)
+        )
         start = time.perf_counter()
         evaluations = _evaluations(model, candidate, texts, references, batch_size, progress)
         measured[candidate.name] = Row(
@@ -385,7 +388,7 @@ def _costs_table(comparison: Comparison) -> Table:
         if (costs := row.costs) is not None:
             table.add_row(
                 row.name,
-                f"{costs.load_seconds:.1f}",
+                _number(costs.load_seconds, ".1f"),
                 f"{1e3 * costs.first_token_seconds:.0f}",
                 f"{costs.decode_tokens_per_second:.1f}",
                 f"{costs.batch_tokens_per_second:.1f}",

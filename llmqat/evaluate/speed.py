@@ -65,7 +65,7 @@ class DecodeSpeed:
 class Costs:
     """What it took to load a model and to decode with it; None is what this machine does not tell."""
 
-    load_seconds: float
+    load_seconds: float | None  # None, as of memory, where the model was not loaded from its files
     first_token_seconds: float  # after a prompt of 64 tokens
     decode_tokens_per_second: float  # one sequence
     batch_tokens_per_second: float  # `batch_size` sequences side by side
@@ -158,8 +158,17 @@ def decode_speed(
     )
 
 
-def measure_costs(load: Callable[[], nn.Module], *, batch_size: int = 8) -> tuple[nn.Module, Costs]:
-    """Loads a model and decodes with it; returns it and what that took."""
+def measure_costs(
+    load: Callable[[], nn.Module], *, batch_size: int = 8, from_files: bool = True
+) -> tuple[nn.Module, Costs]:
+    """Loads a model and decodes with it; returns it and what that took.
+
+    Args:
+        load: makes the model.
+        batch_size: sequences that are decoded side by side.
+        from_files: `load` reads the model's own files. If not (the model is in memory already, or is made of another
+            one), its time and memory say nothing of the model, and are None.
+    """
     before = forget_peak()
     start = time.perf_counter()
     model = load()
@@ -172,12 +181,12 @@ def measure_costs(load: Callable[[], nn.Module], *, batch_size: int = 8) -> tupl
     held = peak(model_device(model))
     written = alone.new_tokens * (alone.repeats + 1)
     return model, Costs(
-        load_seconds=loaded,
+        load_seconds=loaded if from_files else None,
         first_token_seconds=alone.first_token_seconds,
         decode_tokens_per_second=alone.decode_tokens_per_second,
         batch_tokens_per_second=together.decode_tokens_per_second,
         batch_size=batch_size,
-        peak_bytes=None if held is None or before is None else held - before,
+        peak_bytes=None if held is None or before is None or not from_files else held - before,
         joules_per_token=None if spent is None else spent / written,
     )
 

@@ -5,7 +5,17 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmqat.export.checkpoint import FORMATS, ExportReport, ProofError, load, load_any, prove, save, save_again
+from llmqat.export.checkpoint import (
+    FORMATS,
+    ExportReport,
+    ProofError,
+    is_packed,
+    load,
+    load_any,
+    prove,
+    save,
+    save_again,
+)
 from llmqat.export.gguf import write_gguf
 from llmqat.export.gptq import write_gptq
 from llmqat.export.onnx import write_onnx
@@ -27,6 +37,7 @@ __all__ = [
     "Conversion",
     "ExportReport",
     "ProofError",
+    "is_packed",
     "load",
     "load_any",
     "prove",

@@ -508,10 +508,11 @@ def _compile_decoding(model: PreTrainedModel) -> None:
     compile_kernels()
     for product in products(model):
         first = product if isinstance(product, PackedLinear) else product.members[0]
+        x = torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype)
         if isinstance(product, PackedLinear):
-            product(torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype))
+            product(x)
         else:
-            packed_linear(torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype), product.weight())
+            packed_linear(first.inputs(x, x.dtype), product.weight())
     settings = CompileConfig(mode="default", fullgraph=False)
     settings._compile_all_devices = True  # transformers leaves the CPU out unless asked so
     model.generation_config.cache_implementation = "static"
@@ -529,10 +530,19 @@ def load_any(spec: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Pre
         FileNotFoundError: as `load` and `load_model`.
         ValueError: as `load` and `load_model`, or there is no tokenizer beside the model.
     """
-    source = resolve_spec(str(spec))
-    if _format_of(read_config(source, str(spec))) is None:
+    if not is_packed(spec):
         return load_model(str(spec), dtype)
-    return load(spec, dtype), load_tokenizer(source, str(spec))
+    return load(spec, dtype), load_tokenizer(resolve_spec(str(spec)), str(spec))
+
+
+def is_packed(spec: str | Path) -> bool:
+    """Returns whether `spec` names a packed checkpoint of a kind that `load` takes; reads its configuration only.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: its configuration is not readable.
+    """
+    return _format_of(read_config(resolve_spec(str(spec)), str(spec))) is not None
 
 
 def _format_of(config: PreTrainedConfig) -> Format | None:

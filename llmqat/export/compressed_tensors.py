@@ -78,6 +78,8 @@ _BESIDE = ("version", "sparsity_config", "transform_config")
 _INPUT_NAMES = {"input_quantizer.scale": "input_scale", "input_quantizer.zero_point": "input_zero_point"}
 """Names of static input ranges: in the module, on disk."""
 _SCALES = (".weight_scale", ".input_quantizer.scale")
+_NEIGHBOURHOOD = 65_536
+"""Bytes that Linux maps of a file when one of them is touched: a small norm would keep its neighbours in memory."""
 
 
 # Writing
@@ -269,7 +271,8 @@ def read(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: 
             of another shape or dtype than `config.json` says.
     """
     schemes = _read_schemes(config, folder)
-    _check_plausible(config, folder)
+    stored = _read_tensors(folder)
+    _check_plausible(config, folder, len(stored))
     options = {} if attention is None else {"attn_implementation": attention.removeprefix(IMPLEMENTATION_PREFIX)}
     # Without no_init_weights, transformers draws random numbers for the weights on the meta device: half the time.
     with no_init_weights(), init_empty_weights(include_buffers=False):
@@ -277,9 +280,9 @@ def read(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: 
     _install(model, schemes, dtype)
     if (cache := getattr(config, KV_KEY, None)) is not None:
         quantize_kv(model, KVCacheConfig.model_validate(cache))
-    tensors = _repacked(model, _read_tensors(folder))
-    _check_tensors(model, tensors, folder)
-    _assign(model, {name: tensor for name, (tensor, _) in tensors.items()})
+    tensors, expected = _repacked(model, stored), model.state_dict()
+    _check_tensors(model, tensors, expected, folder)
+    _assign(model, {name: tensor for name, (tensor, _) in tensors.items()}, expected)
     mappings = FileMappings({path for _, path in tensors.values()})
     for _, layer in quantized_layers(model):
         if isinstance(layer, PackedModule):
@@ -338,14 +341,13 @@ def _runs_inputs(inputs: QuantizationArgs | None) -> bool:
     return inputs.type == "int" and 2 <= inputs.num_bits <= 8 and kind in (("token", True), ("tensor", False))
 
 
-def _check_plausible(config: PreTrainedConfig, folder: Path) -> None:
+def _check_plausible(config: PreTrainedConfig, folder: Path, entries: int) -> None:
     """Raises, before anything is allocated, where `config.json` calls for far more than the files can hold.
 
     Raises:
         ValueError: names the key; a hostile or mixed-up configuration would otherwise fill the memory.
     """
     text: Any = config.get_text_config()
-    entries = sum(_entries(path) for path in weight_files(folder))
     bits = 8 * sum(path.stat().st_size for path in weight_files(folder))
     vocabulary, hidden = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
     checks = (
@@ -359,12 +361,6 @@ def _check_plausible(config: PreTrainedConfig, folder: Path) -> None:
                 f"{folder / 'config.json'}: {name} is {value}, more than the weight files ({entries} tensors, "
                 f"{bits // 8} bytes) could hold; they do not belong together"
             )
-
-
-def _entries(path: Path) -> int:
-    check_safetensors(path)
-    with safe_open(path, framework="pt") as file:
-        return len(file.keys())
 
 
 def _install(model: nn.Module, config: QuantizationConfig, dtype: torch.dtype) -> None:
@@ -482,8 +478,9 @@ def _widened(name: str, tensor: Tensor) -> Tensor:
     return tensor.float() if name.endswith(".input_zero_point") else tensor
 
 
-def _check_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]], folder: Path) -> None:
-    expected = model.state_dict()
+def _check_tensors(
+    model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]], expected: Mapping[str, Tensor], folder: Path
+) -> None:
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     if missing := sorted(set(expected) - set(tensors) - set(tied) - set(tied.values())):
         raise ValueError(f"{folder} lacks {len(missing)} tensors that config.json calls for: {shortened(missing)}")
@@ -504,10 +501,10 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]],
             raise ValueError(f"{path}: {name} holds scales that are zero, infinite or not a number")
 
 
-def _assign(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+def _assign(model: PreTrainedModel, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     in_float32 = kept_in_float32(model)
-    wanted = {name: torch.float32 if in_float32(name) else tensor.dtype for name, tensor in model.state_dict().items()}
-    state = {name: tensor.to(wanted[name]) for name, tensor in tensors.items()}
+    wanted = {name: torch.float32 if in_float32(name) else tensor.dtype for name, tensor in expected.items()}
+    state = {name: _settled(name, tensor.to(wanted[name])) for name, tensor in tensors.items()}
     model.load_state_dict(state, strict=False, assign=True)
     # As from_pretrained does: tied to whichever was stored, and not at all where both were and differ.
     model.tie_weights(missing_keys=set(wanted) - set(tensors), recompute_mapping=False)
@@ -517,3 +514,9 @@ def _assign(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
         shape = [layer.rows, layer.columns]
         if isinstance(layer, PackedModule) and layer.weight_shape.tolist() != shape:
             raise ValueError(f"{name}.weight_shape is {layer.weight_shape.tolist()}, but config.json makes it {shape}")
+
+
+def _settled(name: str, tensor: Tensor) -> Tensor:
+    """Returns `tensor`; copied out of its file where it is small, and none whose pages kernels give back."""
+    small = tensor.is_floating_point() and tensor.nbytes < _NEIGHBOURHOOD
+    return tensor.clone() if small and not name.endswith(".weight_scale") else tensor

@@ -7,7 +7,7 @@ of an export compares against. Kernels take tensors only.
 
 from llmqat.kernels.cpu import compile_kernels
 from llmqat.kernels.pages import FileMappings, FilePages
-from llmqat.kernels.reference import JoinedWeight, PackedWeight
+from llmqat.kernels.reference import JoinedWeight, PackedWeight, QuantizedInput
 from llmqat.kernels.registry import KERNELS, Kernel, packed_linear
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "JoinedWeight",
     "Kernel",
     "PackedWeight",
+    "QuantizedInput",
     "compile_kernels",
     "packed_linear",
 ]

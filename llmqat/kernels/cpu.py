@@ -1,9 +1,10 @@
 """The CPU kernels: torch's int4 and int8 products for few rows (decoding), dequantize + product for many (prefill).
 
 `_weight_int4pack_mm_for_cpu` reads 4 bits a weight and wins while the product is bound by memory, up to a few dozen
-rows. It computes (q - 8) * scale with q in 0..15, so any symmetric grid of up to 4 bits runs on it by shifting its
+rows. It computes (q - 8) * scale + zero with q in 0..15, so any grid of up to 4 bits runs on it by shifting its
 codes: 2 and 3 bits and ternary take 4 bits a weight in memory then. `_weight_int8pack_mm` does the same for 8 bits a
 channel. What these kernels read is made at their first call and kept; the packed words are not read again by them.
+Where inputs are quantized as well, `_int_mm` multiplies codes with codes, for any number of rows.
 
 Many rows are bound by arithmetic: the weight is dequantized, a slice of output rows at a time, and multiplied in
 bfloat16. 2, 4 and 8 bits are unpacked without putting the codes into their order: words are shifted and masked as they
@@ -30,20 +31,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmqat.grid import dequantize, unpack_int32
-from llmqat.kernels.pages import trim_heap
-from llmqat.kernels.reference import PackedWeight, native_group, native_scales
+from llmqat.grid import Grid, dequantize, unpack_int32
+from llmqat.kernels.reference import PackedWeight, QuantizedInput, native_group, native_scales
 
 logger = logging.getLogger(__name__)
 
 MAX_DECODE_ROWS = 32
 MAX_INT8_ROWS = 16
 _INNER_K_TILES = 2
+_BLOCK_ROWS = 64
+"""Rows that torch's int4 layout keeps together, on any processor, or a multiple: such blocks are packed alone."""
+_PACKED_ELEMENTS = 131_072
+_MOST_IN_FEATURES = 65_536
 _CHUNK_ELEMENTS = 2_097_152
 _INT4_PACK = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 _INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-_TRIM_ELEMENTS = 16_777_216
-_state: dict[str, int] = {"compiles": False, "untrimmed": 0}
+_state: dict[str, bool] = {"compiles": False}
 _buffers = threading.local()
 
 
@@ -58,8 +61,8 @@ class CpuInt4Kernel:
             return f"it runs on the CPU, not on {x.device.type}"
         if x.dtype != torch.bfloat16:
             return f"it needs bfloat16 activations, not {x.dtype}"
-        if not weight.grid.symmetric or weight.grid.num_bits > 4:
-            return "it needs a symmetric grid of at most 4 bits"
+        if weight.grid.num_bits > 4:
+            return "it needs a grid of at most 4 bits"
         if weight.out_features % 16:
             return f"out_features={weight.out_features} is not a multiple of 16"
         if native_group(weight) is None:
@@ -71,7 +74,6 @@ class CpuInt4Kernel:
         if self.name not in weight.layouts:
             weight.layouts[self.name] = _int4_layout(weight, native_group(weight) or 0)
             weight.read()
-            _trim_heap(weight)
         blob, scales_and_zeros = weight.layouts[self.name]
         group_size = weight.in_features // scales_and_zeros.shape[0]
         rows = x.reshape(-1, weight.in_features)
@@ -102,12 +104,47 @@ class CpuInt8Kernel:
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias; the int8 codes are taken out of their words at the first call and kept."""
         if self.name not in weight.layouts:
-            weight.layouts[self.name] = weight.codes().contiguous(), weight.scale.view(-1).to(torch.bfloat16)
+            weight.layouts[self.name] = _int8_codes(weight), weight.scale.view(-1).to(torch.bfloat16)
             weight.read()
-            _trim_heap(weight)
         codes, scale = weight.layouts[self.name]
         out = torch._weight_int8pack_mm(x.reshape(-1, weight.in_features).contiguous(), codes, scale)
         out = out.view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+
+class CpuIntegerKernel:
+    """torch's product of int8 matrices, for inputs that are quantized as well: sums are exact, whatever their order.
+
+    With AVX512-VNNI and 2 cores, 576 x 3072: 0.03 ms at one row (weight-only int8: 0.05), 0.7 ms at 128 (dequantized:
+    1.4; a bfloat16 linear: 1.0).
+    """
+
+    name = "cpu-integer"
+
+    def declines(self, x: QuantizedInput, weight: PackedWeight) -> str | None:
+        """Returns why inputs and weight cannot be multiplied as integers here, or None."""
+        if x.codes.device.type != "cpu":
+            return f"it runs on the CPU, not on {x.codes.device.type}"
+        if not weight.grid.symmetric or weight.grid.num_bits != 8:
+            return "it needs a symmetric grid of 8 bits"
+        if weight.group_size != weight.in_features:
+            return "it needs one scale a channel"
+        most = _MOST_IN_FEATURES
+        return None if weight.in_features <= most else f"sums over more than {most} in features could pass 32 bits"
+
+    def linear(self, x: QuantizedInput, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        """Returns x @ ŵ.T + bias [*, O] in the dtype of x's scale, rounded to it once before the bias."""
+        if self.name not in weight.layouts:
+            codes = _int8_codes(weight)
+            sums = codes.sum(-1, dtype=torch.int32)
+            weight.layouts[self.name] = codes, weight.scale.view(-1).float(), sums
+            weight.read()
+        codes, scale, sums = weight.layouts[self.name]
+        rows = x.codes.reshape(-1, weight.in_features).to(torch.int8)
+        total = torch._int_mm(rows, codes.t()).view(*x.codes.shape[:-1], -1)
+        if x.zero_point is not None:
+            total.sub_(x.zero_point.to(torch.int32) * sums)
+        out = (total.float() * scale).mul_(x.scale.float()).to(x.scale.dtype)
         return out if bias is None else out + bias
 
 
@@ -149,7 +186,7 @@ def _slices(weight: PackedWeight) -> Iterator[tuple[int, PackedWeight]]:
     first = 0
     if len(weight.parts) > 1 and weight.out_features <= most:
         words = torch.cat([part.packed for part in weight.parts])
-        yield 0, PackedWeight(words, weight.scale, None, weight.grid, weight.in_features)
+        yield 0, PackedWeight(words, weight.scale, weight.zero_point, weight.grid, weight.in_features)
         return
     for part in weight.parts:
         pieces = -(-part.out_features // most)
@@ -269,18 +306,59 @@ def _agree(compiled: Callable[..., Any], planes: int, asymmetric: bool, rows: in
     return torch.equal(compiled(*arguments), _eager_pass(*arguments))
 
 
-def _trim_heap(weight: PackedWeight) -> None:
-    """Gives back the holes that making layouts leaves in the heap, every few layers: each time costs a millisecond."""
-    _state["untrimmed"] += weight.out_features * weight.in_features
-    if _state["untrimmed"] >= _TRIM_ELEMENTS:
-        _state["untrimmed"] = 0
-        trim_heap()
+def _int8_codes(weight: PackedWeight) -> Tensor:
+    """Returns the codes [O, I] int8 of a weight of 8 bits, apart from its words."""
+    codes = torch.empty(weight.out_features, weight.in_features, dtype=torch.int8)  # what stays before what goes
+    return torch.cat([unpack_int32(part.packed, part.grid, part.in_features) for part in weight.parts], out=codes)
 
 
 def _int4_layout(weight: PackedWeight, group_size: int) -> tuple[Tensor, Tensor]:
-    """Returns torch's int4 blob and scales_and_zeros [I/g, O, 2] bfloat16."""
-    # What stays is allocated before what goes: the other way round, the heap is left full of holes, thrice as large.
+    """Returns torch's int4 blob [O, I / 2] uint8 and scales_and_zeros [I/g, O, 2] bfloat16.
+
+    Rows are packed a few at a time: torch wants int32 codes, eight times what it makes of them. Where its layout is
+    known, words of 4 bits are put into it as they are, in a quarter of the time.
+    """
+    # What stays is allocated before what goes: the other way round, the heap is left full of holes.
     blob = torch.empty(weight.out_features, weight.in_features // 2, dtype=torch.uint8)
     scales_and_zeros = native_scales(weight, group_size)
-    blob.copy_(_INT4_PACK(weight.codes().to(torch.int32) + 8, _INNER_K_TILES))
+    words = weight.packed if len(weight.parts) == 1 else torch.cat([part.packed for part in weight.parts])
+    rows = max(1, _PACKED_ELEMENTS // (_BLOCK_ROWS * weight.in_features)) * _BLOCK_ROWS
+    known = weight.grid.num_bits == 4 and weight.out_features % _BLOCK_ROWS == 0 and _interleaves()
+    for packed, some in zip(blob.split(rows), words.split(rows), strict=True):
+        if known:
+            _interleave(some, packed)
+        else:
+            packed.copy_(_INT4_PACK(_unsigned_codes(some, weight), _INNER_K_TILES))
     return blob, scales_and_zeros
+
+
+def _interleave(words: Tensor, out: Tensor) -> None:
+    """Writes words [R, I / 8] of 4-bit codes to `out` [R, I / 2] uint8, in torch's int4 layout for AVX512.
+
+    A block of 64 rows has 32 bytes for each column; the byte at place p holds the codes of the rows p and p + 32.
+    """
+    stored = words.view(torch.uint8).unflatten(0, (-1, 2, _BLOCK_ROWS // 2))
+    first, second = stored[:, 0], stored[:, 1]  # [R / 64, 32, I / 2]: two columns a byte, the even one below
+    pairs = out.view(len(stored), -1, 2, _BLOCK_ROWS // 2).permute(2, 0, 3, 1)
+    pairs[0] = (first & 15) | (second << 4)
+    pairs[1] = (first >> 4) | (second & 240)
+
+
+@functools.cache
+def _interleaves() -> bool:
+    """Returns whether torch's int4 layout on this processor is that of `_interleave`, from a trial."""
+    if sys.byteorder != "little":
+        return False
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (2 * _BLOCK_ROWS, 8), generator=generator).to(torch.int32)
+    ours = torch.empty(len(words), 32, dtype=torch.uint8)
+    _interleave(words, ours)
+    codes = unpack_int32(words, Grid(4, symmetric=False), 64).to(torch.int32)
+    return torch.equal(ours, _INT4_PACK(codes, _INNER_K_TILES))
+
+
+def _unsigned_codes(words: Tensor, weight: PackedWeight) -> Tensor:
+    """Returns the codes [R, I] of some rows as torch's int4 products take them: int32, the grid's middle moved to 8."""
+    codes = _scratch("unsigned", (words.shape[0], weight.in_features), torch.int32)
+    middle = 0 if weight.grid.symmetric else 2 ** (weight.grid.num_bits - 1)
+    return codes.copy_(unpack_int32(words, weight.grid, weight.in_features)).add_(8 - middle)

@@ -1,4 +1,4 @@
-"""Giving memory back: pages of a weights file that a kernel has read and does not need soon, and holes in the heap.
+"""Giving memory back: pages of a weights file that a kernel has read and does not need soon.
 
 A loaded checkpoint is mapped from its file. What kernels compute with is often a layout of their own, of the same size;
 the pages that it was made from would stay in memory beside it. They can be let go without loss, since they are read
@@ -22,34 +22,26 @@ _C = ctypes.CDLL(None)
 
 @dataclass(frozen=True)
 class FilePages:
-    """The whole pages inside a tensor that is mapped from a file. A copy of it is None: it would lie elsewhere.
+    """The whole pages inside tensors that are mapped from a file. A copy of it is None: it would lie elsewhere.
 
     Attributes:
-        tensor: keeps the mapping alive.
-        version: the tensor's when it was mapped; what is written into it later is in no file.
-        address: of the first page.
-        size: bytes.
+        tensors: keep the mapping alive.
+        versions: the tensors' when they were mapped; what is written into one later is in no file.
+        ranges: address of the first page and bytes of all, for each tensor.
     """
 
-    tensor: Tensor
-    version: int
-    address: int
-    size: int
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...]
 
     def __call__(self) -> None:
         """Lets the pages go; they are read from the file again when somebody asks for them."""
-        if self.tensor._version == self.version:
-            _let_go(self.address, self.size)
+        for tensor, version, (address, size) in zip(self.tensors, self.versions, self.ranges, strict=True):
+            if tensor._version == version:
+                _let_go(address, size)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-
-def trim_heap() -> None:
-    """Gives the system back what the heap holds and nobody uses; glibc keeps the holes between large blocks."""
-    trim = getattr(_C, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _let_go(address: int, size: int) -> None:
@@ -72,10 +64,20 @@ class FileMappings:
         for low, high in self._ranges:
             _let_go(low, high - low)
 
-    def pages_of(self, tensor: Tensor) -> FilePages | None:
-        """Returns the whole pages inside `tensor`; None where it does not lie in one of the files."""
-        start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        if not any(low <= start and start + size <= high for low, high in self._ranges):
+    def pages_of(self, *tensors: Tensor) -> FilePages | None:
+        """Returns the whole pages inside those of `tensors` that lie in one of the files; None where none does."""
+        mapped = tuple(tensor for tensor in tensors if self._hold(tensor))
+        if not mapped:
             return None
-        first, last = -(-start // mmap.PAGESIZE), (start + size) // mmap.PAGESIZE
-        return FilePages(tensor, tensor._version, first * mmap.PAGESIZE, max(0, last - first) * mmap.PAGESIZE)
+        return FilePages(mapped, tuple(tensor._version for tensor in mapped), tuple(map(_whole_pages, mapped)))
+
+    def _hold(self, tensor: Tensor) -> bool:
+        start = tensor.data_ptr()
+        return any(low <= start and start + tensor.nbytes <= high for low, high in self._ranges)
+
+
+def _whole_pages(tensor: Tensor) -> tuple[int, int]:
+    """Returns the address of the first page that begins inside `tensor`, and the bytes of all that end there too."""
+    start = tensor.data_ptr()
+    first, last = -(-start // mmap.PAGESIZE), (start + tensor.nbytes) // mmap.PAGESIZE
+    return first * mmap.PAGESIZE, max(0, last - first) * mmap.PAGESIZE

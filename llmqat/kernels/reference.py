@@ -16,6 +16,26 @@ from torch.nn import functional as F
 from llmqat.grid import Grid, dequantize, unpack_int32
 
 
+@dataclass(frozen=True)
+class QuantizedInput:
+    """Activations as integers: x = (code - zero_point) * scale.
+
+    Attributes:
+        codes: [*, I], int8, or integers of at most 8 bits in a float dtype.
+        scale: [*, 1] or [1], the dtype of the activations.
+        zero_point: as `scale`; None when symmetric.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def values(self) -> Tensor:
+        """Returns x [*, I] in the scale's dtype."""
+        codes = self.codes.to(self.scale.dtype)
+        return (codes if self.zero_point is None else codes - self.zero_point) * self.scale
+
+
 @dataclass
 class PackedWeight:
     """A packed weight as it lies in the checkpoint, and what kernels derive from it.
@@ -28,7 +48,8 @@ class PackedWeight:
         in_features: I.
         layouts: what a kernel made of it once, by the kernel's name; dropped with the weight.
         chosen: the kernel that was chosen for a number of rows, a dtype and a device.
-        release: called by a kernel that has read `packed` and will not soon again; gives memory back where it can.
+        release: called by a kernel that has read `packed` and `scale` and will not soon again; gives memory back where
+            it can.
     """
 
     packed: Tensor
@@ -69,7 +90,7 @@ class PackedWeight:
         return dequantize(self.codes(), self.scale, self.zero_point, dtype)
 
     def read(self) -> None:
-        """Notes that a kernel has read the packed words and will not soon again."""
+        """Notes that a kernel has read words and scales and will not soon again."""
         for part in self.parts:
             if part.release is not None:
                 part.release()
@@ -78,18 +99,24 @@ class PackedWeight:
 class JoinedWeight(PackedWeight):
     """Several packed weights of one input, seen as one with all their rows; words and scales stay where they are.
 
-    They must be symmetric, and equal in grid, in features and group size.
+    They must be equal in grid, in features and group size.
     """
 
     def __init__(self, members: Sequence[PackedWeight]) -> None:
         first = members[0]
-        self.packed, self.zero_point, self.grid, self.in_features = first.packed, None, first.grid, first.in_features
+        self.packed, self.grid, self.in_features = first.packed, first.grid, first.in_features
         self.members, self.layouts, self.chosen, self.release = tuple(members), {}, {}, None
 
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
         """[O, G], put together anew each time."""
         return torch.cat([member.scale for member in self.members])
+
+    @property
+    def zero_point(self) -> Tensor | None:  # type: ignore[override]
+        """[O, G], put together anew each time; None when symmetric."""
+        found = [member.zero_point for member in self.members if member.zero_point is not None]
+        return torch.cat(found) if found else None
 
     @property
     def out_features(self) -> int:
@@ -117,11 +144,16 @@ def native_group(weight: PackedWeight) -> int | None:
 
 
 def native_scales(weight: PackedWeight, group_size: int) -> Tensor:
-    """Returns the scales and zeros [I/g, O, 2] bfloat16 of torch's int4 products; the zeros are 0."""
-    scale = weight.scale.repeat_interleave(weight.group_size // group_size, dim=1)
-    out = torch.zeros(*scale.t().shape, 2, dtype=torch.bfloat16, device=scale.device)
-    out[:, :, 0] = scale.t()
-    return out
+    """Returns the scales and zeros [I/g, O, 2] bfloat16 of torch's int4 products, w = (q - 8) * scale + zero.
+
+    The middle of the grid is their 8, so that zeros are 0 when symmetric, and else the distance of the zero point from
+    the middle times the scale, which bfloat16 rounds by up to 2^-9.
+    """
+    scale, zeros = weight.scale, torch.zeros_like(weight.scale)
+    if weight.zero_point is not None:
+        zeros = (2 ** (weight.grid.num_bits - 1) - weight.zero_point.float()) * scale.float()
+    both = torch.stack([scale.to(torch.bfloat16), zeros.to(torch.bfloat16)], dim=-1)
+    return both.transpose(0, 1).repeat_interleave(weight.group_size // group_size, dim=0)
 
 
 class ReferenceKernel:

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmqat.kernels.cpu import MAX_DECODE_ROWS, CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel
+from llmqat.kernels.cpu import MAX_DECODE_ROWS, CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel, CpuIntegerKernel
 from llmqat.kernels.cuda import CudaInt4Kernel
-from llmqat.kernels.reference import PackedWeight, ReferenceKernel
+from llmqat.kernels.reference import PackedWeight, QuantizedInput, ReferenceKernel
 from llmqat.kernels.triton import TritonKernel
 
 logger = logging.getLogger(__name__)
@@ -40,14 +40,18 @@ _IN_ORDER: tuple[Kernel, ...] = (
     ReferenceKernel(),
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _IN_ORDER}
+INTEGERS = CpuIntegerKernel()
+"""Takes quantized inputs as they are; not in `KERNELS`, since it is not asked for by name: the inputs decide."""
 _logged: set[str] = set()
 
 
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, kernel: str = "auto") -> Tensor:
+def packed_linear(
+    x: Tensor | QuantizedInput, weight: PackedWeight, bias: Tensor | None = None, kernel: str = "auto"
+) -> Tensor:
     """Returns x [*, I] times the packed weight transposed, plus bias: [*, O] in x's dtype.
 
     Args:
-        x: activations.
+        x: activations; quantized ones are multiplied as integers where "auto" is asked for and the weight has 8 bits.
         weight: the packed weight and its scales.
         bias: [O] in x's dtype, or None.
         kernel: "auto" for the first that accepts, or a name in `KERNELS`.
@@ -55,6 +59,10 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, k
     Raises:
         ValueError: for an unknown kernel name, or a named kernel that cannot run here.
     """
+    if isinstance(x, QuantizedInput):
+        if kernel == "auto" and INTEGERS.declines(x, weight) is None:
+            return INTEGERS.linear(x, weight, bias)
+        x = x.values()
     if kernel != "auto":
         return _named(kernel, x, weight).linear(x, weight, bias)
     rows = min(x.numel() // weight.in_features, MAX_DECODE_ROWS + 1)

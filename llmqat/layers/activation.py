@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmqat.kernels import QuantizedInput
 from llmqat.layers.config import ActivationConfig
 
 _UNSET = float("nan")
@@ -80,15 +81,33 @@ class ActivationQuantizer(nn.Module):
         key = (self.config, self._range_key(), dtype, torch.is_grad_enabled())
         return _shared.get(x, key, lambda: self._quantized(x.to(dtype)))
 
+    def integers(self, x: Tensor) -> QuantizedInput:
+        """Returns x [*, I] as its codes, of which `values` makes what `forward` returns, bit for bit.
+
+        Raises:
+            RuntimeError: for a static range that was never calibrated.
+        """
+        if not torch.compiler.is_compiling():
+            self._range_key()  # which raises
+        scale, zero_point = self._range_of(x)
+        codes = row_codes(x, scale, zero_point, self.config.num_bits)
+        return QuantizedInput(codes.to(torch.int8), scale, zero_point)
+
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
         return self.config.label
 
+    def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns scale and zero point of x, [*, 1] or the static ones [1], in x's dtype."""
+        if self.scale is not None:
+            return self.scale.to(x.dtype), None if self.zero_point is None else self.zero_point.to(x.dtype)
+        low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
+        return range_parameters(low, high, self.config.num_bits, self.config.symmetric)
+
     def _quantized(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            return fake_quantize_rows(x, self.config.num_bits, self.config.symmetric)
-        zero_point = None if self.zero_point is None else self.zero_point.to(x.dtype)
-        return _StraightThrough.apply(x, self.scale.to(x.dtype), zero_point, self.config.num_bits)  # type: ignore[no-untyped-call]
+        if x.numel() == 0:
+            return x
+        return _StraightThrough.apply(x, *self._range_of(x), self.config.num_bits)  # type: ignore[no-untyped-call]
 
     def _range_key(self) -> tuple[float, float] | None:
         """Returns the static range as numbers, so that layers with equal ranges share a result; None when dynamic."""
@@ -134,16 +153,7 @@ def row_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int
 
 def row_values(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """Returns (code - zero_point) * scale, in the scale's dtype."""
-    codes = codes.to(scale.dtype)
-    return (codes if zero_point is None else codes - zero_point) * scale
-
-
-def fake_quantize_rows(x: Tensor, num_bits: int, symmetric: bool) -> Tensor:
-    """Returns x [*, I] quantized and dequantized, each row by its own range; the gradient passes straight through."""
-    if x.numel() == 0:
-        return x
-    low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
-    return _StraightThrough.apply(x, *range_parameters(low, high, num_bits, symmetric), num_bits)  # type: ignore[no-untyped-call]
+    return QuantizedInput(codes, scale, zero_point).values()
 
 
 def _above_zero(scale: Tensor) -> Tensor:

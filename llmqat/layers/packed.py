@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmqat.grid import Grid, gradient_factor, pack_int32, scale_from_log, snap_scale, stored_codes, unpack_int32
-from llmqat.kernels import FileMappings, FilePages, PackedWeight, packed_linear
+from llmqat.kernels import FileMappings, FilePages, PackedWeight, QuantizedInput, packed_linear
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.config import ActivationConfig, WeightConfig
 from llmqat.layers.linear import QuantLinear
@@ -83,8 +83,8 @@ class PackedModule(nn.Module):
         self._held: Tensor | None = None
 
     def mapped_by(self, mappings: FileMappings) -> None:
-        """Lets kernels give back the pages of the files that `weight_packed` is mapped from, once they have read it."""
-        self._pages = mappings.pages_of(self.weight_packed)
+        """Lets kernels give back the pages of the files that codes and scales are mapped from, once they were read."""
+        self._pages = mappings.pages_of(self.weight_packed, self.weight_scale)
 
     @torch.no_grad()
     def take_codes(self, layer: QuantModule, dtype: torch.dtype) -> None:
@@ -125,7 +125,7 @@ class PackedModule(nn.Module):
             if self.weight_zero_point is not None:
                 zero_point = unpack_int32(self.weight_zero_point.t().contiguous(), self.grid, self.rows).t()
             self._runtime = PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.grid, self.columns)
-            if self._pages is not None and self._pages.tensor is self.weight_packed:
+            if self._pages is not None and self._pages.tensors[0] is self.weight_packed:
                 self._runtime.release = self._pages
         return self._runtime
 
@@ -163,8 +163,11 @@ class PackedModule(nn.Module):
         weight: Tensor = _Dequantize.apply(self.scale(), self.packed_weight(), dtype)  # type: ignore[no-untyped-call]
         return weight
 
-    def product(self, x: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
+    def product(self, x: Tensor | QuantizedInput, bias: Tensor | None, kernel: str) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in x's dtype."""
+        if self._held is None and self.log_scale is None:
+            return packed_linear(x, self.packed_weight(), bias, kernel)
+        x = x.values() if isinstance(x, QuantizedInput) else x
         if self._held is not None and self._held.dtype == x.dtype:
             return F.linear(x, self._held, bias)
         if self.log_scale is None:
@@ -298,8 +301,16 @@ class PackedLinear(PackedModule):
         if self.shared is not None and self._held is None and (part := self.shared.take(self, x)) is not None:
             return part
         dtype = compute_dtype(x)
-        inputs = x.to(dtype) if self.input_quantizer is None else self.input_quantizer(x, dtype)
-        return self.product(inputs, None if self.bias is None else self.bias.to(dtype), self.kernel)
+        return self.product(self.inputs(x, dtype), None if self.bias is None else self.bias.to(dtype), self.kernel)
+
+    def inputs(self, x: Tensor, dtype: torch.dtype) -> Tensor | QuantizedInput:
+        """Returns what the weight multiplies: x [*, I] in `dtype`, quantized, as integers where nothing trains."""
+        quantizer = self.input_quantizer
+        if quantizer is None:
+            return x.to(dtype)
+        if not quantizer.enabled or torch.is_grad_enabled() or self.weights.num_bits < 8 or not x.numel():
+            return quantizer(x, dtype)
+        return quantizer.integers(x.to(dtype))
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""

@@ -68,11 +68,10 @@ class SharedProduct:
 
     def _product(self, x: Tensor) -> Sequence[Tensor]:
         dtype, first = compute_dtype(x), self.members[0]
-        inputs = x.to(dtype) if first.input_quantizer is None else first.input_quantizer(x, dtype)
         bias = None
         if first.bias is not None:
             bias = torch.cat([member.bias for member in self.members if member.bias is not None]).to(dtype)
-        out = packed_linear(inputs, self.weight(), bias)
+        out = packed_linear(first.inputs(x, dtype), self.weight(), bias)
         return torch.split_with_sizes(out, self._rows, dim=-1)
 
     def weight(self) -> JoinedWeight:
@@ -109,7 +108,7 @@ def _alike(members: Sequence[PackedLinear]) -> bool:
     first = members[0]
     quantizers = [member.input_quantizer for member in members]
     configs = [None if quantizer is None else quantizer.config for quantizer in quantizers]
-    return first.weights.symmetric and all(
+    return all(
         (member.weights, member.in_features) == (first.weights, first.in_features)
         and (member.bias is None) == (first.bias is None)
         and member.weight_scale.dtype == first.weight_scale.dtype

@@ -13,7 +13,8 @@ SOURCE = "llmqat_source"
 MOVED = "llmqat_moved"
 """Attribute of a model whose weights were changed before it was prepared (rotated, smoothed)."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
+_AT_ONCE = 1 << 20
+"""Numbers that are summed at once: torch widens all of them to 8 bytes first."""
 
 ADAPTER = ".lora_"
 """Part of the name of a parameter of peft's LoRA, which is not the original model's."""
@@ -63,5 +64,6 @@ def changed_since(noted: Mapping[str, Checksum], parameters: Mapping[str, Tensor
 def checksum(tensor: Tensor) -> int:
     """Returns a sum over the bits of `tensor`, each row counted by its place."""
     rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1).contiguous()
-    sums = rows.view(_INTEGERS[tensor.element_size()]).sum(-1, dtype=torch.int64)
+    parts = rows.view(_INTEGERS[tensor.element_size()]).split(max(_AT_ONCE // max(rows.shape[1], 1), 1))
+    sums = torch.cat([part.sum(-1, dtype=torch.int64) for part in parts])
     return int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())

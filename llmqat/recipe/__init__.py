@@ -6,7 +6,7 @@ plan.py        what a recipe would do                   quantize.py    calibrati
 memory.py      bytes of a training, by arithmetic       probe.py       a few steps, timed
 allocation.py  bits chosen layer by layer               bars.py        progress bars
 text.py        text that a model writes                 chat.py        a conversation with a model
-teacher.py     what a teacher predicts, kept on disk
+teacher.py     what a teacher predicts, kept on disk    start.py       a model that is packed already
 """
 
 from llmqat.recipe.chat import Conversation

@@ -124,7 +124,8 @@ class Recipe(Config):
     """Everything about one run. The same recipe, seed and versions give the same checkpoint."""
 
     model: str
-    """Hub id, folder, .gguf file, or `package:` and the path of a file inside an installed Python package."""
+    """Hub id, folder, .gguf file, or `package:` and the path of a file inside an installed Python package; a packed
+    checkpoint, whose scales alone are trained, with a `teacher`."""
     output: Path
     """Run folder, made by the run; it holds the checkpoint in `model/`."""
     seed: int = 0
@@ -139,6 +140,8 @@ class Recipe(Config):
     """Stages before training, in order: names, or mappings with the key `stage`. None at all is plain rounding."""
     lora: LoraSettings | None = None
     """Adapters that are trained inside the quantizers in place of all weights; none where not given."""
+    teacher: str | None = None
+    """The full-precision model that a packed `model` is to be like; any other model is its own teacher."""
     teacher_cache: Path | None = None
     """Folder made by `llmqat cache-teacher` from this model and text: stands in for the teacher while training."""
     teacher_bits: Literal[4, 8] | None = None
@@ -149,6 +152,11 @@ class Recipe(Config):
     """What is logged of codes, scales and gradients while the model trains; null switches it off."""
     evaluate: EvaluationSettings = Field(default_factory=EvaluationSettings)
     """The comparison at the end."""
+
+    @property
+    def source(self) -> str:
+        """The full-precision model: what teaches, writes text, and is compared with."""
+        return self.teacher or self.model
 
     @model_validator(mode="before")
     @classmethod

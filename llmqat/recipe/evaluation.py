@@ -97,7 +97,7 @@ def _documents_of(source: str) -> dict[str, str]:
     return {name: hash_text(digest) for name, digest in found.items() if digest is not None}
 
 
-def _record_of(spec: str) -> dict[str, Any]:
+def record_of(spec: str) -> dict[str, Any]:
     """Returns the run's facts beside a local checkpoint; nothing where there are none."""
     file = Path(spec) / RUN_FILE
     if not file.is_file():
@@ -137,7 +137,7 @@ def compare_models(
         for spec, name in zip(listed, names, strict=True)
     ]
     for spec in listed:
-        check_untrained(settings, _record_of(spec), spec)
+        check_untrained(settings, record_of(spec), spec)
     tokenizer = load_tokenizer(resolve_spec(listed[0]), listed[0])
     windows = evaluation_windows(settings, tokenizer, longest_of(listed[0]))
     asked = {**settings.model_dump(mode="json"), "reference": reference, "models": list(specs)}

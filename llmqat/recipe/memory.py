@@ -28,15 +28,16 @@ from typing import Any
 
 from torch import nn
 
-from llmqat.layers import QuantModule
+from llmqat.layers import PackedModule, QuantModule
 from llmqat.layers.causal import LONGEST
 
 CHUNK_TOKENS = 512
 """Tokens whose logits exist at once (metrics.token_loss)."""
 KINDS = ("ddp", "zero2", "zero3", "fsdp2")
 """How a model is spread: ddp holds all of it on each device, zero2 shards gradients and optimizer, the others all."""
-CPU_RUNTIME = 120_000_000
-"""What a first step leaves in a process on a CPU beside tensors (primitives, buffers, threads); from measured peaks."""
+CPU_RUNTIME = 440_000_000
+"""What a process on a CPU holds beside tensors, from measured peaks: 120 MB that a first step leaves (primitives,
+buffers, threads), and freed memory between tensors, since the heap gives nothing back (heap.py)."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +140,17 @@ def size_of(model: nn.Module, config: Any, packed_bytes: float = 0.5) -> ModelSi
     keys = getattr(text, "num_key_value_heads", None) or heads
     experts = getattr(text, "num_experts_per_tok", None) or 1
     wide = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 4 * hidden
-    quantizers = {id(p) for m in model.modules() if isinstance(m, QuantModule) for p in (m.log_scale, m.zero_point)}
-    weights = [module for module in model.modules() if isinstance(module, QuantModule)]
+    weights = [module for module in model.modules() if isinstance(module, (QuantModule, PackedModule))]
+    quantizers = {id(p) for module in weights for p in (module.log_scale, getattr(module, "zero_point", None))}
     own = [p for name, p in model.named_parameters() if id(p) not in quantizers and ".lora_" not in name]
+    packed = sum(module.rows * module.columns for module in weights if isinstance(module, PackedModule))
     embeddings = {id(p) for name, p in model.named_parameters() if p.dim() == 2 and p.shape[0] == text.vocab_size}
     return ModelSize(
-        parameters=sum(p.numel() for p in own),
-        quantized=sum(module.weight.numel() for module in weights),
-        groups=sum(module.scale_shape[0] * module.scale_shape[1] for module in weights),
+        parameters=sum(p.numel() for p in own) + packed,
+        quantized=sum(module.rows * module.columns for module in weights),
+        groups=sum(_scales(module) for module in weights),
         packed_bytes=packed_bytes,
-        block=sum(p.numel() for p in own if id(p) not in embeddings) // text.num_hidden_layers,
+        block=(sum(p.numel() for p in own if id(p) not in embeddings) + packed) // text.num_hidden_layers,
         layers=text.num_hidden_layers,
         hidden=hidden,
         intermediate=wide * experts,
@@ -157,6 +159,12 @@ def size_of(model: nn.Module, config: Any, packed_bytes: float = 0.5) -> ModelSi
         key_value=keys * head,
         vocabulary=text.vocab_size,
     )
+
+
+def _scales(module: QuantModule | PackedModule) -> int:
+    if isinstance(module, PackedModule):
+        return module.weight_scale.numel()
+    return module.scale_shape[0] * module.scale_shape[1]
 
 
 def memory_of(size: ModelSize, method: Method, devices: Devices) -> Memory:

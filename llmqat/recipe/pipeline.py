@@ -47,6 +47,7 @@ from llmqat.evaluate.layers import write_layers
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
 from llmqat.export.registry import register, tracked_run
+from llmqat.heap import give_back_freed_memory
 from llmqat.layers import CoverageAudit, QuantModule, convert
 from llmqat.models import (
     adapter_base,
@@ -59,7 +60,7 @@ from llmqat.models import (
 from llmqat.recipe.allocation import PLAN_FILE, planned
 from llmqat.recipe.bars import progress
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, training_arguments
-from llmqat.recipe.evaluation import check_untrained, evaluation_windows
+from llmqat.recipe.evaluation import check_untrained, evaluation_windows, record_of
 from llmqat.recipe.folder import (
     CALIBRATION_FOLDER,
     CHECKPOINT_FOLDER,
@@ -68,6 +69,7 @@ from llmqat.recipe.folder import (
     open_run_folder,
 )
 from llmqat.recipe.plan import coverage_of
+from llmqat.recipe.start import UNPACKED_ONLY, check_packed_start, starts_packed
 from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
 from llmqat.train import (
     MonitorSettings,
@@ -147,7 +149,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     with stage("load", recipe.model), arguments.main_process_first():  # a GGUF file is dequantized by one for all
         # Now: a scheme that does not do should not cost the text.
         coverage = _checked_coverage(recipe)
-        teacher, tokenizer = load_model(recipe.model, torch.bfloat16)
+        teacher, tokenizer = load_model(recipe.source, torch.bfloat16)
         teacher.to(arguments.device)
         windows = evaluation_windows(recipe.evaluate, tokenizer)  # now: a text that does not do should not cost a run
         cache = teacher_cache_of(recipe, teacher, tokenizer)
@@ -157,6 +159,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         text = kept_text(recipe.output, partial(text_of, recipe, tokenizer, teacher, writers), writers)
         blocks, calibration_rows = text.train, text.calibrated_on.rows
         check_untrained(recipe.evaluate, text.record(), "this recipe")
+        check_untrained(recipe.evaluate, record_of(recipe.model), recipe.model)
         check_documents_apart(teacher, blocks)
     if cache is not None:
         check_cached(cache, text)
@@ -167,7 +170,8 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         with stage("allocate", f"{recipe.allocate.target_bits} bits"), arguments.main_process_first(local=False):
             recipe = with_planned_bits(recipe, calibration_rows, arguments)
             coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
-    with stage("calibrate", ", ".join(step.stage for step in recipe.calibrate) or "plain rounding"):
+    steps = ", ".join(step.stage for step in recipe.calibrate) or "plain rounding"
+    with stage("calibrate", "nothing, it is packed" if starts_packed(recipe) else steps):
         student, calibration = calibrated_model(recipe, calibration_rows, arguments, Processes.all())
         layers = {"calibrated": layers_of(recipe, student, calibration_rows, arguments)}
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
@@ -184,7 +188,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     if trained is None or not main:
         return None
     facts: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json", exclude=set(UNPACKED_ONLY) if starts_packed(recipe) else None),
         **text.record(),
         "calibration": [dataclasses.asdict(report) for report in calibration],
         "training": training,
@@ -194,7 +198,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
             convert(trained)
         else:
             layers["trained"] = layers_of(recipe, trained, calibration_rows, arguments)
-        write_layers(layers, recipe.output, picture=importlib.util.find_spec("matplotlib") is not None)
+        _write_layers(layers, recipe.output)
         report = save(trained, recipe.output / CHECKPOINT_FOLDER, tokenizer, run=facts, overwrite=True)
     with stage("evaluate", ", ".join(windows)):
         candidates = _candidates(recipe, teacher, coverage, calibration_rows, report, arguments)
@@ -231,11 +235,13 @@ def _taught_by(
     if cache is not None:
         return cache
     if recipe.teacher_bits is not None:
-        return load_with_few_bits(recipe.model, recipe.teacher_bits)
+        return load_with_few_bits(recipe.source, recipe.teacher_bits)
     return None if recipe.lora is not None and is_own_teacher(model) else teacher
 
 
 def _checked_coverage(recipe: Recipe) -> CoverageAudit:
+    if starts_packed(recipe):
+        check_packed_start(recipe)
     coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
     if not coverage.quantized:
         raise ValueError(
@@ -271,8 +277,10 @@ def calibrated_model(
 ) -> tuple[PreTrainedModel, list[StageReport]]:
     """Returns the recipe's model, prepared and calibrated by `processes` together, and what each stage did.
 
-    What an earlier start, or this one, has left of it in the run folder is not done again.
+    What an earlier start, or this one, has left of it in the run folder is not done again. A packed model is as it is.
     """
+    if starts_packed(recipe):
+        return load(recipe.model).to(arguments.device), []
     model, _ = load_model(recipe.model, master_dtype(recipe))
     model.to(arguments.device)
     reports = calibrate(
@@ -292,7 +300,7 @@ def calibrated_model(
 def trainable_model(recipe: Recipe, student: PreTrainedModel, arguments: QATArguments) -> PreTrainedModel | PeftModel:
     """Returns what is trained of a calibrated `student`, which is changed in place: with adapters, or packed."""
     model = student if recipe.lora is None else recipe.lora.attach(student, recipe.seed)
-    if arguments.trainable == "scales":
+    if arguments.trainable == "scales" and not starts_packed(recipe):
         convert(student)  # codes stay as they are, so no weight is needed any more
     return model
 
@@ -304,6 +312,11 @@ def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Rows, arguments: Q
         return []
     dtype = forward_dtype(arguments.bf16)
     return report_layers(model, Originals(originals), blocks[:REPORT_BLOCKS], dtype)
+
+
+def _write_layers(layers: Mapping[str, list[LayerReport]], folder: Path) -> None:
+    if any(layers.values()):  # there are none of a model that was packed already
+        write_layers(layers, folder, picture=importlib.util.find_spec("matplotlib") is not None)
 
 
 def plainly_rounded_model(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> PreTrainedModel:
@@ -357,6 +370,7 @@ def _train(
     last = last_checkpoint(Path(arguments.output_dir))
     if last is not None:
         log.info("going on from %s", last)
+    give_back_freed_memory()
     output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     validated = {} if text.validation is None else trainer.evaluate()
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -372,7 +386,7 @@ def _train(
         "steps": steps,
         "tokens": steps * step_tokens,
         "seconds": output.metrics["train_runtime"],
-        "tokens_per_second": steps_now * step_tokens / output.metrics["train_runtime"],
+        "tokens_per_second": steps_now * step_tokens / output.metrics["train_runtime"] if steps_now else None,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "validation_loss": validated.get("eval_loss"),
@@ -408,18 +422,25 @@ def _candidates(
     def calibrated() -> nn.Module:
         return convert(calibrated_model(recipe, blocks, arguments)[0])
 
+    def as_it_was() -> nn.Module:
+        return calibrated_model(recipe, blocks, arguments)[0]
+
     def original() -> nn.Module:
-        return teacher or load_model(recipe.model, torch.bfloat16)[0].to(arguments.device)
+        return teacher or load_model(recipe.source, torch.bfloat16)[0].to(arguments.device)
 
     def base() -> nn.Module:
         return load_adapter_base(recipe.model, torch.bfloat16).to(arguments.device)
 
-    rows = [Candidate("full precision", original, "full precision", 16.0, plain.bytes_before)]
+    from_files = teacher is None
+    rows = [Candidate("full precision", original, "full precision", 16.0, plain.bytes_before, from_files=from_files)]
     if adapter_base(recipe.model) is not None:
         rows.append(Candidate("without adapter", base, "without adapter", 16.0, plain.bytes_before))
-    rows.append(Candidate("plain rounding", rounded, "plain rounding", bits, plain_size))
-    if any(not isinstance(step, RangesStage) or step.method != "minmax" for step in recipe.calibrate):
-        rows.append(Candidate("calibrated", calibrated, "training-free", bits, size))
+    if starts_packed(recipe):
+        rows.append(Candidate("as it was", as_it_was, "training-free", bits, size))
+    else:
+        rows.append(Candidate("plain rounding", rounded, "plain rounding", bits, plain_size, from_files=False))
+        if any(not isinstance(step, RangesStage) or step.method != "minmax" for step in recipe.calibrate):
+            rows.append(Candidate("calibrated", calibrated, "training-free", bits, size, from_files=False))
     rows.append(Candidate("trained", lambda: load(report.folder).to(arguments.device), "trained", bits, size))
     return rows
 

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmqat.calibrate import RangesStage, rotates, untie
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
-from llmqat.export import FORMATS, load
+from llmqat.export import is_packed, load
 from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
 from llmqat.models import read_config, resolve_spec
 from llmqat.recipe.config import Recipe, folds_weights, parse_yaml, training_arguments
 from llmqat.recipe.memory import Devices, Memory, Method, ModelSize, memory_of, optimizer_bytes, size_of
+from llmqat.recipe.start import starts_packed
 from llmqat.train import LoraSettings, QATArguments, choose_trained
 
 PROPOSED_RANK = 16
@@ -146,7 +147,7 @@ def _trained_by(recipe: Recipe) -> dict[str, int]:
     """Returns how many parameters would train by the cheaper methods, counted on a model of its own."""
     model: Any = _prepared(recipe)[0]
     found = {}
-    for trains in ("scales", "lora"):  # adapters last: they stay on the model
+    for trains in ("scales",) if starts_packed(recipe) else ("scales", "lora"):  # adapters last: they stay on the model
         try:
             model = LoraSettings(r=PROPOSED_RANK).attach(model) if trains == "lora" else model
             choose_trained(model, "scales" if trains == "scales" else "all")
@@ -157,7 +158,10 @@ def _trained_by(recipe: Recipe) -> dict[str, int]:
 
 
 def _prepared(recipe: Recipe) -> tuple[PreTrainedModel, CoverageAudit]:
-    """Returns the recipe's model, prepared without weights, and its coverage."""
+    """Returns the recipe's model, packed as it is or prepared without weights, and its coverage."""
+    if starts_packed(recipe):
+        packed = load(recipe.model)
+        return packed, audit(packed)
     config = read_config(resolve_spec(recipe.model), recipe.model)
     return _prepared_without_weights(config, recipe.quant, rotates(recipe.calibrate))
 
@@ -259,10 +263,9 @@ def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> Coverag
         FileNotFoundError: the model is not there.
         ValueError: a target matches nothing, or a group size does not divide.
     """
-    config = read_config(resolve_spec(spec), spec)
-    if any(format.is_packed(config) for format in FORMATS.values()):
+    if is_packed(spec):
         return audit(load(spec))
-    return _prepared_without_weights(config, quant, rotated)[1]
+    return _prepared_without_weights(read_config(resolve_spec(spec), spec), quant, rotated)[1]
 
 
 def _prepared_without_weights(

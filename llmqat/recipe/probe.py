@@ -15,9 +15,12 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from llmqat.data.blocks import token_blocks
 from llmqat.evaluate.memory import forget_peak, peak
+from llmqat.export import load
+from llmqat.heap import give_back_freed_memory
 from llmqat.layers import convert, prepare
 from llmqat.models import load_model, load_with_few_bits, vocabulary_size
 from llmqat.recipe.config import Recipe, master_dtype, training_arguments
+from llmqat.recipe.start import starts_packed
 from llmqat.train import QATTrainer, is_own_teacher
 
 PROBE_STEPS = 4
@@ -85,15 +88,18 @@ def probe(recipe: Recipe) -> Probe:
             "without --probe, or probe with teacher_cache=null"
         )
     before = forget_peak() or 0
-    model, _ = load_model(recipe.model, master_dtype(recipe))
-    prepare(model, recipe.quant)
+    if starts_packed(recipe):
+        model = load(recipe.model)
+    else:
+        model, _ = load_model(recipe.model, master_dtype(recipe))
+        prepare(model, recipe.quant)
     student: Any = model if recipe.lora is None else recipe.lora.attach(model, recipe.seed)
     clock = _Clock()
     with tempfile.TemporaryDirectory(prefix="llmqat-") as folder:
         arguments = training_arguments(
             recipe.model_copy(update={"output": Path(folder), "train": {**recipe.train, **SHORT}})
         )
-        if arguments.trainable == "scales":
+        if arguments.trainable == "scales" and not starts_packed(recipe):
             convert(model)
         samples = PROBE_STEPS * arguments.train_batch_size * arguments.gradient_accumulation_steps
         generator = torch.Generator().manual_seed(recipe.seed)
@@ -105,6 +111,7 @@ def probe(recipe: Recipe) -> Probe:
             train_dataset=token_blocks(ids, "random").dataset(),
             callbacks=[clock],
         )
+        give_back_freed_memory()
         forget_peak()
         trainer.train()
         highest = peak(arguments.device)
@@ -114,5 +121,5 @@ def probe(recipe: Recipe) -> Probe:
 
 def _teacher(recipe: Recipe, student: Any) -> PreTrainedModel | None:
     if recipe.teacher_bits is not None:
-        return load_with_few_bits(recipe.model, recipe.teacher_bits)
-    return None if recipe.lora is not None and is_own_teacher(student) else load_model(recipe.model, torch.bfloat16)[0]
+        return load_with_few_bits(recipe.source, recipe.teacher_bits)
+    return None if recipe.lora is not None and is_own_teacher(student) else load_model(recipe.source, torch.bfloat16)[0]

@@ -35,7 +35,7 @@ def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: in
         FileNotFoundError: the model or the text is not there.
         ValueError: `folder` holds the cache of another model or `top_k`, or the model or the text does not do.
     """
-    model, tokenizer = load_model(recipe.model, torch.bfloat16)
+    model, tokenizer = load_model(recipe.source, torch.bfloat16)
     model.to(training_arguments(recipe).device)
     TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k))  # now: a folder that does not do costs no text
     text = _kept_where_written(recipe, folder, partial(text_of, recipe, tokenizer, model))

@@ -15,8 +15,8 @@ The first dead scales of a layer, and a logged loss of more than `spike` times t
 warned of.
 
 It changes nothing of the training. Every `every` steps it reads at most `layers` x `weights` weights three times, and
-each gradient once: 43 ms in ten steps of 2.8 s (SmolLM2-135M, 2 x 512 tokens, two cores). With adapters the whole
-matrix of a layer is made for it.
+each gradient once: 43 ms in ten steps of 2.8 s (SmolLM2-135M, 2 x 512 tokens, two cores). With adapters the matrices of
+those layers are made for it.
 
 Source: Nagel et al. 2203.08086, oscillations in quantization-aware training.
 """

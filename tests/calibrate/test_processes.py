@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.children import ROOT, TORCHRUN, launched
+from tests.children import ROOT, launched, torchrun
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     out = tmp_path_factory.mktemp("shared")
-    launched(*TORCHRUN, str(ROOT / "tests" / "calibrate" / "shared.py"), str(out))
+    launched(*torchrun(2), str(ROOT / "tests" / "calibrate" / "shared.py"), str(out))
     processes = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [process["count"] for process in processes] == [2, 2]
     return processes

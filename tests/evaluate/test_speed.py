@@ -100,6 +100,10 @@ def test_costs_of_loading_and_decoding() -> None:
     figures = costs.to_dict()
     assert all(figures[name] > 0 for name in figures if name not in ("joules_per_token", "peak_bytes"))
     assert costs.peak_bytes is None or costs.peak_bytes >= 0
+    _, held = measure_costs(lambda: model, batch_size=1, from_files=False)
+    assert held.load_seconds is None
+    assert held.peak_bytes is None
+    assert held.decode_tokens_per_second > 0
 
 
 def test_several_sequences_are_counted_together() -> None:

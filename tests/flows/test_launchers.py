@@ -11,7 +11,7 @@ import pytest
 
 from llmqat.recipe import load_recipe, run
 from llmqat.train import QATTrainer
-from tests.children import ROOT, TORCHRUN, launched, started
+from tests.children import ROOT, launched, started, torchrun
 from tests.flows.small import small
 
 RECIPE = ROOT / "recipes" / "smollm2-135m-int4.yaml"
@@ -56,7 +56,7 @@ def test_two_processes_train_the_same_weights_as_one(
     both.mkdir()
     one.mkdir()
     words = ["train", str(RECIPE)]
-    done = launched(*TORCHRUN, str(RECORDER), str(both), *words, *small(tiny_folder, both / "run", *STEPS, *more))
+    done = launched(*torchrun(2), str(RECORDER), str(both), *words, *small(tiny_folder, both / "run", *STEPS, *more))
     first, second = records(both)
     assert first["world_size"] == second["world_size"] == 2
     assert first["digest"] == second["digest"]
@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         with pytest.raises(KeyboardInterrupt):
             run(load_recipe(RECIPE, small(tiny_folder, tmp_path / "run", *STEPS, *eight)))
     words = ["-m", "llmqat", "train", str(RECIPE), *small(tiny_folder, tmp_path / "run", *STEPS, *four)]
-    launched(*TORCHRUN, *words)
+    launched(*torchrun(2), *words)
     training = json.loads((tmp_path / "run" / "results.json").read_text())["training"]
     assert training["resumed_from"] == "checkpoint-3"
     assert training["processes"] == 2

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -16,10 +18,10 @@ from transformers import AutoModelForCausalLM
 import llmqat
 from llmqat.evaluate.perplexity import evaluate
 from llmqat.layers import KVQuantizer
-from llmqat.recipe import Recipe, RunResult, load_recipe, run
+from llmqat.recipe import Recipe, RunResult, load_recipe, plan_run, probe, run
 from llmqat.recipe.evaluation import evaluation_windows
 from llmqat.train import QATTrainer
-from tests.flows.small import small
+from tests.flows.small import SMALL, small
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -314,3 +316,71 @@ def test_bad_input_costs_no_training(tiny_folder: Path, tmp_path: Path):
             f"data={{source: text, path: {tmp_path}/short.txt, block_size: 32}}",
         )
     assert not list(tmp_path.glob("*/checkpoints"))
+
+
+def packed_folder(folder: Path, **changes: Any) -> Path:
+    model = tiny_llama()
+    llmqat.prepare(model, llmqat.QuantConfig.preset("int2", group_size=32, **changes))
+    llmqat.save(model, folder, tiny_tokenizer(), run={"text": {"document_hashes": {"hashes": ""}}})
+    return folder
+
+
+def packed_recipe(model: Path, teacher: Path, output: Path, *more: str) -> Recipe:
+    values = {"model": str(model), "teacher": str(teacher), "output": str(output)}
+    values["train"] = {"trainable": "scales", "scale_learning_rate": 1e-2}  # type: ignore[assignment]
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    return load_recipe(path, [key for key in SMALL if not key.startswith("calibrate=")] + list(more))
+
+
+def test_the_scales_of_a_packed_model_are_trained_and_resumed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    start = packed_folder(tmp_path / "start", symmetric=False)
+    recipe = packed_recipe(start, tiny_folder, tmp_path / "whole", "train.max_steps=4")
+    plan = plan_run(recipe)
+    whole = run(recipe)
+    assert whole is not None
+    assert plan.method.trained == whole.training["trained_parameters"]
+    assert plan.size.quantized == sum(entry.numel for entry in plan.coverage.quantized)
+    assert plan.size.parameters == sum(parameter.numel() for parameter in tiny_llama().parameters())
+    assert plan.size.packed_bytes == 0.25
+    assert [row.role for row in whole.comparison.rows] == ["full precision", "training-free", "trained"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, whole.checkpoint))
+    moved = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert "weight_scale" in moved
+    assert moved <= {"weight_scale", "weight"}  # and norms
+    divergence = [next(iter(row.evaluations.values())).kl for row in whole.comparison.rows]
+    assert divergence[2] < divergence[1]
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmqat.recipe.pipeline.save", fail)
+        with pytest.raises(Interrupted):
+            run(packed_recipe(start, tiny_folder, tmp_path / "run", "train.max_steps=4"))
+    resumed = run(packed_recipe(start, tiny_folder, tmp_path / "run", "train.max_steps=4"))
+    assert resumed is not None
+    assert resumed.training["resumed_from"] == "checkpoint-4"
+    found = load_file(resumed.checkpoint / "model.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in after.items())
+    assert load_recipe(resumed.checkpoint).teacher == str(tiny_folder)  # and can be run again
+    assert probe(load_recipe(resumed.checkpoint, [f"model={start}", f"output={tmp_path / 'again'}"])).step_seconds > 0
+
+
+def test_what_a_packed_model_cannot_start_is_refused(tiny_folder: Path, tmp_path: Path):
+    start = packed_folder(tmp_path / "start")
+
+    def refused(message: str, *more: str, model: Path = start) -> None:
+        for start_run in (plan_run, partial(run, overwrite=True)):
+            with pytest.raises(ValueError, match=message):
+                start_run(packed_recipe(model, tiny_folder, tmp_path / "run", *more))
+
+    refused("quant: model .* is packed already and keeps its codes", "quant={preset: int4}")
+    refused("leave out calibrate, lora", "calibrate=[gptq]", "lora={r: 4}", "train={}")
+    refused("no weights to train; train its scales with train.trainable=scales", "train.trainable=all")
+    refused("cannot teach itself; give the full-precision model .* teacher=MODEL", "teacher=null")
+    refused("is in full precision and is its own teacher; leave teacher out", model=tiny_folder)
+    assert not list((tmp_path / "run").glob("blocks*"))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llmqat.kernels import KERNELS, JoinedWeight, cpu, packed_linear, registry
-from llmqat.layers import PackedLinear, QuantLinear, WeightConfig
+from llmqat.layers import ActivationConfig, ActivationQuantizer, PackedLinear, QuantLinear, WeightConfig
 
 SCHEMES = [
     WeightConfig(num_bits=bits, symmetric=symmetric, strategy="group" if group else "channel", group_size=group)
@@ -46,6 +46,55 @@ def test_a_kernel_agrees_with_the_product_in_float64(name: str, scheme: WeightCo
     assert ((got - (exact + bias.double())).abs() <= bound).all()
 
 
+INPUTS = {
+    "token": ActivationConfig(),
+    "token, zero points": ActivationConfig(symmetric=False),
+    "4 bits": ActivationConfig(num_bits=4, symmetric=False),
+    "static": ActivationConfig(dynamic=False, symmetric=False),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("in_features", [24, 384])
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("name", INPUTS)
+def test_quantized_inputs_are_multiplied_as_integers(
+    name: str, rows: int, in_features: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = packed_layer(WeightConfig(num_bits=8, strategy="channel"), in_features=in_features)
+    quantizer = ActivationQuantizer(INPUTS[name])
+    if not INPUTS[name].dynamic:
+        quantizer.set_range(-2.5, 3.0)
+    layer.input_quantizer = quantizer
+    x = (torch.randn(rows, in_features) + 0.5).to(dtype)
+    found = quantizer.integers(x)
+    assert found.codes.dtype == torch.int8
+    assert torch.equal(found.values(), quantizer(x))
+    taken = (
+        found.codes.double() - (0 if found.zero_point is None else found.zero_point.double())
+    ) * found.scale.double()
+    weight = layer.dequantized_weight(torch.float32).double()
+    exact = taken @ weight.T
+    monkeypatch.setattr(cpu.CpuDequantizeKernel, "linear", None)  # it is not what runs
+    got = layer(x).double()
+    # The sums are exact in 32 bits; what is left are four roundings in float32 (2^-24 each) and one to the dtype.
+    unit = 2**-8 if dtype == torch.bfloat16 else 0.0
+    assert ((got - exact).abs() <= unit * exact.abs() + 2**-21 * (taken.abs() @ weight.abs().T)).all()
+
+
+def test_quantized_inputs_of_other_weights_are_taken_as_they_were() -> None:
+    layer = packed_layer(WeightConfig(num_bits=4, group_size=64))
+    x = ActivationQuantizer(ActivationConfig()).integers(torch.randn(3, 384).bfloat16())
+    weight = layer.packed_weight()
+    assert torch.equal(packed_linear(x, weight), packed_linear(x.values(), weight))
+    assert torch.equal(
+        packed_linear(x, weight, None, "reference"), packed_linear(x.values(), weight, None, "reference")
+    )
+    with pytest.raises(ValueError, match="kernel='cpu-int8' cannot run here"):
+        packed_linear(x, weight, None, "cpu-int8")
+
+
 def test_which_kernel_runs_is_decided_by_rows_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
     for name, kernel in KERNELS.items():
@@ -78,6 +127,18 @@ def test_the_int4_layout_is_built_once() -> None:
     assert layer.packed_weight().layouts["cpu-int4"][0] is blob
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_words_put_into_the_int4_layout_are_what_torch_packs(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = WeightConfig(num_bits=4, group_size=64, symmetric=symmetric)
+    joined = JoinedWeight([packed_layer(scheme, rows).packed_weight() for rows in (80, 112)])
+    monkeypatch.setattr(cpu, "_PACKED_ELEMENTS", 64 * 384)
+    blob, scales = cpu._int4_layout(joined, 64)
+    monkeypatch.setattr(cpu, "_interleaves", lambda: False)
+    by_torch, same_scales = cpu._int4_layout(joined, 64)
+    assert torch.equal(blob, by_torch)
+    assert torch.equal(scales, same_scales)
+
+
 def test_a_reason_for_falling_back_is_logged_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,13 +148,13 @@ def test_a_reason_for_falling_back_is_logged_once(
         for _ in range(3):
             packed_linear(torch.randn(1, 384).bfloat16(), weight)
     assert [r.getMessage() for r in caplog.records] == [
-        "kernel cpu-int4 is not used: it needs a symmetric grid of at most 4 bits"
+        "kernel cpu-int4 is not used: it needs a grid of at most 4 bits"
     ]
 
 
 def test_a_kernel_asked_for_by_name_must_fit() -> None:
     weight = packed_layer(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
-    with pytest.raises(ValueError, match="cannot run here: it needs a symmetric grid"):
+    with pytest.raises(ValueError, match="cannot run here: it needs a grid of at most 4 bits"):
         packed_linear(torch.randn(1, 384).bfloat16(), weight, kernel="cpu-int4")
     with pytest.raises(ValueError, match="kernel='cuda' is unknown; choose auto, cpu-int4"):
         packed_linear(torch.randn(1, 384).bfloat16(), weight, kernel="cuda")

@@ -37,11 +37,16 @@ def ids(length: int = 9) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 9, 60])
-@pytest.mark.parametrize("kind", ["llama", "biases", "inputs", "int8", "3 bits"])
+@pytest.mark.parametrize("kind", ["llama", "biases", "inputs", "int8", "integers", "3 bits", "zero points"])
 def test_sharing_changes_nothing_but_the_order_of_sums(kind: str, length: int) -> None:
     changes = {
         "inputs": {"input_activations": ActivationConfig(num_bits=8)},
         "int8": {"weights": WeightConfig(num_bits=8, strategy="channel", group_size=None)},
+        "integers": {
+            "weights": WeightConfig(num_bits=8, strategy="channel", group_size=None),
+            "input_activations": ActivationConfig(num_bits=8, symmetric=False),
+        },
+        "zero points": {"weights": WeightConfig(num_bits=4, group_size=32, symmetric=False)},
         "3 bits": {"weights": WeightConfig(num_bits=3, group_size=32)},
     }.get(kind, {})
     alone = packed_model(tiny_qwen2() if kind == "biases" else None, **changes)

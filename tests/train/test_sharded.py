@@ -1,30 +1,32 @@
-"""FSDP2 on two processes: a step of a sharded student is the step of the whole one (see sharded.py)."""
+"""FSDP2 on several processes: a step of a sharded student is the step of the whole one (see sharded.py)."""
 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
 
-from tests.children import ROOT, TORCHRUN, launched
+from tests.children import ROOT, launched, torchrun
 from tests.train.sharded import CASES
 
+PROCESSES = int(os.environ.get("LLMQAT_TEST_PROCESSES", "2"))  # 1, 2 or 4: a batch has four rows
 Found = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
-    """Case -> what each of two processes found."""
+    """Case -> what each process found."""
     out = tmp_path_factory.mktemp("sharded")
-    launched(*TORCHRUN, str(ROOT / "tests" / "train" / "sharded.py"), str(out))
-    found = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+    launched(*torchrun(PROCESSES), str(ROOT / "tests" / "train" / "sharded.py"), str(out))
+    found = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(PROCESSES)]
     return {name: [process[name] for process in found] for name in CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_sharded_is_the_step_whole(name: str, steps: dict[str, Found]) -> None:
-    assert [process["world_size"] for process in steps[name]] == [2, 2]
+    assert [process["world_size"] for process in steps[name]] == PROCESSES * [PROCESSES]
     for process in steps[name]:
         # The same rows through the same products: gathered weights, and so codes, are those of the whole model.
         assert process["sharded"] == process["same rows"]

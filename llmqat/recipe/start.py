@@ -1,0 +1,64 @@
+"""What a recipe starts from: a full-precision model, or one that is packed already and trains its scales as they lie.
+
+A packed model has no weights to calibrate or to train, and keeps its scheme; the model that it is to be like is named
+beside it. It may be llmqat's own or another tool's.
+"""
+
+from __future__ import annotations
+
+from llmqat.export import is_packed, load
+from llmqat.models import load_tokenizer, resolve_spec
+from llmqat.recipe.config import Recipe, training_arguments
+from llmqat.train import choose_trained
+
+UNPACKED_ONLY = ("quant", "calibrate", "allocate", "lora")
+"""Keys of a recipe that say how full-precision weights are quantized or trained."""
+
+
+def starts_packed(recipe: Recipe) -> bool:
+    """Returns whether the model of `recipe` is packed already.
+
+    Raises:
+        FileNotFoundError: the model is not there.
+        ValueError: it is packed, and the recipe asks for what cannot be done to it or names no teacher; or it is not,
+            and the recipe names one.
+    """
+    if not is_packed(recipe.model):
+        if recipe.teacher is not None:
+            raise ValueError(
+                f"teacher={recipe.teacher}: model {recipe.model!r} is in full precision and is its own teacher; leave "
+                "teacher out"
+            )
+        return False
+    given = [key for key in UNPACKED_ONLY if key in recipe.model_fields_set and getattr(recipe, key) not in (None, ())]
+    if given:
+        raise ValueError(
+            f"{given[0]}: model {recipe.model!r} is packed already and keeps its codes and its scheme; leave out "
+            f"{', '.join(given)}, or give the model it was made from"
+        )
+    if training_arguments(recipe).trainable != "scales":
+        raise ValueError(
+            f"model {recipe.model!r} is packed, so it has no weights to train; train its scales with "
+            "train.trainable=scales, or give the model it was made from"
+        )
+    if recipe.teacher is None:
+        raise ValueError(
+            f"model {recipe.model!r} is packed and cannot teach itself; give the full-precision model it was made from "
+            "as teacher=MODEL"
+        )
+    return True
+
+
+def check_packed_start(recipe: Recipe) -> None:
+    """Raises where the scales of the packed model of `recipe` cannot be trained, or its tokenizer is not its teacher's.
+
+    Raises:
+        ValueError: says which.
+    """
+    choose_trained(load(recipe.model), "scales")
+    own, taught = (load_tokenizer(resolve_spec(spec), spec) for spec in (recipe.model, recipe.source))
+    if own.get_vocab() != taught.get_vocab():
+        raise ValueError(
+            f"teacher={recipe.teacher} has another tokenizer than model {recipe.model!r}, so their predictions are not "
+            "of the same tokens; give the model it was made from"
+        )
