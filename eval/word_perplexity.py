@@ -56,7 +56,7 @@ def lm_eval_word_perplexity(model: Any, tokenizer: Any, pages: Sequence[str], wi
             "output_type": "loglikelihood_rolling",
             "test_split": "test",
             "doc_to_text": "",
-            "metric_list": [{"metric": "word_perplexity"}],
+            "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
         }
         lines = [f"{key}: {json.dumps(value)}" for key, value in task.items()]
         lines += [

@@ -2,9 +2,10 @@
 
 What makes it fast, on a CPU above all:
 
-- **The key-value cache is a list of contiguous pieces** of `PIECE` positions, made as they are needed. Nothing is
-  concatenated or copied, and only pieces that hold something are read. A growing tensor is copied whole every step,
-  and a view into a long one is copied by the batched matrix product, which wants its operands contiguous.
+- **The key-value cache is two contiguous pieces**: one of all positions but the last few, and an open one of `PIECE`
+  positions that is written to and joined to the first when it is full. A growing tensor is copied whole every step, and
+  a view into a long one is copied by the batched matrix product, which wants its operands contiguous; and products over
+  many short pieces read at half the rate of one over a long one.
 - **Attention of one query is two batched matrix products a piece**, with the query heads that share a key-value head as
   the rows of one product: Q K^T and W V, on states as they are stored, are bound by reading them. The same products
   turned around (K Q^T, V^T W^T) take two to four times as long. The fused CPU kernel is made for many queries and
@@ -28,8 +29,8 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-PIECE = 128
-"""Positions in one piece of the cache: smaller ones mean more calls, larger ones more reading of empty positions."""
+PIECE = 64
+"""Positions in the open piece of the cache: more of them are read empty for longer, fewer are joined more often."""
 ATTENTION_NAME = "llmqat_lockstep"
 _CHANGE_ARITHMETIC = ("softcap", "s_aux", "position_bias")
 """Keywords of attention functions (other than a window, which is checked) that change what attention computes."""
@@ -78,10 +79,10 @@ class LockstepCache:
 
 
 class LayerCache:
-    """One layer's keys and values, in pieces of PIECE positions of which the last one may be partly empty.
+    """One layer's keys and values: full positions in one piece, and PIECE more of which the last may be empty.
 
     Attributes:
-        keys: [B*N, PIECE, D] each.
+        keys: one or two pieces [B*N, positions, D].
         values: the same.
     """
 
@@ -93,8 +94,9 @@ class LayerCache:
         """Stores key and value [B*N, D] at `position`, which follows the last one written."""
         slot = position % PIECE
         if slot == 0:
-            self.keys.append(key.new_zeros(len(key), PIECE, key.shape[-1]))
-            self.values.append(value.new_zeros(len(value), PIECE, value.shape[-1]))
+            for held, new in ((self.keys, key), (self.values, value)):
+                held[:] = [torch.cat(held, dim=1)] if held else []
+                held.append(new.new_zeros(len(new), PIECE, new.shape[-1]))
         self.keys[-1][:, slot] = key
         self.values[-1][:, slot] = value
 
@@ -106,12 +108,13 @@ class LayerCache:
             bias: [B, L].
             scaling: factor of the products.
         """
-        products = [torch.bmm(queries, piece.transpose(1, 2)) for piece in self.keys]  # [B*N, G, PIECE]
+        products = [torch.bmm(queries, piece.transpose(1, 2)) for piece in self.keys]  # [B*N, G, positions]
         return torch.add(bias[:, None], torch.cat(products, dim=2).view(len(bias), -1, bias.shape[1]), alpha=scaling)
 
     def mix(self, weights: Tensor) -> Tensor:
         """Returns the values' sum, weighted by `weights` [B*N, G, L], as [B*N, G, D]."""
-        first, *others = map(torch.bmm, weights.split(PIECE, dim=2), self.values)
+        parts = weights.split([piece.shape[1] for piece in self.values], dim=2)
+        first, *others = map(torch.bmm, parts, self.values)
         return sum(others, first)
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 380
+LETTER = 7.2
+"""Width of a letter of a label, rather too large than too small."""
 COLOURS = 8
 """Colours of models that the page defines, --c1 and on; then they begin anew."""
 
@@ -60,17 +62,18 @@ def scatter(points: Sequence[Point], title: str, note: str, x_label: str, y_labe
     """Returns points in a plane, each with its name beside it."""
     if len(points) < 2:
         return ""
-    left, right, top, bottom, height = 46, 16, 14, 40, 270
+    left, right, top, bottom, height = 46, 16, 28, 40, 284  # above the highest tick stands what is measured upwards
     x, x_ticks = _axis([point.x for point in points], left, WIDTH - right, start_at_zero=True)
     y, y_ticks = _axis([point.y for point in points], height - bottom, top, start_at_zero=min(p.y for p in points) == 0)
     marks = [_grid(x, x_ticks, y, y_ticks, left, WIDTH - right, top, height - bottom)]
     taken: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda entry: entry.y):
         px, py = x(point.x), y(point.y)
-        leftwards = px > WIDTH * 0.6
+        short = _short(point.name, 26)
+        leftwards = px + 9 + LETTER * len(short) > WIDTH
         label_y = _free(taken, px, min(py + 4, height - bottom - 7))
         anchor, shift = ("end", -9) if leftwards else ("start", 9)
-        label = escape(_short(point.name, 26))
+        label = escape(short)
         marks.append(
             f"<g><title>{escape(point.name)}: {point.x:.4g}, {point.y:.4g}</title>"
             f'<circle class="dot" style="fill:var(--c{point.colour})" cx="{px:.1f}" cy="{py:.1f}" r="5.5"/>'

@@ -20,8 +20,8 @@ from llmqat.data.teacher_cache import TeacherCache
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 KILLS = int(os.environ.get("LLMQAT_TEST_KILLS", "3"))
-TOKENS = (KILLS + 5) * 4 * 48
-"""More shards than kills: at least one is finished between two."""
+TOKENS = (2 * KILLS + 2) * 4 * 48
+"""More shards than kills: some are finished between two."""
 
 
 def fill(folder: Path, tokens: int = TOKENS, seed: int = 0, model_seed: int = 0, **settings: Any) -> WrittenFolder:

@@ -303,10 +303,12 @@ def test_word_perplexity(
 ) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")
     text = tmp_path / "pages.txt"
-    text.write_text("".join(f" = Page {n} = \n\n Some words , of a page . \n" for n in range(3)), encoding="utf-8")
+    text.write_text(
+        "".join(f" = Page {n} = \n\n Some well @-@ known words , of a page . \n" for n in range(3)), encoding="utf-8"
+    )
     arguments = ["--text", str(text), "--window", "32", "--max-pages", "2"]
     run(monkeypatch, "word_perplexity.py", "--model", str(folder), *arguments)
     output = capsys.readouterr().out
     assert "2 pages of" in output
     assert list(headline(output)) == ["relative difference"]
-    assert headline(output)["relative difference"] < 1e-3
+    assert headline(output)["relative difference"] < 0.2  # 33 nats a word, in bfloat16
