@@ -135,7 +135,8 @@ _TITLE = re.compile(r"^ ?= (?!=)(?!.*= = *$).* = *$", re.MULTILINE)
 def read_pages(source: str) -> list[tuple[str, str]]:
     """Returns pages as (as it came, as it is read): a dataset's rows, or a text file cut before each title of WikiText.
 
-    Tokenized WikiText (" @-@ ") is read detokenized; the words that perplexity is counted by are those that came.
+    Pages are read detokenized, whatever they look like, as lm-eval does: text that is detokenized already changes a
+    little by it. The words that perplexity is counted by are those that came.
 
     Raises:
         FileNotFoundError: there is no such text.
@@ -150,8 +151,7 @@ def read_pages(source: str) -> list[tuple[str, str]]:
     pages = [page for page in pages if page.strip()]
     if not pages:
         raise ValueError(f"{source} is empty; evaluation needs a text")
-    tokenized = any(mark in page for page in pages for mark in (" @-@ ", " @,@ ", " @.@ "))
-    return [(page, detokenized(page) if tokenized else page) for page in pages]
+    return [(page, detokenized(page)) for page in pages]
 
 
 def _is_dataset(source: str) -> bool:

@@ -21,6 +21,7 @@ PAGES = [
     "\n = Second page = \n\n" + " Words that follow one another : one , two , and N more ! \n" * 9,
     "\n = Third = \n\n Short . \n",
 ]
+DETOKENIZED = ['\n= Fourth =\n\nIt doesn \'t end , but ( nearly ) does. I said " well " to N of them.\n' * 3]
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +36,18 @@ def pages(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("window", [None, 64])
-def test_word_perplexity_is_lm_evals(pages: Path, tokenizer: Any, window: int | None) -> None:
+@pytest.mark.parametrize(("came", "window"), [(PAGES, None), (PAGES, 64), (DETOKENIZED, 64)])
+def test_word_perplexity_is_lm_evals(tmp_path: Path, tokenizer: Any, came: list[str], window: int | None) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")
     script = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "word_perplexity.py"))
     model = tiny_llama()
-    theirs = script["lm_eval_word_perplexity"](model, tokenizer, PAGES, window, 2)
+    theirs = script["lm_eval_word_perplexity"](model, tokenizer, came, window, 2)
+    pages = tmp_path / "pages.jsonl"
+    pages.write_text("".join(json.dumps({"page": page}) + "\n" for page in came))
     windows = text_windows("wikitext", str(pages), tokenizer, window=window, model_length=256)
     assert windows.window == (window or 256) + 1
     ours = evaluate(model, windows, batch_size=2)
-    assert ours.words == sum(len(page.split()) + page[0].isspace() + page[-1].isspace() for page in PAGES)
+    assert ours.words == sum(len(page.split()) + page[0].isspace() + page[-1].isspace() for page in came)
     assert ours.word_perplexity == pytest.approx(theirs, rel=1e-5)
 
 
@@ -54,9 +57,10 @@ def test_a_text_file_is_cut_into_pages_at_titles(tmp_path: Path, pages: Path) ->
     assert [page.strip() for page, _ in read_pages(str(path))] == [page.strip() for page in PAGES]
     assert [read for _, read in read_pages(str(pages))] == [detokenized(page) for page in PAGES]
     plain = tmp_path / "plain.txt"
-    plain.write_text("= Title =\n\nText, as it is.\n\n== Section ==\n\nMore.\n")
+    plain.write_text("= Title =\n\nText , as it is (lm-eval's).\n\n== Section ==\n\nMore ( still ).\n")
     ((came, read),) = read_pages(str(plain))
-    assert came == read == plain.read_text()
+    assert came == plain.read_text()
+    assert read == "= Title =\n\nText, as it is (lm-eval's).\n\n== Section ==\n\nMore (still).\n"
 
 
 def test_gptqs_windows_are_rows_joined_and_cut(tmp_path: Path, tokenizer: Any) -> None:
