@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -106,7 +106,18 @@ CASES = {
 }
 
 
-def one_step(case: Case, out: Path) -> dict[str, Any]:
+class Parts(NamedTuple):
+    """What a case trains: the student in `trainer`, the ids [4, 24] of all processes and of this one."""
+
+    student: nn.Module
+    teacher: PreTrainedModel | None
+    trainer: QATTrainer
+    ids: Tensor
+    mine: Tensor
+    tokens: Tensor
+
+
+def parts_of(case: Case, out: Path) -> Parts:
     # Starts the process group as well.
     arguments = QATArguments(output_dir=str(out), use_cpu=True, report_to="none", bf16=case.bf16)
     teacher = case.make()
@@ -115,9 +126,14 @@ def one_step(case: Case, out: Path) -> dict[str, Any]:
     if case.adapters:
         student, teacher = lora(student), None
     ids = torch.randint(2, 258, (4, 24), generator=torch.Generator().manual_seed(1))
-    rank, processes = distributed.get_rank(), distributed.get_world_size()
-    mine, tokens = ids.chunk(processes)[rank], torch.tensor(4 * 23)
+    mine, tokens = ids.chunk(distributed.get_world_size())[distributed.get_rank()], torch.tensor(4 * 23)
     trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=TensorDataset(ids))
+    return Parts(student, teacher, trainer, ids, mine, tokens)
+
+
+def one_step(case: Case, out: Path) -> dict[str, Any]:
+    student, teacher, trainer, ids, mine, tokens = parts_of(case, out)
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
     if case.bf16:
         student.gradient_checkpointing_enable({"use_reentrant": False})
         student.train()

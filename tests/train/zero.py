@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.utils.data import TensorDataset
 
-from llmqat import QATArguments, QATTrainer, QuantConfig, prepare
-from tests.train.sharded import CASES, Case, lora, quantized
+from tests.train.sharded import CASES, Case, parts_of, quantized
 
 STAGES = (2, 3)
 FLOAT32 = [name for name, case in CASES.items() if not case.bf16]
@@ -28,16 +26,8 @@ FLOAT32 = [name for name, case in CASES.items() if not case.bf16]
 def one_step(case: Case, stage: int, out: Path) -> dict[str, Any]:
     import deepspeed
 
-    arguments = QATArguments(output_dir=str(out), use_cpu=True, report_to="none", bf16=False)
-    teacher = case.make()
-    student = copy.deepcopy(teacher)
-    prepare(student, QuantConfig.preset(**case.scheme))
-    if case.adapters:
-        student, teacher = lora(student), None
-    ids = torch.randint(2, 258, (4, 24), generator=torch.Generator().manual_seed(1))
-    rank, processes = distributed.get_rank(), distributed.get_world_size()
-    mine, tokens = ids.chunk(processes)[rank], torch.tensor(4 * 23)
-    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=TensorDataset(ids))
+    student, _, trainer, ids, mine, tokens = parts_of(case, out)
+    processes = distributed.get_world_size()
     single = copy.deepcopy(student)
     start = torch.cat([layer.codes().flatten() for layer in quantized(single)])
     settings = {
