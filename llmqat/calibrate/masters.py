@@ -61,17 +61,16 @@ class Originals:
 @contextmanager
 def in_float32(block: Block) -> Iterator[None]:
     """Inside, the parameters of `block` are float32; afterwards they are in their own dtype again, codes unchanged."""
-    narrow = {p: p.dtype for p in block.module.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    parameters = [p for p in block.module.parameters() if p.is_floating_point() and p.dtype != torch.float32]
+    narrow: dict[Tensor, torch.dtype] = {parameter: parameter.dtype for parameter in parameters}
     for parameter in narrow:
         parameter.data = parameter.data.float()
     try:
         yield
     finally:
-        if narrow:
-            dtypes = {id(parameter): dtype for parameter, dtype in narrow.items()}
-            for layer in block.quantized().values():
-                if (dtype := dtypes.get(id(layer.weight))) is not None:
-                    layer.weight.data = layer.restored(_narrowed(layer, dtype))
+        for layer in block.quantized().values():
+            if (dtype := narrow.get(layer.weight)) is not None:
+                layer.weight.data = layer.restored(_narrowed(layer, dtype))
         for parameter, dtype in narrow.items():
             parameter.data = parameter.data.to(dtype)
 

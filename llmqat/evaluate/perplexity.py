@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, StackDataset
 
 from llmqat.metrics import IGNORED_LABEL, Predictor, TokenScores, predictor_of, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device
@@ -66,23 +66,12 @@ class TokenWindows:
 
     def dataset(self) -> Dataset[dict[str, Tensor]]:
         """Returns the windows as samples {"input_ids", "labels"}, int64 [L], for a Trainer's evaluations."""
-        return _WindowDataset(self)
+        return StackDataset(input_ids=self.ids, labels=self.labels)  # type: ignore[arg-type]  # tensors do as well
 
     def tokens_in(self, rows: slice) -> list[int]:
         """Returns the number of tokens that the model reads in each window of `rows`."""
         shape = self.ids[rows].shape
         return [shape[1]] * shape[0] if self.lengths is None else self.lengths[rows].tolist()
-
-
-class _WindowDataset(Dataset[dict[str, Tensor]]):
-    def __init__(self, windows: TokenWindows) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows.ids[index], "labels": self.windows.labels[index]}
 
 
 @dataclass(frozen=True, eq=False)

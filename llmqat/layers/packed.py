@@ -165,19 +165,20 @@ class PackedModule(nn.Module):
 
     def product(self, x: Tensor | QuantizedInput, bias: Tensor | None, kernel: str) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in x's dtype."""
-        if self._held is None and self.log_scale is None:
-            return packed_linear(x, self.packed_weight(), bias, kernel)
-        x = x.values() if isinstance(x, QuantizedInput) else x
-        if self._held is not None and self._held.dtype == x.dtype:
-            return F.linear(x, self._held, bias)
+        if self._held is not None and self._held.dtype == (values := _values(x)).dtype:
+            return F.linear(values, self._held, bias)
         if self.log_scale is None:
             return packed_linear(x, self.packed_weight(), bias, kernel)
-        output: Tensor = _Product.apply(x, self.scale(), bias, self.packed_weight())  # type: ignore[no-untyped-call]
+        output: Tensor = _Product.apply(_values(x), self.scale(), bias, self.packed_weight())  # type: ignore[no-untyped-call]
         return output
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
         return f"{self.rows}×{self.columns}, weights={self.label}"
+
+
+def _values(x: Tensor | QuantizedInput) -> Tensor:
+    return x.values() if isinstance(x, QuantizedInput) else x
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from llmqat.data.blocks import token_blocks
 from llmqat.evaluate.memory import forget_peak, peak
 from llmqat.export import load
 from llmqat.heap import give_back_freed_memory
-from llmqat.layers import convert, prepare
+from llmqat.layers import prepare
 from llmqat.models import load_model, load_with_few_bits, vocabulary_size
 from llmqat.recipe.config import Recipe, master_dtype, training_arguments
+from llmqat.recipe.pipeline import trainable_model
 from llmqat.recipe.start import starts_packed
 from llmqat.train import QATTrainer, is_own_teacher
 
@@ -93,14 +94,12 @@ def probe(recipe: Recipe) -> Probe:
     else:
         model, _ = load_model(recipe.model, master_dtype(recipe))
         prepare(model, recipe.quant)
-    student: Any = model if recipe.lora is None else recipe.lora.attach(model, recipe.seed)
     clock = _Clock()
     with tempfile.TemporaryDirectory(prefix="llmqat-") as folder:
         arguments = training_arguments(
             recipe.model_copy(update={"output": Path(folder), "train": {**recipe.train, **SHORT}})
         )
-        if arguments.trainable == "scales" and not starts_packed(recipe):
-            convert(model)
+        student = trainable_model(recipe, model, arguments)
         samples = PROBE_STEPS * arguments.train_batch_size * arguments.gradient_accumulation_steps
         generator = torch.Generator().manual_seed(recipe.seed)
         ids = torch.randint(vocabulary_size(model), (samples, recipe.data.block_size), generator=generator)

@@ -11,22 +11,13 @@ import pytest
 from llmqat.export.registry import register, tags_of
 from llmqat.recipe import RunResult, load_recipe, quantize_model, run
 from tests.flows.small import small
-from tests.tiny import tiny_llama, tiny_tokenizer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "smollm2-135m-int4.yaml"
 CALIBRATION = ("calibrate=[{stage: ranges, blocks: 2}, {stage: gptq, blocks: 2}]", "quant.group_size=32")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def trained(model: Path, output: Path, *more: str) -> RunResult:
-    result = run(load_recipe(RECIPE, small(model, output, *CALIBRATION, *more)))
+def trained(tiny_folder: Path, output: Path, *more: str) -> RunResult:
+    result = run(load_recipe(RECIPE, small(tiny_folder, output, *CALIBRATION, *more)))
     assert result is not None
     return result
 
@@ -50,32 +41,32 @@ def expected(result: RunResult, output: Path) -> dict[str, str]:
     }
 
 
-def test_tags_say_how_it_was_made_and_what_was_measured(model: Path, tmp_path: Path) -> None:
+def test_tags_say_how_it_was_made_and_what_was_measured(tiny_folder: Path, tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"Text number {number} says little. " * 20)
     data = f"data={{source: text, path: {tmp_path}, tokens: 256, block_size: 32, calibration_share: 0.5}}"
-    result = trained(model, tmp_path / "run", data)
+    result = trained(tiny_folder, tmp_path / "run", data)
     assert tags_of(result.checkpoint) == expected(result, tmp_path / "run")
     assert tags_of(result.checkpoint)["calibration_data_sha256"] != tags_of(result.checkpoint)["training_data_sha256"]
 
 
-def test_tags_of_what_was_not_trained(model: Path, tmp_path: Path) -> None:
-    quantize_model(str(model), tmp_path / "out", scheme="int8", method="rtn")
+def test_tags_of_what_was_not_trained(tiny_folder: Path, tmp_path: Path) -> None:
+    quantize_model(str(tiny_folder), tmp_path / "out", scheme="int8", method="rtn")
     assert tags_of(tmp_path / "out") == {
         "method": "plain rounding",
         "bits": "8",
         "group_size": "channel",
-        "base_model": str(model),
+        "base_model": str(tiny_folder),
     }
 
 
-def test_a_finished_run_is_registered(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_registered(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow: Any = pytest.importorskip("mlflow", reason="mlflow is not installed (extra: mlflow)")
     store = (tmp_path / "store").as_uri()
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     mlflow.set_tracking_uri(store)
-    result = trained(model, tmp_path / "mine", "train.report_to=mlflow")
+    result = trained(tiny_folder, tmp_path / "mine", "train.report_to=mlflow")
     client = mlflow.MlflowClient()
     (version,) = client.search_model_versions("name='mine'")
     assert version.tags == expected(result, tmp_path / "mine")
