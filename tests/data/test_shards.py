@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import time
+import signal
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from llmqat.data.shards import WrittenFolder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import Writer, synthesize
 from llmqat.data.teacher_cache import TeacherCache
+from tests.children import Moment, die_at
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 KILLS = int(os.environ.get("LLMQAT_TEST_KILLS", "3"))
 TOKENS = (2 * KILLS + 2) * 4 * 48
-"""More shards than kills: some are finished between two."""
+"""More shards than kills: whatever is killed has a shard to write."""
 
 
 def fill(folder: Path, tokens: int = TOKENS, seed: int = 0, model_seed: int = 0, **settings: Any) -> WrittenFolder:
@@ -40,29 +42,31 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def fill_until(folder: Path, moment: Moment | None) -> None:
+    if moment is not None:
+        die_at(moment, folder)
+    fill(folder)
+
+
+def moments() -> Iterator[Moment | None]:
+    """Yields the moments to be killed at, in the writing of a shard or of its files, then nothing."""
+    draw = random.Random(0)
+    for number in range(KILLS):
+        yield ("module", draw.randint(1, 3000)) if number % 2 else ("file", draw.randint(1, 8))
+    yield None
+
+
 def test_a_run_that_is_killed_goes_on_and_writes_the_same(
     undisturbed: Path, tmp_path: Path, forkserver: ForkServerContext
 ):
-    folder, draw = tmp_path / "text", random.Random(0)
-    killed = 0
-    while True:
+    folder = tmp_path / "text"
+    for moment in moments():
         before = contents(folder)
-        process = forkserver.Process(target=fill, args=(folder,))
+        process = forkserver.Process(target=fill_until, args=(folder, moment))
         process.start()
-        deadline = time.monotonic() + 60
-        if killed < KILLS:
-            while contents(folder).keys() == before.keys() and process.is_alive() and time.monotonic() < deadline:
-                time.sleep(draw.uniform(0.0, 0.05))  # at least one shard a start, so that the end is reached
-            time.sleep(draw.uniform(0.0, 0.3))
-            process.kill()
-        process.join(60)
-        after = contents(folder)
-        assert before.items() <= after.items()  # no finished shard is lost or changed
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -9
-        killed += 1
-    assert killed >= 2
+        process.join(120)
+        assert process.exitcode == (0 if moment is None else -signal.SIGKILL)
+        assert before.items() <= contents(folder).items()  # no finished shard is lost or changed
     assert contents(folder) == contents(undisturbed)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     manifests = [json.loads((path / "llmqat.json").read_text()) for path in (folder, undisturbed)]

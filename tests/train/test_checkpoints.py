@@ -20,22 +20,22 @@ from transformers import TrainerCallback
 
 from llmqat import QATTrainer, QuantConfig, prepare
 from llmqat.train.checkpoints import MANIFEST_FILE, UNFINISHED_FOLDER, last_checkpoint, what_it_lacks
+from tests.children import Moment, die_at
 from tests.tiny import tiny_llama
 from tests.train.test_trainer import Blocks, _arguments, _pair
 
 KILLS = int(os.environ.get("LLMQAT_TEST_KILLS", "3"))
-KILLS_WHILE_SAVING = max(1, KILLS // 4)
 FINAL = "final.safetensors"
 
 
-def train_until(output: Path, moment: tuple[str, int, float] | None) -> None:
-    """Trains, and leaves the weights, unless a SIGKILL ends it some seconds after a step or a saving has begun.
+def train_until(output: Path, moment: Moment | None) -> None:
+    """Trains, and leaves the weights, unless a SIGKILL ends it.
 
     The training has all that must be gone on with: epochs in an order of their own, accumulation, dropout, zero points,
     both warm-ups.
     """
     if moment is not None:
-        _let_kill(*moment)
+        die_at(moment, output)
     teacher = tiny_llama(attention_dropout=0.1)
     student = copy.deepcopy(teacher)
     prepare(student, QuantConfig.preset("int3", group_size=32, symmetric=False))
@@ -55,39 +55,23 @@ def train_until(output: Path, moment: tuple[str, int, float] | None) -> None:
     save_model(student, str(output / FINAL))
 
 
-def _let_kill(where: str, number: int, delay: float) -> None:
-    name = {"step": "training_step", "save": "_save_checkpoint"}[where]
-    original, calls = getattr(QATTrainer, name), []
-
-    def watched(trainer: QATTrainer, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == number:
-            subprocess.Popen(["sh", "-c", f"sleep {delay:.4f}; kill -9 {os.getpid()}"])
-        return original(trainer, *args, **kwargs)
-
-    setattr(QATTrainer, name, watched)
-
-
-def moments() -> Iterator[tuple[str, int, float]]:
-    """Yields moments to be killed at; every fourth is in a saving, which takes some tens of milliseconds here."""
+def moments() -> Iterator[Moment | None]:
+    """Yields the moments to be killed at, in a step or in a saving, then nothing."""
     draw = random.Random(0)
-    for number in range(10 * KILLS):
-        yield ("save" if number % 4 == 1 else "step", draw.randint(1, 3), draw.uniform(0.0, 0.03))
+    for number in range(KILLS):
+        yield ("module", draw.randint(1, 400)) if number % 2 else ("file", draw.randint(1, 50))
+    yield None
 
 
 def test_a_run_that_is_killed_ends_with_the_same_weights(tmp_path: Path, forkserver: ForkServerContext) -> None:
-    killed = {"step": 0, "save": 0}
+    saving = 0
     for moment in moments():
-        wanted = sum(killed.values()) < KILLS or killed["save"] < KILLS_WHILE_SAVING
-        child = forkserver.Process(target=train_until, args=(tmp_path / "run", moment if wanted else None))
+        child = forkserver.Process(target=train_until, args=(tmp_path / "run", moment))
         child.start()
         child.join(120)
-        if child.exitcode == 0:
-            break
-        assert child.exitcode == -signal.SIGKILL
-        killed["save" if (tmp_path / "run" / UNFINISHED_FOLDER).is_dir() else "step"] += 1
-    assert killed["save"] >= KILLS_WHILE_SAVING
-    assert sum(killed.values()) >= KILLS
+        assert child.exitcode == (0 if moment is None else -signal.SIGKILL)
+        saving += (tmp_path / "run" / UNFINISHED_FOLDER).is_dir()
+    assert saving > 0
     assert [path.name for path in (tmp_path / "run").glob("*-*")] == [f"checkpoint-{2 * KILLS + 2}"]
     train_until(tmp_path / "whole", None)
     assert (tmp_path / "run" / FINAL).read_bytes() == (tmp_path / "whole" / FINAL).read_bytes()
