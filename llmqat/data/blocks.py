@@ -150,6 +150,12 @@ def hash_text(document: int) -> str:
     return f"{document & (2**64 - 1):016x}"
 
 
+def hash_number(text: str) -> int:
+    """Returns the document's hash, signed, that `hash_text` has written."""
+    number = int(text, 16)
+    return number - 2**64 if number >= 2**63 else number
+
+
 class _BlockDataset(Dataset[dict[str, Tensor]]):
     def __init__(self, rows: Rows) -> None:
         self.rows = rows

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llmqat.data.blocks import hash_text
+from llmqat.data import TextSplits
+from llmqat.data.blocks import hash_number
 from llmqat.data.documents import document_hash
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.text import hash_file, text_files
@@ -58,28 +61,26 @@ def evaluation_windows(
 
 TRAINED_TEXTS = ("text", "calibration_text")
 """Entries of a run's record that say which text a model has seen."""
+EARLIER_TEXTS = "earlier_texts"
+"""Entry of a run's record that lists what the checkpoint it began with had seen, as entries like those."""
 
 
-def check_untrained(settings: EvaluationSettings, record: Mapping[str, Any], owner: str) -> None:
-    """Raises ValueError where a text is to be scored that `record`, a run's facts, lists among what was learned.
+def check_untrained(settings: EvaluationSettings, seen: Iterable[Tensor], owner: str) -> None:
+    """Raises ValueError where a text is to be scored that is among what was learned.
 
     Documents are told by the hash of their whole text, so the same words in another file are not found.
 
     Args:
         settings: texts, and whether such a text is allowed.
-        record: of a run, as `llmqat.json` holds it.
-        owner: whose record it is, for the message.
+        seen: hashes of the documents that were learned, int64 [M] each.
+        owner: who has learned them, for the message.
     """
-    if settings.allow_trained_text:
+    learned = [hashes for hashes in seen if len(hashes)]
+    if settings.allow_trained_text or not learned:
         return
-    seen = {
-        digest
-        for name in TRAINED_TEXTS
-        for digest in ((record.get(name) or {}).get("document_hashes") or {}).get("hashes", "").split()
-    }
-    for source in settings.texts if seen else ():
+    for source in settings.texts:
         for name, digest in _documents_of(source).items():
-            if digest in seen:
+            if any(bool((hashes == digest).any()) for hashes in learned):
                 raise ValueError(
                     f"evaluate.texts: {name} is text that {owner} calibrates or trains on, so its figures would say "
                     "nothing of other text; choose another text, or ask for it: evaluate.allow_trained_text=true "
@@ -87,14 +88,32 @@ def check_untrained(settings: EvaluationSettings, record: Mapping[str, Any], own
                 )
 
 
-def _documents_of(source: str) -> dict[str, str]:
+def documents_learned(text: TextSplits) -> list[Tensor]:
+    """Returns the hashes of all documents that a run calibrates or trains on, however many there are."""
+    splits = (text.train, text.calibrated_on)
+    return [blocks.documents for blocks in splits if blocks.documents is not None]
+
+
+def documents_recorded(record: Mapping[str, Any]) -> list[Tensor]:
+    """Returns the hashes of documents that `record`, a run's facts in `llmqat.json`, says its checkpoint has seen."""
+    found = [entry.get("document_hashes") or {} for entry in texts_seen(record)]
+    return [torch.tensor([hash_number(text) for text in hashes.get("hashes", "").split()]) for hashes in found]
+
+
+def texts_seen(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the texts that `record`, a run's facts, says its checkpoint has seen, the earliest first."""
+    own = [record[name] for name in TRAINED_TEXTS if record.get(name)]
+    return [*(record.get(EARLIER_TEXTS) or []), *own]
+
+
+def _documents_of(source: str) -> dict[str, int]:
     """Returns the hash of each document of an evaluation text, by name; none of a data set on the hub."""
     if source.startswith(HUB_PREFIX):
         return {}
     if source == PYDOC:
-        return {PYDOC: hash_text(document_hash(pydoc_text()))}
+        return {PYDOC: document_hash(pydoc_text())}
     found = {str(file): hash_file(file) for file in text_files(Path(source))}
-    return {name: hash_text(digest) for name, digest in found.items() if digest is not None}
+    return {name: digest for name, digest in found.items() if digest is not None}
 
 
 def record_of(spec: str) -> dict[str, Any]:
@@ -137,7 +156,7 @@ def compare_models(
         for spec, name in zip(listed, names, strict=True)
     ]
     for spec in listed:
-        check_untrained(settings, record_of(spec), spec)
+        check_untrained(settings, documents_recorded(record_of(spec)), spec)
     tokenizer = load_tokenizer(resolve_spec(listed[0]), listed[0])
     windows = evaluation_windows(settings, tokenizer, longest_of(listed[0]))
     asked = {**settings.model_dump(mode="json"), "reference": reference, "models": list(specs)}

@@ -60,7 +60,15 @@ from llmqat.models import (
 from llmqat.recipe.allocation import PLAN_FILE, planned
 from llmqat.recipe.bars import progress
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, training_arguments
-from llmqat.recipe.evaluation import check_untrained, evaluation_windows, record_of
+from llmqat.recipe.evaluation import (
+    EARLIER_TEXTS,
+    check_untrained,
+    documents_learned,
+    documents_recorded,
+    evaluation_windows,
+    record_of,
+    texts_seen,
+)
 from llmqat.recipe.folder import (
     CALIBRATION_FOLDER,
     CHECKPOINT_FOLDER,
@@ -158,8 +166,9 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         writers = Processes.all() if together else ALONE
         text = kept_text(recipe.output, partial(text_of, recipe, tokenizer, teacher, writers), writers)
         blocks, calibration_rows = text.train, text.calibrated_on.rows
-        check_untrained(recipe.evaluate, text.record(), "this recipe")
-        check_untrained(recipe.evaluate, record_of(recipe.model), recipe.model)
+        earlier = texts_seen(record_of(recipe.model))
+        check_untrained(recipe.evaluate, documents_learned(text), "this recipe")
+        check_untrained(recipe.evaluate, documents_recorded({EARLIER_TEXTS: earlier}), recipe.model)
         check_documents_apart(teacher, blocks)
     if cache is not None:
         check_cached(cache, text)
@@ -190,6 +199,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     facts: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", exclude=set(UNPACKED_ONLY) if starts_packed(recipe) else None),
         **text.record(),
+        **({EARLIER_TEXTS: earlier} if earlier else {}),
         "calibration": [dataclasses.asdict(report) for report in calibration],
         "training": training,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,16 @@ class TestMix:
         letters = self.letters(self.mixed(tmp_path))
         assert letters.count("a") == 3001 // 16
         assert letters.count("b") == 3001 // 16 // 3
+
+    def test_a_document_of_two_sources_lies_in_one_split(self, tmp_path: Path):
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+        for i, text in enumerate(TEXTS[::-1]):
+            (tmp_path / f"{i}.txt").write_text(text)
+        mix = [{"source": "dataset", "path": rows}, {"source": "text", "path": tmp_path}]
+        splits = load_splits(DataConfig(mix=mix, block_size=16, **SHARES), tiny_tokenizer())
+        documents = [set(blocks.documents.tolist()) for blocks in splits.given().values()]
+        assert sum(map(len, documents)) == len(set.union(*documents)) == len(TEXTS)
 
     def test_a_source_that_is_too_short_is_named(self, tmp_path: Path):
         with pytest.raises(ValueError, match=r"data\.mix: text .*a\.txt has 187 blocks, and its weight asks for 300"):

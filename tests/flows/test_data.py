@@ -13,10 +13,10 @@ from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainingArguments
 
 from llmqat.calibrate import BlockwiseStage, GPTQStage, RangesStage, calibrate, open_walk
-from llmqat.data import DataConfig, load_blocks
+from llmqat.data import DataConfig, blocks, load_blocks
 from llmqat.layers import QuantConfig, prepare
 from llmqat.models import keeps_documents_apart
-from llmqat.recipe import EvaluationSettings, compare_models, load_recipe, run
+from llmqat.recipe import EvaluationSettings, compare_models, load_recipe, quantize_model, run
 from tests.flows.small import small
 from tests.tiny import tiny_architecture, tiny_llama, tiny_tokenizer
 
@@ -115,6 +115,27 @@ def test_evaluating_on_trained_text_is_refused_unless_asked_for(tiny_folder: Pat
     assert compare_models([str(result.checkpoint)], asked).rows
     copy.write_text(one.read_text() + "and more")
     assert compare_models([str(result.checkpoint)], settings).rows
+
+
+def judging(*files: Path) -> EvaluationSettings:
+    return EvaluationSettings(texts=tuple(map(str, files)), window=32, max_windows=2, speed=False)
+
+
+def test_text_that_a_model_was_only_calibrated_on_is_known_too(tiny_folder: Path, tmp_path: Path, texts: Path):
+    out = tmp_path / "int4"
+    quantize_model(str(tiny_folder), out, group_size=32, method="search", text=texts, tokens=2048, block_size=32)
+    with pytest.raises(ValueError, match=r"03\.txt is text that .*int4 calibrates or trains on"):
+        compare_models([str(out)], judging(texts / "03.txt"))
+
+
+def test_a_run_knows_more_documents_than_it_records(
+    tiny_folder: Path, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(blocks, "MOST_RECORDED_DOCUMENTS", 0)
+    changes = (f"data={{source: text, path: {texts}, block_size: 32}}", "evaluate.allow_trained_text=false")
+    changes = (*changes, f"evaluate.texts=[{texts / '03.txt'}]")
+    with pytest.raises(ValueError, match=r"03\.txt is text that this recipe calibrates or trains on"):
+        run(load_recipe(RECIPE, small(tiny_folder, tmp_path / "run", *changes)))
 
 
 def test_a_model_that_cannot_keep_documents_apart_is_refused_by_name(tmp_path: Path, texts: Path):

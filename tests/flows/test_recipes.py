@@ -18,7 +18,17 @@ from transformers import AutoModelForCausalLM
 import llmqat
 from llmqat.evaluate.perplexity import evaluate
 from llmqat.layers import KVQuantizer
-from llmqat.recipe import Recipe, RunResult, load_recipe, plan_run, probe, run
+from llmqat.recipe import (
+    EvaluationSettings,
+    Recipe,
+    RunResult,
+    compare_models,
+    load_recipe,
+    plan_run,
+    probe,
+    quantize_model,
+    run,
+)
 from llmqat.recipe.evaluation import evaluation_windows
 from llmqat.train import QATTrainer
 from tests.flows.small import SMALL, small
@@ -368,6 +378,21 @@ def test_the_scales_of_a_packed_model_are_trained_and_resumed(
     assert all(torch.equal(tensor, found[name]) for name, tensor in after.items())
     assert load_recipe(resumed.checkpoint).teacher == str(tiny_folder)  # and can be run again
     assert probe(load_recipe(resumed.checkpoint, [f"model={start}", f"output={tmp_path / 'again'}"])).step_seconds > 0
+
+
+def test_the_text_that_a_packed_start_has_seen_is_remembered(tiny_folder: Path, tmp_path: Path):
+    files = [tmp_path / "seen.txt", tmp_path / "new.txt"]
+    for file in files:
+        file.write_text(f"this is {file.stem} " * 20)
+    start, refused = tmp_path / "start", "evaluate.allow_trained_text=false"
+    quantize_model(str(tiny_folder), start, group_size=32, method="search", text=files[0], tokens=64, block_size=32)
+    with pytest.raises(ValueError, match=r"seen\.txt is text that .*start calibrates or trains on"):
+        run(packed_recipe(start, tiny_folder, tmp_path / "a", refused, f"evaluate.texts=[{files[0]}]"))
+    result = run(packed_recipe(start, tiny_folder, tmp_path / "b", refused, f"evaluate.texts=[{files[1]}]"))
+    assert result is not None
+    settings = EvaluationSettings(texts=(str(files[0]),), window=32, max_windows=2, speed=False)
+    with pytest.raises(ValueError, match=r"seen\.txt is text that .*b/model calibrates or trains on"):
+        compare_models([str(result.checkpoint)], settings)
 
 
 def test_what_a_packed_model_cannot_start_is_refused(tiny_folder: Path, tmp_path: Path):
