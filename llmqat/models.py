@@ -69,6 +69,8 @@ ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_mode
 """What peft calls the files of an adapter."""
 MOST_DOCUMENT_DIFFERENCE = 0.05
 """Relative difference of a packed document's hidden states from its own alone that is rounding (bfloat16), no more."""
+_GIVEN_AS = "_llmqat_given_as"
+"""Attribute of a model that `load_model` has loaded: its spec."""
 MOST_LAYERS = 10_000
 """Layers of a model whose configuration is believed."""
 
@@ -96,10 +98,20 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrain
     source = resolve_spec(spec)
     config = read_config(source, spec)
     if adapter_base(spec) is not None:
-        model = _merged(Path(spec).expanduser(), load_adapter_base(spec))
-        return _in_dtype(model, dtype), load_tokenizer(source, spec)
-    _check_full_precision(config, spec)
-    return _load_weights(source, spec, dtype), load_tokenizer(source, spec)
+        model = _in_dtype(_merged(Path(spec).expanduser(), load_adapter_base(spec)), dtype)
+    else:
+        _check_full_precision(config, spec)
+        model = _load_weights(source, spec, dtype)
+    setattr(model, _GIVEN_AS, spec)
+    return model, load_tokenizer(source, spec)
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """Returns what people call `model`: the spec that `load_model` was given, or what its configuration says.
+
+    Of a GGUF file the configuration says where the dequantized weights lie, a cache folder that says nothing elsewhere.
+    """
+    return getattr(model, _GIVEN_AS, None) or model.config._name_or_path or type(model).__name__
 
 
 def load_with_few_bits(spec: str, num_bits: int) -> PreTrainedModel:

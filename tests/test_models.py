@@ -18,7 +18,8 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from llmqat import models
+from llmqat import models, synthesize
+from llmqat.data.teacher_cache import CacheHeader
 from llmqat.export import save
 from llmqat.layers import QuantConfig, prepare
 from llmqat.models import (
@@ -317,7 +318,13 @@ def test_a_gguf_file_is_dequantized_once_and_equals_the_model(tmp_path: Path, mo
     assert [path.name for path in cached.parent.iterdir()] == [cached.name]
     monkeypatch.setattr(models, "_dequantize_gguf", pytest.fail)
     (tmp_path / "tiny.gguf").rename(tmp_path / "moved.gguf")
-    assert load_model(str(tmp_path / "moved.gguf"))[0].dtype == torch.bfloat16
+    moved, tokenizer = load_model(str(tmp_path / "moved.gguf"))
+    assert moved.dtype == torch.bfloat16
+    headers = [CacheHeader.of(one, tokenizer) for one in (model, moved)]
+    assert headers[0] == headers[1]
+    assert [Path(header.model).name for header in headers] == ["tiny.gguf", "moved.gguf"]
+    written = synthesize(moved, tokenizer, 32, block_size=16, chat_share=0.0)
+    assert written.source.startswith(f"synthesized by {tmp_path / 'moved.gguf'}: ")
 
 
 def test_a_broken_gguf_file_is_named_and_leaves_no_cache(tmp_path: Path) -> None:

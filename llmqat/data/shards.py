@@ -33,7 +33,7 @@ from llmqat.data.quality import distinct_shares, merged, summary
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import Shard, Writer
 from llmqat.data.teacher_cache import cache_teacher, model_fingerprint, tokenizer_fingerprint
-from llmqat.models import write_whole
+from llmqat.models import name_of, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Manifest:
         }
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         capability = torch.backends.cpu.get_cpu_capability()
-        facts = {"model": model.config._name_or_path or type(model).__name__, **versions, "processor": capability}
+        facts = {"model": name_of(model), **versions, "processor": capability}
         return cls(made_with, facts)
 
 

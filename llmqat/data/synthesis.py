@@ -40,6 +40,7 @@ from llmqat.data.sampling import Sampling, choose
 from llmqat.data.script import Script, read_script
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.layers import dequantized_once
+from llmqat.models import name_of
 
 EXPECTED_LOSS = 0.02
 """Share of tokens expected to be dropped; so much more is written in the first round."""
@@ -240,8 +241,7 @@ def _as_blocks(model: PreTrainedModel, config: SynthesisConfig, tokens: int, sha
     shards = list(shards)
     blocks = torch.cat([shard.ids for shard in shards])[: -(-tokens // config.block_size)]
     rows = "+".join(str(shard.rows) for shard in shards)
-    name = model.config._name_or_path or type(model).__name__
-    source = f"synthesized by {name}: {tokens} tokens, seed {config.seed}, rows {rows}, {described(config)}"
+    source = f"synthesized by {name_of(model)}: {tokens} tokens, seed {config.seed}, rows {rows}, {described(config)}"
     details = {**summary(merged([shard.facts for shard in shards])), "tokens_kept": blocks.numel()}
     return token_blocks(blocks, source, {**details, "distinct_ngram_shares": distinct_shares(blocks)})
 

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmqat.data.blocks import Progress, Rows, rows_of
 from llmqat.layers.source import checksum
 from llmqat.metrics import Predictor, TopProbabilities, predictor_of, top_probabilities
-from llmqat.models import capture_hidden, model_device, save_whole, vocabulary_size, write_whole
+from llmqat.models import capture_hidden, model_device, name_of, save_whole, vocabulary_size, write_whole
 
 HEADER_FILE = "cache.json"
 FORMAT = "llmqat teacher cache 1"
@@ -86,7 +86,7 @@ class CacheHeader:
             vocabulary=vocabulary,
             top_k=top_k,
             dtype=str(model.dtype).removeprefix("torch."),
-            model=model.config._name_or_path or type(model).__name__,
+            model=name_of(model),
         )
 
 

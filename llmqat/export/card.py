@@ -9,6 +9,7 @@ base model, and a license that nobody gave is not named.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from llmqat.models import may_be_hub_id
 VLLM_BITS, VLLM_GROUPS = (4, 8), (None, 32, 64, 128)
 """Weight-only schemes that vLLM's kernels for compressed-tensors run."""
 
+_LOCAL_PATH = re.compile(r"(?<!\S)(?:~|\.{1,2})?/(?:[^/\s]+/)*([^/\s:;,]+)/?")
+"""A path that begins at the root, at home, or in the working folder; no hub id and no `package:` spec."""
 _METRICS = {"perplexity": "perplexity", "kl": "KL from full precision (nats a token)", "top1": "top-1 agreement"}
 
 
@@ -215,8 +218,8 @@ def _data(run: Mapping[str, Any]) -> str:
 
 
 def _public(source: Any) -> str | None:
-    """Returns a text's source without the folders of the machine that read it."""
-    return None if source is None else (Path(str(source)).name if Path(str(source)).is_absolute() else str(source))
+    """Returns a text's source with paths of the machine that read it shortened to their last part."""
+    return None if source is None else _LOCAL_PATH.sub(r"\1", str(source))
 
 
 def _shown(value: Any) -> str:

@@ -31,7 +31,7 @@ RUN: dict[str, Any] = {
         "data": {"source": "dataset", "name": "owner/texts"},
         "calibrate": [{"stage": "ranges"}, {"stage": "gptq"}],
     },
-    "text": {"source": "/home/somebody/private/notes.txt", "sha256": "cd" * 32, "tokens": 4096},
+    "text": {"source": "synthesized by /home/somebody/private/notes: 4096 tokens", "sha256": "cd" * 32, "tokens": 4096},
     "training": {"steps": 30, "tokens": 61440, "tokens_per_second": 251.5},
     "results": {
         "comparison": {
@@ -95,6 +95,7 @@ def test_the_hub_reads_base_license_data_and_results_from_the_card(folder: Path,
         "ranges, gptq",
         "| trained | 22.25 | 0.0625 |",
         "| plain rounding | 30 | 0.4 |",
+        "| text | synthesized by notes: 4096 tokens |",
         "- note: a note",
     ):
         assert said in card.text, said
