@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import Writer
 from llmqat.export.checkpoint import load_any
+from llmqat.heap import keep_freed_memory
 
 
 class Stretches:
@@ -74,11 +75,13 @@ def main() -> None:
     parser.add_argument(
         "--model", required=True, help="hub id, folder, .gguf file, package:NAME/FILE, or packed folder"
     )
-    parser.add_argument("--rows", type=int, default=256, help="rows of the shard")
-    parser.add_argument("--block-size", type=int, default=512, help="positions of the shard")
+    own = SynthesisConfig()
+    parser.add_argument("--rows", type=int, default=own.batch_size, help="rows of the shard")
+    parser.add_argument("--block-size", type=int, default=own.block_size, help="positions of the shard")
     parser.add_argument("--stretches", type=int, default=16, help="parts that the positions are clocked in")
     parser.add_argument("--generate-tokens", type=int, default=24, help="tokens that generate writes after each")
     words = parser.parse_args()
+    keep_freed_memory()  # as `llmqat synthesize` does
     model, tokenizer = load_any(words.model, torch.bfloat16)
     model.eval()
     config = SynthesisConfig(block_size=words.block_size, batch_size=words.rows)

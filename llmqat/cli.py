@@ -508,8 +508,9 @@ def synthesize(
     tokens: Annotated[str, typer.Option(help="Tokens to write: 65536, 64k (64,000) or 1M (1,000,000).")] = "65536",
     block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 512,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Most rows written at once; part of what makes the text.")
-    ] = 256,
+        int,
+        typer.Option(min=1, help="Most rows written at once, of up to 6 GiB together; part of what makes the text."),
+    ] = 512,
     strategy: Annotated[str, typer.Option(help="llm-qat, sampling, chat or prompts.")] = "llm-qat",
     chat_share: Annotated[float | None, typer.Option(help="Share of chats, of llm-qat and sampling; 0.25.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Strategy prompts: a prompt a line, or .jsonl.")] = None,
@@ -564,7 +565,7 @@ def synthesize(
     for line in report_lines(written.manifest.report or {}):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(
-        f"{out}: {written.blocks:,} blocks of {block_size} tokens in {len(written.files)} shards; samples in "
+        f"{out}: {written.blocks:,} blocks of {block_size} tokens, shards: {len(written.files)}; samples in "
         f"{out / 'README.md'}",
         highlight=False,
         soft_wrap=True,

@@ -2,11 +2,11 @@
 
 What makes it fast, on a CPU above all:
 
-- **The key-value cache is two contiguous pieces**: one of all positions but the last few, and an open one of `PIECE`
-  positions that is written to and joined to the first when it is full. A growing tensor is copied whole every step, and
-  a view into a long one is copied by the batched matrix product, which wants its operands contiguous; and products over
-  many short pieces read at half the rate of one over a long one.
-- **Attention of one query is two batched matrix products a piece**, with the query heads that share a key-value head as
+- **The key-value cache is contiguous at any length.** A view into a longer tensor is copied by the batched matrix
+  product, which wants its operands contiguous; products over several pieces read at half the rate of one. So keys and
+  values stand in memory as if they were `PIECE` positions longer at most, and are moved to a wider stride when these
+  are full: into the memory that the tensor moved before has left, since fresh memory costs more than the move.
+- **Attention of one query is two batched matrix products**, with the query heads that share a key-value head as
   the rows of one product: Q K^T and W V, on states as they are stored, are bound by reading them. The same products
   turned around (K Q^T, V^T W^T) take two to four times as long. The fused CPU kernel is made for many queries and
   spends its time in setting up each head.
@@ -29,8 +29,8 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-PIECE = 64
-"""Positions in the open piece of the cache: more of them are read empty for longer, fewer are joined more often."""
+PIECE = 32
+"""Positions that the cache grows by: more of them are read empty for longer, fewer are moved more often."""
 ATTENTION_NAME = "llmqat_lockstep"
 _CHANGE_ARITHMETIC = ("softcap", "s_aux", "position_bias")
 """Keywords of attention functions (other than a window, which is checked) that change what attention computes."""
@@ -49,10 +49,13 @@ class LockstepCache:
         bias: what is added to attention scores, 0 or -inf: [B, length rounded up to whole pieces].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        """Makes a cache that will hold up to `most` positions."""
         self.length = 0
         self.bias = torch.empty(0)
-        self._layers: dict[int, LayerCache] = {}
+        self._most = _whole_pieces(most)
+        self._memory: dict[tuple[int, str], Tensor] = {}
+        self._left: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def advance(self, starts: Tensor, dtype: torch.dtype) -> None:
         """Opens the next position; row b attends to positions starts[b] to this one.
@@ -62,60 +65,51 @@ class LockstepCache:
             dtype: of keys and values.
         """
         self.length += 1
-        positions = torch.arange(-(-self.length // PIECE) * PIECE, device=starts.device)
+        positions = torch.arange(_whole_pieces(self.length), device=starts.device)
         hidden = (positions < starts[:, None]) | (positions >= self.length)
         self.bias = torch.zeros(hidden.shape, dtype=dtype, device=starts.device).masked_fill_(hidden, float("-inf"))
 
-    def store(self, layer: int, key: Tensor, value: Tensor) -> LayerCache:
-        """Puts key and value [B, N, 1, D] of the open position in place and returns the layer's cache."""
-        held = self._layers.setdefault(layer, LayerCache())
-        held.write(self.length - 1, key.flatten(0, 2), value.flatten(0, 2))
-        return held
+    def store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts key and value [B, N, 1, D] of the open position in place; returns all of the layer's [B*N, L, D]."""
+        return self._written((layer, "key"), key.flatten(0, 2)), self._written((layer, "value"), value.flatten(0, 2))
 
     @property
     def layers(self) -> int:
         """Number of layers that have stored something."""
-        return len(self._layers)
+        return len({layer for layer, _ in self._memory})
+
+    def _written(self, name: tuple[int, str], new: Tensor) -> Tensor:
+        """Returns the states of that name [B*N, L, D], with `new` [B*N, D] at the open position."""
+        position = self.length - 1
+        if position % PIECE == 0:
+            self._memory[name] = self._longer(self._memory.get(name), new)
+        held = _states(self._memory[name], _whole_pieces(self.length), new)
+        held[:, position] = new
+        return held
+
+    def _longer(self, memory: Tensor | None, new: Tensor) -> Tensor:
+        """Returns memory with the states of `memory`, PIECE zeros more for each row; `memory` is used for others."""
+        position = self.length - 1
+        count = len(new) * self._most * new.shape[-1]
+        longer = self._left.pop((count, new.dtype), None)
+        if longer is None:
+            longer = new.new_empty(count)
+        states = _states(longer, position + PIECE, new)
+        states[:, position:] = 0
+        if memory is not None:
+            states[:, :position] = _states(memory, position, new)
+            self._left[count, new.dtype] = memory
+        return longer
 
 
-class LayerCache:
-    """One layer's keys and values: full positions in one piece, and PIECE more of which the last may be empty.
+def _whole_pieces(positions: int) -> int:
+    return -(-positions // PIECE) * PIECE
 
-    Attributes:
-        keys: one or two pieces [B*N, positions, D].
-        values: the same.
-    """
 
-    def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def write(self, position: int, key: Tensor, value: Tensor) -> None:
-        """Stores key and value [B*N, D] at `position`, which follows the last one written."""
-        slot = position % PIECE
-        if slot == 0:
-            for held, new in ((self.keys, key), (self.values, value)):
-                held[:] = [torch.cat(held, dim=1)] if held else []
-                held.append(new.new_zeros(len(new), PIECE, new.shape[-1]))
-        self.keys[-1][:, slot] = key
-        self.values[-1][:, slot] = value
-
-    def scores(self, queries: Tensor, bias: Tensor, scaling: float) -> Tensor:
-        """Returns bias + scaling * query . key as [B, N*G, L].
-
-        Args:
-            queries: [B*N, G, D].
-            bias: [B, L].
-            scaling: factor of the products.
-        """
-        products = [torch.bmm(queries, piece.transpose(1, 2)) for piece in self.keys]  # [B*N, G, positions]
-        return torch.add(bias[:, None], torch.cat(products, dim=2).view(len(bias), -1, bias.shape[1]), alpha=scaling)
-
-    def mix(self, weights: Tensor) -> Tensor:
-        """Returns the values' sum, weighted by `weights` [B*N, G, L], as [B*N, G, D]."""
-        parts = weights.split([piece.shape[1] for piece in self.values], dim=2)
-        first, *others = map(torch.bmm, parts, self.values)
-        return sum(others, first)
+def _states(memory: Tensor, positions: int, like: Tensor) -> Tensor:
+    """Returns the beginning of `memory` as [B*N, positions, D], where `like` is [B*N, D]."""
+    rows, size = like.shape
+    return memory[: rows * positions * size].view(rows, positions, size)
 
 
 def lockstep_attention(
@@ -140,19 +134,21 @@ def lockstep_attention(
         raise LockstepError(f"{type(module).__name__} asks for {', '.join(unknown) or 'several queries at once'}")
     batch, query_heads, _, size = query.shape
     heads = key.shape[1]
-    held = lockstep.store(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    keys, values = lockstep.store(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     queries = query.reshape(batch * heads, query_heads // heads, size)
-    scores = held.scores(queries, lockstep.bias, size**-0.5 if scaling is None else scaling)
-    weights = torch.softmax(scores, dim=-1)
-    return held.mix(weights.view(batch * heads, query_heads // heads, -1)).reshape(batch, 1, query_heads, -1), None
+    scores = torch.bmm(queries, keys.transpose(1, 2)).view(batch, query_heads, -1)
+    torch.add(lockstep.bias[:, None], scores, alpha=size**-0.5 if scaling is None else scaling, out=scores)
+    weights = torch.softmax(scores, dim=-1).view(batch * heads, query_heads // heads, -1)
+    return torch.bmm(weights, values).view(batch, 1, query_heads, -1), None
 
 
 class LockstepDecoder:
     """Decodes with `LockstepCache` and `lockstep_attention`; made by `open_decoder`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, length: int) -> None:
+        """Decodes rows of up to `length` tokens."""
         self.model = model
-        self.cache = LockstepCache()
+        self.cache = LockstepCache(length)
 
     def step(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """Feeds one token a row and returns the logits [B, V] of what follows.
@@ -210,7 +206,7 @@ def open_decoder(model: PreTrainedModel, length: int) -> Iterator[Decoder]:
     obstacle = lockstep_obstacle(model, length)
     if obstacle is None:
         with lockstep_attention_in(model):
-            yield LockstepDecoder(model)
+            yield LockstepDecoder(model, length)
     else:
         log.warning("decoding with %s's own attention, which is slower: %s", type(model).__name__, obstacle)
         yield StockDecoder(model)
@@ -244,7 +240,7 @@ def lockstep_obstacle(model: PreTrainedModel, length: int) -> str | None:
         expected = model(input_ids=ids, use_cache=False).logits.float()
         try:
             with lockstep_attention_in(model):
-                decoder = LockstepDecoder(model)
+                decoder = LockstepDecoder(model, _TRIAL_TOKENS)
                 found = torch.stack([decoder.step(column, starts) for column in ids.unbind(1)], dim=1).float()
         except (LockstepError, TypeError) as error:
             return str(error)

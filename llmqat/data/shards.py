@@ -31,7 +31,7 @@ from llmqat.data.hub import MANIFEST_FILE
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import distinct_shares, merged, summary
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.synthesis import Shard, Writer
+from llmqat.data.synthesis import WRITER_VERSION, Shard, Writer
 from llmqat.data.teacher_cache import cache_teacher, model_fingerprint, tokenizer_fingerprint
 from llmqat.models import name_of, write_whole
 
@@ -42,6 +42,7 @@ TEACHER_FOLDER = "teacher"
 FORMAT = "llmqat synthesis 1"
 SAMPLES = 12
 SAMPLE_CHARACTERS = 1200
+_GRAMS = ("single tokens", "pairs", "triples", "runs of four")
 _LEFT_OVERS = (".shard-*.parquet.*", f".{MANIFEST_FILE}.*", f".{CARD_FILE}.*")
 """Names under which a killed run may leave half-written files."""
 
@@ -73,6 +74,7 @@ class Manifest:
             "device": model.device.type,
             "batch_size": rows,
             "prompts_sha256": prompts,
+            "writer_version": WRITER_VERSION,
             **settings,
         }
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
@@ -307,7 +309,8 @@ def _reported(written: WrittenFolder, tokenizer: PreTrainedTokenizerBase) -> Wri
 def _card(manifest: Manifest, samples: list[str]) -> str:
     head = ["---", "configs:", "- config_name: default", '  data_files: "shard-*.parquet"', "---", ""]
     lines = [*head, f"# Text written by {manifest.facts['model']}", "", *report_lines(manifest.report or {}), ""]
-    lines += ["Made with:", "", *(f"- {key}: {value}" for key, value in manifest.made_with.items()), ""]
+    made_with = {key: value for key, value in manifest.made_with.items() if value is not None}
+    lines += ["Made with:", "", *(f"- {key}: {value}" for key, value in made_with.items()), ""]
     lines += [f"## {len(samples)} of its blocks, from their beginning", ""]
     for sample in samples:
         lines += [*(f"    {line}" for line in sample.splitlines()), "", "---", ""]
@@ -315,7 +318,7 @@ def _card(manifest: Manifest, samples: list[str]) -> str:
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """Returns the report as a Markdown table of kinds of documents, and a line of figures below it."""
+    """Returns the report as a Markdown table of kinds of documents, figures below it, and what they mean."""
     columns = ["documents", "tokens a document", "ended by the model", "perplexity", "repeated 4-grams", "dropped"]
     lines = [f"| kind | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for kind, figures in [*report["by_kind"].items(), ("all", report)]:
@@ -326,12 +329,15 @@ def report_lines(report: dict[str, Any]) -> list[str]:
             f"| {kind} | {count:,} | {figures['mean_document_tokens']} | {figures['ended_share']:.0%} | "
             f"{figures['perplexity']} | {figures['repeated_4gram_share']:.1%} | {dropped} ({share}) |"
         )
-    shares = ", ".join(f"{size}: {share:.3f}" for size, share in report["distinct_ngram_shares"].items())
-    lengths = ", ".join(f"{length}: {count}" for length, count in report["lengths_up_to"].items())
+    grams = zip(_GRAMS, report["distinct_ngram_shares"].values(), strict=True)
+    shares = ", ".join(f"{share:.1%} of {gram}" for gram, share in grams)
+    lengths = ", ".join(f"{count} up to {length}" for length, count in report["lengths_up_to"].items())
     return [
         *lines,
         "",
-        f"{report['blocks']:,} blocks, {report['tokens_kept']:,} tokens; distinct n-grams, by n: {shares}",
+        f"{report['blocks']:,} blocks, {report['tokens_kept']:,} tokens. Distinct are {shares}.",
+        f"Documents by length in tokens: {lengths}.",
         "",
-        f"documents by length, up to: {lengths}",
+        "Perplexity is that of the written tokens to their writer. Repeated are 4-grams that the document had before.",
+        "What the model did not end was cut at the end of a block.",
     ]

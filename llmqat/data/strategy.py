@@ -34,8 +34,9 @@ class SynthesisConfig(Config):
     """Tokens a block, and at most a document."""
     seed: int = 0
     """Seed of everything that is drawn."""
-    batch_size: int = Field(256, ge=1)
-    """Source synthetic: most rows decoded at once, memory allowing. It changes the text as the seed does."""
+    batch_size: int = Field(512, ge=1)
+    """Source synthetic: most rows decoded at once; fewer where their keys and values would take more than 6 GiB. It
+    changes the text as the seed does."""
     strategy: Literal["llm-qat", "sampling", "chat", "prompts"] = "llm-qat"
     """Source synthetic: how documents begin. `llm-qat` (a random token, likely ones, then sampling), `sampling` (from
     the start), `chat` (a user's turn and its answer) or `prompts` (with lines of your own)."""

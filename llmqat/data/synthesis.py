@@ -42,10 +42,12 @@ from llmqat.data.strategy import SynthesisConfig
 from llmqat.layers import dequantized_once
 from llmqat.models import name_of
 
+WRITER_VERSION = 2
+"""Raised whenever the same model, settings and seed come to give another text."""
 EXPECTED_LOSS = 0.02
 """Share of tokens expected to be dropped; so much more is written in the first round."""
 MOST_FRUITLESS_SHARDS = 3
-CACHE_BYTES = 4 * 2**30
+CACHE_BYTES = 6 * 2**30
 """Keys and values of a shard take no more; a large model writes fewer rows at once."""
 
 WEIGHT_BYTES = 4 * 2**30

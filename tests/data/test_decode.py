@@ -49,7 +49,7 @@ def decoded(decoder: LockstepDecoder | StockDecoder, ids: Tensor, starts: Tensor
 def test_lockstep_logits_are_those_of_a_full_forward(name: str):
     model, ids = MODELS[name](), random_ids(3, 19)
     with lockstep_attention_in(model):
-        found = decoded(LockstepDecoder(model), ids, torch.zeros_like(ids))
+        found = decoded(LockstepDecoder(model, ids.shape[1]), ids, torch.zeros_like(ids))
     torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_bfloat16_logits_are_as_near_to_float32_as_stock_ones():
     exact, model, ids = tiny_llama(), tiny_llama().to(torch.bfloat16), random_ids(4, 33)
     expected = exact(ids).logits
     with lockstep_attention_in(model):
-        found = decoded(LockstepDecoder(model), ids, torch.zeros_like(ids))
+        found = decoded(LockstepDecoder(model, ids.shape[1]), ids, torch.zeros_like(ids))
     error, stock_error = ((logits.float() - expected).norm() for logits in (found, model(ids).logits))
     assert error < 1.5 * stock_error
 
@@ -85,7 +85,7 @@ def test_the_real_model_in_bfloat16(smollm2: tuple[PreTrainedModel, Any], monkey
     model = smollm2[0]
     ids = torch.randint(20, 49152, (2, 20), generator=torch.Generator().manual_seed(0))
     with lockstep_attention_in(model):
-        found = decoded(LockstepDecoder(model), ids, torch.zeros_like(ids)).float().log_softmax(-1)
+        found = decoded(LockstepDecoder(model, ids.shape[1]), ids, torch.zeros_like(ids)).float().log_softmax(-1)
     expected = model(ids).logits.float().log_softmax(-1)
     divergence = (expected.exp() * (expected - found)).sum(-1)
     assert divergence.mean() < 0.005  # nats; the stock cached forward is at 0.002, and itself 0.0016 from float32

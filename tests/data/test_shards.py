@@ -16,7 +16,7 @@ from datasets import load_dataset
 from llmqat.data import DataConfig, load_blocks
 from llmqat.data.shards import WrittenFolder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.synthesis import Writer, synthesize
+from llmqat.data.synthesis import WRITER_VERSION, Writer, synthesize
 from llmqat.data.teacher_cache import TeacherCache
 from tests.children import Moment, die_at
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -129,6 +129,15 @@ def test_something_else_in_the_folder_is_refused(undisturbed: Path, changes: dic
         fill(undisturbed, **changes)
     assert str(caught.value).count(" was ") == 2  # "was begun", and the one difference
     assert contents(undisturbed) == before
+
+
+def test_text_of_an_earlier_way_of_writing_is_not_added_to(tmp_path: Path):
+    fill(tmp_path, tokens=200)
+    manifest = json.loads((tmp_path / "llmqat.json").read_text())
+    del manifest["made_with"]["writer_version"]  # as before there was one
+    (tmp_path / "llmqat.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"writer_version was None, now {WRITER_VERSION}"):
+        fill(tmp_path, tokens=700)
 
 
 def test_other_files_are_left_alone(tmp_path: Path):
