@@ -360,7 +360,7 @@ def test_synthesize_writes_shards_that_datasets_reads(tiny: Path, packed: Path, 
     for model, extra in ((tiny, []), (tiny, []), (packed, ["--overwrite", "--strategy", "chat", "--top-p", "0.9"])):
         done = call("synthesize", str(model), *words, *extra)
         assert done.exit_code == 0, done.output
-        assert re.search(r"\d blocks of 32 tokens in \d shards", done.output)
+        assert re.search(r"\d blocks of 32 tokens, shards: \d", done.output)
         assert "perplexity" in done.output
         rows = load_dataset("parquet", data_files=str(out / "shard-*.parquet"), split="train", cache_dir=str(tmp_path))
         assert len(rows) >= 7

@@ -23,6 +23,8 @@ from llmqat.models import may_be_hub_id
 VLLM_BITS, VLLM_GROUPS = (4, 8), (None, 32, 64, 128)
 """Weight-only schemes that vLLM's kernels for compressed-tensors run."""
 
+_TEXTS = {"text": "text", "calibration_text": "text of the calibration", "validation_text": "text of the validation"}
+"""Entry of a run's record -> what it is called."""
 _LOCAL_PATH = re.compile(r"(?<!\S)(?:~|\.{1,2})?/(?:[^/\s]+/)*([^/\s:;,]+)/?")
 """A path that begins at the root, at home, or in the working folder; no hub id and no `package:` spec."""
 _METRICS = {"perplexity": "perplexity", "kl": "KL from full precision (nats a token)", "top1": "top-1 agreement"}
@@ -203,18 +205,29 @@ def _bytes(sizes: Mapping[str, int]) -> str:
 
 
 def _data(run: Mapping[str, Any]) -> str:
-    text, training, recipe = run.get("text") or {}, run.get("training") or {}, run.get("recipe") or {}
+    training, recipe = run.get("training") or {}, run.get("recipe") or {}
     facts = {
-        "text": _public(text.get("source")),
-        "SHA-256 of its tokens": text.get("sha256"),
-        "tokens of text": text.get("tokens"),
         "seed": recipe.get("seed"),
         "calibration": ", ".join(stage["stage"] for stage in recipe.get("calibrate") or run.get("calibrate") or []),
         "optimizer steps": training.get("steps"),
         "tokens trained on": training.get("tokens"),
         "tokens a second": training.get("tokens_per_second"),
     }
-    return _table(("what", "value"), [(key, _shown(value)) for key, value in facts.items() if value not in (None, "")])
+    earlier = [("text seen earlier", text) for text in run.get("earlier_texts") or []]
+    texts = [*((name, run.get(key) or {}) for key, name in _TEXTS.items()), *earlier]
+    rows = [row for name, text in texts for row in _text_rows(name, text)]
+    rows += [(key, _shown(value)) for key, value in facts.items() if value not in (None, "")]
+    return _table(("what", "value"), rows)
+
+
+def _text_rows(name: str, text: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns what a text is called in the card, its hash and its length, as far as its record says so."""
+    facts = {
+        name: _public(text.get("source")),
+        "SHA-256 of its tokens": text.get("sha256"),
+        "tokens": text.get("tokens"),
+    }
+    return [(key, _shown(value)) for key, value in facts.items() if value is not None]
 
 
 def _public(source: Any) -> str | None:

@@ -32,6 +32,8 @@ RUN: dict[str, Any] = {
         "calibrate": [{"stage": "ranges"}, {"stage": "gptq"}],
     },
     "text": {"source": "synthesized by /home/somebody/private/notes: 4096 tokens", "sha256": "cd" * 32, "tokens": 4096},
+    "calibration_text": {"source": "text of ours", "sha256": "ef" * 32, "tokens": 512},
+    "earlier_texts": [{"source": "text of theirs", "sha256": "ab" * 32, "tokens": 512}],
     "training": {"steps": 30, "tokens": 61440, "tokens_per_second": 251.5},
     "results": {
         "comparison": {
@@ -92,6 +94,8 @@ def test_the_hub_reads_base_license_data_and_results_from_the_card(folder: Path,
         "| `Linear` | 4 | groups of 32 | symmetric | kept |",
         "| seed | 7 |",
         "cd" * 32,
+        f"| text of the calibration | text of ours |\n| SHA-256 of its tokens | {'ef' * 32} |",
+        "| text seen earlier | text of theirs |",
         "ranges, gptq",
         "| trained | 22.25 | 0.0625 |",
         "| plain rounding | 30 | 0.4 |",
