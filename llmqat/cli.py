@@ -617,11 +617,12 @@ def export(
 
         llmqat export runs/smollm2-135m-int4/model --format onnx --out smollm2-int4-onnx
     """
-    from llmqat.export import CONVERSIONS, load_any
+    from llmqat.export import CONVERSIONS, keep_record, load_any
 
     if format not in CONVERSIONS:
         raise ValueError(f"--format {format!r} is unknown; choose one of {', '.join(CONVERSIONS)}")
     sizes = CONVERSIONS[format](*load_any(model), out)
+    keep_record(model, out)
     parts = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)

@@ -181,6 +181,8 @@ def test_a_scheme_goes_from_quantize_to_audit_to_gguf(tmp_path: Path, tiny: Path
     assert done.exit_code == 0, done.output
     size = sum(path.stat().st_size for path in (tmp_path / "gptq").iterdir())
     assert f"gptq: {size:,} bytes (codes " in done.output.replace("\n", "")
+    runs = [json.loads((tmp_path / name / "llmqat.json").read_text())["run"] for name in ("out", "gptq")]
+    assert runs[0] == runs[1]
     assert "'awq' is unknown; choose one of compressed-tensors, gguf, gptq, onnx" in refusal(
         "export", str(tmp_path / "out"), "--format", "awq", "--out", str(tmp_path / "awq")
     )

@@ -32,6 +32,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 import llmqat
 from llmqat.export import compressed_tensors
@@ -54,9 +55,11 @@ from llmqat.models import (
     folder_in_progress,
     load_model,
     load_tokenizer,
+    may_be_hub_id,
     read_config,
     resolve_spec,
     weight_files,
+    write_whole,
 )
 
 RUN_FILE = "llmqat.json"
@@ -261,6 +264,30 @@ def _write_run_file(
         "run": dict(run or {}),
     }
     (folder / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def record_of(spec: str) -> dict[str, Any]:
+    """Returns the run's facts beside the checkpoint that `spec` names, a folder or a hub id; nothing without any."""
+    file: str | Path | None = Path(spec) / RUN_FILE
+    if not Path(spec).exists() and may_be_hub_id(spec):
+        file = cached_file(
+            spec,
+            RUN_FILE,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if file is None or not Path(file).is_file():
+        return {}
+    return json.loads(Path(file).read_text(encoding="utf-8")).get("run") or {}
+
+
+def keep_record(spec: str, folder: Path) -> None:
+    """Puts the run's facts of the checkpoint `spec`, if there are any, beside another form of it in `folder`."""
+    run, file = record_of(spec), folder / RUN_FILE
+    if run and folder.is_dir():
+        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        write_whole(file, json.dumps({**facts, "run": run}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _version(package: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +23,7 @@ from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.evaluate.protocols import HUB_PREFIX, PYDOC, text_windows
 from llmqat.evaluate.samples import completions
 from llmqat.evaluate.tasks import TaskSettings, opened_tasks
-from llmqat.export.checkpoint import RUN_FILE
+from llmqat.export.checkpoint import record_of
 from llmqat.layers import audit
 from llmqat.models import load_tokenizer, resolve_spec
 from llmqat.recipe.config import EvaluationSettings
@@ -114,14 +113,6 @@ def _documents_of(source: str) -> dict[str, int]:
         return {PYDOC: document_hash(pydoc_text())}
     found = {str(file): hash_file(file) for file in text_files(Path(source))}
     return {name: digest for name, digest in found.items() if digest is not None}
-
-
-def record_of(spec: str) -> dict[str, Any]:
-    """Returns the run's facts beside a local checkpoint; nothing where there are none."""
-    file = Path(spec) / RUN_FILE
-    if not file.is_file():
-        return {}
-    return json.loads(file.read_text(encoding="utf-8")).get("run") or {}
 
 
 def compare_models(

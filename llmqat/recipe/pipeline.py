@@ -45,7 +45,7 @@ from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.evaluate.layers import write_layers
 from llmqat.evaluate.perplexity import TokenWindows
-from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, save
+from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, record_of, save
 from llmqat.export.registry import register, tracked_run
 from llmqat.heap import give_back_freed_memory
 from llmqat.layers import CoverageAudit, QuantModule, convert
@@ -66,7 +66,6 @@ from llmqat.recipe.evaluation import (
     documents_learned,
     documents_recorded,
     evaluation_windows,
-    record_of,
     texts_seen,
 )
 from llmqat.recipe.folder import (

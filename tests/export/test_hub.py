@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 
 from llmqat import load, save
+from llmqat.export import checkpoint
 from llmqat.export.hub import push
 from tests.export.test_formats import prepared
 from tests.tiny import tiny_llama, tiny_mixtral, tiny_tokenizer
@@ -161,3 +162,11 @@ def test_what_is_not_published_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="truncated"):
         push(folder, REPOSITORY, dry_run=tmp_path / "tree")
     assert not (tmp_path / "tree").exists()
+
+
+def test_the_record_of_a_checkpoint_on_the_hub_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "cached_file", lambda repository, name, **_: str(folder / name))
+    assert checkpoint.record_of(REPOSITORY) == RUN == checkpoint.record_of(str(folder))
+    assert checkpoint.record_of(str(folder.parent)) == {}
+    monkeypatch.setattr(checkpoint, "cached_file", lambda *_, **__: None)
+    assert checkpoint.record_of(REPOSITORY) == {}
