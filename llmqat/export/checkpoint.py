@@ -46,6 +46,8 @@ from llmqat.layers import (
     TiedHead,
     audit,
     check_merged,
+    decode_in_groups,
+    is_checked,
     products,
     share_products,
 )
@@ -513,7 +515,8 @@ def _compile_decoding(model: PreTrainedModel) -> None:
             product(x)
         else:
             packed_linear(first.inputs(x, x.dtype), product.weight())
-    settings = CompileConfig(mode="default", fullgraph=False)
+    decode_in_groups(model)
+    settings = CompileConfig(mode=None, fullgraph=False, options={"guard_filter_fn": is_checked})
     settings._compile_all_devices = True  # transformers leaves the CPU out unless asked so
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = settings
