@@ -36,7 +36,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedConfig, PreT
 import llmqat
 from llmqat.export import compressed_tensors
 from llmqat.export.tensors import stored_dtype
-from llmqat.kernels import KERNELS, compile_kernels, packed_linear
+from llmqat.kernels import KERNELS, packed_linear
 from llmqat.layers import (
     PackedEmbedding,
     PackedLinear,
@@ -507,7 +507,6 @@ def load(
 @torch.no_grad()
 def _compile_decoding(model: PreTrainedModel) -> None:
     """Sets `generate` of `model` up to compile; what kernels make at their first call is made now, not in a graph."""
-    compile_kernels()
     for product in products(model):
         first = product if isinstance(product, PackedLinear) else product.members[0]
         x = torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype)
