@@ -87,6 +87,9 @@ def test_shipped_recipe_takes_a_hub_model(path: Path):
         ("[a, b]", ["a", "b"]),
         ("e4", "e4"),
         ("runs/1e-4", "runs/1e-4"),
+        ("no", "no"),
+        ("on", "on"),
+        ("False", False),
         ("", None),
     ],
 )

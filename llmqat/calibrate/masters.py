@@ -60,19 +60,22 @@ class Originals:
 
 @contextmanager
 def in_float32(block: Block) -> Iterator[None]:
-    """Inside, the parameters of `block` are float32; afterwards they are in their own dtype again, codes unchanged."""
+    """Inside, the parameters of `block` are float32; afterwards they are in their own dtype again, codes unchanged.
+
+    They come back to where they were: a weight that is mapped from its file would else leave the file's pages behind.
+    """
     parameters = [p for p in block.module.parameters() if p.is_floating_point() and p.dtype != torch.float32]
-    narrow: dict[Tensor, torch.dtype] = {parameter: parameter.dtype for parameter in parameters}
+    narrow: dict[Tensor, Tensor] = {parameter: parameter.data for parameter in parameters}
     for parameter in narrow:
         parameter.data = parameter.data.float()
     try:
         yield
     finally:
         for layer in block.quantized().values():
-            if (dtype := narrow.get(layer.weight)) is not None:
-                layer.weight.data = layer.restored(_narrowed(layer, dtype))
-        for parameter, dtype in narrow.items():
-            parameter.data = parameter.data.to(dtype)
+            if (own := narrow.get(layer.weight)) is not None:
+                layer.weight.data = layer.restored(_narrowed(layer, own.dtype))
+        for parameter, own in narrow.items():
+            parameter.data = own.copy_(parameter.data)
 
 
 @torch.no_grad()

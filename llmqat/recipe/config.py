@@ -35,9 +35,18 @@ TRAINER_FOLDER = "checkpoints"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number (YAML 1.1 calls it text), and a key given twice is an error."""
+    """YAML as people write it: numbers as in 1e-4, `no` as text, and no key twice.
+
+    YAML 1.1 calls 1e-4 text and no false, which transformers has as a setting (save_strategy: no).
+    """
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    letter: [resolver for resolver in resolvers if resolver[0] != _BOOL]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 

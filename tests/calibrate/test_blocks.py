@@ -213,6 +213,7 @@ def test_a_bfloat16_block_is_raised_and_comes_back_with_its_codes() -> None:
     model = tiny_llama().to(torch.bfloat16)
     prepare(model, INT3)
     block = open_walk(model, ids(), 2).blocks[0]
+    places = [parameter.data_ptr() for parameter in block.module.parameters()]
     with in_float32(block):
         assert {parameter.dtype for parameter in block.module.parameters()} == {torch.float32}
         with torch.no_grad():
@@ -220,6 +221,7 @@ def test_a_bfloat16_block_is_raised_and_comes_back_with_its_codes() -> None:
                 layer.weight += torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0)) * 0.1
         expected = {name: layer.codes() for name, layer in block.quantized().items()}
         wide = {name: layer.weight.clone() for name, layer in block.quantized().items()}
+    assert [parameter.data_ptr() for parameter in block.module.parameters()] == places
     for name, layer in block.quantized().items():
         assert layer.weight.dtype == torch.bfloat16
         assert torch.equal(layer.codes(), expected[name])
