@@ -11,7 +11,7 @@ bfloat16. 2, 4 and 8 bits are unpacked without putting the codes into their orde
 lie, which gives the columns p, p + n, p + 2n, … for each of the n codes of a byte, and the activations' columns are put
 into that order instead. A code stays in the upper bits of its byte, where it is a multiple of the code, and the scale
 is divided by the same power of two: the products are the same numbers, bit for bit. One pass made by Inductor takes
-longer than torch's seven: 1.1 ms against 0.7 for 3072 x 576 in 4 bits, on one thread.
+longer than torch's six: 1.1 ms against 0.8 for 3072 x 576 in 4 bits, on one thread.
 
 Letters: M rows of activations, O out features, I in features, G scales per row, g weights per scale, b bits,
 n = 8 / b codes a byte.
@@ -203,7 +203,7 @@ def _planes(weight: PackedWeight, dtype: torch.dtype) -> int:
 def _dequantized_planes(weight: PackedWeight, planes: int) -> Tensor:
     """Returns the weight [O, I] in bfloat16, its columns ordered by their place in the byte."""
     packed, scale, zero_point = weight.packed, weight.scale, weight.zero_point
-    rows = scale.shape[0]
+    rows, groups = scale.shape
     bits = 8 // planes
     unit = 2 ** (8 - bits)  # a code stays in the upper bits of its byte; powers of two are exact
     words = packed
@@ -224,20 +224,11 @@ def _dequantized_planes(weight: PackedWeight, planes: int) -> Tensor:
     codes = codes.view(torch.int8 if zero_point is None else torch.uint8).view(planes, rows, -1)
     out = _scratch("weight", (rows, planes, codes.shape[-1]), torch.bfloat16)
     out.transpose(0, 1).copy_(codes)
+    grouped = out.view(rows, planes, groups, -1)
     if zero_point is not None:
-        out.sub_(_spread("zeros", zero_point.to(torch.bfloat16) * unit, codes.shape[-1]))
-    out.mul_(_spread("factors", scale / unit, codes.shape[-1]))
+        grouped.sub_((zero_point.to(torch.bfloat16) * unit)[:, None, :, None])
+    grouped.mul_((scale / unit)[:, None, :, None])
     return out.view(rows, -1)
-
-
-def _spread(name: str, values: Tensor, width: int) -> Tensor:
-    """Returns values [O, G] bfloat16 of groups as [O, 1, width], in a `_scratch` buffer.
-
-    Written out they multiply in a third less time than where each is broadcast over the few codes of its group.
-    """
-    rows, groups = values.shape
-    buffer = _scratch(name, (rows, groups, width // groups), torch.bfloat16)
-    return buffer.copy_(values[:, :, None]).view(rows, 1, width)
 
 
 def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
