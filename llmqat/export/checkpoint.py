@@ -37,7 +37,7 @@ from transformers.utils import cached_file
 import llmqat
 from llmqat.export import compressed_tensors
 from llmqat.export.tensors import stored_dtype
-from llmqat.kernels import KERNELS, compile_kernels, packed_linear
+from llmqat.kernels import KERNELS, packed_linear
 from llmqat.layers import (
     PackedEmbedding,
     PackedLinear,
@@ -47,6 +47,8 @@ from llmqat.layers import (
     TiedHead,
     audit,
     check_merged,
+    decode_in_groups,
+    is_checked,
     products,
     share_products,
 )
@@ -532,7 +534,6 @@ def load(
 @torch.no_grad()
 def _compile_decoding(model: PreTrainedModel) -> None:
     """Sets `generate` of `model` up to compile; what kernels make at their first call is made now, not in a graph."""
-    compile_kernels()
     for product in products(model):
         first = product if isinstance(product, PackedLinear) else product.members[0]
         x = torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype)
@@ -540,7 +541,8 @@ def _compile_decoding(model: PreTrainedModel) -> None:
             product(x)
         else:
             packed_linear(first.inputs(x, x.dtype), product.weight())
-    settings = CompileConfig(mode="default", fullgraph=False)
+    decode_in_groups(model)
+    settings = CompileConfig(mode=None, fullgraph=False, options={"guard_filter_fn": is_checked})
     settings._compile_all_devices = True  # transformers leaves the CPU out unless asked so
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = settings

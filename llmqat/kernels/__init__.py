@@ -5,7 +5,6 @@ why, and that reason is logged once. "reference" always accepts: it dequantizes 
 of an export compares against. Kernels take tensors only.
 """
 
-from llmqat.kernels.cpu import compile_kernels
 from llmqat.kernels.pages import FileMappings, FilePages
 from llmqat.kernels.reference import JoinedWeight, PackedWeight, QuantizedInput
 from llmqat.kernels.registry import KERNELS, Kernel, packed_linear
@@ -18,6 +17,5 @@ __all__ = [
     "Kernel",
     "PackedWeight",
     "QuantizedInput",
-    "compile_kernels",
     "packed_linear",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmqat.kernels.cpu import MAX_DECODE_ROWS, CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel, CpuIntegerKernel
 from llmqat.kernels.cuda import CudaInt4Kernel
+from llmqat.kernels.marlin import MarlinKernel
 from llmqat.kernels.reference import PackedWeight, QuantizedInput, ReferenceKernel
 from llmqat.kernels.triton import TritonKernel
 
@@ -35,6 +36,7 @@ _IN_ORDER: tuple[Kernel, ...] = (
     CpuInt4Kernel(),
     CpuInt8Kernel(),
     CpuDequantizeKernel(),
+    MarlinKernel(),
     CudaInt4Kernel(),
     TritonKernel(),
     ReferenceKernel(),

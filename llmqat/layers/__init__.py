@@ -5,7 +5,7 @@ activation.py  inputs of linear layers                  linear.py      QuantLine
 attention.py   keys and values, in training             embedding.py   embeddings and the head tied to them
 cache.py       keys and values, in generation           experts.py     stacked weights of experts
 prepare.py     prepare and convert                      packed.py      PackedModule: packed codes
-shared.py      one product for q, k and v
+shared.py      one product for q, k and v              decoding.py    a compiled step of generation
 source.py      whether weights are still the source's
 audit.py       what is covered                          lora.py        peft's LoRA inside the quantizer (not
                                                                        imported here: peft takes seconds)
@@ -26,6 +26,7 @@ from llmqat.layers.config import (
     QuantConfig,
     WeightConfig,
 )
+from llmqat.layers.decoding import decode_in_groups, is_checked
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
 from llmqat.layers.linear import QuantLinear
@@ -88,8 +89,10 @@ __all__ = [
     "changed_since_prepared",
     "check_merged",
     "convert",
+    "decode_in_groups",
     "dequantized_once",
     "install",
+    "is_checked",
     "kept_in_float32",
     "kv_scheme",
     "linear_maps",

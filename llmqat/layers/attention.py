@@ -117,7 +117,7 @@ def quantize_kv(model: nn.Module, config: KVCacheConfig) -> None:
         layer.add_module("kv_quantizer", KVQuantizer(config))
     implementation = str(model.config._attn_implementation)
     if not implementation.startswith(IMPLEMENTATION_PREFIX):
-        model.set_attn_implementation(_registered(implementation))
+        model.set_attn_implementation(quantizing_implementation(implementation))
     model.register_forward_pre_hook(_check_dispatch)
     _check_dispatch(model)
 
@@ -182,7 +182,7 @@ def check_kv_groups(layers: Mapping[str, nn.Module], config: KVCacheConfig) -> N
                 )
 
 
-def _registered(implementation: str) -> str:
+def quantizing_implementation(implementation: str) -> str:
     """Returns the name of the attention implementation that quantizes and then calls `implementation`."""
     name = IMPLEMENTATION_PREFIX + implementation
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():

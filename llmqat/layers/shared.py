@@ -86,7 +86,7 @@ def share_products(model: nn.Module) -> None:
     """Lets packed layers of `model` that read one input share its product, where they are alike."""
     for parent in model.modules():
         for names in SIBLINGS:
-            found = [getattr(parent, name, None) for name in names]
+            found = [parent._modules.get(name) for name in names]
             members = [member for member in found if isinstance(member, PackedLinear)]
             if len(members) == len(names) and _alike(members):
                 shared = SharedProduct(members)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 
 import pytest
 import torch
@@ -182,29 +181,6 @@ def test_unpacking_by_planes_gives_the_very_weights_of_the_reference(bits: int, 
     planes = 8 // bits
     unpacked = cpu._dequantized_planes(weight, planes).view(80, planes, -1).transpose(1, 2).reshape(80, 96)
     assert torch.equal(unpacked, weight.dequantized(torch.bfloat16))
-
-
-def test_the_compiled_pass_of_dequantization_gives_the_very_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler: nothing is compiled")
-    compiled = cpu._compiled_pass(2, False)  # None where a trial gave other numbers
-    assert compiled is not None
-    weight = packed_layer(WeightConfig(num_bits=4, group_size=64)).packed_weight()
-    eager = cpu._eager_pass(weight.packed, weight.scale, None, 2).clone()
-    assert torch.equal(compiled(weight.packed, weight.scale, None, 2), eager)
-
-
-def test_more_shapes_than_torch_compiles_are_dequantized_all_the_same() -> None:
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("no C++ compiler: nothing is compiled")
-    compiled = cpu._compiled_pass(2, False)
-    assert compiled is not None
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for group_size in (64, 32):  # one group and two: torch compiles the number one by itself
-            scheme = WeightConfig(num_bits=4, group_size=group_size)
-            weight = packed_layer(scheme, out_features=48, in_features=64).packed_weight()
-            eager = cpu._eager_pass(weight.packed, weight.scale, None, 2).clone()
-            assert torch.equal(compiled(weight.packed, weight.scale, None, 2), eager)
 
 
 def test_a_large_weight_is_dequantized_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,85 @@
+"""What makes a compiled decoding step fast besides its kernels: attention in groups, and fewer guards.
+
+transformers' "sdpa" attention decodes a model whose heads share keys with the heads of a group as the rows of one
+product, but under torch.compile it repeats keys and values for every head instead: copies of the whole cache, a layer
+at a time, and as many products of one row. `decode_in_groups` gives compiled steps the first form.
+
+torch checks before each call that nothing has changed since it compiled: in a packed model of 30 layers some ten
+thousand guards, of which most say that a module still has its class and no new attribute. `is_checked` leaves those
+that follow what may change: tensors and which of them are the same, what is passed in, and the settings of layers.
+
+Letters: B batch, H heads, K heads of keys and values, L length of the cache, D and E head sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llmqat.layers.attention import IMPLEMENTATION_PREFIX, quantizing_implementation
+
+GROUPED = "sdpa_in_groups"
+"""transformers' "sdpa", with decoding in groups under torch.compile as well."""
+
+_OWN = "sdpa"
+_MODULES = re.compile(r"\._modules\[")
+_KINDS = ("TENSOR_MATCH", "DUPLICATE_INPUT")
+_CHANGING = re.compile(r"(\.kernel|\.enabled|\.training|\._held|\._runtime|\['log_scale'\])$")
+
+
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Returns attention as [B, 1, H, E], and None for its weights; transformers' own where it is not one new token.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, 1, D].
+        key: [B, K, L, D]; H / K heads of queries share each.
+        value: [B, K, L, E].
+        mask: [B, 1, 1, L], or None.
+        args: more of transformers' interface, as are `options`.
+        options: `scaling` of the scores is read.
+    """
+    plain = not args and not any(options.get(name) for name in ("dropout", "softcap", "output_attentions"))
+    bare = all(options.get(name) is None for name in ("position_bias", "cache"))
+    if query.shape[2] != 1 or not (plain and bare) or (mask is not None and mask.shape[1] != 1):
+        found: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS[_OWN](
+            module, query, key, value, mask, *args, **options
+        )
+        return found
+    rows = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
+    mixed = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=options.get("scaling"))
+    return mixed.flatten(1, 2).unsqueeze(1), None
+
+
+def decode_in_groups(model: PreTrainedModel) -> None:
+    """Lets `model` attend by `grouped_attention` where its attention is "sdpa", its KV cache quantized or not."""
+    if GROUPED not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS[_OWN])
+    found = str(model.config._attn_implementation)
+    if found == _OWN:
+        model.set_attn_implementation(GROUPED)
+    elif found == IMPLEMENTATION_PREFIX + _OWN:
+        model.set_attn_implementation(quantizing_implementation(GROUPED))
+
+
+def is_checked(guards: Sequence[Any]) -> list[bool]:
+    """Returns which of torch's guards stay: a `guard_filter_fn` for torch.compile.
+
+    Those on modules go, but for tensors and for what of a layer may change between two calls: other weights, scales in
+    training, its kernel, quantizers on or off. So a layer
+    that is replaced, or given another forward, after the first compiled call is not noticed.
+    """
+    return [
+        guard.guard_type in _KINDS or _MODULES.search(guard.name) is None or _CHANGING.search(guard.name) is not None
+        for guard in guards
+    ]
