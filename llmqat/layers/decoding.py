@@ -76,8 +76,8 @@ def is_checked(guards: Sequence[Any]) -> list[bool]:
     """Returns which of torch's guards stay: a `guard_filter_fn` for torch.compile.
 
     Those on modules go, but for tensors and for what of a layer may change between two calls: other weights, scales in
-    training, its kernel, quantizers on or off. So a layer
-    that is replaced, or given another forward, after the first compiled call is not noticed.
+    training, its kernel, quantizers on or off. So a layer that is replaced, or given another forward, after the first
+    compiled call is not noticed.
     """
     return [
         guard.guard_type in _KINDS or _MODULES.search(guard.name) is None or _CHANGING.search(guard.name) is not None
