@@ -18,7 +18,7 @@ _ROWS_AT_ONCE = 16
 _BUCKET = 256
 """Vocabulary entries summed together in the first level."""
 _CANDIDATES = 512
-"""Most likely tokens that are looked at first for top_p; rows that need more of them are sorted whole."""
+"""Most likely tokens that are looked at first for top_p; a row that needs more of them is sorted whole."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,6 @@ class Sampling:
     """Only the most likely tokens that together have this probability are drawn; 1: all."""
     top_k: int | None = None
     """Only so many of the most likely tokens are drawn; None: all."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether tokens are drawn from the model's unchanged distribution."""
-        return self == Sampling()
 
 
 def choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -54,29 +49,34 @@ def choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling)
 
 def _choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    if sampling.is_plain:
-        tokens = invert(weights, uniforms)
-    else:
-        candidates, kept = _truncated(logits, sampling)
-        tokens = candidates.gather(1, invert(kept, uniforms)[:, None]).squeeze(1)
+    scaled = weights if sampling.temperature == 1 else torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    tokens = _drawn(scaled, uniforms, sampling)
     if greedy.any():
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
     chosen = weights.gather(1, tokens[:, None]).squeeze(1)
     return tokens, chosen.clamp(min=torch.finfo(chosen.dtype).tiny).log()
 
 
-def _truncated(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Returns the tokens that may be drawn, most likely first, int64 [B, K], and their weights, float32 [B, K]."""
-    size = logits.shape[-1]
-    count = min(sampling.top_k or size, size)
-    weights = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-    first = count if sampling.top_p == 1 or sampling.top_k else min(_CANDIDATES, count)
+def _drawn(weights: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """Returns a token a row, int64 [B], of those that may be drawn with probabilities `weights`, float32 [B, V]."""
+    if sampling.top_k is None and sampling.top_p == 1:
+        return invert(weights, uniforms)
+    count = min(sampling.top_k or weights.shape[-1], weights.shape[-1])
+    first = count if sampling.top_k else min(_CANDIDATES, count)
     kept, candidates = weights.topk(first)
-    if first < count and bool((kept.sum(-1) < sampling.top_p).any()):
-        kept, candidates = weights.topk(count)
+    tokens = _among(kept, candidates, uniforms, sampling)
+    rows = (kept.sum(-1) < sampling.top_p).nonzero().squeeze(1) if first < count else None
+    if rows is not None and len(rows) > 0:
+        tokens[rows] = _among(*weights[rows].topk(count), uniforms[rows], sampling)
+    return tokens
+
+
+def _among(kept: Tensor, candidates: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """Returns a token a row, int64 [B], of `candidates` [B, K], most likely first, whose weights are `kept`."""
     before = kept.double().cumsum(-1) - kept  # of more likely tokens: the first token is always kept
     whole = kept.double().sum(-1, keepdim=True) if sampling.top_k else 1.0
-    return candidates, kept.masked_fill(before >= sampling.top_p * whole, 0.0)
+    allowed = kept.masked_fill(before >= sampling.top_p * whole, 0.0)
+    return candidates.gather(1, invert(allowed, uniforms)[:, None]).squeeze(1)
 
 
 def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
