@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llmqat import QuantConfig, cli
 from llmqat.recipe import coverage_of
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_llama
 
 COMMANDS = [
     "train",
@@ -32,11 +32,8 @@ runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+def tiny(tiny_folder: Path) -> Path:
+    return tiny_folder
 
 
 @pytest.fixture(scope="module")
