@@ -30,9 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmqat.grid import Grid, dequantize, unpack_int32
-from llmqat.kernels.reference import PackedWeight, QuantizedInput, native_group, native_scales
+from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, QuantizedInput, native_group, native_scales
 
-MAX_DECODE_ROWS = 32
 MAX_INT8_ROWS = 16
 _INNER_K_TILES = 2
 _BLOCK_ROWS = 64

@@ -1,8 +1,9 @@
 """torch's own int4 product on NVIDIA GPUs (tinygemm).
 
 `_weight_int4pack_mm` computes (q - 8) * scale with q in 0..15 as the CPU's does, on a layout of its own that takes 4
-bits a weight beside the checkpoint's words. Written from torch's and torchao's sources: it was never run, let alone
-timed, since no GPU was at hand; only the shapes are checked, on the meta device.
+bits a weight beside the checkpoint's words. On an H100 a product of 4,096 x 4,096 weights takes 6.8 microseconds with
+one row (bfloat16 weights: 16.1), 21.6 with 16, 41 with 32 and 77 with 64, where unpacking the weight first takes 51
+(eval/results/kernels-h100.txt): hence for at most 32 rows.
 
 Letters: M rows of activations, O out features, I in features, g weights per scale.
 """
@@ -12,9 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmqat.kernels.reference import PackedWeight, native_group, native_scales
+from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, native_group, native_scales
 
-MAX_ROWS = 64
 _INNER_K_TILES = (8, 4, 2)
 
 
@@ -33,7 +33,7 @@ class CudaInt4Kernel:
             (weight.out_features % 8 == 0, f"out_features={weight.out_features} is not a multiple of 8"),
             (_tiles(weight) is not None, f"in_features={weight.in_features} is not a multiple of 32"),
             (native_group(weight) is not None, f"group size {weight.group_size} does not fit"),
-            (x.numel() <= MAX_ROWS * weight.in_features, f"it is for at most {MAX_ROWS} rows"),
+            (x.numel() <= MAX_DECODE_ROWS * weight.in_features, f"it is for at most {MAX_DECODE_ROWS} rows"),
         )
         return next((reason for holds, reason in checks if not holds), None)
 

@@ -15,6 +15,10 @@ from torch.nn import functional as F
 
 from llmqat.grid import Grid, dequantize, unpack_int32
 
+MAX_DECODE_ROWS = 32
+"""Rows up to which kernels for decoding win, on CPUs and on an H100; the choice of a kernel is kept for each number of
+rows up to here, and for all above."""
+
 
 @dataclass(frozen=True)
 class QuantizedInput:

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmqat.kernels.cpu import MAX_DECODE_ROWS, CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel, CpuIntegerKernel
+from llmqat.kernels.cpu import CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel, CpuIntegerKernel
 from llmqat.kernels.cuda import CudaInt4Kernel
 from llmqat.kernels.marlin import MarlinKernel
-from llmqat.kernels.reference import PackedWeight, QuantizedInput, ReferenceKernel
+from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, QuantizedInput, ReferenceKernel
 from llmqat.kernels.triton import TritonKernel
 
 logger = logging.getLogger(__name__)

@@ -186,6 +186,15 @@ def test_kv_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert found["bfloat16"] > found["8 bits"] > found["4 bits, groups of 8"] > 0
 
 
+def test_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "kernels.py", "--shapes", "64x128", "--rows", "1", "40", "--cached", "0", "--repeats", "1")
+    output = capsys.readouterr().out
+    found = headline(output)
+    assert [name.split(", ")[:2] for name in found] == [["64x128", "1 rows"], ["64x128", "40 rows"]]
+    assert all(ratio > 0 for ratio in found.values())
+    assert "reference" in output
+
+
 def test_zero_shot(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

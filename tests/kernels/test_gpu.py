@@ -1,4 +1,7 @@
-"""GPU kernels without a GPU: Triton's under its interpreter against the product in float64, torch's by its shapes."""
+"""GPU kernels without a GPU: Triton's under its interpreter against the reference, torch's by its shapes.
+
+With a GPU, test_kernels.py runs them all on it.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: kernel not tested")
-def test_triton_agrees_with_the_product_in_float64() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when triton is imported, so in a process of its own
+@pytest.mark.parametrize(
+    "interpreted",
+    [True, pytest.param(False, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
+)
+def test_triton_unpacks_the_weights_of_the_reference(interpreted: bool) -> None:
+    # Read when triton is imported, so in a process of its own.
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"}
     command = [sys.executable, "-m", "tests.kernels.interpreted"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -25,17 +25,21 @@ def packed_layer(scheme: WeightConfig, out_features: int = 64, in_features: int 
     )
 
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 7, 16, 33, 200])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
 @pytest.mark.parametrize("name", list(KERNELS))
-def test_a_kernel_agrees_with_the_product_in_float64(name: str, scheme: WeightConfig, rows: int) -> None:
-    layer, x = packed_layer(scheme), torch.randn(rows, 384).bfloat16()
+def test_a_kernel_agrees_with_the_product_in_float64(name: str, scheme: WeightConfig, rows: int, device: str) -> None:
+    layer, x = packed_layer(scheme).to(device), torch.randn(rows, 384).bfloat16().to(device)
     weight = layer.packed_weight()
     if KERNELS[name].declines(x, weight) is not None:
         assert name != "reference"
         return
     exact = x.double() @ layer.dequantized_weight(torch.bfloat16).double().T
-    bias = torch.randn(64).bfloat16()
+    bias = torch.randn(64).bfloat16().to(device)
     got = packed_linear(x, weight, bias, name).double()
     # bfloat16 inputs are exact in the product; the sum runs in float32 and is rounded to bfloat16 once or twice
     # (8 bits: half a unit is 2^-9 of the value). The int4 kernel forms each weight (q - 8) * s in bfloat16 again, 2^-9
