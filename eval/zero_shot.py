@@ -65,14 +65,21 @@ def found_before(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Returns what the file of results holds, by model.
 
     Raises:
-        SystemExit: it is of other questions.
+        SystemExit: it is of other questions, or not of this script.
     """
     if not options.json or not options.json.is_file():
         return {}
-    report = json.loads(options.json.read_text(encoding="utf-8"))
-    if report["settings"] != questions(options):
-        raise SystemExit(f"{options.json} is of {report['settings']}, not of {questions(options)}; give another --json")
-    return dict(report["models"])
+    try:
+        report = json.loads(options.json.read_text(encoding="utf-8"))
+        settings, models = report["settings"], dict(report["models"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"--json {options.json} holds no results of this script ({type(error).__name__}: {error}); "
+            "move it away, or give another"
+        ) from error
+    if settings != questions(options):
+        raise SystemExit(f"{options.json} is of {settings}, not of {questions(options)}; give another --json")
+    return models
 
 
 def parse_options() -> argparse.Namespace:

@@ -149,7 +149,12 @@ def _start(
 
     Begin with: llmqat train recipes/smollm2-135m-int4.yaml
     """
-    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal():
+        raise ValueError(
+            f"WORLD_SIZE={given!r} is no number of processes; torchrun and accelerate set it, else unset it"
+        )
+    processes = int(given)
     if processes > 1 and ctx.invoked_subcommand not in COMMANDS_OF_MANY_PROCESSES:
         raise ValueError(
             f"WORLD_SIZE={processes}: llmqat {ctx.invoked_subcommand} runs in one process; start it without torchrun "

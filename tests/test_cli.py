@@ -66,6 +66,8 @@ def recipe(tmp_path: Path, model: Path | str) -> str:
 def test_a_command_of_one_process_is_refused_in_many(command: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert f"WORLD_SIZE=2: llmqat {command} runs in one process" in refusal(command, "model")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "WORLD_SIZE='two' is no number of processes" in refusal(command, "model")
 
 
 def test_every_command_has_help_with_an_example():

@@ -218,6 +218,10 @@ def test_zero_shot(
     assert "again quiz acc_norm 7.0000" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="give another --json"):
         run(monkeypatch, "zero_shot.py", *arguments, "--limit", "2", "--json", str(tmp_path / "out.json"))
+    for other in ("{", '{"rows": []}', "[]"):
+        (tmp_path / "out.json").write_text(other)
+        with pytest.raises(SystemExit, match="holds no results of this script"):
+            run(monkeypatch, "zero_shot.py", *arguments, "--json", str(tmp_path / "out.json"))
     run(monkeypatch, "zero_shot.py", "--make", str(tmp_path / "made"), "--task-folder", str(tmp_path / "tasks"))
     assert (tmp_path / "made" / "quiz.yaml").is_file()
 
