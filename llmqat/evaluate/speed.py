@@ -226,7 +226,7 @@ def disk_usage(path: Path | str) -> DiskUsage:
 
 def _time_once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     """Returns the seconds of one prefill and of the decode steps after it."""
-    clock = _Clock(prompt.device)
+    clock = Clock(prompt.device)
     start = clock.now()
     output = model(input_ids=prompt, past_key_values=new_cache(model), use_cache=True, logits_to_keep=1)
     prefilled = clock.now()
@@ -237,12 +237,13 @@ def _time_once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float
 
 
 @dataclass(frozen=True)
-class _Clock:
+class Clock:
     """Wall time after all work queued on the device is done."""
 
     device: torch.device
 
     def now(self) -> float:
+        """Returns seconds from some fixed moment."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()

@@ -187,12 +187,22 @@ def test_kv_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run(monkeypatch, "kernels.py", "--shapes", "64x128", "--rows", "1", "40", "--cached", "0", "--repeats", "1")
+    run(monkeypatch, "kernel_speed.py", "--shapes", "64x128", "--rows", "1", "40", "--cached", "0", "--repeats", "1")
     output = capsys.readouterr().out
     found = headline(output)
     assert [name.split(", ")[:2] for name in found] == [["64x128", "1 rows"], ["64x128", "40 rows"]]
     assert all(ratio > 0 for ratio in found.values())
     assert "reference" in output
+    for wrong, message in (
+        (["--shapes", "64"], "write OUTxIN"),
+        (["--shapes", "8x100"], "a multiple of --group-size 64"),
+    ):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "kernel_speed.py", *wrong)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "kernel_speed.py", "--rows", "0")
+    assert "are 1 or more" in capsys.readouterr().err
 
 
 def test_zero_shot(

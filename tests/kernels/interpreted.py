@@ -18,7 +18,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def main() -> None:
-    """Checks every width, and prints how many weights were compared."""
+    """Checks every width, and prints how many products were compared."""
     torch.manual_seed(0)
     count = 0
     for bits in (2, 3, 4, 5, 8):
@@ -34,17 +34,33 @@ def main() -> None:
 
 
 def check(scheme: WeightConfig, in_features: int) -> int:
-    """Returns the number of dtypes; raises where a weight is not the reference's, bit for bit."""
-    weight = packed_layer(scheme, out_features=80, in_features=in_features).to(DEVICE).packed_weight()
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    for dtype in dtypes:
+    """Returns the number of products; raises where one is off, or its weight is not the reference's, bit for bit."""
+    layer = packed_layer(scheme, out_features=80, in_features=in_features).to(DEVICE)
+    weight = layer.packed_weight()
+    products = ((1, torch.bfloat16), (19, torch.float16), (70, torch.float32))
+    for rows, dtype in products:
         got, wanted = unpacked(weight, dtype), weight.dequantized(dtype)
         if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts bfloat16 off instead of rounding
             got, wanted = got.float(), weight.dequantized(torch.float32)
             assert ((got - wanted).abs() <= 2**-7 * wanted.abs()).all(), f"{scheme.label}, {in_features} features"
         else:
             assert torch.equal(got, wanted), f"{scheme.label}, {in_features} features, {dtype}"
-    return len(dtypes)
+        x, bias = torch.randn(rows, in_features).to(DEVICE, dtype), torch.randn(80).to(DEVICE, dtype)
+        dequantized = layer.dequantized_weight(dtype).double()
+        exact = x.double() @ dequantized.T
+        product = packed_linear(x, weight, bias, "triton").double()
+        # Exact operands, sums in float32, rounded before and after the bias. The interpreter cuts bfloat16 off instead
+        # of rounding: a whole unit of the weights, and of the output.
+        unit, each = {
+            torch.bfloat16: (2**-7 + 2**-8, 2**-7),
+            torch.float16: (2**-10, 2**-18),
+            torch.float32: (2**-22, 2**-20),
+        }[dtype]
+        sums = x.double().abs() @ dequantized.abs().T
+        bound = unit * (exact.abs() + bias.double().abs()) + each * sums + 1e-6
+        error = (product - exact - bias.double()).abs()
+        assert (error <= bound).all(), f"{scheme.label}, {in_features} features, {rows} rows: {error.max()}"
+    return len(products)
 
 
 if __name__ == "__main__":

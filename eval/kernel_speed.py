@@ -1,6 +1,6 @@
 """Products of packed weights: every kernel that accepts, beside torch's product with a bfloat16 weight.
 
-    python eval/kernels.py --shapes 4096x4096 14336x4096 --rows 1 16 512
+    python eval/kernel_speed.py --shapes 4096x4096 14336x4096 --rows 1 16 512
 
 A shape is OUTxIN. Weights are random, and as many of a shape as fill `--cached` megabytes take turns, so that none is
 read from a cache that a whole model would not fit in. On a GPU the turns are replayed as one CUDA graph, since starting
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
+import re
 from collections.abc import Callable
 from statistics import median
 
@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmqat.evaluate.speed import Clock
 from llmqat.grid import Grid
 from llmqat.kernels import KERNELS, PackedWeight
 
@@ -40,6 +41,11 @@ def main() -> None:
     parser.add_argument("--cached", type=int, default=256, help="megabytes that the weights of a shape fill at least")
     parser.add_argument("--repeats", type=int, default=5, help="measurements, after one that is thrown away")
     options = parser.parse_args()
+    if min(*options.rows, options.repeats, options.group_size) < 1:
+        parser.error("--rows, --repeats and --group-size are 1 or more")
+    for shape in options.shapes:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape) or int(shape.split("x")[1]) % options.group_size:
+            parser.error(f"--shapes {shape}: write OUTxIN, IN a multiple of --group-size {options.group_size}")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     shown = Table("out x in", "rows", "kernel", "µs", "of bfloat16", *(["called, µs"] if on_gpu else []))
@@ -89,6 +95,7 @@ def random_weight(
 
 def timed(products: list[Callable[[], Tensor]], repeats: int, device: torch.device) -> tuple[float, float]:
     """Returns the median microseconds of one of `products` in turn: replayed as a graph on a GPU, and called."""
+    clock = Clock(device)
 
     def turns() -> None:
         for product in products:
@@ -97,12 +104,10 @@ def timed(products: list[Callable[[], Tensor]], repeats: int, device: torch.devi
     def timing(run: Callable[[], None]) -> float:
         found = []
         for _ in range(repeats + 1):
-            synchronize(device)
-            start = time.perf_counter()
+            start = clock.now()
             for _ in range(ROUNDS):
                 run()
-            synchronize(device)
-            found.append((time.perf_counter() - start) / ROUNDS / len(products) * 1e6)
+            found.append((clock.now() - start) / ROUNDS / len(products) * 1e6)
         return median(found[1:])
 
     called = timing(turns)
@@ -112,12 +117,6 @@ def timed(products: list[Callable[[], Tensor]], repeats: int, device: torch.devi
     with torch.cuda.graph(graph):
         turns()
     return timing(graph.replay), called
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for what `device` was given to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
