@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.layers import QuantModule, linear_maps, model_kind, note_moved
-from llmqat.models import model_device, output_head
+from llmqat.layers.probe import probe_inputs
+from llmqat.models import output_head
 
-PROBE_TOKENS = 8
 TOLERANCE = 2e-3
 """Largest change of a logit, as a share of the logits' standard deviation, that counts as rounding in float32."""
 
@@ -57,7 +57,7 @@ class Norm:
 
 @torch.no_grad()
 def find_norms(model: nn.Module) -> dict[str, Norm]:
-    """Returns the norms of `model` by name, with their readers; runs `PROBE_TOKENS` tokens through it."""
+    """Returns the norms of `model` by name, with their readers; runs a few tokens through it."""
     norms = {
         name: Norm(module, _offset(module))
         for name, module in model.named_modules()
@@ -152,13 +152,10 @@ def unchanged_logits(model: nn.Module, what: str) -> Iterator[None]:
 
 @torch.no_grad()
 def _probe(model: nn.Module) -> Tensor:
-    config: Any = model.config
-    vocabulary = config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     training = model.training
     model.eval()
     try:
-        logits: Tensor = model(input_ids=ids.to(model_device(model)), use_cache=False).logits
+        logits: Tensor = model(**probe_inputs(model), use_cache=False).logits
     finally:
         model.train(training)
     return logits.float()

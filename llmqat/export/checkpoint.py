@@ -52,6 +52,7 @@ from llmqat.layers import (
     products,
     share_products,
 )
+from llmqat.layers.probe import probe_inputs
 from llmqat.models import (
     cast_parameters,
     folder_in_progress,
@@ -388,13 +389,13 @@ def _prove(
     probe: Tensor | None,
     written: Mapping[str, Tensor],
 ) -> dict[str, int]:
-    probe = _default_probe(model) if probe is None else probe
+    inputs = probe_inputs(model, *PROBE_SHAPE) if probe is None else {"input_ids": probe}
     _prove_tensors(folder, written)
     attention = getattr(model.config, "_attn_implementation", None)
     reloaded = format.read(folder, read_config(folder, str(folder)), dtype, attention).to(model.device)
     layers = _prove_weights(model, reloaded, dtype)
-    _prove_logits(model, reloaded, dtype, probe)
-    return {"tensors": len(written), "packed_layers": layers, "probe_tokens": probe.numel()}
+    _prove_logits(model, reloaded, dtype, inputs)
+    return {"tensors": len(written), "packed_layers": layers, "probe_tokens": _tokens(inputs)}
 
 
 def _prove_tensors(folder: Path, written: Mapping[str, Tensor]) -> None:
@@ -440,32 +441,47 @@ def _prove_weights(model: nn.Module, reloaded: nn.Module, dtype: torch.dtype) ->
     return count
 
 
-def _prove_logits(model: PreTrainedModel, reloaded: PreTrainedModel, dtype: torch.dtype, probe: Tensor) -> None:
-    trained, packed = _probe_logits(model, dtype, probe), _probe_logits(reloaded, dtype, probe)
+def _prove_logits(
+    model: PreTrainedModel, reloaded: PreTrainedModel, dtype: torch.dtype, inputs: Mapping[str, Tensor]
+) -> None:
+    trained, packed = _probe_logits(model, dtype, inputs), _probe_logits(reloaded, dtype, inputs)
     if not bool(torch.isfinite(trained).all()):
         raise ProofError("the fake-quantized model's logits on the probe batch are not finite; training has diverged")
     if not torch.equal(trained, packed):
         worst = (trained.float() - packed.float()).abs().max().item()
         raise ProofError(
             f"logits of the reloaded model differ from the fake-quantized model's by up to {worst:.3g} on a probe of "
-            f"{tuple(probe.shape)} tokens, though every tensor is equal: something beside the weights is not exported"
+            f"{_tokens(inputs)} tokens, though every tensor is equal: something beside the weights is not exported"
         )
 
 
 @torch.no_grad()
-def _probe_logits(model: PreTrainedModel, dtype: torch.dtype, probe: Tensor) -> Tensor:
+def _probe_logits(model: PreTrainedModel, dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> Tensor:
     device = model.device
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with cast_parameters(model, dtype), _reference_kernel(model), torch.autocast(device.type, enabled=False):
             # The class's forward: accelerate replaces the instance's by one that runs under autocast.
-            output: Any = type(model).forward(model, input_ids=probe.to(device), use_cache=False)
+            output: Any = type(model).forward(model, **_inputs_for(model, inputs, dtype), use_cache=False)
     finally:
         for module, was_training in training.items():
             module.training = was_training
     logits: Tensor = output.logits
     return logits
+
+
+def _inputs_for(model: PreTrainedModel, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the inputs of a probe on the model's device, features of sound in `dtype`."""
+    return {
+        name: tensor.to(model.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
+
+
+def _tokens(inputs: Mapping[str, Tensor]) -> int:
+    """Returns the number of token ids in a probe."""
+    return sum(tensor.numel() for tensor in inputs.values() if not tensor.is_floating_point())
 
 
 @contextmanager
@@ -479,11 +495,6 @@ def _reference_kernel(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, kernel in zip(layers, before, strict=True):
             layer.kernel = kernel
-
-
-def _default_probe(model: PreTrainedModel) -> Tensor:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
 
 
 # Loading

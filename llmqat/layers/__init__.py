@@ -6,6 +6,7 @@ attention.py   keys and values, in training             embedding.py   embedding
 cache.py       keys and values, in generation           experts.py     stacked weights of experts
 prepare.py     prepare and convert                      packed.py      PackedModule: packed codes
 shared.py      one product for q, k and v              decoding.py    a compiled step of generation
+probe.py       a tiny forward of any model
 source.py      whether weights are still the source's
 audit.py       what is covered                          lora.py        peft's LoRA inside the quantizer (not
                                                                        imported here: peft takes seconds)
