@@ -5,7 +5,7 @@ text.py       files and folders                      packing.py    pieces packed
 hub.py        the `datasets` library                 blocks.py     blocks, their hash, and what a model takes of them
 pydoc.py      Python's own manual                    cache.py      blocks that have been made before
 synthesis.py  text that the model writes             mix.py        several sources by weight
-chat.py       conversations, and whose words count
+rows.py       what a row is, and its columns mean    chat.py       conversations, and whose words count
 """
 
 from __future__ import annotations

@@ -1,24 +1,44 @@
 """Conversations as token ids, and which of them the assistant wrote: those alone are labels.
 
-A conversation is rendered by the tokenizer's chat template. Where the template marks the assistant's words with
-`{% generation %}`, transformers says which tokens they are. Where it does not, they are found from prefixes: the
-template of the messages before an answer, opened for the answer, must begin the template of the messages up to it, and
-that must begin the whole; what lies between is the answer, up to its end-of-turn token. A template that rewrites
-earlier turns (one that drops their reasoning, for example) fails this, and is refused, never guessed at.
+A conversation is rendered by the tokenizer's chat template, which gets the row's tools, documents and variables. Where
+the template marks the assistant's words with `{% generation %}`, transformers says which tokens they are. Where it does
+not, they are found from prefixes: the template of the messages before an answer, opened for the answer, must begin the
+template of the messages up to it, and that must begin the whole; what lies between is the answer, up to its end-of-turn
+token. A template that rewrites earlier turns (one that drops their reasoning, for example) fails this, and is refused,
+never guessed at.
+
+Nothing of a conversation is dropped: what the template does not read (tools, a tool call, a role it does not know) is
+refused by name.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import jinja2
+import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 ASSISTANT = "assistant"
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ROLES = {"human": "user", "gpt": ASSISTANT}
+"""Roles as ShareGPT calls them, and their names elsewhere."""
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that transformers gives to a template under each of these names."""
+_CONTENT_FIELDS = ("tool_calls", "function_call", "tool_plan", "documents", "citations", *_REASONING)
+"""Fields of a message, beside `content`, that hold some of its words."""
+_LOSS_FIELDS = ("weight", "train", "training", "trainable", "loss")
+"""Fields of a message by which other programs leave it out of the loss."""
+_WORDS = "USERWORDS"
 
 
 class Chat(NamedTuple):
@@ -32,11 +52,23 @@ class Chat(NamedTuple):
     """Number of the first message that may count as an answer; what stands before is a prompt."""
     template: str | None = None
     """Chat template in place of the tokenizer's own."""
+    tools: list[dict[str, Any]] | None = None
+    """What the template gets as `tools`."""
+    documents: list[dict[str, Any]] | None = None
+    """What the template gets as `documents`."""
+    variables: dict[str, Any] | None = None
+    """What the template gets besides, by name."""
+    unread: tuple[str, ...] = ()
+    """Columns of its row that nobody reads."""
 
     @property
     def size(self) -> int:
         """Characters, about."""
         return sum(len(str(message.get("content"))) for message in self.messages)
+
+    def beside(self) -> dict[str, Any]:
+        """Returns what the template gets beside the messages; `variables` win, as in TRL."""
+        return {"tools": self.tools, "documents": self.documents, **(self.variables or {})}
 
 
 class Completion(NamedTuple):
@@ -52,46 +84,280 @@ class Completion(NamedTuple):
 
 
 def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
-    """Returns `messages` as a list of mappings, without fields that are None.
+    """Returns `messages` as a list of mappings with `role`, without fields that are None.
+
+    `from` and `value`, as in ShareGPT's data, become `role` and `content`.
 
     Raises:
-        ValueError: when they are no list of mappings with a role, or none is the assistant's.
+        ValueError: when they are no list of mappings with a role, one says nothing, or none is the assistant's.
     """
     given = isinstance(messages, Sequence) and not isinstance(messages, str)
-    if not given or not all(isinstance(message, Mapping) and message.get("role") for message in messages):
+    if not given or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(f"{where} is no conversation: a list of mappings with `role` and `content` is needed")
-    kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    kept = [_message(message) for message in messages]
+    for number, message in enumerate(kept):
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"{where} is no conversation: message {number} has no `role`")
+        if not {"content", *_CONTENT_FIELDS} & message.keys():
+            raise ValueError(f"{where}: message {number} (role {message['role']!r}) has no `content`")
+        _texts(message.get("content"), f"{where}: message {number}")
+        for name in _LOSS_FIELDS:
+            if message.get(name, 1) not in (1, True):
+                raise ValueError(
+                    f"{where}: message {number} has {name}={message[name]!r}, which llmqat does not read: all that the "
+                    "assistant says is learned; leave the field out, or give rows with `prompt` and `completion`"
+                )
     if not any(message["role"] == ASSISTANT for message in kept):
         roles = ", ".join(str(message["role"]) for message in kept) or "none"
         raise ValueError(f"{where} has no message of the role {ASSISTANT!r} to learn from; its roles: {roles}")
     return kept
 
 
+def _message(given: Mapping[str, Any]) -> dict[str, Any]:
+    message = {key: value for key, value in given.items() if value is not None}
+    if "from" in message and "role" not in message:
+        role = message.pop("from")
+        message["role"] = ROLES.get(role, role)
+    if "value" in message and "content" not in message:
+        message["content"] = message.pop("value")
+    return message
+
+
+def _texts(content: Any, where: str) -> list[str]:
+    """Returns the texts that a message's content holds: itself, or those of its parts."""
+    if not isinstance(content, list):
+        return [content] if isinstance(content, str) else []
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f"{where} holds a part of type {kind!r}, and llmqat trains on text alone")
+        texts.append(text)
+    return texts
+
+
 def chat_content(messages: Sequence[Mapping[str, Any]]) -> str:
     """Returns the text that a conversation is hashed by."""
-    return json.dumps(messages, ensure_ascii=False, sort_keys=True)
+    return json.dumps(messages, ensure_ascii=False, sort_keys=True, default=str)
+
+
+# Rendering
+
+
+def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a conversation as text.
+
+    Raises:
+        ValueError: when there is no chat template, or it does not take all of the conversation.
+    """
+    return _opened(chat, tokenizer)[1]
+
+
+def _opened(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str]:
+    """Returns the conversation as its template takes it, the template among its fields, and its text."""
+    template = _template_of(chat, tokenizer)
+    chat = chat._replace(template=template)
+    _check_beside(chat, template)
+    _check_fields(chat, template)
+    chat = chat._replace(messages=[_as_taken(chat, message, tokenizer) for message in chat.messages])
+    chat, whole = _with_arguments(chat, tokenizer)
+    _check_words(chat, whole)
+    return chat, whole
+
+
+def _template_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the conversation's template; of several that the tokenizer has, the one that transformers would take."""
+    asked = (chat.variables or {}).get("chat_template") or chat.template
+    try:
+        return tokenizer.get_chat_template(asked, chat.beside()["tools"])
+    except ValueError as error:
+        raise ValueError(
+            "the tokenizer has no chat template (or several, none of them the default), and conversations need one; "
+            "give data.chat_template=FILE"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _variables_of(template: str) -> frozenset[str]:
+    """Returns the variables that a chat template reads."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)  # nothing is rendered
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template))))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template is no Jinja template: {error}") from error
+
+
+def _check_beside(chat: Chat, template: str) -> None:
+    """Raises where the template does not read what it is to get, or what it reads is in a column of its own."""
+    known = _variables_of(template)
+    reserved = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
+        *("tools", "documents", "chat_template", "kwargs")
+    }
+    for name, value in chat.beside().items():
+        if name in reserved or name == "messages":
+            raise ValueError(f"{chat.where}: {name!r} in `chat_template_kwargs` is not for rows to say; leave it out")
+        if value and name not in known and name != "chat_template":
+            column = name if name in ("tools", "documents") else "chat_template_kwargs"
+            raise ValueError(
+                f"{chat.where}: the row has {name!r}, which the chat template does not read; give one that does "
+                f"(data.chat_template=FILE), or set the column aside: data.ignore_columns=[{column}]"
+            )
+    if meant := sorted(known & set(chat.unread)):
+        raise ValueError(
+            f"{chat.where}: the chat template reads a variable {meant[0]!r}, which is a column of its own; give it in "
+            f"a column `chat_template_kwargs`, or set it aside: data.ignore_columns=[{meant[0]}]"
+        )
+
+
+_said: set[tuple[str, ...]] = set()
+
+
+def _check_fields(chat: Chat, template: str) -> None:
+    """Raises where messages have fields with words in them that the template does not name; logs other fields once."""
+    named = set(re.findall(r"\w+", template))
+    fields = {name for message in chat.messages for name, value in message.items() if value or name == "content"}
+    unread = sorted(fields - named - {*_LOSS_FIELDS, *(_REASONING if named & set(_REASONING) else ())})
+    if lost := [name for name in unread if name in _CONTENT_FIELDS]:
+        raise ValueError(
+            f"{chat.where}: messages have {lost[0]!r}, which the chat template does not read; give one that does: "
+            "data.chat_template=FILE"
+        )
+    if unread and tuple(unread) not in _said:
+        _said.add(tuple(unread))
+        log.warning("%s: fields of messages that the chat template does not read: %s", chat.where, ", ".join(unread))
+
+
+def _as_taken(chat: Chat, message: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Returns `message` with its content as text or as a list of parts, whichever the template takes."""
+    content = message.get("content")
+    if not isinstance(content, (str, list)):
+        return message
+    takes_text, takes_parts = _content_forms(tokenizer, str(chat.template))
+    if isinstance(content, str):
+        parts = takes_parts and not takes_text
+        return {**message, "content": [{"type": "text", "text": content}]} if parts else message
+    if takes_parts:
+        return message
+    texts = _texts(content, chat.where)
+    if len(texts) > 1:
+        raise ValueError(
+            f"{chat.where}: the content of a message is a list of {len(texts)} parts, and the chat template takes text "
+            "alone; join them in the rows, or give a template that takes parts: data.chat_template=FILE"
+        )
+    return {**message, "content": "".join(texts)}
+
+
+@lru_cache(maxsize=8)
+def _content_forms(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[bool, bool]:
+    """Returns whether a template takes content as text, and as a list of parts; of one that takes neither, text."""
+
+    def takes(content: Any) -> bool:
+        messages = [{"role": "user", "content": content}, {"role": ASSISTANT, "content": content}]
+        try:
+            found = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+        except Exception:  # a template may fail in any way on what it does not take
+            return False
+        return _WORDS in found and "'type'" not in found and '"type"' not in found
+
+    text, parts = takes(_WORDS), takes([{"type": "text", "text": _WORDS}])
+    return text or not parts, parts
+
+
+def _with_arguments(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str]:
+    """Returns the conversation and its text, arguments of tool calls as mappings where the template needs them so.
+
+    Templates write them as JSON; what is JSON already would be written as a string within a string.
+    """
+    given = [
+        call.get("function", call).get("arguments")
+        for message in chat.messages
+        for call in message.get("tool_calls") or ()
+    ]
+    texts = [arguments for arguments in given if isinstance(arguments, str)]
+    if not texts:
+        return chat, _rendered(chat.messages, chat, tokenizer)
+    try:
+        whole = _rendered(chat.messages, chat, tokenizer)
+    except ValueError:
+        whole = None
+    if whole is not None and not any(json.dumps(text, ensure_ascii=False) in whole for text in texts):
+        return chat, whole
+    chat = chat._replace(messages=[_with_parsed_arguments(message, chat.where) for message in chat.messages])
+    return chat, _rendered(chat.messages, chat, tokenizer)
+
+
+def _with_parsed_arguments(message: dict[str, Any], where: str) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        if isinstance(arguments := function.get("arguments"), str):
+            try:
+                function = {**function, "arguments": json.loads(arguments)}
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: arguments of a tool call are no JSON: {arguments[:60]!r}") from error
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
+
+
+def _check_words(chat: Chat, whole: str) -> None:
+    """Raises where the template has left out what somebody other than the assistant says."""
+    for number, message in enumerate(chat.messages):
+        if message["role"] == ASSISTANT:
+            continue
+        for text in _texts(message.get("content"), chat.where):
+            if not _is_in(text.strip(), whole, exact=message["role"] not in ("system", "developer")):
+                raise ValueError(
+                    f"{chat.where}: the chat template leaves out the words of message {number} (role "
+                    f"{message['role']!r}); give one that has them: data.chat_template=FILE"
+                )
+
+
+def _is_in(text: str, whole: str, exact: bool) -> bool:
+    """Returns whether `whole` holds a text, perhaps as JSON; of one that is not exact, half of its words will do."""
+    if text in whole or json.dumps(text, ensure_ascii=False)[1:-1] in whole:
+        return True
+    words = text.split()  # some templates take commands, such as /no_think, out of a system message
+    return not exact and sum(word in whole for word in words) * 2 >= len(words)
+
+
+def _rendered(messages: list[dict[str, Any]], chat: Chat, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    return str(_applied(messages, chat, tokenizer, tokenize=False, **options))
+
+
+def _applied(messages: list[dict[str, Any]], chat: Chat, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    """Returns what the tokenizer makes of `messages` with all that the template is to get.
+
+    Raises:
+        ValueError: when the template cannot render them.
+    """
+    given = {**chat.beside(), "chat_template": chat.template}
+    try:
+        return tokenizer.apply_chat_template(messages, **given, **options)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{chat.where}: the chat template cannot render it: {error}") from error
+
+
+# Labels
 
 
 def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Returns a conversation's ids, and 1 for each that is the assistant's, else 0.
 
     Raises:
-        ValueError: when there is no chat template, or the assistant's words cannot be told from it.
+        ValueError: when there is no chat template, it does not take all of the conversation, or the assistant's words
+            cannot be told from it.
     """
-    template = chat.template or tokenizer.chat_template
-    if not isinstance(template, str):
-        raise ValueError(
-            "the tokenizer has no chat template (or several), and conversations need one; give data.chat_template=FILE"
-        )
-    if _GENERATION.search(template) and chat.answers_from == 0:
-        return _by_markers(chat, tokenizer, template)
-    return _by_prefixes(chat, tokenizer, template)
+    chat, whole = _opened(chat, tokenizer)
+    if _GENERATION.search(str(chat.template)) and chat.answers_from == 0:
+        return _by_markers(chat, tokenizer)
+    return _by_prefixes(chat, whole, tokenizer)
 
 
-def _by_markers(chat: Chat, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[list[int], list[int]]:
-    found = tokenizer.apply_chat_template(
-        chat.messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+def _by_markers(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    found = _applied(chat.messages, chat, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, scored = list(found["input_ids"]), list(found["assistant_masks"])
     if not any(scored):
         raise ValueError(
@@ -101,20 +367,19 @@ def _by_markers(chat: Chat, tokenizer: PreTrainedTokenizerBase, template: str) -
     return ids, scored
 
 
-def _by_prefixes(chat: Chat, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[list[int], list[int]]:
+def _by_prefixes(chat: Chat, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} does not say which characters a token stands for, which a chat template "
             "without {% generation %} markers needs; give a template with markers: data.chat_template=FILE"
         )
-    whole = _rendered(chat.messages, tokenizer, template)
     found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     begins = [begin for begin, _ in found["offset_mapping"]]
     scored = [0] * len(begins)
     for number, message in enumerate(chat.messages):
         if message["role"] != ASSISTANT or number < chat.answers_from:
             continue
-        start, end = _answer(chat, number, whole, tokenizer, template)
+        start, end = _answer(chat, number, whole, tokenizer)
         low, high = bisect_left(begins, start), bisect_right(begins, end - 1)
         scored[low:high] = [1] * (high - low)
     if not any(scored):
@@ -122,15 +387,15 @@ def _by_prefixes(chat: Chat, tokenizer: PreTrainedTokenizerBase, template: str) 
     return list(found["input_ids"]), scored
 
 
-def _answer(chat: Chat, number: int, whole: str, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int, int]:
+def _answer(chat: Chat, number: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Returns where the characters of message `number` begin and end in `whole`, white space at its end left out."""
     if number == 0:
         raise ValueError(
             f"{chat.where} begins with the assistant, where a chat template without {{% generation %}} markers does "
             "not tell its words from the rest; give a template with markers: data.chat_template=FILE"
         )
-    before = _rendered(chat.messages[:number], tokenizer, template, add_generation_prompt=True)
-    after = _rendered(chat.messages[: number + 1], tokenizer, template)
+    before = _rendered(chat.messages[:number], chat, tokenizer, add_generation_prompt=True)
+    after = _rendered(chat.messages[: number + 1], chat, tokenizer)
     if not (len(before) < len(after) and after.startswith(before) and whole.startswith(after)):
         raise ValueError(
             f"{chat.where}: the chat template has no {{% generation %}} markers, and renders message {number} "
@@ -138,10 +403,6 @@ def _answer(chat: Chat, number: int, whole: str, tokenizer: PreTrainedTokenizerB
             "give a template with markers: data.chat_template=FILE"
         )
     return len(before), max(len(before), len(after.rstrip()))
-
-
-def _rendered(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
 
 
 def encode_completion(

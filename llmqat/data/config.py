@@ -33,7 +33,18 @@ _OWN = {
     "text": {"path"} | _DOCUMENTS,
     "pydoc": _DOCUMENTS,
     "dataset": {
-        *("path", "name", "config_name", "revision", "split", "column", "format", "chat_template", "streaming"),
+        *(
+            "path",
+            "name",
+            "config_name",
+            "revision",
+            "split",
+            "column",
+            "ignore_columns",
+            "format",
+            "chat_template",
+            "streaming",
+        ),
         *_DOCUMENTS,
     },
     MIX: {"mix"} | _DOCUMENTS,
@@ -65,11 +76,15 @@ class DataConfig(SynthesisConfig):
     column: str | None = None
     """Source dataset: column that holds the text, the messages or the chosen answer; found where nothing is said and
     only one can be meant."""
+    ignore_columns: tuple[str, ...] = ()
+    """Source dataset: columns that are not looked at. A column that means something and does not reach the text, such
+    as tools that the chat template does not read, is refused unless it is named here."""
     format: Literal["text", "messages", "prompt_completion", "preference"] | None = None
     """Source dataset: what a row is, in TRL's words; found from the columns where only one can be meant. `messages`: a
     conversation, through the chat template, the assistant's words alone being labels. `prompt_completion`: columns
-    `prompt` and `completion`, text or messages, the completion being labels. `preference`: column `chosen`, and
-    `prompt` where there is one; what was rejected is not looked at."""
+    `prompt` and `completion`, text or messages, the completion being labels, of rows whose `label`, if there is one, is
+    true. `preference`: column `chosen`, and `prompt` or else what `chosen` and `rejected` begin with alike.
+    Conversations may have `tools`, `documents` and `chat_template_kwargs` beside them."""
     chat_template: Path | None = None
     """Source dataset: file with a Jinja chat template in place of the tokenizer's own."""
     streaming: bool = False

@@ -1,20 +1,18 @@
 """Text from the `datasets` library: a dataset of the Hugging Face hub, or local files and folders.
 
-Rows are taken in stored order, each one a document, until enough tokens are there. What a row is follows TRL's formats:
-plain text, a conversation, a prompt and its completion, or a preference, of which the chosen side is taken.
+Rows are taken in stored order, each one a document, until enough tokens are there. What a row is, rows.py says.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmqat.data.chat import Chat, Completion, chat_content, check_messages
 from llmqat.data.config import DataConfig
-from llmqat.data.documents import DocumentSource, Piece, document_hash, pieces_of
+from llmqat.data.documents import DocumentSource, Piece
+from llmqat.data.rows import row_reader
 
 BUILDERS = {
     ".json": "json",
@@ -27,14 +25,6 @@ BUILDERS = {
 """File suffixes that can be read, and the `datasets` builder for each."""
 MANIFEST_FILE = "llmqat.json"
 """Lies beside shards of text that a model has written, and is no data."""
-TEXT_COLUMNS = ("text", "content", "document", "article", "raw_content")
-"""Column names taken for the text when several columns hold strings; the first that is there."""
-
-
-MESSAGES_COLUMNS = ("messages", "conversations", "conversation")
-"""Column names taken for a conversation."""
-
-Row = Mapping[str, Any]
 
 
 def open_source(config: DataConfig) -> DocumentSource:
@@ -49,25 +39,32 @@ def open_source(config: DataConfig) -> DocumentSource:
     rows = open_local(config.path, split, config.streaming) if config.path is not None else open_hub(config, split)
     if config.streaming and rows.column_names is None:
         rows = rows._resolve_features()
-    format = config.format or find_format(rows.column_names, config.column, where)
-    column = config.column or find_column(rows, format, where)
-    check_column(rows, column, format, where)
     template = None if config.chat_template is None else _read_template(config.chat_template)
+    reader = row_reader(
+        rows,
+        where,
+        format=config.format,
+        column=config.column,
+        template=template,
+        ignored=config.ignore_columns,
+    )
     content = None if config.streaming else _content_hash(config, rows)
-    read = _READERS[format]
-    names = [name for name in dict.fromkeys([column, "prompt"]) if name in rows.column_names]
 
     def pieces() -> Iterator[Piece]:
-        for number, row in enumerate(rows.select_columns(names)):
-            yield from read(row, column, f"row {number} of dataset {where}, column {column}", template)
+        for number, row in enumerate(rows.select_columns(list(reader.columns))):
+            yield from reader.pieces(number, row)
 
     parts = [f"dataset {where}", config.config_name, config.revision and f"revision {config.revision}"]
-    parts += [f"split {split}", f"column {column}", None if format == "text" else f"format {format}"]
+    parts += [
+        f"split {split}",
+        f"column {reader.column}",
+        None if reader.format == "text" else f"format {reader.format}",
+    ]
     return DocumentSource(
         ", ".join(str(part) for part in parts if part),
         pieces,
-        None if config.streaming else f"{content}, {format}, {template}",
-        labelled=format != "text",
+        None if config.streaming else f"{content}, {reader.format}, {template}, {sorted(config.ignore_columns)}",
+        labelled=reader.format != "text",
         details={} if config.streaming else {"rows": len(rows), "fingerprint": content},
     )
 
@@ -90,100 +87,6 @@ def _read_template(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"no chat template at data.chat_template={path}; give a Jinja file")
     return path.read_text(encoding="utf-8")
-
-
-# What a row is
-
-
-def _text_row(row: Row, column: str, where: str, template: str | None) -> Iterator[Piece]:
-    text = row[column]
-    if text and text.strip():
-        yield from pieces_of([text], document_hash(text))
-
-
-def _messages_row(row: Row, column: str, where: str, template: str | None) -> Iterator[Piece]:
-    messages = check_messages(row[column], where)
-    yield Piece(Chat(messages, where, template=template), document_hash(chat_content(messages)))
-
-
-def _answer_row(row: Row, column: str, where: str, template: str | None) -> Iterator[Piece]:
-    """Yields a prompt, if there is one, and what answers it: both text, or either of them messages."""
-    prompt, answer = row.get("prompt"), row[column]
-    if isinstance(answer, str):
-        if not isinstance(prompt, str):
-            raise ValueError(f"{where} is text, so a column `prompt` with text is needed beside it")
-        yield Piece(Completion(prompt, answer), document_hash(chat_content([{"prompt": prompt, "answer": answer}])))
-        return
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
-    answer = list(answer or ())
-    if answer[: len(before)] == before:  # the answer holds the prompt
-        before = []
-    messages = check_messages([*before, *answer], where)
-    yield Piece(
-        Chat(messages, where, answers_from=len(before), template=template), document_hash(chat_content(messages))
-    )
-
-
-_READERS: dict[str, Callable[[Row, str, str, str | None], Iterator[Piece]]] = {
-    "text": _text_row,
-    "messages": _messages_row,
-    "prompt_completion": _answer_row,
-    "preference": _answer_row,
-}
-_COLUMN_OF = {"prompt_completion": "completion", "preference": "chosen"}
-
-
-def find_format(columns: list[str], column: str | None, where: str) -> str:
-    """Returns what the rows are, told from the names of their columns, or from the one that is asked for.
-
-    Raises:
-        ValueError: when they could be several things.
-    """
-    names = set(columns) if column is None or column not in columns else {column}
-    found = []
-    if names & set(MESSAGES_COLUMNS):
-        found.append("messages")
-    if "completion" in names and "prompt" in columns:
-        found.append("prompt_completion")
-    if "chosen" in names:
-        found.append("preference")
-    if "text" in names:
-        found.append("text")
-    if len(found) > 1:
-        raise ValueError(
-            f"dataset {where} has columns for {' and '.join(found)}; choose with data.format={'|'.join(found)}"
-        )
-    return found[0] if found else "text"
-
-
-def find_column(rows: Any, format: str, where: str) -> str:
-    """Returns the column that rows of a format are read from.
-
-    Raises:
-        ValueError: when it is not clear which is meant.
-    """
-    if format == "text":
-        return find_text_column(rows, where)
-    names = MESSAGES_COLUMNS if format == "messages" else (_COLUMN_OF[format],)
-    found = [name for name in names if name in rows.column_names]
-    if len(found) == 1:
-        return found[0]
-    raise ValueError(
-        f"dataset {where} has {'several columns' if found else 'no column'} for data.format={format} "
-        f"({', '.join(found or names)}); choose with data.column={'|'.join(found or rows.column_names)}"
-    )
-
-
-def check_column(rows: Any, column: str, format: str, where: str) -> None:
-    """Checks that `column` exists, and holds strings where the format is text.
-
-    Raises:
-        ValueError: when it does not; names the nearest column and all there are.
-    """
-    if format == "text":
-        check_text_column(rows, column, where)
-    elif column not in rows.column_names:
-        raise ValueError(_no_column(rows, column, where))
 
 
 # Finding the rows
@@ -268,42 +171,3 @@ def _choose_split(loaded: Any, split: str, path: Path) -> Any:
     if split not in loaded:
         raise ValueError(f"data.split={split!r} is not in {path}; it has {', '.join(map(str, loaded))}")
     return loaded[split]
-
-
-def find_text_column(rows: Any, where: str) -> str:
-    """Returns the name of the only column of strings, or of the first in TEXT_COLUMNS.
-
-    Raises:
-        ValueError: when there is no column of strings, or it is not clear which is meant.
-    """
-    strings = [name for name in rows.column_names if _holds_strings(rows, name)]
-    likely = [name for name in TEXT_COLUMNS if name in strings]
-    if likely:
-        return likely[0]
-    if len(strings) == 1:
-        return strings[0]
-    if not strings:
-        raise ValueError(f"dataset {where} has no column of strings; its columns: {', '.join(rows.column_names)}")
-    raise ValueError(f"dataset {where} has several columns of strings; choose with data.column={'|'.join(strings)}")
-
-
-def check_text_column(rows: Any, column: str, where: str) -> None:
-    """Checks that `column` exists and holds strings.
-
-    Raises:
-        ValueError: when it does not; names the nearest column and all there are.
-    """
-    if column not in rows.column_names:
-        raise ValueError(_no_column(rows, column, where))
-    if not _holds_strings(rows, column):
-        raise ValueError(f"data.column={column!r} of dataset {where} holds {rows.features[column]}, not strings")
-
-
-def _no_column(rows: Any, column: str, where: str) -> str:
-    near = difflib.get_close_matches(column, rows.column_names, n=1)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    return f"data.column={column!r} is not in dataset {where}; {guess}columns: {', '.join(rows.column_names)}"
-
-
-def _holds_strings(rows: Any, column: str) -> bool:
-    return getattr(rows.features[column], "dtype", None) in ("string", "large_string")

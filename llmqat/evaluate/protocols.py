@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from llmqat.data.config import DataConfig
-from llmqat.data.hub import BUILDERS, check_text_column, find_text_column, open_hub, open_local
+from llmqat.data.hub import BUILDERS, open_hub, open_local
 from llmqat.data.pydoc import pydoc_text
+from llmqat.data.rows import row_reader
 from llmqat.data.text import read_text, read_texts
 from llmqat.evaluate.perplexity import TokenWindows, windows_from_text
 from llmqat.metrics import IGNORED_LABEL
@@ -166,8 +167,7 @@ def _dataset_rows(source: str) -> list[str]:
         rows = open_hub(DataConfig(source="dataset", name=name, config_name=config or None), split or "test")
     else:
         rows = open_local(Path(source), "train")
-    column = PAGE if PAGE in rows.column_names else find_text_column(rows, source)
-    check_text_column(rows, column, source)
+    column = row_reader(rows, source, column=PAGE if PAGE in rows.column_names else None).column
     return [text or "" for text in rows[column]]
 
 

@@ -18,7 +18,8 @@ MARKED = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 FORGETFUL = (  # as templates that drop earlier reasoning
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] if loop.last else 'gone' }}\n"
+    "{% for message in messages %}<{{ message['role'] }}>"
+    "{{ message['content'] if loop.last or message['role'] != 'assistant' else 'gone' }}\n"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 MESSAGES = [
@@ -87,9 +88,21 @@ def answers(blocks: TokenBlocks) -> str:
 
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "good day"}]
+WHO = MESSAGES[3:]
 FORMATS: dict[str, tuple[dict[str, Any], str, str]] = {
     "messages": ({"messages": CHAT}, "good day", "messages"),
     "conversation": ({"conversation": CHAT, "id": "x"}, "good day", "messages"),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "good day"}]},
+        "good day",
+        "messages",
+    ),
+    "common text": ({"chosen": "say noted", "rejected": "say that"}, " noted</s>", "preference"),
+    "common messages": (
+        {"chosen": [*CHAT, *CHAT[:1], WHO[1]], "rejected": [*CHAT, *CHAT[:1], CHAT[1]]},
+        "me",
+        "preference",
+    ),
     "prompt and completion": ({"prompt": "say", "completion": " noted"}, " noted</s>", "prompt_completion"),
     "chosen": ({"chosen": CHAT, "rejected": CHAT[:1]}, "good day", "preference"),
     "prompt and chosen": ({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}, "good day", "preference"),
@@ -134,7 +147,7 @@ def test_a_template_from_a_file(tmp_path: Path):
         ({"messages": CHAT, "conversations": CHAT}, {}, r"choose with data\.column=messages\|conversations"),
         ({"turns": CHAT}, {"format": "messages"}, r"no column for data\.format=messages .*data\.column=turns"),
         ({"messages": CHAT[:1]}, {}, r"row 0 of dataset .* no message of the role 'assistant'.*its roles: user"),
-        ({"messages": [{"from": "gpt", "value": "a"}]}, {}, "row 0 of .*is no conversation"),
+        ({"messages": [{"author": "gpt", "value": "a"}]}, {}, "row 0 of .*is no conversation: message 0 has no `role`"),
         ({"chosen": "only this"}, {}, "a column `prompt` with text is needed"),
         ({"messages": CHAT}, {"column": "mesages"}, "did you mean 'messages'"),
     ],
