@@ -1,0 +1,70 @@
+"""The sweep over architectures (eval/architectures.py): what its table says."""
+
+from __future__ import annotations
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from eval.architectures import CHANGES, headline, markdown, silent, tiny_config
+
+
+def test_sizes_are_given_for_architectures_that_exist() -> None:
+    assert set(CHANGES) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert tiny_config("gemma3").get_text_config().hidden_size == 64
+
+
+SOUND = {
+    "silent": [],
+    "parameters": 10,
+    "quantized": 0.9,
+    "notes": [],
+    "quantizers": 2,
+    "without effect": [],
+    "never run": [],
+    "walk": "equal",
+    "training": "2 of 2 moved",
+    "saved": "proved",
+    "said": [],
+    "loaded": "equal",
+    "stock": "equal",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"without effect": ["mixer.dt_proj"]}, "mixer.dt_proj"),
+        ({"never run": ["mixer.dt_proj"]}, "mixer.dt_proj"),
+        ({"quantized": 0.2}, "20%"),
+        ({"walk": "DIFFERS: 41.2% of a layer's codes"}, "41.2%"),
+        ({"loaded": "DIFFERS by 0.3"}, "llmqat.load"),
+        ({"stock": "24 tensors random: x"}, "transformers"),
+    ],
+)
+def test_each_fault_counts_as_silent(change: dict[str, object], word: str) -> None:
+    assert silent(SOUND) == []
+    assert any(word in fault for fault in silent({**SOUND, **change}))
+    assert (
+        silent({**SOUND, **change, "notes": ["x"], "said": ["x"]}) == [] or "walk" in change or word != "transformers"
+    )
+
+
+def test_the_headline_counts_rows_and_the_table_has_each() -> None:
+    rows = {
+        "sound": SOUND,
+        "lost": {**SOUND, "saved": "refused: ProofError", "loaded": "", "stock": ""},
+        "odd": {"silent": [], "not built": "ImportError: timm"},
+        "no": {"silent": [], "parameters": 3, "refused": "ValueError: x | y"},
+    }
+    assert headline(rows) == {
+        "entries": 4,
+        "built and run": 3,
+        "refused before training": 1,
+        "saved and reloaded equal": 1,
+        "equal in plain transformers": 1,
+        "crashed": 1,
+        "silent": 0,
+    }
+    table = markdown(rows, {"torch": "1"})
+    assert all(f"| {name} |" in table for name in rows)
+    assert "x / y" in table
