@@ -66,6 +66,7 @@ from llmqat.layers import (
     QuantConfig,
     QuantModule,
     at_least_bits,
+    check_parameters,
     prepare,
     quantizer_state,
     short_attention,
@@ -207,11 +208,13 @@ def calibrate(
             text are then taken in another order than by one process, and differ from its in their last digits.
 
     Raises:
-        ValueError: stages that cannot follow each other, or do not fit the scheme or the model; no text where needed.
+        ValueError: stages that cannot follow each other, or do not fit the scheme or the model; no text where needed;
+            a parameter that holds NaN or infinity.
     """
     check_stages(stages, quant)
     if ids is None and needs_text(stages, quant):
         raise ValueError(f"calibrate={[stage.stage for stage in stages]} looks at text; give token blocks")
+    check_parameters(model)
     with ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmqat-")))

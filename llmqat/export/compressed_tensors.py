@@ -54,6 +54,8 @@ from llmqat.layers import (
     QuantModule,
     TiedHead,
     WeightConfig,
+    check_held,
+    check_packable,
     install,
     kept_in_float32,
     kv_scheme,
@@ -108,10 +110,16 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
     """Returns the checkpoint's tensors by name, on the CPU, contiguous, tied ones once; the model is not changed.
 
     Parameters left in high precision are cast to `dtype`; buffers keep their own.
+
+    Raises:
+        ValueError: a weight, a scale or a parameter is not finite, or `dtype` cannot hold it; names it.
     """
     state: dict[str, Tensor] = {}
     layers = dict(quantized_layers(model))
     for name, layer in layers.items():
+        check_packable(name, layer, dtype)
+        if (bias := getattr(layer, "bias", None)) is not None:
+            check_held(f"{name}.bias", bias, dtype)
         packed = layer if isinstance(layer, PackedModule) else packed_form(layer, dtype)
         for key, tensor in packed.state_dict().items():
             stored = tensor.to(torch.int8) if key == "input_quantizer.zero_point" else tensor
@@ -124,8 +132,10 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
         if _owner(name) in layers or name in tied or id(owner) in written:
             continue
         written.add(id(owner))
-        is_cast = owner is not tensor and not in_float32(name)
-        state[name] = _for_disk(tensor, dtype if is_cast else tensor.dtype)
+        kept = tensor.dtype if owner is tensor or in_float32(name) else dtype
+        if owner is not tensor:
+            check_held(name, owner, kept)
+        state[name] = _for_disk(tensor, kept)
     return state
 
 

@@ -33,7 +33,12 @@ from llmqat.grid.fused import FusedKernels, fused_kernels
 
 Levels = Literal["integer", "ternary", "seq"]
 
-SCALE_FLOOR = 1e-5
+SCALE_FLOOR = 2.0**-100
+"""Smallest |scale|: far below any weight that matters, and far enough above bfloat16's smallest normal number (2^-126)
+that half of it, or the 64th part that a kernel needs, is exact too."""
+ZERO_SCALE = 1e-5
+"""Scale of a group whose weights are all zero: they are exact at any scale, and training can leave zero from here."""
+_STORED_ZERO_SCALE = float(torch.tensor(ZERO_SCALE, dtype=torch.bfloat16))
 _CHUNK_ELEMENTS = 65_536
 
 
@@ -90,7 +95,10 @@ class Grid:
 
 
 def snap_scale(scale: Tensor) -> Tensor:
-    """Returns `scale` on the bfloat16 grid with |scale| >= 1e-5, as float32, with a straight-through gradient."""
+    """Returns `scale` on the bfloat16 grid as float32, with a straight-through gradient.
+
+    Magnitudes below `SCALE_FLOOR` become the floor and keep their sign; 0 becomes `ZERO_SCALE`.
+    """
     return _SnapScale.apply(scale)  # type: ignore[no-untyped-call]
 
 
@@ -206,9 +214,8 @@ class _SnapScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor) -> Tensor:
         snapped = scale.to(torch.bfloat16).float()
-        floor = torch.tensor(SCALE_FLOOR, dtype=torch.bfloat16).float().to(scale.device)
-        # bfloat16(1e-5) lies just above 1e-5, so the floor itself is a stored value; the sign of zero is plus.
-        return torch.where(snapped.abs() < SCALE_FLOOR, torch.where(snapped < 0, -floor, floor), snapped)
+        small = torch.full_like(snapped, SCALE_FLOOR).copysign_(snapped).masked_fill_(scale == 0, _STORED_ZERO_SCALE)
+        return torch.where(snapped.abs() < SCALE_FLOOR, small, snapped)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

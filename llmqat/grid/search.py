@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmqat.grid.integer import Grid, snap_scale
+from llmqat.grid.integer import SCALE_FLOOR, Grid, snap_scale
 
 CLIP_RATIOS = tuple(1.05 - 0.1 * i for i in range(8))
 """Shares of a group's extreme that are tried first."""
@@ -121,16 +121,18 @@ def search_scale(
 
 def _search_rows(w: Tensor, grid: Grid, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
     low, high = torch.aminmax(w, dim=-1, keepdim=True)
+    # A power of two, so that it changes no comparison: squares of small scales would be 0 without it.
+    unit = torch.exp2(-torch.floor(torch.log2(torch.maximum(high, -low).clamp(min=SCALE_FLOOR))))
     root = None if h is None else h.sqrt()
     buffers = torch.empty_like(w), torch.empty_like(w)
     best_scale, best_zero = _plain(w, low, high, grid)
-    best_error = _weighted_error(w, best_scale, best_zero, grid, root, buffers)
+    best_error = _weighted_error(w, best_scale, best_zero, grid, root, unit, buffers)
     best_ratio = torch.full_like(low, CLIP_RATIOS[0])
 
     def consider(ratio: Tensor) -> None:
         nonlocal best_error, best_scale, best_zero, best_ratio
         scale, zero_point = _candidate(low, high, grid, ratio)
-        error = _weighted_error(w, scale, zero_point, grid, root, buffers)
+        error = _weighted_error(w, scale, zero_point, grid, root, unit, buffers)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -148,9 +150,15 @@ def _search_rows(w: Tensor, grid: Grid, h: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _weighted_error(
-    w: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, root: Tensor | None, buffers: tuple[Tensor, Tensor]
+    w: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: Grid,
+    root: Tensor | None,
+    unit: Tensor,
+    buffers: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Returns s^2 * sum_j h_j (q_j - v_j)^2 [n, 1] with v = w/s; `root` is sqrt(h). Every pass stays in cache."""
+    """Returns (s * unit)^2 * sum_j h_j (q_j - v_j)^2 [n, 1] with v = w/s; `root` is sqrt(h). It all stays in cache."""
     v, q = buffers
     torch.mul(w, scale.reciprocal(), out=v)
     if zero_point is not None:
@@ -161,7 +169,7 @@ def _weighted_error(
     q.round_().sub_(v)
     if root is not None:
         q.mul_(root)
-    return torch.linalg.vecdot(q, q).unsqueeze(-1).mul_(scale.square())
+    return torch.linalg.vecdot(q, q).unsqueeze(-1).mul_((scale * unit).square())
 
 
 def _reach(grid: Grid) -> float:

@@ -30,6 +30,7 @@ from llmqat.layers.config import (
 from llmqat.layers.decoding import decode_in_groups, is_checked
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
+from llmqat.layers.finite import check_held, check_packable, check_parameters
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.packed import PackedLinear, PackedModule, dequantized_once
 from llmqat.layers.prepare import (
@@ -88,7 +89,10 @@ __all__ = [
     "attention_layers",
     "audit",
     "changed_since_prepared",
+    "check_held",
     "check_merged",
+    "check_packable",
+    "check_parameters",
     "convert",
     "decode_in_groups",
     "dequantized_once",

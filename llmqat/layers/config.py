@@ -77,11 +77,12 @@ class WeightConfig(Config):
             return out_features, 1
         if in_features % self.group_size:
             choices = [g for g in (32, 64, 96, 128, 192, 256) if in_features % g == 0]
-            choices = choices or [g for g in range(8, in_features + 1) if in_features % g == 0][:6]
+            choices = choices or [g for g in range(8, in_features) if in_features % g == 0][:6]
+            groups = f"choose one of {', '.join(map(str, choices))}, or " if choices else "no group of 8 or more does; "
             raise ValueError(
-                f"quant.group_size={self.group_size} does not divide in_features={in_features} of {name}; "
-                f"choose one of {', '.join(map(str, choices))}, use strategy 'channel', "
-                "or leave the layer out with quant.ignore"
+                f"quant.group_size={self.group_size} does not divide in_features={in_features} of {name}; {groups}"
+                f"give the layer one scale a channel with quant.overrides['{name}']="
+                f"{{num_bits: {self.num_bits}, strategy: channel}}, or leave it out with quant.ignore=['{name}']"
             )
         return out_features, in_features // self.group_size
 

@@ -19,6 +19,7 @@ from llmqat.layers.audit import UNTIED, CoverageAudit, audit
 from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Policy, QuantConfig
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts, replace_stacked, stacked_weights
+from llmqat.layers.finite import check_held, check_packable, check_parameters
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.packed import PackedLinear, PackedModule
 from llmqat.layers.quantized import QuantModule, without_adapter, without_adapters
@@ -79,13 +80,14 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
 
     Raises:
         ValueError: when the model is prepared already, a target, ignore or override matches nothing, a group size does
-            not divide, the KV cache or the embeddings cannot be quantized, or an adapter is beside the quantizer. The
-            model is then unchanged.
+            not divide, the KV cache or the embeddings cannot be quantized, an adapter is beside the quantizer, or a
+            parameter holds NaN or infinity. The model is then unchanged.
     """
     if (inner := without_adapters(model)) is not model:
         return prepare(inner, config)
     if any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
         raise ValueError("the model is prepared already; prepare the original model, or load it anew")
+    check_parameters(model)
     maps = linear_maps(model)
     plan = _plan(model, maps, config)
     replacements: dict[str, nn.Module] = {
@@ -129,15 +131,20 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: when the model holds no quantized weight, or adapters that are not merged.
+        ValueError: when the model holds no quantized weight, adapters that are not merged, numbers that are not
+            finite, or scales that `dtype` would round.
     """
     check_merged(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
-    trained = [m for m in model.modules() if isinstance(m, PackedModule) and m.log_scale is not None]
-    for module in trained:
-        module.fold_scales()
+    trained = {n: m for n, m in model.named_modules() if isinstance(m, PackedModule) and m.log_scale is not None}
     if not layers and not trained:
         raise ValueError("the model has no quantized weight to convert; call llmqat.prepare(model, config) first")
+    check_parameters(model)
+    for name, module in trained.items():
+        check_packable(name, module, module.weight_scale.dtype)
+        module.fold_scales()
+    for name, layer in layers.items():
+        check_packable(name, layer, dtype)
     heads = {name: module for name, module in model.named_modules() if isinstance(module, TiedHead)}
     packed = {id(layer): packed_form(layer, dtype) for layer in layers.values()}
     for name, layer in layers.items():
@@ -152,6 +159,7 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and not in_float32(name):
+                check_held(name, parameter, dtype)
                 parameter.data = parameter.data.to(dtype)
     return model
 

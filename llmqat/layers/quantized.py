@@ -83,7 +83,7 @@ class QuantModule(nn.Module):
         """Takes over `weight` (shared, not copied); the scale starts at plain rounding's.
 
         Raises:
-            ValueError: when the group size does not divide I.
+            ValueError: when the group size does not divide I, or a scale would not be finite.
         """
         super().__init__()
         self.weights, self.transposed = weights, transposed
@@ -100,6 +100,11 @@ class QuantModule(nn.Module):
         theta = nn.Parameter(torch.zeros(self.scale_shape, device=weight.device)) if learned else None
         self.register_parameter("log_scale", theta)
         scale, zero_point = (None, None) if dynamic else minmax_scale(matrix, self.grid, self.scale_shape)
+        if scale is not None and not scale.is_meta and not bool(torch.isfinite(scale).all()):
+            raise ValueError(
+                f"{name or 'the layer'} has weights beyond what a scale can stand for (NaN, infinity, or the end of "
+                f"bfloat16's range); leave it out with quant.ignore, or check where its weights come from"
+            )
         self.register_buffer("initial_scale", scale)
         self.register_buffer("clip_ratio", torch.ones(self.scale_shape, device=weight.device) if dynamic else None)
         if learned and zero_point is not None:

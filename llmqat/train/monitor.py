@@ -220,8 +220,7 @@ def dead_groups(layer: QuantModule, weights: int) -> dict[str, Tensor]:
     rows, scale, zero_point = _first_rows(layer, weights)
     codes = quantize(rows, scale, zero_point, layer.grid).reshape(*scale.shape, -1)
     values = codes if zero_point is None else codes - zero_point.round().unsqueeze(-1)
-    # The floor itself is stored as the bfloat16 above it.
-    return {FLOOR: scale.abs() <= 1.01 * SCALE_FLOOR, ALL_ZERO: (values == 0).all(-1)}
+    return {FLOOR: scale.abs() <= SCALE_FLOOR, ALL_ZERO: (values == 0).all(-1)}
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:

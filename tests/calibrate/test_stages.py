@@ -229,3 +229,20 @@ def test_text_is_asked_for_where_it_is_looked_at() -> None:
     assert needs_text([], QuantConfig.preset("w8a8", input_activations={"dynamic": False}))
     with pytest.raises(ValueError, match=r"calibrate=\['gptq'\] looks at text; give token blocks"):
         calibrate(tiny_llama(), INT3, stages("gptq"), None)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_small_weights_get_the_codes_of_others(symmetric: bool) -> None:
+    """The same model with one layer 2^20 times smaller, and the next larger, has the same codes everywhere."""
+    found = []
+    for factor in (1.0, 2.0**-20):
+        model = tiny_llama()
+        attention = model.model.layers[0].self_attn
+        with torch.no_grad():
+            attention.v_proj.weight.mul_(factor)
+            attention.o_proj.weight.div_(factor)
+        quant = QuantConfig.preset("int3", group_size=32, symmetric=symmetric)
+        calibrate(model, quant, stages({"stage": "ranges", "method": "weighted_mse"}, "gptq"), text())
+        found.append({name: layer.codes() for name, layer in model.named_modules() if isinstance(layer, QuantModule)})
+    for name, codes in found[0].items():
+        assert torch.equal(codes, found[1][name]), name

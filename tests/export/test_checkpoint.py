@@ -473,8 +473,11 @@ def test_proof_compares_logits_too(tmp_path: Path) -> None:
 
 def test_diverged_model_is_refused(tmp_path: Path) -> None:
     model = prepared()
-    model.model.norm.weight.data.fill_(float("nan"))
+    model.model.norm.weight.data.fill_(3e38)
     with pytest.raises(ProofError, match="not finite"):
+        save(model, tmp_path / "out")
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN"):
         save(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -12,12 +14,16 @@ from llmqat.grid import (
     Grid,
     dequantize,
     fake_quantize,
+    minmax_scale,
+    percentile_scale,
     quantize,
     round_zero_point,
     scale_from_log,
+    search_scale,
     snap_scale,
     stored_codes,
 )
+from llmqat.grid.integer import SCALE_FLOOR
 
 GRIDS = [Grid(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False)]
 GRIDS += [Grid(2, levels="ternary"), Grid(2, levels="seq")]
@@ -208,9 +214,42 @@ def test_only_weight_and_scale_are_saved_for_the_backward() -> None:
 def test_snapped_scale_is_bfloat16_and_above_the_floor(value: float) -> None:
     snapped = snap_scale(torch.tensor([value]))
     assert torch.equal(snapped, snapped.bfloat16().float())
-    assert snapped.abs().item() >= 1e-5
-    if abs(value) > 2e-5:
+    assert snapped.abs().item() >= SCALE_FLOOR
+    if abs(value) > SCALE_FLOOR:
         assert snapped.item() == torch.tensor(value).bfloat16().item()
+    elif value:
+        assert snapped.item() == math.copysign(SCALE_FLOOR, value)
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_group_of_zeros_has_a_scale_from_which_training_can_leave_zero(zero: float) -> None:
+    assert snap_scale(torch.tensor([zero])).item() == torch.tensor(1e-5).bfloat16().item()
+    for grid in (Grid(4), Grid(8, symmetric=False), Grid(2, levels="ternary")):
+        weight = torch.full((2, 32), zero)
+        for scale, zero_point in (minmax_scale(weight, grid, (2, 1)), search_scale(weight, grid, (2, 1))):
+            assert not fake_quantize(weight, scale, zero_point, grid).any()
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (8, 1), (1, 1)], ids=["group", "channel", "tensor"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_small_weights_are_as_exact_as_others(grid: Grid, shape: tuple[int, int]) -> None:
+    """A power of two changes no digit: codes stay the same, and scales are multiplied by it."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(8, 128, generator=generator) * 0.02
+    importance = torch.rand(128, generator=generator)
+    for factor in (2.0**-10, 2.0**-20, 2.0**-60, 2.0**-88):
+        for start in (
+            lambda w: minmax_scale(w, grid, shape),
+            lambda w: percentile_scale(w, grid, shape, 99.0),
+            lambda w: search_scale(w, grid, shape, importance),
+        ):
+            (scale, zero_point), (small_scale, small_zero) = start(weight), start(weight * factor)
+            assert torch.equal(small_scale, scale * factor)
+            assert (zero_point is None) if small_zero is None else torch.equal(zero_point, small_zero)
+            codes = quantize(weight, scale, zero_point, grid)
+            assert torch.equal(codes, quantize(weight * factor, small_scale, small_zero, grid))
+            exact = fake_quantize(weight * factor, small_scale, small_zero, grid)
+            assert torch.equal(exact, fake_quantize(weight, scale, zero_point, grid) * factor)
 
 
 def test_log_scale_moves_the_scale_relatively_and_keeps_its_sign() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmqat import save
 from llmqat.layers import (
     PRESETS,
     KVCacheConfig,
@@ -135,6 +138,42 @@ def test_a_group_size_that_does_not_divide_leaves_the_model_unchanged() -> None:
     ):
         prepare(model, QuantConfig.preset("int4", group_size=48))
     assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 13, 22])
+def test_both_ways_out_of_a_group_size_that_divides_nothing_work(width: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj") as refusal:
+        prepare(tiny_llama(intermediate_size=width), QuantConfig.preset("int4", group_size=16))
+    message = str(refusal.value)
+    assert ("choose one of 11, or" if width == 22 else "no group of 8 or more does") in message
+    override = re.search(r"quant\.overrides\['(\S+)'\]=\{num_bits: (\d), strategy: (\w+)\}", message)
+    ignored = re.search(r"quant\.ignore=\['(\S+)'\]", message)
+    assert override is not None
+    assert ignored is not None
+    names = [override[1].replace(".0.", f".{layer}.") for layer in range(2)]
+    by_channel = {name: {"num_bits": int(override[2]), "strategy": override[3]} for name in names}
+    for changes in ({"overrides": by_channel}, {"ignore": [ignored[1].replace(".0.", f".{i}.") for i in range(2)]}):
+        model = tiny_llama(intermediate_size=width)
+        prepare(model, QuantConfig.preset("int4", group_size=16, **changes))
+        save(model, tmp_path / str(len(list(tmp_path.iterdir()))))
+
+
+@pytest.mark.parametrize("preset", [*PRESETS])
+@pytest.mark.parametrize("scales", ["learned", "fixed", "dynamic"])
+def test_a_layer_of_small_weights_computes_as_one_of_others(preset: str, scales: str) -> None:
+    """Weights that are 2^20 times smaller in one layer and larger in the next are the same model, bit for bit."""
+    outputs = []
+    for factor in (1.0, 2.0**-20):
+        model = tiny_llama()
+        attention = model.model.layers[0].self_attn
+        with torch.no_grad():
+            attention.v_proj.weight.mul_(factor)
+            attention.o_proj.weight.div_(factor)
+        changes = {} if PRESETS[preset]["weights"]["strategy"] == "channel" else {"group_size": 16}
+        prepare(model, QuantConfig.preset(preset, **changes, kv_cache=None, scales=scales))
+        with torch.no_grad():
+            outputs.append(model(torch.arange(2, 34)[None]).logits)
+    assert torch.equal(*outputs)
 
 
 def test_preparing_twice_and_converting_nothing_are_refused() -> None:
