@@ -772,8 +772,8 @@ def _print_checkpoint(report: Any) -> None:
         soft_wrap=True,
         markup=False,
     )
-    stock = f"plain transformers loads it: AutoModelForCausalLM.from_pretrained({str(report.folder)!r})"
-    for note in report.notes or (stock,):
+    promised = [f"plain transformers loads it: {report.stock.loader}.from_pretrained({str(report.folder)!r})"]
+    for note in report.notes or promised:
         console.print(f"- {note}", highlight=False, soft_wrap=True, markup=False)
 
 

@@ -43,6 +43,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -106,7 +107,7 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrain
         model = _in_dtype(_merged(Path(spec).expanduser(), load_adapter_base(spec)), dtype)
     else:
         _check_full_precision(config, spec)
-        model = _load_weights(source, spec, dtype)
+        model = _load_weights(source, config, spec, dtype)
     setattr(model, _GIVEN_AS, spec)
     tokenizer = load_tokenizer(source, spec)
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], spec)
@@ -143,7 +144,8 @@ def load_with_few_bits(spec: str, num_bits: int) -> PreTrainedModel:
             "llmqat.models.load_model(spec)[0].save_pretrained(folder)"
         )
     source = resolve_spec(spec)
-    _check_full_precision(read_config(source, spec), spec)
+    config = read_config(source, spec)
+    _check_full_precision(config, spec)
     quantization = BitsAndBytesConfig(
         load_in_8bit=num_bits == 8,
         load_in_4bit=num_bits == 4,
@@ -153,7 +155,8 @@ def load_with_few_bits(spec: str, num_bits: int) -> PreTrainedModel:
     # It says at every product that it computes in float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return _load_weights(source, spec, torch.bfloat16, quantization_config=quantization, device_map={"": device}).eval()
+    options = {"quantization_config": quantization, "device_map": {"": device}}
+    return _load_weights(source, config, spec, torch.bfloat16, **options).eval()
 
 
 def resolve_spec(spec: str) -> str | Path:
@@ -215,6 +218,109 @@ def read_config(source: str | Path, spec: str) -> PreTrainedConfig:
             f"model {spec!r}: config.json is not that of a causal language model which this transformers can build "
             f"without running code from the repository: {_first_line(error)}"
         ) from error
+
+
+def named_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Returns the class of transformers that `config.architectures` names; None where it names none that fits."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        kind: type[PreTrainedModel] | None = found if _is_model(found) else None
+        if kind is not None and isinstance(config, kind.config_class or ()):
+            return kind
+    return None
+
+
+def _is_model(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, PreTrainedModel)
+
+
+def class_of(config: PreTrainedConfig) -> Any:
+    """Returns what rebuilds a checkpoint: the class that `config.architectures` names, else AutoModelForCausalLM.
+
+    Raises:
+        ValueError: this transformers has neither for the configuration.
+    """
+    named = named_class(config)
+    if named is not None:
+        return named
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(_no_class(config))
+    return AutoModelForCausalLM
+
+
+def empty_model(kind: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """Returns a new model of `config`.
+
+    Args:
+        kind: from `class_of` or `token_model_class`.
+        config: of the model.
+        options: `dtype`, `attn_implementation`.
+    """
+    if kind is AutoModelForCausalLM:
+        options["trust_remote_code"] = False
+    made: PreTrainedModel = (kind.from_config if kind is AutoModelForCausalLM else kind._from_config)(config, **options)
+    return made
+
+
+def check_can_be_rebuilt(model: nn.Module) -> None:
+    """Raises where a checkpoint of `model` could not be loaded, because transformers does not know its class.
+
+    Raises:
+        ValueError: the class comes with its repository's own code, or from elsewhere, and is not registered.
+    """
+    kind, config = type(model), getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or getattr(transformers, kind.__name__, None) is kind:
+        return
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{kind.__name__} is not a class of transformers {transformers.__version__}, and code from a repository is "
+            f"never run, so a checkpoint of it could not be loaded; use a model of transformers, or register its "
+            f"classes with AutoConfig.register and AutoModelForCausalLM.register"
+        )
+
+
+def check_next_token(model: nn.Module) -> None:
+    """Raises where `model` does not predict the next token of the text that it reads.
+
+    Raises:
+        ValueError: it has an encoder beside its decoder, which text alone does not say the input of.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model: its encoder reads one text and its decoder writes "
+            f"another. llmqat trains and evaluates models that predict the next token of one text; prepare it, train "
+            f"it with transformers' Seq2SeqTrainer or a loop of your own, and save it with llmqat.save"
+        )
+
+
+def _no_class(config: PreTrainedConfig) -> str:
+    names = ", ".join(config.architectures or ()) or "nothing"
+    return (
+        f"config.json has the architecture {names} for model_type {config.model_type!r}, which is no model of "
+        f"transformers {transformers.__version__} with an output head; code from a repository is never run"
+    )
+
+
+def token_model_class(config: PreTrainedConfig, spec: str) -> Any:
+    """Returns what loads and builds the model of `config` where it has to have an output head.
+
+    That is the class that `config.architectures` names; where it names the body of a model alone (LlamaModel), or
+    nothing that this transformers has, AutoModelForCausalLM. `spec` is what errors call the model.
+
+    Raises:
+        ValueError: it names a class that predicts no tokens, such as a classifier, or there is none.
+    """
+    named = named_class(config)
+    if named is not None and named.can_generate():
+        return named
+    if named is not None and named is not AutoModel._model_mapping.get(type(config), None):
+        raise ValueError(
+            f"model {spec!r} is a {named.__name__} (architectures in its config.json), which predicts no tokens; "
+            "llmqat trains and evaluates models with an output head over the vocabulary, such as …ForCausalLM"
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"model {spec!r}: {_no_class(config)}")
+    return AutoModelForCausalLM
 
 
 def _check_layers(path: Path) -> None:
@@ -386,6 +492,8 @@ def _check_folder(folder: Path, spec: str) -> None:
     hint = ""
     if found := sorted(path.name for path in folder.glob("*.gguf")):
         hint = f" Give the file in it instead: {folder / found[0]}."
+    elif inside := sorted(path.parent for path in folder.glob("*/config.json")):
+        hint = f" Give the folder in it instead: {inside[-1]}."
     raise ValueError(f"model {spec!r} is a folder without config.json, so no model.{hint} Give {ALLOWED_SPECS}")
 
 
@@ -399,11 +507,15 @@ def _check_full_precision(config: PreTrainedConfig, spec: str) -> None:
     if getattr(config, "llmqat", None) is not None:
         raise ValueError(
             f"model {spec!r} is prepared for quantization-aware training (its config.json has the key 'llmqat'), "
-            f"but a full-precision model is needed; give the model it was made from"
+            f"but a full-precision model is needed; give the model it was made from. llmqat.load reads this one, with "
+            f"its scales, and llmqat.save packs it"
         )
 
 
-def _load_weights(source: str | Path, spec: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+def _load_weights(
+    source: str | Path, config: PreTrainedConfig, spec: str, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
+    loader = token_model_class(config, spec)
     if isinstance(source, Path):
         if _has_only_pickles(source):
             raise ValueError(
@@ -413,7 +525,7 @@ def _load_weights(source: str | Path, spec: str, dtype: torch.dtype, **options: 
         for path in weight_files(source):
             check_safetensors(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -508,8 +620,8 @@ def load_adapter_base(spec: str, dtype: torch.dtype = torch.float32) -> PreTrain
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "bitsandbytes":
         _check_full_precision(config, str(source))
-        return _load_weights(source, str(source), dtype)
-    model = _load_weights(source, str(source), torch.float32, device_map="cpu").dequantize()
+        return _load_weights(source, config, str(source), dtype)
+    model = _load_weights(source, config, str(source), torch.float32, device_map="cpu").dequantize()
     model.config.__dict__.pop("quantization_config", None)
     model.__dict__.pop("_weight_conversions", None)  # bitsandbytes', by which save_pretrained would go
     return _in_dtype(model, dtype)
@@ -865,6 +977,7 @@ def loss_in_forward(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> It
 @contextmanager
 def _in_place_of_head(model: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, `stand_in` is what the output head of `model` computes; its hooks stay its own."""
+    check_next_token(model)
     head = output_head(model)
     own = head.__dict__.get("forward")  # accelerate's device hooks are such a forward of the instance
     head.forward = stand_in
@@ -961,7 +1074,7 @@ def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
         config: a transformers model configuration (Cohere's `logit_scale`, Granite's `logits_scaling`, Gemma's
             `final_logit_softcapping` and its names elsewhere).
     """
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     factor = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -163,3 +164,88 @@ def linear_names(model_type: str, layers: int = 2) -> set[str]:
     """Returns the names of all linear maps in the transformer layers of `tiny_architecture(model_type)`."""
     path, maps, _ = ARCHITECTURES[model_type]
     return {f"{path}.{index}.{name}" for index in range(layers) for name in maps}
+
+
+_TEXT = {key: value for key, value in _SHAPE.items() if key != "max_position_embeddings"}
+_VISION = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+_SPECIALS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+_SEQ2SEQ = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+_HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+_IMAGES = {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303}
+_QWEN_TEXT = {**_TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_QWEN_VISION = {"depth": 1, "num_heads": 2, "hidden_size": 64, "patch_size": 14}
+
+CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llava": (
+        "llava",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**_TEXT, "model_type": "llama"},
+            "vision_config": {**_VISION, "model_type": "clip_vision_model", "intermediate_size": 128},
+            "image_token_index": 300,
+        },
+    ),
+    "qwen2_vl": (
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        {"text_config": _QWEN_TEXT, "vision_config": {**_QWEN_VISION, "embed_dim": 64}, **_IMAGES},
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": _QWEN_TEXT,
+            "vision_config": {**_QWEN_VISION, "out_hidden_size": 64, "intermediate_size": 128},
+            **_IMAGES,
+        },
+    ),
+    "gemma3": (
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {**_TEXT, "sliding_window": 16},
+            "vision_config": {**_VISION, "intermediate_size": 128, "vision_use_head": False},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 300,
+        },
+    ),
+    "t5": (
+        "t5",
+        "T5ForConditionalGeneration",
+        {
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 128,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 1,
+            **_SPECIALS,
+        },
+    ),
+    "bart": (
+        "bart",
+        "BartForConditionalGeneration",
+        {"max_position_embeddings": 256, **_SPECIALS, **_SEQ2SEQ, **_HEADS},
+    ),
+    "whisper": (
+        "whisper",
+        "WhisperForConditionalGeneration",
+        {
+            "num_mel_bins": 16,
+            "max_source_positions": 20,
+            "max_target_positions": 64,
+            "decoder_start_token_id": 2,
+            **_SPECIALS,
+            **_SEQ2SEQ,
+            **_HEADS,
+        },
+    ),
+}
+"""Name -> model type, class, and a tiny configuration, of models that AutoModelForCausalLM is not made for."""
+
+
+def tiny_of_class(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a tiny random model of a class in `CLASSES`, in float32 and evaluation mode."""
+    torch.manual_seed(seed)
+    model_type, kind, shape = CLASSES[name]
+    return _sharpened(getattr(transformers, kind)(AutoConfig.for_model(model_type, **{**shape, **changes})))

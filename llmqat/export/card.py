@@ -17,12 +17,21 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from llmqat.export.checkpoint import RUN_FILE
-from llmqat.export.compressed_tensors import KV_KEY, ONLY_HERE
+from llmqat.export.compressed_tensors import KV_KEY
+from llmqat.export.gguf import ARCHITECTURES as GGUF_ARCHITECTURES
+from llmqat.export.stock import StockTrial, try_stock
 from llmqat.models import may_be_hub_id
 
 VLLM_BITS, VLLM_GROUPS = (4, 8), (None, 32, 64, 128)
 """Weight-only schemes that vLLM's kernels for compressed-tensors run."""
 
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+}
+"""Class that loads a model -> what the hub calls its task."""
 _TEXTS = {"text": "text", "calibration_text": "text of the calibration", "validation_text": "text of the validation"}
 """Entry of a run's record -> what it is called."""
 _LOCAL_PATH = re.compile(r"(?<!\S)(?:~|\.{1,2})?/(?:[^/\s]+/)*([^/\s:;,]+)/?")
@@ -40,6 +49,8 @@ def model_card(folder: Path, repository: str, *, license: str | None = None, bas
         base_model: the hub id of the original model; where not given, the run's own, if it was one.
     """
     config, facts = checkpoint_facts(folder)
+    trial = StockTrial(**facts["stock_transformers"]) if "stock_transformers" in facts else try_stock(folder)
+    task = PIPELINES.get(trial.loader)
     run = facts.get("run", {})
     base = base_model or _hub_id(_source(run))
     metadata = ModelCardData(
@@ -47,17 +58,17 @@ def model_card(folder: Path, repository: str, *, license: str | None = None, bas
         base_model=base,
         base_model_relation="quantized" if base else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         datasets=[name for name in [_dataset(run)] if name] or None,
         tags=["llmqat", "quantized", config["quantization_config"]["quant_method"], *_bit_tags(config)],
         model_name=repository.rpartition("/")[2],
-        eval_results=_results(run) or None,
+        eval_results=_results(run, task) or None,
     )
     parts = [
         f"# {repository.rpartition('/')[2]}",
         _introduction(base, run),
         "## How to load it",
-        _loading(config, repository),
+        _loading(config, repository, trial),
         "## What is quantized",
         _schemes(config),
         *(["## Bytes", _bytes(facts["bytes"])] if "bytes" in facts else []),
@@ -124,11 +135,11 @@ def own_row(run: Mapping[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def _results(run: Mapping[str, Any]) -> list[EvalResult]:
+def _results(run: Mapping[str, Any], task: str | None) -> list[EvalResult]:
     row = own_row(run)
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=task or "text-generation",
             dataset_type=_slug(text),
             dataset_name=f"{text} ({_comparison(run)['texts'][text]['windows']} windows)",
             metric_type=metric,
@@ -157,24 +168,31 @@ def _introduction(base: str | None, run: Mapping[str, Any]) -> str:
     )
 
 
-def _loading(config: Mapping[str, Any], repository: str) -> str:
+def _loading(config: Mapping[str, Any], repository: str, trial: StockTrial) -> str:
     own = f"With llmqat, packed as it is:\n\n```python\nimport llmqat\n\nmodel = llmqat.load({repository!r})\n```"
-    gguf = f"For llama.cpp:\n\n```\nllmqat export {repository} --format gguf --out model.gguf\n```"
-    if any(group.get(ONLY_HERE) for group in _groups(config)):
-        return f"{own}\n\nOther loaders refuse it: it holds layers that they would leave random."
-    options = ""
-    if not all(group["weights"].get("symmetric", True) for group in _groups(config)):
-        options = ", quantization_config=CompressedTensorsConfig(dequantize=True)"
-    stock = (
-        f"With transformers (`pip install compressed-tensors`):\n\n```python\nfrom transformers import "
-        f"AutoModelForCausalLM, AutoTokenizer{', CompressedTensorsConfig' if options else ''}\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({repository!r}{options})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({repository!r})\n```"
-    )
-    served = f"With vLLM:\n\n```\nvllm serve {repository}\n```"
-    if not _vllm_runs(config):
-        served = "vLLM has no kernel for this scheme (it runs 4 and 8 bits, by channel or in groups of 32, 64, 128)."
-    return "\n\n".join((stock, served, gguf, own))
+    parts = []
+    if trial.loads:
+        how = ", which dequantizes it as it is loaded" if trial.dequantized else ""
+        parts.append(
+            f"With transformers (`pip install compressed-tensors`){how}:\n\n```python\nfrom transformers import "
+            f"AutoTokenizer, {trial.loader}\n\nmodel = {trial.loader}.from_pretrained({repository!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({repository!r})\n```"
+        )
+    else:
+        parts.append(f"Transformers alone does not load it: {trial.reason}.")
+    if trial.silent:
+        parts.append("Other loaders refuse it.")
+    elif _vllm_runs(config):
+        parts.append(
+            f"With vLLM, whose kernels take this scheme (not tried here):\n\n```\nvllm serve {repository}\n```"
+        )
+    else:
+        parts.append(
+            "vLLM has no kernel for this scheme (it runs 4 and 8 bits, by channel or in groups of 32, 64, 128)."
+        )
+    if config.get("model_type") in GGUF_ARCHITECTURES:
+        parts.append(f"For llama.cpp:\n\n```\nllmqat export {repository} --format gguf --out model.gguf\n```")
+    return "\n\n".join([*parts, own])
 
 
 def _vllm_runs(config: Mapping[str, Any]) -> bool:
@@ -277,8 +295,6 @@ def _limits(config: Mapping[str, Any], run: Mapping[str, Any], license: str | No
         limits.append("- The original was itself a dequantized GGUF file; 'full precision' above means that model.")
     if not _comparison(run):
         limits.append("- Nothing was measured when it was made; `llmqat compare` does.")
-    if any(not group["weights"].get("symmetric", True) for group in _groups(config)):
-        limits.append("- Stock transformers loads weights with zero points dequantized only.")
     if license is None:
         limits.append("- Whoever published it did not state the license; that of the original model holds.")
     return "\n".join(limits)

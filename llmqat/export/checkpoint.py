@@ -10,6 +10,7 @@ Before it renames, it proves what it wrote. Everything is read back from disk, a
     3. the logits of the reloaded model on a probe batch equal those of the fake-quantized model, bit for bit, both
        evaluated in the checkpoint's dtype, without autocast, on the reference kernel.
 What differs is named in a `ProofError`, and nothing is left at the destination. `prove` repeats 1 to 3 at any time.
+Then it tries what stock transformers makes of the folder (`stock.py`), and says so in the report and in `llmqat.json`.
 
 `load` is the way back, from a folder or a hub id; `load_any` also takes every full-precision model.
 """
@@ -20,10 +21,11 @@ import gc
 import importlib.metadata
 import json
 import platform
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +38,8 @@ from transformers.utils import cached_file
 
 import llmqat
 from llmqat.export import compressed_tensors
+from llmqat.export.prepared import is_prepared, read_prepared
+from llmqat.export.stock import Expected, StockTrial, loader_of, try_stock
 from llmqat.export.tensors import stored_dtype
 from llmqat.kernels import KERNELS, packed_linear
 from llmqat.layers import (
@@ -47,18 +51,23 @@ from llmqat.layers import (
     TiedHead,
     audit,
     check_merged,
+    convert,
     decode_in_groups,
     is_checked,
+    kv_scheme,
     products,
     share_products,
 )
 from llmqat.layers.probe import probe_inputs
 from llmqat.models import (
+    adapter_base,
     cast_parameters,
+    check_can_be_rebuilt,
     folder_in_progress,
     load_model,
     load_tokenizer,
     may_be_hub_id,
+    model_file,
     read_config,
     resolve_spec,
     weight_files,
@@ -66,6 +75,8 @@ from llmqat.models import (
 )
 
 RUN_FILE = "llmqat.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""What transformers' processors of images and sound keep beside a tokenizer."""
 RECORDED_PACKAGES = ("llmqat", "torch", "transformers", "compressed-tensors", "safetensors")
 PARTS = ("codes", "scales", "shapes", "zero_points", "embeddings", "head", "norms", "other", "headers")
 """What the bytes of the weight files are counted as; they add up to the files' sizes."""
@@ -88,6 +99,9 @@ class Format(Protocol):
 
     def packed_state_dict(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         """Returns the tensors that `write` writes, without writing them."""
+
+    def tell_others(self, folder: Path, trial: StockTrial) -> None:
+        """Writes into the `config.json` in `folder` what stock transformers has to know, after it was tried."""
 
     def is_packed(self, config: PreTrainedConfig) -> bool:
         """Returns whether a model configuration describes a checkpoint of this format."""
@@ -113,7 +127,8 @@ class ExportReport:
         files: bytes of every file of the folder, by name.
         quantized_weights: number of weights in packed layers other than embeddings and output head.
         proof: what was compared: tensors, packed layers, probe tokens.
-        notes: the audit's: what loaders other than llmqat's will see of it.
+        stock: what stock transformers made of it.
+        notes: the audit's, and what keeps stock transformers from loading it.
     """
 
     folder: Path
@@ -122,6 +137,7 @@ class ExportReport:
     files: Mapping[str, int]
     quantized_weights: int
     proof: Mapping[str, int]
+    stock: StockTrial
     notes: tuple[str, ...] = ()
 
     @property
@@ -152,6 +168,7 @@ class ExportReport:
             "quantized_weights": self.quantized_weights,
             "bits_per_weight": self.bits_per_weight,
             "proof": dict(self.proof),
+            "stock_transformers": asdict(self.stock),
             "notes": list(self.notes),
         }
 
@@ -194,17 +211,45 @@ def save(
     with folder_in_progress(folder) as temporary:
         written = FORMATS[format].write(model, temporary, dtype, max_shard_size)
         # Not save_pretrained, which refuses settings that many published models have; this only records them.
-        if model.generation_config is not None:
+        if getattr(model, "generation_config", None) is not None:
             model.generation_config.to_json_file(temporary / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        proof = _prove(model, temporary, dtype, FORMATS[format], probe, written)
+        _keep_processor(model, temporary)
+        proof, expected = _prove(model, temporary, dtype, FORMATS[format], probe, written)
+        # What others make of a quantized KV cache, which they do not quantize, is no matter of logits.
+        stock = try_stock(temporary, None if kv_scheme(model) is not None else expected)
+        FORMATS[format].tell_others(temporary, stock)
         sizes = _bytes_by_part(model, temporary, written)
-        _write_run_file(temporary, format, sizes, proof, run)
+        _write_run_file(temporary, format, sizes, proof, stock, run)
         gc.collect()  # the reloaded model maps the files that are about to be renamed
         _move_into_place(temporary, folder)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    return ExportReport(folder, format, sizes, files, _quantized_weights(model), proof, audit(model).notes)
+    notes = (*audit(model).notes, *([stock.note] if stock.note else []))
+    return ExportReport(folder, format, sizes, files, _quantized_weights(model), proof, stock, notes)
+
+
+def _keep_processor(model: PreTrainedModel, folder: Path) -> None:
+    """Copies what the model's source says of images and sound (AutoProcessor) into `folder`, where it is not yet."""
+    source = model.config.name_or_path
+    for name in PROCESSOR_FILES:
+        file: str | Path | None = Path(source) / name
+        if source and not Path(source).exists() and may_be_hub_id(source):
+            file = _cached(source, name)
+        if source and file is not None and Path(file).is_file() and not (folder / name).exists():
+            shutil.copyfile(file, folder / name)
+
+
+def _cached(repository: str, name: str) -> str | None:
+    """Returns where a file of a hub repository lies; None where it has none, or cannot be asked."""
+    found: str | None = cached_file(
+        repository,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found
 
 
 def save_again(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, int]:
@@ -219,6 +264,7 @@ def _check_arguments(model: nn.Module, dtype: torch.dtype, run: Mapping[str, Any
             f"save needs a transformers model, got {type(model).__name__}; unwrap it first "
             f"(accelerator.unwrap_model(model), or model.module of DistributedDataParallel)"
         )
+    check_can_be_rebuilt(model)
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(FORMATS)}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -257,13 +303,19 @@ def _check_destination(folder: Path, overwrite: bool) -> None:
 
 
 def _write_run_file(
-    folder: Path, format: str, sizes: Mapping[str, int], proof: Mapping[str, int], run: Mapping[str, Any] | None
+    folder: Path,
+    format: str,
+    sizes: Mapping[str, int],
+    proof: Mapping[str, int],
+    stock: StockTrial,
+    run: Mapping[str, Any] | None,
 ) -> None:
     facts = {
         "format": format,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in RECORDED_PACKAGES},
         "bytes": dict(sizes),
         "proof": dict(proof),
+        "stock_transformers": asdict(stock),
         "run": dict(run or {}),
     }
     (folder / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -273,13 +325,7 @@ def record_of(spec: str) -> dict[str, Any]:
     """Returns the run's facts beside the checkpoint that `spec` names, a folder or a hub id; nothing without any."""
     file: str | Path | None = Path(spec) / RUN_FILE
     if not Path(spec).exists() and may_be_hub_id(spec):
-        file = cached_file(
-            spec,
-            RUN_FILE,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        file = _cached(spec, RUN_FILE)
     if file is None or not Path(file).is_file():
         return {}
     return json.loads(Path(file).read_text(encoding="utf-8")).get("run") or {}
@@ -378,7 +424,7 @@ def prove(
     """
     _check_arguments(model, dtype, None, format)
     written = FORMATS[format].packed_state_dict(model, dtype)
-    return _prove(model, Path(folder), dtype, FORMATS[format], probe, written)
+    return _prove(model, Path(folder), dtype, FORMATS[format], probe, written)[0]
 
 
 def _prove(
@@ -388,14 +434,16 @@ def _prove(
     format: Format,
     probe: Tensor | None,
     written: Mapping[str, Tensor],
-) -> dict[str, int]:
+) -> tuple[dict[str, int], Expected]:
+    """Returns how much was compared, and what the model computes on the probe."""
     inputs = probe_inputs(model, *PROBE_SHAPE) if probe is None else {"input_ids": probe}
     _prove_tensors(folder, written)
     attention = getattr(model.config, "_attn_implementation", None)
     reloaded = format.read(folder, read_config(folder, str(folder)), dtype, attention).to(model.device)
     layers = _prove_weights(model, reloaded, dtype)
-    _prove_logits(model, reloaded, dtype, inputs)
-    return {"tensors": len(written), "packed_layers": layers, "probe_tokens": _tokens(inputs)}
+    logits = _prove_logits(model, reloaded, dtype, inputs)
+    compared = {"tensors": len(written), "packed_layers": layers, "probe_tokens": _tokens(inputs)}
+    return compared, Expected(_inputs_for(model, inputs, dtype), logits)
 
 
 def _prove_tensors(folder: Path, written: Mapping[str, Tensor]) -> None:
@@ -443,7 +491,8 @@ def _prove_weights(model: nn.Module, reloaded: nn.Module, dtype: torch.dtype) ->
 
 def _prove_logits(
     model: PreTrainedModel, reloaded: PreTrainedModel, dtype: torch.dtype, inputs: Mapping[str, Tensor]
-) -> None:
+) -> Tensor:
+    """Returns the logits of the probe; raises unless they are the same in both models."""
     trained, packed = _probe_logits(model, dtype, inputs), _probe_logits(reloaded, dtype, inputs)
     if not bool(torch.isfinite(trained).all()):
         raise ProofError("the fake-quantized model's logits on the probe batch are not finite; training has diverged")
@@ -453,6 +502,7 @@ def _prove_logits(
             f"logits of the reloaded model differ from the fake-quantized model's by up to {worst:.3g} on a probe of "
             f"{_tokens(inputs)} tokens, though every tensor is equal: something beside the weights is not exported"
         )
+    return trained
 
 
 @torch.no_grad()
@@ -467,7 +517,7 @@ def _probe_logits(model: PreTrainedModel, dtype: torch.dtype, inputs: Mapping[st
     finally:
         for module, was_training in training.items():
             module.training = was_training
-    logits: Tensor = output.logits
+    logits: Tensor = output.logits if "logits" in output else output[0]  # a body without a head has hidden states
     return logits
 
 
@@ -505,6 +555,9 @@ def load(
 ) -> PreTrainedModel:
     """Returns the packed model in `folder`, ready to generate, on the CPU in evaluation mode.
 
+    A prepared checkpoint, which a Trainer or `save_pretrained` has written of a model in training, gives the prepared
+    model as it was, to be trained on or saved; it takes no other argument.
+
     Args:
         folder: a packed checkpoint written by llmqat or another tool, or a hub id of one. Its `config.json` alone says
             what is packed and how; tensors are mapped from the files, not copied.
@@ -520,15 +573,15 @@ def load(
     if kernel != "auto" and kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} is unknown; choose auto, {', '.join(KERNELS)}")
     spec = str(folder)
+    _check_not_beside(spec)
     source = resolve_spec(spec)
     config = read_config(source, spec)
     format = _format_of(config)
-    if format is None:
-        raise ValueError(
-            f"{spec} is not a packed checkpoint of a kind llmqat loads ({', '.join(FORMATS)}): its config.json has no "
-            f"such quantization_config; load a full-precision model with AutoModelForCausalLM.from_pretrained"
-        )
+    if format is None and not is_prepared(config):
+        raise ValueError(_not_packed(config, spec))
     local = source if isinstance(source, Path) else _downloaded(source)
+    if format is None:
+        return _load_prepared(local, config, spec, dtype is None and kernel == "auto" and not compile)
     model = format.read(local, config, dtype or _dtype_of(config))
     model.config.name_or_path = spec
     for module in model.modules():
@@ -540,6 +593,46 @@ def load(
     if compile:
         _compile_decoding(model)
     return model
+
+
+def _load_prepared(folder: Path, config: PreTrainedConfig, spec: str, plainly: bool) -> PreTrainedModel:
+    if not plainly:
+        raise ValueError(
+            f"{spec} is prepared for training, not packed (its config.json has the key 'llmqat'), so dtype, kernel and "
+            f"compile mean nothing for it; load it without them, or save it packed: "
+            f"llmqat.save(llmqat.load({spec!r}), folder)"
+        )
+    model = read_prepared(folder, config)
+    model.config.name_or_path = spec
+    return model
+
+
+def _check_not_beside(spec: str) -> None:
+    """Raises for what stands for another model than it is, before that is looked for."""
+    file = model_file(spec)
+    if file is not None and file.suffix == ".gguf":
+        raise ValueError(
+            f"{spec} is a GGUF file, not a packed folder; llmqat.models.load_model({spec!r}) dequantizes it"
+        )
+    if adapter_base(spec) is not None:
+        raise ValueError(
+            f"{spec} is an adapter, not a packed model; llmqat.load_adapter(model, {spec!r}) puts one that was trained "
+            f"inside quantizers on its prepared base, llmqat.models.load_model({spec!r}) merges any other"
+        )
+
+
+def _not_packed(config: PreTrainedConfig, spec: str) -> str:
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        return (
+            f"{spec} is a full-precision model, not a packed checkpoint; load it with "
+            f"transformers: {loader_of(config)}.from_pretrained({spec!r})"
+        )
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    return (
+        f"{spec} was quantized by {method}, which llmqat.load does not read (it reads {', '.join(FORMATS)}); "
+        f"transformers loads it with the package that made it, and `llmqat eval` judges it"
+    )
 
 
 @torch.no_grad()
@@ -563,16 +656,23 @@ def load_any(spec: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Pre
     """Returns the model that `spec` names, packed or in full precision, and its tokenizer.
 
     Args:
-        spec: a packed folder, or anything `llmqat.models.load_model` takes.
+        spec: a packed folder, or anything `llmqat.models.load_model` takes. A prepared checkpoint is packed on the way.
         dtype: of the parameters that are not packed.
 
     Raises:
         FileNotFoundError: as `load` and `load_model`.
         ValueError: as `load` and `load_model`, or there is no tokenizer beside the model.
     """
-    if not is_packed(spec):
-        return load_model(str(spec), dtype)
-    return load(spec, dtype), load_tokenizer(resolve_spec(str(spec)), str(spec))
+    if adapter_base(str(spec)) is None:
+        source = resolve_spec(str(spec))
+        config = read_config(source, str(spec))
+        if _format_of(config) is not None:
+            return load(spec, dtype), load_tokenizer(source, str(spec))
+        if is_prepared(config):
+            model = load(spec)
+            convert(model, dtype)
+            return model, load_tokenizer(source, str(spec))
+    return load_model(str(spec), dtype)
 
 
 def is_packed(spec: str | Path) -> bool:

@@ -14,8 +14,10 @@ parameter; a quantized embedding is stored like a linear layer, and a head tied 
 loader needs: stock transformers, vLLM and `read` below recover from it which modules are packed and how. It is derived
 from the modules themselves, never from the configuration that once prepared them, so it cannot disagree with the
 tensors. A quantized KV cache, which the format can only say with calibrated ranges, stands beside it as
-`llmqat_kv_cache`. A checkpoint with packed layers that stock transformers would fill with random numbers (Conv1D,
-stacked experts) says in each group that only llmqat loads it; stock loaders refuse that key, which is the point.
+`llmqat_kv_cache`. A checkpoint that stock transformers was seen to fill with random numbers (`stock.py`; Conv1D,
+stacked experts) says in each group that only llmqat loads it; stock loaders refuse that key, which is the point. One
+that it reads only when it dequantizes the weights at loading (zero points; models that look at weights while they are
+built) has the key `dequantize`, which is transformers' own.
 
 Letters: O out features, I in features, G scales per row, b bits.
 """
@@ -35,10 +37,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.utils.match import match_named_modules, match_targets
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from llmqat.export.stock import ONLY_HERE, StockTrial
 from llmqat.grid import Grid, pack_int32
 from llmqat.kernels import FileMappings
 from llmqat.layers import (
@@ -49,7 +52,6 @@ from llmqat.layers import (
     PackedExperts,
     PackedLinear,
     PackedModule,
-    QuantExperts,
     QuantLinear,
     QuantModule,
     TiedHead,
@@ -66,17 +68,23 @@ from llmqat.layers import (
 from llmqat.layers.attention import IMPLEMENTATION_PREFIX
 from llmqat.layers.config import Observer
 from llmqat.layers.embedding import embedding_multiplier
-from llmqat.models import check_safetensors, shortened, weight_files, write_shards
+from llmqat.models import (
+    check_safetensors,
+    class_of,
+    empty_model,
+    shortened,
+    weight_files,
+    write_shards,
+    write_whole,
+)
 
 QUANT_METHOD = "compressed-tensors"
-ONLY_HERE = "only_llmqat_loads_this"
-"""Key of a group in a checkpoint that other loaders would get wrong; compressed-tensors refuses unknown keys."""
 PACKED_FORMAT = "pack-quantized"
 PLAIN_FORMAT = "int-quantized"
 """The format of others for W8A8: int8 codes, not packed; read here, and packed on the way."""
 KV_KEY = "llmqat_kv_cache"
 
-_BESIDE = ("version", "sparsity_config", "transform_config")
+_BESIDE = ("version", "sparsity_config", "transform_config", "dequantize", "run_compressed")
 """Keys of a `quantization_config` that do not belong to compressed-tensors' own QuantizationConfig."""
 _INPUT_NAMES = {"input_quantizer.scale": "input_scale", "input_quantizer.zero_point": "input_zero_point"}
 """Names of static input ranges: in the module, on disk."""
@@ -187,17 +195,27 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         ignore=[name for name, module in model.named_modules() if isinstance(module, (nn.Linear, TiedHead))],
     )
     dumped: dict[str, Any] = json.loads(config.model_dump_json())
-    if any(_only_here(layer) for layer in layers.values()):
-        for group in dumped["config_groups"].values():
-            group[ONLY_HERE] = True
     return dumped
 
 
-def _only_here(layer: QuantModule | PackedModule) -> bool:
-    """Returns whether stock transformers would leave this layer random without a word."""
-    if isinstance(layer, (QuantExperts, PackedExperts)):
-        return True
-    return isinstance(layer, (QuantLinear, PackedLinear)) and layer.transposed
+def tell_others(folder: Path, trial: StockTrial) -> None:
+    """Writes into the `config.json` in `folder` what stock transformers has to know.
+
+    Args:
+        folder: a checkpoint that `write` has written.
+        trial: what stock transformers made of it.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    described = config["quantization_config"]
+    if trial.loads and trial.dequantized:
+        described["dequantize"] = True
+    elif trial.silent:
+        for group in described["config_groups"].values():
+            group[ONLY_HERE] = True
+    else:
+        return
+    write_whole(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _stored_scheme(layer: QuantModule | PackedModule) -> LayerScheme:
@@ -284,10 +302,13 @@ def read(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: 
     schemes = _read_schemes(config, folder)
     stored = _read_tensors(folder)
     _check_plausible(config, folder, len(stored))
-    options = {} if attention is None else {"attn_implementation": attention.removeprefix(IMPLEMENTATION_PREFIX)}
+    kind = class_of(config)
+    options: dict[str, Any] = (
+        {} if attention is None else {"attn_implementation": attention.removeprefix(IMPLEMENTATION_PREFIX)}
+    )
     # Without no_init_weights, transformers draws random numbers for the weights on the meta device: half the time.
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+        model = empty_model(kind, config, dtype=dtype, **options)
     _install(model, schemes, dtype)
     if (cache := getattr(config, KV_KEY, None)) is not None:
         quantize_kv(model, KVCacheConfig.model_validate(cache))
@@ -358,7 +379,7 @@ def _check_plausible(config: PreTrainedConfig, folder: Path, entries: int) -> No
     Raises:
         ValueError: names the key; a hostile or mixed-up configuration would otherwise fill the memory.
     """
-    text: Any = config.get_text_config()
+    text: Any = config.get_text_config(decoder=True)
     bits = 8 * sum(path.stat().st_size for path in weight_files(folder))
     vocabulary, hidden = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
     checks = (

@@ -13,9 +13,8 @@ from typing import Any
 from torch import nn
 
 from llmqat.layers.attention import KVQuantizer
-from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
+from llmqat.layers.embedding import TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
-from llmqat.layers.linear import QuantLinear
 from llmqat.layers.packed import PackedLinear, PackedModule
 from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule
 
@@ -182,20 +181,6 @@ def _notes(model: nn.Module) -> list[str]:
         notes.append(
             f"KV cache: {caches[0].config.label} in {len(caches)} attention layers; "
             "llmqat.load runs it so, other loaders read keys and values in high precision"
-        )
-    if any(isinstance(layer, (QuantEmbedding, PackedEmbedding)) for layer in layers):
-        notes.append(
-            "quantized embeddings: llmqat.load reads them; stock transformers cannot (AttributeError in "
-            "compressed-tensors); embeddings 'keep' loads everywhere"
-        )
-    if any(isinstance(layer, (QuantExperts, PackedExperts)) for layer in layers):
-        notes.append("stacked experts: llmqat.load reads them; stock transformers refuses the checkpoint")
-    if any(isinstance(layer, (QuantLinear, PackedLinear)) and layer.transposed for layer in layers):
-        notes.append("Conv1D layers are packed as linear ones: llmqat.load reads them; stock transformers refuses it")
-    if any(not layer.weights.symmetric for layer in layers):
-        notes.append(
-            "asymmetric weights: llmqat.load reads them; stock transformers only with "
-            "CompressedTensorsConfig(dequantize=True)"
         )
     if any(layer.weights.levels == "seq" for layer in layers if isinstance(layer, QuantModule)):
         notes.append("int2-seq has half-integer levels, which no format knows: stored exactly, in 3 bits a code")

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmqat.calibrate import RangesStage, rotates, untie
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
 from llmqat.export import is_packed, load
+from llmqat.export.prepared import is_prepared
+from llmqat.export.stock import try_stock
 from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
-from llmqat.models import read_config, resolve_spec
+from llmqat.models import empty_model, read_config, resolve_spec, token_model_class
 from llmqat.recipe.config import Recipe, folds_weights, parse_yaml, training_arguments
 from llmqat.recipe.memory import Devices, Memory, Method, ModelSize, memory_of, optimizer_bytes, size_of
 from llmqat.recipe.start import starts_packed
@@ -163,7 +165,7 @@ def _prepared(recipe: Recipe) -> tuple[PreTrainedModel, CoverageAudit]:
         packed = load(recipe.model)
         return packed, audit(packed)
     config = read_config(resolve_spec(recipe.model), recipe.model)
-    return _prepared_without_weights(config, recipe.quant, rotates(recipe.calibrate))
+    return _prepared_without_weights(recipe.model, config, recipe.quant, rotates(recipe.calibrate))
 
 
 def _packed_bytes(coverage: CoverageAudit) -> float:
@@ -252,10 +254,10 @@ def available_bytes(devices: Devices) -> int | None:
 
 
 def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> CoverageAudit:
-    """Returns the coverage audit of a packed checkpoint as it is, or of any other model as `quant` would leave it.
+    """Returns the coverage audit of a packed or prepared checkpoint, or of another model as `quant` would leave it.
 
     Args:
-        spec: what `load_model` takes, or a packed checkpoint.
+        spec: what `load_model` takes, or a packed or prepared checkpoint.
         quant: the scheme.
         rotated: whether the model is rotated first, which unties its output head.
 
@@ -263,16 +265,22 @@ def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> Coverag
         FileNotFoundError: the model is not there.
         ValueError: a target matches nothing, or a group size does not divide.
     """
+    source = resolve_spec(spec)
+    config = read_config(source, spec)
     if is_packed(spec):
+        found = audit(load(spec))
+        note = try_stock(source).note if isinstance(source, Path) else ""
+        return dataclasses.replace(found, notes=(*found.notes, note)) if note else found
+    if is_prepared(config):
         return audit(load(spec))
-    return _prepared_without_weights(read_config(resolve_spec(spec), spec), quant, rotated)[1]
+    return _prepared_without_weights(spec, config, quant, rotated)[1]
 
 
 def _prepared_without_weights(
-    config: PreTrainedConfig, quant: QuantConfig, rotated: bool
+    spec: str, config: PreTrainedConfig, quant: QuantConfig, rotated: bool
 ) -> tuple[PreTrainedModel, CoverageAudit]:
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model = empty_model(token_model_class(config, spec), config)
     if rotated:
         untie(model)
     return model, prepare(model, quant)

@@ -54,7 +54,15 @@ from llmqat.layers import (
 )
 from llmqat.layers.lora import adopt_adapters
 from llmqat.metrics import IGNORED_LABEL, Predictor, Teacher, TopProbabilities, predictor_of, token_loss, token_scores
-from llmqat.models import capture_hidden, cast_parameters, is_sharded, loss_in_forward, vocabulary_size
+from llmqat.models import (
+    capture_hidden,
+    cast_parameters,
+    check_can_be_rebuilt,
+    check_next_token,
+    is_sharded,
+    loss_in_forward,
+    vocabulary_size,
+)
 from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
 from llmqat.train.checkpoints import (
     UNFINISHED_FOLDER,
@@ -202,6 +210,9 @@ class QATTrainer(Trainer):
         """
         if not any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
             raise ValueError("the model has no QuantLinear: call llmqat.prepare(model, config) before training")
+        own = without_adapters(model)
+        check_next_token(own)
+        check_can_be_rebuilt(own)
         sizes = [_vocabulary(one) for one in (model, teacher) if one is not None]
         if sizes[0] != sizes[-1]:
             raise ValueError(

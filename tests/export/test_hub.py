@@ -13,7 +13,7 @@ from llmqat import load, save
 from llmqat.export import checkpoint
 from llmqat.export.hub import push
 from tests.export.test_formats import prepared
-from tests.tiny import tiny_llama, tiny_mixtral, tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_mixtral, tiny_of_class, tiny_tokenizer
 
 REPOSITORY = "someone/tiny-int4"
 TEXTS = {"notes.txt": {"sha256": "ab" * 32, "windows": 8, "window": 64, "stride": 64, "tokens": 504}}
@@ -114,7 +114,7 @@ def test_what_the_folder_does_not_know_is_not_claimed(tmp_path: Path) -> None:
     push(tmp_path / "out", REPOSITORY, dry_run=tmp_path / "tree")
     card = ModelCard.load(tmp_path / "tree" / "README.md")
     assert not {"base_model", "base_model_relation", "license", "datasets", "model-index"} & set(card.data.to_dict())
-    assert "CompressedTensorsConfig(dequantize=True)" in card.text
+    assert "which dequantizes it as it is loaded" in card.text
     assert "vLLM has no kernel" in card.text
     assert "dequantized GGUF" in card.text
     assert "did not state the license" in card.text
@@ -124,7 +124,19 @@ def test_what_the_folder_does_not_know_is_not_claimed(tmp_path: Path) -> None:
     assert (data["license"], data["base_model"]) == ("mit", "a/b")
     save(prepared(tiny_mixtral(), group_size=32), tmp_path / "experts", tiny_tokenizer())
     push(tmp_path / "experts", REPOSITORY, dry_run=tmp_path / "only-here")
-    assert "from_pretrained" not in (tmp_path / "only-here" / "README.md").read_text()
+    only_here = (tmp_path / "only-here" / "README.md").read_text()
+    assert "from_pretrained" not in only_here
+    assert "tensors would stay random" in only_here
+
+
+def test_a_card_names_the_class_that_loads_the_model(tmp_path: Path) -> None:
+    save(prepared(tiny_of_class("llava"), group_size=16), tmp_path / "out", tiny_tokenizer())
+    push(tmp_path / "out", REPOSITORY, dry_run=tmp_path / "tree")
+    card = ModelCard.load(tmp_path / "tree" / "README.md")
+    assert card.data.to_dict()["pipeline_tag"] == "image-text-to-text"
+    assert f"AutoModelForImageTextToText.from_pretrained('{REPOSITORY}')" in card.text
+    assert "AutoModelForCausalLM" not in card.text
+    assert "--format gguf" not in card.text
 
 
 def test_pushing_makes_repository_and_branch_and_sends_the_tree(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

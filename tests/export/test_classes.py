@@ -1,0 +1,143 @@
+"""Checkpoints of every model class: what can be prepared is saved, and loaded as the class that it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from llmqat.export import load, load_any, save
+from llmqat.layers import QuantConfig, prepare
+from llmqat.layers.probe import probe_inputs
+from llmqat.models import cast_parameters, load_model
+from tests.tiny import CLASSES, VOCAB_SIZE, tiny_llama, tiny_of_class, tiny_tokenizer
+
+STOCK = {
+    "llava": "AutoModelForImageTextToText",
+    "qwen2_vl": "AutoModelForImageTextToText",
+    "qwen2_5_vl": "AutoModelForImageTextToText",
+    "gemma3": "AutoModelForCausalLM",
+    "t5": "AutoModelForSeq2SeqLM",
+    "bart": "AutoModelForSeq2SeqLM",
+    "whisper": "AutoModelForSpeechSeq2Seq",
+}
+TOWERS = {
+    "llava": (r"re:.*vision_tower\.", r"re:.*multi_modal_projector\."),
+    "qwen2_vl": (r"re:.*visual\.",),
+    "qwen2_5_vl": (r"re:.*visual\.",),
+    "gemma3": (r"re:.*vision_tower\.",),
+    "t5": (r"re:.*\.wo$",),  # its modeling code reads the layer's dtype
+}
+
+
+def prepared(name: str) -> PreTrainedModel:
+    model = tiny_of_class(name)
+    prepare(model, QuantConfig.preset("int4", group_size=16, ignore=TOWERS.get(name, ())))
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with cast_parameters(model, torch.bfloat16):
+        return model(**halved(inputs), use_cache=False).logits
+
+
+def halved(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_model_of_any_class_is_loaded_as_what_it_is_here_and_by_transformers(name: str, tmp_path: Path) -> None:
+    model = prepared(name)
+    inputs = probe_inputs(model, 2, 16)
+    report = save(model, tmp_path / "packed", tiny_tokenizer())
+    assert (report.stock.loads, report.stock.loader) == (True, STOCK[name])
+    loaded, _ = load_any(tmp_path / "packed")
+    assert type(loaded) is type(model)
+    assert torch.equal(logits_of(load(tmp_path / "packed", kernel="reference"), inputs), logits_of(model, inputs))
+    stock = getattr(transformers, STOCK[name]).from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
+    assert type(stock) is type(model)
+    assert torch.equal(logits_of(stock, inputs), logits_of(model, inputs))
+    prompt = {key: value for key, value in halved(inputs).items() if key != "decoder_input_ids"}
+    written = loaded.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert written.shape[0] == 2
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_full_precision_folder_of_any_class_is_loaded_as_what_it_is(name: str, tmp_path: Path) -> None:
+    model = tiny_of_class(name)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    loaded, _ = load_model(str(tmp_path / "model"), torch.float32)
+    assert type(loaded) is type(model)
+    for parameter, other in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+def test_a_body_without_a_head_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = AutoModel.from_config(tiny_llama().config)
+    prepare(model, QuantConfig.preset("int4", group_size=16))
+    save(model, tmp_path / "packed")
+    assert type(load(tmp_path / "packed")) is type(model)
+
+
+def test_the_head_of_a_body_alone_is_looked_for(tmp_path: Path) -> None:
+    tied, untied = tiny_llama(), tiny_llama(tied=False)
+    for name, model in (("tied", tied), ("untied", untied)):
+        model.model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    assert isinstance(load_model(str(tmp_path / "tied"))[0], LlamaForCausalLM)
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        load_model(str(tmp_path / "untied"))
+
+
+def test_a_classifier_is_refused_by_name(tmp_path: Path) -> None:
+    config = tiny_llama().config
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_a_class_that_transformers_has_not_is_refused_by_name(tmp_path: Path) -> None:
+    class OwnConfig(LlamaConfig):
+        model_type = "llmqat_test_own"
+
+    class OwnForCausalLM(LlamaForCausalLM):
+        config_class = OwnConfig
+
+    model = OwnForCausalLM(OwnConfig(**_shape()))
+    prepare(model, QuantConfig.preset("int4", group_size=16))
+    with pytest.raises(ValueError, match="OwnForCausalLM"):
+        save(model, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_an_architecture_that_transformers_has_not_is_refused_by_name(tmp_path: Path) -> None:
+    save(prepared("t5"), tmp_path / "packed")
+    path = tmp_path / "packed/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["TFiveForTests"]}))
+    with pytest.raises(ValueError, match="TFiveForTests"):
+        load(tmp_path / "packed")
+
+
+def _shape() -> dict[str, Any]:
+    known = AutoConfig.for_model("llama")
+    shape = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    return {**shape, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": known.rope_parameters}
+
+
+def test_the_settings_of_a_processor_stay_beside_the_model(tmp_path: Path) -> None:
+    tiny_of_class("llava").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model/preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    model, tokenizer = load_model(str(tmp_path / "model"))
+    prepare(model, QuantConfig.preset("int4", group_size=16))
+    save(model, tmp_path / "packed", tokenizer)
+    save(load(tmp_path / "packed"), tmp_path / "again", tokenizer)
+    wanted = (tmp_path / "model/preprocessor_config.json").read_bytes()
+    assert (tmp_path / "again/preprocessor_config.json").read_bytes() == wanted
