@@ -1090,7 +1090,7 @@ def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 @contextmanager
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def cast_parameters(model: nn.Module, dtype: torch.dtype, stays: Callable[[str], bool] | None = None) -> Iterator[None]:
     """Inside, every float parameter that no quantizer handles reads as `parameter.to(dtype)`, with gradients.
 
     The exported checkpoint holds norms, embeddings and biases in `dtype`; with this the training forward uses those
@@ -1098,10 +1098,13 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     checkpointing recomputes the same forward. Tied parameters stay tied. Nothing is done when all are in `dtype`.
 
     Args:
-        model: the unwrapped model.
+        model: the unwrapped model, or a part of one.
         dtype: what parameters read as.
+        stays: whether the parameter of a name is read as it is; by default those that transformers keeps in float32,
+            which only a whole model knows.
     """
-    names = {module: found for module, found in _cast_names(model, dtype).items() if found}
+    stays = kept_in_float32(model) if stays is None else stays
+    names = {module: found for module, found in _cast_names(model, dtype, stays).items() if found}
     quantizers = [(module, module.compute_dtype) for module in model.modules() if isinstance(module, QuantModule)]
     casting = _cast_within_forwards if is_sharded(model) else _cast_at_once
     try:
@@ -1119,9 +1122,8 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def _cast_names(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, list[str]]:
+def _cast_names(model: nn.Module, dtype: torch.dtype, stays: Callable[[str], bool]) -> dict[nn.Module, list[str]]:
     """Returns the names of each module's own parameters that are to be read in `dtype`."""
-    in_float32 = kept_in_float32(model)
     layers = [module for module in model.modules() if isinstance(module, QuantModule)]
     factors = {id(factor) for layer in layers for adapter in layer.adapters for factor in adapter.factors()}
 
@@ -1130,7 +1132,7 @@ def _cast_names(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, list[st
             return False
         if name in QUANTIZER_PARAMETERS and isinstance(module, (QuantModule, PackedModule)):
             return False
-        return id(parameter) not in factors and not in_float32(f"{prefix}.{name}")
+        return id(parameter) not in factors and not stays(f"{prefix}.{name}")
 
     return {
         module: [name for name, parameter in module._parameters.items() if is_cast(prefix, module, name, parameter)]

@@ -4,13 +4,13 @@ stages.py             stages in a row, each kept in a folder as it is finished
 rotate.py, smooth.py  change the full-precision model, not what it computes, before it is prepared
 moments.py            E[x^2] of layer inputs            ranges.py       scales of weights
 activations.py        static ranges of layer inputs     forward.py      the passes over text that these take
-blocks.py             the walk from block to block      gptq.py         codes that make each other's errors good
-blockwise.py          training of one block at a time  report.py       what quantization did to each layer
+walk.py               the walk from block to block      blocks.py       the blocks, and one of them run alone
+chains.py             what reaches a block              gptq.py         codes that make each other's errors good
+blockwise.py          training of one block at a time   report.py       what quantization did to each layer
 sensitivity.py        what fewer bits would cost each layer, and the best assignment of bits
 """
 
 from llmqat.calibrate.activations import calibrate_activations, static_layers
-from llmqat.calibrate.blocks import open_walk
 from llmqat.calibrate.blockwise import train_block
 from llmqat.calibrate.config import (
     AllocationConfig,
@@ -30,6 +30,7 @@ from llmqat.calibrate.rotate import rotate, untie
 from llmqat.calibrate.sensitivity import Allocation, LayerSensitivity, allocate_bits, measure_sensitivity
 from llmqat.calibrate.smooth import smooth
 from llmqat.calibrate.stages import ORIGINALS_FILE, StageReport, calibrate, check_stages, needs_text, rotates
+from llmqat.calibrate.walk import check_walk, open_walk
 
 __all__ = [
     "ORIGINALS_FILE",
@@ -50,6 +51,7 @@ __all__ = [
     "calibrate_activations",
     "calibrate_ranges",
     "check_stages",
+    "check_walk",
     "collect_moments",
     "gptq_block",
     "gptq_layer",

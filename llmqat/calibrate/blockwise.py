@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.calibrate.blocks import Block
+from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import BlockwiseStage
 from llmqat.data.processes import ALONE, Processes
-from llmqat.layers import QuantModule, quantized_once
-from llmqat.models import cast_parameters, model_device
+from llmqat.layers import quantized_once
+from llmqat.models import model_device
 
 FLOOR = 0.05
 """Share of the learning rate that is left at the end."""
@@ -101,19 +102,21 @@ class SignSGD(torch.optim.Optimizer):
 
 def train_block(
     block: Block,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Chain,
+    targets: Chain,
     stage: BlockwiseStage,
     seed: int,
     on_step: OnStep = lambda *_: None,
     processes: Processes = ALONE,
 ) -> BlockTraining:
-    """Trains `block` in place so that it gives `targets` [N, L, D] from `inputs` [N, L, D]; its parameters are float32.
+    """Trains `block` in place so that it gives `targets` from `inputs`; its parameters are float32.
+
+    Parameters that other blocks share stay as they are.
 
     Args:
         block: with its quantizers on.
-        inputs: hidden states of the quantized chain.
-        targets: hidden states of the full-precision chain after the block.
+        inputs: the quantized chain, which has reached the block.
+        targets: a chain with the hidden states that the block is to give.
         stage: how long and how fast.
         seed: of the order of token blocks, together with the block's number.
         on_step: told of each iteration.
@@ -122,15 +125,15 @@ def train_block(
     Raises:
         FloatingPointError: the block gives, or learns, what is not finite.
     """
-    parameters = [parameter for parameter in block.module.parameters() if parameter.is_floating_point()]
+    parameters = list(block.own_parameters().values())
     trained_before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = _OPTIMIZERS[stage.trains](block, stage)
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed * 1_000_003 + block.index)
-    size = min(stage.batch_size, inputs.shape[0])
-    order = iter(_endless(inputs.shape[0], size, generator))
+    size = min(stage.batch_size, len(inputs))
+    order = iter(_endless(inputs.units, -(-size // inputs.unit), generator))
     before = best_error = _check(block, inputs, targets, size, processes)
     if not math.isfinite(before):
         raise FloatingPointError(
@@ -165,9 +168,9 @@ def train_block(
     return BlockTraining(before, best_error, done)
 
 
-def _not_finite(block: Block, inputs: Tensor, targets: Tensor) -> str:
+def _not_finite(block: Block, inputs: Chain, targets: Chain) -> str:
     """Returns what of a block holds NaN or infinity: a parameter, else the hidden states around it."""
-    states = {"its input": inputs, "its target": targets}
+    states = {"its input": inputs[:], "its target": targets[:]}
     found = [
         f"{block.name}.{name}" for name, value in block.module.named_parameters() if not bool(value.isfinite().all())
     ]
@@ -177,23 +180,23 @@ def _not_finite(block: Block, inputs: Tensor, targets: Tensor) -> str:
 
 def _iteration(
     block: Block,
-    inputs: Tensor,
-    targets: Tensor,
-    rows: Tensor,
+    inputs: Chain,
+    targets: Chain,
+    units: Tensor,
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     processes: Processes,
 ) -> float:
-    """Takes a step on the token blocks `rows` together, of which each process does some; returns the loss."""
-    device, own = model_device(block.module), rows[processes.rank :: processes.count]
-    target = targets[own].to(device)
-    size = processes.add(target.float().square().sum())
+    """Takes a step on the token blocks of `units` together, of which each process does some; returns the loss."""
+    device, own = model_device(block.module), inputs.parts(units[processes.rank :: processes.count])
+    wanted = [targets[rows].to(device) for rows in own]
+    size = processes.add(sum((target.float().square().sum() for target in wanted), torch.zeros((), device=device)))
     loss = torch.zeros((), device=device)
-    if len(own) > 0:
-        with cast_parameters(block.module, block.dtype):
-            error = relative_error(block(inputs[own].to(device), own), target, size)
+    with block.cast():
+        for rows, target in zip(own, wanted, strict=True):
+            error = relative_error(block(inputs, rows), target, size)
             error.backward()
-            loss = error.detach()
+            loss = loss + error.detach()
     if processes.count > 1:
         for parameter in parameters:
             parameter.grad = processes.add(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -204,15 +207,15 @@ def _iteration(
 
 
 @torch.no_grad()
-def _check(block: Block, inputs: Tensor, targets: Tensor, size: int, processes: Processes) -> float:
+def _check(block: Block, inputs: Chain, targets: Chain, size: int, processes: Processes) -> float:
     device = model_device(block.module)
-    count = max(size, min(CHECK_BLOCKS, inputs.shape[0]) // size * size)
-    starts = range(inputs.shape[0] - count, inputs.shape[0], size)
-    errors = torch.zeros(len(starts), device=device)
-    with cast_parameters(block.module, block.dtype), quantized_once(block.module):
-        for number in processes.share(range(len(starts))):
-            rows = slice(starts[number], starts[number] + size)
-            errors[number] = relative_error(block(inputs[rows].to(device), rows), targets[rows].to(device))
+    count = max(size, min(CHECK_BLOCKS, len(inputs)) // size * size)
+    parts = inputs.last(count, size)
+    errors = torch.zeros(len(parts), device=device)
+    with block.cast(), quantized_once(block.module):
+        for number in processes.share(range(len(parts))):
+            rows = parts[number]
+            errors[number] = relative_error(block(inputs, rows), targets[rows].to(device))
     return float(processes.add(errors).mean())
 
 
@@ -229,7 +232,7 @@ def _rate(stage: BlockwiseStage, done: int) -> float:
 
 
 def _endless(count: int, batch_size: int, generator: torch.Generator) -> Iterable[Tensor]:
-    """Yields the numbers of token blocks, `batch_size` at a time, in a new order each time all have been seen."""
+    """Yields the numbers of units, `batch_size` at a time, in a new order each time all have been seen."""
     waiting = torch.empty(0, dtype=torch.long)
     while True:
         while len(waiting) < batch_size:
@@ -248,7 +251,7 @@ def _all_parameters(block: Block, stage: BlockwiseStage) -> torch.optim.Optimize
     rates = {"log_scale": stage.scale_learning_rate, "zero_point": stage.zero_point_learning_rate}
     bits = {id(layer.weight): layer.weights.num_bits for layer in block.quantized().values()}
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in block.module.named_parameters():
+    for name, parameter in block.own_parameters().items():
         own = stage.learning_rate if stage.learning_rate is not None else learning_rate(bits.get(id(parameter), 8))
         rate = rates.get(name.rpartition(".")[2], own)
         groups.setdefault(rate, []).append(parameter)
@@ -258,7 +261,7 @@ def _all_parameters(block: Block, stage: BlockwiseStage) -> torch.optim.Optimize
 
 def _rounding_only(block: Block, stage: BlockwiseStage) -> torch.optim.Optimizer:
     """Returns sign-SGD over weights, each within half a step, and log-scales."""
-    modules = [module for module in block.module.modules() if isinstance(module, QuantModule)]
+    modules = [layer for layer in block.quantized().values() if id(layer.weight) not in block.shared]
     weights, steps, bounds = [], [], []
     for module in modules:
         step = module.restored(module.step_sizes())

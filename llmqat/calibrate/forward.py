@@ -33,7 +33,7 @@ def observe_inputs(
 
     Args:
         model: a causal language model.
-        layers: modules by name; the first input of each is recorded.
+        layers: modules by name; the first input of each, by position or keyword, is recorded.
         record: called with the name and the input [tokens, features].
         blocks: token ids [N, L], or token blocks with their documents.
         batch_size: blocks per forward.
@@ -48,8 +48,13 @@ def observe_inputs(
     if len(rows) == 0:
         raise ValueError("calibration got no token block; give it at least one")
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, inputs: record(name, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+    def hook(name: str) -> Callable[..., None]:
+        def observe(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+            x = input_of(inputs, options).detach()
+            if x.numel():  # an expert that no token chose may be called with none
+                record(name, x.reshape(-1, x.shape[-1]))
+
+        return observe
 
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
@@ -57,7 +62,7 @@ def observe_inputs(
         stack.enter_context(quantizers_off(model))
         captured = stack.enter_context(capture_hidden(model))
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
+            stack.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
         device = model_device(model)
         for start in wrap(processes.share(range(0, len(rows), batch_size))):
             model(**rows[start : start + batch_size].inputs(device), use_cache=False)
@@ -65,11 +70,21 @@ def observe_inputs(
             after_batch()
 
 
+def input_of(inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
+    """Returns what a layer was called with, by position or by keyword."""
+    found: Tensor = inputs[0] if inputs else next(iter(options.values()))
+    return found
+
+
 def check_seen(seen: Mapping[str, bool]) -> None:
     """Raises ValueError where a layer got no input during calibration; `seen` says so by layer name."""
     unseen = [name for name, reached in seen.items() if not reached]
     if unseen:
-        raise ValueError(f"calibration reached no input of {', '.join(unseen[:3])}…; is the layer used in the forward?")
+        others = f" and {len(unseen) - 3} more layers" if len(unseen) > 3 else ""
+        raise ValueError(
+            f"calibration reached no input of {', '.join(unseen[:3])}{others}: this text does not use them; leave them "
+            "alone with quant.ignore, give more text, or set scales by weights alone (method: mse)"
+        )
 
 
 def check_finite(finite: Mapping[str, bool]) -> None:

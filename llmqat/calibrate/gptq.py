@@ -18,14 +18,13 @@ Source: GPTQ (2210.17323) section 3.3, algorithm 1; the refit of scales is ordin
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from llmqat.calibrate.blocks import Block
+from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import GPTQStage
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import Grid, snap_scale
@@ -222,24 +221,25 @@ class LayerRounding:
     after: float
 
 
-def gptq_block(
-    block: Block, inputs: Tensor, stage: GPTQStage, processes: Processes = ALONE
-) -> dict[str, LayerRounding]:
+def gptq_block(block: Block, chain: Chain, stage: GPTQStage, processes: Processes = ALONE) -> dict[str, LayerRounding]:
     """Finds codes and scales of every linear layer of `block` in place, in the order they run; returns what it gained.
 
-    A layer sees the inputs that it gets from the layers before it with their new codes.
+    A layer sees the inputs that it gets from the layers before it with their new codes. Layers that text does not
+    reach, or that other blocks share, keep their codes, and are not in what is returned.
 
     Args:
         block: with its quantizers on.
-        inputs: hidden states [N, L, D] of the quantized chain.
+        chain: the quantized chain, which has reached the block.
         stage: damping and rounds.
-        processes: share the batches of `inputs`; all find the same codes and scales.
+        processes: share the batches of the chain; all find the same codes and scales.
     """
     found: dict[str, LayerRounding] = {}
-    for layers in layers_by_input(block, inputs[: stage.batch_size]):
-        moments = second_moments(block, next(iter(layers.values())), inputs, stage.batch_size, processes)
+    for group in layers_by_input(block, chain):
+        moments = second_moments(block, next(iter(group.layers.values())), chain, group.calls, processes)
+        if moments is None:
+            continue
         curvature = Curvature.of(damped(moments, stage.damping))
-        for name, layer in layers.items():
+        for name, layer in group.layers.items():
             found[f"{block.name}.{name}"] = gptq_layer(layer, curvature, stage.rounds)
     return found
 
@@ -267,35 +267,74 @@ def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int) -> LayerRound
     return LayerRounding(float(before / size), float(after / size))
 
 
-def layers_by_input(block: Block, hidden: Tensor) -> list[dict[str, QuantLinear]]:
-    """Returns the linear layers of `block` in the order they run, those that read the same tensor together, by name."""
-    groups: dict[int, dict[str, QuantLinear]] = {}
-    kept: list[Tensor] = []  # so that no memory is used again during the forward
+@dataclass
+class LayerGroup:
+    """Linear layers that read the same tensors.
 
-    def hook(name: str, layer: QuantLinear) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            kept.append(inputs[0])
-            groups.setdefault(inputs[0].data_ptr(), {})[name] = layer
+    Attributes:
+        layers: by name in the block.
+        calls: of each in a forward of the block; 0 where that depends on the text.
+    """
 
-        return note
+    layers: dict[str, QuantLinear]
+    calls: int
 
-    with ExitStack() as stack:
-        for name, module in block.module.named_modules():
-            if isinstance(module, QuantLinear):
-                stack.callback(module.register_forward_pre_hook(hook(name, module)).remove)
-        block.run(hidden, torch.empty_like(hidden), hidden.shape[0])
-    return list(groups.values())
+
+def layers_by_input(block: Block, chain: Chain) -> list[LayerGroup]:
+    """Returns the linear layers of `block` in the order they run, those that read the same tensors together.
+
+    Layers that no batch reaches are left out, and so are those that other blocks share.
+    """
+    layers = {
+        name: module
+        for name, module in block.module.named_modules()
+        if isinstance(module, QuantLinear) and id(module.weight) not in block.shared
+    }
+    names: dict[nn.Module, str] = {module: name for name, module in layers.items()}
+    found: dict[tuple[str, ...], LayerGroup] = {}
+    reached: set[str] = set()
+    for rows in chain.batches:
+        read: dict[str, list[_Place]] = {}
+        kept: list[Tensor] = []  # so that no memory is used again during the forward
+
+        def note(module: nn.Module, x: Tensor, read: dict[str, list[_Place]] = read, kept: list[Tensor] = kept) -> None:
+            kept.append(x)
+            read.setdefault(names[module], []).append((x.data_ptr(), x.shape, x.stride(), x._version))
+
+        block.watch(layers.values(), note, chain, [rows])
+        by_input: dict[tuple[_Place, ...], list[str]] = {}
+        for name, places in read.items():
+            if name not in reached:
+                by_input.setdefault(tuple(places), []).append(name)
+        for read_by_all, together in by_input.items():
+            found[tuple(together)] = LayerGroup({name: layers[name] for name in together}, len(read_by_all))
+        reached |= read.keys()
+        if len(reached) == len(layers):
+            break
+    return list(found.values())
+
+
+_Place = tuple[int, torch.Size, tuple[int, ...], int]
+"""Where a tensor lies, and how often it has been written to."""
 
 
 @torch.no_grad()
 def second_moments(
-    block: Block, layer: QuantLinear, inputs: Tensor, batch_size: int, processes: Processes = ALONE
-) -> Tensor:
-    """Returns E[x^T x] [I, I] float32 of the inputs of `layer`, quantized where it quantizes them."""
+    block: Block, layer: QuantLinear, chain: Chain, calls: int = 1, processes: Processes = ALONE
+) -> Tensor | None:
+    """Returns E[x^T x] [I, I] float32 of the inputs of `layer`, quantized where it quantizes them; None without inputs.
+
+    Args:
+        block: that the layer is in.
+        layer: a linear layer.
+        chain: that has reached the block.
+        calls: of the layer in a forward of the block; 0 where that depends on the text.
+        processes: share the batches of the chain.
+    """
     total = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
     count = torch.zeros((), dtype=torch.int64)
 
-    def record(x: Tensor) -> None:
+    def record(module: nn.Module, x: Tensor) -> None:
         x = x if layer.input_quantizer is None else layer.input_quantizer(x)
         rows = x.reshape(-1, x.shape[-1]).float()
         for start in range(0, layer.in_features, SYMMETRIC):  # the matrix is symmetric: its upper part is enough
@@ -303,7 +342,10 @@ def second_moments(
             total[columns, start:].addmm_(rows[:, columns].t(), rows[:, start:])
         count.add_(len(rows))
 
-    block.run_until(layer, record, inputs, batch_size, processes)
+    block.watch([layer], record, chain, processes.share(chain.batches), calls)
     processes.add(total)
+    seen = int(processes.add(count))
+    if seen == 0:
+        return None
     upper = total.triu_()
-    return (upper + upper.t().tril(-1)) / int(processes.add(count))
+    return (upper + upper.t().tril(-1)) / seen

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from llmqat.calibrate.blocks import Block, find_blocks
 from llmqat.grid import quantize
-from llmqat.layers import QuantModule
+from llmqat.layers import QuantModule, kept_in_float32
 from llmqat.models import save_whole
 
 
 class Originals:
-    """The weights of a model's blocks before any stage moved them, in a file, in the dtype that is computed in."""
+    """The weights of a model's blocks before any stage moved them, in a file, in the dtype that is computed in.
+
+    Those that are no floats, or that transformers keeps in float32, are as they are.
+    """
 
     def __init__(self, path: Path) -> None:
         """Reads what `set_aside` has left in `path`."""
@@ -27,8 +30,11 @@ class Originals:
     def set_aside(cls, model: nn.Module, path: Path, dtype: torch.dtype) -> Originals:
         """Returns the originals in the file `path`; writes the parameters of the blocks of `model` where it is not."""
         if not path.is_file():
+            is_wide = kept_in_float32(model)
             tensors = {
-                f"{prefix}.{name}": parameter.detach().to(dtype)
+                f"{prefix}.{name}": parameter.detach()
+                if is_wide(f"{prefix}.{name}") or not parameter.is_floating_point()
+                else parameter.detach().to(dtype)
                 for prefix, module in find_blocks(model).items()
                 for name, parameter in module.named_parameters()
                 if name.rpartition(".")[2] not in ("log_scale", "zero_point")

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmqat.calibrate.blocks import Block, find_blocks, open_walk
+from llmqat.calibrate.blocks import Block, find_blocks
+from llmqat.calibrate.chains import Chain
+from llmqat.calibrate.forward import input_of
 from llmqat.calibrate.masters import Originals
+from llmqat.calibrate.walk import open_walk
 from llmqat.data.blocks import Rows
 from llmqat.grid import quantize
 from llmqat.layers import QuantLinear, QuantModule, quantizers_off
@@ -33,8 +36,8 @@ class LayerReport:
         name: dotted name.
         scheme: label of its weights' scheme, 'int4 g64'.
         sqnr: signal to quantization noise of the weight, decibel: 10 log10(|W|^2 / |W - Ŵ|^2).
-        output_error: E|x (W - Ŵ)^T|^2 / E|x W^T|^2, x the full-precision model's inputs; None without text, and for
-            stacked experts, whose inputs are not seen.
+        output_error: E|x (W - Ŵ)^T|^2 / E|x W^T|^2, x the full-precision model's inputs; None without text, for
+            stacked experts, whose inputs are not seen, and for layers that the text does not reach.
         moved: share of weights whose code is not the nearest to the original weight at the scale they have now.
         clip_ratio: reach of the grid over the largest original weight of a group, mean over groups; below 1 it clips.
     """
@@ -69,11 +72,11 @@ def report_layers(
             block = Block(0, name, module)
             found += _reports(block, originals.of(block), {})
         return found
-    walk = open_walk(model, ids, len(ids), dtype=dtype)
-    for block in walk.blocks:
-        weights = originals.of(block)
-        errors = _output_errors(block, originals, weights, walk.full)
-        found += _reports(block, weights, errors)
+    with open_walk(model, ids, len(ids), dtype=dtype) as walk:
+        for block in walk.blocks:
+            weights = originals.of(block)
+            errors = _output_errors(block, originals, weights, walk.full)
+            found += _reports(block, weights, errors)
     return found
 
 
@@ -109,22 +112,23 @@ def _clip_ratio(original: Tensor, scale: Tensor, layer: QuantModule) -> float:
     return float((reach / largest.clamp(min=1e-12)).mean())
 
 
-def _output_errors(block: Block, originals: Originals, weights: dict[str, Tensor], hidden: Tensor) -> dict[str, float]:
-    """Returns the output error of each linear layer by name in the block; moves `hidden` on past the block."""
+def _output_errors(block: Block, originals: Originals, weights: dict[str, Tensor], chain: Chain) -> dict[str, float]:
+    """Returns the output error of each linear layer by name in the block; takes `chain` past the block."""
     layers = {name: module for name, module in block.module.named_modules() if isinstance(module, QuantLinear)}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
     pairs = {
         name: (
-            layer.quantized_matrix(hidden.dtype),
-            _as_matrix(weights[f"{name}.weight"], layer).to(layer.weight.device, hidden.dtype),
+            layer.quantized_matrix(block.dtype),
+            _as_matrix(weights[f"{name}.weight"], layer).to(layer.weight.device, block.dtype),
         )
         for name, layer in layers.items()
     }
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def measure(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(name: str) -> Callable[..., None]:
+        def measure(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
             quantized, original = pairs[name]
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).to(original.dtype)
+            x = input_of(inputs, options)
+            x = x.reshape(-1, x.shape[-1]).to(original.dtype)
             wanted = x @ original.t()
             error = (x @ (original.float() - quantized.float()).to(x.dtype).t()).float().square().sum()
             sums[name] += torch.tensor([float(error), float(wanted.float().square().sum())], dtype=torch.float64)
@@ -135,9 +139,9 @@ def _output_errors(block: Block, originals: Originals, weights: dict[str, Tensor
         stack.enter_context(originals.in_place(block))
         stack.enter_context(quantizers_off(block.module))
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
-        block.run(hidden, hidden, hidden.shape[0])
-    return {name: float(error / max(size, 1e-30)) for name, (error, size) in sums.items()}
+            stack.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+        block.run(chain, chain)
+    return {name: float(error / size) for name, (error, size) in sums.items() if size > 0}
 
 
 def _as_matrix(weight: Tensor, layer: QuantModule) -> Tensor:

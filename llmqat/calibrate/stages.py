@@ -11,7 +11,7 @@ and renamed. When the same calibration is asked for again with that folder, what
 done: an interrupted calibration goes on, and a finished one is simply read. Rotation and smoothing are quick and exact,
 and are done again. Every stage reports its time and the divergence from full precision before and after it.
 
-gptq and blockwise walk through the model with two chains of hidden states (blocks.py). The full-precision chain needs
+gptq and blockwise walk through the model with two chains of hidden states (walk.py). The full-precision chain needs
 the original weights also when an earlier stage has moved them, so these are set aside in a file, in bfloat16.
 """
 
@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from llmqat.calibrate.activations import calibrate_activations, static_layers
-from llmqat.calibrate.blocks import Block, Walk, find_blocks, has_blocks, open_walk
+from llmqat.calibrate.blocks import Block, find_blocks, has_blocks
 from llmqat.calibrate.blockwise import train_block
 from llmqat.calibrate.config import (
     BlockStage,
@@ -57,6 +57,7 @@ from llmqat.calibrate.probe import Probe
 from llmqat.calibrate.ranges import calibrate_ranges
 from llmqat.calibrate.rotate import rotate
 from llmqat.calibrate.smooth import smooth
+from llmqat.calibrate.walk import Walk, open_walk
 from llmqat.data.blocks import Rows
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import fusing
@@ -350,29 +351,29 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
     done = processes.agreed([file.is_file() for file in files])
     if all(done):
         return 0.0, {name: _read_block(module, file) for (name, module), file in zip(inner.items(), files, strict=True)}
-    walk = open_walk(run.model, run.text(stage), stage.batch_size, stage.hidden_memory * 1e9, run.dtype, processes)
     facts: dict[str, Any] = {}
     earlier = 0.0
-    bar = run.bar(stage.stage, "block")(walk.blocks)
-    for block in bar:
-        file = files[block.index]
-        if not isinstance(stage, GPTQStage):  # which asks for nothing but its own inputs
-            with originals.in_place(block):
-                full = walk.full if stage.target == "clean" else walk.quantized
-                block.run_full(full, walk.full, stage.batch_size, processes)
-        if done[block.index]:
-            found = _read_block(block.module, file)
-            earlier += found["seconds"]
-        else:
-            start = time.perf_counter()
-            with in_float32(block), fusing():
-                found = _IN_BLOCK[type(stage)](block, walk, stage, run, bar)
-                processes.copy((*block.module.parameters(), *block.module.buffers()))
-            found["seconds"] = time.perf_counter() - start
-            if processes.is_first:
-                _write_block(block, file, found)
-        facts[block.name] = found
-        block.run(walk.quantized, walk.quantized, stage.batch_size, processes)
+    memory = stage.hidden_memory * 1e9
+    with open_walk(run.model, run.text(stage), stage.batch_size, memory, run.dtype, processes) as walk:
+        bar = run.bar(stage.stage, "block")(walk.blocks)
+        for block in bar:
+            file = files[block.index]
+            if not isinstance(stage, GPTQStage):  # which asks for nothing but its own inputs
+                with originals.in_place(block):
+                    block.run_full(walk.full if stage.target == "clean" else walk.quantized, walk.full, processes)
+            if done[block.index]:
+                found = _read_block(block.module, file)
+                earlier += found["seconds"]
+            else:
+                start = time.perf_counter()
+                with in_float32(block), fusing():
+                    found = _IN_BLOCK[type(stage)](block, walk, stage, run, bar)
+                    processes.copy((*block.module.parameters(), *block.module.buffers()))
+                found["seconds"] = time.perf_counter() - start
+                if processes.is_first:
+                    _write_block(block, file, found)
+            facts[block.name] = found
+            block.run(walk.quantized, walk.quantized, processes)
     return earlier, facts
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmqat.calibrate.forward import input_of
 from llmqat.layers import QuantModule, linear_maps, model_kind, note_moved
 from llmqat.layers.probe import probe_inputs
 from llmqat.models import output_head
@@ -73,7 +74,7 @@ def find_norms(model: nn.Module) -> dict[str, Norm]:
     trace = _Trace(norms)
     with ExitStack() as stack:
         for name, norm in norms.items():
-            stack.callback(norm.module.register_forward_hook(trace.after_norm(name)).remove)
+            stack.callback(norm.module.register_forward_hook(trace.after_norm(name), with_kwargs=True).remove)
         for name, module in readers.items():
             stack.callback(module.register_forward_pre_hook(trace.before_reader(name), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(trace.after_reader(name)).remove)
@@ -91,10 +92,10 @@ class _Trace:
         self.kept: list[Tensor] = []  # so that no memory is used again during the forward
 
     def after_norm(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
             self.kept.append(output)
             self.by_norm[output.data_ptr()] = name
-            self.norms[name].source = self.by_reader.get(inputs[0].data_ptr(), "")
+            self.norms[name].source = self.by_reader.get(input_of(inputs, options).data_ptr(), "")
 
         return hook
 

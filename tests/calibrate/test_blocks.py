@@ -39,8 +39,8 @@ def test_both_chains_are_those_of_the_model(model_type: str) -> None:
     walk = open_walk(model, ids(), batch_size=2)
     assert [block.name for block in walk.blocks] == [f"{ARCHITECTURES[model_type][0]}.{index}" for index in range(2)]
     for block in walk.blocks:
-        block.run_full(walk.full, walk.full, 2)
-        block.run(walk.quantized, walk.quantized, 2)
+        block.run_full(walk.full, walk.full)
+        block.run(walk.quantized, walk.quantized)
     for chain, switched in ((walk.quantized, False), (walk.full, True)):
         for rows in (slice(0, 2), slice(4, 5)):  # a whole batch, and what is left over
             if switched:
@@ -49,7 +49,7 @@ def test_both_chains_are_those_of_the_model(model_type: str) -> None:
             else:
                 expected = last_block_output(model, walk.blocks[-1].module, ids()[rows])
             assert torch.equal(chain[rows], expected.to(torch.bfloat16))
-    assert not torch.equal(walk.full, walk.quantized)
+    assert not torch.equal(walk.full[:], walk.quantized[:])
 
 
 def test_hidden_states_go_to_files_when_they_take_too_much_memory(
@@ -70,10 +70,10 @@ def test_hidden_states_go_to_files_when_they_take_too_much_memory(
     assert not made
     walk = open_walk(model, ids(), 2, memory_limit=size - 1)
     assert len(made) == 2
-    assert torch.equal(walk.full, kept.full)
-    walk.blocks[0].run(walk.quantized, walk.quantized, 2)
-    kept.blocks[0].run(kept.quantized, kept.quantized, 2)
-    assert torch.equal(walk.quantized, kept.quantized)
+    assert torch.equal(walk.full[:], kept.full[:])
+    walk.blocks[0].run(walk.quantized, walk.quantized)
+    kept.blocks[0].run(kept.quantized, kept.quantized)
+    assert torch.equal(walk.quantized[:], kept.quantized[:])
 
 
 def test_a_kv_cache_is_quantized_in_the_quantized_chain_only() -> None:
@@ -82,28 +82,21 @@ def test_a_kv_cache_is_quantized_in_the_quantized_chain_only() -> None:
     assert any(isinstance(module, KVQuantizer) for module in model.modules())
     walk = open_walk(model, ids(), 4)
     for block in walk.blocks:
-        block.run_full(walk.full, walk.full, 4)
-        block.run(walk.quantized, walk.quantized, 4)
+        block.run_full(walk.full, walk.full)
+        block.run(walk.quantized, walk.quantized)
     with quantizers_off(model):
         expected = last_block_output(model, walk.blocks[-1].module, ids()[:4])
     assert torch.equal(walk.full[:4], expected)
-    assert relative_error(walk.quantized, walk.full) > 0.001
+    assert relative_error(walk.quantized[:], walk.full[:]) > 0.001
 
 
-def test_models_that_cannot_be_walked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_without_blocks_and_texts_without_rows_are_refused() -> None:
     model = tiny_llama()
     with pytest.raises(ValueError, match="llama has no transformer block with quantized weights"):
         open_walk(model, ids(), 2)
     prepare(model, INT3)
     with pytest.raises(ValueError, match="at least one"):
         open_walk(model, ids()[:0], 2)
-    layer = model.model.layers[1]
-    own = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda hidden, *a, **k: own(hidden, *a, **k))
-    model.model.layers[0].register_forward_hook(lambda m, i, o: None)
-    model.model.layers[1].register_forward_pre_hook(lambda m, inputs: (inputs[0] * 2, *inputs[1:]))
-    with pytest.raises(ValueError, match=r"changes hidden states between its blocks \(before model\.layers\.1\)"):
-        open_walk(model, ids(), 2)
 
 
 def test_weights_are_quantized_once_and_never_under_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +125,7 @@ def test_training_brings_a_block_nearer_to_full_precision(trains: str) -> None:
     prepare(model, INT3)
     walk = open_walk(model, ids(16), batch_size=4)
     block = walk.blocks[0]
-    block.run_full(walk.full, walk.full, 4)
+    block.run_full(walk.full, walk.full)
     before = {name: parameter.detach().clone() for name, parameter in block.module.named_parameters()}
     steps: list[int] = []
     stage = BlockwiseStage(trains=trains, iterations=40, learning_rate=1e-3)
@@ -176,7 +169,7 @@ def test_a_training_that_only_does_harm_leaves_the_block_as_it_was() -> None:
     prepare(model, INT3)
     walk = open_walk(model, ids(8), batch_size=4)
     block = walk.blocks[0]
-    block.run_full(walk.full, walk.full, 4)
+    block.run_full(walk.full, walk.full)
     before = {name: tensor.clone() for name, tensor in block.module.state_dict().items()}
     stage = BlockwiseStage(iterations=20, learning_rate=1.0, scale_learning_rate=3.0, patience=1)
     found = train_block(block, walk.quantized, walk.full, stage, 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmqat import QuantConfig, prepare
 from llmqat.calibrate import gptq as gptq_module
-from llmqat.calibrate.blocks import open_walk
+from llmqat.calibrate import open_walk
 from llmqat.calibrate.config import GPTQStage
 from llmqat.calibrate.gptq import (
     COLUMNS,
@@ -159,13 +159,14 @@ def test_second_moments_are_those_of_the_inputs(columns: int, monkeypatch: pytes
     monkeypatch.setattr(gptq_module, "SYMMETRIC", columns)
     model = tiny_llama()
     prepare(model, QuantConfig.preset("w8a8"))
-    block = open_walk(model, torch.randint(2, 258, (5, 16)), 2).blocks[1]
+    walk = open_walk(model, torch.randint(2, 258, (5, 16)), 2)
+    block, chain = walk.blocks[0], walk.quantized
     layer = block.module.mlp.up_proj
-    hidden = torch.randn(5, 16, 64).to(torch.bfloat16)
     seen: list[Tensor] = []
-    block.run_until(layer, seen.append, hidden, 2)
+    block.watch([layer], lambda _, x: seen.append(x), chain, chain.batches)
     x = layer.input_quantizer(torch.cat(seen)).flatten(0, 1).float()
-    found = second_moments(block, layer, hidden, 2)
+    found = second_moments(block, layer, chain)
+    assert found is not None
     assert torch.allclose(found, x.t() @ x / 80, rtol=1e-4, atol=1e-4)
     assert torch.equal(found, found.t())
 
