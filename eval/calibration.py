@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -30,7 +29,9 @@ from llmqat.data import load_blocks
 from llmqat.evaluate.memory import forget_peak, resident
 from llmqat.evaluate.perplexity import evaluate, keep_reference, windows_from_text
 from llmqat.models import load_model
+from llmqat.paths import user_path
 from llmqat.recipe.quantize import METHODS, quantize_model, text_source
+from llmqat.terminal import plain_console, show_any_text
 
 PEER = "autoround"
 BITS = {"int4": 4, "int3": 3, "int2": 2}
@@ -38,6 +39,7 @@ BITS = {"int4": 4, "int3": 3, "int2": 2}
 
 def main() -> None:
     """Runs every row, prints the table, then the headline."""
+    show_any_text()
     options = parse_options()
     full, tokenizer = load_model(options.model, torch.bfloat16)
     text = options.test.read_text(encoding="utf-8")
@@ -65,7 +67,7 @@ def main() -> None:
             )
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    Console(width=100).print(table(rows, reference.evaluation.perplexity))
+    plain_console(width=100).print(table(rows, reference.evaluation.perplexity))
     for row in rows:
         print(f"{row['scheme']} {row['method']}: {row['perplexity']:.3f}")
 
@@ -74,15 +76,15 @@ def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="full-precision model: hub id, folder, GGUF file")
-    parser.add_argument("--text", type=Path, help="UTF-8 file to calibrate on; the model's own text else")
-    parser.add_argument("--test", type=Path, required=True, help="UTF-8 file to score on; another text")
+    parser.add_argument("--text", type=user_path, help="UTF-8 file to calibrate on; the model's own text else")
+    parser.add_argument("--test", type=user_path, required=True, help="UTF-8 file to score on; another text")
     parser.add_argument("--schemes", nargs="+", default=["int4"], help="presets of QuantConfig")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, PEER], default=["search", "gptq", "blockwise"])
     parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
     parser.add_argument("--blocks", type=int, default=32, help="token blocks to calibrate on")
     parser.add_argument("--window", type=int, default=512, help="tokens in a block and in a window")
     parser.add_argument("--max-windows", type=int, default=40, help="windows scored, from the text's start")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=user_path, help="file for the results")
     return parser.parse_args()
 
 

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
@@ -39,6 +38,7 @@ from llmqat.data.pydoc import pydoc_text
 from llmqat.evaluate.perplexity import TokenWindows, evaluate, windows_from_text
 from llmqat.layers import PackedModule, QuantConfig, QuantModule
 from llmqat.models import load_model
+from llmqat.terminal import plain_console, show_any_text
 from llmqat.train import LoraSettings, QATArguments, QATTrainer
 
 STAGES: dict[str, list[Stage]] = {
@@ -53,6 +53,7 @@ HELD_OUT = 0.1
 
 def main() -> None:
     """Trains both adapters, scores the five models, prints the table, then the headline."""
+    show_any_text()
     options = parse_options()
     _, tokenizer = load_model(options.model)
     blocks, windows = task(options, tokenizer)
@@ -72,7 +73,7 @@ def main() -> None:
     table = Table("model", "nats/token", "of the gain kept")
     for name, loss in scores.items():
         table.add_row(name, f"{loss:.4f}", f"{kept[name]:.1%}")
-    Console(width=80).print(table)
+    plain_console(width=80).print(table)
     print(f"differing codes: {differing}")
     for name in ("LoRA, rounded", "LoRA, calibrated", "inside"):
         print(f"{name}: {kept[name]:.4f}")

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -31,6 +30,8 @@ from llmqat.evaluate.perplexity import TokenWindows, windows_from_text
 from llmqat.export import load, write_gguf, write_onnx
 from llmqat.layers import PackedLinear
 from llmqat.models import load_tokenizer, resolve_spec
+from llmqat.paths import user_path
+from llmqat.terminal import plain_console, show_any_text
 
 Logits = Callable[[Tensor], Tensor]
 """Token ids [1, L] -> logits [1, L, V]."""
@@ -38,12 +39,13 @@ Logits = Callable[[Tensor], Tensor]
 
 def main() -> None:
     """Exports, reads and runs each format, prints the table, then the headline."""
+    show_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="packed checkpoint, weights only")
-    parser.add_argument("--text", type=Path, help="UTF-8 file; Python's own manual where not given")
+    parser.add_argument("--text", type=user_path, help="UTF-8 file; Python's own manual where not given")
     parser.add_argument("--window", type=int, default=512, help="tokens in a window")
     parser.add_argument("--max-windows", type=int, default=8, help="windows from the text's start")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=user_path, help="file for the results")
     options = parser.parse_args()
     model = load(options.model, kernel="reference")
     tokenizer = load_tokenizer(resolve_spec(options.model), options.model)
@@ -171,8 +173,8 @@ def show(rows: dict[str, dict[str, Any]], windows: TokenWindows) -> None:
         size = f"{row['bytes']:,}" if "bytes" in row else ""
         equal = f"{row['equal']} of {row['layers']}" if "equal" in row else ""
         table.add_row(name, size, equal, f"{row['perplexity']:.4f}")
-    Console().print(table)
-    Console().print(
+    plain_console().print(table)
+    plain_console().print(
         f"{len(windows)} windows of {windows.window} tokens, SHA-256 {windows.sha256[:16]}", highlight=False
     )
     for name, row in rows.items():

@@ -36,6 +36,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llmqat.paths import user_path
+from llmqat.terminal import plain_console, show_any_text
+
 SHAPES: dict[str, dict[str, int]] = {
     "361M": {
         "hidden_size": 960,
@@ -78,13 +81,14 @@ class Times:
 
 def main() -> None:
     """Makes or takes both models, lets them take turns, prints the tables, then the headline."""
+    show_any_text()
     options = parse_options()
     if options.child:
         print(json.dumps(measured_alone(options.child, Path(options.folder))))
         return
     print(f"{processor()}; torch threads: {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()}")
     with tempfile.TemporaryDirectory() as temporary:
-        folders = model_folders(options, Path(options.work or temporary))
+        folders = model_folders(options, options.work or Path(temporary))
         alone = {} if options.no_memory else {name: runs_alone(name, folders[name], options) for name in folders}
         times = take_turns(options, folders)
     show(times, alone)
@@ -96,10 +100,10 @@ def parse_options() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="folder, hub id, GGUF file")
     source.add_argument("--random-llama", choices=list(SHAPES), help="a Llama with random weights instead")
-    parser.add_argument("--packed", help="packed folder of --model; rounded here where not given")
+    parser.add_argument("--packed", type=user_path, help="packed folder of --model; rounded here where not given")
     parser.add_argument("--scheme", default="int4", help="preset to round to")
     parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
-    parser.add_argument("--work", help="folder that keeps what is made here, for the next time")
+    parser.add_argument("--work", type=user_path, help="folder that keeps what is made here, for the next time")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in a turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each model, after one that is not counted")
@@ -133,7 +137,7 @@ def model_folders(options: argparse.Namespace, work: Path) -> dict[str, Path]:
             byte_tokenizer().save_pretrained(stock)
     else:
         stock = Path(resolve_spec(options.model))
-    packed = Path(options.packed) if options.packed else work / f"{stock.name}-{options.scheme}"
+    packed = options.packed or work / f"{stock.name}-{options.scheme}"
     if not packed.is_dir():
         round_to(stock, packed, options.scheme, options.group_size)
     return {STOCK: stock, PACKED: packed}
@@ -316,10 +320,9 @@ def measured_alone(name: str, folder: Path) -> dict[str, float]:
 
 def show(times: dict[str, Times], alone: dict[str, dict[str, float]]) -> None:
     """Prints the tables and the headline."""
-    from rich.console import Console
     from rich.table import Table
 
-    console, stock = Console(width=120), times[STOCK]
+    console, stock = plain_console(width=120), times[STOCK]
     table = Table("model", "decode, ms a token", "against bf16", "prefill, ms", "against bf16")
     for name, own in times.items():
         decode, prefill = ratio(stock.decode, own.decode), ratio(stock.prefill, own.prefill)

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 from llmqat.evaluate.speed import Clock
 from llmqat.grid import Grid
 from llmqat.kernels import KERNELS, PackedWeight
+from llmqat.terminal import plain_console, show_any_text
 
 PLAIN = "bfloat16"
 ROUNDS = 5
@@ -33,6 +33,7 @@ ROUNDS = 5
 
 def main() -> None:
     """Times every shape and number of rows, prints the table, then the headline."""
+    show_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096"], help="OUTxIN of the weights")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 512], help="rows of activations")
@@ -58,7 +59,7 @@ def main() -> None:
             shown.add_row(shape, str(rows), name, *numbers)
         fastest = min((taken, name) for name, (taken, _) in times.items() if name != PLAIN)
         headline[f"{shape}, {rows} rows, {fastest[1]}, of bfloat16"] = fastest[0] / times[PLAIN][0]
-    Console().print(torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads", shown)
+    plain_console().print(torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads", shown)
     for name, ratio in headline.items():
         print(f"{name}: {ratio:.3f}")
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
 from llmqat.layers import KVCacheConfig, KVTensorConfig, QuantizedCache
 from llmqat.models import load_model
+from llmqat.terminal import plain_console, show_any_text
 
 
 def main() -> None:
     """Fills each cache with the same prompt, prints the table, then the headline."""
+    show_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, hub id, GGUF file")
     parser.add_argument("--tokens", type=int, default=512, help="tokens in the prompt")
@@ -43,7 +44,7 @@ def main() -> None:
     shown = Table("KV cache", "MB", "of bfloat16")
     for name, size in sizes.items():
         shown.add_row(name, f"{size / 1e6:.2f}", f"{size / sizes['bfloat16']:.0%}")
-    Console().print(shown)
+    plain_console().print(shown)
     for name, size in sizes.items():
         print(f"{name}: {size / 1e6:.3f}")
 

@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 from peer_methods import ARM_FILE, BLOCKS_FILE, METHODS, MISSING, MODEL_FOLDER, STEP_BLOCKS
-from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -49,9 +48,11 @@ from llmqat.evaluate.perplexity import Evaluation, Reference, ScoredTokens, Toke
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.metrics import TokenScores
 from llmqat.models import load_model, load_tokenizer, resolve_spec, save_whole, write_whole
+from llmqat.paths import user_path
 from llmqat.recipe.config import EvaluationSettings
 from llmqat.recipe.evaluation import evaluation_windows
 from llmqat.recipe.quantize import text_source
+from llmqat.terminal import plain_console, show_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
 ORIGINAL_FOLDER = "original"
@@ -64,6 +65,7 @@ METHOD_KEYS = ("quant", "calibrate", "train")
 
 def main() -> None:
     """Runs the arms that are missing, scores what is not scored, prints the table, then the headline."""
+    show_any_text()
     options = parse_options()
     begin(options)
     skipped = {}
@@ -85,7 +87,7 @@ def main() -> None:
     }
     if options.json:
         write_report(report, options.json)
-    Console(width=options.width).print(table(rows, full))
+    plain_console(width=options.width).print(table(rows, full))
     for order in report["order"]:
         print(order["sentence"])
     for row in rows:
@@ -97,9 +99,11 @@ def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="full-precision model: hub id, folder, GGUF file")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 file to calibrate and train on")
+    parser.add_argument("--text", type=user_path, required=True, help="UTF-8 file to calibrate and train on")
     parser.add_argument("--eval", nargs="+", required=True, help="texts to score: UTF-8 files, or pydoc")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the arms, gone on with where it is there")
+    parser.add_argument(
+        "--work", type=user_path, required=True, help="folder of the arms, gone on with where it is there"
+    )
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="to run; all where not given")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], choices=[4, 3, 2], help="widths to run")
     parser.add_argument("--python", nargs="*", default=[], metavar="PACKAGE=PATH", help="interpreters of packages")
@@ -109,7 +113,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help=f"optimizer steps of {STEP_BLOCKS} blocks, where trained")
     parser.add_argument("--window", type=int, default=512, help="tokens in a block and in a window")
     parser.add_argument("--max-windows", type=int, default=40, help="windows scored, from each text's start")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=user_path, help="file for the results")
     parser.add_argument("--width", type=int, default=170, help="of the table, in characters")
     options = parser.parse_args()
     for name in ("python", "checkpoint"):

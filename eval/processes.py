@@ -24,8 +24,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from llmqat.paths import user_path
+from llmqat.terminal import plain_console, show_any_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "smollm2-135m-int4.yaml"
 LAST = 10
@@ -47,6 +49,7 @@ class Arm:
 
 def main() -> None:
     """Runs what is missing, prints the table, then the headline."""
+    show_any_text()
     options = parse_options()
     alone, *more = options.processes
     first, *_ = options.seeds
@@ -57,7 +60,7 @@ def main() -> None:
         numbers = (f"{figures['first']:.6f}", f"{figures['last']:.5f}", f"{figures['perplexity']:.3f}")
         speed = figures["speed"]
         table.add_row(str(arm.processes), str(arm.seed), *numbers, "" if speed is None else f"{speed:.0f}")
-    Console(width=100).print(table)
+    plain_console(width=100).print(table)
     seeds, counts = [found[arm] for arm in arms[: len(options.seeds)]], [found[Arm(n, first)] for n in more]
     for what in ("first", "last", "perplexity"):
         if more:
@@ -70,9 +73,9 @@ def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, hub id, GGUF file")
-    parser.add_argument("--text", type=Path, required=True, help="file to train on")
-    parser.add_argument("--test", type=Path, required=True, help="file whose first windows are scored")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--text", type=user_path, required=True, help="file to train on")
+    parser.add_argument("--test", type=user_path, required=True, help="file whose first windows are scored")
+    parser.add_argument("--out", type=user_path, required=True, help="folder of the runs")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="the first is compared with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the order of the blocks")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps")

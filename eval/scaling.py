@@ -23,6 +23,7 @@ from llmqat.recipe.memory import (
     size_of,
     traffic_of,
 )
+from llmqat.terminal import show_any_text
 from llmqat.train import LoraSettings, choose_trained
 
 SHAPES = {
@@ -48,6 +49,7 @@ METHODS = {
 
 def main() -> None:
     """Prints the page."""
+    show_any_text()
     print(page())
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import llmqat
 from llmqat.layers import KVQuantizer
+from llmqat.paths import user_path
 from llmqat.recipe import load_recipe, run
+from llmqat.terminal import plain_console, show_any_text
 
 GENTLE = ("train.learning_rate=2e-5", "train.scale_learning_rate=3e-4")
 """Rates for 8-bit weights alone, where little is to be repaired."""
@@ -54,13 +55,14 @@ COLUMNS = ("scheme", "bits", "MB", "rounded", "calibrated", "trained", "KL", "to
 
 def main() -> None:
     """Runs what is missing, prints the table, then the headline."""
+    show_any_text()
     options = parse_options()
     rows = []
     for name in options.schemes or SCHEMES:
         rows.append(measured(name, options))
         if options.json:
             options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    Console(width=140).print(table(rows))
+    plain_console(width=140).print(table(rows))
     for row in rows:
         print(f"{row['scheme']}: {row['trained']['perplexity']:.3f}")
 
@@ -68,13 +70,13 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, required=True, help="recipe that says model, budget and rates")
+    parser.add_argument("--recipe", type=user_path, required=True, help="recipe that says model, budget and rates")
     parser.add_argument("--model", help="another model than the recipe's")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 file to evaluate on, used as it is")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--text", type=user_path, required=True, help="UTF-8 file to evaluate on, used as it is")
+    parser.add_argument("--out", type=user_path, required=True, help="folder of the runs")
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), help="rows of the table; all where not given")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys to change in every run")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=user_path, help="file for the results")
     return parser.parse_args()
 
 

@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +26,7 @@ from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import Writer
 from llmqat.export.checkpoint import load_any
 from llmqat.heap import keep_freed_memory
+from llmqat.terminal import plain_console, show_any_text
 
 
 class Stretches:
@@ -71,6 +71,7 @@ def generate_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to
 
 def main() -> None:
     """Writes one shard, prints the table and the ratio."""
+    show_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", required=True, help="hub id, folder, .gguf file, package:NAME/FILE, or packed folder"
@@ -105,9 +106,9 @@ def main() -> None:
         table.add_row(f"{index * stretch + 1} to {end}", f"{words.rows / pair[0]:.0f}", f"{1 / pair[1]:.1f}")
     table.add_section()
     table.add_row("all", f"{own:.0f}", f"{plain:.1f}")
-    console = Console()
+    console = plain_console()
     console.print(table)
-    console.print(f"ratio: {own / plain:.1f}", highlight=False)
+    console.print(f"ratio: {own / plain:.1f}")
 
 
 if __name__ == "__main__":

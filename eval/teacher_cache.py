@@ -27,7 +27,6 @@ from threading import Semaphore
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -40,6 +39,8 @@ from llmqat.evaluate.perplexity import Evaluation, evaluate, keep_reference, win
 from llmqat.layers import QuantConfig
 from llmqat.metrics import Predictor, Teacher, TopProbabilities, predictor_of, token_loss
 from llmqat.models import cast_parameters, load_model
+from llmqat.paths import user_path
+from llmqat.terminal import plain_console, show_any_text
 from llmqat.train import QATArguments, QATTrainer, processor_has_bf16
 
 WARM_UP_STEPS = 2
@@ -48,6 +49,7 @@ ARMS = ("live", "cached")
 
 def main() -> None:
     """Measures, prints the tables, then the headline."""
+    show_any_text()
     options = parse_options()
     dtype = torch.bfloat16 if processor_has_bf16() else torch.float32
     teacher, tokenizer = load_model(options.model, dtype)
@@ -73,7 +75,7 @@ def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, hub id or GGUF file")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to cache, calibrate and train on")
+    parser.add_argument("--text", type=user_path, required=True, help="UTF-8 text to cache, calibrate and train on")
     parser.add_argument("--top-k", type=int, nargs="+", default=[16, 64, 256], help="tokens kept a position")
     parser.add_argument("--blocks", type=int, default=4, help="blocks that divergences are measured on")
     parser.add_argument("--block-size", type=int, default=512, help="tokens in a block")
@@ -84,7 +86,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help=f"of training; the first {WARM_UP_STEPS} are not timed")
     parser.add_argument("--batch-size", type=int, default=2, help="blocks in a step")
     parser.add_argument("--learning-rate", type=float, default=8e-5, help="of the weights")
-    parser.add_argument("--test", type=Path, help="UTF-8 text that both students are scored on")
+    parser.add_argument("--test", type=user_path, help="UTF-8 text that both students are scored on")
     parser.add_argument("--max-windows", type=int, default=40, help="windows scored, from the text's start")
     return parser.parse_args()
 
@@ -109,7 +111,7 @@ def compare_divergences(
         shown.add_row(str(top_k), f"{cache.mass():.2%}", f"{size:.0f}", f"{found:.4f}", f"{found / exact:.1%}")
         headline |= {f"mass of {top_k}": cache.mass(), f"kl of {top_k}": found}
     shown.add_row("all", "100 %", f"{2 * cache.header.vocabulary:,}", f"{exact:.4f}", "100 %", end_section=True)
-    Console().print(shown)
+    plain_console().print(shown)
 
 
 @torch.no_grad()
@@ -195,7 +197,7 @@ def compare_training(
         rate = options.batch_size * options.block_size / seconds[arm]
         shown.add_row(arm, f"{seconds[arm]:.2f}", f"{rate:.1f}", *_cells(scores[arm]))
         headline[f"{arm} tokens/s"] = rate
-    Console().print(shown)
+    plain_console().print(shown)
     live, cached = (scores[arm] for arm in ARMS)
     if live is not None and cached is not None:
         headline |= {"live perplexity": live.perplexity, "cached perplexity": cached.perplexity}

@@ -22,12 +22,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmqat.paths import user_path
+from llmqat.terminal import show_any_text
+
 FILE_BYTES = 1_000_000
 SAMPLES_A_SECOND = 10
 
 
 def main() -> None:
     """Makes the folder, tokenizes it twice, prints the headline."""
+    show_any_text()
     options = parse_options()
     if options.folder:
         print(json.dumps(tokenized(options)))
@@ -58,7 +62,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=512, help="tokens in a block")
     parser.add_argument("--packing", default="concatenate", help="concatenate or documents")
     parser.add_argument("--seed", type=int, default=0, help="of the text")
-    parser.add_argument("--scratch", help="folder for the temporary files, twice the text's size")
+    parser.add_argument("--scratch", type=user_path, help="folder for the temporary files, twice the text's size")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llmqat.terminal import plain_console, show_any_text
+
 WAYS = ("all", "cached", "lora", "scales")
 WARM_UP_STEPS = 2
 PACKED = "packed"
@@ -33,11 +35,12 @@ MADE_BEFORE = {"scales": PACKED, "cached": CACHE}
 
 def main() -> None:
     """Runs every way in a process of its own, prints the table, then the headline."""
+    show_any_text()
     options = parse_options()
     if options.way:
         print(json.dumps(measured(options)))
         return
-    from rich.console import Console
+
     from rich.table import Table
 
     rows: dict[str, dict[str, Any]] = {}
@@ -57,7 +60,7 @@ def main() -> None:
             f"{row['tokens_per_second']:.1f}",
             f"{row['tokens_per_second'] / first['tokens_per_second']:.2f}",
         )
-    Console(width=100).print(shown)
+    plain_console(width=100).print(shown)
     for way, row in rows.items():
         print(f"{way}: {row['peak'] / 1e6:.0f}")
 

@@ -31,7 +31,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +38,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from llmqat.layers import QuantConfig, prepare, quantizers_off
 from llmqat.models import load_model
+from llmqat.terminal import plain_console, show_any_text
 from llmqat.train import QATArguments, QATTrainer, processor_has_bf16
 
 WARM_UP_STEPS = 2
@@ -159,6 +159,7 @@ class Alternate(TrainerCallback):
 
 def main() -> None:
     """Measures, prints the profile, then the headline."""
+    show_any_text()
     options = parse_options()
     distilled = options.loss == "kl"
     teacher = None
@@ -182,7 +183,7 @@ def main() -> None:
         between = lambda turn: other.run(batches[turn].unbind())  # noqa: E731
     train(student, teacher, batches.repeat_interleave(2, dim=0), trained, between)
 
-    Console().print(profile(clocks))
+    plain_console().print(profile(clocks))
     seconds = {name: clock.seconds() for name, clock in clocks.items()}
     for name, time_taken in seconds.items():
         print(f"{name} tokens/s: {tokens / time_taken:.1f}")

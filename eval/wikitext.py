@@ -10,9 +10,6 @@ the same windows. The last lines are the headline, `name: number`.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-
-from rich.console import Console
 
 from llmqat.evaluate.compare import (
     Candidate,
@@ -26,13 +23,16 @@ from llmqat.evaluate.compare import (
 )
 from llmqat.evaluate.perplexity import windows_from_text
 from llmqat.models import load_tokenizer, resolve_spec
+from llmqat.paths import user_path
 from llmqat.recipe.evaluation import short_names
+from llmqat.terminal import plain_console, show_any_text
 
 REFERENCE_NAME = "full precision"
 
 
 def main() -> None:
     """Measures, prints the table, then the headline."""
+    show_any_text()
     options = parse_options()
     text = options.text.read_text(encoding="utf-8")
     first = options.reference or options.model[0]
@@ -50,7 +50,7 @@ def main() -> None:
         )
     if options.json:
         write_json(comparison, options.json)
-    Console().print(render(comparison))
+    plain_console().print(render(comparison))
     print_headline(comparison)
 
 
@@ -59,13 +59,13 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", required=True, help="folders, hub ids, GGUF files")
     parser.add_argument("--reference", help="full-precision model that KL and top-1 are measured from")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 file, used as it is")
+    parser.add_argument("--text", type=user_path, required=True, help="UTF-8 file, used as it is")
     parser.add_argument("--window", type=int, default=512, help="tokens in a window")
     parser.add_argument("--stride", type=int, help="tokens between windows' starts; none: no overlap")
     parser.add_argument("--max-windows", type=int, default=40, help="windows from the text's start")
     parser.add_argument("--batch-size", type=int, default=4, help="windows in a forward")
     parser.add_argument("--speed", action="store_true", help="also time decoding")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=user_path, help="file for the results")
     return parser.parse_args()
 
 

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from llmqat.evaluate.perplexity import evaluate
 from llmqat.evaluate.protocols import read_pages, text_windows
 from llmqat.export.checkpoint import load_any
+from llmqat.terminal import plain_console, show_any_text
 
 PREPROCESSING = "preprocess_wikitext.py"
 
@@ -82,6 +82,7 @@ def lm_eval_word_perplexity(model: Any, tokenizer: Any, pages: Sequence[str], wi
 
 def main() -> None:
     """Measures both, prints the table and by how much they differ."""
+    show_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", required=True, help="hub id, folder, .gguf file, package:NAME/FILE, or packed folder"
@@ -104,9 +105,9 @@ def main() -> None:
         start = time.perf_counter()
         found.append(measure())
         table.add_row(name, f"{found[-1]:.6f}", f"{time.perf_counter() - start:.0f}")
-    console = Console()
+    console = plain_console()
     console.print(table)
-    console.print(f"relative difference: {abs(found[0] / found[1] - 1):.2e}", highlight=False)
+    console.print(f"relative difference: {abs(found[0] / found[1] - 1):.2e}")
 
 
 def _own_word_perplexity(model: Any, tokenizer: Any, pages: Sequence[str], window: int) -> float:

@@ -14,18 +14,20 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from pathlib import Path
 from typing import Any
 
 from llmqat.evaluate.bootstrap import mean_difference
 from llmqat.evaluate.loading import load_to_judge
 from llmqat.evaluate.tasks import TaskSettings, average, opened_tasks, write_task_folder
 from llmqat.models import load_tokenizer, resolve_spec, write_whole
+from llmqat.paths import user_path
 from llmqat.recipe.evaluation import short_names
+from llmqat.terminal import show_any_text
 
 
 def main() -> None:
     """Runs the tasks on each model, prints a line for each, then the headline."""
+    show_any_text()
     options = parse_options()
     if options.make:
         names = write_task_folder(options.task_folder, options.make)
@@ -88,11 +90,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", default=[], help="folders, hub ids, GGUF files, adapters")
     parser.add_argument("--reference", help="model that the others are compared with; the first of --model if left out")
     parser.add_argument("--tasks", help="names, with commas between")
-    parser.add_argument("--task-folder", type=Path, help="folder of NAME.jsonl with query, choices, gold")
-    parser.add_argument("--make", type=Path, help="write harness tasks of --task-folder here, and stop")
+    parser.add_argument("--task-folder", type=user_path, help="folder of NAME.jsonl with query, choices, gold")
+    parser.add_argument("--make", type=user_path, help="write harness tasks of --task-folder here, and stop")
     parser.add_argument("--limit", type=int, help="questions of each task")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in a forward")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=user_path, help="file for the results")
     options = parser.parse_args()
     if not options.model and not options.make:
         parser.error("--model is missing")

@@ -8,20 +8,23 @@ Exit codes: 0 done; 1 our fault, with the traceback; 2 the user's mistake, told 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
 from llmqat.heap import keep_freed_memory
+from llmqat.paths import user_path, user_spec
+from llmqat.terminal import plain_console, show_any_text
 
 if TYPE_CHECKING:
     from llmqat.evaluate.compare import Comparison
@@ -37,28 +40,72 @@ EXIT_USER = 2
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
 
-console = Console()
-errors = Console(stderr=True)
+console = plain_console()
+errors = plain_console(stderr=True)
+
+SPECS = ("model", "models", "reference", "text")
+"""Parameters of commands that name models and texts: a path, or else a hub id and the like."""
+
+
+def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Returns a decorator that makes a function a command, and gives it paths as `user_path` returns them."""
+
+    def registered(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def called(**values: Any) -> None:
+            function(**{key: _as_meant(key, value) for key, value in values.items()})
+
+        app.command(name)(called)
+        return function
+
+    return registered
+
+
+def _as_meant(name: str, value: Any) -> Any:
+    if isinstance(value, Path):
+        return user_path(value, name)
+    if name in SPECS and isinstance(value, str):
+        return user_spec(value, name)
+    return [_as_meant(name, entry) for entry in value] if isinstance(value, list) else value
 
 
 class _Group(typer.core.TyperGroup):
     """Turns a user's mistake into a message and exit code 2; anything else keeps its traceback and gives 1."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Runs the command line on a terminal of any encoding."""
+        show_any_text()
+        return super().main(*args, **options)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Keeps the words as they came."""
+        ctx.meta["llmqat.words"] = list(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
         try:
+            _check_words(ctx.meta["llmqat.words"])
             return super().invoke(ctx)
         except USER_MISTAKES as error:
             if ctx.params.get("show_traceback"):
                 traceback.print_exc()
             errors.print("error: ", style="bold red", end="")
-            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            errors.print(str(error), soft_wrap=True)
             raise typer.Exit(EXIT_USER) from error
         except KeyboardInterrupt as error:
             errors.print(
                 "interrupted; train, quantize and cache-teacher go on where they stopped: give the same command again"
             )
             raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def _check_words(words: list[str]) -> None:
+    """Raises ValueError for an empty word: a variable that is not set, and no path or gate that anybody means."""
+    for before, word in zip(("", *words), words, strict=False):
+        if word == "" or (word.startswith("--") and word.endswith("=")):
+            option = word.removesuffix("=") or before
+            raise ValueError(f"the word behind {option or 'llmqat'} is empty; give a value, or leave the option out")
 
 
 app = typer.Typer(
@@ -164,7 +211,9 @@ def _start(
         keep_freed_memory()
     main_process = os.environ.get("RANK", "0") == "0"
     console.quiet = not main_process
-    handler = RichHandler(console=errors, show_time=False, show_path=False, show_level=False, highlighter=None)
+    handler = RichHandler(
+        console=errors, show_time=False, show_path=False, show_level=False, highlighter=None, markup=False
+    )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import of a kernel that nobody asked for
     logging.getLogger("llmqat").setLevel(logging.INFO if main_process else logging.ERROR)
@@ -175,7 +224,7 @@ def main() -> None:
     app()
 
 
-@app.command()
+@command()
 def train(recipe: RecipeArgument, overrides: OverridesArgument = None, overwrite: OverwriteOption = False) -> None:
     """Runs a recipe: calibrates, trains, saves a proved packed checkpoint, and compares it.
 
@@ -196,7 +245,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, overwrite
         _print_run(result)
 
 
-@app.command()
+@command()
 def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -236,14 +285,12 @@ def plan(
     planned = plan_run(loaded, devices)
     _print_audit(planned.coverage)
     if planned.target_bits is not None:
-        console.print(
-            f"bits are chosen by layer when the run begins, {planned.target_bits} on average", highlight=False
-        )
+        console.print(f"bits are chosen by layer when the run begins, {planned.target_bits} on average")
     unknown = "known when the text is read"
     steps, tokens, blocks = (
         unknown if count is None else f"{count:,}" for count in (planned.steps, planned.tokens, planned.blocks)
     )
-    console.print(f"text: blocks {blocks}; training: steps {steps}, tokens {tokens}", highlight=False)
+    console.print(f"text: blocks {blocks}; training: steps {steps}, tokens {tokens}")
     _print_memory(planned)
     available = round(memory * 1e9) if memory is not None else available_bytes(planned.devices)
     if available is not None:
@@ -252,7 +299,7 @@ def plan(
         _print_probe(planned, loaded)
 
 
-@app.command(name="eval")
+@command("eval")
 def evaluate(
     models: ModelsArgument,
     text: TextOption = None,
@@ -296,7 +343,7 @@ def evaluate(
     _judge(models, settings, reference, baseline, gate, threshold, chosen, (json_file, csv_file, markdown, None))
 
 
-@app.command()
+@command()
 def compare(
     models: ModelsArgument,
     reference: ReferenceOption = None,
@@ -394,7 +441,7 @@ def _judge(
         raise typer.Exit(EXIT_GATE)
 
 
-@app.command()
+@command()
 def quantize(
     model: ModelArgument,
     out: OutOption,
@@ -465,11 +512,11 @@ def quantize(
         write_layers({"quantized": done.layers}, report, picture=True)
     for stage in done.stages:
         line = f"{stage.stage}: {stage.seconds:.0f} s, KL on the calibration text {stage.change}"
-        console.print(line, highlight=False)
+        console.print(line)
     _print_checkpoint(done.report)
 
 
-@app.command()
+@command()
 def sensitivity(
     model: ModelArgument,
     target_bits: Annotated[float, typer.Option(min=2, max=8, help="Bits a weight on average.")] = 3.5,
@@ -506,7 +553,7 @@ def sensitivity(
         found.write(json_file)
 
 
-@app.command()
+@command()
 def synthesize(
     model: ModelArgument,
     out: OutOption,
@@ -568,16 +615,15 @@ def synthesize(
         overwrite=overwrite,
     )
     for line in report_lines(written.manifest.report or {}):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     console.print(
         f"{out}: {written.blocks:,} blocks of {block_size} tokens, shards: {len(written.files)}; samples in "
         f"{out / 'README.md'}",
-        highlight=False,
         soft_wrap=True,
     )
 
 
-@app.command()
+@command()
 def audit(
     model: ModelArgument,
     scheme: SchemeOption = "int4",
@@ -602,7 +648,7 @@ def audit(
         json_file.write_text(json.dumps(coverage.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-@app.command()
+@command()
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="File (gguf) or folder (all others) to write; must not exist.")],
@@ -631,10 +677,10 @@ def export(
     parts = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    console.print(f"{out}: {size:,} bytes ({parts})", highlight=False, soft_wrap=True)
+    console.print(f"{out}: {size:,} bytes ({parts})", soft_wrap=True)
 
 
-@app.command()
+@command()
 def chat(
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Option(help="Answer this and stop, instead of asking for lines.")] = None,
@@ -662,7 +708,7 @@ def chat(
         talk.say(line)
 
 
-@app.command(name="cache-teacher")
+@command("cache-teacher")
 def cache_teacher(
     recipe: RecipeArgument,
     out: Annotated[Path, typer.Option(help="Folder to write to; a cache of the same model there is gone on with.")],
@@ -686,13 +732,12 @@ def cache_teacher(
     console.print(
         f"{out}: {len(cache):,} blocks, {cache.disk_bytes:,} bytes; the {top_k} likeliest tokens have "
         f"{cache.mass():.2%} of the probability",
-        highlight=False,
         soft_wrap=True,
     )
-    console.print(f"next: llmqat train {recipe} teacher_cache={out}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"next: llmqat train {recipe} teacher_cache={out}", soft_wrap=True)
 
 
-@app.command()
+@command()
 def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Packed checkpoint.")],
     repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the hub; made if not there.")],
@@ -723,7 +768,7 @@ def push(
         base_model=base_model,
         dry_run=dry_run,
     )
-    console.print(done, highlight=False, soft_wrap=True)
+    console.print(done, soft_wrap=True)
 
 
 def _ask() -> str:
@@ -748,33 +793,30 @@ def _count(text: str) -> int:
 def _print_run(result: RunResult) -> None:
     _print_comparison(result.comparison)
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
-    console.print(f"seconds: {seconds}; in all {sum(result.seconds.values()):.0f}", highlight=False)
+    console.print(f"seconds: {seconds}; in all {sum(result.seconds.values()):.0f}")
     training = result.training
     rate = training["tokens_per_second"]  # None where an earlier start had made the last step
     speed = "" if rate is None else f", {rate:.0f} tokens/s"
     console.print(
         f"trained {training['tokens']:,} tokens in {training['steps']} steps{speed}; "
         f"loss {training['first_loss']} -> {training['last_loss']} nats",
-        highlight=False,
     )
     _print_checkpoint(result.report)
 
 
 def _print_checkpoint(report: Any) -> None:
     parts = ", ".join(f"{part} {size:,}" for part, size in report.bytes.items() if size)
-    console.print(f"{report.bits_per_weight:.2f} bits a packed weight; bytes: {parts}", highlight=False)
-    console.print(f"checkpoint: {report.folder}", highlight=False, soft_wrap=True, style="bold")
+    console.print(f"{report.bits_per_weight:.2f} bits a packed weight; bytes: {parts}")
+    console.print(f"checkpoint: {report.folder}", soft_wrap=True, style="bold")
     console.print(
         f"next: llmqat chat {report.folder}\n"
         f"      llmqat eval {report.folder} --text YOUR.txt\n"
         f"      llmqat audit {report.folder}",
-        highlight=False,
         soft_wrap=True,
-        markup=False,
     )
     promised = [f"plain transformers loads it: {report.stock.loader}.from_pretrained({str(report.folder)!r})"]
     for note in report.notes or promised:
-        console.print(f"- {note}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"- {note}", soft_wrap=True)
 
 
 def _print_plan(plan: BitPlan) -> None:
@@ -788,7 +830,7 @@ def _print_plan(plan: BitPlan) -> None:
     console.print(table)
     chosen = plan.allocation
     average = f"{chosen.average_bits:.3f} bits a weight (target {chosen.target_bits})"
-    console.print(f"{average}, predicted KL {chosen.predicted_kl:.4f}", highlight=False)
+    console.print(f"{average}, predicted KL {chosen.predicted_kl:.4f}")
 
 
 def _print_memory(plan: Plan) -> None:
@@ -797,15 +839,14 @@ def _print_memory(plan: Plan) -> None:
     where = f"{devices.processes} x {devices.accelerator}" + (f", {devices.kind}" if devices.processes > 1 else "")
     console.print(
         f"trained: {method.trained:,} of {plan.size.parameters + plan.size.groups:,} parameters and scales",
-        highlight=False,
     )
-    console.print(f"memory of a device ({where}) in training: {memory.peak / 1e9:.2f} GB at most", highlight=False)
-    console.print(f"  GB: {parts}; not all at once", highlight=False)
+    console.print(f"memory of a device ({where}) in training: {memory.peak / 1e9:.2f} GB at most")
+    console.print(f"  GB: {parts}; not all at once")
     if devices.processes > 1:
         from llmqat.recipe.memory import traffic_of
 
         sent = traffic_of(plan.size, method, devices)
-        console.print(f"  each device sends {sent / 1e9:.2f} GB a step", highlight=False)
+        console.print(f"  each device sends {sent / 1e9:.2f} GB a step")
 
 
 def _print_fit(plan: Plan, available: int) -> None:
@@ -813,17 +854,16 @@ def _print_fit(plan: Plan, available: int) -> None:
     if batch >= plan.method.batch:
         shown = "4,096 or more" if batch >= 4095 else f"{batch:,}"
         text = f"it fits into {available / 1e9:.1f} GB; so would per_device_train_batch_size up to {shown}"
-        console.print(text, highlight=False)
+        console.print(text)
         return
     errors.print(
         f"warning: it does not fit into {available / 1e9:.1f} GB, of which nine tenths are planned with"
         + (f"; per_device_train_batch_size={batch} would" if batch else ""),
         style="yellow",
-        highlight=False,
     )
     ways = plan.cheaper(available)
     for name, memory in ways.items():
-        errors.print(f"  {memory.peak / 1e9:.2f} GB: {name}", highlight=False, markup=False)
+        errors.print(f"  {memory.peak / 1e9:.2f} GB: {name}")
     if not ways:
         errors.print("  nor does any cheaper way; spread it over more devices (--processes N --sharding fsdp2)")
 
@@ -833,11 +873,11 @@ def _print_probe(plan: Plan, recipe: Recipe) -> None:
 
     found = probe(recipe)
     taken = "unknown" if found.peak_bytes is None else f"{found.peak_bytes / 1e9:.2f} GB"
-    console.print(f"probe: memory {taken}; a step {found.step_seconds:.2f} s", highlight=False)
+    console.print(f"probe: memory {taken}; a step {found.step_seconds:.2f} s")
     if plan.steps is not None:
         minutes = found.seconds(plan.steps) / 60
         alone = "" if plan.devices.processes == 1 else ", what devices send each other not counted"
-        console.print(f"training would take {minutes:.1f} minutes here{alone}", highlight=False)
+        console.print(f"training would take {minutes:.1f} minutes here{alone}")
 
 
 def _print_comparison(comparison: Comparison) -> None:
@@ -867,10 +907,9 @@ def _print_audit(coverage: CoverageAudit) -> None:
         f"{len(coverage.quantized)} tensors quantized at {coverage.average_bits:.2f} bits a weight, "
         f"{len(coverage.kept)} kept; {coverage.bytes_before:,} bytes before, {coverage.bytes_after:,} after "
         f"({coverage.average_bits_of_all:.2f} bits a parameter of the whole model)",
-        highlight=False,
     )
     for note in coverage.notes:
-        console.print(f"- {note}", highlight=False)
+        console.print(f"- {note}")
 
 
 def _alike(coverage: CoverageAudit) -> list[tuple[str, list[AuditEntry]]]:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from llmqat.paths import user_path
 
 
 def unknown_key_message(key: str, allowed: Iterable[str], owner: str) -> str:
@@ -37,4 +40,17 @@ class Config(BaseModel):
             for key in values:
                 if key not in known:
                     raise ValueError(unknown_key_message(str(key), known, cls.__name__))
+            return {key: cls._as_meant(key, value) for key, value in values.items()}
         return values
+
+    @classmethod
+    def _as_meant(cls, key: str, value: Any) -> Any:
+        """Returns the value of a key; paths as a user means them."""
+        if isinstance(value, (str, Path)) and holds_path(cls.model_fields[key].annotation):
+            return user_path(value, key)
+        return value
+
+
+def holds_path(annotation: Any) -> bool:
+    """Returns whether a field of this type may be a path."""
+    return annotation is Path or any(holds_path(part) for part in get_args(annotation))

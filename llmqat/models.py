@@ -61,6 +61,7 @@ from llmqat.layers import (
     without_adapter,
     without_adapters,
 )
+from llmqat.paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrain
     source = resolve_spec(spec)
     config = read_config(source, spec)
     if adapter_base(spec) is not None:
-        model = _in_dtype(_merged(Path(spec).expanduser(), load_adapter_base(spec)), dtype)
+        model = _in_dtype(_merged(user_path(spec), load_adapter_base(spec)), dtype)
     else:
         _check_full_precision(config, spec)
         model = _load_weights(source, config, spec, dtype)
@@ -191,7 +192,7 @@ def model_file(spec: str) -> Path | None:
 
 
 def _path_of(spec: str) -> Path:
-    return _package_path(spec) if spec.startswith(PACKAGE_PREFIX) else Path(spec).expanduser()
+    return _package_path(spec) if spec.startswith(PACKAGE_PREFIX) else user_path(spec, "model")
 
 
 def read_config(source: str | Path, spec: str) -> PreTrainedConfig:
@@ -339,8 +340,8 @@ def load_tokenizer(source: str | Path, spec: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: There is none that can be read.
     """
-    if adapter_base(spec) is not None and (Path(spec).expanduser() / "tokenizer_config.json").is_file():
-        source = Path(spec).expanduser()
+    if adapter_base(spec) is not None and (user_path(spec) / "tokenizer_config.json").is_file():
+        source = user_path(spec)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -474,16 +475,26 @@ def rename_unless_there(temporary: Path, folder: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes `text` beside `path` and renames, so that `path` is absent or whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with _file_in_progress(path) as temporary:
+        # Names of files that are not UTF-8 hold halves of characters, which JSON writes in this way too.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes `tensors` as safetensors beside `path` and renames, so that `path` is absent or whole."""
+    with _file_in_progress(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+@contextmanager
+def _file_in_progress(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` to write to, which is then renamed; where either fails, nothing is left of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _check_folder(folder: Path, spec: str) -> None:
@@ -591,7 +602,7 @@ def adapter_base(spec: str) -> str | None:
     Raises:
         ValueError: the adapter's configuration is not readable, or names no base.
     """
-    folder = Path(spec).expanduser()
+    folder = user_path(spec, "model")
     file = folder / ADAPTER_CONFIG_FILE
     if not file.is_file() or (folder / "config.json").is_file():
         return None
@@ -810,9 +821,9 @@ def _package_path(spec: str) -> Path:
 def cache_folder() -> Path:
     """Returns where llmqat keeps what is dear to compute again; created by who writes to it."""
     if own := os.environ.get("LLMQAT_CACHE"):
-        return Path(own).expanduser()
+        return user_path(own, "LLMQAT_CACHE")
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llmqat"
+    return (user_path(base, "XDG_CACHE_HOME") if base else Path.home() / ".cache") / "llmqat"
 
 
 def gguf_folder(path: Path) -> Path:

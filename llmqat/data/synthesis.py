@@ -41,6 +41,7 @@ from llmqat.data.script import Script, read_script
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.layers import dequantized_once
 from llmqat.models import name_of
+from llmqat.paths import user_path
 
 WRITER_VERSION = 2
 """Raised whenever the same model, settings and seed come to give another text."""
@@ -107,6 +108,7 @@ def synthesize(
     if folder is not None:
         from llmqat.data.shards import write_shards
 
+        folder = user_path(folder, "folder")
         written = write_shards(model, tokenizer, tokens, folder, config, progress, processes=processes)
         shards = list(written.shards())
     else:

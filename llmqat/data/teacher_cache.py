@@ -39,6 +39,7 @@ from llmqat.data.blocks import Progress, Rows, rows_of
 from llmqat.layers.source import checksum
 from llmqat.metrics import Predictor, TopProbabilities, predictor_of, top_probabilities
 from llmqat.models import capture_hidden, model_device, name_of, save_whole, vocabulary_size, write_whole
+from llmqat.paths import user_path
 
 HEADER_FILE = "cache.json"
 FORMAT = "llmqat teacher cache 1"
@@ -132,6 +133,7 @@ class TeacherCacheWriter:
             FileExistsError: `folder` holds something else.
             ValueError: it holds a cache that was made with something else; says with what.
         """
+        folder = user_path(folder, "folder")
         self.folder, self.header, self.blocks_per_shard = folder, header, blocks_per_shard
         if (folder / HEADER_FILE).is_file():
             _check_same(read_header(folder), header, folder, "give another folder, or delete that one")
@@ -214,7 +216,7 @@ class TeacherCache:
             FileNotFoundError: there is none.
             ValueError: it is damaged, of another version, or empty.
         """
-        self.folder = Path(folder)
+        self.folder = user_path(folder, "folder")
         self.header = read_header(self.folder)
         self._places: dict[bytes, tuple[Any, int, int]] = {}
         for path in sorted(self.folder.glob(_SHARDS)):

@@ -73,6 +73,7 @@ from llmqat.models import (
     weight_files,
     write_whole,
 )
+from llmqat.paths import user_path
 
 RUN_FILE = "llmqat.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -205,7 +206,7 @@ def save(
         ValueError: the folder exists, the model holds nothing quantized, or an argument is not usable.
         ProofError: what was written is not what the model computes with.
     """
-    folder = Path(folder)
+    folder = user_path(folder, "folder")
     _check_arguments(model, dtype, run, format)
     _check_destination(folder, overwrite)
     with folder_in_progress(folder) as temporary:
@@ -323,8 +324,9 @@ def _write_run_file(
 
 def record_of(spec: str) -> dict[str, Any]:
     """Returns the run's facts beside the checkpoint that `spec` names, a folder or a hub id; nothing without any."""
-    file: str | Path | None = Path(spec) / RUN_FILE
-    if not Path(spec).exists() and may_be_hub_id(spec):
+    folder = user_path(spec)
+    file: str | Path | None = folder / RUN_FILE
+    if not folder.exists() and may_be_hub_id(spec):
         file = _cached(spec, RUN_FILE)
     if file is None or not Path(file).is_file():
         return {}
@@ -424,7 +426,7 @@ def prove(
     """
     _check_arguments(model, dtype, None, format)
     written = FORMATS[format].packed_state_dict(model, dtype)
-    return _prove(model, Path(folder), dtype, FORMATS[format], probe, written)[0]
+    return _prove(model, user_path(folder, "folder"), dtype, FORMATS[format], probe, written)[0]
 
 
 def _prove(

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.export.tensors import StoredWeight, check_weights_only, exact_float16, stored_tensors
+from llmqat.paths import user_path
 
 BLOCK = 32
 KIND = "GGUF"
@@ -128,7 +129,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         raise ImportError("writing GGUF needs the package gguf; run `pip install gguf`")
     import gguf
 
-    path = Path(path)
+    path = user_path(path, "path")
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name")
     config: Any = model.config
@@ -139,6 +140,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     check_weights_only(model, KIND)
     architecture = ARCHITECTURES[config.model_type]
     blocks = dict(_tensors(model, architecture))
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture.name]])
     try:

@@ -36,6 +36,7 @@ from llmqat.export.tensors import StoredWeight, check_weights_only, exact_float1
 from llmqat.grid import Grid, pack_int32
 from llmqat.layers import PackedLinear, QuantLinear
 from llmqat.models import folder_in_progress, write_shards
+from llmqat.paths import user_path
 
 KIND = "the GPTQ layout"
 WIDTHS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
@@ -57,7 +58,7 @@ def write_gptq(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         FileExistsError: `folder` exists.
         ValueError: the layout cannot hold the model; says what.
     """
-    folder = Path(folder)
+    folder = user_path(folder, "folder")
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; choose another name")
     check_weights_only(model, KIND)

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, ModelCard
 from llmqat.export.card import model_card
 from llmqat.export.checkpoint import FORMATS
 from llmqat.models import check_safetensors, folder_in_progress, may_be_hub_id, read_config, weight_files
+from llmqat.paths import user_path
 
 PUBLISHED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 """Patterns of the files that are published; README.md is written anew."""
@@ -47,13 +48,14 @@ def push(
         OSError: the hub refuses, or cannot be reached.
         ValueError: it is no packed checkpoint, a file is damaged, or an id is not one.
     """
-    folder = Path(folder)
+    folder = user_path(folder, "folder")
     for key, name in (("REPO_ID", repository), ("--base-model", base_model)):
         if name is not None and ("/" not in name or not may_be_hub_id(name)):
             raise ValueError(f"{key} {name!r} is not a hub id; give OWNER/NAME, such as someone/smollm2-135m-int4")
     _check_folder(folder)
     card = model_card(folder, repository, license=license or _stated_license(folder), base_model=base_model)
     if dry_run is not None:
+        dry_run = user_path(dry_run, "--dry-run")
         if dry_run.exists():
             raise FileExistsError(f"--dry-run {dry_run} exists already; choose another folder")
         with folder_in_progress(dry_run) as temporary:

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import llmqat
 from llmqat.export.tensors import StoredWeight, check_weights_only, stored_tensors
 from llmqat.models import folder_in_progress
+from llmqat.paths import user_path
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose graph this file builds."""
@@ -67,7 +68,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         raise ImportError("writing ONNX needs the package onnx; run `pip install onnx onnxruntime`")
     import onnx
 
-    folder = Path(folder)
+    folder = user_path(folder, "folder")
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; choose another name")
     _check_model(model)

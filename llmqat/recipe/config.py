@@ -18,7 +18,7 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
 from llmqat.calibrate import AllocationConfig, RotateStage, SmoothStage, Stage, check_stages
 from llmqat.config import Config, unknown_key_message
@@ -26,6 +26,7 @@ from llmqat.data.config import DataConfig
 from llmqat.evaluate.protocols import PROTOCOLS, PYDOC
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.layers import QuantConfig
+from llmqat.paths import user_path, user_spec
 from llmqat.train import LoraSettings, MonitorSettings, QATArguments
 
 RECIPE_FILE = "recipe.yaml"
@@ -103,6 +104,11 @@ class EvaluationSettings(Config):
             return values
         own = PROTOCOLS[values["protocol"]]
         return {"texts": (own.text,), "window": own.window, "max_windows": own.max_windows, **values}
+
+    @field_validator("texts")
+    @classmethod
+    def _take_texts_as_users_give_them(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(user_spec(text, "texts") for text in value)
 
     @field_validator("protocol")
     @classmethod
@@ -219,6 +225,11 @@ class Recipe(Config):
             raise ValueError(f"{value!r} is no list of stages; write for example [ranges, {{stage: gptq, blocks: 32}}]")
         return value
 
+    @field_validator("model", "teacher")
+    @classmethod
+    def _take_models_as_users_give_them(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return None if value is None else user_spec(value, str(info.field_name))
+
     @field_validator("train")
     @classmethod
     def _check_training_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +260,8 @@ def check_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"train.{key} is not set here; use {OWNED_BY_RECIPE[key]!r} at the top of the recipe")
         if key not in names:
             raise ValueError(unknown_key_message(key, names, "train (QATArguments)"))
-        checked[key] = _of_declared_type(f"train.{key}", value, hints[key])
+        given = user_spec(value, f"train.{key}") if isinstance(value, str) and value.startswith("~") else value
+        checked[key] = _of_declared_type(f"train.{key}", given, hints[key])
     return checked
 
 
@@ -272,7 +284,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: when there is no such file.
         ValueError: for what is not YAML, for an unknown key, a wrong type, or an override that is not `key=value`.
     """
-    file = Path(path)
+    file = user_path(path, "recipe")
     if file.is_dir():
         recorded = file / RUN_FILE
         file = recorded if recorded.is_file() and not (file / RECIPE_FILE).is_file() else file / RECIPE_FILE

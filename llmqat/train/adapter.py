@@ -27,6 +27,7 @@ from llmqat.layers import QuantModule, changed_since_prepared, quantizer_state, 
 from llmqat.layers.lora import QuantLora, adapters_off, adopt_adapters, lora_config
 from llmqat.layers.prepare import CONFIG_KEY
 from llmqat.models import save_whole, shortened
+from llmqat.paths import user_path
 
 
 class LoraSettings(Config):
@@ -111,8 +112,9 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
             "the base weights were moved (by gptq, block-wise training, rotation, or training), so the adapter alone "
             "does not make this model; fold it with merge_and_unload() and call llmqat.save"
         )
+    folder = user_path(folder, "folder")
     model.save_pretrained(str(folder))
-    add_quantizers(model, Path(folder))
+    add_quantizers(model, folder)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -126,8 +128,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
     Raises:
         ValueError: when the adapter was trained under another QuantConfig.
     """
+    folder = user_path(folder, "folder")
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-    file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    file = folder / SAFETENSORS_WEIGHTS_NAME
     if file.is_file():
         with safe_open(file, framework="pt") as opened:
             theirs = json.loads((opened.metadata() or {}).get(CONFIG_KEY, "null"))
