@@ -30,7 +30,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -43,6 +42,8 @@ from llmqat.export import ProofError
 from llmqat.layers import CoverageAudit, QuantModule, quantizers_off
 from llmqat.layers.probe import probe_inputs
 from llmqat.models import cast_parameters
+from llmqat.paths import user_path
+from llmqat.terminal import plain_console, show_any_text
 
 SECONDS = 240
 """Time that an architecture may take."""
@@ -145,13 +146,14 @@ _REFUSALS = (ValueError, OSError, ImportError)
 
 def main() -> None:
     """Examines what is missing, writes after each, prints the table, then the headline."""
+    show_any_text()
     options = parse_options()
     versions = {"llmqat": llmqat.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
     known = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.is_file() else {}
     if known and known["versions"] != versions:
         raise SystemExit(f"{options.json} holds results of {known['versions']}; remove it, or give another file")
     rows: dict[str, dict[str, Any]] = known.get("rows", {})
-    console = Console(width=200)
+    console = plain_console(width=200)
     for model_type in options.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         if model_type in rows and not options.only:
             continue
@@ -176,8 +178,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     parser.add_argument("--only", nargs="+", choices=known, metavar="TYPE", help="model types; all where not given")
-    parser.add_argument("--json", type=Path, help="file for the results; a file that is there is gone on with")
-    parser.add_argument("--table", type=Path, help="Markdown file for the table")
+    parser.add_argument("--json", type=user_path, help="file for the results; a file that is there is gone on with")
+    parser.add_argument("--table", type=user_path, help="Markdown file for the table")
     return parser.parse_args()
 
 

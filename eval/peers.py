@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ from llmqat.evaluate.bootstrap import METRICS, difference, interval
 from llmqat.evaluate.compare import environment, write_report
 from llmqat.evaluate.loading import known_of, load_to_judge
 from llmqat.evaluate.perplexity import Evaluation, Reference, ScoredTokens, TokenWindows, evaluate, keep_reference
+from llmqat.evaluate.tokenizers import shared_tokenizer
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.metrics import TokenScores
-from llmqat.models import load_model, load_tokenizer, resolve_spec, save_whole, write_whole
+from llmqat.models import load_model, save_whole, write_whole
 from llmqat.paths import user_path
 from llmqat.recipe.config import EvaluationSettings
 from llmqat.recipe.evaluation import evaluation_windows
@@ -247,9 +249,9 @@ def checkpoint(given: str, work: Path) -> dict[str, Any]:
 def score(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Evaluation]:
     """Puts the evaluations of every row into it, by text, and returns those of full precision; all are kept on disk."""
     original = str(options.work / ORIGINAL_FOLDER)
-    tokenizer = load_tokenizer(resolve_spec(original), original)
     settings = EvaluationSettings(texts=tuple(options.eval), window=options.window, max_windows=options.max_windows)
-    windows = evaluation_windows(settings, tokenizer)
+    given = {row["name"]: str(row["spec"]) for row in rows if row["method"] == "checkpoint"}
+    windows = shared_tokenizer({FULL: original, **given}, partial(evaluation_windows, settings)).windows
     references: dict[str, Reference] = {}
     full = read_scores(options.work / plain_name(FULL), Path(original), windows)
     for row in rows:

@@ -10,7 +10,10 @@ the same windows. The last lines are the headline, `name: number`.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from typing import Any
 
+from llmqat.data.text import read_text
 from llmqat.evaluate.compare import (
     Candidate,
     Comparison,
@@ -21,9 +24,9 @@ from llmqat.evaluate.compare import (
     render,
     write_json,
 )
-from llmqat.evaluate.perplexity import windows_from_text
-from llmqat.models import load_tokenizer, resolve_spec
-from llmqat.paths import user_path
+from llmqat.evaluate.perplexity import TokenWindows, windows_from_text
+from llmqat.evaluate.tokenizers import shared_tokenizer
+from llmqat.paths import check_outputs, user_path
 from llmqat.recipe.evaluation import short_names
 from llmqat.terminal import plain_console, show_any_text
 
@@ -34,23 +37,26 @@ def main() -> None:
     """Measures, prints the table, then the headline."""
     show_any_text()
     options = parse_options()
-    text = options.text.read_text(encoding="utf-8")
-    first = options.reference or options.model[0]
-    tokenizer = load_tokenizer(resolve_spec(first), first)
-    windows = windows_from_text(
-        text, tokenizer, options.window, options.stride, options.max_windows, source=str(options.text)
-    )
+    check_outputs({"--json": options.json}, [options.text, *options.model])
+    text = read_text(options.text)
+
+    def windows_of(tokenizer: Any) -> dict[str, TokenWindows]:
+        shape = (options.window, options.stride, options.max_windows)
+        return {options.text.stem: windows_from_text(text, tokenizer, *shape, source=str(options.text))}
+
+    models = candidates(options)
+    shared = shared_tokenizer({model.name: model.facts["spec"] for model in models}, windows_of)
     with progress_bar() as progress:
         comparison = compare(
-            candidates(options),
-            {options.text.stem: windows},
+            [replace(model, notes=shared.notes.get(model.name, ())) for model in models],
+            shared.windows,
             batch_size=options.batch_size,
             speed=options.speed,
             progress=progress,
         )
+    plain_console().print(render(comparison))
     if options.json:
         write_json(comparison, options.json)
-    plain_console().print(render(comparison))
     print_headline(comparison)
 
 

@@ -338,7 +338,7 @@ def load_tokenizer(source: str | Path, spec: str) -> PreTrainedTokenizerBase:
     """Returns the tokenizer beside a resolved model; `spec` is what errors call it.
 
     Raises:
-        ValueError: There is none that can be read.
+        ValueError: There is none that can be read, or it knows no word.
     """
     if adapter_base(spec) is not None and (user_path(spec) / "tokenizer_config.json").is_file():
         source = user_path(spec)
@@ -349,6 +349,11 @@ def load_tokenizer(source: str | Path, spec: str) -> PreTrainedTokenizerBase:
             f"model {spec!r} has no readable tokenizer ({_first_line(error)}); copy tokenizer.json and "
             f"tokenizer_config.json of the original model beside its weights"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some classes make of a folder without a tokenizer
+        raise ValueError(
+            f"model {spec!r} has no tokenizer: what is beside its weights knows no word; copy tokenizer.json and "
+            "tokenizer_config.json of the original model there"
+        )
     if adapter_base(spec) is None:  # what an adapter has made of the vocabulary, load_model knows
         config = read_config(source, spec).get_text_config()
         size = getattr(config, "vocab_size", None)

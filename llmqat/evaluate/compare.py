@@ -66,6 +66,7 @@ class Candidate:
     bits_per_weight: float | None = None  # of the quantized linears on disk, scales included
     bytes_on_disk: int | None = None  # of the weight files, tokenizer and configuration not counted
     facts: Mapping[str, Any] = field(default_factory=dict)  # what else is known of it, as JSON takes it
+    notes: tuple[str, ...] = ()  # what the reader of its figures must know
     from_files: bool = True  # `load` reads the model's own files; if not, what loading costs is not measured
 
 
@@ -87,6 +88,7 @@ class Row:
     seconds: float | None = None  # that its evaluations took
     parts: Mapping[str, Mapping[str, Sequence[Part]]] = field(default_factory=dict)  # by text, then position and kind
     extras: Mapping[str, Any] = field(default_factory=dict)  # by name, as `Extra` gave them; and the candidate's facts
+    notes: tuple[str, ...] = ()  # the candidate's
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ class Comparison:
         )
 
     def findings(self) -> tuple[Finding, ...]:
-        """Returns warnings and notes: rows of role 'trained', what is left of an adapter, rows no text tells apart."""
-        found: list[Finding] = []
+        """Returns warnings and notes: of each row, on trained rows, on adapters, on rows that no text tells apart."""
+        found = [Finding("warning", note) for row in self.rows for note in row.notes]
         for row in self.rows:
             if row.role == "trained":
                 found += [finding for text in self.texts for finding in self._judge(row, text)]
@@ -153,6 +155,7 @@ class Comparison:
                     "window": entry.window,
                     "stride": entry.stride,
                     "tokens": entry.tokens,
+                    "ids_sha256": entry.ids_sha256,
                 }
                 for name, entry in first.items()
             },
@@ -300,6 +303,7 @@ def compare(
             seconds=time.perf_counter() - start,
             parts={} if tokenizer is None else {text: _parts(one, tokenizer) for text, one in evaluations.items()},
             extras={**candidate.facts, **{name: take(model, candidate) for name, take in (extras or {}).items()}},
+            notes=candidate.notes,
         )
         del model
         gc.collect()
@@ -308,7 +312,11 @@ def compare(
 
 
 def candidate_from(
-    spec: str, role: Role = "other", name: str | None = None, dtype: torch.dtype = torch.bfloat16
+    spec: str,
+    role: Role = "other",
+    name: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    notes: tuple[str, ...] = (),
 ) -> Candidate:
     """Returns the candidate for anything that loading.py loads: hub ids, folders, packed ones, GGUF, adapters.
 
@@ -317,6 +325,7 @@ def candidate_from(
         role: what it stands for.
         name: as the table shows it; the last part of `spec` when None.
         dtype: of the parameters that are not packed.
+        notes: what the reader of its figures must know.
 
     Raises:
         FileNotFoundError: if there is no such model.
@@ -330,6 +339,7 @@ def candidate_from(
         bits_per_weight=known.bits_per_weight,
         bytes_on_disk=known.bytes_on_disk,
         facts={"spec": spec, "method": known.method, "run": dict(known.run), "layers": dict(known.layers)},
+        notes=notes,
     )
 
 

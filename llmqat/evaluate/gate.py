@@ -162,6 +162,12 @@ def _check_same_texts(report: Mapping[str, Any], baseline: Mapping[str, Any]) ->
                 f"the baseline was taken on other windows or another text than {name}; leave --text and --window out "
                 "to score what the baseline scored"
             )
+        tokens = text.get("ids_sha256")  # reports of earlier versions lack it
+        if tokens is not None and before.get("ids_sha256") not in (None, tokens):
+            raise ValueError(
+                f"the baseline read {name} with another tokenizer, so figures by the token cannot be compared; give a "
+                "baseline of models with this tokenizer"
+            )
 
 
 def _figure(row: Mapping[str, Any], metric: str, text: str | None) -> float:

@@ -100,6 +100,7 @@ class Evaluation:
     reverse_kl: float | None = None  # mean KL(model || reference), nats a token
     top5: float | None = None  # share of the reference's five most probable tokens that are among the model's five
     words: int | None = None  # of the text, where perplexity is also counted by words
+    ids_sha256: str | None = None  # of the token ids of all windows: other tokenizers give others
     scored: ScoredTokens | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -180,8 +181,11 @@ def windows_from_blocks(ids: Tensor, source: str = "blocks", sha256: str | None 
     """
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
         raise ValueError(f"blocks of {source} have shape {tuple(ids.shape)}; expected [N >= 1, L >= 2]")
-    digest = sha256 or hashlib.sha256(ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
-    return TokenWindows(ids=ids, labels=ids, stride=ids.shape[1], sha256=digest, source=source)
+    return TokenWindows(ids=ids, labels=ids, stride=ids.shape[1], sha256=sha256 or _sha256_of(ids), source=source)
+
+
+def _sha256_of(ids: Tensor) -> str:
+    return hashlib.sha256(ids.to(torch.int64).cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def evaluate(
@@ -328,6 +332,7 @@ def _evaluation(scores: TokenScores, windows: TokenWindows) -> Evaluation:
         stride=windows.stride,
         text_sha256=windows.sha256,
         words=windows.words,
+        ids_sha256=_sha256_of(windows.ids),
         scored=ScoredTokens(
             scores=scores,
             unit=window if windows.units is None else windows.units[window],

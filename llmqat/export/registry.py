@@ -114,9 +114,12 @@ def _listed(values: Any) -> str:
 
 def _results(row: Mapping[str, Any]) -> dict[str, float]:
     """Returns figures as `kl pydoc` -> 0.1: the text's folders are nobody's matter."""
+    texts = row.get("texts") or {}
+    short = {text: Path(text).name for text in texts}
+    names = short if len({*short.values()}) == len(texts) else dict(zip(texts, texts, strict=True))
     return {
-        f"{metric} {Path(text).name}": round(values[metric], 6)
-        for text, values in (row.get("texts") or {}).items()
+        f"{metric} {names[text]}": round(values[metric], 6)
+        for text, values in texts.items()
         for metric in RESULTS
         if values.get(metric) is not None
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,11 +24,14 @@ from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.evaluate.protocols import HUB_PREFIX, PYDOC, text_windows
 from llmqat.evaluate.samples import completions
 from llmqat.evaluate.tasks import TaskSettings, opened_tasks
+from llmqat.evaluate.tokenizers import shared_tokenizer
 from llmqat.export.checkpoint import record_of
 from llmqat.layers import audit
-from llmqat.models import load_tokenizer, resolve_spec
+from llmqat.paths import same_place
 from llmqat.recipe.config import EvaluationSettings
 from llmqat.recipe.folder import CHECKPOINT_FOLDER
+
+log = logging.getLogger(__name__)
 
 
 def evaluation_windows(
@@ -45,7 +49,7 @@ def evaluation_windows(
         ValueError: a text cannot be read, or is shorter than a window.
     """
     return {
-        source if source.startswith((PYDOC, HUB_PREFIX)) else Path(source).name: text_windows(
+        name: text_windows(
             settings.protocol,
             source,
             tokenizer,
@@ -54,8 +58,37 @@ def evaluation_windows(
             max_windows=settings.max_windows,
             model_length=model_length,
         )
-        for source in settings.texts
+        for name, source in text_names(settings.texts).items()
     }
+
+
+def text_names(sources: Sequence[str]) -> dict[str, str]:
+    """Returns texts by what tables call them: the last part of a path, longer where that does not tell them apart.
+
+    A text that is given twice is there once.
+    """
+    texts = _once(sources)
+    named = [source == PYDOC or source.startswith(HUB_PREFIX) for source in texts]
+    parts = [[text] if whole else list(Path(text).parts) for text, whole in zip(texts, named, strict=True)]
+    return dict(zip(_told_apart(parts) or texts, texts, strict=True))
+
+
+def _once(given: Iterable[str]) -> list[str]:
+    """Returns models or texts without those that are there already, perhaps by another path."""
+    kept: list[str] = []
+    for entry in given:
+        if not any(entry == other or (Path(entry).exists() and same_place(entry, other)) for other in kept):
+            kept.append(entry)
+    return kept
+
+
+def _told_apart(parts: Sequence[Sequence[str]]) -> list[str] | None:
+    """Returns the fewest last parts that tell names apart, as many of each; None where all of them do not."""
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-count:]).replace("//", "/") for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return None
 
 
 TRAINED_TEXTS = ("text", "calibration_text")
@@ -140,16 +173,23 @@ def compare_models(
     """
     if reference is None and len(specs) > 1:
         reference = specs[0]
-    listed = list(dict.fromkeys([*([] if reference is None else [reference]), *specs]))
-    names = short_names(listed)
-    candidates = [
-        candidate_from(spec, "full precision" if spec == reference else "other", name)
-        for spec, name in zip(listed, names, strict=True)
-    ]
+    given = [*([] if reference is None else [reference]), *specs]
+    listed = _once(given)
+    if len(listed) < len({*given}):
+        log.warning("some of the models are one folder or file; it is measured once: %s", ", ".join(listed))
+    models = dict(zip(short_names(listed), listed, strict=True))
     for spec in listed:
         check_untrained(settings, documents_recorded(record_of(spec)), spec)
-    tokenizer = load_tokenizer(resolve_spec(listed[0]), listed[0])
-    windows = evaluation_windows(settings, tokenizer, longest_of(listed[0]))
+
+    def windows_of(tokenizer: Any) -> dict[str, TokenWindows]:
+        return evaluation_windows(settings, tokenizer, longest_of(listed[0]))
+
+    shared = shared_tokenizer(models, windows_of)
+    candidates = [
+        candidate_from(spec, "full precision" if spec == reference else "other", name, notes=shared.notes.get(name, ()))
+        for name, spec in models.items()
+    ]
+    tokenizer = shared.tokenizer
     asked = {**settings.model_dump(mode="json"), "reference": reference, "models": list(specs)}
     extras = _details(tokenizer, reference) if details else {}
     with ExitStack() as stack:
@@ -158,7 +198,7 @@ def compare_models(
             extras["tasks"] = lambda model, _: ready.run(model, tokenizer)
         return compare(
             candidates,
-            windows,
+            shared.windows,
             batch_size=settings.batch_size,
             speed=settings.speed,
             progress=stack.enter_context(progress_bar()),
@@ -174,12 +214,9 @@ def short_names(specs: Sequence[str]) -> list[str]:
     A checkpoint in a run folder, RUN/model, is called by its run.
     """
     parts = [[part for part in spec.replace(":", "/").split("/") if part] for spec in specs]
-    parts = [part[:-1] if len(part) > 1 and part[-1] == CHECKPOINT_FOLDER else part for part in parts]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return list(specs)
+    return _told_apart([part[:-1] if len(part) > 1 and part[-1] == CHECKPOINT_FOLDER else part for part in parts]) or [
+        *specs
+    ]
 
 
 def _details(tokenizer: PreTrainedTokenizerBase, reference: str | None) -> dict[str, Extra]:

@@ -348,7 +348,9 @@ def _watched(
         return text.validation.dataset()
     if arguments.eval_strategy == "no":
         return None
-    datasets = {Path(name).stem: one.dataset() for name, one in windows.items()}
+    stems = [Path(name).stem for name in windows]  # short names for metrics, where they tell texts apart
+    names = stems if len(set(stems)) == len(stems) else [*windows]
+    datasets = {name: one.dataset() for name, one in zip(names, windows.values(), strict=True)}
     return datasets if len(datasets) > 1 else next(iter(datasets.values()))
 
 

@@ -6,10 +6,15 @@ beside it. It may be llmqat's own or another tool's.
 
 from __future__ import annotations
 
+import logging
+
+from llmqat.evaluate.tokenizers import reading_difference, vocabulary_difference
 from llmqat.export import is_packed, load
 from llmqat.models import load_tokenizer, resolve_spec
 from llmqat.recipe.config import Recipe, training_arguments
 from llmqat.train import choose_trained
+
+log = logging.getLogger(__name__)
 
 UNPACKED_ONLY = ("quant", "calibrate", "allocate", "lora")
 """Keys of a recipe that say how full-precision weights are quantized or trained."""
@@ -57,8 +62,15 @@ def check_packed_start(recipe: Recipe) -> None:
     """
     choose_trained(load(recipe.model), "scales")
     own, taught = (load_tokenizer(resolve_spec(spec), spec) for spec in (recipe.model, recipe.source))
-    if own.get_vocab() != taught.get_vocab():
+    differing = " ".join(vocabulary_difference(taught, own)).strip() or reading_difference(taught, own)
+    if differing:
         raise ValueError(
             f"teacher={recipe.teacher} has another tokenizer than model {recipe.model!r}, so their predictions are not "
-            "of the same tokens; give the model it was made from"
+            f"of the same tokens ({differing}); give the model it was made from"
+        )
+    if own.chat_template != taught.chat_template:
+        log.warning(
+            "teacher=%s has another chat template than model %r; the checkpoint gets that of the teacher",
+            recipe.teacher,
+            recipe.model,
         )

@@ -172,6 +172,7 @@ def test_the_json_holds_rows_texts_and_findings(tmp_path: Path) -> None:
         "window": 32,
         "stride": 32,
         "tokens": 100,
+        "ids_sha256": None,
     }
     assert read["findings"][0]["level"] == "warning"
 

@@ -16,7 +16,8 @@ from llmqat.evaluate.loading import known_of, load_to_judge, longest_of
 from llmqat.export import save, write_gguf
 from llmqat.layers import PackedLinear, QuantConfig, convert, prepare
 from llmqat.models import adapter_base, load_model, load_tokenizer, resolve_spec
-from llmqat.recipe.evaluation import short_names
+from llmqat.recipe import EvaluationSettings, compare_models
+from llmqat.recipe.evaluation import short_names, text_names
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 INT4 = QuantConfig.preset("int4", group_size=32)
@@ -115,3 +116,35 @@ def test_names_are_as_short_as_they_can_be() -> None:
     assert short_names(["runs/a/model", "runs/b/model", "org/c"]) == ["a", "b", "c"]
     assert short_names(["x/a/model", "y/a/model"]) == ["x/a", "y/a"]
     assert short_names(["package:llm/a.gguf"]) == ["a.gguf"]
+
+
+def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    assert text_names(["a.txt", "b/c.txt", "pydoc"]) == {"a.txt": "a.txt", "c.txt": "b/c.txt", "pydoc": "pydoc"}
+    assert text_names(["x/a.txt", "y/a.txt"]) == {"x/a.txt": "x/a.txt", "y/a.txt": "y/a.txt"}
+    assert list(text_names(["/data/x/a.txt", "/data/y/a.txt", "b.txt"])) == ["x/a.txt", "y/a.txt", "b.txt"]
+    assert text_names(["pydoc", "./pydoc"]) == {"pydoc": "pydoc", "./pydoc": "./pydoc"}
+    assert list(text_names(["hub:a/b:c:test", "hub:a/b:d:test"])) == ["hub:a/b:c:test", "hub:a/b:d:test"]
+    file = tmp_path / "a.txt"
+    file.write_text("a")
+    (tmp_path / "link.txt").symlink_to(file)
+    same = [str(file), str(tmp_path / "." / "a.txt"), str(tmp_path / "link.txt"), str(file)]
+    assert text_names(same) == {"a.txt": str(file)}
+
+
+def test_two_texts_of_one_name_are_both_scored(tiny_folder: Path, tmp_path: Path) -> None:
+    texts = [tmp_path / folder / "test.txt" for folder in ("river", "mountain")]
+    for text in texts:
+        text.parent.mkdir()
+        text.write_text(f"A text of a {text.parent.name} that fills some windows. " * 20)
+    settings = EvaluationSettings(texts=tuple(map(str, texts)), window=32, max_windows=2, speed=False)
+    report = compare_models([str(tiny_folder)], settings).to_dict()
+    assert list(report["texts"]) == list(report["rows"][0]["texts"]) == ["river/test.txt", "mountain/test.txt"]
+    assert len({text["sha256"] for text in report["texts"].values()}) == 2
+
+
+def test_one_model_by_two_paths_is_measured_once(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A text that fills some windows. " * 20)
+    (tmp_path / "link").symlink_to(tiny_folder)
+    settings = EvaluationSettings(texts=(str(tmp_path / "text.txt"),), window=32, max_windows=2, speed=False)
+    (row,) = compare_models([str(tmp_path / "link"), f"{tiny_folder}/"], settings, str(tiny_folder)).rows
+    assert row.role == "full precision"
