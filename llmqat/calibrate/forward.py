@@ -82,8 +82,8 @@ def check_seen(seen: Mapping[str, bool]) -> None:
     if unseen:
         others = f" and {len(unseen) - 3} more layers" if len(unseen) > 3 else ""
         raise ValueError(
-            f"calibration reached no input of {', '.join(unseen[:3])}{others}: this text does not use them; leave them "
-            "alone with quant.ignore, give more text, or set scales by weights alone (method: mse)"
+            f"calibration reached no input of {', '.join(unseen[:3])}{others}: this text does not use them; give more "
+            "text, leave them alone with quant.ignore, or use a method that looks at weights alone (ranges by mse)"
         )
 
 

@@ -8,6 +8,7 @@ Letters: O out features, I in features.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,10 +23,12 @@ from llmqat.calibrate.blocks import Block, find_blocks
 from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.forward import input_of
 from llmqat.calibrate.masters import Originals
-from llmqat.calibrate.walk import open_walk
+from llmqat.calibrate.walk import Walk, open_walk
 from llmqat.data.blocks import Rows
 from llmqat.grid import quantize
 from llmqat.layers import QuantLinear, QuantModule, quantizers_off
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,21 +66,31 @@ def report_layers(
     Args:
         model: prepared; as a stage, or training, has left it.
         originals: the weights before.
-        ids: token blocks [N, L] for the output error; None leaves it out.
+        ids: token blocks [N, L] for the output error; None leaves it out, and so does a model that cannot be walked.
         dtype: what the forward computes in.
     """
     found: list[LayerReport] = []
-    if ids is None:
+    walk = None if ids is None else _walk(model, ids, dtype)
+    if walk is None:
         for name, module in find_blocks(model).items():
             block = Block(0, name, module)
             found += _reports(block, originals.of(block), {})
         return found
-    with open_walk(model, ids, len(ids), dtype=dtype) as walk:
+    with walk:
         for block in walk.blocks:
             weights = originals.of(block)
             errors = _output_errors(block, originals, weights, walk.full)
             found += _reports(block, weights, errors)
     return found
+
+
+def _walk(model: PreTrainedModel, ids: Tensor | Rows, dtype: torch.dtype) -> Walk | None:
+    """Returns the walk that shows the layers their inputs; None where there is none, which costs no more than that."""
+    try:
+        return open_walk(model, ids, len(ids), dtype=dtype)
+    except ValueError as error:
+        log.warning("the errors of layers' outputs are not measured: %s", error)
+        return None
 
 
 def _reports(block: Block, weights: dict[str, Tensor], errors: dict[str, float]) -> list[LayerReport]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmqat.calibrate.forward import Wrap
+from llmqat.calibrate.forward import Wrap, check_seen
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.grid import fake_quantize, search_scale
 from llmqat.layers import Override, QuantConfig, QuantModule, WeightConfig, prepare, quantizers_off
@@ -143,10 +143,14 @@ def fisher_diagonal(
         seed: of the labels drawn from the model's own distribution.
         dtype: what forwards compute in.
         wrap: put around the iteration over token blocks.
+
+    Raises:
+        ValueError: when the text does not reach a layer.
     """
     rows, device = rows_of(ids), model_device(model)
     generator = torch.Generator(device).manual_seed(seed)
     found = {name: torch.zeros(layer.rows, layer.columns, device=device) for name, layer in layers.items()}
+    seen = dict.fromkeys(layers, False)
     wanted = {id(layer.weight) for layer in layers.values()}
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
@@ -161,10 +165,13 @@ def fisher_diagonal(
                 hidden = captured.take()[0]
                 hidden.backward(_label_gradient(hidden.detach(), predictor_of(model).detached(), generator))
             for name, layer in layers.items():
-                assert layer.weight.grad is not None
+                if layer.weight.grad is None:  # an expert that no token chose
+                    continue
+                seen[name] = True
                 gradient = layer.weight.grad.mT if layer.transposed else layer.weight.grad
                 found[name] += gradient.reshape(found[name].shape).float().square()
                 layer.weight.grad = None
+    check_seen(seen)
     return {name: total.div_(rows.stored.numel()) for name, total in found.items()}
 
 

@@ -390,10 +390,12 @@ def _recorded(
     """Returns a walk by what blocks got once.
 
     Raises:
-        _Varies: when the first block gets something else for another text.
+        _Varies: when a block gets something else for the last token block than for the first, or the first block for
+            any batch.
     """
     device = model_device(model)
     with quantizers_off(model):
+        _check_constant(model, blocks, rows)
         calls = _recordings(model, blocks, source, batch_size, processes)
     first = _first_call(model, blocks[0], rows[:1].inputs(device)).hidden
     if first is None or first.shape[0] != 1:
@@ -412,6 +414,22 @@ def _recorded(
             chain[part] = reached.hidden.to(chain)
     full, quantized = (RecordedChain(hidden, batch_size, calls) for hidden in chains)
     return Walk(blocks, full, quantized)
+
+
+def _check_constant(model: nn.Module, blocks: Sequence[Block], rows: Rows) -> None:
+    """Raises _Varies when a block gets something else for the last token block than for the first, at full length.
+
+    Some models hand over more when a text is long: the tokens to attend to, where there are more than are attended to.
+    """
+    if len(rows) == 1 or rows.stored.shape[1] <= CHECK_TOKENS:
+        return  # which the check on short texts has seen
+    starts = None if rows.starts is None else rows.starts[:1]
+    first, last = (
+        _taking_over(model, blocks, Rows(row, starts=starts).inputs(model_device(model)))
+        for row in (rows.stored[:1], rows.stored[-1:])
+    )
+    if not _may_be_recorded(first, last):
+        raise _Varies
 
 
 def _recordings(

@@ -17,6 +17,7 @@ from llmqat.data.processes import ALONE, Processes
 from llmqat.data.shards import write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.layers import QuantModule
+from tests.calibrate.carrying import carrying
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -46,6 +47,16 @@ def calibrated(processes: Processes, folder: Path) -> dict[str, Any]:
     }
 
 
+def carried(processes: Processes) -> str:
+    """Calibrates a tiny model whose blocks hand each other more than hidden states; returns its digest."""
+    model = carrying("gemma4_text")
+    ids = torch.randint(2, 258, (5, 16), generator=torch.Generator().manual_seed(0))
+    stages = [RangesStage(method="minmax"), GPTQStage(batch_size=3), BlockwiseStage(batch_size=3, iterations=4)]
+    quant = QuantConfig.preset("int3", group_size=16)
+    calibrate(model, quant, stages, ids, dtype=torch.float32, processes=processes)
+    return digest(model.state_dict())
+
+
 def written(processes: Processes, folder: Path) -> str:
     """Lets a tiny model write three shards; returns the digest of what lies in the folder."""
     config = SynthesisConfig(block_size=32, batch_size=2, seed=3)
@@ -57,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     out, together = Path(sys.argv[1]), Processes.all()
-    found = {"count": together.count, "shared": calibrated(together, out / "shared")}
+    found = {"count": together.count, "shared": calibrated(together, out / "shared"), "carried": carried(together)}
     found["written"] = written(together, out / "written")
     if together.is_first:
         found |= {"alone": calibrated(ALONE, out / "alone"), "written alone": written(ALONE, out / "written-alone")}

@@ -35,5 +35,9 @@ def test_a_shared_calibration_ends_alike_everywhere_and_as_one_process_does(foun
     assert differing < 0.001 * len(alone["codes"])
 
 
+def test_blocks_that_keep_their_own_forwards_end_alike_everywhere(found: list[dict[str, Any]]) -> None:
+    assert found[0]["carried"] == found[1]["carried"]
+
+
 def test_shards_written_together_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
     assert found[0]["written"] == found[1]["written"] == found[0]["written alone"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
 from llmqat import QuantConfig, prepare
 from llmqat.calibrate import (
@@ -28,70 +28,14 @@ from llmqat.calibrate.walk import Walk
 from llmqat.data.blocks import Rows
 from llmqat.layers import QuantModule, quantizers_off
 from llmqat.models import capture_hidden, cast_parameters
+from tests.calibrate.carrying import CARRYING, TEXT, carrying
 from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama
 
 INT4 = QuantConfig.preset("int4", group_size=16)
-_TEXT: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
-_GEMMA: dict[str, Any] = {
-    **_TEXT,
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "sliding_window": 16,
-    "hidden_size_per_layer_input": 16,
-    "vocab_size_per_layer_input": 384,
-    "num_kv_shared_layers": 2,
-}
-_LATENT: dict[str, Any] = {
-    **_TEXT,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "moe_intermediate_size": 64,
-    "index_n_heads": 4,
-    "index_head_dim": 32,
-    "index_topk": 4,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-CARRYING: dict[str, dict[str, Any]] = {
-    "gemma4_text": {**_GEMMA, "global_head_dim": 16},  # inputs for each layer, a dictionary of keys and values
-    "gemma3n_text": {**_GEMMA, "activation_sparsity_pattern": [0.0] * 4, "altup_num_inputs": 2, "laurel_rank": 16},
-    "hy_v4": _LATENT,  # parameters in float32, lists that blocks write to
-    "xlnet": {"vocab_size": 384, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128},  # [L, N, D], two streams
-    "xlm": {"vocab_size": 384, "emb_dim": 64, "n_layers": 2, "n_heads": 4},  # lists of attentions and of MLPs in turn
-    "ctrl": {"vocab_size": 384, "n_embd": 64, "dff": 128, "n_layer": 2, "n_head": 4, "n_positions": 64},  # not named
-}
-"""Model types whose blocks get more than masks and positions, and what a tiny configuration of them needs."""
 
 
 def ids(rows: int = 5, length: int = 24, seed: int = 0) -> Tensor:
     return torch.randint(2, 258, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def carrying(model_type: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **CARRYING[model_type]))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return model.eval()
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
@@ -223,6 +167,28 @@ def test_an_argument_that_only_some_texts_change_is_noticed() -> None:
         torch.testing.assert_close(walk.quantized[2:4], last_output(model, walk.blocks[-1].module, tokens[2:4]))
 
 
+def test_an_argument_that_varies_in_long_texts_alone_is_noticed() -> None:
+    """As where a block hands the next ones the tokens to attend to, once there are more than are attended to."""
+    model = prepared(tiny_llama())
+    first, second = model.model.layers
+    chosen: list[Tensor] = []
+    first.register_forward_hook(lambda m, a, o: chosen.append(o.mean((1, 2), keepdim=True)))
+
+    def turn(module: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        is_long = options["position_embeddings"][0].shape[1] > 32
+        return args, {
+            **options,
+            "position_embeddings": tuple(
+                part * (1 + chosen[-1]) if is_long else part for part in options["position_embeddings"]
+            ),
+        }
+
+    second.register_forward_pre_hook(turn, with_kwargs=True)
+    assert isinstance(open_walk(model, ids(4, 24), 2).full, RecordedChain)
+    with open_walk(model, ids(4, 40), 2) as walk:
+        assert isinstance(walk.full, PausedChain)
+
+
 def test_a_forward_that_no_walk_follows_is_refused() -> None:
     model = prepared(tiny_llama())
     count = [0]
@@ -250,7 +216,7 @@ def test_blocks_that_text_never_reaches_are_named() -> None:
     }
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(
-        Gemma3Config(text_config=_TEXT, vision_config={**vision, "vision_use_head": False}, mm_tokens_per_image=4)
+        Gemma3Config(text_config=TEXT, vision_config={**vision, "vision_use_head": False}, mm_tokens_per_image=4)
     )
     layer = model.model.vision_tower.encoder.layers[0].mlp.fc1
     prepare(model, INT4)

@@ -73,6 +73,21 @@ def test_without_text_there_is_no_output_error(tmp_path: Path) -> None:
     assert all(report.clip_ratio == pytest.approx(8 / 7, rel=0.01) for report in reports)  # absmax over 7 codes
 
 
+def test_a_model_that_cannot_be_walked_is_reported_on_without_output_errors(tmp_path: Path) -> None:
+    """The report comes last, after hours of training perhaps."""
+    model = tiny_llama()
+    calibrate(model, QuantConfig.preset("int4", group_size=32), [], None, folder=tmp_path)
+    count = [0]
+
+    def drift(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        count[0] += 1
+        return output * (1 + count[0])
+
+    model.model.layers[0].mlp.register_forward_hook(drift)
+    reports = report_layers(model, Originals(tmp_path / ORIGINALS_FILE), IDS)
+    assert [report.output_error for report in reports] == [None] * 14
+
+
 def test_table_file_and_picture(tmp_path: Path) -> None:
     reports = [
         LayerReport(f"model.layers.{block}.{kind}", "int4 g32", 20.0 + block, 0.01 * (block + 1), 0.1, 1.0)
