@@ -36,7 +36,7 @@ SOUND = {
         ({"without effect": ["mixer.dt_proj"]}, "mixer.dt_proj"),
         ({"never run": ["mixer.dt_proj"]}, "mixer.dt_proj"),
         ({"quantized": 0.2}, "20%"),
-        ({"walk": "DIFFERS: 41.2% of a layer's codes"}, "41.2%"),
+        ({"walk": "DIFFERS by 0.7"}, "0.7"),
         ({"loaded": "DIFFERS by 0.3"}, "llmqat.load"),
         ({"stock": "24 tensors random: x"}, "transformers"),
     ],
