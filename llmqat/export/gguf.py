@@ -17,9 +17,9 @@ Letters: O rows, I in features, G scales per row, N blocks.
 from __future__ import annotations
 
 import importlib.util
-import json
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmqat.export.tensors import StoredWeight, check_weights_only, exact_float16, stored_tensors
+from llmqat.export.gguf_tokenizer import write_tokenizer
+from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size
+from llmqat.export.tensors import (
+    StoredWeight,
+    check_weights_only,
+    exact_float16,
+    stored_dtype,
+    stored_tensors,
+    too_small_for_float16,
+)
 from llmqat.paths import user_path
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 32
 KIND = "GGUF"
@@ -45,24 +56,35 @@ class Architecture:
         name: the architecture's name in gguf-py.
         permuted: query and key rows lie in another order (pairs of rotary features side by side).
         norms_from_one: norm weights are stored with the 1 added that the model adds in its forward.
-        settings: the function that writes what only this architecture has, or None.
+        own: the function that checks and writes what only this architecture has, or None.
+        settings: what of the configuration is written or assumed, beside the shape.
+        fixed_head: the readers take hidden_size / num_attention_heads for the head size.
+        partial: part of a head may be rotated.
+        rope: kinds of rotary embedding that are written.
     """
 
     name: str
     permuted: bool = False
     norms_from_one: bool = False
-    settings: Callable[[Any, Any], None] | None = None
+    own: Callable[[Any, Any], None] | None = None
+    settings: Settings = field(default_factory=Settings)
+    fixed_head: bool = False
+    partial: bool = False
+    rope: tuple[str, ...] = ("default", "linear")
 
 
 def _gemma2_settings(writer: Any, config: Any) -> None:
-    _check_gemma(config, period=2)
+    _check_gemma(config, period=2, by_width=46)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if not getattr(config, name):
+            raise ValueError(f"{name}={getattr(config, name)} of gemma2 cannot be said in GGUF; {KEPT}")
     writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_sliding_window(config.sliding_window)
 
 
 def _gemma3_settings(writer: Any, config: Any) -> None:
-    _check_gemma(config, period=6)
+    _check_gemma(config, period=6, by_width=62)
     if config.attn_logit_softcapping or config.final_logit_softcapping:
         raise ValueError("GGUF's gemma3 has no soft-capping of logits, but the model has")
     writer.add_sliding_window(config.sliding_window)
@@ -70,15 +92,21 @@ def _gemma3_settings(writer: Any, config: Any) -> None:
 
 def _phi3_settings(writer: Any, config: Any) -> None:
     writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings or config.max_position_embeddings)
-    writer.add_sliding_window(config.sliding_window or 0)
+    check_no_window(config, KIND)  # llama.cpp reads the key of this architecture, and leaves the window out
 
 
-def _check_gemma(config: Any, period: int) -> None:
-    """Raises unless the model is as llmqat's users' llama.cpp assumes: it is told neither layer types nor scale."""
-    if config.query_pre_attn_scalar != config.head_dim:
+def _check_gemma(config: Any, period: int, by_width: int) -> None:
+    """Raises unless the model is as llama.cpp assumes: it is told neither layer types nor scale.
+
+    It takes the model of `by_width` layers for the one of 27 billion weights, whose scale is hidden size / heads.
+    """
+    assumed, name = config.head_dim, "head_dim"
+    if config.num_hidden_layers == by_width:
+        assumed, name = config.hidden_size // config.num_attention_heads, "hidden_size / num_attention_heads"
+    if config.query_pre_attn_scalar != assumed:
         raise ValueError(
-            f"query_pre_attn_scalar={config.query_pre_attn_scalar} is not head_dim={config.head_dim}, which llama.cpp "
-            f"takes it for; GGUF cannot say it"
+            f"query_pre_attn_scalar={config.query_pre_attn_scalar} is not {name}={assumed}, which llama.cpp "
+            f"takes it for; GGUF cannot say it; {KEPT}"
         )
     expected = [
         "full_attention" if (index + 1) % period == 0 else "sliding_attention"
@@ -90,25 +118,50 @@ def _check_gemma(config: Any, period: int) -> None:
         )
 
 
+_SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
+_TIED = frozenset({"tie_word_embeddings"})
+"""A head of its own is a tensor of its own."""
+_BIASES = frozenset({"attention_bias", "mlp_bias"})
+"""So are biases, which llama.cpp takes in models of Llama's kind."""
+_GEMMA: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "use_bidirectional_attention": (None, False),
+}
+_CAPS = frozenset({"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"})
+
 ARCHITECTURES = {
-    "llama": Architecture("LLAMA", permuted=True),
-    "mistral": Architecture("LLAMA", permuted=True),
-    "qwen2": Architecture("QWEN2"),
-    "qwen3": Architecture("QWEN3"),
-    "gemma": Architecture("GEMMA", norms_from_one=True),
-    "gemma2": Architecture("GEMMA2", norms_from_one=True, settings=_gemma2_settings),
-    "gemma3_text": Architecture("GEMMA3", norms_from_one=True, settings=_gemma3_settings),
-    "phi3": Architecture("PHI3", settings=_phi3_settings),
+    "llama": Architecture(
+        "LLAMA", permuted=True, settings=Settings(_TIED | _BIASES, _SILU), rope=("default", "linear", "llama3")
+    ),
+    "mistral": Architecture("LLAMA", permuted=True, settings=Settings(_TIED | WINDOWS, _SILU)),
+    "qwen2": Architecture("QWEN2", settings=Settings(_TIED | WINDOWS, _SILU), fixed_head=True),
+    "qwen3": Architecture("QWEN3", settings=Settings(_TIED | WINDOWS, {**_SILU, "attention_bias": (False,)})),
+    "gemma": Architecture(
+        "GEMMA", norms_from_one=True, settings=Settings(assumed={**_GEMMA, "tie_word_embeddings": (True,)})
+    ),
+    "gemma2": Architecture(
+        "GEMMA2",
+        norms_from_one=True,
+        own=_gemma2_settings,
+        settings=Settings(_CAPS | WINDOWS, {**_GEMMA, "tie_word_embeddings": (True,)}),
+    ),
+    "gemma3_text": Architecture(
+        "GEMMA3", norms_from_one=True, own=_gemma3_settings, settings=Settings(_TIED | _CAPS | WINDOWS, _GEMMA)
+    ),
+    "phi3": Architecture(
+        "PHI3",
+        own=_phi3_settings,
+        settings=Settings(_TIED | WINDOWS | {"original_max_position_embeddings"}, _SILU),
+        fixed_head=True,
+        partial=True,
+    ),
 }
 """transformers' model type -> what GGUF does with it."""
 
 _MATRICES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1", "Q8_0": "MOSTLY_Q8_0"}
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
-"""Regular expressions by which tokenizers cut text -> llama.cpp's names for them."""
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
 def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> dict[str, int]:
@@ -139,15 +192,16 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         )
     check_weights_only(model, KIND)
     architecture = ARCHITECTURES[config.model_type]
+    _check_settings(model, architecture)
     blocks = dict(_tensors(model, architecture))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture.name]])
     try:
         _write_config(writer, gguf, config, blocks)
-        if architecture.settings is not None:
-            architecture.settings(writer, config)
-        _write_tokenizer(writer, tokenizer, config.vocab_size)
+        if architecture.own is not None:
+            architecture.own(writer, config)
+        write_tokenizer(writer, tokenizer, config.vocab_size, _stops(model))
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name], config.num_hidden_layers)
         for name, (kind, data) in blocks.items():
             short = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -175,9 +229,19 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 def _tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, tuple[str, np.ndarray]]]:
     """Yields the name in the model, the block type and the bytes of every tensor."""
     weights, others = stored_tensors(model)
+    small = [name for name, weight in weights.items() if too_small_for_float16(weight.scale)]
+    if small:
+        logger.warning(
+            "GGUF: %d weights have scales too small for float16, the first is %s: they are written as the numbers they "
+            "stand for, not as codes",
+            len(small),
+            small[0],
+        )
     for name, weight in weights.items():
-        yield f"{name}.weight", _blocks(name, weight, _order(model, architecture, name))
-    for name, tensor in others.items():
+        if name not in small:
+            yield f"{name}.weight", _blocks(name, weight, _order(model, architecture, name))
+    matrices = {f"{name}.weight": weights[name].dequantized(stored_dtype(model)) for name in small}
+    for name, tensor in {**matrices, **others}.items():
         order = _order(model, architecture, name.rpartition(".")[0])
         kept = tensor if order is None else order(tensor)
         if kept.dim() == 1:
@@ -261,11 +325,10 @@ def _write_config(writer: Any, gguf: Any, config: Any, blocks: dict[str, tuple[s
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head_size)
-    writer.add_value_length(head_size)
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
     rope = _rope(config)
-    writer.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_dimension_count(_rotated(config, rope))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -276,6 +339,60 @@ def _write_config(writer: Any, gguf: Any, config: Any, blocks: dict[str, tuple[s
     main = max(_FILE_TYPES, key=kinds.count)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[main]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _check_settings(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Raises ValueError for the first setting that changes the forward and that llama.cpp cannot be told."""
+    config: Any = model.config
+    check_settings(config, architecture.settings, KIND)
+    if architecture.settings.written >= WINDOWS and architecture.own is None:
+        check_no_window(config, KIND)
+    plain = config.hidden_size // config.num_attention_heads
+    if architecture.fixed_head and head_size(config) != plain:
+        raise ValueError(
+            f"head_dim={head_size(config)} of {config.model_type} is not hidden_size / num_attention_heads={plain}, "
+            f"which llama.cpp takes it for; {KEPT}"
+        )
+    _check_rotation(model, architecture)
+
+
+def _check_rotation(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Raises ValueError unless the model turns queries and keys as llama.cpp will from what the file says."""
+    config: Any = model.config
+    rope, rotary = _rope(config), model.get_submodule("model.rotary_emb")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and not architecture.partial:
+        raise ValueError(
+            f"partial_rotary_factor={rope['partial_rotary_factor']} of {config.model_type} cannot be said in GGUF; "
+            f"{KEPT}"
+        )
+    local = {"rope_theta": 10_000.0}
+    said: dict[str, dict[str, Any]] = {
+        "inv_freq": rope,
+        "full_attention_inv_freq": rope,
+        "sliding_attention_inv_freq": local,
+    }
+    for name, settings in said.items():
+        found = getattr(rotary, name, None)
+        if found is None or settings.get("rope_type") == "llama3":  # whose frequencies are a tensor in the file
+            continue
+        size = _rotated(config, settings)
+        steps = torch.arange(0, size, 2, dtype=torch.float32, device=found.device) / size
+        factor = settings["factor"] if settings.get("rope_type") == "linear" else 1.0
+        wanted = 1.0 / settings["rope_theta"] ** steps / factor
+        scaling = getattr(rotary, name.replace("inv_freq", "attention_scaling"), 1.0)
+        if found.shape != wanted.shape or not torch.allclose(found.float(), wanted, rtol=1e-2) or scaling != 1.0:
+            raise ValueError(f"rope_parameters={config.rope_parameters} cannot be said in GGUF; {KEPT}")
+
+
+def _rotated(config: Any, rope: dict[str, Any]) -> int:
+    """Returns how many features of a head are turned."""
+    return int(head_size(config) * rope.get("partial_rotary_factor", 1.0))
+
+
+def _stops(model: PreTrainedModel) -> list[int]:
+    """Returns the tokens that end a generation."""
+    found = None if model.generation_config is None else model.generation_config.eos_token_id
+    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -290,10 +407,10 @@ def _rope(config: Any) -> dict[str, Any]:
         if local.get("rope_type", "default") != "default" or local.get("rope_theta", 10_000.0) != 10_000.0:
             raise ValueError(f"GGUF cannot say the rotary settings of sliding attention {local}; base 10000 is assumed")
         rope = rope["full_attention"]
-    kinds = ("default", "linear", "llama3") if config.model_type == "llama" else ("default", "linear")
+    kinds = ARCHITECTURES[config.model_type].rope
     if rope.get("rope_type", "default") not in kinds:
         kind = f"rope_type {rope['rope_type']!r} of {config.model_type}"
-        raise ValueError(f"{kind} is not written to GGUF here; {', '.join(kinds)} are")
+        raise ValueError(f"{kind} is not written to GGUF here; {', '.join(kinds)} are; {KEPT}")
     return rope
 
 
@@ -306,89 +423,3 @@ def _frequency_factors(model: PreTrainedModel) -> np.ndarray | None:
     scaled: Tensor = model.get_submodule("model.rotary_emb").inv_freq.float()
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled)))
     return (plain / scaled).numpy()
-
-
-def _write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    if described["model"]["type"] != "BPE":
-        raise ValueError(f"a tokenizer of type {described['model']['type']} is not written to GGUF here; BPE is")
-    vocabulary: dict[str, int] = described["model"]["vocab"]
-    added = {entry["content"]: entry["id"] for entry in described["added_tokens"]}
-    if (last := max([*vocabulary.values(), *added.values()])) >= size:
-        raise ValueError(f"the tokenizer has the token {last}, but the model's vocabulary ends at {size - 1}")
-    tokens = [f"[PAD{index}]" for index in range(size)]
-    kinds = [_UNUSED] * size
-    for token, index in vocabulary.items():
-        tokens[index], kinds[index] = token, _NORMAL
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in described["model"]["merges"]]
-    if described["model"].get("byte_fallback"):
-        _write_fallback_kind(writer, described, tokens, kinds, merges)
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pre_tokenizer(described))
-        writer.add_token_merges([" ".join(merge) for merge in merges])
-    for entry in described["added_tokens"]:
-        special = _CONTROL if entry["special"] else _USER_DEFINED
-        tokens[entry["id"]], kinds[entry["id"]] = entry["content"], special
-    if (unknown := described["model"].get("unk_token")) is not None:
-        kinds[tokens.index(unknown)] = _UNKNOWN
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_add_bos_token(tokenizer("", verbose=False)["input_ids"] == [tokenizer.bos_token_id])
-    for name in ("bos", "eos", "unk", "pad"):
-        if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
-            getattr(writer, f"add_{name}_token_id")(index)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _write_fallback_kind(
-    writer: Any, described: dict[str, Any], tokens: list[str], kinds: list[int], merges: list[list[str]]
-) -> None:
-    """Writes what llama.cpp's tokenizer "llama" needs: which tokens are bytes, and scores in the order of merging."""
-    scores = dict.fromkeys(tokens, -float(len(merges) + 1))
-    for rank, merge in reversed(list(enumerate(merges))):
-        scores["".join(merge)] = -float(rank)
-    for byte in range(256):
-        if (name := f"<0x{byte:02X}>") in scores:
-            kinds[tokens.index(name)] = _BYTE
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_scores([scores[token] for token in tokens])
-    writer.add_add_space_prefix(_begins_with_space(described))
-
-
-def _begins_with_space(described: dict[str, Any]) -> bool:
-    """Returns whether the tokenizer puts a space before a text.
-
-    Raises:
-        ValueError: it changes the text in a way that llama.cpp does not know.
-    """
-    normalizer, pre = described["normalizer"] or {}, described["pre_tokenizer"] or {}
-    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    prepends = any(step["type"] == "Prepend" for step in steps)
-    known = all(step["type"] in ("Prepend", "Replace") for step in steps)
-    if pre.get("type") == "Metaspace":
-        return bool(pre.get("prepend_scheme", "always") != "never")
-    if known and pre.get("type") in (None, "Split"):
-        return prepends
-    kinds = [step["type"] for step in steps], pre.get("type")
-    raise ValueError(f"the tokenizer changes text by {kinds}, for which llmqat knows no setting in llama.cpp")
-
-
-def _pre_tokenizer(described: dict[str, Any]) -> str:
-    """Returns llama.cpp's name for how the tokenizer cuts text before merging.
-
-    llama.cpp knows a list of names, not rules; these are told apart by their rules.
-    """
-    pre = described["pre_tokenizer"] or {}
-    steps = pre.get("pretokenizers", [pre])
-    kinds = [step.get("type") for step in steps]
-    patterns = [str(step.get("pattern", {}).get("Regex", "")) for step in steps if step.get("type") == "Split"]
-    if kinds == ["Digits", "ByteLevel"]:
-        return "smollm"
-    if kinds == ["ByteLevel"]:
-        return "gpt-2"
-    if kinds == ["Split", "ByteLevel"] and patterns[0] in _SPLITS:
-        return _SPLITS[patterns[0]]
-    raise ValueError(f"the tokenizer cuts text by {kinds}, for which llmqat knows no name in llama.cpp")

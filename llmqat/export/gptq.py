@@ -12,7 +12,8 @@ models with zero points in the second. b is 2, 3, 4 or 8: codes of 5 to 7 bits a
 
 `config.json` alone says how to load it, `quantize_config.json` says the same to older tools. Layers that differ from
 the first scheme, and layers left alone, are named in `dynamic`. A quantized embedding or head, which the layout has no
-place for, is written as the numbers that it stands for. Conv1D and stacked experts are refused.
+place for, is written as the numbers that it stands for; so is a layer whose scales are too small for float16. Conv1D
+and stacked experts are refused.
 
 Source: AutoGPTQ's QuantLinear and its successor GPTQModel's, `checkpoint_format` of GPTQModel's QuantizeConfig.
 Letters: O out features, I in features, G scales per row, b bits.
@@ -21,6 +22,7 @@ Letters: O out features, I in features, G scales per row, b bits.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from copy import deepcopy
@@ -32,11 +34,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmqat
-from llmqat.export.tensors import StoredWeight, check_weights_only, exact_float16, stored_dtype, stored_tensors
+from llmqat.export.tensors import (
+    StoredWeight,
+    check_weights_only,
+    exact_float16,
+    stored_dtype,
+    stored_tensors,
+    too_small_for_float16,
+)
 from llmqat.grid import Grid, pack_int32
 from llmqat.layers import PackedLinear, QuantLinear
 from llmqat.models import folder_in_progress, write_shards
 from llmqat.paths import user_path
+
+logger = logging.getLogger(__name__)
 
 KIND = "the GPTQ layout"
 WIDTHS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
@@ -68,6 +79,15 @@ def write_gptq(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     linears = {
         name: weight for name, weight in weights.items() if _is_linear(weight.layer) and weight.layer is not head
     }
+    if small := [name for name, weight in linears.items() if too_small_for_float16(weight.scale)]:
+        logger.warning(
+            "%s: %d layers have scales too small for float16, the first is %s: they are written as the numbers they "
+            "stand for, not as codes",
+            KIND,
+            len(small),
+            small[0],
+        )
+        linears = {name: weight for name, weight in linears.items() if name not in small}
     if not linears:
         raise ValueError(f"no linear layer of the model's blocks is quantized, so {KIND} has nothing to hold")
     v2 = any(not weight.scheme.symmetric for weight in linears.values())
@@ -121,7 +141,8 @@ def _settings(model: nn.Module, linears: Mapping[str, StoredWeight], v2: bool) -
             dynamic[f"+:^{re.escape(name)}$"] = _scheme(weight)
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and name not in linears:
+        is_linear = isinstance(module, nn.Linear) or _is_linear(module)
+        if is_linear and module is not head and name not in linears:
             dynamic[f"-:^{re.escape(name)}$"] = {}
     settings = {
         "quant_method": "gptq",

@@ -35,12 +35,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmqat
+from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size
 from llmqat.export.tensors import StoredWeight, check_weights_only, stored_tensors
 from llmqat.models import folder_in_progress
 from llmqat.paths import user_path
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose graph this file builds."""
+_SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
+_TENSORS = frozenset({"tie_word_embeddings", "attention_bias", "mlp_bias"})
+"""Settings that say which tensors there are; the graph has a node for each."""
+
+ARCHITECTURES = {
+    "llama": Settings(_TENSORS, _SILU),
+    "mistral": Settings(_TENSORS | WINDOWS, _SILU),
+    "qwen2": Settings(_TENSORS | WINDOWS, _SILU),
+    "qwen3": Settings(_TENSORS | WINDOWS, _SILU),
+}
+"""Model types whose graph this file builds -> the settings that it takes care of."""
 
 FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 OPSET = 23
@@ -92,15 +102,21 @@ def _check_model(model: PreTrainedModel) -> None:
             f"{KIND} of model type {config.model_type!r} is not written here; {', '.join(ARCHITECTURES)} are"
         )
     check_weights_only(model, KIND)
-    if config.hidden_act != "silu":
-        raise ValueError(f"hidden_act {config.hidden_act!r} is not written to {KIND} here; 'silu' is")
+    check_settings(config, ARCHITECTURES[config.model_type], KIND)
+    if ARCHITECTURES[config.model_type].written >= WINDOWS:
+        check_no_window(config, KIND)
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in ("default", "linear", "llama3", "yarn"):  # frequencies that do not depend on the length
-        raise ValueError(f"rope_type {rope_type!r} is not written to {KIND} here; default, linear, llama3, yarn are")
-    layer_types = getattr(config, "layer_types", None) or []
-    mistral_window = config.model_type == "mistral" and config.sliding_window is not None
-    if "sliding_attention" in layer_types or mistral_window:
-        raise ValueError(f"sliding-window attention is not written to {KIND} here; export it as gguf")
+        raise ValueError(
+            f"rope_type {rope_type!r} is not written to {KIND} here; default, linear, llama3, yarn are; {KEPT}"
+        )
+    rotary: Any = model.get_submodule("model.rotary_emb")
+    rotated = 2 * len(rotary.inv_freq)
+    if rotated != head_size(config):
+        raise ValueError(
+            f"partial_rotary_factor: {rotated} of {head_size(config)} features of a head are rotated, which is not "
+            f"written to {KIND} here; {KEPT}"
+        )
 
 
 def _write_config(model: PreTrainedModel, folder: Path) -> None:
@@ -120,9 +136,9 @@ def _write_config(model: PreTrainedModel, folder: Path) -> None:
 def _decoder(graph: _Graph, model: PreTrainedModel) -> None:
     """Adds the whole model to `graph`."""
     config: Any = model.config
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = ["batch", config.num_key_value_heads, "past", head_size]
-    grown = ["batch", config.num_key_value_heads, "total", head_size]
+    size = head_size(config)
+    cache = ["batch", config.num_key_value_heads, "past", size]
+    grown = ["batch", config.num_key_value_heads, "total", size]
     ids = graph.input("input_ids", "INT64", ["batch", "length"])
     visible = graph.input("attention_mask", "INT64", ["batch", "total"])
     positions = graph.input("position_ids", "INT64", ["batch", "length"])
@@ -135,7 +151,7 @@ def _decoder(graph: _Graph, model: PreTrainedModel) -> None:
         past = [graph.input(f"past_key_values.{index}.{part}", "FLOAT", cache) for part in ("key", "value")]
         present = [graph.output(f"present.{index}.{part}", "FLOAT", grown) for part in ("key", "value")]
         normed = graph.norm(f"{layer}.input_layernorm", hidden, config.rms_norm_eps)
-        mixed = _attention(graph, f"{layer}.self_attn", normed, (cos, sin, mask, *past), present, config, head_size)
+        mixed = _attention(graph, f"{layer}.self_attn", normed, (cos, sin, mask, *past), present, config, size)
         hidden = graph.node("Add", [hidden, mixed])
         normed = graph.norm(f"{layer}.post_attention_layernorm", hidden, config.rms_norm_eps)
         gate = graph.linear(f"{layer}.mlp.gate_proj", normed)
@@ -157,13 +173,13 @@ def _attention(
     shared: Sequence[str],
     present: Sequence[str],
     config: Any,
-    head_size: int,
+    size: int,
 ) -> str:
     """Adds an attention layer; `shared` are cosines, sines, mask, past keys and past values."""
     cos, sin, mask, past_key, past_value = shared
 
     def heads(part: str) -> str:
-        rows = graph.node("Reshape", [graph.linear(f"{name}.{part}_proj", x), graph.integers([0, 0, -1, head_size])])
+        rows = graph.node("Reshape", [graph.linear(f"{name}.{part}_proj", x), graph.integers([0, 0, -1, size])])
         if f"{name}.{part}_norm.weight" in graph.others:
             rows = graph.norm(f"{name}.{part}_norm", rows, config.rms_norm_eps)
         return graph.node("Transpose", [rows], perm=[0, 2, 1, 3])

@@ -117,6 +117,12 @@ def check_weights_only(model: PreTrainedModel, format: str) -> None:
         )
 
 
+def too_small_for_float16(scale: Tensor) -> bool:
+    """Returns whether float16 would round some of the scales, and only such as lie below its normal range."""
+    rounded = scale.float()[scale.to(torch.float16).float() != scale.float()].abs()
+    return bool(rounded.numel()) and float(rounded.max()) < torch.finfo(torch.float16).tiny
+
+
 def exact_float16(scale: Tensor, name: str, format: str) -> Tensor:
     """Returns `scale` as float16.
 

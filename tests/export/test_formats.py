@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from llmqat import QuantConfig, load, prepare, save
 from llmqat.export import CONVERSIONS, FORMATS, write_gptq
 from llmqat.layers import QuantLinear, QuantModule
-from tests.export.readers import READERS
+from tests.export.readers import READERS, tensors_of
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2, tiny_tokenizer
 
 
@@ -105,6 +106,29 @@ def test_nothing_is_overwritten_and_nothing_half_written(format: str, tmp_path: 
     with pytest.raises(ValueError, match="no quantized weight"):
         CONVERSIONS[format](tiny_llama(), tiny_tokenizer(), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("format", CONVERSIONS)
+def test_a_layer_whose_scales_are_too_small_for_float16_keeps_its_numbers(
+    format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Formats with float16 scales hold it as the numbers that it computes with, and say so; the others as codes."""
+    small, model = "model.layers.1.self_attn.v_proj", tiny_qwen2()
+    with torch.no_grad():
+        model.get_submodule(small).weight.mul_(2.0**-30)
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    CONVERSIONS[format](model, tiny_tokenizer(), tmp_path / "out")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    as_numbers = format in ("gguf", "gptq")
+    assert set(READERS[format](tmp_path / "out", "qwen2")) == set(layers) - ({small} if as_numbers else set())
+    assert (small in caplog.text) == as_numbers
+    weight = layers[small].quantized_weight(torch.bfloat16)
+    if format == "gptq":
+        assert torch.equal(tensors_of(tmp_path / "out")[f"{small}.weight"], weight)
+        assert quantization_config(tmp_path / "out")["dynamic"] == {f"-:^{small.replace('.', chr(92) + '.')}$": {}}
+    elif format == "gguf":
+        (tensor,) = (t for t in gguf.GGUFReader(tmp_path / "out").tensors if t.name == "blk.1.attn_v.weight")
+        assert torch.equal(torch.from_numpy(tensor.data.copy()).view(torch.bfloat16), weight)
 
 
 # GPTQ

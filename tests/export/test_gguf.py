@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmqat import QuantConfig, load, prepare, save
-from llmqat.export import gguf as gguf_format
+from llmqat.export import gguf_tokenizer
 from llmqat.export.gguf import write_gguf
 from llmqat.layers import QuantLinear, QuantModule
 from llmqat.models import cast_parameters
@@ -155,11 +155,11 @@ def test_a_tokenizer_that_cuts_text_in_an_unknown_way_is_refused() -> None:
         steps = [{"type": "Split", "pattern": {"Regex": regex}}, {"type": "ByteLevel"}]
         return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
 
-    known = {name: regex for regex, name in gguf_format._SPLITS.items()}
-    assert gguf_format._pre_tokenizer(described(known["qwen2"])) == "qwen2"
-    assert gguf_format._pre_tokenizer(described(known["llama-bpe"])) == "llama-bpe"
+    known = {name: regex for regex, name in gguf_tokenizer._SPLITS.items()}
+    assert gguf_tokenizer._pre_tokenizer(described(known["qwen2"])) == "qwen2"
+    assert gguf_tokenizer._pre_tokenizer(described(known["llama-bpe"])) == "llama-bpe"
     with pytest.raises(ValueError, match=r"knows no name in llama\.cpp"):
-        gguf_format._pre_tokenizer(described(r"[^\r\n\p{L}\p{N}]?\p{Lu}+|\p{N}"))
+        gguf_tokenizer._pre_tokenizer(described(r"[^\r\n\p{L}\p{N}]?\p{Lu}+|\p{N}"))
 
 
 def fallback_tokenizer(prepends: bool) -> PreTrainedTokenizerFast:
@@ -218,6 +218,11 @@ def test_a_tokenizer_with_byte_fallback_is_read_back_by_transformers(prepends: b
             "one full attention in 2",
         ),
         (
+            {"model_type": "mistral", "sliding_window": 8},
+            r"sliding_window=8\) of mistral .*max_position_embeddings = 8",
+        ),
+        ({"model_type": "phi3", "sliding_window": 8}, r"sliding_window=8\) of phi3"),
+        (
             {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type 'dynamic'",
         ),
@@ -230,6 +235,29 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
     with pytest.raises(ValueError, match=message):
         write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_window_as_long_as_all_texts_changes_nothing_and_is_written(tmp_path: Path) -> None:
+    model = prepared(tiny_architecture("mistral", sliding_window=8), group_size=32)
+    model.config.max_position_embeddings = 8  # the way out that the refusal names
+    write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["llama.context_length"].contents() == 8
+
+
+@pytest.mark.parametrize(("model_type", "layers"), [("gemma2", 46), ("gemma3_text", 62)])
+def test_the_scale_of_the_largest_gemmas_is_told_by_their_number_of_layers(
+    model_type: str, layers: int, tmp_path: Path
+) -> None:
+    """llama.cpp takes hidden_size / num_attention_heads there, and the head size elsewhere; no key says it."""
+    for scale, message in ((16, "query_pre_attn_scalar=16 is not hidden_size"), (32, None)):
+        changes = {"hidden_size": 128, "num_hidden_layers": layers, "query_pre_attn_scalar": scale}
+        model = prepared(tiny_architecture(model_type, **changes), "int8", strategy="group", group_size=32)
+        if message is None:
+            write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
+            continue
+        with pytest.raises(ValueError, match=message):
+            write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf")
 
 
 def test_a_model_without_quantized_weights_is_refused(tmp_path: Path) -> None:
