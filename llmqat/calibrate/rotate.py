@@ -150,6 +150,12 @@ def _stream(model: nn.Module, size: int) -> _Stream:
                 f"calibrate.rotate: {name} of {kind} stands after its layer (no linear layer reads it), which a "
                 "rotation cannot pass; leave out calibrate.rotate"
             )
+        other = next((name for name, reader in norm.readers.items() if not _input_last(reader)), None)
+        if other is not None:
+            raise ValueError(
+                f"calibrate.rotate: {other} of {kind} reads {name} with something else than one weight, which a "
+                "rotation cannot be folded into; leave out calibrate.rotate"
+            )
     writers = [
         view
         for name, entry in linear_maps(model).items()
@@ -205,8 +211,8 @@ def _fold_gain(norm: Norm) -> None:
 
 
 def _input_last(reader: nn.Module) -> list[Tensor]:
-    """Returns the weights with which `reader` reads the residual stream, as views [..., D]."""
+    """Returns the weights with which `reader` reads the residual stream, as views [..., D]; none where unknown."""
     stacked = list(stacked_weights(reader).values())
     if stacked:
         return [stacked[0].data.mT if reader.is_transposed else stacked[0].data]
-    return [input_last(reader)]
+    return [input_last(reader)] if isinstance(getattr(reader, "weight", None), Tensor) else []

@@ -68,6 +68,7 @@ from llmqat.layers import (
     QuantModule,
     at_least_bits,
     check_parameters,
+    model_kind,
     prepare,
     quantizer_state,
     short_attention,
@@ -215,6 +216,13 @@ def calibrate(
     check_stages(stages, quant)
     if ids is None and needs_text(stages, quant):
         raise ValueError(f"calibrate={[stage.stage for stage in stages]} looks at text; give token blocks")
+    if model.config.is_encoder_decoder:
+        if needs_text(stages, quant):
+            raise ValueError(
+                f"calibrate={[stage.stage for stage in stages]} looks at text as it is, but {model_kind(model)} reads "
+                "pairs of input and output; use stages that look at weights alone: {stage: ranges, method: mse}"
+            )
+        ids = None
     check_parameters(model)
     with ExitStack() as stack:
         if folder is None:

@@ -59,11 +59,12 @@ class Norm:
 @torch.no_grad()
 def find_norms(model: nn.Module) -> dict[str, Norm]:
     """Returns the norms of `model` by name, with their readers; runs a few tokens through it."""
-    norms = {
-        name: Norm(module, _offset(module))
+    offsets = {
+        name: _offset(module)
         for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
+        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
     }
+    norms = {name: Norm(model.get_submodule(name), offset) for name, offset in offsets.items() if offset is not None}
     maps = {id(entry.owner) for entry in linear_maps(model).values()}
     head = output_head(model)
     readers = {
@@ -169,8 +170,11 @@ def _has_own_matrix(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _offset(norm: nn.Module) -> float:
-    """Returns 1.0 for a norm that multiplies with 1 + weight, by what it gives for a weight of zeros; else 0.0."""
+def _offset(norm: nn.Module) -> float | None:
+    """Returns 1.0 for a norm that multiplies with 1 + weight, by what it gives for a weight of zeros; else 0.0.
+
+    None for a norm that asks for more than its input, such as a gate.
+    """
     weight = norm.get_parameter("weight")
     own = weight.detach().clone()
     example = torch.ones(1, 1, weight.numel(), dtype=weight.dtype, device=weight.device)
@@ -180,6 +184,8 @@ def _offset(norm: nn.Module) -> float:
     weight.zero_()
     try:
         zero = bool(torch.allclose(norm(example).float(), shift.float(), atol=1e-3))
+    except (TypeError, AttributeError):
+        return None
     finally:
         weight.copy_(own)
     return 0.0 if zero else 1.0

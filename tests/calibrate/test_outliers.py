@@ -11,7 +11,7 @@ from llmqat.calibrate import calibrate_activations, calibrate_ranges, rotate, sm
 from llmqat.calibrate.activations import BINS, _from_histogram
 from llmqat.calibrate.rotate import hadamard
 from llmqat.layers import ActivationConfig, ActivationQuantizer
-from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama
+from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama, tiny_model
 
 ROTATED = {
     "llama": True,
@@ -179,3 +179,29 @@ def test_observers_cut_what_they_should_from_a_histogram() -> None:
     assert _from_histogram(tails, full, counts) == (pytest.approx(-0.9, abs=0.01), pytest.approx(0.9, abs=0.01))
     low, high = _from_histogram(ActivationConfig(dynamic=False, observer="mse", num_bits=4), full, counts)
     assert 0.9 < high < 1.2
+
+
+def test_norms_that_ask_for_more_than_an_input_are_left_alone() -> None:
+    """A norm with a gate, as linear attention has."""
+    model = tiny_llama()
+    model.model.layers[0].mlp.gated = GatedNorm(128)
+    own = model.model.layers[0].mlp.down_proj.forward
+    model.model.layers[0].mlp.down_proj.forward = lambda x: own(model.model.layers[0].mlp.gated(x, x))
+    before = logits(model)
+    rotate(model)
+    assert torch.allclose(logits(model), before, atol=1e-3 * float(before.abs().max()))
+
+
+class GatedNorm(torch.nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return x * self.weight * torch.sigmoid(gate.to(x.dtype))
+
+
+def test_a_reader_without_a_weight_is_named() -> None:
+    model = tiny_model("mamba", state_size=16, time_step_rank=16)
+    with pytest.raises(ValueError, match=r"backbone\.layers\.0\.mixer of mamba reads backbone\.layers\.0\.norm with"):
+        rotate(model)

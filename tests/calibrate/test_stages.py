@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
 
 from llmqat import QuantConfig
 from llmqat.calibrate import Stage, calibrate, check_stages, needs_text
@@ -248,3 +249,12 @@ def test_small_weights_get_the_codes_of_others(symmetric: bool) -> None:
         found.append({name: layer.codes() for name, layer in model.named_modules() if isinstance(layer, QuantModule)})
     for name, codes in found[0].items():
         assert torch.equal(codes, found[1][name]), name
+
+
+def test_encoder_decoder_models_are_calibrated_by_their_weights_alone() -> None:
+    shape = {"vocab_size": 384, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**shape))
+    with pytest.raises(ValueError, match=r"t5 reads pairs of input and output; use stages .*method: mse"):
+        calibrate(model, INT3, stages("ranges"), text())
+    (report,) = calibrate(model, INT3, stages({"stage": "ranges", "method": "mse"}), text())
+    assert report.kl_after is None

@@ -218,12 +218,11 @@ def test_blocks_that_text_never_reaches_are_named() -> None:
     model = Gemma3ForConditionalGeneration(
         Gemma3Config(text_config=TEXT, vision_config={**vision, "vision_use_head": False}, mm_tokens_per_image=4)
     )
-    layer = model.model.vision_tower.encoder.layers[0].mlp.fc1
     prepare(model, INT4)
-    if not any(isinstance(module, QuantModule) for module in model.model.vision_tower.modules()):
-        owner = model.model.vision_tower.encoder.layers[0].mlp
-        prepare(owner, INT4)
-    assert isinstance(model.model.vision_tower.encoder.layers[0].mlp.fc1, QuantModule), layer
+    mlp = model.model.vision_tower.encoder.layers[0].mlp
+    if not isinstance(mlp.fc1, QuantModule):  # towers are left alone unless asked for
+        prepare(mlp, INT4)
+    assert isinstance(mlp.fc1, QuantModule)
     with pytest.raises(ValueError, match=r"text does not reach model\.vision_tower.* leave .*alone .*quant.ignore"):
         open_walk(model, ids(), 2)
 
