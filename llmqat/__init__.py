@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from llmqat.layers.lora import adopt_adapters, lora_config
     from llmqat.layers.prepare import convert, prepare
     from llmqat.train.adapter import load_adapter, save_adapter
+    from llmqat.train.arguments import QATArguments
     from llmqat.train.sft import QATSFTConfig, QATSFTTrainer
-    from llmqat.train.trainer import QATArguments, QATTrainer
+    from llmqat.train.trainer import QATTrainer
 
 _HOMES = {
-    "QATArguments": "llmqat.train.trainer",
+    "QATArguments": "llmqat.train.arguments",
     "QATSFTConfig": "llmqat.train.sft",
     "QATSFTTrainer": "llmqat.train.sft",
     "QATTrainer": "llmqat.train.trainer",

@@ -5,8 +5,9 @@
 
 The manifest lists every file with its size, so a folder that was cut short later (a full disk, a copy that broke off, a
 deletion that was interrupted) is told from a whole one. Older checkpoints are deleted only when the new one is in
-place. The manifest also holds how many samples a step had: the order of the data depends on the seed alone, so a run
-goes on with another number of processes as long as a step has as many samples as before.
+place. The manifest also holds how many tokens were trained on, and how many samples a step had: the order of the data
+depends on the seed alone, so a run goes on with another number of processes as long as a step has as many samples as
+before.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 log = logging.getLogger(__name__)
@@ -79,14 +81,46 @@ def check_resumable(path: Path, samples: int) -> None:
         )
 
 
-def publish(unfinished: Path, folder: Path, *, samples: int, processes: int) -> None:
+def check_steps(path: Path, steps: int) -> None:
+    """Raises ValueError where the checkpoint `path` cannot be gone on with to a training of `steps` steps.
+
+    It has made more, or it holds the model alone and there are steps to make.
+    """
+    made = checkpoint_step(path)
+    if made > steps:
+        raise ValueError(
+            f"{path} has made {made} optimizer steps, and the training has {steps}; give an earlier checkpoint, or "
+            "more steps (max_steps, num_train_epochs)"
+        )
+    files = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    if made < steps and not any("optim" in name for name in files):
+        raise ValueError(
+            f"{path} holds the model alone (save_only_model), so the optimizer would begin anew; train from the start, "
+            "or load the model from it and train that"
+        )
+
+
+def tokens_of(path: Path) -> int | None:
+    """Returns how many tokens the checkpoint `path` was trained on, all processes together; None where not known."""
+    tokens: int | None = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8")).get("tokens")
+    return tokens
+
+
+def batch_size_of(path: Path) -> int | None:
+    """Returns the batch size that `auto_find_batch_size` had come to in the checkpoint `path`."""
+    file = path / TRAINER_STATE_NAME
+    size: int | None = json.loads(file.read_text(encoding="utf-8")).get("train_batch_size") if file.is_file() else None
+    return size
+
+
+def publish(unfinished: Path, folder: Path, *, samples: int, processes: int, tokens: int | None = None) -> None:
     """Gives `unfinished` a manifest, forces it to disk and renames it to `folder`, replacing what is there.
 
     Raises:
         OSError: the disk is full, or fails.
     """
     files = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
-    manifest = {"samples_per_step": samples, "processes": processes, "files": files}
+    manifest = {"samples_per_step": samples, "processes": processes, "tokens": tokens, "files": files}
     (unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for path in (*_files(unfinished), *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
         _force_to_disk(path)

@@ -17,7 +17,25 @@ try:
 except ImportError as error:
     raise ImportError("supervised fine-tuning needs TRL; run `pip install trl`") from error
 
-from llmqat.train.trainer import QATArguments, QATTrainer
+from llmqat.train.arguments import QATArguments
+from llmqat.train.trainer import QATTrainer
+
+_OWN_LOSS = "it belongs to TRL's own loss, in whose place QATTrainer's stands; leave it out"
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "loss_type": (("nll",), _OWN_LOSS),
+    "router_aux_loss_coef": ((None, 0.0), _OWN_LOSS),
+    "model_init_kwargs": ((None,), "the model is loaded and prepared already; load it with these, and leave it out"),
+}
+"""Field of trl.SFTConfig -> what it may be, and why it is nothing else."""
+
+WORKS = (
+    *("trust_remote_code", "chat_template_path", "eos_token", "pad_token", "activation_offloading"),
+    *("dataset_text_field", "dataset_kwargs", "dataset_num_proc", "shuffle_dataset", "pad_to_multiple_of"),
+    *("max_length", "truncation_mode", "packing", "packing_strategy", "padding_free", "eval_packing"),
+    *("completion_only_loss", "assistant_only_loss"),
+)
+"""Fields of trl.SFTConfig, beyond those of TrainingArguments, that work as TRL says: it reads the data by them."""
 
 
 @dataclass
@@ -58,13 +76,15 @@ class QATSFTTrainer(QATTrainer, SFTTrainer):
             )
         if isinstance(model, str):
             raise ValueError(f"model={model!r}: load the model and prepare it, then give it here")
+        if options.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config: the model is loaded already; load it with this, and leave it out here"
+            )
         if options.get("peft_config") is not None:
             raise ValueError(
                 "peft_config: attach adapters first, peft.get_peft_model(model, llmqat.lora_config(model))"
             )
-        own = {"loss_type": args.loss_type != "nll", "label_smoothing_factor": args.label_smoothing_factor}
-        own |= {"compute_loss_func": options.get("compute_loss_func")}
-        for name, given in own.items():
-            if given:
-                raise ValueError(f"{name} belongs to TRL's own loss, in whose place QATTrainer's stands; leave it out")
+        for name, (allowed, reason) in REFUSED.items():
+            if getattr(args, name) not in allowed:
+                raise ValueError(f"{name}={getattr(args, name)!r} is refused: {reason}")
         super().__init__(model=model, teacher=teacher, args=args, **options)

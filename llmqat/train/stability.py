@@ -99,7 +99,7 @@ def not_finite_error(step: int, what: str, where: str, folder: Path) -> Floating
 
 
 def check_lengths(total: int, warmup: int, quantization_warmup: int) -> None:
-    """Raises ValueError where a warm-up does not end before training does.
+    """Raises ValueError where a warm-up does not end before training does; of no steps at all there is no warm-up.
 
     Args:
         total: optimizer steps of the training.
@@ -107,7 +107,7 @@ def check_lengths(total: int, warmup: int, quantization_warmup: int) -> None:
         quantization_warmup: steps in which weights are quantized in part.
     """
     for name, steps in (("warmup_steps", warmup), ("quantization_warmup_steps", quantization_warmup)):
-        if steps and steps >= total:
+        if steps and 0 < total <= steps:
             raise ValueError(
                 f"{name}={steps} does not end within the {total} steps of the training; give fewer, or train longer"
             )

@@ -24,21 +24,24 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput, rotate_checkpoints
-from transformers.utils import is_torch_cuda_available
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    TrainOutput,
+    has_length,
+    rotate_checkpoints,
+)
 
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.grid import fusing
@@ -64,121 +67,36 @@ from llmqat.models import (
     vocabulary_size,
 )
 from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
+from llmqat.train.arguments import QATArguments, check_arguments, check_batch, check_trainer_arguments
 from llmqat.train.checkpoints import (
     UNFINISHED_FOLDER,
+    batch_size_of,
     check_resumable,
+    check_steps,
+    checkpoint_step,
     is_writing_error,
     last_checkpoint,
     publish,
+    tokens_of,
+    what_it_lacks,
     writing_error,
 )
 from llmqat.train.distribution import check_distribution
+from llmqat.train.optimizers import check_own_optimizer, keep_weights_of
+from llmqat.train.scores import EvaluationMetrics, known_metrics, logits_of
 from llmqat.train.stability import check_lengths, is_finite, not_finite_error, not_finite_parameter, where_not_finite
+from llmqat.train.targets import scored_labels
+from llmqat.train.teacher import check_teacher
 
 logger = logging.getLogger(__name__)
 
-TRAINABLE = ("all", "scales")
-"""What QATArguments.trainable may be."""
+_NO_SEARCH = (
+    "hyperparameter search makes the model anew for each trial, and here it is prepared and calibrated before: write a "
+    "loop that prepares a model, trains it with QATTrainer, and compares what evaluate() returns"
+)
 
 FUSING_PAYS = 10_000_000
 """Quantized weights from which compiling the fake-quantize kernel (about ten seconds) pays in a short run."""
-
-
-def processor_has_bf16() -> bool:
-    """Returns whether the accelerator, or else the CPU, multiplies bfloat16 matrices natively."""
-    if is_torch_cuda_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
-        return True
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@dataclass
-class QATArguments(TrainingArguments):
-    """transformers.TrainingArguments with the learning rates of a quantized model.
-
-    Differences of default: `bf16` is on where the processor has it, DDP looks for no unused parameters (the loss uses
-    the output head outside the forward) and broadcasts no buffers.
-    """
-
-    scale_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Learning rate of log-scales: a relative change of the scale per step."}
-    )
-    zero_point_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Learning rate of zero points of asymmetric schemes, in codes per step."}
-    )
-    quantization_warmup_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Optimizer steps over which the forward blends from full-precision to quantized weights, for "
-            "schemes of few levels (ternary, 2 bits); inputs and KV cache are quantized from the start."
-        },
-    )
-    trainable: str = field(
-        default="all",
-        metadata={
-            "help": "What is trained: 'all', or 'scales': log-scales, zero points, norms and biases, and no weight "
-            "(EfficientQAT's end-to-end phase), in a quarter of the optimizer's memory and less. Of a packed model the "
-            "codes stay packed; a recipe packs it first."
-        },
-    )
-    norm_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of norms and biases; learning_rate when not given."}
-    )
-    kl_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the forward KL from the original model; 0 needs no teacher."},
-    )
-    cross_entropy_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the cross-entropy on the labels: the student then learns the text as well."},
-    )
-    freeze_embeddings: bool = field(
-        default=False, metadata={"help": "Leave token embeddings (and an output head tied to them) untrained."}
-    )
-    reuse_quantized_weights: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Quantize each weight once an optimizer step, for all its micro-batches and for layers that "
-            "gradient checkpointing computes again, and hold it meanwhile: 2 bytes a weight in bf16. By default where "
-            "a step has several micro-batches and no process holds a part of the weights only (FSDP, ZeRO)."
-        },
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "DDP looks for unused parameters; the loss uses the output head outside the forward."},
-    )
-    ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "DDP broadcasts buffers at each forward."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite from the log; training stops at them anyhow."}
-    )
-    bf16: bool = field(
-        default_factory=processor_has_bf16, metadata={"help": "Compute in bfloat16 over float32 masters."}
-    )
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a negative rate, an unknown word or float16."""
-        if self.trainable not in TRAINABLE:
-            raise ValueError(f"trainable={self.trainable!r} is unknown; choose one of {', '.join(TRAINABLE)}")
-        for name in ("scale_learning_rate", "zero_point_learning_rate", "norm_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value} is negative; a learning rate is 0 or more")
-        if min(self.kl_weight, self.cross_entropy_weight) < 0 or self.kl_weight + self.cross_entropy_weight == 0:
-            raise ValueError(
-                f"kl_weight={self.kl_weight} and cross_entropy_weight={self.cross_entropy_weight}: neither may be "
-                "negative, and one of them must count"
-            )
-        if self.max_grad_norm is not None and self.max_grad_norm < 0:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm} is negative; 0 means that gradients are not clipped")
-        if self.quantization_warmup_steps < 0:
-            raise ValueError(f"quantization_warmup_steps={self.quantization_warmup_steps} is negative; give 0 for none")
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # else TrainingArguments refuses bf16, which this processor may well have
-        _check_arguments(self)
-        super().__post_init__()
 
 
 class QATTrainer(Trainer):
@@ -201,13 +119,17 @@ class QATTrainer(Trainer):
                 says. None: `model` itself with quantizers and adapters off, which must then be what it was before it
                 was prepared, and train nothing but adapters and scales.
             args: `QATArguments`; or `TrainingArguments`, where the fields that only QATArguments has take its defaults.
-            **options: of transformers.Trainer. `train_dataset` yields {"input_ids", "labels"}; positions whose label is
-                -100 are not distilled. `compute_metrics` is `perplexity_of` where not given, and is called with the
-                same: negative log-likelihoods and counts, no logits.
+            **options: of transformers.Trainer. `train_dataset` yields {"input_ids", "labels", "attention_mask"};
+                tokens whose label is -100, or that are hidden, are not distilled (targets.py). Evaluations yield
+                perplexity; logits are made whole only for a `compute_metrics` that is given, which gets them as
+                transformers says.
 
         Raises:
-            ValueError: when the model is not prepared, the vocabularies differ, or the model cannot be its own teacher.
+            ImportError: the optimizer needs a package that is not installed.
+            ValueError: when the model is not prepared, the vocabularies differ, the model cannot be its own teacher,
+                the teacher would change with it, or an argument would have no right effect (arguments.py).
         """
+        check_trainer_arguments(options)
         if not any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
             raise ValueError("the model has no QuantLinear: call llmqat.prepare(model, config) before training")
         own = without_adapters(model)
@@ -219,15 +141,22 @@ class QATTrainer(Trainer):
                 f"the student's vocabulary has {sizes[0]} entries, the teacher's {sizes[-1]}; they must match"
             )
         args = TrainingArguments("tmp_trainer") if args is None else args  # as Trainer does
-        _check_arguments(args)
+        check_arguments(args)
         check_distribution(args)
+        data = options.get("train_dataset")
+        check_batch(args, len(data) if data is not None and has_length(data) else None)
+        metrics = options.setdefault("compute_metrics", EvaluationMetrics())
+        _check_best_metric(args, metrics, options.get("eval_dataset"))
         choose_trained(model, getattr(args, "trainable", "all"))
         if teacher is None and getattr(args, "kl_weight", 1.0) > 0:
             check_self_teacher(model)
         raise_masters(model)
         if getattr(args, "freeze_embeddings", False):
             model.get_input_embeddings().requires_grad_(False)
-        super().__init__(model=model, args=args, **{"compute_metrics": perplexity_of, **options})
+        if isinstance(teacher, nn.Module):
+            check_teacher(model, teacher)
+        self._check_optimizers(args, model, options)
+        super().__init__(model=model, args=args, **options)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process mean DataParallel, which this loss cannot be split over; start "
@@ -244,6 +173,11 @@ class QATTrainer(Trainer):
         self._reuse = self._reuses()
         self._is_saving = False
         self._micro_batches: list[tuple[dict[str, Any], Tensor | int | None, Tensor]] = []
+        self._gathers_logits = False
+        self._tokens_before: int | None = 0
+        self._tokens_here = 0
+        self._steps_before = 0
+        self._resumed_from: Path | None = None
         self.teacher = teacher
         if isinstance(teacher, nn.Module):
             teacher.requires_grad_(False).eval()
@@ -255,18 +189,98 @@ class QATTrainer(Trainer):
     ) -> TrainOutput:
         """Trains as Trainer does, from the newest whole checkpoint for True, or from the one given.
 
+        A training that was finished when the checkpoint was written makes no step more.
+
         Raises:
             FloatingPointError: the loss or a gradient is not finite; nothing of it is saved.
             OSError: a checkpoint could not be written; the one before it is still there.
-            ValueError: the checkpoint is not whole, or was trained with another number of samples a step.
+            ValueError: the checkpoint is not whole, was trained with another number of samples a step, or for more
+                steps; or the data fills no batch.
         """
+        if trial is not None:
+            raise ValueError(_NO_SEARCH)
+        if self.train_dataset is not None and has_length(self.train_dataset):
+            if len(self.train_dataset) == 0:
+                raise ValueError("train_dataset has no sample; give it some")
+            check_batch(self.args, len(self.train_dataset))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint(Path(self._get_output_dir(trial))) or "")
             if not resume_from_checkpoint:
                 raise ValueError(f"there is no whole checkpoint in {self.args.output_dir}; train from the start")
+        self._steps_before, self._tokens_before, self._resumed_from = 0, 0, None
         if resume_from_checkpoint:
-            check_resumable(Path(resume_from_checkpoint), self._samples_per_step())
-        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+            path = Path(resume_from_checkpoint)
+            if self.args.auto_find_batch_size:
+                self._train_batch_size = batch_size_of(path) or self.args.train_batch_size
+            check_resumable(path, self._samples_per_step())
+            self._steps_before, self._tokens_before, self._resumed_from = checkpoint_step(path), tokens_of(path), path
+        output: TrainOutput = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        keep_weights_of(self.optimizer)
+        return output if "train_loss" in output.metrics else output._replace(training_loss=float("nan"))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as Trainer does; of no step there is no mean loss, which Trainer would call 0."""
+        if self.state.global_step == self._steps_before:
+            logs.pop("train_loss", None)
+        super().log(logs, start_time)
+
+    def hyperparameter_search(self, *args: Any, **options: Any) -> Any:
+        """Raises ValueError: a model is prepared once, and then trained."""
+        raise ValueError(_NO_SEARCH)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """Returns Trainer's own facts of the training: numbers of epochs, steps and samples.
+
+        Raises:
+            ValueError: the checkpoint to go on from has made more steps than asked for, or has no optimizer.
+        """
+        self._micro_batches, self._tokens_here = [], 0  # of an attempt with larger batches
+        found = super().set_initial_training_values(args, dataloader)
+        if self._resumed_from is not None:
+            check_steps(self._resumed_from, found[-1])
+        return found
+
+    def _init_training_state(self, *args: Any, **options: Any) -> Any:
+        """Returns what Trainer makes of the checkpoint; the best one is found again where the folder was moved.
+
+        Raises:
+            ValueError: the best model is to be loaded in the end, and its checkpoint is gone.
+        """
+        found = super()._init_training_state(*args, **options)
+        best = self.state.best_global_step
+        if best and self.state.best_model_checkpoint is None and self.args.load_best_model_at_end:
+            path = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+            if lacking := what_it_lacks(path):
+                raise ValueError(
+                    f"load_best_model_at_end needs {path}, the best so far: {lacking}; put it back, or train from the "
+                    "start"
+                )
+            self.state.best_model_checkpoint = str(path)
+        return found
+
+    def _finalize_training(self, *args: Any, **options: Any) -> Any:
+        """Ends the training as Trainer does, but keeps the last checkpoint beside the best: a finished run knows it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **options)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Trains for an epoch, or not at all where all steps are made: Trainer would look only after another step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
+    def tokens_trained(self) -> tuple[int | None, int]:
+        """Returns how many tokens were trained on: in all, and since this process began; all processes together.
+
+        All processes call this together. The first number is None where a checkpoint did not say how many it had seen.
+        """
+        here = torch.tensor(self._tokens_here, device=self.args.device)
+        now = int(self.accelerator.reduce(here, "sum"))
+        return None if self._tokens_before is None else self._tokens_before + now, now
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -281,7 +295,18 @@ class QATTrainer(Trainer):
         ):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._micro_batches.append((inputs, num_items_in_batch, loss))
+        self._tokens_here += inputs["input_ids"].numel()
         return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Returns how many tokens of some batches are scored, all processes together where they are averaged over."""
+        if not batch_samples:
+            return None
+        counts = [scored_labels(batch)[:, 1:].ne(IGNORED_LABEL).sum() for batch in batch_samples]
+        count = torch.stack(counts).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count.clamp(min=1)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Returns the norm of the gradients of the step that is about to be made.
@@ -312,6 +337,10 @@ class QATTrainer(Trainer):
         """
         quantization_warmup = getattr(self.args, "quantization_warmup_steps", 0)
         check_lengths(num_training_steps, self.args.get_warmup_steps(num_training_steps), quantization_warmup)
+        if self.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            # Trainer waits for a smaller metric, whatever greater_is_better says.
+            mode = "max" if self.args.greater_is_better else "min"
+            self.args.lr_scheduler_kwargs = {"mode": mode, **(self.args.lr_scheduler_kwargs or {})}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
@@ -325,13 +354,15 @@ class QATTrainer(Trainer):
 
         Args:
             model: the student, perhaps wrapped.
-            inputs: "input_ids" [B, L], "labels" [B, L]; -100 in labels leaves a token out.
-            return_outputs: also return {"nll", "scored"}, both [B]: the negative log-likelihood of each sample's labels
-                in nats, and how many there are. No logits are made.
-            num_items_in_batch: labelled tokens of the whole optimizer step.
+            inputs: "input_ids" [B, L]; "labels" and "attention_mask" say which tokens are scored (targets.py).
+            return_outputs: also return {"nll", "scored"}, both [B], and "labels" [B, L]: the negative log-likelihood of
+                each sample's labels in nats, and how many there are. Logits [B, L, V] are made where an evaluation has
+                asked for them.
+            num_items_in_batch: scored tokens of the whole optimizer step.
         """
         inputs = dict(inputs)
-        labels = inputs.pop("labels", inputs["input_ids"])
+        labels = scored_labels(inputs)
+        inputs.pop("labels", None)
         student = self.accelerator.unwrap_model(model)
         # The state at position t predicts the label of t + 1.
         mask = labels[:, 1:].ne(IGNORED_LABEL).flatten()
@@ -344,7 +375,9 @@ class QATTrainer(Trainer):
             with torch.autocast(hidden.device.type, enabled=False):  # dtypes are those of the checkpoint already
                 predictor = predictor_of(without_adapters(student))
                 if return_outputs:
-                    outputs.update(_likelihoods(hidden, predictor, labels))
+                    outputs.update(_likelihoods(hidden, predictor, labels), labels=labels)
+                    if self._gathers_logits:
+                        outputs["logits"] = predictor.detached().logits(hidden.detach())
                 return token_loss(
                     hidden[:, :-1].flatten(0, 1),
                     predictor,
@@ -407,15 +440,50 @@ class QATTrainer(Trainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns the loss of an evaluation batch, and what `perplexity_of` wants; logits are never whole."""
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        """Returns the loss of an evaluation batch, and what `EvaluationMetrics` wants."""
         with torch.no_grad(), self._checkpoint_numbers(model):
             loss, found = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        return loss.detach(), *((None, None) if prediction_loss_only else (found["nll"], found["scored"]))
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        if not self._gathers_logits:
+            return loss.detach(), (found["nll"], found["scored"]), found["scored"]
+        logits, process = found["logits"], self._process_logits
+        shown = logits if process is None else process(logits, found["labels"])
+        return loss.detach(), (found["nll"], found["scored"], shown), found["labels"]
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Returns metrics, and of `predict` the logits; these are whole only there, or for a given compute_metrics."""
+        given = getattr(self, "compute_metrics", None)
+        process = getattr(self, "preprocess_logits_for_metrics", None)
+        own = None if isinstance(given, EvaluationMetrics) else given
+        self._gathers_logits = own is not None or description == "Prediction"
+        if given is not None:
+            self.compute_metrics = EvaluationMetrics(own)
+        self._process_logits, self.preprocess_logits_for_metrics = process, None
+        try:
+            output: EvalLoopOutput = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            gathered, self._gathers_logits = self._gathers_logits, False
+            self.compute_metrics = given  # type: ignore[assignment]
+            self.preprocess_logits_for_metrics = process
+        if gathered and output.predictions is not None:
+            return output._replace(predictions=logits_of(output.predictions))
+        return output
 
     def _samples_per_step(self) -> int:
         """Returns the samples of an optimizer step, all processes together."""
-        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        processes = 1 if self.args.accelerator_config.split_batches else self.args.world_size
+        return self._train_batch_size * self.args.gradient_accumulation_steps * processes
 
     def _get_output_dir(self, trial: Any) -> str:
         """Returns where checkpoints are: while one is written, where it lies until it is whole."""
@@ -463,7 +531,8 @@ class QATTrainer(Trainer):
 
     def _publish(self, aside: Path, final: Path) -> None:
         """Puts a checkpoint in place: the main process, and then one on each machine that has a disk of its own."""
-        facts = {"samples": self._samples_per_step(), "processes": self.args.world_size}
+        tokens, _ = self.tokens_trained()
+        facts = {"samples": self._samples_per_step(), "processes": self.args.world_size, "tokens": tokens}
         if self.args.process_index == 0:
             publish(aside, final, **facts)
         self.accelerator.wait_for_everyone()
@@ -475,6 +544,16 @@ class QATTrainer(Trainer):
         if not self._is_saving:
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model as Trainer does, with the weights that the optimizer stands for."""
+        keep_weights_of(self.optimizer)  # the next step takes up those that it trains
+        super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self) -> None:
+        """Loads the best model of the training in place of the last."""
+        keep_weights_of(self.optimizer)  # after this it changes no weight
+        super()._load_best_model()
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Writes the model as Trainer does; an adapter's folder takes the quantizers along."""
         super()._save(output_dir, state_dict)
@@ -483,15 +562,42 @@ class QATTrainer(Trainer):
             add_quantizers(model, Path(output_dir or self.args.output_dir))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Returns the optimizer of `args.optim` over the parameter groups: weights, log-scales, zero points, norms."""
-        if self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None:
-            model = model or self.model
-            optimizer, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer_cls_and_kwargs = optimizer, {**kwargs, "params": self._parameter_groups(model)}
+        """Returns the optimizer, of `args.optim` where none is given, over the parameter groups.
+
+        These are weights, log-scales, zero points and norms. An `optimizer_cls_and_kwargs` gets them too, its own `lr`
+        and `weight_decay` standing for those of weights.
+        """
+        if self.optimizer is not None:
+            return self.optimizer
+        model = model or self.model
+        given = getattr(self, "optimizer_cls_and_kwargs", None)
+        kind, kwargs = given or self.get_optimizer_cls_and_kwargs(self.args, model)
+        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):  # a factory takes the model
             made: torch.optim.Optimizer = super().create_optimizer(model)
-            self.optimizer_cls_and_kwargs = None  # type: ignore[assignment]  # Trainer has taken the groups out
             return made
-        return super().create_optimizer(model)
+        own = kwargs if given else {}
+        rate, decay = own.get("lr", self.args.learning_rate), own.get("weight_decay", self.args.weight_decay)
+        groups = kwargs.get("params") or self._parameter_groups(model, rate, decay)
+        self.optimizer_cls_and_kwargs = kind, {**kwargs, "params": groups}
+        try:
+            made = super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given  # type: ignore[assignment]  # Trainer has taken the groups out
+        return made
+
+    def _check_optimizers(self, args: TrainingArguments, model: nn.Module, options: Mapping[str, Any]) -> None:
+        """Raises ValueError where an optimizer that is given does not fit the model, or would not see our rates."""
+        optimizer = (options.get("optimizers") or (None, None))[0]
+        kind = (options.get("optimizer_cls_and_kwargs") or (None, {}))[0]
+        if optimizer is not None:
+            check_own_optimizer(optimizer, model)
+        if optimizer is not None or (kind is not None and not isinstance(kind, type)):
+            rates = ("scale_learning_rate", "zero_point_learning_rate", "norm_learning_rate")
+            for name in rates:
+                if getattr(args, name, None) not in (None, getattr(QATArguments, name)):
+                    raise ValueError(
+                        f"{name}={getattr(args, name)} has no effect on an optimizer that is given; use one"
+                    )
 
     @contextmanager
     def _warming(self, model: nn.Module) -> Iterator[None]:
@@ -512,18 +618,19 @@ class QATTrainer(Trainer):
             return nullcontext()
         return cast_parameters(self.accelerator.unwrap_model(model), torch.bfloat16)
 
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def _parameter_groups(self, model: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
+        """Returns the groups, `rate` and `decay` being those of weights."""
         args = self.args
         scale_rate = getattr(args, "scale_learning_rate", QATArguments.scale_learning_rate)
         zero_rate = getattr(args, "zero_point_learning_rate", QATArguments.zero_point_learning_rate)
         norm_rate = getattr(args, "norm_learning_rate", None)
         groups: dict[str, dict[str, Any]] = {
-            "weights": {"params": [], "lr": args.learning_rate, "weight_decay": args.weight_decay},
+            "weights": {"params": [], "lr": rate, "weight_decay": decay},
             "log_scales": {"params": [], "lr": scale_rate, "weight_decay": 0.0},
             "zero_points": {"params": [], "lr": zero_rate, "weight_decay": 0.0},
             "norms": {
                 "params": [],
-                "lr": args.learning_rate if norm_rate is None else norm_rate,
+                "lr": rate if norm_rate is None else norm_rate,
                 "weight_decay": 0.0,
             },
         }
@@ -535,16 +642,10 @@ class QATTrainer(Trainer):
             "zero_points": ("zero_point_learning_rate", zero_rate, QATArguments.zero_point_learning_rate),
             "norms": ("norm_learning_rate", norm_rate, None),
         }
-        for group, (key, rate, default) in given.items():
-            if rate != default and not groups[group]["params"]:
-                raise ValueError(f"{key}={rate}: there are no {group.replace('_', ' ')} that train; leave it out")
+        for group, (key, value, default) in given.items():
+            if value != default and not groups[group]["params"]:
+                raise ValueError(f"{key}={value}: there are no {group.replace('_', ' ')} that train; leave it out")
         return [group for group in groups.values() if group["params"]]
-
-
-def perplexity_of(evaluated: EvalPrediction) -> dict[str, float]:
-    """Returns {"perplexity"} of the evaluation text, from each sample's negative log-likelihood and count of labels."""
-    nll, scored = (np.asarray(part, dtype=np.float64).sum() for part in evaluated)
-    return {"perplexity": float(np.exp(nll / max(scored, 1)))}
 
 
 @torch.no_grad()
@@ -625,12 +726,22 @@ def raise_masters(model: nn.Module) -> None:
         logger.info("raised %d trainable parameters to float32 masters", raised)
 
 
-def _check_arguments(args: TrainingArguments) -> None:
-    """Raises ValueError for float16; makes DDP not look for unused parameters unless the user said to."""
-    if args.fp16:
-        raise ValueError("fp16=True is refused: small scales and their gradients underflow; use bf16 or float32")
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False
+def _check_best_metric(args: TrainingArguments, compute_metrics: Any, data: Any) -> None:
+    """Raises ValueError where no evaluation will yield `metric_for_best_model`, which Trainer would see too late."""
+    metric = args.metric_for_best_model
+    if (
+        metric is None
+        or args.eval_strategy == "no"
+        or not (compute_metrics is None or args.prediction_loss_only or isinstance(compute_metrics, EvaluationMetrics))
+    ):
+        return
+    has_perplexity = compute_metrics is not None and not args.prediction_loss_only
+    known = known_metrics(list(data) if isinstance(data, dict) else None, has_perplexity)
+    if (metric if metric.startswith("eval_") else f"eval_{metric}") not in known:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is none of what evaluations yield: {', '.join(sorted(known))}; choose "
+            "one of these, or give a compute_metrics that yields it"
+        )
 
 
 def _share_starting_scales(model: nn.Module, world_size: int) -> None:

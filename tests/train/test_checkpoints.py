@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -179,6 +180,86 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     assert kept == {Path(best).name, "checkpoint-6"}
     recorded = json.loads((Path(best) / "trainer_state.json").read_text())
     assert recorded["best_model_checkpoint"] == best
+
+
+def _no_step(*_: Any, **__: Any) -> None:
+    raise AssertionError("a step was made")
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"max_steps": 3},  # in the middle of an epoch of 4 steps
+        {"max_steps": 4},  # at its end
+        {"max_steps": -1, "num_train_epochs": 1.5},
+        {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"},
+    ],
+    ids=["steps", "a whole epoch", "epochs and a half", "an epoch"],
+)
+def test_a_finished_training_makes_no_step_more(
+    length: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _saving_trainer(tmp_path, **length)
+    first.train()
+    again = _saving_trainer(tmp_path, **length)
+    monkeypatch.setattr(QATTrainer, "training_step", _no_step)
+    output = again.train(resume_from_checkpoint=True)
+    steps = first.state.global_step
+    assert output.global_step == again.state.global_step == steps
+    assert again.tokens_trained() == (first.tokens_trained()[0], 0) == (steps * 4 * 32, 0)
+    for (name, found), wanted in zip(again.model.named_parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(found, wanted), name
+    histories = [[entry for entry in one.state.log_history if "loss" in entry] for one in (first, again)]
+    assert histories[0] == histories[1]
+    assert output.training_loss != output.training_loss  # NaN: no step, no mean
+    assert "train_loss" not in again.state.log_history[-1]
+
+
+def test_a_checkpoint_of_more_steps_is_refused(tmp_path: Path) -> None:
+    _saving_trainer(tmp_path, max_steps=4).train()
+    with pytest.raises(
+        ValueError, match="checkpoint-4 has made 4 optimizer steps, and the training has 3; give an earlier"
+    ):
+        _saving_trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_a_model_without_its_optimizer_is_not_trained_further(tmp_path: Path) -> None:
+    _saving_trainer(tmp_path, max_steps=2, save_only_model=True).train()
+    with pytest.raises(ValueError, match="checkpoint-2 holds the model alone"):
+        _saving_trainer(tmp_path, max_steps=4, save_only_model=True).train(resume_from_checkpoint=True)
+    finished = _saving_trainer(tmp_path, max_steps=2, save_only_model=True)
+    finished.train(resume_from_checkpoint=True)
+    assert finished.state.global_step == 2
+
+
+def test_the_best_model_is_found_again_by_a_finished_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {
+        "eval_dataset": Blocks(8),
+        "max_steps": 3,
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+        "save_total_limit": 1,
+        "learning_rate": 1e-2,
+    }
+    first = _saving_trainer(tmp_path / "run", **changes)
+    first.train()
+    best = first.state.best_global_step
+    assert best < 3
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = _saving_trainer(tmp_path / "moved", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(QATTrainer, "training_step", _no_step)
+        again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "moved" / f"checkpoint-{best}")
+    for (name, found), wanted in zip(again.model.named_parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(found, wanted), name
+    shutil.rmtree(tmp_path / "moved" / f"checkpoint-{best}")
+    with pytest.raises(ValueError, match=r"load_best_model_at_end needs .*, the best so far"):
+        _saving_trainer(tmp_path / "moved", **changes).train(resume_from_checkpoint=True)
 
 
 def test_a_step_keeps_its_number_of_samples(tmp_path: Path) -> None:

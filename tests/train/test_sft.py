@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch.nn import functional as F
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from llmqat import QATArguments, QATSFTConfig, QATSFTTrainer, QATTrainer, QuantConfig, lora_config, prepare
 from llmqat.layers import quantizers_off
 from llmqat.layers.lora import adapters_off
+from llmqat.train.arguments import FIELDS, TRAINER_ARGUMENTS
+from llmqat.train.sft import REFUSED, WORKS
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.train.test_trainer import Blocks, _arguments
 
@@ -57,8 +60,10 @@ def test_trl_trains_adapters_inside_the_quantizer(gradient_checkpointing: bool, 
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"loss_type": "dft"}, {}, "loss_type belongs to TRL's own loss"),
-        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor belongs"),
+        ({"loss_type": "dft"}, {}, "loss_type='dft' is refused: it belongs to TRL's own loss"),
+        ({"router_aux_loss_coef": 0.1}, {}, r"router_aux_loss_coef=0\.1 is refused"),
+        ({"model_init_kwargs": {"dtype": "float32"}}, {}, "model_init_kwargs=.* is refused: the model is loaded"),
+        ({}, {"compute_loss_func": print}, "compute_loss_func is refused"),
         ({}, {"peft_config": object()}, "attach adapters first"),
         ({}, {"args": None}, "give a llmqat.QATSFTConfig"),
         ({}, {"model": "some/model"}, "load the model and prepare it"),
@@ -70,6 +75,23 @@ def test_what_would_be_ignored_is_refused(
     given = {"model": tiny_llama(), "args": config(tmp_path, **changes), **options}
     with pytest.raises(ValueError, match=message):
         QATSFTTrainer(**given, train_dataset=Dataset.from_list(ROWS), processing_class=tiny_tokenizer())
+
+
+def test_every_field_and_argument_of_trl_is_known() -> None:
+    own = {field.name for field in dataclasses.fields(SFTConfig)} - set(FIELDS)
+    assert own == set(WORKS) | set(REFUSED), "decide what these do here"
+    arguments = set(inspect.signature(SFTTrainer.__init__).parameters) - {"self", *TRAINER_ARGUMENTS}
+    assert arguments == {"peft_config", "formatting_func", "quantization_config"}  # the second reads data
+
+
+def test_a_quantization_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="quantization_config"):
+        QATSFTTrainer(model=tiny_llama(), args=config(tmp_path), quantization_config=object())
+
+
+def test_label_smoothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1 is refused"):
+        config(tmp_path, label_smoothing_factor=0.1)
 
 
 def test_defaults_are_those_of_trl(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Which tokens of a batch are scored: one rule for the loss, for its number of tokens, and for evaluations.
+
+Letters: B samples, L tokens in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from llmqat.metrics import IGNORED_LABEL
+
+
+def scored_labels(inputs: Mapping[str, Any]) -> Tensor:
+    """Returns the labels [B, L] of a batch, -100 where a token is not scored; the first of a row never counts.
+
+    Where labels are given, they say what is scored, and what `attention_mask` hides is left out. Without labels every
+    token is one, but for those that are hidden and the first after `position_ids` begin anew (another document). A
+    token whose predecessor is hidden is left out as well: it would be predicted from padding.
+
+    Args:
+        inputs: "input_ids" [B, L]; "labels", "attention_mask" and "position_ids" of the same shape where there are any.
+
+    Raises:
+        ValueError: what is to be scored cannot be told.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise ValueError(f"a batch has no input_ids, only {', '.join(inputs)}; the loss is that of token ids")
+    if "shift_labels" in inputs:
+        raise ValueError("shift_labels are not read; give labels, which are shifted here")
+    labels: Tensor | None = inputs.get("labels")
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if labels is not None and labels.shape != ids.shape:
+        raise ValueError(
+            f"labels have the shape {list(labels.shape)} and input_ids {list(ids.shape)}: give a label for each token"
+        )
+    scored: Tensor = ids if labels is None else labels
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        hidden = mask == 0
+        unscored = hidden.clone()
+        unscored[:, 1:] |= hidden[:, :-1]
+        scored = scored.masked_fill(unscored, IGNORED_LABEL)
+    elif mask is not None and labels is None:
+        raise ValueError(
+            "an attention_mask that is not [samples, tokens] does not say which tokens are padding; give labels, with "
+            f"{IGNORED_LABEL} for what is not to be scored"
+        )
+    if labels is None and isinstance(positions, Tensor) and positions.dim() == 2:
+        scored = scored.masked_fill((positions == 0).expand_as(ids), IGNORED_LABEL)
+    return scored
