@@ -797,8 +797,9 @@ def _print_run(result: RunResult) -> None:
     training = result.training
     rate = training["tokens_per_second"]  # None where an earlier start had made the last step
     speed = "" if rate is None else f", {rate:.0f} tokens/s"
+    tokens = training["tokens"]  # None where a checkpoint of an older llmqat did not say
     console.print(
-        f"trained {training['tokens']:,} tokens in {training['steps']} steps{speed}; "
+        f"trained {'unknown' if tokens is None else format(tokens, ',')} tokens in {training['steps']} steps{speed}; "
         f"loss {training['first_loss']} -> {training['last_loss']} nats",
     )
     _print_checkpoint(result.report)

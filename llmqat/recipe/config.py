@@ -27,7 +27,7 @@ from llmqat.evaluate.protocols import PROTOCOLS, PYDOC
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.layers import QuantConfig
 from llmqat.paths import user_path, user_spec
-from llmqat.train import LoraSettings, MonitorSettings, QATArguments
+from llmqat.train import LoraSettings, MonitorSettings, QATArguments, check_batch
 
 RECIPE_FILE = "recipe.yaml"
 """Name of the recipe in a run folder."""
@@ -133,6 +133,9 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 
 OWNED_BY_RECIPE = {"output_dir": "output", "seed": "seed"}
 """TrainingArguments fields that have a key of their own at the top of the recipe."""
+
+FOR_SCRIPTS = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank")
+"""TrainingArguments fields that Trainer never reads: they would have no effect in a recipe."""
 
 
 class Recipe(Config):
@@ -249,8 +252,8 @@ def check_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `values` with the types that QATArguments declares for them (the text "1e-4" becomes a number).
 
     Raises:
-        ValueError: for a name that QATArguments does not have, for one that the recipe sets itself, and for a value
-            that is not of the declared type.
+        ValueError: for a name that QATArguments does not have, for one that the recipe sets itself, for one that has no
+            effect in it, and for a value that is not of the declared type.
     """
     names = {field.name for field in dataclasses.fields(QATArguments) if field.init}
     hints = get_type_hints(QATArguments)
@@ -258,6 +261,11 @@ def check_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key in OWNED_BY_RECIPE:
             raise ValueError(f"train.{key} is not set here; use {OWNED_BY_RECIPE[key]!r} at the top of the recipe")
+        if key in FOR_SCRIPTS:
+            raise ValueError(
+                f"train.{key} has no effect in a recipe; leave it out (an interrupted run is resumed by giving the "
+                "same command again)"
+            )
         if key not in names:
             raise ValueError(unknown_key_message(key, names, "train (QATArguments)"))
         given = user_spec(value, f"train.{key}") if isinstance(value, str) and value.startswith("~") else value
@@ -408,10 +416,13 @@ def training_arguments(recipe: Recipe) -> QATArguments:
     """Returns the trainer's arguments: `recipe.train` over `TRAIN_DEFAULTS`.
 
     Raises:
-        ValueError: when TrainingArguments refuses a value or a combination.
+        ImportError: train.optim needs a package that is not installed.
+        ValueError: when QATArguments refuses a value or a combination, or the text fills no batch.
     """
     fields = {**TRAIN_DEFAULTS, **recipe.train}
     try:
-        return QATArguments(output_dir=str(recipe.output / TRAINER_FOLDER), seed=recipe.seed, **fields)
+        arguments = QATArguments(output_dir=str(recipe.output / TRAINER_FOLDER), seed=recipe.seed, **fields)
+        check_batch(arguments, recipe.data.wanted_blocks)
+        return arguments
     except (TypeError, ValueError) as error:
         raise ValueError(f"train: {error}") from error

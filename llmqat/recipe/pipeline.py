@@ -83,11 +83,12 @@ from llmqat.train import (
     QATArguments,
     QATTrainer,
     QuantizationMonitor,
+    check_batch,
     check_distribution,
     is_own_teacher,
     whole_model,
 )
-from llmqat.train.checkpoints import checkpoint_step, last_checkpoint
+from llmqat.train.checkpoints import last_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class RunResult:
     report: ExportReport
     """Bytes of the checkpoint by part."""
     training: dict[str, Any]
-    """Steps, tokens, tokens a second, first and last loss."""
+    """Steps, tokens, tokens a second, first and last loss, of what was done."""
     seconds: dict[str, float]
     """Wall-clock time of each stage."""
 
@@ -169,6 +170,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         check_untrained(recipe.evaluate, documents_learned(text), "this recipe")
         check_untrained(recipe.evaluate, documents_recorded({EARLIER_TEXTS: earlier}), recipe.model)
         check_documents_apart(teacher, blocks)
+        check_batch(arguments, len(blocks))
     if cache is not None:
         check_cached(cache, text)
     if cache is not None or recipe.teacher_bits is not None:
@@ -383,21 +385,19 @@ def _train(
         log.info("going on from %s", last)
     give_back_freed_memory()
     output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    tokens, tokens_now = trainer.tokens_trained()
     validated = {} if text.validation is None else trainer.evaluate()
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = whole_model(trainer, anew)
     if isinstance(trained, PeftModel):
         trained = trained.merge_and_unload()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    step_tokens = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    step_tokens *= blocks.block_size
-    steps = trainer.state.global_step
-    steps_now = steps - (0 if last is None else checkpoint_step(last))
     facts = {
-        "steps": steps,
-        "tokens": steps * step_tokens,
+        "steps": trainer.state.global_step,
+        "kept_step": kept_step(trainer),
+        "tokens": tokens,
         "seconds": output.metrics["train_runtime"],
-        "tokens_per_second": steps_now * step_tokens / output.metrics["train_runtime"] if steps_now else None,
+        "tokens_per_second": tokens_now / output.metrics["train_runtime"] if tokens_now else None,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "validation_loss": validated.get("eval_loss"),
@@ -411,6 +411,12 @@ def _train(
         "history": trainer.state.log_history,
     }
     return trained, facts
+
+
+def kept_step(trainer: QATTrainer) -> int:
+    """Returns the step whose weights the model has after training: the last, or the best where that is loaded."""
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    return trainer.state.global_step if best is None else best
 
 
 def _candidates(

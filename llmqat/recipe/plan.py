@@ -129,7 +129,7 @@ def plan_run(recipe: Recipe, devices: Devices | None = None) -> Plan:
     blocks = None if wanted is None else math.ceil(wanted / recipe.data.block_size)
     samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * devices.processes
     steps: int | None = arguments.max_steps
-    if arguments.max_steps <= 0:
+    if arguments.max_steps < 0:
         steps = None if blocks is None else math.ceil(math.ceil(blocks / samples) * arguments.num_train_epochs)
     model, coverage = _prepared(recipe)
     return Plan(

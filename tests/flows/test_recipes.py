@@ -24,6 +24,7 @@ from llmqat.recipe import (
     RunResult,
     compare_models,
     load_recipe,
+    pipeline,
     plan_run,
     probe,
     quantize_model,
@@ -270,19 +271,90 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
         assert torch.equal(tensor, found[name]), name
 
 
+@pytest.mark.parametrize("stage", ["save", "compare"])
+@pytest.mark.parametrize(
+    ("length", "steps", "tokens"),
+    [
+        (("train.max_steps=3",), 3, 3 * 2 * 32),  # in the middle of an epoch of 8 blocks, 2 a step
+        (("train.max_steps=-1", "train.num_train_epochs=1.5", "data.tokens=224"), 6, (7 + 4) * 32),
+    ],
+    ids=["steps", "epochs, and a batch that is not full"],
+)
 def test_interrupted_after_training_only_saves_and_evaluates(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    length: tuple[str, ...],
+    steps: int,
+    tokens: int,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    trained: list[dict[str, torch.Tensor]] = []
+    original = pipeline.save
+
+    def watched(model: Any, *args: Any, **options: Any) -> Any:
+        trained.append({name: value.detach().clone() for name, value in model.named_parameters()})
+        if stage == "save" and len(trained) == 1:
+            raise Interrupted
+        return original(model, *args, **options)
+
     def fail(*args: Any, **kwargs: Any) -> None:
         raise Interrupted
 
+    monkeypatch.setattr(pipeline, "save", watched)
     with monkeypatch.context() as patch:
-        patch.setattr("llmqat.recipe.pipeline.compare", fail)
+        patch.setattr(pipeline, "compare", fail)
         with pytest.raises(Interrupted):
-            run_small(RECIPE, tiny_folder, tmp_path / "run")
-    result = run_small(RECIPE, tiny_folder, tmp_path / "run")
-    assert result.training["resumed_from"] == "checkpoint-2"
+            run_small(RECIPE, tiny_folder, tmp_path / "run", *length)
+    monkeypatch.setattr(QATTrainer, "training_step", fail)
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run", *length)
+    assert result.training["resumed_from"] == f"checkpoint-{steps}"
+    assert (result.training["steps"], result.training["kept_step"], result.training["tokens"]) == (steps, steps, tokens)
+    assert result.training["tokens_per_second"] is None
+    assert len([entry for entry in result.training["history"] if "loss" in entry]) == steps
+    assert len(trained) == 2
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
     assert [row.role for row in result.comparison.rows] == ROLES
+
+
+def test_steps_and_tokens_of_a_record_are_what_was_done(tiny_folder: Path, tmp_path: Path):
+    cases = {
+        ("train.max_steps=0",): (0, 0),
+        ("train.per_device_train_batch_size=64",): (2, 2 * 7 * 32),  # above the data
+        ("train.gradient_accumulation_steps=3", "train.max_steps=-1", "train.num_train_epochs=1"): (2, 7 * 32),
+        ("train.dataloader_drop_last=true", "train.max_steps=-1", "train.num_train_epochs=2"): (6, 2 * 6 * 32),
+    }
+    for number, (changes, (steps, tokens)) in enumerate(cases.items()):
+        result = run_small(RECIPE, tiny_folder, tmp_path / f"{number}", "data.tokens=224", *changes)
+        training = result.training
+        assert (training["steps"], training["tokens"]) == (steps, tokens), changes
+        assert (training["tokens_per_second"] is None) == (steps == 0)
+        assert (training["last_loss"] is None) == (steps == 0)
+
+
+def test_the_best_step_is_named_where_it_is_kept(tiny_folder: Path, tmp_path: Path):
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "Row {n} of a text, and {n}."}}\n' for n in range(60)))
+    changes = (
+        f"data={{source: dataset, path: {tmp_path}/text.jsonl, block_size: 32, validation_share: 0.3}}",
+        *("train.max_steps=3", "train.eval_strategy=steps", "train.eval_steps=1", "train.load_best_model_at_end=true"),
+        *("train.metric_for_best_model=perplexity", "train.kl_weight=0", "train.cross_entropy_weight=1"),
+    )
+    training = run_small(RECIPE, tiny_folder, tmp_path / "run", *changes).training
+    seen = {entry["step"]: entry["eval_perplexity"] for entry in training["history"] if "eval_perplexity" in entry}
+    assert training["kept_step"] == min(seen, key=lambda step: seen[step])
+    assert training["validation_perplexity"] == pytest.approx(min(seen.values()), rel=1e-3)
+
+
+def test_a_last_batch_that_drops_all_text_is_refused_before_it_is_calibrated(tiny_folder: Path, tmp_path: Path):
+    dropped = ("train.dataloader_drop_last=true", "train.per_device_train_batch_size=64")
+    with pytest.raises(ValueError, match="train: dataloader_drop_last=True drops all of the 8 training samples"):
+        run_small(RECIPE, tiny_folder, tmp_path / "a", *dropped)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "text.txt").write_text("A text whose length nobody knows before it is read. " * 30)
+    text = f"data={{source: text, path: {tmp_path}/text.txt, block_size: 32}}"
+    with pytest.raises(ValueError, match="dataloader_drop_last=True drops all of the"):
+        run_small(RECIPE, tiny_folder, tmp_path / "b", *dropped, text)
+    assert not (tmp_path / "b" / "calibration").exists()
 
 
 def test_a_finished_run_is_refused_and_stays_as_it_was(tiny_folder: Path, tmp_path: Path):
