@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from llmqat import QATArguments, QATTrainer
 from llmqat.export import load, load_any, save
 from llmqat.layers import QuantConfig, prepare
 from llmqat.layers.probe import probe_inputs
 from llmqat.models import cast_parameters, load_model
-from tests.tiny import CLASSES, VOCAB_SIZE, tiny_llama, tiny_of_class, tiny_tokenizer
+from tests.tiny import CLASSES, tiny_llama, tiny_of_class, tiny_tokenizer
 
 STOCK = {
     "llava": "AutoModelForImageTextToText",
@@ -103,14 +104,21 @@ def test_a_classifier_is_refused_by_name(tmp_path: Path) -> None:
         load_model(str(tmp_path / "model"))
 
 
-def test_a_class_that_transformers_has_not_is_refused_by_name(tmp_path: Path) -> None:
+def own_model() -> PreTrainedModel:
+    """Returns a model of a class that is not transformers'."""
+
     class OwnConfig(LlamaConfig):
         model_type = "llmqat_test_own"
 
     class OwnForCausalLM(LlamaForCausalLM):
         config_class = OwnConfig
 
-    model = OwnForCausalLM(OwnConfig(**_shape()))
+    shape = {key: value for key, value in tiny_llama().config.to_dict().items() if key != "model_type"}
+    return OwnForCausalLM(OwnConfig(**shape))
+
+
+def test_a_class_that_transformers_has_not_is_refused_by_name(tmp_path: Path) -> None:
+    model = own_model()
     prepare(model, QuantConfig.preset("int4", group_size=16))
     with pytest.raises(ValueError, match="OwnForCausalLM"):
         save(model, tmp_path / "packed")
@@ -125,12 +133,6 @@ def test_an_architecture_that_transformers_has_not_is_refused_by_name(tmp_path: 
         load(tmp_path / "packed")
 
 
-def _shape() -> dict[str, Any]:
-    known = AutoConfig.for_model("llama")
-    shape = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    return {**shape, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": known.rope_parameters}
-
-
 def test_the_settings_of_a_processor_stay_beside_the_model(tmp_path: Path) -> None:
     tiny_of_class("llava").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -141,3 +143,41 @@ def test_the_settings_of_a_processor_stay_beside_the_model(tmp_path: Path) -> No
     save(load(tmp_path / "packed"), tmp_path / "again", tokenizer)
     wanted = (tmp_path / "model/preprocessor_config.json").read_bytes()
     assert (tmp_path / "again/preprocessor_config.json").read_bytes() == wanted
+
+
+ROWS = torch.randint(2, 258, (8, 16), generator=torch.Generator().manual_seed(1))
+
+
+def trainer(model: PreTrainedModel, teacher: PreTrainedModel, folder: Path) -> QATTrainer:
+    arguments = QATArguments(
+        output_dir=str(folder / "run"), max_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=True
+    )
+    rows = [{"input_ids": row, "labels": row} for row in ROWS]
+    return QATTrainer(model=model, teacher=teacher, args=arguments, train_dataset=rows)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_text_alone_trains_a_model_with_images_and_leaves_its_tower(name: str, tmp_path: Path) -> None:
+    model = prepared(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    trainer(model, tiny_of_class(name), tmp_path).train()
+    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert any("language_model.layers.0" in key for key in changed)
+    assert not [key for key in changed if re.search("vision|visual|projector", key)]
+    save(model, tmp_path / "packed")
+    with torch.no_grad():
+        ids = {"input_ids": ROWS}
+        assert torch.equal(logits_of(load(tmp_path / "packed", kernel="reference"), ids), logits_of(model.eval(), ids))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_an_encoder_decoder_model_is_refused_before_training(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=CLASSES[name][1]):
+        trainer(prepared(name), tiny_of_class(name), tmp_path)
+
+
+def test_a_class_that_could_not_be_loaded_again_is_refused_before_training(tmp_path: Path) -> None:
+    model = own_model()
+    prepare(model, QuantConfig.preset("int4", group_size=16))
+    with pytest.raises(ValueError, match="OwnForCausalLM"):
+        trainer(model, own_model(), tmp_path)
