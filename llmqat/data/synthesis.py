@@ -40,7 +40,7 @@ from llmqat.data.sampling import Sampling, choose
 from llmqat.data.script import Script, read_script
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.layers import dequantized_once
-from llmqat.models import name_of
+from llmqat.models import check_next_token, name_of
 from llmqat.paths import user_path
 
 WRITER_VERSION = 2
@@ -137,8 +137,9 @@ class Writer:
 
         Raises:
             FileNotFoundError: as `read_script`.
-            ValueError: the context is shorter than a block, and as `read_script`.
+            ValueError: the context is shorter than a block, the model writes no text of its own, and as `read_script`.
         """
+        check_next_token(model)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         size = config.block_size
         if longest is not None and size > longest:

@@ -108,7 +108,7 @@ class Format(Protocol):
         """Returns whether a model configuration describes a checkpoint of this format."""
 
     def read(
-        self, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None
+        self, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: Mapping[str, str] | None = None
     ) -> PreTrainedModel:
         """Returns the packed model in `folder`, in evaluation mode."""
 
@@ -186,7 +186,7 @@ def save(
     max_shard_size: int | str = "5GB",
     run: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    probe: Tensor | None = None,
+    probe: Tensor | Mapping[str, Tensor] | None = None,
     format: str = "compressed-tensors",
 ) -> ExportReport:
     """Writes `model` packed to `folder`, proves it, and returns what was written. The model is not changed.
@@ -199,7 +199,8 @@ def save(
         max_shard_size: bytes of a weight file, or a text such as "5GB".
         run: facts of the run for `llmqat.json`: recipe, seeds, results. JSON values only.
         overwrite: replace `folder` where it holds a model. The old one stays until the new one is proved.
-        probe: token ids [B, L] for the proof on logits; seeded random ones where not given.
+        probe: token ids [B, L] for the proof on logits, or all inputs of the forward by name; seeded random ones where
+            not given.
         format: a name in `FORMATS`.
 
     Raises:
@@ -408,7 +409,7 @@ def prove(
     folder: str | Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    probe: Tensor | None = None,
+    probe: Tensor | Mapping[str, Tensor] | None = None,
     format: str = "compressed-tensors",
 ) -> dict[str, int]:
     """Proves that the checkpoint in `folder` is what `model` computes with, and returns how much was compared.
@@ -417,7 +418,7 @@ def prove(
         model: the prepared or converted model; not changed.
         folder: a folder written by `save` in the same `dtype`.
         dtype: of the checkpoint.
-        probe: token ids [B, L]; seeded random ones where not given.
+        probe: token ids [B, L], or all inputs of the forward by name; seeded random ones where not given.
         format: a name in `FORMATS`.
 
     Raises:
@@ -434,18 +435,34 @@ def _prove(
     folder: Path,
     dtype: torch.dtype,
     format: Format,
-    probe: Tensor | None,
+    probe: Tensor | Mapping[str, Tensor] | None,
     written: Mapping[str, Tensor],
 ) -> tuple[dict[str, int], Expected]:
     """Returns how much was compared, and what the model computes on the probe."""
-    inputs = probe_inputs(model, *PROBE_SHAPE) if probe is None else {"input_ids": probe}
+    inputs = _probe_of(model, probe)
     _prove_tensors(folder, written)
-    attention = getattr(model.config, "_attn_implementation", None)
+    attention = _attention_of(model.config)
     reloaded = format.read(folder, read_config(folder, str(folder)), dtype, attention).to(model.device)
     layers = _prove_weights(model, reloaded, dtype)
     logits = _prove_logits(model, reloaded, dtype, inputs)
     compared = {"tensors": len(written), "packed_layers": layers, "probe_tokens": _tokens(inputs)}
     return compared, Expected(_inputs_for(model, inputs, dtype), logits)
+
+
+def _attention_of(config: PreTrainedConfig) -> dict[str, str] | None:
+    """Returns the attention implementation of a model (by "") and of its parts, which may have another."""
+    parts = {"": config, **{name: getattr(config, name, None) for name in config.sub_configs}}
+    found = {name: getattr(part, "_attn_implementation", None) for name, part in parts.items()}
+    return {name: kind for name, kind in found.items() if kind is not None} if found[""] is not None else None
+
+
+def _probe_of(model: PreTrainedModel, probe: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    if probe is None:
+        try:
+            return probe_inputs(model, *PROBE_SHAPE)
+        except ValueError as error:
+            raise ValueError(f"{error}; give others as `probe`, what its forward takes by name") from error
+    return {"input_ids": probe} if isinstance(probe, Tensor) else probe
 
 
 def _prove_tensors(folder: Path, written: Mapping[str, Tensor]) -> None:

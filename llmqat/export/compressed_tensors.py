@@ -285,14 +285,16 @@ def is_packed(config: PreTrainedConfig) -> bool:
     return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
 
 
-def read(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+def read(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: Mapping[str, str] | None = None
+) -> PreTrainedModel:
     """Returns the packed model in `folder`, in evaluation mode, its tensors mapped from the files.
 
     Args:
         folder: holds the weights; `config.json` alone says which modules are packed and how.
         config: the model's configuration, from `config.json`.
         dtype: of scales and high-precision parameters; buffers such as rotary frequencies stay float32.
-        attention: the attention implementation, or None for the default.
+        attention: the attention implementation of the whole model (by "") and of its parts, or None for the default.
 
     Raises:
         FileNotFoundError: a weights file is missing.
@@ -303,9 +305,10 @@ def read(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: 
     stored = _read_tensors(folder)
     _check_plausible(config, folder, len(stored))
     kind = class_of(config)
-    options: dict[str, Any] = (
-        {} if attention is None else {"attn_implementation": attention.removeprefix(IMPLEMENTATION_PREFIX)}
-    )
+    options: dict[str, Any] = {}
+    if attention is not None:
+        plain = {part: name.removeprefix(IMPLEMENTATION_PREFIX) for part, name in attention.items()}
+        options["attn_implementation"] = plain if len(plain) > 1 else plain[""]
     # Without no_init_weights, transformers draws random numbers for the weights on the meta device: half the time.
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = empty_model(kind, config, dtype=dtype, **options)
@@ -381,11 +384,10 @@ def _check_plausible(config: PreTrainedConfig, folder: Path, entries: int) -> No
     """
     text: Any = config.get_text_config(decoder=True)
     bits = 8 * sum(path.stat().st_size for path in weight_files(folder))
-    vocabulary, hidden = getattr(text, "vocab_size", 0), getattr(text, "hidden_size", 0)
     checks = (
-        ("num_hidden_layers", getattr(text, "num_hidden_layers", 0), entries),
-        ("vocab_size * hidden_size", vocabulary * hidden, bits),
-        ("head_dim", getattr(text, "head_dim", None) or 0, bits),
+        ("num_hidden_layers", _number(text, "num_hidden_layers"), entries),
+        ("vocab_size * hidden_size", _number(text, "vocab_size") * _number(text, "hidden_size"), bits),
+        ("head_dim", _number(text, "head_dim"), bits),
     )
     for name, value, most in checks:
         if value > most:
@@ -393,6 +395,15 @@ def _check_plausible(config: PreTrainedConfig, folder: Path, entries: int) -> No
                 f"{folder / 'config.json'}: {name} is {value}, more than the weight files ({entries} tensors, "
                 f"{bits // 8} bytes) could hold; they do not belong together"
             )
+
+
+def _number(config: Any, name: str) -> int:
+    """Returns a number of a configuration; 0 where it has none, or one for each layer (Gemma 4)."""
+    try:
+        found = getattr(config, name)
+    except (AttributeError, RuntimeError, ValueError):
+        return 0
+    return found if isinstance(found, int) else 0
 
 
 def _install(model: nn.Module, config: QuantizationConfig, dtype: torch.dtype) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmqat import QATArguments, QATTrainer
-from llmqat.export import load, load_any, save
+from llmqat.export import compressed_tensors, load, load_any, save
 from llmqat.layers import QuantConfig, prepare
 from llmqat.layers.probe import probe_inputs
 from llmqat.models import cast_parameters, load_model
@@ -181,3 +181,39 @@ def test_a_class_that_could_not_be_loaded_again_is_refused_before_training(tmp_p
     prepare(model, QuantConfig.preset("int4", group_size=16))
     with pytest.raises(ValueError, match="OwnForCausalLM"):
         trainer(model, own_model(), tmp_path)
+
+
+def test_parts_that_attend_each_in_its_own_way_are_proved_so(tmp_path: Path) -> None:
+    model = tiny_of_class("llava")
+    model.set_attn_implementation({"": "eager", "text_config": "sdpa", "vision_config": "eager"})
+    prepare(model, QuantConfig.preset("int4", group_size=16, ignore=TOWERS["llava"]))
+    save(model, tmp_path / "packed")
+    read = compressed_tensors.read(
+        tmp_path / "packed",
+        AutoConfig.from_pretrained(tmp_path / "packed"),
+        torch.bfloat16,
+        {"": "eager", "text_config": "sdpa", "vision_config": "eager"},
+    )
+    kinds = [read.config.text_config._attn_implementation, read.config.vision_config._attn_implementation]
+    assert kinds == ["sdpa", "eager"]
+
+
+def test_head_sizes_that_differ_between_layers_are_no_obstacle(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32}
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    inputs = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 384, "vocab_size": 384}
+    config = AutoConfig.for_model("gemma4_text", hidden_size=64, intermediate_size=128, **heads, **layers, **inputs)
+    model = AutoModelForCausalLM.from_config(config)
+    prepare(model, QuantConfig.preset("int4", group_size=16))
+    save(model, tmp_path / "packed")
+    assert type(load(tmp_path / "packed")) is type(model)
+
+
+def test_inputs_of_a_model_that_cannot_be_guessed_are_given(tmp_path: Path) -> None:
+    model = tiny_of_class("whisper")
+    model.main_input_name = "input_values"
+    prepare(model, QuantConfig.preset("int4", group_size=16))
+    with pytest.raises(ValueError, match=r"takes input_values.*probe"):
+        save(model, tmp_path / "packed")
+    given = {"input_features": torch.randn(1, 16, 40), "decoder_input_ids": torch.tensor([[2, 3, 4]])}
+    assert save(model, tmp_path / "packed", probe=given).proof["probe_tokens"] == 3
