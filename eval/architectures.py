@@ -43,7 +43,7 @@ from llmqat.export import ProofError
 from llmqat.layers import CoverageAudit, QuantModule, quantizers_off
 from llmqat.layers.probe import probe_inputs
 from llmqat.models import cast_parameters
-from llmqat.paths import user_path
+from llmqat.paths import check_outputs, user_path
 from llmqat.terminal import plain_console, show_any_text
 
 SECONDS = 240
@@ -150,6 +150,7 @@ def main() -> None:
     """Examines what is missing, writes after each, prints the table, then the headline."""
     show_any_text()
     options = parse_options()
+    check_outputs({"--json": options.json, "--table": options.table})
     versions = {"llmqat": llmqat.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
     known = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.is_file() else {}
     if known and known["versions"] != versions:

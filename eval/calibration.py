@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 import llmqat
 from llmqat.data import load_blocks
+from llmqat.data.text import read_text
 from llmqat.evaluate.memory import forget_peak, resident
 from llmqat.evaluate.perplexity import evaluate, keep_reference, windows_from_text
-from llmqat.models import load_model
-from llmqat.paths import user_path
+from llmqat.models import load_model, write_whole
+from llmqat.paths import check_outputs, user_path
 from llmqat.recipe.quantize import METHODS, quantize_model, text_source
 from llmqat.terminal import plain_console, show_any_text
 
@@ -41,8 +42,9 @@ def main() -> None:
     """Runs every row, prints the table, then the headline."""
     show_any_text()
     options = parse_options()
+    check_outputs({"--json": options.json}, [options.model, options.test])
     full, tokenizer = load_model(options.model, torch.bfloat16)
-    text = options.test.read_text(encoding="utf-8")
+    text = read_text(options.test)
     windows = windows_from_text(text, tokenizer, options.window, None, options.max_windows, source=str(options.test))
     reference = keep_reference(full, windows)
     del full
@@ -66,7 +68,7 @@ def main() -> None:
                 }
             )
             if options.json:
-                options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+                write_whole(options.json, json.dumps(rows, indent=2) + "\n")
     plain_console(width=100).print(table(rows, reference.evaluation.perplexity))
     for row in rows:
         print(f"{row['scheme']} {row['method']}: {row['perplexity']:.3f}")

@@ -26,11 +26,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmqat.data.pydoc import pydoc_text
+from llmqat.data.text import read_text
 from llmqat.evaluate.perplexity import TokenWindows, windows_from_text
 from llmqat.export import load, write_gguf, write_onnx
 from llmqat.layers import PackedLinear
-from llmqat.models import load_tokenizer, resolve_spec
-from llmqat.paths import user_path
+from llmqat.models import load_tokenizer, resolve_spec, write_whole
+from llmqat.paths import check_outputs, user_path
 from llmqat.terminal import plain_console, show_any_text
 
 Logits = Callable[[Tensor], Tensor]
@@ -47,9 +48,10 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int, default=8, help="windows from the text's start")
     parser.add_argument("--json", type=user_path, help="file for the results")
     options = parser.parse_args()
+    check_outputs({"--json": options.json}, [options.model, *([options.text] if options.text else [])])
     model = load(options.model, kernel="reference")
     tokenizer = load_tokenizer(resolve_spec(options.model), options.model)
-    text = pydoc_text() if options.text is None else options.text.read_text(encoding="utf-8")
+    text = pydoc_text() if options.text is None else read_text(options.text)
     windows = windows_from_text(text, tokenizer, options.window, None, options.max_windows, str(options.text))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -59,7 +61,7 @@ def main() -> None:
     show(rows, windows)
     if options.json is not None:
         facts = {"model": options.model, "text_sha256": windows.sha256, "windows": len(windows), "rows": rows}
-        options.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(facts, indent=2) + "\n")
 
 
 def measured(model: PreTrainedModel, folder: Path, windows: TokenWindows) -> dict[str, dict[str, Any]]:

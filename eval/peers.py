@@ -50,7 +50,7 @@ from llmqat.evaluate.tokenizers import shared_tokenizer
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.metrics import TokenScores
 from llmqat.models import load_model, save_whole, write_whole
-from llmqat.paths import user_path
+from llmqat.paths import check_outputs, user_path
 from llmqat.recipe.config import EvaluationSettings
 from llmqat.recipe.evaluation import evaluation_windows
 from llmqat.recipe.quantize import text_source
@@ -69,6 +69,7 @@ def main() -> None:
     """Runs the arms that are missing, scores what is not scored, prints the table, then the headline."""
     show_any_text()
     options = parse_options()
+    check_outputs({"--json": options.json}, [options.text, *options.eval])
     begin(options)
     skipped = {}
     for method, bits in asked(options):
@@ -87,9 +88,9 @@ def main() -> None:
         "order": orders(rows),
         "skipped": skipped,
     }
+    plain_console(width=options.width).print(table(rows, full))
     if options.json:
         write_report(report, options.json)
-    plain_console(width=options.width).print(table(rows, full))
     for order in report["order"]:
         print(order["sentence"])
     for row in rows:

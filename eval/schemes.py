@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 import llmqat
 from llmqat.layers import KVQuantizer
-from llmqat.paths import user_path
+from llmqat.models import write_whole
+from llmqat.paths import check_outputs, user_path
 from llmqat.recipe import load_recipe, run
 from llmqat.terminal import plain_console, show_any_text
 
@@ -57,11 +58,12 @@ def main() -> None:
     """Runs what is missing, prints the table, then the headline."""
     show_any_text()
     options = parse_options()
+    check_outputs({"--json": options.json}, [options.recipe, options.text])
     rows = []
     for name in options.schemes or SCHEMES:
         rows.append(measured(name, options))
         if options.json:
-            options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            write_whole(options.json, json.dumps(rows, indent=2) + "\n")
     plain_console(width=140).print(table(rows))
     for row in rows:
         print(f"{row['scheme']}: {row['trained']['perplexity']:.3f}")

@@ -20,7 +20,7 @@ from llmqat.evaluate.bootstrap import mean_difference
 from llmqat.evaluate.loading import load_to_judge
 from llmqat.evaluate.tasks import TaskSettings, average, opened_tasks, write_task_folder
 from llmqat.models import load_tokenizer, resolve_spec, write_whole
-from llmqat.paths import user_path
+from llmqat.paths import check_outputs, user_path
 from llmqat.recipe.evaluation import short_names
 from llmqat.terminal import show_any_text
 
@@ -41,6 +41,7 @@ def main() -> None:
         limit=options.limit,
         batch_size=options.batch_size,
     )
+    check_outputs({"--json": options.json}, options.model)
     before = found_before(options)
     found: dict[str, dict[str, Any]] = {}
     with opened_tasks(settings) as tasks:

@@ -23,7 +23,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from llmqat.heap import keep_freed_memory
-from llmqat.paths import user_path, user_spec
+from llmqat.paths import check_folder_output, check_outputs, user_path, user_spec
 from llmqat.terminal import plain_console, show_any_text
 
 if TYPE_CHECKING:
@@ -238,9 +238,13 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, overwrite
 
         accelerate launch -m llmqat train recipes/smollm2-135m-int4.yaml
     """
-    from llmqat.recipe import load_recipe, run
+    from llmqat.recipe import ResultsNotWrittenError, load_recipe, run
 
-    result = run(load_recipe(recipe, overrides or ()), overwrite=overwrite)
+    try:
+        result = run(load_recipe(recipe, overrides or ()), overwrite=overwrite)
+    except ResultsNotWrittenError as error:
+        _print_run(error.result)
+        raise
     if result is not None:  # this is the main process
         _print_run(result)
 
@@ -411,7 +415,8 @@ def _tasks(names: str | None, folder: Path | None, limit: int | None) -> TaskSet
 
     if names is None and folder is None:
         return None
-    return TaskSettings(tuple(names.split(",")) if names else (), folder, limit)
+    given = (name.strip() for name in (names or "").split(","))
+    return TaskSettings(tuple(dict.fromkeys(name for name in given if name)), folder, limit)
 
 
 def _judge(
@@ -426,17 +431,28 @@ def _judge(
 ) -> None:
     """Measures, shows, writes (JSON, CSV, Markdown, HTML), and exits with 3 where the gate is broken."""
     from llmqat.evaluate.gate import parse_gate, read_report
-    from llmqat.evaluate.report import Verdict, verdict_on
+    from llmqat.evaluate.report import check_files, measured, verdict_on
     from llmqat.recipe import compare_models
 
     rules = parse_gate(gate) if gate else ()
     before = None if baseline is None else read_report(baseline)
     if reference is None and before is not None:
         reference = before["settings"].get("reference")
-    comparison = compare_models(models, settings, reference, tasks=tasks, details=files[-1] is not None)
-    verdict: Verdict = verdict_on(comparison, rules, before, threshold)
-    verdict.write(*files)
+    read: list[str | Path | None] = [*models, reference, *settings.texts, baseline]
+    if tasks is not None:
+        read.append(tasks.folder)
+    outputs = dict(zip(("--json", "--csv", "--markdown", "--html"), files, strict=True))
+    check_files(outputs, [source for source in read if source is not None])
+    html = files[-1] is not None
+    comparison = compare_models(models, settings, reference, tasks=tasks, details=html, rules=rules, baseline=before)
+    console.print(measured(comparison))  # now: whatever happens to the files, the figures are seen
+    try:
+        verdict = verdict_on(comparison, rules, before, threshold)
+    except ValueError:
+        verdict_on(comparison, threshold=threshold).write(*files)
+        raise
     console.print(verdict.rendered())
+    verdict.write(*files)
     if not verdict.passed:
         raise typer.Exit(EXIT_GATE)
 
@@ -488,9 +504,13 @@ def quantize(
 
         llmqat quantize ./model --scheme w8a8 --smooth 0.5 --text notes.txt --out model-w8a8
     """
-    from llmqat.evaluate.layers import render_layers, write_layers
+    from llmqat.evaluate.layers import check_picture, render_layers, write_layers
     from llmqat.recipe import quantize_model
 
+    check_folder_output(out, "--out")
+    if report is not None:
+        check_folder_output(report, "--report")
+        check_picture()
     done = quantize_model(
         model,
         out,
@@ -508,12 +528,12 @@ def quantize(
     )
     if done.layers:
         console.print(render_layers(done.layers))
-    if report is not None:
-        write_layers({"quantized": done.layers}, report, picture=True)
     for stage in done.stages:
         line = f"{stage.stage}: {stage.seconds:.0f} s, KL on the calibration text {stage.change}"
         console.print(line)
     _print_checkpoint(done.report)
+    if report is not None:
+        write_layers({"quantized": done.layers}, report, picture=True)
 
 
 @command()
@@ -544,6 +564,7 @@ def sensitivity(
     from llmqat.calibrate import AllocationConfig
     from llmqat.recipe import sensitivity_of
 
+    check_outputs({"--json": json_file}, [model, *([] if text is None else [text])])
     wanted = AllocationConfig(target_bits=target_bits, blocks=blocks, **({"choices": choices} if choices else {}))
     found = sensitivity_of(
         model, wanted, scheme=scheme, group_size=group_size, text=text, block_size=block_size, seed=seed
@@ -594,6 +615,7 @@ def synthesize(
     from llmqat.data.strategy import SynthesisConfig
     from llmqat.recipe import synthesize_to
 
+    check_folder_output(out, "--out")
     values = {
         "block_size": block_size,
         "batch_size": batch_size,
@@ -640,12 +662,15 @@ def audit(
 
         llmqat audit runs/smollm2-135m-int4/model
     """
+    from llmqat.models import write_whole
     from llmqat.recipe import coverage_of, scheme_of
 
+    check_outputs({"--json": json_file}, [model])
     coverage = coverage_of(model, scheme_of(scheme, group_size))
     _print_audit(coverage)
     if json_file is not None:
-        json_file.write_text(json.dumps(coverage.to_dict(), indent=2) + "\n", encoding="utf-8")
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(json_file, json.dumps(coverage.to_dict(), indent=2) + "\n")
 
 
 @command()
@@ -670,6 +695,7 @@ def export(
     """
     from llmqat.export import CONVERSIONS, keep_record, load_any
 
+    check_folder_output(out.parent, "--out")
     if format not in CONVERSIONS:
         raise ValueError(f"--format {format!r} is unknown; choose one of {', '.join(CONVERSIONS)}")
     sizes = CONVERSIONS[format](*load_any(model), out)
@@ -728,6 +754,7 @@ def cache_teacher(
     """
     from llmqat.recipe import cache_teacher_of, load_recipe
 
+    check_folder_output(out, "--out")
     cache = cache_teacher_of(load_recipe(recipe, overrides or ()), out, top_k=top_k, batch_size=batch_size)
     console.print(
         f"{out}: {len(cache):,} blocks, {cache.disk_bytes:,} bytes; the {top_k} likeliest tokens have "

@@ -480,19 +480,19 @@ def rename_unless_there(temporary: Path, folder: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes `text` beside `path` and renames, so that `path` is absent or whole."""
-    with _file_in_progress(path) as temporary:
+    with file_in_progress(path) as temporary:
         # Names of files that are not UTF-8 hold halves of characters, which JSON writes in this way too.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes `tensors` as safetensors beside `path` and renames, so that `path` is absent or whole."""
-    with _file_in_progress(path) as temporary:
+    with file_in_progress(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 @contextmanager
-def _file_in_progress(path: Path) -> Iterator[Path]:
+def file_in_progress(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to, which is then renamed; where either fails, nothing is left of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -411,3 +411,105 @@ def test_chat_without_a_template_completes(tiny: Path):
     assert talk.kind == "completion"
     assert isinstance(talk.say("once upon"), str)
     assert talk.messages == []
+
+
+def scored_text(folder: Path) -> tuple[str, ...]:
+    (folder / "text.txt").write_text("A text that fills some windows of a tiny model. " * 20)
+    return ("--text", str(folder / "text.txt"), "--window", "32", "--max-windows", "2")
+
+
+OUTPUTS = {
+    "eval": ("--json", "--csv", "--markdown"),
+    "compare": ("--json", "--csv", "--markdown", "--html"),
+    "audit": ("--json",),
+    "sensitivity": ("--json",),
+    "quantize": ("--report", "--out"),
+    "synthesize": ("--out",),
+    "export": ("--out",),
+    "cache-teacher": ("--out",),
+}
+"""Options of the command that say where to write."""
+
+
+def test_every_option_that_says_where_to_write_is_known():
+    for name, entry in typer.main.get_command(cli.app).commands.items():
+        options = {option for parameter in entry.params for option in parameter.opts}
+        assert options & {"--json", "--csv", "--markdown", "--html", "--report", "--out"} == {*OUTPUTS.get(name, ())}
+
+
+@pytest.mark.parametrize(("command", "option"), [(name, option) for name, own in OUTPUTS.items() for option in own])
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    command: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("a model is loaded first")
+
+    for place in ("models.load_model", "export.load_any", "evaluate.loading.load_to_judge"):
+        monkeypatch.setattr(f"llmqat.{place}", loaded)
+    (tmp_path / "file").write_text("")
+    wrong = str(tmp_path / "file" / "there")
+    given = recipe(tmp_path, "no/model") if command == "cache-teacher" else str(tmp_path / "no-model")
+    out = ("--out", str(tmp_path / "out")) if command == "quantize" and option != "--out" else ()
+    assert f"{option}={tmp_path / 'file'}" in refusal(command, given, *out, option, wrong)
+
+
+def test_figures_are_shown_where_a_file_cannot_be_written(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ("eval", str(tiny), *scored_text(tmp_path))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert f"--json={folder} is a folder" in refusal(*words, "--json", str(folder))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llmqat.evaluate.report.write_whole", full)
+    done = call(*words, "--json", str(tmp_path / "report.json"))
+    assert done.exit_code == 2
+    assert "perplexity" in done.output
+    assert "report.json could not be written: No space left on device" in " ".join(done.output.split())
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_an_empty_word_is_refused(tiny: Path):
+    assert "the word behind --gate is empty" in refusal("eval", str(tiny), "--gate", "")
+    assert "the word behind --json is empty" in refusal("audit", str(tiny), "--json=")
+
+
+def test_a_gate_is_checked_before_a_model_is_loaded(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llmqat.recipe.evaluation.compare", None)  # calling it would not be a user's mistake
+    told = refusal("eval", str(tiny), *scored_text(tmp_path), "--gate", "kl<=0.1")
+    assert "the gate asks for 'kl'" in told
+
+
+HOSTILE = "x [wip] é :fire:"
+"""Markup, an emoji's name and a letter that ASCII lacks."""
+
+
+def shown_in_ascii(*words: str) -> str:
+    cli.console.width = cli.errors.width = 300
+    done = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}, charset="ascii").invoke(cli.app, list(words))
+    assert done.exit_code in (0, 2), done.output
+    assert not isinstance(done.exception, UnicodeError)
+    return done.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_names_as_they_are_on_any_terminal(command: str, tmp_path: Path):
+    folder = tmp_path / HOSTILE
+    missing, out = str(folder / "missing"), ("--out", str(folder / "out"))
+    more = {
+        "push": ("someone/name",),
+        **dict.fromkeys(("export", "quantize", "synthesize", "cache-teacher"), out),
+    }
+    told = shown_in_ascii(command, missing, *more.get(command, ()))
+    assert "x [wip] \\xe9 :fire:/missing" in told
+    assert "Usage" in shown_in_ascii(command, "--help")
+
+
+def test_tables_show_names_as_they_are_on_any_terminal(tiny: Path, tmp_path: Path):
+    folder = tmp_path / HOSTILE
+    shown = shown_in_ascii("quantize", str(tiny), "--method", "rtn", "--group-size", "32", "--out", str(folder))
+    assert "x [wip] \\xe9 :fire:" in shown
+    shown = shown_in_ascii("compare", str(folder), "--reference", str(tiny), *scored_text(tmp_path))
+    assert shown.count("x [wip] \\xe9 :fire:") > 2
+    assert "+-" in shown

@@ -156,7 +156,10 @@ def test_paths_of_the_scripts_begin_at_the_home_folder():
     assert len(EVAL_SCRIPTS) > 15
     for script in EVAL_SCRIPTS:
         if script.name != "peer_methods.py":  # its paths come from peers.py, and llmqat may not be where it runs
-            assert "type=Path" not in script.read_text(), f"{script.name}: write type=user_path"
+            text = script.read_text()
+            assert "type=Path" not in text, f"{script.name}: write type=user_path"
+            assert "--json" not in text or "check_outputs(" in text, f"{script.name}: try --json before the work"
+            assert "show_any_text()" in text, f"{script.name}: dies on a terminal that is not UTF-8"
 
 
 def test_an_output_that_cannot_be_written_is_refused_before(tmp_path: Path):

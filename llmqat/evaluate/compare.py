@@ -425,14 +425,19 @@ def write_report(report: Mapping[str, Any], path: Path | str) -> None:
     """Writes a report as JSON, what is infinite or no number as null; whole or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, json.dumps(_finite(dict(report)), indent=2) + "\n")
+    write_whole(target, to_json(report))
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    """Returns a report as JSON, what is infinite or no number as null."""
+    return json.dumps(_finite(dict(report)), indent=2) + "\n"
 
 
 @contextmanager
 def progress_bar() -> Iterator[ComparisonProgress]:
     """Yields a callback for `compare` that draws a bar with rate and time left for each measurement."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens, {task.fields[rate]:,.0f}/s"),
         TimeRemainingColumn(),

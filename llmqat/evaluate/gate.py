@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +108,7 @@ def judge(
     """
     rows = [row for row in report["rows"] if row["role"] != REFERENCE] or report["rows"]
     if baseline is not None:
-        _check_same_texts(report, baseline)
+        check_same_texts(report["texts"], baseline)
     checks = []
     for row in rows:
         for rule in rules:
@@ -118,6 +118,42 @@ def judge(
                 bound = rule.limit * (1.0 if against is None else _figure(against, rule.metric, text))
                 checks.append(Check(rule, row["name"], text, value, bound))
     return tuple(checks)
+
+
+def check_rules(
+    rules: Sequence[Rule],
+    models: Sequence[str],
+    reference: str | None,
+    baseline: Mapping[str, Any] | None = None,
+    *,
+    speed: bool,
+    words: bool,
+    tasks: Sequence[str],
+) -> None:
+    """Raises ValueError where a rule asks for what will not be measured; before hours of work.
+
+    Args:
+        rules: from `parse_gate`.
+        models: names of the rows.
+        reference: which of them KL is measured from.
+        baseline: an earlier report, which relative limits are multiples of.
+        speed: whether speed, memory and energy are measured.
+        words: whether perplexity is counted by words too.
+        tasks: names of the tasks that are run.
+    """
+    unmeasured = set() if words else {"word_perplexity"}
+    unmeasured |= set() if reference is not None else set(ON_TEXT) - {"perplexity", "word_perplexity"}
+    unmeasured |= set() if speed else {*COSTS} - {"size", "bits"}
+    for rule in rules:
+        if rule.metric in tasks and rule.metric in (*ON_TEXT, *COSTS):
+            raise ValueError(f"{rule.metric} in the gate is a figure and a task; rename the file of the task")
+        if rule.metric in unmeasured:
+            raise _not_measured(rule.metric, ", ".join(models))
+        if rule.metric not in (*ON_TEXT, *COSTS) and not tasks:
+            raise _no_figure(rule.metric, ())
+        for name in [name for name in models if name != reference] or models:
+            if rule.relative:
+                _compared_with({"name": name}, {"rows": [{"role": REFERENCE}] if reference else []}, baseline)
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -133,8 +169,11 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(report, dict) or not {"rows", "texts", "settings"} <= report.keys():
+    kinds = {"rows": list, "texts": dict, "settings": dict}
+    if not isinstance(report, dict) or any(not isinstance(report.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} is no report of llmqat eval or compare: it lacks rows, texts or settings")
+    if not all(isinstance(row, dict) and {"name", "role", "texts"} <= row.keys() for row in report["rows"]):
+        raise ValueError(f"{path} is no report of llmqat eval or compare: a row of it lacks name, role or texts")
     return report
 
 
@@ -154,8 +193,9 @@ def _compared_with(
     return found[0]
 
 
-def _check_same_texts(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
-    for name, text in report["texts"].items():
+def check_same_texts(texts: Mapping[str, Mapping[str, Any]], baseline: Mapping[str, Any]) -> None:
+    """Raises ValueError where `texts`, as a report describes them, are not those of the report `baseline`."""
+    for name, text in texts.items():
         before = baseline["texts"].get(name)
         if before is None or any(text[key] != before[key] for key in ("sha256", "windows", "window", "stride")):
             raise ValueError(
@@ -183,12 +223,20 @@ def _figure(row: Mapping[str, Any], metric: str, text: str | None) -> float:
     else:
         task = (row.get("tasks") or {}).get(metric)
         if task is None:
-            known = ", ".join((*ON_TEXT, *COSTS, *(row.get("tasks") or {})))
-            raise ValueError(f"the gate asks for {metric!r}, which is no figure of the report; figures: {known}")
+            raise _no_figure(metric, row.get("tasks") or ())
         value = task.get("acc_norm", task.get("acc"))
     if value is None:
-        raise ValueError(
-            f"the gate asks for {metric!r} of {row['name']}, which was not measured (KL and agreement need "
-            "--reference, speed and memory `llmqat compare`, energy a machine that counts it)"
-        )
+        raise _not_measured(metric, row["name"])
     return float(value)
+
+
+def _no_figure(metric: str, tasks: Iterable[str]) -> ValueError:
+    known = ", ".join((*ON_TEXT, *COSTS, *tasks))
+    return ValueError(f"the gate asks for {metric!r}, which is no figure of the report; figures: {known}")
+
+
+def _not_measured(metric: str, name: str) -> ValueError:
+    return ValueError(
+        f"the gate asks for {metric!r} of {name}, which was not measured (KL and agreement need --reference, speed and "
+        "memory `llmqat compare`, word perplexity --protocol wikitext, energy a machine that counts it)"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import statistics
@@ -17,7 +18,7 @@ from torch import nn
 
 from llmqat.calibrate import LayerReport
 from llmqat.layers import PackedModule, QuantModule
-from llmqat.models import adapter_base, resolve_spec, weight_files, write_whole
+from llmqat.models import adapter_base, file_in_progress, resolve_spec, weight_files, write_whole
 
 BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 """The number of a block in the dotted name of a layer."""
@@ -121,17 +122,22 @@ def write_layers(stages: Mapping[str, Sequence[LayerReport]], folder: Path, *, p
     return files
 
 
+def check_picture() -> None:
+    """Raises ImportError where pictures cannot be drawn because matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("a picture needs matplotlib; run `pip install matplotlib`")
+
+
 def draw_layers(stages: Mapping[str, Sequence[LayerReport]], path: Path) -> Path:
     """Draws, for each stage, output error (or else SQNR) by block and kind of layer; returns `path`.
 
     Raises:
         ImportError: when matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a picture needs matplotlib; run `pip install matplotlib`") from error
+    check_picture()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 3.2 * len(stages)), layout="constrained")
     FigureCanvasAgg(figure)
     looked = any(report.output_error is not None for reports in stages.values() for report in reports)
@@ -157,7 +163,8 @@ def draw_layers(stages: Mapping[str, Sequence[LayerReport]], path: Path) -> Path
         axes.set_xlabel("block")
         axes.set_title(name)
         figure.colorbar(image, ax=axes, label=label)
-    figure.savefig(path, dpi=120)
+    with file_in_progress(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:])
     return path
 
 

@@ -64,6 +64,21 @@ class TokenWindows:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    @property
+    def ids_sha256(self) -> str:
+        """SHA-256 of the token ids."""
+        return _sha256_of(self.ids)
+
+    def described(self) -> dict[str, Any]:
+        """Returns what two reports must have alike to be of the same windows."""
+        return {
+            "sha256": self.sha256,
+            "windows": len(self),
+            "window": self.window,
+            "stride": self.stride,
+            "ids_sha256": self.ids_sha256,
+        }
+
     def dataset(self) -> Dataset[dict[str, Tensor]]:
         """Returns the windows as samples {"input_ids", "labels"}, int64 [L], for a Trainer's evaluations."""
         return StackDataset(input_ids=self.ids, labels=self.labels)  # type: ignore[arg-type]  # tensors do as well
@@ -332,7 +347,7 @@ def _evaluation(scores: TokenScores, windows: TokenWindows) -> Evaluation:
         stride=windows.stride,
         text_sha256=windows.sha256,
         words=windows.words,
-        ids_sha256=_sha256_of(windows.ids),
+        ids_sha256=windows.ids_sha256,
         scored=ScoredTokens(
             scores=scores,
             unit=window if windows.units is None else windows.units[window],

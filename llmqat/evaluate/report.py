@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from rich.text import Text
 
 from llmqat.evaluate.advice import THRESHOLD, advice
 from llmqat.evaluate.bootstrap import mean_difference
-from llmqat.evaluate.compare import Comparison, render, render_parts, write_report
-from llmqat.evaluate.gate import REFERENCE, Check, Rule, judge
+from llmqat.evaluate.compare import Comparison, render, render_parts, to_json
+from llmqat.evaluate.gate import REFERENCE, Check, Rule, judge, read_report
 from llmqat.evaluate.html import to_html
 from llmqat.evaluate.tables import accuracy, to_csv, to_markdown
 from llmqat.models import write_whole
+from llmqat.paths import check_outputs, same_place
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,62 @@ class Verdict:
         return all(check.passed for check in self.checks)
 
     def rendered(self) -> RenderableType:
-        """Returns everything for the terminal."""
+        """Returns for the terminal what the comparison's own tables do not say."""
         lines = [Text(line) for line in (*_task_lines(self.report), *self.advice, *self.drift)]
         lines += [Text(str(check), style="green" if check.passed else "bold red") for check in self.checks]
-        return Group(render(self.comparison), render_parts(self.comparison), *lines)
+        return Group(*lines)
 
     def write(self, json_file: Path | None, csv: Path | None, markdown: Path | None, html: Path | None) -> None:
-        """Writes the files that are asked for, each whole or not at all."""
-        if json_file is not None:
-            write_report(self.report, json_file)
-        for file, make in ((csv, to_csv), (markdown, to_markdown), (html, to_html)):
-            if file is not None:
+        """Writes the files that are asked for, each whole or not at all, and as many of them as can be.
+
+        Raises:
+            OSError: one could not be written, when all the others are.
+        """
+        failed: list[str] = []
+        for file, make in ((json_file, to_json), (csv, to_csv), (markdown, to_markdown), (html, to_html)):
+            if file is None:
+                continue
+            try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, make(self.report))
+            except OSError as error:
+                failed.append(f"{file} could not be written: {error.strerror or error}")
+        if failed:
+            raise OSError("; ".join(failed))
+
+
+def measured(comparison: Comparison) -> RenderableType:
+    """Returns the tables of a comparison for the terminal."""
+    return Group(render(comparison), render_parts(comparison))
+
+
+def check_files(files: Mapping[str, Path | None], read: Iterable[str | Path]) -> None:
+    """Raises where a report could not be written, or would replace another, or what is read.
+
+    Args:
+        files: by their options; None where one was not given.
+        read: models, texts and whatever else is read. In a folder of these, only an earlier report is replaced.
+
+    Raises:
+        OSError: a file cannot be written.
+        ValueError: it would replace something.
+    """
+    sources = list(read)
+    check_outputs(files, sources)
+    for option, file in files.items():
+        if file is None or not file.exists() or file.suffix in (".html", ".csv"):
+            continue
+        among = any(Path(source).is_dir() and same_place(source, file.parent) for source in sources)
+        if among and not _is_report(file):
+            raise ValueError(f"{option}={file} would replace a file of {file.parent}, which is read; give another file")
+
+
+def _is_report(file: Path) -> bool:
+    try:
+        read_report(file)
+    except ValueError:
+        return False
+    return True
 
 
 def verdict_on(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmqat.data.text import read_text
 from llmqat.models import write_whole
+
+log = logging.getLogger(__name__)
 
 FIELDS = {"query", "choices", "gold"}
 METRICS = ("acc", "acc_norm")
@@ -36,7 +40,7 @@ class TaskSettings:
     """Which tasks, and how much of them."""
 
     names: tuple[str, ...] = ()
-    """Tasks of lm-eval, or files of `folder` without their suffix; all of the folder where not given."""
+    """Tasks of lm-eval, or files of `folder` without their suffix, which come first; all of the folder if not given."""
     folder: Path | None = None
     """Local tasks."""
     limit: int | None = None
@@ -51,7 +55,7 @@ def write_task_folder(source: Path, folder: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file in `source`.
-        ValueError: the first line of a file is no question.
+        ValueError: a line of a file is no question, or a file holds none.
     """
     files = sorted(source.glob("*.jsonl")) if source.is_dir() else []
     if not files:
@@ -83,7 +87,7 @@ def opened_tasks(settings: TaskSettings) -> Iterator[Tasks]:
     Raises:
         ImportError: lm-eval is not installed.
         FileNotFoundError: the folder holds no task.
-        ValueError: a task is unknown.
+        ValueError: a task is unknown, or its questions cannot be read.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("tasks are scored by lm-eval, which is not installed; run `pip install 'llmqat[eval]'`")
@@ -101,7 +105,17 @@ def opened_tasks(settings: TaskSettings) -> Iterator[Tasks]:
                 f"unknown tasks: {', '.join(unknown)}; local ones: {', '.join(local) or 'none'}; those of lm-eval are "
                 "listed by `lm-eval ls tasks`"
             )
+        _check_readable(names, manager)
         yield Tasks(names, manager, settings)
+
+
+def _check_readable(names: Sequence[str], manager: Any) -> None:
+    """Raises ValueError where lm-eval cannot read the questions of a task: now, and not when a model is loaded."""
+    for name in names:
+        try:
+            manager.load(name)
+        except Exception as error:  # a task is code and a data set, which can fail in any way
+            raise ValueError(f"task {name} cannot be read: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -151,11 +165,38 @@ def _summary(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _check_questions(file: Path) -> None:
-    with file.open(encoding="utf-8") as lines:
-        first = next(lines, "")
+    """Raises ValueError where a line of `file` is no question; says which line and why."""
+    asked: dict[str, int] = {}
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        wrong = _wrong_with(line)
+        if wrong is not None:
+            raise ValueError(f"{file} line {number} is no question: {wrong}")
+        question = json.loads(line)
+        key = json.dumps([question["query"], question["choices"]])
+        if key in asked:
+            log.warning("%s line %d asks what line %d asks; it counts twice", file, number, asked[key])
+        asked.setdefault(key, number)
+    if not asked:
+        raise ValueError(f"{file} holds no question; a line is JSON with the keys {', '.join(sorted(FIELDS))}")
+
+
+def _wrong_with(line: str) -> str | None:
+    """Returns what keeps a line from being a question; None where nothing does."""
     try:
-        question = json.loads(first)
-    except ValueError:
-        question = None
+        question = json.loads(line)
+    except ValueError as error:
+        return f"it is not JSON ({error})"
     if not isinstance(question, dict) or not question.keys() >= FIELDS:
-        raise ValueError(f"{file} line 1 is no question: expected JSON with the keys {', '.join(sorted(FIELDS))}")
+        return f"expected JSON with the keys {', '.join(sorted(FIELDS))}"
+    query, choices, gold = question["query"], question["choices"], question["gold"]
+    if not isinstance(query, str) or not query.strip():
+        return f"query={query!r} is no text"
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
+        return f"choices={choices!r} are not two texts or more"
+    if any(not choice.strip() for choice in choices) or len(set(choices)) < len(choices):
+        return f"choices={choices!r} are not all there, and each another"
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+        return f"gold={gold!r} is not the number of a choice, 0 to {len(choices) - 1}"
+    return None

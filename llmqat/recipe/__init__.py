@@ -13,7 +13,7 @@ from llmqat.recipe.chat import Conversation
 from llmqat.recipe.config import EvaluationSettings, Recipe, load_recipe, scheme_of, training_arguments
 from llmqat.recipe.evaluation import compare_models
 from llmqat.recipe.folder import open_run_folder
-from llmqat.recipe.pipeline import RunResult, run
+from llmqat.recipe.pipeline import ResultsNotWrittenError, RunResult, run
 from llmqat.recipe.plan import Plan, available_bytes, coverage_of, devices_of, plan_run
 from llmqat.recipe.probe import Probe, probe
 from llmqat.recipe.quantize import quantize_model, sensitivity_of
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "Probe",
     "Recipe",
+    "ResultsNotWrittenError",
     "RunResult",
     "available_bytes",
     "cache_teacher_of",

@@ -18,6 +18,7 @@ from llmqat.data.documents import document_hash
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.text import hash_file, text_files
 from llmqat.evaluate.compare import Comparison, Extra, candidate_from, compare, progress_bar
+from llmqat.evaluate.gate import Rule, check_rules, check_same_texts
 from llmqat.evaluate.layers import weight_errors
 from llmqat.evaluate.loading import longest_of
 from llmqat.evaluate.perplexity import TokenWindows
@@ -27,6 +28,7 @@ from llmqat.evaluate.tasks import TaskSettings, opened_tasks
 from llmqat.evaluate.tokenizers import shared_tokenizer
 from llmqat.export.checkpoint import record_of
 from llmqat.layers import audit
+from llmqat.models import PACKAGE_PREFIX
 from llmqat.paths import same_place
 from llmqat.recipe.config import EvaluationSettings
 from llmqat.recipe.folder import CHECKPOINT_FOLDER
@@ -155,6 +157,8 @@ def compare_models(
     *,
     tasks: TaskSettings | None = None,
     details: bool = False,
+    rules: Sequence[Rule] = (),
+    baseline: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Returns the comparison of models, loaded one at a time, on the windows that `settings` describe.
 
@@ -165,6 +169,8 @@ def compare_models(
             them where not given and there are several.
         tasks: zero-shot tasks to run as well.
         details: also take what the HTML report shows: samples, errors of layers, coverage.
+        rules: the gate that the result will be judged by; what it asks for must be measured.
+        baseline: the report that it will be judged against; it must be of the same windows.
 
     Raises:
         FileNotFoundError: a model or a text is not there.
@@ -190,11 +196,22 @@ def compare_models(
         for name, spec in models.items()
     ]
     tokenizer = shared.tokenizer
+    if baseline is not None:
+        check_same_texts({name: windows.described() for name, windows in shared.windows.items()}, baseline)
     asked = {**settings.model_dump(mode="json"), "reference": reference, "models": list(specs)}
     extras = _details(tokenizer, reference) if details else {}
     with ExitStack() as stack:
-        if tasks is not None:
-            ready = stack.enter_context(opened_tasks(tasks))
+        ready = None if tasks is None else stack.enter_context(opened_tasks(tasks))
+        check_rules(
+            rules,
+            [*models],
+            None if reference is None else next(iter(models)),
+            baseline,
+            speed=settings.speed,
+            words=any(windows.words is not None for windows in shared.windows.values()),
+            tasks=() if ready is None else ready.names,
+        )
+        if ready is not None:
             extras["tasks"] = lambda model, _: ready.run(model, tokenizer)
         return compare(
             candidates,
@@ -213,7 +230,7 @@ def short_names(specs: Sequence[str]) -> list[str]:
 
     A checkpoint in a run folder, RUN/model, is called by its run.
     """
-    parts = [[part for part in spec.replace(":", "/").split("/") if part] for spec in specs]
+    parts = [[part for part in spec.removeprefix(PACKAGE_PREFIX).split("/") if part] for spec in specs]
     return _told_apart([part[:-1] if len(part) > 1 and part[-1] == CHECKPOINT_FOLDER else part for part in parts]) or [
         *specs
     ]

@@ -112,6 +112,18 @@ class RunResult:
     """Wall-clock time of each stage."""
 
 
+class ResultsNotWrittenError(OSError):
+    """A run is done and its checkpoint is saved, but the file of its results could not be written.
+
+    Attributes:
+        result: what the run found.
+    """
+
+    def __init__(self, message: str, result: RunResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class Stages:
     """Times the stages of a run and says in the log which one has begun."""
 
@@ -222,7 +234,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
                 progress=advance,
             )
     result = RunResult(report.folder, comparison, report, training, stage.seconds)
-    _write_results(recipe, result, facts)
+    _keep_results(recipe, result, facts)
     _register(recipe, result, stage)
     return result
 
@@ -460,6 +472,18 @@ def _candidates(
             rows.append(Candidate("calibrated", calibrated, "training-free", bits, size, from_files=False))
     rows.append(Candidate("trained", lambda: load(report.folder).to(arguments.device), "trained", bits, size))
     return rows
+
+
+def _keep_results(recipe: Recipe, result: RunResult, facts: Mapping[str, Any]) -> None:
+    """Writes the results; where that fails, raises an error that holds them."""
+    try:
+        _write_results(recipe, result, facts)
+    except OSError as error:
+        raise ResultsNotWrittenError(
+            f"the results could not be written ({error}); the checkpoint in {result.checkpoint} is whole, and the same "
+            "command measures again",
+            result,
+        ) from error
 
 
 def _write_results(recipe: Recipe, result: RunResult, facts: Mapping[str, Any]) -> None:

@@ -14,10 +14,10 @@ import pytest
 
 from llmqat.evaluate.advice import advice
 from llmqat.evaluate.compare import Comparison, Row, write_report
-from llmqat.evaluate.gate import judge, parse_gate, read_report
+from llmqat.evaluate.gate import COSTS, ON_TEXT, check_rules, judge, parse_gate, read_report
 from llmqat.evaluate.html import to_html
 from llmqat.evaluate.perplexity import Evaluation
-from llmqat.evaluate.report import verdict_on
+from llmqat.evaluate.report import check_files, verdict_on
 from llmqat.evaluate.speed import Costs
 from llmqat.evaluate.tables import to_csv, to_markdown
 
@@ -194,3 +194,74 @@ def test_the_page_of_a_bare_report_leaves_sections_out() -> None:
     assert "<h2>Results</h2>" in page
     assert "<h2>Training</h2>" not in page
     assert "<h2>Layers</h2>" not in page
+
+
+ASKED: dict[str, Any] = {"speed": True, "words": True, "tasks": ("quiz",)}
+
+
+def test_a_gate_that_asks_for_what_is_not_measured_is_refused_before() -> None:
+    every = parse_gate(", ".join(f"{figure}<=1x" for figure in (*ON_TEXT, *COSTS, "quiz")))
+    check_rules(every, ["full", "int4"], "full", **ASKED)
+    refused = {
+        "kl<=0.1": ({"reference": None}, "kl"),
+        "top1>=0.9": ({"reference": None}, "top1"),
+        "perplexity<=1.1x": ({"reference": None}, "model to compare with"),
+        "word_perplexity<=30": ({"words": False}, "word perplexity"),
+        "speed>=10": ({"speed": False}, "speed"),
+        "energy<=10": ({"speed": False}, "energy"),
+        "quiz>=0.5": ({"tasks": ()}, "no figure of the report"),
+        "kl<=0.2": ({"tasks": ("kl",)}, "is a figure and a task"),
+    }
+    for rule, (changes, words) in refused.items():
+        given = {"reference": "full", **ASKED, **changes}
+        with pytest.raises(ValueError, match=words):
+            check_rules(parse_gate(rule), ["full", "int4"], given.pop("reference"), **given)
+    report = comparison().to_dict()
+    baseline = {**report, "rows": [{**row, "name": f"other {row['name']}"} for row in report["rows"] * 2]}
+    with pytest.raises(ValueError, match="the baseline has no row 'int4'"):
+        check_rules(parse_gate("perplexity<=1.1x"), ["full", "int4"], "full", baseline, **ASKED)
+
+
+def test_a_baseline_of_another_tokenizer_is_refused() -> None:
+    report = comparison().to_dict()
+    (text,) = report["texts"]
+    other = {**report, "texts": {text: {**report["texts"][text], "ids_sha256": "other"}}}
+    own = {**report, "texts": {text: {**report["texts"][text], "ids_sha256": "own"}}}
+    judge((), own, report)  # an earlier report says nothing of its ids
+    judge((), own, own)
+    with pytest.raises(ValueError, match="with another tokenizer"):
+        judge((), own, other)
+
+
+def test_files_that_can_be_written_are_written_where_another_cannot(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    verdict = verdict_on(comparison())
+    with pytest.raises(OSError, match="folder could not be written"):
+        verdict.write(tmp_path / "folder", tmp_path / "new" / "a.csv", tmp_path / "a.md", None)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.csv", "a.md", "folder", "new"]
+
+
+def test_a_report_replaces_nothing_that_is_read(tmp_path: Path) -> None:
+    model, text = tmp_path / "model", tmp_path / "text.md"
+    model.mkdir()
+    text.write_text("a")
+    for name in ("config.json", "report.json"):
+        (model / name).write_text("{}")
+    write_report(comparison().to_dict(), model / "report.json")
+    check_files({"--json": model / "report.json", "--html": model / "new.html"}, [model, text, "someone/model"])
+    with pytest.raises(ValueError, match=r"--json=.*config\.json would replace a file of"):
+        check_files({"--json": model / "config.json"}, [model, text])
+    with pytest.raises(ValueError, match=r"--markdown=.* would replace what is read"):
+        check_files({"--markdown": text}, [model, text])
+
+
+def test_names_are_shown_as_they_are_in_every_form(tmp_path: Path) -> None:
+    name = "x [wip]/<b>&|é"
+    found = comparison()
+    rows = tuple(Row(**{**vars(row), "name": name if row.role == "other" else row.name}) for row in found.rows)
+    report = verdict_on(Comparison(rows, found.environment, {"models": [name]}), parse_gate("perplexity<=1x")).report
+    page = to_html(report)
+    assert "<b>&|" not in page
+    assert page.count("x [wip]/&lt;b&gt;&amp;|é") > 5
+    assert "x [wip]/<b>&\\|é" in to_markdown(report)
+    assert name in to_csv(report)

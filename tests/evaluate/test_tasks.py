@@ -75,3 +75,57 @@ def test_tasks_that_are_not_there_are_named(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "empty" / "broken.jsonl").write_text('{"query": "x"}\n')
     with pytest.raises(ValueError, match=r"broken\.jsonl line 1 is no question: .* choices, gold, query"):
         write_task_folder(tmp_path / "empty", tmp_path / "out")
+
+
+WRONG = {
+    "{": "not JSON",
+    "[1]": "expected JSON with the keys",
+    '{"query": "x", "choices": ["a", "b"]}': "choices, gold, query",
+    '{"query": 1, "choices": ["a", "b"], "gold": 0}': "query=1 is no text",
+    '{"query": " ", "choices": ["a", "b"], "gold": 0}': "query=' ' is no text",
+    '{"query": "x", "choices": "ab", "gold": 0}': "choices='ab' are not two texts",
+    '{"query": "x", "choices": ["a"], "gold": 0}': "not two texts or more",
+    '{"query": "x", "choices": ["a", 2], "gold": 0}': "not two texts or more",
+    '{"query": "x", "choices": ["a", ""], "gold": 0}': "not all there",
+    '{"query": "x", "choices": ["a", "a"], "gold": 0}': "each another",
+    '{"query": "x", "choices": ["a", "b"], "gold": 2}': "gold=2 is not the number of a choice, 0 to 1",
+    '{"query": "x", "choices": ["a", "b"], "gold": -1}': "gold=-1",
+    '{"query": "x", "choices": ["a", "b"], "gold": "1"}': "gold='1'",
+    '{"query": "x", "choices": ["a", "b"], "gold": true}': "gold=True",
+    '{"query": "x", "choices": ["a", "b"], "gold": 0.0}': "gold=0.0",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_every_line_of_a_task_is_checked(line: str, folder: Path) -> None:
+    with (folder / "things.jsonl").open("a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(ValueError, match=r"things\.jsonl line 5 is no question") as refused:
+        write_task_folder(folder, folder / "out")
+    assert WRONG[line] in str(refused.value)
+
+
+def test_a_task_without_questions_is_refused_and_a_question_asked_twice_is_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = folder / "things.jsonl"
+    file.write_text(file.read_text() + json.dumps({**QUESTIONS[0], "gold": 1}) + "\n")
+    write_task_folder(folder, folder / "out")
+    assert "things.jsonl line 4 asks what line 1 asks" in caplog.text
+    file.write_text("\n\n")
+    with pytest.raises(ValueError, match=r"things\.jsonl holds no question"):
+        write_task_folder(folder, folder / "out")
+    file.write_bytes('{"query": "é"'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"things\.jsonl is not UTF-8"):
+        write_task_folder(folder, folder / "out")
+
+
+def test_what_lm_eval_cannot_read_is_refused_before_a_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("the hub is not reached")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(ValueError, match="task things cannot be read"), opened_tasks(TaskSettings(folder=folder)):
+        pass
