@@ -51,6 +51,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmqat.layers import (
     QUANTIZER_PARAMETERS,
@@ -72,7 +73,14 @@ ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_mode
 """What peft calls the files of an adapter."""
 MOST_DOCUMENT_DIFFERENCE = 0.05
 """Relative difference of a packed document's hidden states from its own alone that is rounding (bfloat16), no more."""
-GGUF_READER = 2
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Rotary scaling of Llama 3.1 to 3.3, of which a GGUF file holds the result."""
+GGUF_READER = 3
 """Raised when the same GGUF file is to be dequantized to other files."""
 MOST_MERGED_DIFFERENCE = 0.01
 """Relative difference of a merged adapter's logits from those of the adapted model that is rounding in float32."""
@@ -885,6 +893,7 @@ def _write_dequantized(path: Path, folder: Path) -> None:
             f"{path} ({path.stat().st_size} bytes) could not be read as a GGUF model: {error!r}"
         ) from error
     _check_loading_info(info, str(path))
+    _take_unread_settings(path, model.config)
     # It calls itself quantized even now, and save_pretrained refuses it until that is undone.
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(owner, name):
@@ -893,6 +902,42 @@ def _write_dequantized(path: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _drop_tokens_beyond(folder / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
+
+
+def _take_unread_settings(path: Path, config: Any) -> None:
+    """Puts into `config` what the GGUF file says and transformers' reader leaves out: rotary scaling, soft-capping.
+
+    Raises:
+        ValueError: the file holds something that changes the forward and cannot be put there; names it.
+    """
+    reader = importlib.import_module("gguf").GGUFReader(path)
+    said = {key.partition(".")[2]: field for key, field in reader.fields.items()}
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if name in said and hasattr(config, name):
+            setattr(config, name, float(said[name].contents()))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for name, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias")):
+        if not getattr(config, name, True) and tensor in tensors:
+            raise ValueError(f"{path} has biases ({tensor}), which transformers' reader of GGUF leaves out")
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope.get("full_attention", rope) if isinstance(rope, dict) else None
+    kind = said["rope.scaling.type"].contents() if "rope.scaling.type" in said else "none"
+    if kind == "linear" and rope is not None:
+        rope |= {"rope_type": "linear", "factor": float(said["rope.scaling.factor"].contents())}
+    elif kind != "none":
+        raise ValueError(
+            f"{path} scales its rotary embedding by {kind!r}, which transformers' reader of GGUF leaves out"
+        )
+    if "rope.dimension_count" in said and rope is not None and "partial_rotary_factor" in rope:
+        head = config.hidden_size // config.num_attention_heads
+        rope["partial_rotary_factor"] = int(said["rope.dimension_count"].contents()) / head
+    if "rope_freqs.weight" in tensors and rope is not None:
+        factors = torch.tensor(tensors["rope_freqs.weight"].data)
+        rope |= {**LLAMA3_ROPE, "factor": float(factors.max())}
+        plain = 1 / rope["rope_theta"] ** (torch.arange(len(factors)) / len(factors))
+        scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+        if not torch.allclose(plain / scaled, factors, rtol=1e-3):
+            raise ValueError(f"{path} has rotary factors (rope_freqs.weight) that are not those of Llama 3.1 to 3.3")
 
 
 def _drop_tokens_beyond(file: Path, rows: int) -> None:

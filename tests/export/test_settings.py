@@ -21,7 +21,7 @@ from llmqat.export.gguf import write_gguf
 from llmqat.export.onnx import ARCHITECTURES as ONNX
 from llmqat.export.onnx import write_onnx
 from llmqat.export.settings import SHAPE, WITHOUT_EFFECT, Settings, check_settings
-from llmqat.models import cast_parameters
+from llmqat.models import cast_parameters, load_model
 from tests.export.test_gguf import fallback_tokenizer
 from tests.tiny import LLAMA3, VOCAB_SIZE, tiny_model
 
@@ -87,6 +87,11 @@ UNREAD = {
     "sliding_window": "attention.sliding_window",
 }
 """What transformers' reader leaves out of what GGUF holds and llama.cpp reads: it is then looked for in the file."""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMQAT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.mark.parametrize(("format", "model_type", "settings"), TYPES)
@@ -158,6 +163,8 @@ def test_another_value_is_in_the_file_or_refused_by_name(
         reader = gguf.GGUFReader(path)
         held = [*reader.fields, *(tensor.name for tensor in reader.tensors)]
         assert unread is None or any(key.endswith(UNREAD[unread]) for key in held)
+        # What transformers leaves out is put in its place when llmqat reads the file, or refused.
+        assert (found := read_again(path, ids)) is None or distance(model, found, ids) < 0.03
     else:
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16)
         with torch.no_grad():
@@ -176,6 +183,17 @@ def written(model: PreTrainedModel, format: str, path: Path) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def read_again(path: Path, ids: torch.Tensor) -> np.ndarray | None:
+    """Returns the logits of a GGUF file as llmqat reads it; None where it refuses."""
+    try:
+        model = load_model(str(path))[0]
+    except ValueError:
+        return None
+    with torch.no_grad():
+        found: np.ndarray = model(ids).logits[0].float().numpy()
+    return found
 
 
 def unread_setting(name: str, value: Any) -> str | None:
@@ -216,3 +234,14 @@ def test_an_entry_that_the_class_does_not_know_is_let_through_and_a_new_setting_
     check_settings(config, GGUF["llama"].settings, "GGUF")
     with pytest.raises(ValueError, match=r"mlp_bias True of llama cannot be said in GGUF, .* compute with False"):
         check_settings(LlamaConfig(mlp_bias=True), Settings(GGUF["llama"].settings.written - {"mlp_bias"}), "GGUF")
+
+
+def test_rotary_factors_of_llama_3_are_read_back(tmp_path: Path) -> None:
+    model = tiny_model(
+        "llama", rope_parameters={**LLAMA3, "original_max_position_embeddings": 8192}, max_position_embeddings=16_384
+    )
+    prepare(model, QuantConfig.preset("int8", strategy="group", group_size=32))
+    assert written(model, "GGUF", tmp_path / "model.gguf") is None
+    read = load_model(str(tmp_path / "model.gguf"))[0]
+    assert read.config.rope_parameters["rope_type"] == "llama3"
+    assert torch.equal(read.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
