@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from llmqat import QuantConfig, cli
-from llmqat.recipe import coverage_of
+from llmqat.recipe import coverage_of, pipeline
 from tests.tiny import tiny_llama
 
 COMMANDS = [
@@ -513,3 +514,17 @@ def test_tables_show_names_as_they_are_on_any_terminal(tiny: Path, tmp_path: Pat
     shown = shown_in_ascii("compare", str(folder), "--reference", str(tiny), *scored_text(tmp_path))
     assert shown.count("x [wip] \\xe9 :fire:") > 2
     assert "+-" in shown
+
+
+def test_a_run_whose_results_cannot_be_written_is_shown(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    found = SimpleNamespace(checkpoint=tmp_path / "run" / "model")
+    shown: list[object] = []
+    monkeypatch.setattr(pipeline, "_write_results", full)
+    monkeypatch.setattr("llmqat.recipe.run", lambda recipe, overwrite: pipeline._keep_results(recipe, found, {}))
+    monkeypatch.setattr(cli, "_print_run", shown.append)
+    told = refusal("train", recipe(tmp_path, tiny))
+    assert "the results could not be written ([Errno 28] No space left on device)" in told
+    assert shown == [found]

@@ -1,16 +1,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
+from tokenizers.normalizers import Lowercase
 
-from llmqat.layers import QuantConfig, WeightConfig
+from llmqat.evaluate.perplexity import windows_from_blocks
+from llmqat.export import save
+from llmqat.layers import QuantConfig, WeightConfig, prepare
 from llmqat.recipe import Recipe, load_recipe, open_run_folder, training_arguments
 from llmqat.recipe.config import apply_override, parse_yaml
+from llmqat.recipe.pipeline import _watched
+from llmqat.recipe.start import check_packed_start
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 
@@ -297,3 +305,34 @@ def test_accelerate_reads_every_configuration_that_is_shipped() -> None:
         assert found.mixed_precision == "no", file  # what QATArguments.bf16 says counts
         if found.distributed_type == DistributedType.FSDP:
             assert found.fsdp_config["fsdp_version"] == 2, file
+
+
+@pytest.mark.parametrize(
+    ("texts", "watched"),
+    [
+        (("a.txt", "b.md"), ["a", "b"]),
+        (("x/a.txt", "y/a.txt"), ["x/a.txt", "y/a.txt"]),
+        (("a.txt", "a.md"), ["a.txt", "a.md"]),
+    ],
+)
+def test_texts_of_one_name_are_watched_apart(texts: tuple[str, ...], watched: list[str]):
+    windows = {name: windows_from_blocks(torch.zeros(1, 4, dtype=torch.int64)) for name in texts}
+    found = _watched(SimpleNamespace(eval_strategy="steps"), SimpleNamespace(validation=None), windows)  # type: ignore[arg-type]
+    assert isinstance(found, dict)
+    assert list(found) == watched
+
+
+def test_a_teacher_that_reads_text_as_other_tokens_is_refused(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    tokenizer.chat_template = "{{ x }}"
+    save(model, tmp_path / "packed", tokenizer)
+    recipe = Recipe(model=str(tmp_path / "packed"), output=tmp_path / "run", teacher=str(tiny_folder))
+    check_packed_start(recipe)
+    assert "another chat template" in caplog.text
+    tokenizer.backend_tokenizer.normalizer = Lowercase()  # the same tokens have the same ids
+    tokenizer.save_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match="has another tokenizer than model"):
+        check_packed_start(recipe)
