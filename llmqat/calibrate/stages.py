@@ -58,7 +58,8 @@ from llmqat.calibrate.ranges import calibrate_ranges
 from llmqat.calibrate.rotate import rotate
 from llmqat.calibrate.smooth import smooth
 from llmqat.calibrate.walk import Walk, open_walk
-from llmqat.data.blocks import Rows
+from llmqat.data.blocks import Rows, rows_of
+from llmqat.data.length import check_length
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import fusing
 from llmqat.layers import (
@@ -224,6 +225,8 @@ def calibrate(
             )
         ids = None
     check_parameters(model)
+    if ids is not None:
+        check_length(model, rows_of(ids).stored.shape[1], "a token block, data.block_size")
     with ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmqat-")))

@@ -6,6 +6,7 @@ hub.py        the `datasets` library                 blocks.py     blocks, their
 pydoc.py      Python's own manual                    cache.py      blocks that have been made before
 synthesis.py  text that the model writes             mix.py        several sources by weight
 rows.py       what a row is, and its columns mean    chat.py       conversations, and whose words count
+length.py     how long a text a model reads
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def load_splits(
     Args:
         config: source, amount, block size and splits.
         tokenizer: of the model that will read the blocks.
-        model: writes the text if the source is `synthetic`; else unused.
+        model: writes the text if the source is `synthetic`; of other text it must be able to read a block.
         progress: called with (tokens done, tokens in all) by sources that take long.
         processes: write together what the model writes, unless it is part of a mix; other text each makes by itself.
 
@@ -67,6 +68,10 @@ def load_splits(
         FileNotFoundError: when the text is not where `config` says.
         ValueError: when it cannot be read or is too short; the message says what to change.
     """
+    if model is not None and config.source != "synthetic":
+        from llmqat.data.length import check_length
+
+        check_length(model, config.block_size, "data.block_size")
     if config.source == MIX:
         from llmqat.data import mix
 

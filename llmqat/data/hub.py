@@ -6,22 +6,18 @@ Rows are taken in stored order, each one a document, until enough tokens are the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmqat.data.chat import Chat, Completion, render_chat
 from llmqat.data.config import DataConfig
 from llmqat.data.documents import DocumentSource, Piece
 from llmqat.data.rows import row_reader
+from llmqat.data.text import ROW_BUILDERS, read_text, stream_text, suffix_of
 
-BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".txt": "text",
-}
+BUILDERS = {**ROW_BUILDERS, ".txt": "text"}
 """File suffixes that can be read, and the `datasets` builder for each."""
 MANIFEST_FILE = "llmqat.json"
 """Lies beside shards of text that a model has written, and is no data."""
@@ -38,7 +34,8 @@ def open_source(config: DataConfig) -> DocumentSource:
     where = str(config.path) if config.name is None else config.name
     rows = open_local(config.path, split, config.streaming) if config.path is not None else open_hub(config, split)
     if config.streaming and rows.column_names is None:
-        rows = rows._resolve_features()
+        with _named(where, [], opening=True):
+            rows = rows._resolve_features()
     template = None if config.chat_template is None else _read_template(config.chat_template)
     reader = row_reader(
         rows,
@@ -51,8 +48,9 @@ def open_source(config: DataConfig) -> DocumentSource:
     content = None if config.streaming else _content_hash(config, rows)
 
     def pieces() -> Iterator[Piece]:
-        for number, row in enumerate(rows.select_columns(list(reader.columns))):
-            yield from reader.pieces(number, row)
+        with _named(where, []):  # errors of rows name them already
+            for number, row in enumerate(rows.select_columns(list(reader.columns))):
+                yield from reader.pieces(number, row)
 
     parts = [f"dataset {where}", config.config_name, config.revision and f"revision {config.revision}"]
     parts += [
@@ -86,7 +84,10 @@ def _content_hash(config: DataConfig, rows: Any) -> str:
 def _read_template(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"no chat template at data.chat_template={path}; give a Jinja file")
-    return path.read_text(encoding="utf-8")
+    template = read_text(path)
+    if not template.strip():
+        raise ValueError(f"the chat template data.chat_template={path} is empty")
+    return template
 
 
 # Finding the rows
@@ -127,39 +128,72 @@ def open_local(path: Path, split: str, streaming: bool = False) -> Any:
         ValueError: for an unreadable file or an unknown split.
     """
     import datasets
-    import pyarrow
 
     if not path.exists():
         raise FileNotFoundError(f"no dataset at {path}")
-    try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            rows = _choose_split(datasets.load_from_disk(str(path)), split, path)
-            return rows.to_iterable_dataset() if streaming else rows
-        files = _data_files(path)
-        builder = BUILDERS[files[0].suffix]
-        options = {"sample_by": "document"} if builder == "text" else {}
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        with _named(path, [], opening=True):
+            loaded = datasets.load_from_disk(str(path))
+        rows = _choose_split(loaded, split, path)
+        return rows.to_iterable_dataset() if streaming else _with_rows(rows, path)
+    files = _data_files(path)
+    builder = BUILDERS[suffix_of(files[0])]
+    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+    if suffix_of(files[0]) == ".tsv":
+        options["sep"] = "\t"
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"{path} is empty: it holds no rows")
+    with _named(path, files, opening=True):
         rows = datasets.load_dataset(
             builder,
-            data_files={split: [str(file) for file in files]},
+            data_files={split: [str(file) for file in files if file.stat().st_size]},
             split=split,
             **options,
             **_streamed(streaming),
         )
-    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(f"{path} could not be read as a dataset: {error.__cause__ or error}") from error
+    return rows if streaming else _with_rows(rows, path)
+
+
+def _with_rows(rows: Any, path: Path) -> Any:
+    if not len(rows):
+        raise ValueError(f"{path} holds no rows")
     return rows
+
+
+@contextmanager
+def _named(where: Path | str, files: Sequence[Path], opening: bool = False) -> Iterator[None]:
+    """Inside, what `datasets` and the libraries below it raise becomes a ValueError that names the dataset.
+
+    Of text files the first byte that is not UTF-8 is named. `opening` adds the errors of files that hold no table.
+    """
+    import datasets
+    import pyarrow
+
+    failures: tuple[type[Exception], ...] = (
+        *(datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, UnicodeDecodeError, StopIteration),
+        *((ValueError, KeyError, TypeError) if opening else ()),
+    )
+    try:
+        yield
+    except failures as error:
+        for file in files:
+            if file.suffix in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt"):
+                for _ in stream_text(file):
+                    pass
+        reason = error.__cause__ or error
+        raise ValueError(f"{where} could not be read as a dataset: {str(reason) or 'it holds no rows'}") from error
 
 
 def _data_files(path: Path) -> list[Path]:
     if path.is_file():
-        if path.suffix not in BUILDERS:
+        if suffix_of(path) not in BUILDERS:
             raise ValueError(f"{path} has an unknown kind of file; allowed: {', '.join(BUILDERS)}")
         return [path]
     pattern = "shard-*.parquet" if (path / MANIFEST_FILE).is_file() else "*"
-    files = sorted(file for file in path.rglob(pattern) if file.suffix in BUILDERS)
+    files = sorted(file for file in path.rglob(pattern) if file.is_file() and suffix_of(file) in BUILDERS)
     if not files:
         raise FileNotFoundError(f"the folder {path} holds no file of a known kind: {', '.join(BUILDERS)}")
-    kinds = sorted({file.suffix for file in files})
+    kinds = sorted({suffix_of(file) for file in files})
     if len({BUILDERS[kind] for kind in kinds}) > 1:
         raise ValueError(f"the folder {path} mixes {' and '.join(kinds)} files; give the path of one of them")
     return files
@@ -171,3 +205,35 @@ def _choose_split(loaded: Any, split: str, path: Path) -> Any:
     if split not in loaded:
         raise ValueError(f"data.split={split!r} is not in {path}; it has {', '.join(map(str, loaded))}")
     return loaded[split]
+
+
+# Rows as text
+
+
+def texts_of(rows: Any, where: str, tokenizer: Any, column: str | None = None) -> list[str]:
+    """Returns a text for each row, empty ones included: what it holds, a prompt and its answer, or a rendered chat.
+
+    Args:
+        rows: from `open_local` or `open_hub`.
+        where: names them in errors.
+        tokenizer: renders conversations; None where there are none.
+        column: holds the text; found where not given.
+
+    Raises:
+        ValueError: when it is not clear what a row is, or a row cannot be read.
+    """
+    reader = row_reader(rows, where, column=column)
+    if reader.format == "text":
+        return [text or "" for text in rows[reader.column]]
+    found = []
+    for number, row in enumerate(rows.select_columns(list(reader.columns))):
+        found.append("".join(_as_text(piece.content, tokenizer) for piece in reader.pieces(number, row)))
+    return found
+
+
+def _as_text(content: str | Chat | Completion, tokenizer: Any) -> str:
+    if isinstance(content, Chat):
+        if tokenizer is None:
+            raise ValueError(f"{content.where} is a conversation, which a tokenizer with a chat template must render")
+        return render_chat(content, tokenizer)
+    return content.prompt + content.completion if isinstance(content, Completion) else content

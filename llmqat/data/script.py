@@ -7,12 +7,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data.blocks import leading_ids
+from llmqat.data.hub import open_local
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.text import read_text
+from llmqat.data.text import check_prose, is_rows, read_text
 
 MOST_GREEDY_TOKENS = 4
 FEWEST_GREEDY_TOKENS = 2
@@ -144,7 +146,7 @@ def _prompt_ids(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Returns the prompts in a file: its lines, or in .jsonl files what their `prompt` or `text` says.
+    """Returns the prompts in a file: its lines, or in files of rows what their `prompt` or `text` says.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -152,9 +154,13 @@ def read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no prompts at {path}; give a text file with a prompt a line, or a .jsonl file")
+    if is_rows(path) and path.suffix not in (".jsonl", ".ndjson"):
+        return [_prompt_of(row, json.dumps(row, default=str), path) for row in open_local(path, "train")]
     lines = [line for line in read_text(path).split("\n") if line.strip()]
-    if path.suffix == ".jsonl":
+    if is_rows(path):
         lines = [_prompt_in(line, path) for line in lines]
+    else:
+        check_prose(path)
     if not lines:
         raise ValueError(f"{path} holds no prompt")
     return lines
@@ -165,6 +171,10 @@ def _prompt_in(line: str, path: Path) -> str:
         found = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} has a line that is no JSON: {line[:60]!r} ({error})") from error
+    return _prompt_of(found, line, path)
+
+
+def _prompt_of(found: Any, line: str, path: Path) -> str:
     text = found.get("prompt", found.get("text")) if isinstance(found, dict) else found
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'{path} has a line without a prompt: {line[:60]!r}; write a string or {{"prompt": "..."}}')

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmqat.data.blocks import Progress, TokenBlocks, token_blocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS, DataConfig
 from llmqat.data.decode import open_decoder
+from llmqat.data.length import declared_length, table_length
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import Document, distinct_shares, judged, merged, refused, summary, tally
 from llmqat.data.sampling import Sampling, choose
@@ -140,7 +141,7 @@ class Writer:
             ValueError: the context is shorter than a block, the model writes no text of its own, and as `read_script`.
         """
         check_next_token(model)
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = min((n for n in (declared_length(model.config), table_length(model)) if n is not None), default=None)
         size = config.block_size
         if longest is not None and size > longest:
             raise ValueError(f"data.block_size={size} is more than the model's context of {longest} tokens")

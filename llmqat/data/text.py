@@ -1,24 +1,82 @@
 """Text from files: one UTF-8 file, or all .txt and .md files of a folder in the order of their paths.
 
-Each file is a document. Files are read twice, a little at a time: for their hashes, and to be tokenized.
+Each file is a document. Files are read twice, a little at a time: for their hashes, and to be tokenized. A file of rows
+(.jsonl, .parquet, .csv, ...) is no prose, whoever asks for it: its rows are read, as hub.py does.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
+import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from llmqat.data.config import DataConfig
 from llmqat.data.documents import DocumentSource, Piece, pieces_of, signed
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = (".txt", ".md")
+ROW_BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+"""Suffixes of files of rows, and the `datasets` builder for each."""
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+"""Suffixes behind those of rows that `datasets` unpacks."""
 READ_BYTES = 1 << 20
+MOST_SNIFFED_LINES = 3
+"""Lines at the beginning of a text that are looked at for JSON."""
+_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (b"\x1f\x8b", "gzip data", "unpack it with gunzip"),
+    (b"PK\x03\x04", "a zip archive (as .docx and .xlsx are)", "unpack it, or save it as plain text"),
+    (b"\x28\xb5\x2f\xfd", "zstd data", "unpack it with zstd -d"),
+    (b"BZh", "bzip2 data", "unpack it with bunzip2"),
+    (b"\xfd7zXZ", "xz data", "unpack it with unxz"),
+    (b"PAR1", "a parquet file", "give it the suffix .parquet"),
+    (b"ARROW1", "an Arrow file", "give it the suffix .arrow"),
+    (b"%PDF-", "a PDF", "extract its text, for example with pdftotext"),
+    (b"GGUF", "a GGUF model", "give a text"),
+    (b"\xff\xfe", "UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE"),
+    (b"\xfe\xff", "UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE"),
+)
+"""How files begin that are no UTF-8 text: what they are, and what to do."""
+
+
+def suffix_of(path: Path) -> str:
+    """Returns a file's suffix in small letters; of a compressed file, the one before."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")
+
+
+def is_rows(path: Path) -> bool:
+    """Returns whether `path` is a file of rows, a folder of such files, or one that `save_to_disk` made.
+
+    A folder that holds prose as well is prose; what is not read of it is logged.
+    """
+    if not path.is_dir():
+        return suffix_of(path) in ROW_BUILDERS
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return True
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    rows = [file for file in files if suffix_of(file) in ROW_BUILDERS]
+    if not any(file.suffix in SUFFIXES for file in files) or any(file.name.startswith("shard-") for file in rows):
+        return bool(rows)  # beside shards of text that a model has written lies a README.md
+    if rows:
+        others = "" if len(rows) == 1 else f" and {len(rows) - 1} more"
+        log.warning("the folder %s holds prose and rows; the rows are not read: %s%s", path, rows[0].name, others)
+    return False
 
 
 def open_source(config: DataConfig) -> DocumentSource:
-    """Returns the text at `config.path`.
+    """Returns the text at `config.path`, rows as `hub.open_source` does.
 
     Raises:
         FileNotFoundError: when nothing is there.
@@ -26,6 +84,10 @@ def open_source(config: DataConfig) -> DocumentSource:
     """
     assert config.path is not None
     path = config.path
+    if is_rows(path):
+        from llmqat.data import hub
+
+        return hub.open_source(config)
     whole = hashlib.sha256()
     documents: dict[Path, int] = {}
     for file in text_files(path):
@@ -52,9 +114,13 @@ def text_files(path: Path) -> list[Path]:
     """
     if not path.exists():
         raise FileNotFoundError(f"no text at {path}; give a text file, or a folder of {' and '.join(SUFFIXES)} files")
+    if is_rows(path):
+        raise ValueError(f"{path} holds rows and no prose; give it as data.source=dataset data.path={path}")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"the folder {path} holds no {' or '.join(SUFFIXES)} file")
+    for file in files:
+        check_prose(file)
     return files
 
 
@@ -84,13 +150,15 @@ def stream_text(path: Path) -> Iterator[str]:
     r"""Yields the content of a UTF-8 file in parts, without a byte-order mark, `\n` for `\r\n`.
 
     Raises:
-        ValueError: when the file is not UTF-8; names the byte.
+        ValueError: when the file is not UTF-8 text; says what it is, or names the byte.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     read, held = 0, ""
     with path.open("rb") as file:
         while True:
             data = file.read(READ_BYTES)
+            if read == 0:
+                _check_begins_as_text(data, path)
             try:
                 text = held + decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
@@ -106,6 +174,30 @@ def stream_text(path: Path) -> Iterator[str]:
             yield text.removesuffix(held).replace("\r\n", "\n")
             if not data:
                 return
+
+
+def _check_begins_as_text(data: bytes, path: Path) -> None:
+    for begin, kind, way_out in _FOREIGN:
+        if data.startswith(begin):
+            raise ValueError(f"{path} is no UTF-8 text: it is {kind}; {way_out}")
+    if b"\0" in data:
+        raise ValueError(f"{path} is no UTF-8 text: it has a zero byte at offset {data.index(0)}; give a text file")
+
+
+def check_prose(path: Path) -> None:
+    """Raises ValueError where a file that is to be read as prose begins with lines of JSON objects."""
+    with path.open("rb") as file:
+        begin = file.read(READ_BYTES)
+    lines = [line for line in begin.splitlines() if line.strip()][:MOST_SNIFFED_LINES]
+    if lines and all(line.lstrip().startswith(b"{") and _is_json_object(line) for line in lines):
+        raise ValueError(f"{path} holds rows of JSON and no prose; give it the suffix .jsonl, and its rows are read")
+
+
+def _is_json_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def hash_file(path: Path) -> int | None:

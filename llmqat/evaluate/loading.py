@@ -19,7 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
+from llmqat.data.length import check_length, declared_length
 from llmqat.evaluate.layers import JSON_FILE
 from llmqat.evaluate.speed import disk_usage
 from llmqat.export import load_any
@@ -30,10 +32,12 @@ from llmqat.models import (
     ADAPTER_WEIGHTS_FILE,
     adapter_base,
     check_safetensors,
+    empty_model,
     load_adapter_base,
     model_file,
     read_config,
     resolve_spec,
+    token_model_class,
 )
 from llmqat.train.adapter import load_adapter
 
@@ -75,9 +79,20 @@ def load_to_judge(spec: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 
 def longest_of(spec: str) -> int | None:
     """Returns the tokens that the model takes at most, where its configuration says."""
-    config = read_config(resolve_spec(spec), spec).get_text_config()
-    found = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
-    return next((length for length in found if length is not None), None)
+    return declared_length(read_config(resolve_spec(spec), spec))
+
+
+def check_window(spec: str, window: int) -> None:
+    """Checks before anything is loaded that the model which `spec` names has learned so many positions.
+
+    Raises:
+        ValueError: when it has not.
+    """
+    config = read_config(resolve_spec(spec), spec)
+    declared = declared_length(config)
+    if declared is not None and window > declared:
+        with torch.device("meta"), no_init_weights():
+            check_length(empty_model(token_model_class(config, spec), config), window, "window")
 
 
 def known_of(spec: str, *, as_reference: bool = False) -> Known:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, StackDataset
 
+from llmqat.data.length import check_length
 from llmqat.metrics import IGNORED_LABEL, Predictor, TokenScores, predictor_of, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device
 
@@ -55,6 +56,11 @@ class TokenWindows:
     def window(self) -> int:
         """Tokens in a window, its BOS token included."""
         return self.ids.shape[1]
+
+    @property
+    def read_length(self) -> int:
+        """Tokens of a window that a model reads: of a rolling window, whose last token is only predicted, one less."""
+        return self.window - (self.lengths is not None)
 
     @property
     def scored_tokens(self) -> int:
@@ -284,6 +290,7 @@ def _predicting_states(
     """Yields, a batch of windows at a time, the scored tokens [s] and the final hidden states [s, D] before them."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} evaluates nothing; choose at least 1")
+    check_length(model, windows.read_length, "window")
     device = model_device(model)
     done, total = 0, sum(windows.tokens_in(slice(None)))
     with capture_hidden(model) as captured:
@@ -292,7 +299,6 @@ def _predicting_states(
             lengths = windows.tokens_in(rows)
             # Padding lies behind the tokens, which a causal model does not see from there: no mask is needed.
             ids, labels = (side[rows, : max(lengths)].to(device) for side in (windows.ids, windows.labels))
-            # The last token only is predicted: a rolling window is one token longer than what the model can read.
             model(input_ids=ids if windows.lengths is None else ids[:, :-1], use_cache=False)
             next_labels = labels[:, 1:]
             scored = next_labels.ne(IGNORED_LABEL)

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 
 from llmqat.data.config import DataConfig
-from llmqat.data.hub import BUILDERS, open_hub, open_local
+from llmqat.data.hub import open_hub, open_local, texts_of
 from llmqat.data.pydoc import pydoc_text
-from llmqat.data.rows import row_reader
-from llmqat.data.text import read_text, read_texts
+from llmqat.data.text import is_rows, read_text, read_texts
 from llmqat.evaluate.perplexity import TokenWindows, windows_from_text
 from llmqat.metrics import IGNORED_LABEL
 
@@ -89,20 +88,22 @@ def text_windows(
         raise ValueError(f"stride={stride} is not part of the protocol {protocol!r}; leave it out, or use 'windows'")
     if protocol == "wikitext":
         own = tokenizer.model_max_length if tokenizer.model_max_length < UNLIMITED else LONGEST
-        return rolling_windows(read_pages(source), tokenizer, window or model_length or own, max_windows, source)
+        return rolling_windows(
+            read_pages(source, tokenizer), tokenizer, window or model_length or own, max_windows, source
+        )
     if window is None:
         raise ValueError(f"the protocol {protocol!r} needs a window; leave it out for its own, or give tokens")
     if protocol == "wikitext2":
-        return gptq_windows("\n\n".join(read_rows(source)), tokenizer, window, max_windows, source)
-    text = "\n\n".join(row for row in read_documents(source) if row.strip())
+        return gptq_windows("\n\n".join(read_rows(source, tokenizer)), tokenizer, window, max_windows, source)
+    text = "\n\n".join(row for row in read_documents(source, tokenizer) if row.strip())
     return windows_from_text(text, tokenizer, window, stride, max_windows, source)
 
 
 # Texts
 
 
-def read_documents(source: str) -> list[str]:
-    """Returns the texts at `source`: one a file, or one a row of a dataset.
+def read_documents(source: str, tokenizer: Any = None) -> list[str]:
+    """Returns the texts at `source`: one a file, or one a row of a dataset, conversations by `tokenizer`'s template.
 
     Raises:
         FileNotFoundError: there is none.
@@ -110,10 +111,10 @@ def read_documents(source: str) -> list[str]:
     """
     if source == PYDOC:
         return [pydoc_text()]
-    return _dataset_rows(source) if _is_dataset(source) else read_texts(Path(source))
+    return _dataset_rows(source, tokenizer) if _is_dataset(source) else read_texts(Path(source))
 
 
-def read_rows(source: str) -> list[str]:
+def read_rows(source: str, tokenizer: Any = None) -> list[str]:
     """Returns the rows of `source`; those of a text file are its lines as in the hub's WikiText, blank ones empty.
 
     Raises:
@@ -121,7 +122,7 @@ def read_rows(source: str) -> list[str]:
         ValueError: it cannot be read.
     """
     if source == PYDOC or _is_dataset(source) or Path(source).is_dir():
-        return read_documents(source)
+        return read_documents(source, tokenizer)
     if not Path(source).is_file():
         raise FileNotFoundError(
             f"no text at {source}; give a text file, or one of rows, or {HUB_PREFIX}NAME:CONFIG:SPLIT"
@@ -133,7 +134,7 @@ _TITLE = re.compile(r"^ ?= (?!=)(?!.*= = *$).* = *$", re.MULTILINE)
 """A line that is a page's title in WikiText, and not that of a section."""
 
 
-def read_pages(source: str) -> list[tuple[str, str]]:
+def read_pages(source: str, tokenizer: Any = None) -> list[tuple[str, str]]:
     """Returns pages as (as it came, as it is read): a dataset's rows, or a text file cut before each title of WikiText.
 
     Pages are read detokenized, whatever they look like, as lm-eval does: text that is detokenized already changes a
@@ -143,7 +144,7 @@ def read_pages(source: str) -> list[tuple[str, str]]:
         FileNotFoundError: there is no such text.
         ValueError: it cannot be read, or is empty.
     """
-    pages = read_documents(source)
+    pages = read_documents(source, tokenizer)
     if not _is_dataset(source) and Path(source).is_file():
         (text,) = pages
         cuts = [match.start() for match in _TITLE.finditer(text)]
@@ -156,19 +157,17 @@ def read_pages(source: str) -> list[tuple[str, str]]:
 
 
 def _is_dataset(source: str) -> bool:
-    suffix = Path(source).suffix
-    return source.startswith(HUB_PREFIX) or (suffix in BUILDERS and suffix != ".txt")
+    return source.startswith(HUB_PREFIX) or is_rows(Path(source))
 
 
-def _dataset_rows(source: str) -> list[str]:
+def _dataset_rows(source: str, tokenizer: Any = None) -> list[str]:
     if source.startswith(HUB_PREFIX):
         name, _, rest = source.removeprefix(HUB_PREFIX).partition(":")
         config, _, split = rest.partition(":")
         rows = open_hub(DataConfig(source="dataset", name=name, config_name=config or None), split or "test")
     else:
         rows = open_local(Path(source), "train")
-    column = row_reader(rows, source, column=PAGE if PAGE in rows.column_names else None).column
-    return [text or "" for text in rows[column]]
+    return texts_of(rows, source, tokenizer, PAGE if PAGE in rows.column_names else None)
 
 
 _DETOKENIZE: tuple[tuple[str, str], ...] = (

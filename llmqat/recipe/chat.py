@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from llmqat.data.length import table_length
 from llmqat.export import load_any
 from llmqat.layers import new_cache
 
@@ -65,10 +66,11 @@ class Conversation:
         """Shows the model's answer to `line` as it is written, and returns it; Ctrl-C ends it where it is."""
         inputs = self._inputs(line).to(self.model.device)
         self.streamer.text = ""
+        settings = {**self.settings, "max_new_tokens": self._room(inputs["input_ids"].shape[1])}
         try:
             self.model.generate(
                 **inputs,
-                **self.settings,
+                **settings,
                 past_key_values=new_cache(self.model),
                 streamer=self.streamer,
                 pad_token_id=self.tokenizer.eos_token_id,
@@ -79,6 +81,17 @@ class Conversation:
         if self.kind == "chat":
             self.messages.append({"role": "assistant", "content": answer})
         return answer
+
+    def _room(self, length: int) -> int:
+        """Returns how many tokens an answer to `length` tokens may have."""
+        most = table_length(self.model)
+        wanted = int(self.settings["max_new_tokens"])
+        if most is not None and length >= most:
+            raise ValueError(
+                f"the conversation has {length} tokens, and {type(self.model).__name__} has learned {most} positions; "
+                "begin a new one, or say less"
+            )
+        return wanted if most is None else min(wanted, most - length)
 
     def _inputs(self, line: str) -> Any:
         if self.kind == "completion":

@@ -23,6 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_
 from llmqat.calibrate import AllocationConfig, RotateStage, SmoothStage, Stage, check_stages
 from llmqat.config import Config, unknown_key_message
 from llmqat.data.config import DataConfig
+from llmqat.data.text import read_text
 from llmqat.evaluate.protocols import PROTOCOLS, PYDOC
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.layers import QuantConfig
@@ -298,7 +299,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         file = recorded if recorded.is_file() and not (file / RECIPE_FILE).is_file() else file / RECIPE_FILE
     if not file.is_file():
         raise FileNotFoundError(f"no recipe at {file}; give a .yaml file such as those in recipes/, or a run folder")
-    values = parse_yaml(file.read_text(encoding="utf-8"), str(file))  # of which JSON is a part
+    values = parse_yaml(read_text(file), str(file))  # of which JSON is a part
     if file.name == RUN_FILE and isinstance(values, dict):
         values = _without_defaults((values.get("run") or {}).get("recipe"))
     if not isinstance(values, dict):

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llmqat.data import TextSplits
+from llmqat.data import DataConfig, TextSplits
 from llmqat.data.blocks import hash_number
 from llmqat.data.documents import document_hash
 from llmqat.data.pydoc import pydoc_text
-from llmqat.data.text import hash_file, text_files
+from llmqat.data.text import hash_file, is_rows, open_source, text_files
 from llmqat.evaluate.compare import Comparison, Extra, candidate_from, compare, progress_bar
 from llmqat.evaluate.gate import Rule, check_rules, check_same_texts
 from llmqat.evaluate.layers import weight_errors
-from llmqat.evaluate.loading import longest_of
+from llmqat.evaluate.loading import check_window, longest_of
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.evaluate.protocols import HUB_PREFIX, PYDOC, text_windows
 from llmqat.evaluate.samples import completions
@@ -146,7 +146,11 @@ def _documents_of(source: str) -> dict[str, int]:
         return {}
     if source == PYDOC:
         return {PYDOC: document_hash(pydoc_text())}
-    found = {str(file): hash_file(file) for file in text_files(Path(source))}
+    path = Path(source)
+    if is_rows(path):
+        rows = open_source(DataConfig(source="text", path=path)).pieces()
+        return {f"row of {source}, document {number}": piece.document for number, piece in enumerate(rows)}
+    found = {str(file): hash_file(file) for file in text_files(path)}
     return {name: digest for name, digest in found.items() if digest is not None}
 
 
@@ -198,6 +202,8 @@ def compare_models(
     tokenizer = shared.tokenizer
     if baseline is not None:
         check_same_texts({name: windows.described() for name, windows in shared.windows.items()}, baseline)
+    for spec in listed:
+        check_window(spec, max(cut.read_length for cut in shared.windows.values()))
     asked = {**settings.model_dump(mode="json"), "reference": reference, "models": list(specs)}
     extras = _details(tokenizer, reference) if details else {}
     with ExitStack() as stack:

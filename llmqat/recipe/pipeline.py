@@ -40,6 +40,7 @@ from llmqat.calibrate import (
     rotates,
 )
 from llmqat.data import Rows, TextSplits, TokenBlocks
+from llmqat.data.length import check_length, declared_length
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
@@ -171,7 +172,9 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         coverage = _checked_coverage(recipe)
         teacher, tokenizer = load_model(recipe.source, torch.bfloat16)
         teacher.to(arguments.device)
-        windows = evaluation_windows(recipe.evaluate, tokenizer)  # now: a text that does not do should not cost a run
+        # Now: a text that does not do should not cost a run.
+        windows = evaluation_windows(recipe.evaluate, tokenizer, declared_length(teacher.config))
+        check_length(teacher, max(cut.read_length for cut in windows.values()), "evaluate.window")
         cache = teacher_cache_of(recipe, teacher, tokenizer)
     together = recipe.data.source == "synthetic"
     with stage("text", recipe.data.source), nullcontext() if together else arguments.main_process_first(local=False):

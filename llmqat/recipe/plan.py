@@ -17,6 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmqat.calibrate import RangesStage, rotates, untie
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
+from llmqat.data.length import check_length
+from llmqat.data.text import read_text
 from llmqat.export import is_packed, load
 from llmqat.export.prepared import is_prepared
 from llmqat.export.stock import try_stock
@@ -132,6 +134,7 @@ def plan_run(recipe: Recipe, devices: Devices | None = None) -> Plan:
     if arguments.max_steps < 0:
         steps = None if blocks is None else math.ceil(math.ceil(blocks / samples) * arguments.num_train_epochs)
     model, coverage = _prepared(recipe)
+    check_length(model, recipe.data.block_size, "data.block_size")
     return Plan(
         coverage=coverage,
         blocks=blocks,
@@ -229,7 +232,7 @@ def devices_of(file: Path) -> Devices:
     """
     if not file.is_file():
         raise FileNotFoundError(f"no accelerate configuration at {file}; `accelerate config` writes one")
-    values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    values = parse_yaml(read_text(file), str(file))
     kind = values.get("distributed_type") if isinstance(values, dict) else None
     if kind is False:  # YAML reads a bare NO as false
         kind = "NO"

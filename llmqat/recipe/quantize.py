@@ -36,7 +36,7 @@ from llmqat.calibrate import (
 )
 from llmqat.calibrate.config import TextStage
 from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits
-from llmqat.data.text import read_texts
+from llmqat.data.text import open_source as open_text
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.layers import QuantConfig
 from llmqat.models import load_model, write_whole
@@ -137,7 +137,7 @@ def quantize_model(
     if text is not None and not needed and target_bits is None:
         raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use another --method")
     if text is not None:
-        read_texts(text)  # says now what is wrong with it
+        open_text(text_source(text, tokens, block_size, seed))  # says now what is wrong with it
     if needs_text((), quant) and not any(isinstance(stage, RangesStage) for stage in stages):
         # Static input ranges, which plain rounding of weights needs as well.
         stages = (*stages, RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)))
