@@ -52,6 +52,7 @@ from llmqat.layers import (
     PackedExperts,
     PackedLinear,
     PackedModule,
+    QuantExperts,
     QuantLinear,
     QuantModule,
     TiedHead,
@@ -83,6 +84,8 @@ PACKED_FORMAT = "pack-quantized"
 PLAIN_FORMAT = "int-quantized"
 """The format of others for W8A8: int8 codes, not packed; read here, and packed on the way."""
 KV_KEY = "llmqat_kv_cache"
+STACKED_KEY = "llmqat_stacked"
+"""Key of `config.json`: stacked experts whose class does not say how they lie -> whether as [E, I, O]."""
 
 _BESIDE = ("version", "sparsity_config", "transform_config", "dequantize", "run_compressed")
 """Keys of a `quantization_config` that do not belong to compressed-tensors' own QuantizationConfig."""
@@ -257,7 +260,19 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> N
     config.quantization_config = quantization_config(model)
     if (scheme := kv_scheme(model)) is not None:
         setattr(config, KV_KEY, scheme.model_dump(mode="json"))
+    if stacked := _unmarked_stacks(model):
+        setattr(config, STACKED_KEY, stacked)
     config.save_pretrained(folder)
+
+
+def _unmarked_stacks(model: nn.Module) -> dict[str, bool]:
+    """Returns the stacked experts whose owner does not say whether they are transposed, and whether they are."""
+    return {
+        name: layer.transposed
+        for name, layer in quantized_layers(model)
+        if isinstance(layer, (QuantExperts, PackedExperts))
+        and not hasattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed")
+    }
 
 
 def _tied_names(model: nn.Module) -> set[str]:
@@ -312,7 +327,7 @@ def read(
     # Without no_init_weights, transformers draws random numbers for the weights on the meta device: half the time.
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = empty_model(kind, config, dtype=dtype, **options)
-    _install(model, schemes, dtype)
+    _install(model, schemes, dtype, getattr(config, STACKED_KEY, {}))
     if (cache := getattr(config, KV_KEY, None)) is not None:
         quantize_kv(model, KVCacheConfig.model_validate(cache))
     tensors, expected = _repacked(model, stored), model.state_dict()
@@ -406,10 +421,17 @@ def _number(config: Any, name: str) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _install(model: nn.Module, config: QuantizationConfig, dtype: torch.dtype) -> None:
-    """Puts an empty packed module in the place of everything that a group of `config` targets."""
+def _install(model: nn.Module, config: QuantizationConfig, dtype: torch.dtype, unmarked: Mapping[str, bool]) -> None:
+    """Puts an empty packed module in the place of everything that a group of `config` targets.
+
+    Args:
+        model: as its class makes it.
+        config: what is packed.
+        dtype: of scales.
+        unmarked: stacked experts of which the model does not know it, and whether they are transposed.
+    """
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    stacked = {name: entry for name, entry in linear_maps(model).items() if entry.stacked}
+    stacked = {name: entry.transposed for name, entry in linear_maps(model).items() if entry.stacked} | dict(unmarked)
     configs = {
         target: (_weight_config(scheme.weights), _activation_config(scheme.input_activations))
         for target, scheme in schemes.items()
@@ -423,10 +445,10 @@ def _install(model: nn.Module, config: QuantizationConfig, dtype: torch.dtype) -
             packed = PackedLinear(*_features(module), module.bias is not None, weights, dtype, "meta", name, inputs)
             packed.transposed = isinstance(module, Conv1D)
             install(model, name, packed)
-    for name, entry in stacked.items():
+    for name, transposed in stacked.items():
         if name in schemes:
             weights, _ = configs[name]
-            shape, transposed = tuple(entry.weight.shape), bool(entry.owner.is_transposed)
+            shape = tuple(model.get_parameter(name).shape)
             install(model, name, PackedExperts(shape, weights, dtype, "meta", name, transposed))  # type: ignore[arg-type]
 
 

@@ -6,14 +6,15 @@ bfloat16 checkpoint before and in the packed checkpoint after.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from llmqat.layers.attention import KVQuantizer
-from llmqat.layers.embedding import TiedHead
+from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
 from llmqat.layers.packed import PackedLinear, PackedModule
 from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule
@@ -23,6 +24,19 @@ SHAPE_BYTES = 16
 KEPT = "kept"
 UNTIED = "llmqat_untied"
 """Attribute of an output head that rotation untied from the embeddings."""
+REASONS = "llmqat_reasons"
+"""Attribute of a prepared model: name of a linear map -> why it was left alone."""
+ROUTER = "router, stays in high precision"
+IDLE = "text does not reach"
+"""Begins the reason, and the note, of what does not run on text."""
+SHARE = "high precision: "
+"""Begins the note on what is left of a model that is not quantized."""
+WISHES = ("quant.", "no quant.")
+"""Beginnings of the reasons that the configuration gives."""
+MOST_KEPT = 0.1
+"""Share of the weights, embeddings and output head aside, that may stay in high precision without a note."""
+MOST_NAMED = 3
+"""Reasons that a note names."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +124,9 @@ class CoverageAudit:
         }
 
 
-def audit(model: nn.Module, reasons: Mapping[str, str] | None = None) -> CoverageAudit:
-    """Returns the coverage audit of a prepared or converted model (or of one not quantized at all).
-
-    Args:
-        model: any module.
-        reasons: module name -> why it was left alone, where `prepare` knows more than the module's type says.
-    """
+def audit(model: nn.Module) -> CoverageAudit:
+    """Returns the coverage audit of a prepared or converted model (or of one not quantized at all)."""
+    reasons: dict[str, str] = getattr(model, REASONS, {})
     entries: list[AuditEntry] = []
     seen: dict[int, str] = {}
     owned: set[str] = set()
@@ -138,11 +148,78 @@ def audit(model: nn.Module, reasons: Mapping[str, str] | None = None) -> Coverag
             entries.append(AuditEntry(name, shape, KEPT, f"tied to {seen[id(parameter)]}", 0, 0))
             continue
         seen[id(parameter)] = name
-        known = (reasons or {}).get(name) or (reasons or {}).get(owner)
+        known = reasons.get(name) or reasons.get(owner)
         reason = "bias" if leaf == "bias" else known or _reason(model.get_submodule(owner), leaf)
         size = parameter.numel() * BYTES_HIGH_PRECISION
         entries.append(AuditEntry(name, shape, KEPT, reason, size, size))
-    return CoverageAudit(tuple(entries), tuple(_notes(model)))
+    return CoverageAudit(tuple(entries), (*_share_notes(model, entries), *_idle_notes(entries), *_notes(model)))
+
+
+def _share_notes(model: nn.Module, entries: Sequence[AuditEntry]) -> Iterator[str]:
+    """Yields a note where much of a model that is quantized stays in high precision."""
+    counted = _counted(model, entries)
+    kept, all_of_them = [entry for entry in counted if entry.treatment == KEPT], sum(e.numel for e in counted)
+    share = sum(entry.numel for entry in kept) / max(all_of_them, 1)
+    if share <= MOST_KEPT or len(kept) == len(counted):
+        return
+    sizes: dict[str, int] = {}
+    names: dict[str, list[str]] = {}
+    for entry in kept:
+        reason = _without_numbers(entry.reason)
+        sizes[reason] = sizes.get(reason, 0) + entry.numel
+        names.setdefault(reason, []).append(_without_numbers(entry.name))
+    largest = sorted(sizes, key=lambda reason: -sizes[reason])
+    named = "; ".join(
+        f"{sizes[reason] / all_of_them:.0%} {names[reason][0]}{', …' if len(set(names[reason])) > 1 else ''} ({reason})"
+        for reason in largest[:MOST_NAMED]
+    )
+    more = "; …" if len(largest) > MOST_NAMED else ""
+    bits = CoverageAudit(tuple(entries)).average_bits_of_all
+    yield (
+        f"{SHARE}{share:.0%} of the weights outside embeddings and output head are not quantized, so that a parameter "
+        f"of the whole model takes {bits:.1f} bits on average: {named}{more}"
+    )
+
+
+def is_asked_for(model: nn.Module, entries: Sequence[AuditEntry]) -> bool:
+    """Returns whether the configuration left alone so much of a model that what else was would need no note."""
+    counted = _counted(model, entries)
+    others = [entry for entry in counted if entry.treatment == KEPT and not entry.reason.startswith(WISHES)]
+    return sum(entry.numel for entry in others) <= MOST_KEPT * sum(entry.numel for entry in counted)
+
+
+def _counted(model: nn.Module, entries: Sequence[AuditEntry]) -> list[AuditEntry]:
+    """Returns the weights that are not those of embeddings and output head."""
+    ends = _ends(model)
+    return [entry for entry in entries if len(entry.shape) > 1 and entry.bytes_before and entry.name not in ends]
+
+
+def _ends(model: nn.Module) -> set[str]:
+    """Returns the names of the weights of embeddings and output head."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    kinds = nn.Embedding, QuantEmbedding, PackedEmbedding
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds) or module is head}
+
+
+def _idle_notes(entries: Sequence[AuditEntry]) -> Iterator[str]:
+    """Yields a note for each part of a model that is left alone because text does not reach it."""
+    idle: dict[str, int] = {}
+    for entry in entries:
+        if entry.reason.startswith(IDLE):
+            part = _without_numbers(entry.reason.removeprefix(IDLE).strip())
+            idle[part] = idle.get(part, 0) + entry.numel
+    for part, weights in idle.items():
+        pattern = re.escape(part).replace(r"\*", r"\d+")
+        yield (
+            f"{IDLE} {part}, whose linear layers ({weights:,} weights) are left in high precision; "
+            f"to quantize them as well, give quant.targets=['Linear', 're:{pattern}']"
+        )
+
+
+def _without_numbers(name: str) -> str:
+    """Returns a dotted name with `*` for the numbers in it."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _quantized_entry(name: str, layer: QuantModule | PackedModule) -> AuditEntry:
@@ -200,7 +277,7 @@ def _reason(module: nn.Module, leaf: str) -> str:
     if "norm" in kind.lower():
         return "normalization stays in high precision"
     if "router" in kind.lower():
-        return "router, stays in high precision"
+        return ROUTER
     if isinstance(module, nn.Embedding):
         return "embedding, left alone by default"
     return f"{kind} is not a quantized module type"

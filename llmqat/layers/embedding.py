@@ -113,8 +113,11 @@ class TiedHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The embedding's weight [V, D]: the master, or dequantized from packed codes."""
-        return self.embedding.weight
+        """The embedding's weight [V, D]: the master, or what the forward computes with where that has another dtype."""
+        embedding = self.embedding
+        if isinstance(embedding, QuantEmbedding) and embedding.compute_dtype not in (None, embedding.weight.dtype):
+            return embedding.quantized_weight(embedding.compute_dtype or embedding.weight.dtype)
+        return embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x [*, D] @ ŵ.T + bias, [*, V]."""

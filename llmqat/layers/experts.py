@@ -79,12 +79,13 @@ def replace_stacked(parent: nn.Module, name: str, module: QuantExperts | PackedE
     parent._modules.pop(name, None)
     parent.add_module(name, module)
     if not hooked:
-        parent.register_forward_pre_hook(_put_weights)
+        parent.register_forward_pre_hook(_put_weights, with_kwargs=True)
         parent.register_forward_hook(_take_weights, always_call=True)
 
 
-def _put_weights(parent: nn.Module, inputs: tuple[Any, ...]) -> None:
-    dtype = compute_dtype(inputs[0])
+def _put_weights(parent: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    given = (value for value in (*inputs, *named.values()) if isinstance(value, Tensor))
+    dtype = compute_dtype(next(value for value in given if value.is_floating_point()))
     for name, child in parent._modules.items():
         # An entry of the instance's own dictionary is found before its submodules.
         child = None if child is None else without_adapter(child)

@@ -193,7 +193,7 @@ def dequantized_once(model: nn.Module, most_bytes: int) -> Iterator[None]:
     held = layers if wanted <= most_bytes else []
     try:
         for layer in held:
-            layer._held = layer.weight
+            layer._held = layer.dequantized_weight(layer.weight_scale.dtype)
             layer.packed_weight().read()
         yield
     finally:
@@ -296,6 +296,11 @@ class PackedLinear(PackedModule):
         if layer.bias is not None:
             packed.bias = layer.bias.detach().to(dtype)
         return packed.train(layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, laid out as in the layer that this one stands for."""
+        return super().weight.mT if self.transposed else super().weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in the autocast dtype or else x's."""

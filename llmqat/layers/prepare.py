@@ -5,9 +5,10 @@ The two are exact inverses in value: what the prepared model computes with, the 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +16,29 @@ from transformers.pytorch_utils import Conv1D
 
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
-from llmqat.layers.audit import UNTIED, CoverageAudit, audit
+from llmqat.layers.audit import IDLE, REASONS, ROUTER, SHARE, UNTIED, CoverageAudit, audit, is_asked_for
 from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Policy, QuantConfig
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts, replace_stacked, stacked_weights
 from llmqat.layers.finite import check_held, check_packable, check_parameters
-from llmqat.layers.linear import QuantLinear
+from llmqat.layers.linear import QuantLinear, let_read
 from llmqat.layers.packed import PackedLinear, PackedModule
 from llmqat.layers.quantized import QuantModule, without_adapter, without_adapters
+from llmqat.layers.roles import (
+    Reader,
+    Trial,
+    is_of_experts,
+    is_router_by_place,
+    modules_around,
+    possible_stacks,
+    tried,
+    unreached,
+)
 from llmqat.layers.source import SOURCE, changed_since, note_source
 
-CONFIG_KEY = "llmqat"
+logger = logging.getLogger(__name__)
 
-ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Last parts of the names of linear layers that choose experts, where a module of experts stands beside them."""
+CONFIG_KEY = "llmqat"
 
 ADAPTED = ".base_layer."
 """Part of the name of a module that peft has put an adapter around."""
@@ -46,14 +56,18 @@ class LinearMap:
         weight: its weight.
         owner: the module, or the experts module that holds the stacked parameter.
         stacked: whether it is a stacked parameter.
+        transposed: whether that lies as [E, I, O].
         refusal: why it cannot be quantized; empty when it can.
+        idle: the outermost module around it that text does not reach; empty where it runs.
     """
 
     kinds: tuple[str, ...]
     weight: Tensor
     owner: nn.Module
     stacked: bool = False
+    transposed: bool = False
     refusal: str = ""
+    idle: str = ""
 
 
 @dataclass
@@ -85,11 +99,12 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
     """
     if (inner := without_adapters(model)) is not model:
         return prepare(inner, config)
-    if any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
-        raise ValueError("the model is prepared already; prepare the original model, or load it anew")
+    _check_original(model)
     check_parameters(model)
-    maps = linear_maps(model)
+    trial = tried(model)
+    maps = _with_roles(model, linear_maps(model), trial)
     plan = _plan(model, maps, config)
+    _check_unchanged(maps, trial)
     replacements: dict[str, nn.Module] = {
         name: _quantized(name, maps[name], scheme) for name, scheme in plan.schemes.items()
     }
@@ -103,7 +118,10 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
         )
     note_source(model)
     for name, module in replacements.items():
+        readers = trial.readers.get(id(_found(model, name)), [])
         install(model, name, module)
+        if readers and isinstance(module, QuantLinear):
+            _let_read(model, name, module, readers)
     if config.kv_cache is not None:
         quantize_kv(model, config.kv_cache)
     if any(_has_adapter(module) for module in model.modules()):
@@ -115,7 +133,23 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
         # save_pretrained would otherwise split experts into the tensors that the original checkpoint had, scales and
         # all, and a Trainer would not find them again when it resumes.
         model._weight_conversions = []  # type: ignore[assignment]
-    return audit(model, plan.reasons)
+    model.__dict__[REASONS] = plan.reasons
+    report = audit(model)
+    _log_notes(model, report)
+    return report
+
+
+def _check_original(model: nn.Module) -> None:
+    """Raises ValueError where `model` is not as it was loaded in full precision."""
+    if any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
+        raise ValueError("the model is prepared already; prepare the original model, or load it anew")
+
+
+def _log_notes(model: nn.Module, report: CoverageAudit) -> None:
+    for note in report.notes:
+        if note.startswith((SHARE, IDLE)):
+            expected = note.startswith(IDLE) or is_asked_for(model, report.entries)
+            logger.log(logging.INFO if expected else logging.WARNING, "%s", note)
 
 
 def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -203,6 +237,28 @@ def untied_keys(model: nn.Module, name: str) -> None:
             setattr(model, table, {target: source for target, source in tied.items() if target != name})
 
 
+def _check_unchanged(maps: Mapping[str, LinearMap], trial: Trial) -> None:
+    """Raises ValueError where the model's forward changes weights by itself, which no checkpoint could follow."""
+    changed = [name for name, entry in maps.items() if id(entry.owner) in trial.changed]
+    if changed:
+        reader = trial.readers[id(maps[changed[0]].owner)][0].module
+        raise ValueError(
+            f"{type(reader).__name__} changes the weight of {changed[0]} in its forward in evaluation mode, so what is "
+            "trained is not what is saved; switch that off in the model's configuration (RWKV: rescale_every=0)"
+        )
+
+
+def _let_read(model: nn.Module, name: str, layer: QuantLinear, readers: list[Reader]) -> None:
+    """Makes the weight of the layer `name` readable by the modules around it whose code does."""
+    layer.values_read = any(reader.values for reader in readers)
+    parts = name.split(".")
+    outwards = modules_around(model, name)
+    for reader in readers:
+        depth = next((depth for depth, outer in enumerate(outwards) if outer is reader.module), None)
+        if depth is not None:
+            let_read(reader.module, ".".join(parts[depth:]))
+
+
 def kept_in_float32(model: nn.Module) -> Callable[[str], bool]:
     """Returns the test by which transformers keeps a tensor in float32 in every checkpoint, given its name.
 
@@ -233,8 +289,49 @@ def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
             found[name] = LinearMap(kinds, module.weight, module, refusal=_refusal(model, name, module))
         for leaf, parameter in stacked_weights(module).items():
             kinds = ("Linear", type(module).__name__)
-            found[f"{name}.{leaf}" if name else leaf] = LinearMap(kinds, parameter, module, stacked=True)
+            transposed = bool(module.is_transposed)
+            found[f"{name}.{leaf}" if name else leaf] = LinearMap(kinds, parameter, module, True, transposed)
     return found
+
+
+def _with_roles(model: nn.Module, maps: Mapping[str, LinearMap], trial: Trial) -> dict[str, LinearMap]:
+    """Returns `maps` and the stacked experts that `trial` has found, each with its reason to be left alone, if any."""
+    found = dict(maps)
+    for name, module in model.named_modules():
+        for leaf, parameter in possible_stacks(module).items():
+            path = f"{name}.{leaf}" if name else leaf
+            layout = trial.layouts.get((id(module), leaf), set())
+            if path in found or not is_of_experts(model, path):
+                continue
+            unknown = "its forward does not show which of its dimensions are the inputs"
+            kinds, refusal = ("Linear", type(module).__name__), "" if len(layout) == 1 else unknown
+            found[path] = LinearMap(kinds, parameter, module, True, layout == {True}, refusal)
+    idle = unreached(model, trial, [name for name, entry in found.items() if not entry.stacked])
+    in_float32 = kept_in_float32(model)
+    for name, entry in found.items():
+        reason = entry.refusal
+        if not entry.stacked:
+            reason = reason or _told_by_trial(model, name, entry.owner, trial)
+        if not reason and in_float32(name if entry.stacked else f"{name}.weight"):
+            reason = f"{type(model).__name__} keeps it in float32"
+        found[name] = replace(entry, refusal=reason, idle=idle.get(name, ""))
+    return found
+
+
+def _told_by_trial(model: nn.Module, name: str, layer: nn.Module, trial: Trial) -> str:
+    """Returns why a linear layer is left alone, by what a tiny forward has shown; empty where it may be quantized."""
+    if id(layer) in trial.routers:
+        return ROUTER
+    readers = [reader for reader in trial.readers.get(id(layer), []) if reader.values]
+    changing = [reader for reader in readers if reader.changes]
+    if changing:
+        return f"{type(changing[0].module).__name__} changes its weight"
+    ran = id(layer) in trial.ran if not trial.failure else not readers
+    if readers and not ran:
+        return f"{type(readers[0].module).__name__} reads its weight, and does not call it"
+    around = {id(outer) for outer in modules_around(model, name)}
+    beside = next((reader for reader in trial.readers.get(id(layer), []) if id(reader.module) not in around), None)
+    return f"{type(beside.module).__name__} reads its weight from elsewhere" if beside else ""
 
 
 def plain_name(name: str) -> str:
@@ -265,9 +362,8 @@ def block_index(model: nn.Module, name: str) -> tuple[int, int] | None:
 
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str:
     """Returns why a linear layer is never quantized; empty when it may be."""
-    owner, _, leaf = name.rpartition(".")
-    if leaf in ROUTERS and hasattr(model.get_submodule(owner), "experts"):
-        return "router, stays in high precision"
+    if is_router_by_place(model, name):
+        return ROUTER
     kind = type(module)
     if not module.weight.is_floating_point():  # type: ignore[operator]
         return f"{kind.__name__} holds integers already"
@@ -294,10 +390,22 @@ def _plan(model: nn.Module, maps: Mapping[str, LinearMap], config: QuantConfig) 
             plan.reasons[name] = f"its weight is tied to {others[0]}"
         elif entry.refusal or scheme is None:
             plan.reasons[name] = entry.refusal or reason
+        elif entry.idle and not _is_named(name, maps, config):
+            plan.reasons[name] = f"{IDLE} {entry.idle}"
         else:
             _check_adapter(model, name, entry)
             plan.schemes[name] = scheme
     return plan
+
+
+def _is_named(name: str, maps: Mapping[str, LinearMap], config: QuantConfig) -> bool:
+    """Returns whether a pattern means this linear map, and only such as text does not reach: its user wants it."""
+    wanted = (pattern for pattern, override in config.overrides.items() if override is not None)
+    return any(
+        matches(pattern, name, maps[name].kinds)
+        and all(entry.idle for other, entry in maps.items() if matches(pattern, other, entry.kinds))
+        for pattern in (*config.targets, *wanted)
+    )
 
 
 def _has_adapter(module: nn.Module) -> bool:
@@ -404,8 +512,7 @@ def _check_head(model: nn.Module, maps: Mapping[str, LinearMap], config: QuantCo
 def _quantized(name: str, entry: LinearMap, scheme: LayerScheme) -> QuantModule:
     if not entry.stacked:
         return QuantLinear.from_linear(entry.owner, scheme.weights, name, scheme.input_activations)
-    transposed = bool(entry.owner.is_transposed)
-    return QuantExperts(entry.weight, scheme.weights, name, transposed).train(entry.owner.training)
+    return QuantExperts(entry.weight, scheme.weights, name, entry.transposed).train(entry.owner.training)
 
 
 # Embeddings and output head

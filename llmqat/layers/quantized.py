@@ -119,7 +119,12 @@ class QuantModule(nn.Module):
 
     @property
     def _gradient_factor(self) -> float:
-        return gradient_factor(self.weight.numel() // (self.scale_shape[0] * self.scale_shape[1]), self.grid)
+        return gradient_factor(self.rows * self.columns // (self.scale_shape[0] * self.scale_shape[1]), self.grid)
+
+    def parameter(self) -> Tensor:
+        """Returns the master weight as peft's parametrization, if there is one, gives it."""
+        own = self._parameters.get("weight")
+        return self.weight if own is None else own
 
     def master(self) -> Tensor:
         """Returns the master weight in its own layout, adapters included, differentiable.
@@ -127,12 +132,11 @@ class QuantModule(nn.Module):
         Raises:
             RuntimeError: when peft put an adapter on it that has not been adopted, and works in low precision.
         """
+        weight = self.parameter()
         if self.adapters:
-            weight = self.weight
             for adapter in self.adapters:
                 weight = adapter.adapted(weight)
             return weight
-        weight = self.weight
         if "parametrizations" in self._modules and (
             weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
         ):
@@ -233,13 +237,14 @@ class QuantModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
-        return f"{'×'.join(map(str, self.weight.shape))}, weights={self.weights.label}"
+        return f"{'×'.join(map(str, self.parameter().shape))}, weights={self.weights.label}"
 
     def restored(self, matrix: Tensor) -> Tensor:
         """Returns a matrix [O, I] in the layout of the master weight."""
+        shape = self.parameter().shape
         if not self.transposed:
-            return matrix.view(self.weight.shape)
-        return matrix.view(self.weight.mT.shape).mT
+            return matrix.view(shape)
+        return matrix.view(*shape[:-2], shape[-1], shape[-2]).mT
 
     def _dynamic_range(self, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
         scale, zero_point = minmax_scale(self.matrix(), self.grid, self.scale_shape)
