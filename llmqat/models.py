@@ -62,6 +62,7 @@ from llmqat.layers import (
     without_adapter,
     without_adapters,
 )
+from llmqat.layers.buffers import buffers_of_checkpoint
 from llmqat.paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -1157,6 +1158,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype, stays: Callable[[str],
     The exported checkpoint holds norms, embeddings and biases in `dtype`; with this the training forward uses those
     numbers too, and the residual stream runs in `dtype`. It must enclose the backward pass as well, so that gradient
     checkpointing recomputes the same forward. Tied parameters stay tied. Nothing is done when all are in `dtype`.
+    Buffers of a prepared model are those that a model loaded from the checkpoint has.
 
     Args:
         model: the unwrapped model, or a part of one.
@@ -1171,7 +1173,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype, stays: Callable[[str],
     try:
         for quantizer, _ in quantizers:
             quantizer.compute_dtype = dtype
-        with casting(names, dtype):
+        with buffers_of_checkpoint(without_adapters(model), dtype), casting(names, dtype):
             yield
     finally:
         for quantizer, before in quantizers:

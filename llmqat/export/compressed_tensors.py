@@ -67,6 +67,7 @@ from llmqat.layers import (
     quantize_kv,
 )
 from llmqat.layers.attention import IMPLEMENTATION_PREFIX
+from llmqat.layers.buffers import make_buffers
 from llmqat.layers.config import Observer
 from llmqat.layers.embedding import embedding_multiplier
 from llmqat.models import (
@@ -327,6 +328,7 @@ def read(
     # Without no_init_weights, transformers draws random numbers for the weights on the meta device: half the time.
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = empty_model(kind, config, dtype=dtype, **options)
+    make_buffers(model)
     _install(model, schemes, dtype, getattr(config, STACKED_KEY, {}))
     if (cache := getattr(config, KV_KEY, None)) is not None:
         quantize_kv(model, KVCacheConfig.model_validate(cache))

@@ -16,6 +16,7 @@ from torch import nn
 from llmqat.layers.attention import KVQuantizer
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
+from llmqat.layers.originals import dequantized_note
 from llmqat.layers.packed import PackedLinear, PackedModule
 from llmqat.layers.quantized import QUANTIZER_PARAMETERS, QuantModule
 
@@ -261,6 +262,8 @@ def _notes(model: nn.Module) -> list[str]:
         )
     if any(layer.weights.levels == "seq" for layer in layers if isinstance(layer, QuantModule)):
         notes.append("int2-seq has half-integer levels, which no format knows: stored exactly, in 3 bits a code")
+    if any(isinstance(layer, QuantModule) for layer in layers) and (note := dequantized_note(model)):
+        notes.append(note)
     untied = next((module for module in modules if getattr(module, UNTIED, False)), None)
     if untied is not None:
         size = untied.get_parameter("weight").numel() * BYTES_HIGH_PRECISION

@@ -17,11 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
 from llmqat.layers.audit import IDLE, REASONS, ROUTER, SHARE, UNTIED, CoverageAudit, audit, is_asked_for
+from llmqat.layers.buffers import note_buffers
 from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Policy, QuantConfig
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts, replace_stacked, stacked_weights
 from llmqat.layers.finite import check_held, check_packable, check_parameters
 from llmqat.layers.linear import QuantLinear, let_read
+from llmqat.layers.originals import check_original
 from llmqat.layers.packed import PackedLinear, PackedModule
 from llmqat.layers.quantized import QuantModule, without_adapter, without_adapters
 from llmqat.layers.roles import (
@@ -94,12 +96,15 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
 
     Raises:
         ValueError: when the model is prepared already, a target, ignore or override matches nothing, a group size does
-            not divide, the KV cache or the embeddings cannot be quantized, an adapter is beside the quantizer, or a
-            parameter holds NaN or infinity. The model is then unchanged.
+            not divide, the KV cache or the embeddings cannot be quantized, an adapter is beside the quantizer, a
+            parameter holds NaN or infinity, the model is quantized already or offloaded, or a buffer was changed. The
+            model is then unchanged.
     """
     if (inner := without_adapters(model)) is not model:
         return prepare(inner, config)
-    _check_original(model)
+    if any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
+        raise ValueError("the model is prepared already; prepare the original model, or load it anew")
+    check_original(model)
     check_parameters(model)
     trial = tried(model)
     maps = _with_roles(model, linear_maps(model), trial)
@@ -116,6 +121,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
             f"nothing is left to quantize: quant.targets={list(config.targets)} without quant.ignore, skipped layers, "
             "the output head and null overrides covers no linear layer; widen quant.targets or shorten quant.ignore"
         )
+    note_buffers(model)
     note_source(model)
     for name, module in replacements.items():
         readers = trial.readers.get(id(_found(model, name)), [])
@@ -137,12 +143,6 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
     report = audit(model)
     _log_notes(model, report)
     return report
-
-
-def _check_original(model: nn.Module) -> None:
-    """Raises ValueError where `model` is not as it was loaded in full precision."""
-    if any(isinstance(module, (QuantModule, PackedModule, KVQuantizer)) for module in model.modules()):
-        raise ValueError("the model is prepared already; prepare the original model, or load it anew")
 
 
 def _log_notes(model: nn.Module, report: CoverageAudit) -> None:

@@ -39,6 +39,9 @@ from llmqat.layers.reuse import ReusedWeight
 QUANTIZER_PARAMETERS = ("weight", "log_scale", "zero_point")
 """Parameters of a QuantModule that stay float32 masters; the quantizer makes the numbers of the checkpoint of them."""
 
+SCALES = ("log_scale", "initial_scale", "clip_ratio", "zero_point")
+"""What a QuantModule holds in float32, whatever the dtype of the model."""
+
 
 class Adapter(Protocol):
     """What is added to a master weight inside its quantizer."""
@@ -234,6 +237,17 @@ class QuantModule(nn.Module):
     def codes(self) -> Tensor:
         """Returns the codes [O, I] of the forward's weight."""
         return quantize(self.matrix(), *self.scale_and_zero_point(), self.grid)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        own = {**self._parameters, **self._buffers}
+        kept = {name: tensor.data for name, tensor in own.items() if tensor is not None and name in SCALES}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # model.to(bfloat16) and .half() are meant for weights; scales would be rounded, small ones to zero.
+        for name, numbers in kept.items():
+            now = self._parameters.get(name, self._buffers.get(name))
+            if now is not None and now.dtype != numbers.dtype:
+                now.data = numbers.to(now.device)
+        return self
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
