@@ -153,8 +153,7 @@ class QATTrainer(Trainer):
         raise_masters(model)
         if getattr(args, "freeze_embeddings", False):
             model.get_input_embeddings().requires_grad_(False)
-        if isinstance(teacher, nn.Module):
-            check_teacher(model, teacher)
+        _check_what_is_learned(model, teacher)
         self._check_optimizers(args, model, options)
         super().__init__(model=model, args=args, **options)
         if self.args.n_gpu > 1:
@@ -399,7 +398,8 @@ class QATTrainer(Trainer):
         """Returns whether weights are quantized once an optimizer step.
 
         Raises:
-            ValueError: when that is asked for and each process holds a part of the weights only.
+            ValueError: when that is asked for and each process holds a part of the weights only, or wants a gradient of
+                every weight in every micro-batch.
         """
         asked = getattr(self.args, "reuse_quantized_weights", None)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(self.model)
@@ -408,7 +408,14 @@ class QATTrainer(Trainer):
                 "reuse_quantized_weights=True holds every weight whole through a step, which FSDP and ZeRO are there "
                 "to avoid; leave it out"
             )
-        return self.args.gradient_accumulation_steps > 1 and not sharded if asked is None else asked
+        each = bool(self.args.ddp_static_graph)
+        each |= bool(self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+        if asked and each:
+            raise ValueError(
+                "reuse_quantized_weights=True gives a weight its gradient in the last micro-batch of a step, and "
+                "ddp_static_graph and sync_each_batch want one in each; leave one of them out"
+            )
+        return self.args.gradient_accumulation_steps > 1 and not sharded and not each if asked is None else asked
 
     def _weights(self) -> tuple[float, float]:
         """Returns the weights of forward KL and cross-entropy."""
@@ -724,6 +731,14 @@ def raise_masters(model: nn.Module) -> None:
             raised += 1
     if raised:
         logger.info("raised %d trainable parameters to float32 masters", raised)
+
+
+def _check_what_is_learned(model: nn.Module, teacher: nn.Module | TeacherCache | None) -> None:
+    """Raises ValueError for a teacher that is none; warns of a loss of the model's own that is left out."""
+    if isinstance(teacher, nn.Module):
+        check_teacher(model, teacher)
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        logger.warning("output_router_logits=True: the loss that balances experts is no part of the loss here")
 
 
 def _check_best_metric(args: TrainingArguments, compute_metrics: Any, data: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from llmqat import QATArguments, QATTrainer
+from llmqat import QATArguments, QATTrainer, QuantConfig, prepare
 from llmqat.train.arguments import FIELDS, TRAINER_ARGUMENTS
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_mixtral, tiny_tokenizer
 from tests.train.test_trainer import Blocks, _arguments, _pair
 
 REFUSED: dict[str, Any] = {
@@ -223,6 +224,26 @@ def test_a_compiled_model_trains_as_it_does_without(tmp_path: Path) -> None:
     found.train()
     plain.train()
     assert same(found, plain)
+
+
+def test_weights_are_not_reused_where_each_micro_batch_must_have_a_gradient(tmp_path: Path) -> None:
+    each: tuple[dict[str, Any], ...] = (
+        {"ddp_static_graph": True},
+        {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
+    )
+    assert trainer(tmp_path, gradient_accumulation_steps=2)._reuse
+    for changes in each:
+        assert not trainer(tmp_path, gradient_accumulation_steps=2, **copy.deepcopy(changes))._reuse
+        with pytest.raises(ValueError, match="reuse_quantized_weights=True gives a weight its gradient"):
+            trainer(tmp_path, gradient_accumulation_steps=2, reuse_quantized_weights=True, **changes)
+
+
+def test_a_loss_of_the_model_s_own_that_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    student = tiny_mixtral(output_router_logits=True)
+    prepare(student, QuantConfig.preset("int4", group_size=32))
+    arguments = _arguments(tmp_path, bf16=False, max_steps=1)
+    QATTrainer(model=student, teacher=tiny_mixtral(), args=arguments, train_dataset=Blocks()).train()
+    assert "the loss that balances experts is no part of the loss" in caplog.text
 
 
 # Data

@@ -68,7 +68,8 @@ def test_every_optimizer_of_transformers_is_known() -> None:
     "optim", [name for name in NAMES if not OPTIMIZERS[name].refused and is_here(OPTIMIZERS[name])]
 )
 def test_it_trains_every_group_at_its_own_rate(optim: str, tmp_path: Path) -> None:
-    found = trainer(tmp_path, optim=optim, weight_decay=0.1, **rates())
+    steps = 6 if optim == "schedule_free_radam" else 1  # its first five do nothing
+    found = trainer(tmp_path, optim=optim, weight_decay=0.1, max_steps=steps, **rates())
     before = snapshot(found.model)
     found.train()
     moved = {name for name, value in snapshot(found.model).items() if not torch.equal(value, before[name])}
