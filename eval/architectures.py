@@ -114,6 +114,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
+    "doge": {"keep_window_size": 8},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "falcon": {"head_dim": LEFT_OUT},
     "gemma3n_text": {**SHARED, "activation_sparsity_pattern": [0.0] * 4},
@@ -258,10 +260,10 @@ def tiny(model_type: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.mul_(4)
-            elif "norm" in name:
+            else:  # norms, biases, and what begins as zeros that hide a layer's effect
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
@@ -307,7 +309,8 @@ def _without_left_out(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def coverage(model: PreTrainedModel, audit: CoverageAudit) -> dict[str, Any]:
     """Returns the share of weights that is quantized, embeddings and output head aside, and the audit's notes."""
-    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    ends = {id(end.weight) for end in (*embeddings, model.get_output_embeddings()) if end is not None}
     apart = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in ends}
     kept = sum(entry.numel for entry in audit.kept if len(entry.shape) > 1 and entry.name not in apart)
     quantized = sum(entry.numel for entry in audit.quantized)
@@ -406,15 +409,18 @@ def packed(model: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path) -
     except Exception as error:
         return {"saved": f"crash: {_words(error)}"}
     row["saved"], row["said"] = "proved", [note for note in report.notes if "transformers" in note]
+    loader = report.stock.loader
     with torch.no_grad(), cast_parameters(model, torch.bfloat16):
         wanted = model(**inputs, use_cache=False).logits.float()
     row["loaded"] = _step(lambda: _compared(llmqat.load(folder, kernel="reference"), inputs, wanted))
-    row["stock"] = _step(lambda: _stock(folder, inputs, wanted))
+    row["stock"] = _step(lambda: _stock(loader, folder, inputs, wanted))
     return row
 
 
-def _stock(folder: Path, inputs: Mapping[str, Tensor], wanted: Tensor) -> str:
-    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+def _stock(loader: str, folder: Path, inputs: Mapping[str, Tensor], wanted: Tensor) -> str:
+    """Returns what the class of transformers that `save` has named makes of a checkpoint."""
+    kind = getattr(transformers, loader)
+    model, found = kind.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
     if found["missing_keys"]:
         return f"{len(found['missing_keys'])} tensors random: {sorted(found['missing_keys'])[0]}"
     return _compared(model.eval(), inputs, wanted)

@@ -1,11 +1,51 @@
-"""The sweep over architectures (eval/architectures.py): what its table says."""
+"""The sweep over architectures (eval/architectures.py): a tenth of it, one of each kind, and what its table says."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from eval.architectures import CHANGES, headline, markdown, silent, tiny_config
+from eval.architectures import CHANGES, examined, headline, markdown, silent, tiny_config
+
+KINDS = {
+    "llama": "plain",
+    "gpt2": "Conv1D, learned positions",
+    "bloom": "ALiBi",
+    "gptj": "rotary tables that follow the dtype",
+    "falcon": "modeling code that reads weights while it is built",
+    "bart": "a decoder of an encoder-decoder model",
+    "mamba": "state space, a weight that is read",
+    "jamba": "state space, attention and experts",
+    "rwkv": "recurrent",
+    "qwen3_next": "linear attention and experts",
+    "mixtral": "stacked experts",
+    "llama4_text": "experts without transformers' decorator",
+    "gpt_oss": "transposed experts with biases",
+    "jetmoe": "a router inside a router module",
+    "deepseek_v32": "latent attention, an indexer",
+    "gemma4_text": "inputs for each layer, shared keys and values",
+    "gemma3": "towers",
+    "zamba2": "blocks that share weights",
+    "recurrent_gemma": "recurrent and attention",
+}
+"""Model type -> what it stands for."""
+
+
+def test_a_tenth_of_the_architectures_is_examined_here() -> None:
+    assert set(KINDS) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert len(KINDS) >= len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) // 10
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_nothing_is_wrong_in_silence(model_type: str, tmp_path: Path) -> None:
+    row = examined(model_type, tmp_path)
+    assert row["silent"] == []
+    assert row["saved"] == "proved"
+    assert row["loaded"].startswith(("equal", "within"))
+    assert not row["walk"].startswith("crash"), row["walk"]
+    assert row["training"].split(" of ")[0] > "0"
 
 
 def test_sizes_are_given_for_architectures_that_exist() -> None:
