@@ -45,6 +45,7 @@ from llmqat.evaluate.breakdown import Part, by_kind, by_position
 from llmqat.evaluate.loading import known_of, load_to_judge
 from llmqat.evaluate.perplexity import Evaluation, Reference, TokenWindows, evaluate, keep_reference
 from llmqat.evaluate.speed import Costs, measure_costs
+from llmqat.layers.audit import kept_notes
 from llmqat.models import write_whole
 
 Role = Literal["full precision", "plain rounding", "training-free", "without adapter", "trained", "other"]
@@ -303,7 +304,7 @@ def compare(
             seconds=time.perf_counter() - start,
             parts={} if tokenizer is None else {text: _parts(one, tokenizer) for text, one in evaluations.items()},
             extras={**candidate.facts, **{name: take(model, candidate) for name, take in (extras or {}).items()}},
-            notes=candidate.notes,
+            notes=(*candidate.notes, *(f"{candidate.name}: {note}." for note in kept_notes(model))),
         )
         del model
         gc.collect()

@@ -75,7 +75,7 @@ def model_card(folder: Path, repository: str, *, license: str | None = None, bas
         *(["## Data and training", _data(run)] if run else []),
         *(["## Measured", _measured(run)] if _comparison(run) else []),
         "## Limits",
-        _limits(config, run, license),
+        _limits(config, facts, license),
         *(["## Versions", _table(("package", "version"), facts["versions"].items())] if "versions" in facts else []),
     ]
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
@@ -286,8 +286,10 @@ def _cell(value: Any) -> str:
     return "" if value is None else _shown(value)
 
 
-def _limits(config: Mapping[str, Any], run: Mapping[str, Any], license: str | None) -> str:
+def _limits(config: Mapping[str, Any], facts: Mapping[str, Any], license: str | None) -> str:
+    run: Mapping[str, Any] = facts.get("run", {})
     limits = [
+        *(f"- {note}." for note in facts.get("notes", ())),
         "- It has the limits and biases of the original model, and what rounding cost beside them.",
         "- Perplexities compare only between models with one tokenizer, on one text, with one window.",
     ]

@@ -58,6 +58,7 @@ from llmqat.layers import (
     products,
     share_products,
 )
+from llmqat.layers.audit import kept_notes
 from llmqat.layers.probe import probe_inputs
 from llmqat.models import (
     adapter_base,
@@ -223,7 +224,7 @@ def save(
         stock = try_stock(temporary, None if kv_scheme(model) is not None else expected)
         FORMATS[format].tell_others(temporary, stock)
         sizes = _bytes_by_part(model, temporary, written)
-        _write_run_file(temporary, format, sizes, proof, stock, run)
+        _write_run_file(temporary, format, sizes, proof, stock, kept_notes(model), run)
         gc.collect()  # the reloaded model maps the files that are about to be renamed
         _move_into_place(temporary, folder)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -310,6 +311,7 @@ def _write_run_file(
     sizes: Mapping[str, int],
     proof: Mapping[str, int],
     stock: StockTrial,
+    notes: tuple[str, ...],
     run: Mapping[str, Any] | None,
 ) -> None:
     facts = {
@@ -318,6 +320,7 @@ def _write_run_file(
         "bytes": dict(sizes),
         "proof": dict(proof),
         "stock_transformers": asdict(stock),
+        "notes": list(notes),
         "run": dict(run or {}),
     }
     (folder / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -27,6 +27,8 @@ UNTIED = "llmqat_untied"
 """Attribute of an output head that rotation untied from the embeddings."""
 REASONS = "llmqat_reasons"
 """Attribute of a prepared model: name of a linear map -> why it was left alone."""
+DROPPED = "llmqat_dropped"
+"""Attribute of a prepared model: what to say of weights that transformers dropped when it loaded the original."""
 ROUTER = "router, stays in high precision"
 IDLE = "text does not reach"
 """Begins the reason, and the note, of what does not run on text."""
@@ -156,6 +158,11 @@ def audit(model: nn.Module) -> CoverageAudit:
     return CoverageAudit(tuple(entries), (*_share_notes(model, entries), *_idle_notes(entries), *_notes(model)))
 
 
+def kept_notes(model: nn.Module) -> tuple[str, ...]:
+    """Returns the notes of the audit on what is left in high precision."""
+    return tuple(note for note in audit(model).notes if note.startswith((SHARE, IDLE)))
+
+
 def _share_notes(model: nn.Module, entries: Sequence[AuditEntry]) -> Iterator[str]:
     """Yields a note where much of a model that is quantized stays in high precision."""
     counted = _counted(model, entries)
@@ -264,6 +271,8 @@ def _notes(model: nn.Module) -> list[str]:
         notes.append("int2-seq has half-integer levels, which no format knows: stored exactly, in 3 bits a code")
     if any(isinstance(layer, QuantModule) for layer in layers) and (note := dequantized_note(model)):
         notes.append(note)
+    if dropped := getattr(model, DROPPED, ""):
+        notes.append(dropped)
     untied = next((module for module in modules if getattr(module, UNTIED, False)), None)
     if untied is not None:
         size = untied.get_parameter("weight").numel() * BYTES_HIGH_PRECISION
@@ -283,4 +292,6 @@ def _reason(module: nn.Module, leaf: str) -> str:
         return ROUTER
     if isinstance(module, nn.Embedding):
         return "embedding, left alone by default"
+    if isinstance(module, nn.Linear):
+        return "left in high precision"
     return f"{kind} is not a quantized module type"

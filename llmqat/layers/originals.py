@@ -1,11 +1,20 @@
-"""Refuses models that are not whole and in full precision: quantized already, offloaded, partly without weights."""
+"""Refuses models that are not whole and in full precision: quantized already, offloaded, partly without weights.
+
+And says what of its checkpoint a model has not: layers for multi-token prediction, say, which transformers drops.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
@@ -51,6 +60,50 @@ def dequantized_note(model: nn.Module) -> str:
     if not is_dequantized(model):
         return ""
     return f"the original was quantized by {_method(model)} and dequantized at loading: full precision here means that"
+
+
+def dropped_note(model: nn.Module) -> str:
+    """Returns what to say of weights of its checkpoint that `model` was loaded without; empty for none."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    if not patterns:
+        return ""
+    own = set(model.state_dict())
+    names = [name for name in _stored_names(model) if name.endswith(".weight") and name not in own]
+    dropped = [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+    if not dropped:
+        return ""
+    return (
+        f"transformers does not load {len(dropped)} weights of the original ({dropped[0]}, …), so they are in no "
+        "checkpoint that is saved of it: layers for multi-token prediction, say"
+    )
+
+
+def _stored_names(model: nn.Module) -> list[str]:
+    """Returns the names of the tensors in the checkpoint that `model` was loaded from; nothing where it is not here."""
+    spec = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    index, single = (_stored_file(spec, name) for name in ("model.safetensors.index.json", "model.safetensors"))
+    try:
+        if index is not None:
+            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        if single is not None:
+            with safe_open(single, framework="pt") as file:
+                return list(file.keys())
+    except (OSError, ValueError, KeyError, SafetensorError):  # it was loaded, and has been changed since
+        pass
+    return []
+
+
+def _stored_file(spec: str, name: str) -> Path | None:
+    if not spec:
+        return None
+    if Path(spec).is_dir():
+        found: Any = Path(spec) / name
+    else:
+        try:
+            found = try_to_load_from_cache(spec, name)
+        except HFValidationError:
+            return None
+    return Path(found) if isinstance(found, (str, Path)) and Path(found).is_file() else None
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -16,14 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
-from llmqat.layers.audit import IDLE, REASONS, ROUTER, SHARE, UNTIED, CoverageAudit, audit, is_asked_for
+from llmqat.layers.audit import DROPPED, IDLE, REASONS, ROUTER, SHARE, UNTIED, CoverageAudit, audit, is_asked_for
 from llmqat.layers.buffers import note_buffers
 from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Policy, QuantConfig
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts, replace_stacked, stacked_weights
 from llmqat.layers.finite import check_held, check_packable, check_parameters
 from llmqat.layers.linear import QuantLinear, let_read
-from llmqat.layers.originals import check_original
+from llmqat.layers.originals import check_original, dropped_note
 from llmqat.layers.packed import PackedLinear, PackedModule
 from llmqat.layers.quantized import QuantModule, without_adapter, without_adapters
 from llmqat.layers.roles import (
@@ -139,7 +139,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
         # save_pretrained would otherwise split experts into the tensors that the original checkpoint had, scales and
         # all, and a Trainer would not find them again when it resumes.
         model._weight_conversions = []  # type: ignore[assignment]
-    model.__dict__[REASONS] = plan.reasons
+    model.__dict__[REASONS], model.__dict__[DROPPED] = plan.reasons, dropped_note(model)
     report = audit(model)
     _log_notes(model, report)
     return report
@@ -147,7 +147,9 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
 
 def _log_notes(model: nn.Module, report: CoverageAudit) -> None:
     for note in report.notes:
-        if note.startswith((SHARE, IDLE)):
+        if note == getattr(model, DROPPED):
+            logger.info("%s", note)
+        elif note.startswith((SHARE, IDLE)):
             expected = note.startswith(IDLE) or is_asked_for(model, report.entries)
             logger.log(logging.INFO if expected else logging.WARNING, "%s", note)
 

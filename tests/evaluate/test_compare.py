@@ -271,3 +271,15 @@ def test_candidates_from_folders(tmp_path: Path) -> None:
 def test_comparisons_that_cannot_be_are_refused(candidates: list[Candidate], texts: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare(candidates, {"one": windows()} if texts else {})
+
+
+def test_a_model_that_is_low_bit_in_part_says_so_below_the_table() -> None:
+    def partly() -> nn.Module:
+        model = tiny_llama()
+        prepare(model, QuantConfig.preset("int4", group_size=32, ignore=["re:.*mlp.*"]))
+        return model
+
+    found = compare(
+        [Candidate("original", tiny_llama, "full precision"), Candidate("part", partly)], {"one": windows()}
+    )
+    assert "67% of the weights outside embeddings and output head" in rendered(found)

@@ -11,7 +11,9 @@ from huggingface_hub import HfApi, ModelCard
 
 from llmqat import load, save
 from llmqat.export import checkpoint
+from llmqat.export.card import model_card
 from llmqat.export.hub import push
+from llmqat.layers import audit
 from tests.export.test_formats import prepared
 from tests.tiny import tiny_llama, tiny_mixtral, tiny_of_class, tiny_tokenizer
 
@@ -182,3 +184,11 @@ def test_the_record_of_a_checkpoint_on_the_hub_is_read(folder: Path, monkeypatch
     assert checkpoint.record_of(str(folder.parent)) == {}
     monkeypatch.setattr(checkpoint, "cached_file", lambda *_, **__: None)
     assert checkpoint.record_of(REPOSITORY) == {}
+
+
+def test_a_card_says_what_was_left_in_high_precision(tmp_path: Path) -> None:
+    model = prepared(tiny_llama(), group_size=32, ignore=["re:.*mlp.*"])
+    (note,) = audit(model).notes
+    save(model, tmp_path / "out")
+    assert "67% of the weights outside embeddings and output head are not quantized" in note
+    assert f"- {note}." in model_card(tmp_path / "out", "me/model")

@@ -9,13 +9,15 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedModel
 from transformers.integrations import bitnet, eetq, finegrained_fp8, gemma_quant, metal_quantization
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from llmqat import QuantConfig, prepare, save
-from tests.tiny import tiny_llama
+from llmqat.layers.originals import dropped_note
+from tests.tiny import tiny_llama, tiny_model
 
 CONFIG = QuantConfig.preset("int4", group_size=16)
 
@@ -149,3 +151,16 @@ def test_a_model_that_is_spread_over_devices_and_whole_is_prepared() -> None:
     add_hook_to_module(model.model.layers[0], AlignDevicesHook("cpu", io_same_device=True))
     model.hf_device_map = {"": "cpu"}
     assert prepare(model, CONFIG).quantized
+
+
+def test_weights_that_transformers_drops_at_loading_are_named(tmp_path: Path) -> None:
+    sizes = {"n_routed_experts": 4, "first_k_dense_replace": 1, "moe_intermediate_size": 64, "n_group": 1}
+    tiny_model("glm4_moe", topk_group=1, num_experts_per_tok=2, **sizes).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = {"model.layers.92.eh_proj.weight": torch.zeros(2, 2), "model.layers.92.bias": torch.zeros(2)}
+    save_file(tensors | extra, tmp_path / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    (note,) = (note for note in prepare(model, CONFIG).notes if "multi-token" in note)
+    assert "does not load 1 weights of the original (model.layers.92.eh_proj.weight, …)" in note
+    assert note in save(model, tmp_path / "packed").notes
+    assert not dropped_note(tiny_llama())

@@ -516,3 +516,19 @@ def test_a_layer_by_itself_reads_as_its_master_weight() -> None:
     linear = nn.Linear(WIDE, NARROW)
     quantized = QuantLinear.from_linear(linear, LayerScheme(weights=CONFIG.weights).weights)
     assert quantized.weight is linear.weight
+
+
+_MAMBA = {"state_size": 16, "time_step_rank": 16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("model_type", ["mamba", "deepseek_v32", "hy_v4"])
+def test_models_whose_code_looks_at_weights_are_saved_as_they_are_trained(
+    model_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    sparse = {**MIXTURES["deepseek_v32"], "num_hidden_layers": 4}
+    if model_type == "hy_v4":
+        del sparse["first_k_dense_replace"]
+    model = tiny_model(model_type, **(_MAMBA if model_type == "mamba" else sparse))
+    prepare(model, CONFIG)
+    save(model, tmp_path / "out", dtype=dtype, probe=ids(4, 48))  # proved
