@@ -79,8 +79,9 @@ def test_fewer_bits_cost_more_for_experts_and_transposed_weights_too() -> None:
 def test_layers_that_the_text_does_not_reach_are_named() -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.forward = torch.zeros_like
+    named = ("Linear", r"re:model\.layers\.1\.mlp")  # prepare leaves alone what does not run, unless it is named
     with pytest.raises(ValueError, match=r"reached no input of model\.layers\.1\.mlp\.gate_proj.*; give more text"):
-        measure_sensitivity(model, QuantConfig.preset("int4", group_size=32), (2, 4), IDS)
+        measure_sensitivity(model, QuantConfig.preset("int4", group_size=32, targets=named), (2, 4), IDS)
 
 
 def test_layers_under_an_override_keep_it() -> None:
