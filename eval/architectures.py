@@ -46,7 +46,7 @@ from llmqat.models import cast_parameters
 from llmqat.paths import check_outputs, user_path
 from llmqat.terminal import plain_console, show_any_text
 
-SECONDS = 240
+SECONDS = 600
 """Time that an architecture may take."""
 GROUP_SIZE = 16
 ROUNDING = 0.001

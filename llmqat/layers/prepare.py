@@ -331,6 +331,8 @@ def _told_by_trial(model: nn.Module, name: str, layer: nn.Module, trial: Trial) 
     ran = id(layer) in trial.ran if not trial.failure else not readers
     if readers and not ran:
         return f"{type(readers[0].module).__name__} reads its weight, and does not call it"
+    if id(layer) in trial.lost:
+        return "its output is part of no logit"
     around = {id(outer) for outer in modules_around(model, name)}
     beside = next((reader for reader in trial.readers.get(id(layer), []) if id(reader.module) not in around), None)
     return f"{type(beside.module).__name__} reads its weight from elsewhere" if beside else ""

@@ -4,6 +4,7 @@ A name says little: the linear layer that chooses experts is called `gate`, `rou
 is elsewhere half of a gated activation. So one forward of a few random tokens is watched, function by function:
 - a linear layer whose output goes to a top-k over its features is a router;
 - a module that does not run is not reached by text: an image tower, a layer whose inputs are shared with another's;
+- a layer beside the transformer layers whose output goes nowhere is without effect: the pooler of an encoder;
 - a weight that is read by other code than its layer's forward is noted with its reader (Mamba's `dt_proj`);
 - a stacked parameter [E, *, *] that is multiplied with, matrix by matrix, is one of experts, and the product says
   which of its dimensions are the inputs.
@@ -98,6 +99,7 @@ class Trial:
         ran: modules whose forward ran.
         routers: linear layers that choose.
         changed: linear layers whose weight the forward itself has changed.
+        lost: linear layers outside of the model's lists of layers whose output no logit is made of.
         readers: layer -> who reads its weight from outside.
         layouts: (module, name of its stacked parameter) -> whether it lies as [E, I, O]; both where both were seen.
     """
@@ -106,6 +108,7 @@ class Trial:
     ran: set[int] = field(default_factory=set)
     routers: set[int] = field(default_factory=set)
     changed: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
     readers: dict[int, list[Reader]] = field(default_factory=dict)
     layouts: dict[tuple[int, str], set[bool]] = field(default_factory=dict)
 
@@ -164,8 +167,10 @@ def _watched(model: PreTrainedModel, tokens: int) -> Trial:
             _modules_watched(model, trial) as active,
         ):
             inputs = probe_inputs(model, rows=1, length=tokens)
-            with _Watch(model, trial, active):
-                model(**inputs, **_without_cache(model))
+            watch = _Watch(model, trial, active)
+            with watch:
+                output = model(**inputs, **_without_cache(model))
+            trial.lost = watch.flow.lost(output)
     except Exception as error:  # a forward of an unknown model fails in any way, and then it says nothing
         trial.failure = f"{type(error).__name__}: {(str(error) or 'no message').strip().splitlines()[0]}"
     finally:
@@ -239,12 +244,66 @@ def _has_experts(module: nn.Module) -> bool:
     return hasattr(getattr(module, "config", None), "_experts_implementation")
 
 
+class _Flow:
+    """What the outputs of a few layers are made into: each function's output is a node above those of its inputs."""
+
+    def __init__(self, layers: set[int]) -> None:
+        self.layers = layers
+        self.nodes = WeakIdKeyDictionary()
+        """Tensor -> its node, where it is made of the output of one of the layers."""
+        self.below: list[list[int]] = []
+        self.maker: dict[int, int] = {}
+
+    def note(self, given: list[Tensor], changed: Tensor | None, output: Any, active: list[nn.Module]) -> None:
+        """Notes a function of the tensors `given`, which may have changed one of them, in the innermost module."""
+        below = [self.nodes[tensor] for tensor in given if tensor in self.nodes]
+        maker = next((id(module) for module in reversed(active) if id(module) in self.layers), None)
+        if maker is None and not below:
+            return
+        node = len(self.below)
+        self.below.append(below)
+        if maker is not None:
+            self.maker[node] = maker
+        self._place(output, node)
+        if changed is not None:
+            if changed._base is not None and changed._base in self.nodes:
+                below.append(self.nodes[changed._base])
+            self._place([changed, changed._base], node)
+
+    def _place(self, values: Any, node: int) -> None:
+        for tensor in _flat([values]):
+            if isinstance(tensor, Tensor):
+                self.nodes[tensor] = node
+
+    def lost(self, output: Any) -> set[int]:
+        """Returns the layers that gave something of which the model's output has no part."""
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            return set()
+        waiting, seen = [self.nodes[logits]] if logits in self.nodes else [], set[int]()
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting += self.below[node]
+        return set(self.maker.values()) - {self.maker[node] for node in seen if node in self.maker}
+
+
+def _outside_of_layers(model: nn.Module) -> set[int]:
+    """Returns the linear layers that lie in none of the model's lists of modules, by `id`."""
+    listed = {
+        id(inner) for module in model.modules() if isinstance(module, nn.ModuleList) for inner in module.modules()
+    }
+    return {id(m) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and id(m) not in listed}
+
+
 class _Watch(TorchFunctionMode):
     """Follows weights and the outputs of linear layers through the functions of a forward."""
 
     def __init__(self, model: nn.Module, trial: Trial, active: list[nn.Module]) -> None:
         super().__init__()
         self.trial, self.active = trial, active
+        self.flow = _Flow(_outside_of_layers(model))
         self.layers: dict[int, nn.Module] = {}
         self.scores = WeakIdKeyDictionary()
         """Tensor -> the linear layers whose output it is, entry by entry."""
@@ -269,6 +328,8 @@ class _Watch(TorchFunctionMode):
         if before is not None and not before.is_meta and not torch.equal(before, given[0]):
             self.trial.changed.add(id(self.layers[id(given[0])]))
         self._note_reads(name, given, args)
+        in_place = (_is_in_place(name) or name == "__setitem__") and isinstance(args[0], Tensor)
+        self.flow.note(given, args[0] if in_place else None, output, self.active)
         self._follow_stacks(name, args, given, output)
         self._follow_scores(name, given, output)
         return output

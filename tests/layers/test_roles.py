@@ -478,6 +478,18 @@ class Sparse(nn.Module):
         return self.experts[0](self.blocks[0]["up"](hidden))
 
 
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_a_layer_whose_output_goes_nowhere_is_left_alone(on_meta: bool) -> None:
+    """BigBird's pooler runs, and the output head does not look at it; the head's own dense layer counts."""
+    with torch.device("meta" if on_meta else "cpu"):
+        model = tiny_model("big_bird", is_decoder=True, attention_type="original_full")
+    audit = prepare(model, QuantConfig.preset("int4", group_size=16))
+    assert "bert.pooler" not in {entry.name.removesuffix(".weight") for entry in audit.quantized}
+    assert "cls.predictions.transform.dense.weight" in {entry.name for entry in audit.quantized}
+    reasons = {entry.name: entry.reason for entry in audit.kept}
+    assert reasons["bert.pooler.weight"] == "its output is part of no logit"
+
+
 def test_an_expert_that_gets_no_token_is_an_expert_all_the_same() -> None:
     report = prepare(Toy(Sparse()), CONFIG)
     assert names(report) == {"inner.blocks.0.up", "inner.experts.0.0", "inner.experts.1.0"}
