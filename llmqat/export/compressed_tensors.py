@@ -334,7 +334,7 @@ def read(
         quantize_kv(model, KVCacheConfig.model_validate(cache))
     tensors, expected = _repacked(model, stored), model.state_dict()
     _check_tensors(model, tensors, expected, folder)
-    _assign(model, {name: tensor for name, (tensor, _) in tensors.items()}, expected)
+    _assign(model, {name: tensor for name, (tensor, _) in tensors.items()}, expected, dtype)
     mappings = FileMappings({path for _, path in tensors.values()})
     for _, layer in quantized_layers(model):
         if isinstance(layer, PackedModule):
@@ -571,9 +571,15 @@ def _check_tensors(
             raise ValueError(f"{path}: {name} holds scales that are zero, infinite or not a number")
 
 
-def _assign(model: PreTrainedModel, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _assign(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
     in_float32 = kept_in_float32(model)
     wanted = {name: torch.float32 if in_float32(name) else tensor.dtype for name, tensor in expected.items()}
+    # Modeling code makes some parameters in float32 whatever the model's dtype; the proof computes with `dtype`.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in wanted and parameter.is_floating_point() and not in_float32(name):
+            wanted[name] = dtype
     state = {name: _settled(name, tensor.to(wanted[name])) for name, tensor in tensors.items()}
     _put(model, state)
     # As from_pretrained does: tied to whichever was stored, and not at all where both were and differ.

@@ -27,18 +27,11 @@ STOCK = {
     "bart": "AutoModelForSeq2SeqLM",
     "whisper": "AutoModelForSpeechSeq2Seq",
 }
-TOWERS = {
-    "llava": (r"re:.*vision_tower\.", r"re:.*multi_modal_projector\."),
-    "qwen2_vl": (r"re:.*visual\.",),
-    "qwen2_5_vl": (r"re:.*visual\.",),
-    "gemma3": (r"re:.*vision_tower\.",),
-    "t5": (r"re:.*\.wo$",),  # its modeling code reads the layer's dtype
-}
 
 
 def prepared(name: str) -> PreTrainedModel:
     model = tiny_of_class(name)
-    prepare(model, QuantConfig.preset("int4", group_size=16, ignore=TOWERS.get(name, ())))
+    prepare(model, QuantConfig.preset("int4", group_size=16))
     return model
 
 
@@ -186,7 +179,7 @@ def test_a_class_that_could_not_be_loaded_again_is_refused_before_training(tmp_p
 def test_parts_that_attend_each_in_its_own_way_are_proved_so(tmp_path: Path) -> None:
     model = tiny_of_class("llava")
     model.set_attn_implementation({"": "eager", "text_config": "sdpa", "vision_config": "eager"})
-    prepare(model, QuantConfig.preset("int4", group_size=16, ignore=TOWERS["llava"]))
+    prepare(model, QuantConfig.preset("int4", group_size=16))
     save(model, tmp_path / "packed")
     read = compressed_tensors.read(
         tmp_path / "packed",
@@ -217,3 +210,15 @@ def test_inputs_of_a_model_that_cannot_be_guessed_are_given(tmp_path: Path) -> N
         save(model, tmp_path / "packed")
     given = {"input_features": torch.randn(1, 16, 40), "decoder_input_ids": torch.tensor([[2, 3, 4]])}
     assert save(model, tmp_path / "packed", probe=given).proof["probe_tokens"] == 3
+
+
+def test_parameters_that_modeling_code_makes_in_float32_are_loaded_as_they_were_proved(tmp_path: Path) -> None:
+    """XLNet's `mask_emb`: left in float32, it made the loaded model's forward mix dtypes and fail."""
+    config = AutoConfig.for_model("xlnet", vocab_size=384, d_model=64, n_layer=2, n_head=4, d_inner=128)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    save(model, tmp_path / "packed")
+    loaded = load(tmp_path / "packed", kernel="reference")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.isfinite(loaded(**probe_inputs(loaded), use_cache=False).logits).all()
