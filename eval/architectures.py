@@ -124,7 +124,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "prophetnet": {"num_hidden_layers": LEFT_OUT},
-    "reformer": {"is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (32, 32)},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xlnet": {"max_position_embeddings": LEFT_OUT},
     "xlstm": {"v_head_dim": LEFT_OUT},
     "xmod": {"default_language": "en_XX"},
@@ -256,14 +256,16 @@ def examined(model_type: str, folder: Path) -> dict[str, Any]:
 
 
 def tiny(model_type: str) -> PreTrainedModel:
-    """Returns a random model of a type in float32, with weights that its outputs depend on visibly."""
+    """Returns a random model of a type in float32, with weights that its outputs depend on visibly, and none zero."""
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() >= 2:
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+            elif parameter.dim() >= 2:
                 parameter.mul_(4)
-            else:  # norms, biases, and what begins as zeros that hide a layer's effect
+            else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
