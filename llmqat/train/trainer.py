@@ -43,6 +43,7 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
+from llmqat.data.length import check_length
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.grid import fusing
 from llmqat.layers import (
@@ -173,6 +174,7 @@ class QATTrainer(Trainer):
         self._is_saving = False
         self._micro_batches: list[tuple[dict[str, Any], Tensor | int | None, Tensor]] = []
         self._gathers_logits = False
+        self._longest = 0
         self._tokens_before: int | None = 0
         self._tokens_here = 0
         self._steps_before = 0
@@ -342,6 +344,12 @@ class QATTrainer(Trainer):
             self.args.lr_scheduler_kwargs = {"mode": mode, **(self.args.lr_scheduler_kwargs or {})}
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _check_length(self, student: nn.Module, length: int) -> None:
+        """Raises ValueError for a row that is longer than the model's positions; one process tries what it must."""
+        if length > self._longest and self.args.world_size == 1:
+            check_length(without_adapters(student), length, "tokens in a row")
+            self._longest = length
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -363,6 +371,8 @@ class QATTrainer(Trainer):
         labels = scored_labels(inputs)
         inputs.pop("labels", None)
         student = self.accelerator.unwrap_model(model)
+        if "position_ids" not in inputs:  # which begin anew in rows that hold several texts
+            self._check_length(student, labels.shape[1])
         # The state at position t predicts the label of t + 1.
         mask = labels[:, 1:].ne(IGNORED_LABEL).flatten()
         tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

@@ -11,9 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, DataCollatorWithPadding
 
-from llmqat import QATTrainer
+from llmqat import QATTrainer, QuantConfig, prepare
 from llmqat.train.targets import scored_labels
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_gpt2, tiny_tokenizer
 from tests.train.test_trainer import Blocks, _arguments, _pair
 
 HIDDEN = -100
@@ -173,3 +173,14 @@ def test_a_text_without_a_scored_token_has_no_perplexity(trainer: QATTrainer) ->
     rows = [{"input_ids": ids, "labels": torch.full_like(ids, HIDDEN)} for ids in Blocks(2).ids]
     with pytest.raises(ValueError, match="no token of the evaluation text is scored"):
         trainer.evaluate(rows)
+
+
+def test_rows_beyond_the_learned_positions_are_refused_before_a_step(tmp_path: Path) -> None:
+    """GPT-2 of 16 positions, given rows of 32 tokens: "index out of range in self", somewhere in an embedding."""
+    teacher = tiny_gpt2(max_position_embeddings=16)
+    student = copy.deepcopy(teacher)
+    prepare(student, QuantConfig.preset("int4", group_size=16))
+    made = QATTrainer(model=student, teacher=teacher, args=_arguments(tmp_path), train_dataset=Blocks())
+    with pytest.raises(ValueError, match=r"tokens in a row=32 is more than the 16 positions that GPT2LMHeadModel"):
+        made.train()
+    assert made.state.global_step == 0
