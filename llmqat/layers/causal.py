@@ -52,10 +52,16 @@ def short_attention() -> Iterator[None]:
     original: Any = ALL_ATTENTION_FUNCTIONS[_REPLACED]
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **options: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,  # by this name, which some modeling code gives
+        *args: Any,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if mask is not None or args or not _serves(module, query, key, options):
-            found: tuple[Tensor, Tensor | None] = original(module, query, key, value, mask, *args, **options)
+        if attention_mask is not None or args or not _serves(module, query, key, options):
+            found: tuple[Tensor, Tensor | None] = original(module, query, key, value, attention_mask, *args, **options)
             return found
         scaling = options.get("scaling")
         mixed = causal_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -381,6 +381,11 @@ class QATTrainer(Trainer):
         outputs: dict[str, Tensor] = {}
 
         def loss_of(hidden: Tensor) -> Tensor:
+            if hidden.shape[:-1] != labels.shape:  # ProphetNet predicts several tokens at each
+                raise ValueError(
+                    f"{type(without_adapters(student)).__name__} gives its output head states {list(hidden.shape)} for "
+                    f"{list(labels.shape)} tokens; QATTrainer trains models that predict one next token at each"
+                )
             with torch.autocast(hidden.device.type, enabled=False):  # dtypes are those of the checkpoint already
                 predictor = predictor_of(without_adapters(student))
                 if return_outputs:

@@ -76,3 +76,14 @@ def test_what_it_does_not_serve_is_left_to_torch(case: str, monkeypatch: pytest.
         found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](torch.nn.Module(), query, key, value, mask, **options)
     assert torch.equal(found, expected)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is original
+
+
+def test_a_mask_may_come_by_its_name() -> None:
+    """As AFMoE gives it, and as transformers' own function is defined."""
+    states = [torch.randn(1, 2, 8, 16, dtype=torch.bfloat16) for _ in range(3)]
+    layer = torch.nn.Module()
+    with short_attention():
+        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        by_name, _ = function(layer, *states, attention_mask=None, scaling=0.25)
+        by_place, _ = function(layer, *states, None, scaling=0.25)
+    assert torch.equal(by_name, by_place)
