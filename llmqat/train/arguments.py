@@ -151,7 +151,7 @@ def _check_labels(args: TrainingArguments) -> str | None:
 
 def _check_debug(args: TrainingArguments) -> str | None:
     asked = args.debug.split() if isinstance(args.debug, str) else args.debug
-    if DebugOption.TPU_METRICS_DEBUG in asked:
+    if DebugOption.TPU_METRICS_DEBUG in (asked or ()):  # a command line that does not name it gives None
         return "debug='tpu_metrics_debug' is refused: llmqat does not train on TPUs; leave it out"
     return None
 
