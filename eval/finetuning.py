@@ -111,8 +111,8 @@ def task(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tup
     seen = round(len(rows) * (1 - HELD_OUT))
     wanted = options.steps * options.batch_size * options.block_size
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "records.txt"
-        text.write_text("\n".join(rows[:seen]), encoding="utf-8")
+        text = Path(folder) / "records.jsonl"  # one row, whose text is all records: else each would be a document
+        text.write_text(json.dumps({"text": "\n".join(rows[:seen])}, ensure_ascii=False) + "\n", encoding="utf-8")
         config = DataConfig(source="text", path=text, tokens=wanted, block_size=options.block_size)
         blocks = load_blocks(config, tokenizer)
     held_out = "\n".join(rows[seen:])

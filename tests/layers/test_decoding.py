@@ -85,7 +85,9 @@ def test_what_changes_after_compiling_is_noticed(change: Callable[[PreTrainedMod
 
     def counted(guards: Sequence[Any]) -> list[bool]:
         stays = is_checked(guards)
-        counts.append((len(stays), sum(stays)))
+        # Not those on transformers' list of all architectures that were built in this process, by other tests too.
+        ours = [kept for guard, kept in zip(guards, stays, strict=True) if "_CAN_RECORD_REGISTRY" not in guard.name]
+        counts.append((len(ours), sum(ours)))
         return stays
 
     torch._dynamo.reset()
