@@ -25,10 +25,11 @@ from llmqat.layers.finite import check_held, check_packable, check_parameters
 from llmqat.layers.linear import QuantLinear, let_read
 from llmqat.layers.originals import check_original, dropped_note
 from llmqat.layers.packed import PackedLinear, PackedModule
-from llmqat.layers.quantized import QuantModule, without_adapter, without_adapters
+from llmqat.layers.quantized import QuantModule, without_adapters
 from llmqat.layers.roles import (
     Reader,
     Trial,
+    end_of,
     is_of_experts,
     is_router_by_place,
     modules_around,
@@ -380,7 +381,7 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str:
 def _plan(model: nn.Module, maps: Mapping[str, LinearMap], config: QuantConfig) -> _Plan:
     """Returns the scheme of each linear map to quantize, and for each one left alone the reason."""
     _check_patterns(model, maps, config)
-    heads = [end for end in (_end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")) if end]
+    heads = [end for end in (end_of(model, "get_output_embeddings"), end_of(model, "get_input_embeddings")) if end]
     uses: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), []).append(name)
@@ -494,7 +495,7 @@ def _check_patterns(model: nn.Module, maps: Mapping[str, LinearMap], config: Qua
 
 def _check_head(model: nn.Module, maps: Mapping[str, LinearMap], config: QuantConfig) -> None:
     """Raises ValueError where a pattern means the output head alone, which `quant.lm_head` decides about."""
-    head = _end(model, "get_output_embeddings")
+    head = end_of(model, "get_output_embeddings")
     names = [name for name, entry in maps.items() if entry.owner is head]
     if not names:
         return
@@ -522,19 +523,9 @@ def _quantized(name: str, entry: LinearMap, scheme: LayerScheme) -> QuantModule:
 # Embeddings and output head
 
 
-def _end(model: nn.Module, getter: str) -> nn.Module | None:
-    """Returns the model's input or output embeddings, or None."""
-    find = getattr(model, getter, None)
-    try:
-        module = find() if callable(find) else None
-    except NotImplementedError:  # models without token embeddings say so like this
-        return None
-    return without_adapter(module) if isinstance(module, nn.Module) else None
-
-
 def _quantized_ends(model: nn.Module, config: QuantConfig) -> dict[str, nn.Module]:
     """Returns the quantized token embedding and output head that `config` asks for, by name."""
-    embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    embedding, head = end_of(model, "get_input_embeddings"), end_of(model, "get_output_embeddings")
     if config.embeddings == "keep" and config.lm_head in (None, "keep"):
         return {}
     names = {id(module): name for name, module in model.named_modules()}

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.layers.probe import probe_inputs
+from llmqat.layers.quantized import without_adapter
 
 TRIAL_TOKENS = (47, 7)
 """Tokens of the tiny forward, and of a second one where the first fails: primes, which no dimension is by chance."""
@@ -545,7 +546,8 @@ def unreached(model: nn.Module, trial: Trial, names: Iterable[str]) -> dict[str,
     if trial.failure:
         if getattr(model, "main_input_name", "input_ids") != "input_ids":
             return {}
-        towers = {name for name, module in modules.items() if name and _is_tower(module, _embedding(model))}
+        embedding = end_of(model, "get_input_embeddings")
+        towers = {name for name, module in modules.items() if name and _is_tower(module, embedding)}
         inside = {name: next((outer for outer in _outwards(name) if outer in towers), None) for name in names}
         return {name: tower for name, tower in inside.items() if tower is not None}
     alive = {outer for name, module in modules.items() if id(module) in trial.ran for outer in _outwards(name)}
@@ -556,13 +558,14 @@ def unreached(model: nn.Module, trial: Trial, names: Iterable[str]) -> dict[str,
     }
 
 
-def _embedding(model: nn.Module) -> nn.Module | None:
-    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+def end_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """Returns the model's input or output embeddings, without an adapter around them, or None."""
+    find = getattr(model, getter, None)
     try:
-        found: nn.Module | None = find()
-    except NotImplementedError:
+        module = find() if callable(find) else None
+    except NotImplementedError:  # models without token embeddings say so like this
         return None
-    return found
+    return without_adapter(module) if isinstance(module, nn.Module) else None
 
 
 def _is_tower(module: nn.Module, embedding: nn.Module | None) -> bool:
