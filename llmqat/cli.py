@@ -180,6 +180,12 @@ TrainedTextOption = Annotated[
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
 
+FORMS: dict[tuple[str, str | None], bool] = {
+    ("compressed-tensors", "vllm"): False,
+    ("compressed-tensors", "vllm-cpu"): True,
+}
+"""By `--format` and `--for` of `export`: whether w4a8 is written as `int-quantized`."""
+
 COMMANDS_THAT_TRAIN = ("train", "quantize", "sensitivity", "synthesize", "cache-teacher")
 """They allocate and free the same tensors for minutes."""
 
@@ -684,6 +690,14 @@ def export(
             "onnxruntime; compressed-tensors: another tool's checkpoint as llmqat writes it."
         ),
     ] = "gguf",
+    served_by: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="With compressed-tensors, the server that reads it: vllm (on GPUs) or vllm-cpu. They differ in how "
+            "4-bit weights with 8-bit inputs (w4a8) lie on disk.",
+        ),
+    ] = None,
 ) -> None:
     """Writes a packed checkpoint in another format: its codes as they are, nothing rounded again.
 
@@ -692,13 +706,23 @@ def export(
         llmqat export runs/smollm2-135m-int4/model --format gguf --out smollm2-int4.gguf
 
         llmqat export runs/smollm2-135m-int4/model --format onnx --out smollm2-int4-onnx
+
+        llmqat export runs/smollm2-135m-w4a8/model --format compressed-tensors --for vllm-cpu --out smollm2-w4a8-cpu
     """
-    from llmqat.export import CONVERSIONS, keep_record, load_any
+    from llmqat.export import CONVERSIONS, keep_record, load_any, save_again
 
     check_folder_output(out.parent, "--out")
     if format not in CONVERSIONS:
         raise ValueError(f"--format {format!r} is unknown; choose one of {', '.join(CONVERSIONS)}")
-    sizes = CONVERSIONS[format](*load_any(model), out)
+    if served_by is not None and (format, served_by) not in FORMS:
+        raise ValueError(
+            f"--for {served_by} means nothing with --format {format}; with --format compressed-tensors give vllm or "
+            f"vllm-cpu, or leave it out"
+        )
+    write = CONVERSIONS[format]
+    if FORMS.get((format, served_by)):
+        write = functools.partial(save_again, int_quantized=True)
+    sizes = write(*load_any(model), out)
     keep_record(model, out)
     parts = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]

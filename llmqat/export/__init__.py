@@ -44,6 +44,7 @@ __all__ = [
     "load_any",
     "prove",
     "save",
+    "save_again",
     "write_gguf",
     "write_gptq",
     "write_onnx",

@@ -95,11 +95,16 @@ class Format(Protocol):
     """A checkpoint format: a module with these functions, registered in `FORMATS`."""
 
     def write(
-        self, model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: int | str
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        dtype: torch.dtype,
+        max_shard_size: int | str,
+        int_quantized: bool = False,
     ) -> dict[str, Tensor]:
         """Writes weights and `config.json` into `folder`; returns the tensors written, by name."""
 
-    def packed_state_dict(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    def packed_state_dict(self, model: nn.Module, dtype: torch.dtype, int_quantized: bool = False) -> dict[str, Tensor]:
         """Returns the tensors that `write` writes, without writing them."""
 
     def tell_others(self, folder: Path, trial: StockTrial) -> None:
@@ -189,6 +194,7 @@ def save(
     overwrite: bool = False,
     probe: Tensor | Mapping[str, Tensor] | None = None,
     format: str = "compressed-tensors",
+    int_quantized: bool = False,
 ) -> ExportReport:
     """Writes `model` packed to `folder`, proves it, and returns what was written. The model is not changed.
 
@@ -203,6 +209,8 @@ def save(
         probe: token ids [B, L] for the proof on logits, or all inputs of the forward by name; seeded random ones where
             not given.
         format: a name in `FORMATS`.
+        int_quantized: write 4-bit weights with 8-bit inputs (W4A8) as `int-quantized`, a byte a code, which vLLM serves
+            on a CPU; else they are packed, which it serves on GPUs.
 
     Raises:
         ValueError: the folder exists, the model holds nothing quantized, or an argument is not usable.
@@ -212,7 +220,7 @@ def save(
     _check_arguments(model, dtype, run, format)
     _check_destination(folder, overwrite)
     with folder_in_progress(folder) as temporary:
-        written = FORMATS[format].write(model, temporary, dtype, max_shard_size)
+        written = FORMATS[format].write(model, temporary, dtype, max_shard_size, int_quantized)
         # Not save_pretrained, which refuses settings that many published models have; this only records them.
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.to_json_file(temporary / "generation_config.json")
@@ -255,9 +263,12 @@ def _cached(repository: str, name: str) -> str | None:
     return found
 
 
-def save_again(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, int]:
+def save_again(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, int_quantized: bool = False
+) -> dict[str, int]:
     """Writes a packed model, another tool's perhaps, as `save` does; returns bytes by part."""
-    return dict(save(model, folder, tokenizer, dtype=stored_dtype(model)).bytes)
+    report = save(model, folder, tokenizer, dtype=stored_dtype(model), int_quantized=int_quantized)
+    return dict(report.bytes)
 
 
 def _check_arguments(model: nn.Module, dtype: torch.dtype, run: Mapping[str, Any] | None, format: str) -> None:
@@ -381,7 +392,13 @@ def _part(model: nn.Module, name: str) -> str:
         return "embeddings"
     if isinstance(model, PreTrainedModel) and module is model.get_output_embeddings():
         return "head"
-    packed = {"weight_packed": "codes", "weight_scale": "scales", "weight_shape": "shapes", "input_scale": "scales"}
+    packed = {
+        "weight_packed": "codes",
+        "weight": "codes",
+        "weight_scale": "scales",
+        "weight_shape": "shapes",
+        "input_scale": "scales",
+    }
     packed |= {"weight_zero_point": "zero_points", "input_zero_point": "zero_points"}
     if isinstance(module, (QuantModule, PackedModule)):
         return packed.get(leaf, "other")
@@ -414,6 +431,7 @@ def prove(
     dtype: torch.dtype = torch.bfloat16,
     probe: Tensor | Mapping[str, Tensor] | None = None,
     format: str = "compressed-tensors",
+    int_quantized: bool = False,
 ) -> dict[str, int]:
     """Proves that the checkpoint in `folder` is what `model` computes with, and returns how much was compared.
 
@@ -423,13 +441,14 @@ def prove(
         dtype: of the checkpoint.
         probe: token ids [B, L], or all inputs of the forward by name; seeded random ones where not given.
         format: a name in `FORMATS`.
+        int_quantized: as it was saved.
 
     Raises:
         ValueError: the folder cannot be read at all.
         ProofError: a tensor or the logits differ; names it.
     """
     _check_arguments(model, dtype, None, format)
-    written = FORMATS[format].packed_state_dict(model, dtype)
+    written = FORMATS[format].packed_state_dict(model, dtype, int_quantized)
     return _prove(model, user_path(folder, "folder"), dtype, FORMATS[format], probe, written)[0]
 
 

@@ -1,13 +1,19 @@
-"""The compressed-tensors `pack-quantized` format: a model's state dict and `quantization_config`, and the way back.
+"""The compressed-tensors checkpoint: a model's state dict and `quantization_config`, and the way back.
 
-A quantized linear NAME is stored as
+A quantized linear NAME is stored `pack-quantized`, as
     NAME.weight_packed      int32 [O, ceil(I * b / 32)]: code - qmin, element 0 in the lowest bits, codes straddle words
     NAME.weight_scale       [O, G] in the checkpoint's dtype
     NAME.weight_shape       int64 [2]: O, I
     NAME.weight_zero_point  int32 [ceil(O * b / 32), G], packed along O; asymmetric schemes only
     NAME.bias               [O], where the layer has one
     NAME.input_scale        [1], and NAME.input_zero_point int8 [1]: static ranges of inputs
-and everything else as in any safetensors checkpoint. Stacked experts are one matrix [E * O, I] under the name of their
+or, 8-bit weights with one scale a channel whose inputs have 8 bits (W8A8), `int-quantized`, as
+    NAME.weight             int8 [O, I]: the codes as they are
+    NAME.weight_scale       [O, 1] in the checkpoint's dtype
+and bias and input ranges likewise: vLLM serves W8A8 in this form only. W4A8 is packed, which vLLM serves on GPUs; its
+CPU build takes the form `int-quantized`, 8 bits on disk for each code, which `int_quantized=True` writes.
+
+Everything else is as in any safetensors checkpoint. Stacked experts are one matrix [E * O, I] under the name of their
 parameter; a quantized embedding is stored like a linear layer, and a head tied to it not at all.
 
 `config.json` holds `quantization_config`, which is generated through compressed-tensors' own classes and is all that a
@@ -42,7 +48,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.export.stock import ONLY_HERE, StockTrial
-from llmqat.grid import Grid, pack_int32
+from llmqat.grid import Grid, pack_int32, unpack_int32
 from llmqat.kernels import FileMappings
 from llmqat.layers import (
     ActivationConfig,
@@ -83,7 +89,9 @@ from llmqat.models import (
 QUANT_METHOD = "compressed-tensors"
 PACKED_FORMAT = "pack-quantized"
 PLAIN_FORMAT = "int-quantized"
-"""The format of others for W8A8: int8 codes, not packed; read here, and packed on the way."""
+"""int8 codes, not packed."""
+MIXED_FORMAT = "mixed-precision"
+"""What the format of a whole checkpoint is called where its groups have several."""
 KV_KEY = "llmqat_kv_cache"
 STACKED_KEY = "llmqat_stacked"
 """Key of `config.json`: stacked experts whose class does not say how they lie -> whether as [E, I, O]."""
@@ -100,7 +108,9 @@ _NEIGHBOURHOOD = 65_536
 # Writing
 
 
-def write(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: int | str) -> dict[str, Tensor]:
+def write(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: int | str, int_quantized: bool = False
+) -> dict[str, Tensor]:
     """Writes weights and `config.json` of a prepared or converted model into an existing folder.
 
     Args:
@@ -108,20 +118,21 @@ def write(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_si
         folder: receives `model.safetensors`, or shards and their index, and `config.json`.
         dtype: of scales, biases and all parameters left in high precision.
         max_shard_size: bytes of a shard, or a text such as "5GB".
+        int_quantized: write W4A8 as `int-quantized`, for vLLM on a CPU.
 
     Returns:
         The tensors that were written, by name.
     """
-    state = packed_state_dict(model, dtype)
-    _write_config(model, folder, dtype)
+    state = packed_state_dict(model, dtype, int_quantized)
+    _write_config(model, folder, dtype, int_quantized)
     write_shards(state, folder, max_shard_size)
     return state
 
 
-def packed_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def packed_state_dict(model: nn.Module, dtype: torch.dtype, int_quantized: bool = False) -> dict[str, Tensor]:
     """Returns the checkpoint's tensors by name, on the CPU, contiguous, tied ones once; the model is not changed.
 
-    Parameters left in high precision are cast to `dtype`; buffers keep their own.
+    Parameters left in high precision are cast to `dtype`; buffers keep their own. `int_quantized` is as in `write`.
 
     Raises:
         ValueError: a weight, a scale or a parameter is not finite, or `dtype` cannot hold it; names it.
@@ -133,7 +144,13 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
         if (bias := getattr(layer, "bias", None)) is not None:
             check_held(f"{name}.bias", bias, dtype)
         packed = layer if isinstance(layer, PackedModule) else packed_form(layer, dtype)
-        for key, tensor in packed.state_dict().items():
+        tensors = packed.state_dict()
+        if _form(_stored_scheme(layer), int_quantized) == PLAIN_FORMAT:
+            del tensors["weight_shape"]
+            tensors["weight"] = unpack_int32(tensors.pop("weight_packed"), packed.grid, packed.columns)
+        elif packed.weight_packed.dtype == torch.int8:
+            tensors["weight_packed"] = pack_int32(packed.weight_packed, packed.grid)
+        for key, tensor in tensors.items():
             stored = tensor.to(torch.int8) if key == "input_quantizer.zero_point" else tensor
             state[f"{name}.{_INPUT_NAMES.get(key, key)}"] = _for_disk(stored, dtype)
     tied, in_float32 = _tied_names(model), kept_in_float32(model)
@@ -163,7 +180,7 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantModule | Pack
             yield name, module
 
 
-def quantization_config(model: nn.Module) -> dict[str, Any]:
+def quantization_config(model: nn.Module, int_quantized: bool = False) -> dict[str, Any]:
     """Returns the `quantization_config` of `config.json` for a prepared or converted model.
 
     With one scheme its target is the class `Linear`; with several, or with something else than linear layers, each
@@ -188,13 +205,14 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             targets=["Linear"] if by_class else names,
             weights=_quantization_args(scheme.weights),
             input_activations=_input_args(scheme.input_activations),
-            format=PACKED_FORMAT,
+            format=_form(scheme, int_quantized),
         )
         for index, (scheme, names) in enumerate(members.items())
     }
+    forms = {group.format for group in groups.values()}
     config = QuantizationConfig(
         config_groups=groups,
-        format=PACKED_FORMAT,
+        format=forms.pop() if len(forms) == 1 else MIXED_FORMAT,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=[name for name, module in model.named_modules() if isinstance(module, (nn.Linear, TiedHead))],
     )
@@ -228,6 +246,20 @@ def _stored_scheme(layer: QuantModule | PackedModule) -> LayerScheme:
     return LayerScheme(weights=layer.weights.stored, input_activations=None if quantizer is None else quantizer.config)
 
 
+def _form(scheme: LayerScheme, int_quantized: bool) -> str:
+    """Returns how the weights of a stored scheme lie on disk.
+
+    Source: `_is_dynamic_token_w8a8`, `_is_static_tensor_w8a8`, `_is_dynamic_token_w4a8_int` and `_is_wNaM_int` of
+    vLLM's `compressed_tensors.py`.
+    """
+    weights, inputs = scheme.weights, scheme.input_activations
+    if inputs is None or inputs.num_bits != 8 or not weights.symmetric:
+        return PACKED_FORMAT
+    if weights.num_bits == 8 and weights.strategy == "channel":
+        return PLAIN_FORMAT
+    return PLAIN_FORMAT if int_quantized and weights.num_bits == 4 and inputs.dynamic else PACKED_FORMAT
+
+
 def _quantization_args(weights: WeightConfig) -> QuantizationArgs:
     return QuantizationArgs(
         num_bits=weights.num_bits,
@@ -252,13 +284,13 @@ def _input_args(config: ActivationConfig | None) -> QuantizationArgs | None:
     )
 
 
-def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype, int_quantized: bool) -> None:
     config = deepcopy(model.config)
     if hasattr(config, "llmqat"):
         del config.llmqat
     config.architectures = [type(model).__name__]
     config.dtype = dtype
-    config.quantization_config = quantization_config(model)
+    config.quantization_config = quantization_config(model, int_quantized)
     if (scheme := kv_scheme(model)) is not None:
         setattr(config, KV_KEY, scheme.model_dump(mode="json"))
     if stacked := _unmarked_stacks(model):
@@ -438,20 +470,30 @@ def _install(model: nn.Module, config: QuantizationConfig, dtype: torch.dtype, u
         target: (_weight_config(scheme.weights), _activation_config(scheme.input_activations))
         for target, scheme in schemes.items()
     }
+    plain = {target for target, scheme in schemes.items() if _holds_int8(scheme, config)}
     for name, module in list(match_named_modules(model, list(schemes), config.ignore)):
         # The most specific target comes first: an exact name before a pattern before a class.
-        weights, inputs = configs[match_targets(name, module, list(schemes))[0]]
+        target = match_targets(name, module, list(schemes))[0]
+        weights, inputs = configs[target]
         if isinstance(module, nn.Embedding):
             _install_embedding(model, name, module, weights, dtype)
         elif isinstance(module, (nn.Linear, Conv1D)):
             packed = PackedLinear(*_features(module), module.bias is not None, weights, dtype, "meta", name, inputs)
             packed.transposed = isinstance(module, Conv1D)
+            if target in plain:
+                packed.hold_int8()
             install(model, name, packed)
     for name, transposed in stacked.items():
         if name in schemes:
             weights, _ = configs[name]
             shape = tuple(model.get_parameter(name).shape)
             install(model, name, PackedExperts(shape, weights, dtype, "meta", name, transposed))  # type: ignore[arg-type]
+
+
+def _holds_int8(scheme: QuantizationScheme, config: QuantizationConfig) -> bool:
+    """Returns whether codes are computed with as they lie on disk, one a byte."""
+    weights: QuantizationArgs = scheme.weights
+    return (scheme.format or config.format) == PLAIN_FORMAT and weights.num_bits == 8 and weights.symmetric
 
 
 def _features(module: nn.Linear | Conv1D) -> tuple[int, int]:
@@ -507,19 +549,20 @@ def _read_tensors(folder: Path) -> dict[str, tuple[Tensor, Path]]:
 
 
 def _repacked(model: nn.Module, tensors: dict[str, tuple[Tensor, Path]]) -> dict[str, tuple[Tensor, Path]]:
-    """Returns `tensors`, those of the format `int-quantized` as the packed ones that the model's layers hold.
+    """Returns `tensors`, those of the format `int-quantized` as the model's layers hold them: packed but for 8 bits.
 
     Raises:
         ValueError: a code or a zero point lies outside the range of its bits; names it.
     """
     found = dict(tensors)
     for name, layer in quantized_layers(model):
-        if f"{name}.weight" not in found or f"{name}.weight_packed" in found:
+        if not isinstance(layer, PackedModule) or f"{name}.weight" not in found or f"{name}.weight_packed" in found:
             continue
         codes, path = found.pop(f"{name}.weight")
         grid = Grid(layer.weights.num_bits)  # codes are around zero in this format, those with zero points as well
         try:
-            found[f"{name}.weight_packed"] = pack_int32(_int8_matrix(codes), grid), path
+            plain = layer.weight_packed.dtype == torch.int8
+            found[f"{name}.weight_packed"] = codes if plain else pack_int32(_int8_matrix(codes), grid), path
             if f"{name}.weight_zero_point" in found:
                 zeros, zeros_path = found[f"{name}.weight_zero_point"]
                 packed = pack_int32(_int8_matrix(zeros).t(), grid).t().contiguous()

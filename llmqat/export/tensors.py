@@ -26,7 +26,7 @@ class StoredWeight:
     Attributes:
         layer: the module it is of.
         scheme: the scheme on disk.
-        packed: int32 [O, ceil(I * b / 32)], as `grid.pack_int32` gives it.
+        packed: int32 [O, ceil(I * b / 32)], as `grid.pack_int32` gives it; or int8 [O, I], 8-bit codes not packed.
         scale: [O, G].
         packed_zeros: int32 [ceil(O * b / 32), G], packed along O; None where symmetric.
     """
@@ -91,7 +91,7 @@ def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, StoredWeight], dic
         name: StoredWeight(
             layer,
             layer.weights.stored,
-            state.pop(f"{name}.weight_packed"),
+            state.pop(f"{name}.weight" if f"{name}.weight" in state else f"{name}.weight_packed"),
             state.pop(f"{name}.weight_scale"),
             state.pop(f"{name}.weight_zero_point", None),
         )

@@ -46,12 +46,14 @@ def pack_int32(codes: Tensor, grid: Grid) -> Tensor:
 
 
 def unpack_int32(packed: Tensor, grid: Grid, columns: int) -> Tensor:
-    """Returns the codes [R, columns] of `grid.code_dtype` that `pack_int32` packed.
+    """Returns the codes [R, columns] of `grid.code_dtype` that `pack_int32` packed; int8 codes of 8 bits as they are.
 
     Raises:
         ValueError: when `packed` is not int32 or its width is not ceil(columns * b / 32).
     """
     bits = grid.num_bits
+    if packed.dtype == torch.int8 == grid.code_dtype and bits == 8 and packed.shape[-1] == columns:
+        return packed  # never packed: the form `int-quantized`
     words = -(-columns * bits // 32)
     if packed.dtype != torch.int32 or packed.shape[-1] != words:
         raise ValueError(

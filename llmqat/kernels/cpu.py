@@ -206,7 +206,7 @@ def _dequantized_planes(weight: PackedWeight, planes: int) -> Tensor:
     bits = 8 // planes
     unit = 2 ** (8 - bits)  # a code stays in the upper bits of its byte; powers of two are exact
     words = packed
-    if zero_point is None:
+    if zero_point is None and packed.dtype == torch.int32:
         # What is stored of a signed code is code - qmin: with its upper bit flipped it is the code in two's complement.
         words = _scratch("words", packed.shape, torch.int32)
         torch.bitwise_xor(packed, _repeated(2 ** (bits - 1), bits), out=words)
@@ -251,7 +251,9 @@ def _repeated(value: int, bits: int) -> int:
 
 
 def _int8_codes(weight: PackedWeight) -> Tensor:
-    """Returns the codes [O, I] int8 of a weight of 8 bits, apart from its words."""
+    """Returns the codes [O, I] int8 of a weight of 8 bits, apart from its words; where it has none, its own."""
+    if len(weight.parts) == 1 and weight.packed.dtype == torch.int8:
+        return weight.packed
     codes = torch.empty(weight.out_features, weight.in_features, dtype=torch.int8)  # what stays before what goes
     return torch.cat([unpack_int32(part.packed, part.grid, part.in_features) for part in weight.parts], out=codes)
 

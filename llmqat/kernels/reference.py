@@ -45,7 +45,7 @@ class PackedWeight:
     """A packed weight as it lies in the checkpoint, and what kernels derive from it.
 
     Attributes:
-        packed: [O, ceil(I * b / 32)] int32.
+        packed: [O, ceil(I * b / 32)] int32; or [O, I] int8, codes of 8 bits that were never packed.
         scale: [O, G], the checkpoint's float dtype.
         zero_point: [O, G] unpacked integers, or None when symmetric.
         grid: the code range.

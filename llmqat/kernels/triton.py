@@ -37,6 +37,8 @@ class TritonKernel:
             return "triton is not installed; run `pip install llmqat[triton]`"
         if len(weight.parts) > 1:
             return "it takes one weight at a time"
+        if weight.packed.dtype != torch.int32:
+            return "the codes are not packed"
         return None if x.dtype in _DTYPES else f"it has no weights of {x.dtype}"
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

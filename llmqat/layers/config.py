@@ -242,7 +242,7 @@ POLICY_WEIGHTS: dict[str, WeightConfig] = {
 """The arithmetic behind a `Policy`: what GGUF's Q8_0 and Q4_0 blocks hold without rounding again."""
 
 _G64: dict[str, Any] = {"strategy": "group", "group_size": 64}
-_A8: dict[str, Any] = {"num_bits": 8, "symmetric": False}
+_A8: dict[str, Any] = {"num_bits": 8}
 _KV8: dict[str, Any] = {"num_bits": 8}
 _KV4: dict[str, Any] = {"num_bits": 4, "symmetric": False, "group_size": 32}
 

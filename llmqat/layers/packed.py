@@ -5,7 +5,9 @@ log-scale, and gradients go through the dequantization. No full-precision weight
 backward, where the codes are dequantized anew.
 
 The buffers have the names, shapes and dtypes of compressed-tensors' `pack-quantized` files, so a checkpoint loads into
-them by name. Source: EfficientQAT (2407.11062) section 3.3. Letters: O rows, I in features, G scales per row, b bits.
+them by name. The int8 codes of an `int-quantized` file, which are not packed, take the place of the words.
+
+Source: EfficientQAT (2407.11062) section 3.3. Letters: O rows, I in features, G scales per row, b bits.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class PackedModule(nn.Module):
     """A matrix [O, I] of packed codes.
 
     Attributes:
-        weight_packed: [O, ceil(I * b / 32)] int32.
+        weight_packed: [O, ceil(I * b / 32)] int32; or [O, I] int8 (`hold_int8`), codes of 8 bits as they are.
         weight_scale: [O, G], the checkpoint's dtype.
         weight_zero_point: [ceil(O * b / 32), G] int32, packed along O; None when symmetric.
         weight_shape: [2] int64, (O, I).
@@ -81,6 +83,11 @@ class PackedModule(nn.Module):
         self._runtime: PackedWeight | None = None
         self._pages: FilePages | None = None
         self._held: Tensor | None = None
+
+    def hold_int8(self) -> None:
+        """Makes room for int8 codes that are not packed, in the place of the words of an empty matrix of 8 bits."""
+        empty = torch.empty(self.rows, self.columns, dtype=torch.int8, device=self.weight_packed.device)
+        self.weight_packed = empty
 
     def mapped_by(self, mappings: FileMappings) -> None:
         """Lets kernels give back the pages of the files that codes and scales are mapped from, once they were read."""

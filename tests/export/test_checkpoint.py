@@ -24,7 +24,7 @@ from transformers import (
 from transformers.cli.serving.model_manager import ModelManager
 
 from llmqat.calibrate import calibrate_activations
-from llmqat.export import FORMATS, ProofError, checkpoint, load, load_any, prove, save
+from llmqat.export import FORMATS, ProofError, checkpoint, compressed_tensors, load, load_any, prove, save
 from llmqat.layers import (
     ActivationConfig,
     KVCacheConfig,
@@ -168,6 +168,81 @@ def test_quantized_inputs_are_equal_everywhere_over_packed_weights(
     assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
     save(ours, tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+
+
+def forms_of(folder: Path) -> dict[str, str]:
+    """The format of each group in config.json by its bits of weights and inputs, such as "w8a8", and of all."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    groups = config["config_groups"].values()
+    forms = {f"w{g['weights']['num_bits']}a{(g['input_activations'] or {}).get('num_bits', 16)}": g for g in groups}
+    return {name: group["format"] for name, group in forms.items()} | {"all": config["format"]}
+
+
+@pytest.mark.parametrize("inputs", [name for name in INPUTS if "int4" not in name])
+@pytest.mark.parametrize("int_quantized", [False, True])
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_eight_bit_inputs_are_written_in_the_form_that_servers_read(
+    num_bits: int, int_quantized: bool, inputs: str, tmp_path: Path
+) -> None:
+    """W8A8 by channel is int-quantized. So is W4A8 where asked, with dynamic inputs; else it is packed."""
+    weights = scheme(num_bits, None if num_bits == 8 else 32)
+    model = prepared(tiny_qwen2(), weights=weights, input_activations=INPUTS[inputs])
+    calibrate_activations(model, token_ids())
+    report = save(model, tmp_path / "out", int_quantized=int_quantized)
+    plain = num_bits == 8 or (int_quantized and INPUTS[inputs].dynamic)
+    form = "int-quantized" if plain else "pack-quantized"
+    assert forms_of(tmp_path / "out") == {f"w{num_bits}a8": form, "all": form}
+    name, tensors = "model.layers.0.mlp.down_proj", load_file(tmp_path / "out" / WEIGHTS)
+    layer, stored = model.get_submodule(name), {key.removeprefix(f"{name}.") for key in tensors if name in key}
+    assert ("weight" in stored, "weight_packed" in stored, "weight_shape" in stored) == (plain, not plain, not plain)
+    if plain:
+        assert tensors[f"{name}.weight"].dtype == torch.int8
+        assert torch.equal(tensors[f"{name}.weight"], layer.codes().to(torch.int8))
+        assert torch.equal(tensors[f"{name}.weight_scale"].float(), layer.scale_and_zero_point()[0].detach().float())
+    assert report.bytes["codes"] * 8 == report.quantized_weights * (8 if plain else 4)
+    prove(model, tmp_path / "out", int_quantized=int_quantized)
+    ours = load(tmp_path / "out", kernel="reference")
+    assert ours.get_submodule(name).weight_packed.dtype == (torch.int8 if num_bits == 8 else torch.int32)
+    assert torch.equal(logits_of(ours), logits_of(model))
+    assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
+    save(ours, tmp_path / "again", int_quantized=int_quantized)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+
+
+def test_a_checkpoint_of_two_forms_loads_everywhere(tmp_path: Path) -> None:
+    override = {"re:.*mlp.*": {"weights": scheme(4, 32), "input_activations": None}}
+    model = prepared(weights=scheme(8, None), input_activations=ActivationConfig(), overrides=override)
+    save(model, tmp_path / "out")
+    assert forms_of(tmp_path / "out") == {"w8a8": "int-quantized", "w4a16": "pack-quantized", "all": "mixed-precision"}
+    assert torch.equal(logits_of(load(tmp_path / "out", kernel="reference")), logits_of(model))
+    assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
+
+
+def test_w8a8_that_was_written_packed_still_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until int-quantized was written, words of four codes were."""
+    model = prepared(weights=scheme(8, None), input_activations=ActivationConfig(symmetric=False))
+    with monkeypatch.context() as before:
+        before.setattr(compressed_tensors, "_form", lambda *_: "pack-quantized")
+        save(model, tmp_path / "old")
+    old = load(tmp_path / "old", kernel="reference")
+    assert old.model.layers[0].mlp.down_proj.weight_packed.dtype == torch.int32
+    assert torch.equal(logits_of(old), logits_of(model))
+    save(old, tmp_path / "new")
+    assert forms_of(tmp_path / "new") == {"w8a8": "int-quantized", "all": "int-quantized"}
+    assert torch.equal(logits_of(load(tmp_path / "new", kernel="reference")), logits_of(model))
+
+
+def test_int8_codes_are_computed_with_as_they_lie_in_the_file(tmp_path: Path) -> None:
+    """Neither packed on loading nor copied for the product of integers, but where layers share one."""
+    save(prepared(weights=scheme(8, None), input_activations=ActivationConfig()), tmp_path / "out")
+    model = load(tmp_path / "out")
+    layer, x = model.model.layers[0].mlp.down_proj, torch.randn(3, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        given = layer(x)
+        expected = torch.nn.functional.linear(layer.input_quantizer(x, torch.bfloat16), layer.weight)
+    torch.testing.assert_close(given, expected, atol=0.02, rtol=0.02)
+    for codes, *_ in layer.packed_weight().layouts.values():
+        assert codes.data_ptr() == layer.weight_packed.data_ptr()
 
 
 def test_a_quantized_kv_cache_reloads_here_and_is_plain_elsewhere(tmp_path: Path) -> None:
