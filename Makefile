@@ -1,16 +1,20 @@
 # make demo   quantize SmolLM2-135M-Instruct to int4 by data-free distillation and print the table (CPU, minutes)
 # make test   every test            make lint   ruff and mypy            make clean   remove environment and runs
+# make clients   run the checkpoints in vLLM, transformers and others, each in an environment of its own (hours; goes on
+#                where it was interrupted; gigabytes in .clients, which `make clean` leaves)
 #
 # Each target makes .venv when it is missing; there is nothing else to do by hand.
 #   PYTHON=python3.12   the interpreter that makes .venv; the pins in constraints.txt need 3.11 or newer
 #   TORCH_INDEX=URL     one more index to look for torch in (pytorch.org has a CPU-only one; PyPI has CUDA on Linux)
 #   JOBS=4              processes that run tests, a core each; as many as there are cores where not given
-#   ARGS="..."          more words for `make demo`, such as ARGS="train.max_steps=60 --overwrite"
+#   ARGS="..."          more words for `make demo`, such as ARGS="train.max_steps=60 --overwrite", or `make clients`
+#   CLIENTS=DIR         the folder of `make clients`
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 ARGS ?=
+CLIENTS ?= .clients
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +27,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Threads that wait do not spin: beside another busy process, spinning made single operations a hundred times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clients clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -36,6 +40,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+clients: $(STAMP)
+	$(BIN)/python eval/clients.py --environments $(CLIENTS)/environments --work $(CLIENTS)/work \
+		--json eval/results/clients.json --table eval/results/clients.md \
+		$(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

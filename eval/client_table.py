@@ -1,0 +1,128 @@
+"""The table of clients.py: each answer beside llmqat's own, and in words what is not as it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+VERDICTS = {
+    "reference": "what others are compared with",
+    "equal": "loads; perplexity within the limit, and on tiny models the same greedy tokens",
+    "differs": "loads, with other numbers",
+    "refused": "does not load, in the client's own words",
+    "not written": "llmqat does not write this model in this format, for the reason given",
+    "not installed": "the client's environment is not there",
+    "not run": "needs a GPU",
+}
+"""What can be said of a cell."""
+FIGURES = ("perplexity", "first_token_s", "tokens_per_s", "peak_mb", "said", "versions", "extra")
+
+
+def rows_of(answers: Sequence[Mapping[str, Any]], reference: str) -> list[dict[str, Any]]:
+    """Returns a row an answer: its figures, how far they are from the reference's, and a verdict."""
+    own = {(answer["model"], answer["variant"]): answer for answer in answers if answer["client"] == reference}
+    return [_row(answer, own.get((answer["model"], answer["variant"]), {}), reference) for answer in answers]
+
+
+def _row(answer: Mapping[str, Any], own: Mapping[str, Any], reference: str) -> dict[str, Any]:
+    row = {key: answer[key] for key in ("client", "model", "variant", "format", "status")}
+    row |= {key: answer[key] for key in FIGURES if answer.get(key) not in (None, "", {})}
+    if not answer.get("loads"):
+        return {**row, "verdict": "refused" if answer["status"] == "run" else answer["status"]}
+    if answer["client"] == reference or not own.get("loads"):
+        return {**row, "verdict": "reference" if answer["client"] == reference else "differs"}
+    pairs = [
+        pair
+        for ours, theirs in zip(own["tokens"], answer["tokens"], strict=True)
+        for pair in zip(ours, theirs, strict=True)
+    ]
+    row["relative"] = answer["perplexity"] / own["perplexity"] - 1
+    row["limit"] = answer["limit"]
+    row["tokens_equal"], row["tokens"] = sum(ours == theirs for ours, theirs in pairs), len(pairs)
+    if "chat" in answer["extra"]:
+        row["chat_equal"] = answer["extra"]["chat"] == own["extra"].get("chat")
+    is_tiny = answer["model"].startswith("tiny-")
+    fits = abs(row["relative"]) <= row["limit"] and (not is_tiny or row["tokens_equal"] == row["tokens"])
+    return {**row, "verdict": "equal" if fits else "differs"}
+
+
+def render(rows: Sequence[Mapping[str, Any]], clients: Mapping[str, Any], machine: str) -> str:
+    """Returns the rows as Markdown: a table a real model, one of the tiny ones, versions, and what clients said.
+
+    Args:
+        rows: from `rows_of`.
+        clients: name -> its line in the registry of clients.py.
+        machine: what it was run on.
+    """
+    notes: dict[str, int] = {}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    real = [model for model in models if not model.startswith("tiny-")]
+    tiny = [model for model in models if model.startswith("tiny-")]
+    parts = [
+        "# Who reads the checkpoints",
+        f"Made by `make clients` on {machine}. In a cell: perplexity and its difference from llmqat's own, greedy "
+        "tokens equal to llmqat's, seconds to the first token, tokens a second, peak of resident memory. **Bold** is "
+        "more than the limit (0.5 %, with activations in 8 bits 2 %), or other tokens of a tiny model. Numbers in "
+        "brackets lead to the client's own words.",
+    ]
+    for chosen, title in [*(([model], model) for model in real), (tiny, "tiny models")]:
+        found = [row for row in rows if row["model"] in chosen]
+        if found:
+            parts += [f"## {title}", _table(found, clients, notes, brief=title == "tiny models")]
+    parts += ["## Versions", *_versions(rows, clients)]
+    if notes:
+        parts += ["## In their own words", "\n".join(f"{number}. {said}" for said, number in notes.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Mapping[str, Any]], clients: Mapping[str, Any], notes: dict[str, int], *, brief: bool) -> str:
+    """Returns a table, a line a checkpoint and a column a client and format."""
+    columns = list(dict.fromkeys((name, format) for name in clients for format in clients[name].formats))
+    columns = [column for column in columns if any((row["client"], row["format"]) == column for row in rows)]
+    lines = list(dict.fromkeys((row["model"], row["variant"]) for row in rows))
+    found = {(row["model"], row["variant"], row["client"], row["format"]): row for row in rows}
+    head = ["checkpoint", *(_title(clients[name], format) for name, format in columns)]
+    shown = [head, ["---"] * len(head)]
+    for model, variant in lines:
+        cells = [found.get((model, variant, *column)) for column in columns]
+        shown.append([f"{model}, {variant}" if brief else variant, *(_cell(cell, notes, brief) for cell in cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in shown)
+
+
+def _title(client: Any, format: str) -> str:
+    return client.title if len(client.formats) == 1 else f"{client.title}: {format}"
+
+
+def _cell(row: Mapping[str, Any] | None, notes: dict[str, int], brief: bool) -> str:
+    """Returns one cell."""
+    if row is None:
+        return ""
+    said = row.get("said", "")
+    mark = f" [{notes.setdefault(said, len(notes) + 1)}]" if said else ""
+    if row["verdict"] in ("refused", "not written", "not installed", "not run"):
+        return {"refused": "no"}.get(row["verdict"], row["verdict"]) + mark
+    if brief and row["verdict"] == "reference":
+        return f"{row['perplexity']:.4g}"
+    speed = f"{row['first_token_s']:.2g} s, {row['tokens_per_s']:.3g} tok/s"
+    memory = f", {row['peak_mb']:,.0f} MB" if "peak_mb" in row else ""
+    if row["verdict"] == "reference":
+        return f"{row['perplexity']:.4g}<br>{speed}{memory}"
+    if "relative" not in row:
+        return f"{row['perplexity']:.4g}, llmqat has none"
+    figures = (
+        f"{100 * row['relative']:+.2f} %" if brief else f"{row['perplexity']:.4g} ({100 * row['relative']:+.2f} %)"
+    )
+    figures += f"<br>{row['tokens_equal']} of {row['tokens']}"
+    if row["verdict"] == "differs":
+        figures = f"**{figures}**"
+    return figures if brief else f"{figures}<br>{speed}{memory}"
+
+
+def _versions(rows: Sequence[Mapping[str, Any]], clients: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name in clients:
+        of_client = [row["versions"] for row in rows if row["client"] == name and "versions" in row]
+        for versions in {tuple(sorted(found.items())): found for found in of_client}.values():
+            told = ", ".join(f"{package} {version}" for package, version in versions.items())
+            lines.append(f"- {clients[name].title}: {told}")
+    return ["\n".join(lines)] if lines else ["No client was run."]

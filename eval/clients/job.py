@@ -1,0 +1,110 @@
+"""What all runners share: jobs are read, answered one after the other, and each answer is written before the next.
+
+A runner is executed by its client's own Python, so it imports the standard library, this file and that client's
+packages, never llmqat. It is called with the paths of jobs, and writes `JOB.result.json` beside each `JOB.json`.
+
+A job holds "path" (a folder, or a GGUF file), "format", "windows" and "prompts" (lists of token ids),
+"max_new_tokens", "chat" (messages, or null) and "lora" (a peft folder, or null). An answer holds "versions", "loads",
+"said" (the client's own words where it fails), "perplexity" (exp of the mean negative log-likelihood of tokens 2 to n
+of all windows), "tokens" (greedy, exactly `max_new_tokens` a prompt: no token ends them), "first_token_s",
+"tokens_per_s", "peak_mb" (resident) and "extra" (what only some clients have; "chat" is the answer to `chat`).
+
+Runners are called run_NAME.py: a script's own folder comes first in Python's search path, where vllm.py would hide
+vllm.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+LONGEST = 400
+"""Characters of a client's words that are kept."""
+
+Generate = Callable[[list[int], int], list[int]]
+"""(prompt, number of tokens) -> that many greedy tokens."""
+
+
+def run(packages: Sequence[str], answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answers every job that the command line names.
+
+    Args:
+        packages: distributions whose versions are recorded.
+        answer: returns "perplexity", "tokens", "first_token_s", "tokens_per_s" and "extra" of a job; raises what the
+            client raises.
+    """
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    for name in sys.argv[1:]:
+        path = Path(name)
+        result: dict[str, Any] = {"versions": versions, "loads": False, "said": "", "perplexity": None}
+        result |= {"tokens": [], "first_token_s": None, "tokens_per_s": None, "extra": {}}
+        reset_peak()
+        start = time.perf_counter()
+        try:
+            result |= {"loads": True, **answer(json.loads(path.read_text(encoding="utf-8")))}
+        except Exception as error:  # whatever a client raises is what it says of the checkpoint
+            traceback.print_exc()
+            result |= {"loads": False, "said": words(error)}
+        result = {"peak_mb": peak_mb(), **result, "seconds": time.perf_counter() - start}
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        part.rename(path.with_suffix(".result.json"))
+
+
+def words(error: BaseException) -> str:
+    """Returns what an error says, on one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}"[:LONGEST]
+
+
+def timed(generate: Generate, job: dict[str, Any]) -> dict[str, Any]:
+    """Returns the greedy tokens of every prompt, and the medians of the time to the first and of tokens a second."""
+    count = job["max_new_tokens"]
+    generate(job["prompts"][0], 2)  # what is made at the first call is not timed
+    tokens, firsts, rates = [], [], []
+    for prompt in job["prompts"]:
+        start = time.perf_counter()
+        generate(prompt, 1)
+        between = time.perf_counter()
+        tokens.append(generate(prompt, count))
+        end = time.perf_counter()
+        firsts.append(between - start)
+        rates.append((count - 1) / max(end - between - firsts[-1], 1e-6))
+    return {
+        "tokens": tokens,
+        "first_token_s": statistics.median(firsts),
+        "tokens_per_s": statistics.median(rates),
+    }
+
+
+def reset_peak() -> None:
+    """Lets the peak of resident memory begin anew, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_mb(process: int | str = "self") -> float | None:
+    """Returns the peak of a process's resident memory in MB; None where it is not known."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(found[0]) * 1024 / 1e6 if found else None
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
