@@ -32,6 +32,7 @@ GENTLE = ("train.learning_rate=2e-5", "train.scale_learning_rate=3e-4")
 SCHEMES: dict[str, tuple[str, ...]] = {
     "int8": ("quant={preset: int8}", *GENTLE),
     "int4": ("quant={preset: int4}",),
+    "int4-g32": ("quant={preset: int4-g32}",),
     "int4, int8 embedding": ("quant={preset: int4, embeddings: int8}",),
     "int3": ("quant={preset: int3}",),
     "int2": ("quant={preset: int2}",),

@@ -127,7 +127,7 @@ OverridesArgument = Annotated[
 OutOption = Annotated[Path, typer.Option(help="Folder to write to; must not exist.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the output folder.")]
 SchemeOption = Annotated[
-    str, typer.Option(help="Preset, such as int4, int8, int2-seq, ternary, w8a8, w4a8 or w4a8kv8.")
+    str, typer.Option(help="Preset, such as int4, int4-g32, int8, int2-seq, ternary, w8a8, w4a8 or w4a8kv8.")
 ]
 GroupSizeOption = Annotated[
     int | None, typer.Option(min=1, help="Weights that share one scale; the preset's own where not given.")

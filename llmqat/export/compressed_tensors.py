@@ -47,6 +47,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from llmqat.export.names import in_model
 from llmqat.export.stock import ONLY_HERE, StockTrial
 from llmqat.grid import Grid, pack_int32, unpack_int32
 from llmqat.kernels import FileMappings
@@ -364,7 +365,7 @@ def read(
     _install(model, schemes, dtype, getattr(config, STACKED_KEY, {}))
     if (cache := getattr(config, KV_KEY, None)) is not None:
         quantize_kv(model, KVCacheConfig.model_validate(cache))
-    tensors, expected = _repacked(model, stored), model.state_dict()
+    tensors, expected = _repacked(model, in_model(model, stored)), model.state_dict()
     _check_tensors(model, tensors, expected, folder)
     _assign(model, {name: tensor for name, (tensor, _) in tensors.items()}, expected, dtype)
     mappings = FileMappings({path for _, path in tensors.values()})

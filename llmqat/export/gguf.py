@@ -38,6 +38,7 @@ from llmqat.export.tensors import (
     stored_tensors,
     too_small_for_float16,
 )
+from llmqat.export.text_part import text_part
 from llmqat.paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     """Writes a prepared or packed `model` and its tokenizer to the GGUF file `path`; returns bytes by block type.
 
     Args:
-        model: of one of `ARCHITECTURES`.
+        model: of one of `ARCHITECTURES`, or one that reads images whose language model is; that alone is written.
         tokenizer: a BPE tokenizer over bytes (GPT-2, SmolLM, Llama 3 and Qwen kinds) or with byte fallback
             (Llama 2, Mistral, Gemma and Phi-3 kinds).
         path: must not exist; appears whole or not at all.
@@ -185,6 +186,13 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     path = user_path(path, "path")
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name")
+    whole, model = model, text_part(model, ARCHITECTURES)
+    if model is not whole:
+        logger.warning(
+            "GGUF: the language model of %s is written, without what reads images or sound: llama.cpp takes that from "
+            "a second file (mmproj), which its convert_hf_to_gguf.py makes from the original model",
+            type(whole).__name__,
+        )
     config: Any = model.config
     if config.model_type not in ARCHITECTURES:
         raise ValueError(

@@ -249,6 +249,7 @@ _KV4: dict[str, Any] = {"num_bits": 4, "symmetric": False, "group_size": 32}
 PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"weights": {"num_bits": 8, "strategy": "channel"}},
     "int4": {"weights": {"num_bits": 4, **_G64}},
+    "int4-g32": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}},
     "int3": {"weights": {"num_bits": 3, **_G64}},
     "int2": {"weights": {"num_bits": 2, **_G64}},
     "int2-seq": {"weights": {"num_bits": 2, "levels": "seq", **_G64}},
@@ -266,4 +267,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kv_cache": {"key": _KV4, "value": _KV4},
     },
 }
-"""Schemes by name: weights, then activations (a), then KV cache (kv), with their bits."""
+"""Schemes by name: weights, then activations (a), then KV cache (kv), with their bits; groups of 64 where not said.
+
+`int4-g32` is what Q4_0 blocks of GGUF hold, and what others' INT4 checkpoints from QAT have (Gemma, Kimi K2).
+"""

@@ -23,6 +23,7 @@ STOCK = {
     "qwen2_vl": "AutoModelForImageTextToText",
     "qwen2_5_vl": "AutoModelForImageTextToText",
     "gemma3": "AutoModelForCausalLM",
+    "gemma4": "AutoModelForCausalLM",
     "t5": "AutoModelForSeq2SeqLM",
     "bart": "AutoModelForSeq2SeqLM",
     "whisper": "AutoModelForSpeechSeq2Seq",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,23 @@ from tests.train.test_trainer import Blocks, _arguments
 INT8_INPUTS = {"num_bits": 8, "strategy": "token", "dynamic": True}
 
 
-def foreign(folder: Path, dtype: torch.dtype = torch.bfloat16, inputs: Any = None, **weights: Any) -> Path:
+def foreign(
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    inputs: Any = None,
+    model: PreTrainedModel | None = None,
+    ignore: Sequence[str] = ("lm_head",),
+    **weights: Any,
+) -> Path:
     """Quantizes a tiny model, its head left alone, and saves it by compressed-tensors alone."""
-    model = tiny_qwen2().to(dtype)
+    model = (tiny_qwen2() if model is None else model).to(dtype)
     given = {"num_bits": 4, "strategy": "group", "group_size": 32, **weights}
     scheme = QuantizationScheme(
         targets=["Linear"],
         weights=QuantizationArgs(**given),
         input_activations=None if inputs is None else QuantizationArgs(**inputs),
     )
-    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=list(ignore))
     apply_quantization_config(model, config)
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:
