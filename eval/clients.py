@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client_checkpoints import AS_IT_IS, CHAT, MODELS, NEW_TOKENS, VARIANTS, Source, checkpoint, source_of
+from client_checkpoints import AS_IT_IS, CHAT, MODELS, NEW_TOKENS, REAL, VARIANTS, Source, checkpoint, source_of
 from client_table import render, rows_of
 
 from llmqat.data.text import read_text
@@ -63,13 +63,19 @@ class Client:
     limit: float = 0.005
     """Relative difference from llmqat's perplexity that is rounding: more where it rounds activations to 8 bits."""
     only: tuple[tuple[str, str], ...] | None = None
-    """The (model, variant) that it is given, where not all."""
+    """The (model, variant) that it is given, where not all; any checkpoint that was given ready is among them."""
 
 
 CLIENTS: dict[str, Client] = {
     "llmqat": Client("llmqat", "run_llmqat.py"),
     "transformers": Client("transformers", "run_transformers.py", ("compressed-tensors", "gguf"), "transformers.txt"),
     "vllm": Client("vLLM, CPU", "run_vllm.py", ("compressed-tensors", "gptq"), "vllm.txt"),
+    "vllm-serve": Client(
+        "vllm serve, CPU",
+        "run_vllm_serve.py",
+        requirements="vllm.txt",
+        only=((REAL, "int4"), ("tiny-llama", "int4"), ("tiny-llama", "w8a8")),
+    ),
     "vllm-gpu": Client("vLLM, GPU", needs_gpu=True),
     "sglang": Client("SGLang", needs_gpu=True),
 }
@@ -168,7 +174,7 @@ def cells_of(client: str, source: Source, variants: Sequence[str]) -> list[Cell]
         Cell(client, source.name, variant, format)
         for variant in wanted
         for format in CLIENTS[client].formats
-        if only is None or (source.name, variant) in only
+        if only is None or (source.name, variant) in only or source.packed is not None
     ]
 
 
@@ -302,7 +308,7 @@ def run_process(python: Path, client: Client, jobs: Sequence[Path], folder: Path
     if not in_time:
         return f"no answer in {SECONDS} seconds"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f"the process ended ({process.returncode}): {lines[-1] if lines else 'without a word'}"[:400]
+    return f"the process ended ({process.returncode}): {lines[-1] if lines else 'without a word'}"[:600]
 
 
 def own_variables() -> dict[str, str]:

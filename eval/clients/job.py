@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-LONGEST = 400
+LONGEST = 600
 """Characters of a client's words that are kept."""
 
 Generate = Callable[[list[int], int], list[int]]
@@ -60,8 +60,8 @@ def run(packages: Sequence[str], answer: Callable[[dict[str, Any]], dict[str, An
 
 
 def words(error: BaseException) -> str:
-    """Returns what an error says, on one line."""
-    said = " ".join(str(error).split())
+    """Returns what an error says, on one line; of pydantic's, without the input that it repeats."""
+    said = " ".join(str(error).split()).partition(" [type=")[0]
     return f"{type(error).__name__}: {said}"[:LONGEST]
 
 

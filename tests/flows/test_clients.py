@@ -33,7 +33,7 @@ def answer(job):
         print("Segmentation fault, said the kernel", file=sys.stderr, flush=True)
         os._exit(3)
     if job["path"].endswith("refused"):
-        raise ValueError("no scheme\\n  for this")
+        raise ValueError("no scheme\\n  for this [type=value_error, input_value=...]")
     tokens = [[7] * job["max_new_tokens"] for _ in job["prompts"]]
     return {"perplexity": 20.0, "tokens": tokens, "first_token_s": 0.1, "tokens_per_s": 9.0}
 run(("torch", "nowhere"), answer)
@@ -256,12 +256,21 @@ def test_a_row_is_judged_and_shown(
     assert "- vLLM, CPU: a 1" in text
 
 
-def test_other_tokens_are_a_difference_on_tiny_models_only(scripts: dict[str, ModuleType]) -> None:
-    rows_of = scripts["client_table"].rows_of
-    other = {"tokens": [[1] * 4, [2, 1, 1, 1]]}
-    rows = rows_of([row("llmqat", "tiny-llama"), row("vllm", "tiny-llama", **other)], "llmqat")
-    assert rows[1]["verdict"] == "differs"
-    assert (rows[1]["tokens_equal"], rows[1]["tokens"]) == (7, 8)
+@pytest.mark.parametrize(
+    ("changes", "on_tiny", "on_real"),
+    [
+        ({"tokens": [[1] * 4, [2, 1, 1, 1]]}, "differs", "equal"),
+        ({"extra": {"chat": "Yes."}}, "equal", "equal"),
+        ({"extra": {"chat": "No."}}, "differs", "equal"),
+        ({"extra": {"chat": "Yes.", "streamed_equal": False}}, "differs", "differs"),
+    ],
+)
+def test_other_words_are_a_difference_on_tiny_models_only(
+    scripts: dict[str, ModuleType], changes: dict[str, Any], on_tiny: str, on_real: str
+) -> None:
+    for model, verdict in (("tiny-llama", on_tiny), ("real", on_real)):
+        answers = [row("llmqat", model, extra={"chat": "Yes."}), row("vllm", model, **changes)]
+        assert scripts["client_table"].rows_of(answers, "llmqat")[1]["verdict"] == verdict
 
 
 def test_a_tiny_model_knows_its_texts_by_heart(scripts: dict[str, ModuleType]) -> None:
