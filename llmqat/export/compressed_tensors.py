@@ -146,7 +146,7 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype, int_quantized: bool 
             check_held(f"{name}.bias", bias, dtype)
         packed = layer if isinstance(layer, PackedModule) else packed_form(layer, dtype)
         tensors = packed.state_dict()
-        if _form(_stored_scheme(layer), int_quantized) == PLAIN_FORMAT:
+        if form_of(stored_scheme(layer), int_quantized) == PLAIN_FORMAT:
             del tensors["weight_shape"]
             tensors["weight"] = unpack_int32(tensors.pop("weight_packed"), packed.grid, packed.columns)
         elif packed.weight_packed.dtype == torch.int8:
@@ -194,7 +194,7 @@ def quantization_config(model: nn.Module, int_quantized: bool = False) -> dict[s
     members: dict[LayerScheme, list[str]] = {}
     layers = dict(quantized_layers(model))
     for name, layer in layers.items():
-        members.setdefault(_stored_scheme(layer), []).append(name)
+        members.setdefault(stored_scheme(layer), []).append(name)
     if not members:
         raise ValueError(
             f"{type(model).__name__} has no quantized layer; call llmqat.prepare(model, config) before saving it packed"
@@ -206,7 +206,7 @@ def quantization_config(model: nn.Module, int_quantized: bool = False) -> dict[s
             targets=["Linear"] if by_class else names,
             weights=_quantization_args(scheme.weights),
             input_activations=_input_args(scheme.input_activations),
-            format=_form(scheme, int_quantized),
+            format=form_of(scheme, int_quantized),
         )
         for index, (scheme, names) in enumerate(members.items())
     }
@@ -241,13 +241,13 @@ def tell_others(folder: Path, trial: StockTrial) -> None:
     write_whole(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _stored_scheme(layer: QuantModule | PackedModule) -> LayerScheme:
+def stored_scheme(layer: QuantModule | PackedModule) -> LayerScheme:
     """Returns the scheme on disk."""
     quantizer = getattr(layer, "input_quantizer", None)
     return LayerScheme(weights=layer.weights.stored, input_activations=None if quantizer is None else quantizer.config)
 
 
-def _form(scheme: LayerScheme, int_quantized: bool) -> str:
+def form_of(scheme: LayerScheme, int_quantized: bool) -> str:
     """Returns how the weights of a stored scheme lie on disk.
 
     Source: `_is_dynamic_token_w8a8`, `_is_static_tensor_w8a8`, `_is_dynamic_token_w4a8_int` and `_is_wNaM_int` of

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmqat.export.description import ModelDescription, describe
 from llmqat.export.gguf_tokenizer import write_tokenizer
 from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size
 from llmqat.export.tensors import (
@@ -194,13 +195,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
             type(whole).__name__,
         )
     config: Any = model.config
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"GGUF of model type {config.model_type!r} is not written here; {', '.join(ARCHITECTURES)} are"
-        )
-    check_weights_only(model, KIND)
+    check_gguf(describe(model))
     architecture = ARCHITECTURES[config.model_type]
-    _check_settings(model, architecture)
     blocks = dict(_tensors(model, architecture))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
@@ -229,6 +225,38 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     for kind, data in blocks.values():
         sizes[kind] = sizes.get(kind, 0) + data.nbytes
     return sizes
+
+
+def check_gguf(description: ModelDescription) -> None:
+    """Raises for the first thing in a model's type, settings or schemes that GGUF, or this writer, cannot hold.
+
+    Raises:
+        ValueError: says what, and the way out.
+    """
+    if description.text is not None and description.text.model_type in ARCHITECTURES:
+        description = description.text
+    if description.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"GGUF of model type {description.model_type!r} is not written here; {', '.join(ARCHITECTURES)} are"
+        )
+    check_weights_only(description, KIND)
+    if description.rotary is None:
+        raise ValueError(
+            f"{description.architecture} has no language model named 'model', so {KIND} of it is not written here; "
+            f"{KEPT}"
+        )
+    _check_settings(description)
+    for layer in description.layers:
+        weights = layer.scheme.weights
+        if layer.per_scale % BLOCK:
+            raise ValueError(
+                f"{layer.name} has a scale for {layer.per_scale} weights; GGUF's blocks need groups that {BLOCK} "
+                "divides"
+            )
+        if not weights.symmetric and weights.num_bits > 4:
+            raise ValueError(
+                f"{layer.name} has zero points and {weights.num_bits} bits; GGUF's blocks have zero points up to 4 bits"
+            )
 
 
 # Weights
@@ -261,13 +289,7 @@ def _tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator[tup
 
 def _blocks(name: str, weight: StoredWeight, order: Callable[[Tensor], Tensor] | None) -> tuple[str, np.ndarray]:
     """Returns the block type and the blocks, uint8 [O, N * bytes], of a quantized weight."""
-    if weight.per_scale % BLOCK:
-        raise ValueError(
-            f"{name} has a scale for {weight.per_scale} weights; GGUF's blocks need groups that {BLOCK} divides"
-        )
     num_bits, codes, zeros = weight.scheme.num_bits, weight.codes(), weight.zero_point()
-    if zeros is not None and num_bits > 4:
-        raise ValueError(f"{name} has zero points and {num_bits} bits; GGUF's blocks have zero points up to 4 bits")
     scale = _by_block(weight.scale, weight)
     zeros = None if zeros is None else _by_block(zeros, weight)
     if order is not None:
@@ -349,9 +371,10 @@ def _write_config(writer: Any, gguf: Any, config: Any, blocks: dict[str, tuple[s
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _check_settings(model: PreTrainedModel, architecture: Architecture) -> None:
+def _check_settings(description: ModelDescription) -> None:
     """Raises ValueError for the first setting that changes the forward and that llama.cpp cannot be told."""
-    config: Any = model.config
+    config: Any = description.config
+    architecture = ARCHITECTURES[config.model_type]
     check_settings(config, architecture.settings, KIND)
     if architecture.settings.written >= WINDOWS and architecture.own is None:
         check_no_window(config, KIND)
@@ -361,13 +384,12 @@ def _check_settings(model: PreTrainedModel, architecture: Architecture) -> None:
             f"head_dim={head_size(config)} of {config.model_type} is not hidden_size / num_attention_heads={plain}, "
             f"which llama.cpp takes it for; {KEPT}"
         )
-    _check_rotation(model, architecture)
+    _check_rotation(config, description.rotary, architecture)
 
 
-def _check_rotation(model: PreTrainedModel, architecture: Architecture) -> None:
+def _check_rotation(config: Any, rotary: Any, architecture: Architecture) -> None:
     """Raises ValueError unless the model turns queries and keys as llama.cpp will from what the file says."""
-    config: Any = model.config
-    rope, rotary = _rope(config), model.get_submodule("model.rotary_emb")
+    rope = _rope(config)
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and not architecture.partial:
         raise ValueError(
             f"partial_rotary_factor={rope['partial_rotary_factor']} of {config.model_type} cannot be said in GGUF; "

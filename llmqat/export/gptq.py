@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmqat
+from llmqat.export.description import ModelDescription, describe
 from llmqat.export.tensors import (
     StoredWeight,
     check_weights_only,
@@ -72,7 +73,7 @@ def write_gptq(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     folder = user_path(folder, "folder")
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; choose another name")
-    check_weights_only(model, KIND)
+    check_gptq(describe(model))
     weights, others = stored_tensors(model)
     dtype = stored_dtype(model)
     head = model.get_output_embeddings()
@@ -89,7 +90,7 @@ def write_gptq(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         )
         linears = {name: weight for name, weight in linears.items() if name not in small}
     if not linears:
-        raise ValueError(f"no linear layer of the model's blocks is quantized, so {KIND} has nothing to hold")
+        raise ValueError(f"no linear layer of the model's blocks keeps its codes, so {KIND} has nothing to hold")
     v2 = any(not weight.scheme.symmetric for weight in linears.values())
     parts: dict[str, dict[str, Tensor]] = {"codes": {}, "scales": {}, "zero_points": {}, "dequantized": {}}
     for name, weight in linears.items():
@@ -109,6 +110,24 @@ def write_gptq(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     return {part: sum(tensor.nbytes for tensor in tensors.values()) for part, tensors in parts.items()}
 
 
+def check_gptq(description: ModelDescription) -> None:
+    """Raises for the first thing in a model's schemes that the layout cannot hold.
+
+    Raises:
+        ValueError: says what, and the way out.
+    """
+    check_weights_only(description, KIND)
+    linears = [layer for layer in description.layers if layer.kind == "linear"]
+    if not linears:
+        raise ValueError(f"no linear layer of the model's blocks is quantized, so {KIND} has nothing to hold")
+    for layer in linears:
+        if layer.rows % _MULTIPLE or layer.columns % _MULTIPLE:
+            raise ValueError(
+                f"{layer.name} is {layer.rows} x {layer.columns}; {KIND} needs both divided by {_MULTIPLE}; leave it "
+                "out with quant.ignore, or export it as compressed-tensors"
+            )
+
+
 def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, (QuantLinear, PackedLinear)) and not layer.transposed
 
@@ -116,11 +135,6 @@ def _is_linear(layer: nn.Module) -> bool:
 def _layout(name: str, weight: StoredWeight, v2: bool) -> dict[str, dict[str, Tensor]]:
     """Returns the tensors of one layer by part and name."""
     layer, bits = weight.layer, WIDTHS[weight.scheme.num_bits]
-    if layer.rows % _MULTIPLE or layer.columns % _MULTIPLE:
-        raise ValueError(
-            f"{name} is {layer.rows} x {layer.columns}; {KIND} needs both divided by {_MULTIPLE}; leave it out with "
-            f"quant.ignore, or export it as compressed-tensors"
-        )
     codes, zeros = weight.unsigned(bits)
     grid = Grid(bits, symmetric=False)
     groups = torch.arange(layer.columns, dtype=torch.int32) // weight.per_scale

@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmqat
+from llmqat.export.description import ModelDescription, describe
 from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size
 from llmqat.export.tensors import StoredWeight, check_weights_only, stored_tensors
 from llmqat.models import folder_in_progress
@@ -81,7 +82,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     folder = user_path(folder, "folder")
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; choose another name")
-    _check_model(model)
+    check_onnx(describe(model))
     graph = _Graph(onnx, *stored_tensors(model))
     _decoder(graph, model)
     proto = graph.model()
@@ -95,13 +96,23 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     return sizes
 
 
-def _check_model(model: PreTrainedModel) -> None:
-    config: Any = model.config
+def check_onnx(description: ModelDescription) -> None:
+    """Raises for the first thing in a model's type, settings or schemes that this writer cannot express.
+
+    Raises:
+        ValueError: says what, and the way out.
+    """
+    config: Any = description.config
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
             f"{KIND} of model type {config.model_type!r} is not written here; {', '.join(ARCHITECTURES)} are"
         )
-    check_weights_only(model, KIND)
+    check_weights_only(description, KIND)
+    if description.rotary is None:
+        raise ValueError(
+            f"{description.architecture} has no language model named 'model', so {KIND} of it is not written here; "
+            f"{KEPT}"
+        )
     check_settings(config, ARCHITECTURES[config.model_type], KIND)
     if ARCHITECTURES[config.model_type].written >= WINDOWS:
         check_no_window(config, KIND)
@@ -110,13 +121,15 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"rope_type {rope_type!r} is not written to {KIND} here; default, linear, llama3, yarn are; {KEPT}"
         )
-    rotary: Any = model.get_submodule("model.rotary_emb")
+    rotary: Any = description.rotary
     rotated = 2 * len(rotary.inv_freq)
     if rotated != head_size(config):
         raise ValueError(
             f"partial_rotary_factor: {rotated} of {head_size(config)} features of a head are rotated, which is not "
             f"written to {KIND} here; {KEPT}"
         )
+    for layer in description.layers:
+        _block_size(layer.name, layer.per_scale, layer.columns)
 
 
 def _write_config(model: PreTrainedModel, folder: Path) -> None:
@@ -357,7 +370,7 @@ class _Graph:
         """Returns the initializers of the quantized weight `name` (codes, scales, zeros), block size and bits."""
         weight = self.weights[name]
         bits = 4 if weight.scheme.num_bits <= 4 else 8
-        block = _block_size(name, weight)
+        block = _block_size(name, weight.per_scale, weight.layer.columns)
         names = [f"{name}.codes", f"{name}.scales"] + ([] if weight.scheme.symmetric else [f"{name}.zeros"])
         if names[0] in self.initializers:
             return names, block, bits
@@ -392,15 +405,15 @@ class _Graph:
         )
 
 
-def _block_size(name: str, weight: StoredWeight) -> int:
+def _block_size(name: str, per_scale: int, columns: int) -> int:
     """Returns the largest power of two that divides the columns of a scale, up to 256."""
-    block = min(weight.per_scale & -weight.per_scale, _LARGEST_BLOCK)
+    block = min(per_scale & -per_scale, _LARGEST_BLOCK)
     if block >= _SMALLEST_BLOCK:
         return block
-    if weight.scale.shape[1] == 1:
+    if per_scale == columns:
         return _PADDED_BLOCK
     raise ValueError(
-        f"{name} has a scale for {weight.per_scale} weights; MatMulNBits needs groups that {_SMALLEST_BLOCK} divides"
+        f"{name} has a scale for {per_scale} weights; MatMulNBits needs groups that {_SMALLEST_BLOCK} divides"
     )
 
 

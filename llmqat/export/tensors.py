@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat.export.compressed_tensors import packed_state_dict, quantized_layers
+from llmqat.export.description import ModelDescription
 from llmqat.grid import dequantize, unpack_int32
-from llmqat.layers import KVQuantizer, PackedExperts, PackedModule, QuantExperts, QuantModule, WeightConfig
+from llmqat.layers import PackedModule, QuantModule, WeightConfig
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,8 @@ def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, StoredWeight], dic
 
     Args:
         model: prepared or packed; not changed.
-
-    Raises:
-        ValueError: there is no quantized weight.
     """
     layers = dict(quantized_layers(model))
-    if not layers:
-        raise ValueError("the model has no quantized weight to write; give a packed checkpoint, or prepare the model")
     state = packed_state_dict(model, stored_dtype(model))
     weights = {
         name: StoredWeight(
@@ -100,18 +96,22 @@ def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, StoredWeight], dic
     return weights, {name: tensor for name, tensor in state.items() if not name.endswith(".weight_shape")}
 
 
-def check_weights_only(model: PreTrainedModel, format: str) -> None:
-    """Raises where `model` quantizes more than matrices of two dimensions, which `format` cannot say.
+def check_weights_only(description: ModelDescription, format: str) -> None:
+    """Raises where a model quantizes more than matrices of two dimensions, which `format` cannot say.
 
     Raises:
-        ValueError: inputs or the KV cache are quantized, or stacked experts are.
+        ValueError: inputs or the KV cache are quantized, or stacked experts are, or nothing is.
     """
-    for name, layer in quantized_layers(model):
-        if getattr(layer, "input_quantizer", None) is not None:
-            raise ValueError(f"{name} has quantized inputs, which {format} cannot say; export it as compressed-tensors")
-        if isinstance(layer, (QuantExperts, PackedExperts)):
-            raise ValueError(f"{name} are stacked experts, which are not written to {format} here")
-    if any(isinstance(module, KVQuantizer) for module in model.modules()):
+    if not description.layers:
+        raise ValueError("the model has no quantized weight to write; give a packed checkpoint, or prepare the model")
+    for layer in description.layers:
+        if layer.scheme.input_activations is not None:
+            raise ValueError(
+                f"{layer.name} has quantized inputs, which {format} cannot say; export it as compressed-tensors"
+            )
+        if layer.kind == "experts":
+            raise ValueError(f"{layer.name} are stacked experts, which are not written to {format} here")
+    if description.kv_cache is not None:
         raise ValueError(
             f"the model has a quantized KV cache, which {format} cannot say; export it as compressed-tensors"
         )

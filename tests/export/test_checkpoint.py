@@ -222,7 +222,7 @@ def test_w8a8_that_was_written_packed_still_loads(tmp_path: Path, monkeypatch: p
     """Until int-quantized was written, words of four codes were."""
     model = prepared(weights=scheme(8, None), input_activations=ActivationConfig(symmetric=False))
     with monkeypatch.context() as before:
-        before.setattr(compressed_tensors, "_form", lambda *_: "pack-quantized")
+        before.setattr(compressed_tensors, "form_of", lambda *_: "pack-quantized")
         save(model, tmp_path / "old")
     old = load(tmp_path / "old", kernel="reference")
     assert old.model.layers[0].mlp.down_proj.weight_packed.dtype == torch.int32
