@@ -38,7 +38,9 @@ from transformers.utils import cached_file
 
 import llmqat
 from llmqat.export import compressed_tensors
+from llmqat.export.description import describe
 from llmqat.export.prepared import is_prepared, read_prepared
+from llmqat.export.serving import Verdict, served_by
 from llmqat.export.stock import Expected, StockTrial, loader_of, try_stock
 from llmqat.export.tensors import stored_dtype
 from llmqat.kernels import KERNELS, packed_linear
@@ -135,6 +137,7 @@ class ExportReport:
         quantized_weights: number of weights in packed layers other than embeddings and output head.
         proof: what was compared: tensors, packed layers, probe tokens.
         stock: what stock transformers made of it.
+        served: which clients serve it, by the names of `serving.CLIENTS`.
         notes: the audit's, and what keeps stock transformers from loading it.
     """
 
@@ -145,6 +148,7 @@ class ExportReport:
     quantized_weights: int
     proof: Mapping[str, int]
     stock: StockTrial
+    served: Mapping[str, Verdict]
     notes: tuple[str, ...] = ()
 
     @property
@@ -176,6 +180,7 @@ class ExportReport:
             "bits_per_weight": self.bits_per_weight,
             "proof": dict(self.proof),
             "stock_transformers": asdict(self.stock),
+            "served_by": {name: verdict.to_dict() for name, verdict in self.served.items()},
             "notes": list(self.notes),
         }
 
@@ -231,13 +236,23 @@ def save(
         # What others make of a quantized KV cache, which they do not quantize, is no matter of logits.
         stock = try_stock(temporary, None if kv_scheme(model) is not None else expected)
         FORMATS[format].tell_others(temporary, stock)
+        served = served_by(describe(model, int_quantized=int_quantized, trial=stock))
         sizes = _bytes_by_part(model, temporary, written)
-        _write_run_file(temporary, format, sizes, proof, stock, kept_notes(model), run)
+        facts = {
+            "format": format,
+            "bytes": sizes,
+            "proof": proof,
+            "stock_transformers": asdict(stock),
+            "served_by": {name: verdict.to_dict() for name, verdict in served.items()},
+            "notes": list(kept_notes(model)),
+            "run": dict(run or {}),
+        }
+        _write_run_file(temporary, facts)
         gc.collect()  # the reloaded model maps the files that are about to be renamed
         _move_into_place(temporary, folder)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     notes = (*audit(model).notes, *([stock.note] if stock.note else []))
-    return ExportReport(folder, format, sizes, files, _quantized_weights(model), proof, stock, notes)
+    return ExportReport(folder, format, sizes, files, _quantized_weights(model), proof, stock, served, notes)
 
 
 def _keep_processor(model: PreTrainedModel, folder: Path) -> None:
@@ -316,25 +331,10 @@ def _check_destination(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} exists and holds no model (no config.json), so it is not deleted; choose another")
 
 
-def _write_run_file(
-    folder: Path,
-    format: str,
-    sizes: Mapping[str, int],
-    proof: Mapping[str, int],
-    stock: StockTrial,
-    notes: tuple[str, ...],
-    run: Mapping[str, Any] | None,
-) -> None:
-    facts = {
-        "format": format,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in RECORDED_PACKAGES},
-        "bytes": dict(sizes),
-        "proof": dict(proof),
-        "stock_transformers": asdict(stock),
-        "notes": list(notes),
-        "run": dict(run or {}),
-    }
-    (folder / RUN_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_run_file(folder: Path, facts: Mapping[str, Any]) -> None:
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in RECORDED_PACKAGES}
+    text = json.dumps({"versions": versions, **facts}, indent=2, ensure_ascii=False)
+    (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def record_of(spec: str) -> dict[str, Any]:

