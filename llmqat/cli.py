@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,7 @@ from llmqat.terminal import plain_console, show_any_text
 if TYPE_CHECKING:
     from llmqat.evaluate.compare import Comparison
     from llmqat.evaluate.tasks import TaskSettings
+    from llmqat.export.serving import Verdict
     from llmqat.layers import AuditEntry, CoverageAudit
     from llmqat.recipe import EvaluationSettings, Plan, Recipe, RunResult
     from llmqat.recipe.allocation import BitPlan
@@ -294,6 +295,7 @@ def plan(
     loaded = load_recipe(recipe, overrides or ())
     planned = plan_run(loaded, devices)
     _print_audit(planned.coverage)
+    _print_served(planned.served)
     if planned.target_bits is not None:
         console.print(f"bits are chosen by layer when the run begins, {planned.target_bits} on average")
     unknown = "known when the text is read"
@@ -491,6 +493,13 @@ def quantize(
     ] = 16384,
     block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block of calibration text.")] = 512,
     seed: SeedOption = 0,
+    serve: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Who is to serve it: vllm, vllm-cpu, sglang, transformers, llama.cpp, onnxruntime, gptqmodel; may be "
+            "given again. A scheme that it does not take is refused now, with the nearest that it does."
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for layers.json and layers.png: what quantization did to each layer.")
     ] = None,
@@ -509,6 +518,8 @@ def quantize(
         llmqat quantize ./model --scheme int4 --target-bits 3.5 --text notes.txt --out model-3.5-bits
 
         llmqat quantize ./model --scheme w8a8 --smooth 0.5 --text notes.txt --out model-w8a8
+
+        llmqat quantize ./model --scheme int4 --serve vllm --serve llama.cpp --out model-int4
     """
     from llmqat.evaluate.layers import check_picture, render_layers, write_layers
     from llmqat.recipe import quantize_model
@@ -531,6 +542,7 @@ def quantize(
         block_size=block_size,
         seed=seed,
         overwrite=overwrite,
+        serve=serve or (),
     )
     if done.layers:
         console.print(render_layers(done.layers))
@@ -658,7 +670,7 @@ def audit(
     group_size: GroupSizeOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Lists every parameter tensor: quantized how, or left alone and why; bytes before and after.
+    """Lists every parameter tensor: quantized how, or left alone and why; bytes before and after; and who serves it.
 
     A packed checkpoint is shown as it is; any other model as --scheme would leave it.
 
@@ -668,15 +680,19 @@ def audit(
 
         llmqat audit runs/smollm2-135m-int4/model
     """
+    from llmqat.export.serving import served_by
     from llmqat.models import write_whole
-    from llmqat.recipe import coverage_of, scheme_of
+    from llmqat.recipe import inspect_model, scheme_of
 
     check_outputs({"--json": json_file}, [model])
-    coverage = coverage_of(model, scheme_of(scheme, group_size))
-    _print_audit(coverage)
+    found = inspect_model(model, scheme_of(scheme, group_size))
+    served = served_by(found.description) if found.description.layers else {}
+    _print_audit(found.coverage)
+    _print_served(served)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(json_file, json.dumps(coverage.to_dict(), indent=2) + "\n")
+        written = {**found.coverage.to_dict(), "served_by": {name: entry.to_dict() for name, entry in served.items()}}
+        write_whole(json_file, json.dumps(written, indent=2) + "\n")
 
 
 @command()
@@ -962,6 +978,18 @@ def _print_audit(coverage: CoverageAudit) -> None:
     )
     for note in coverage.notes:
         console.print(f"- {note}")
+
+
+def _print_served(served: Mapping[str, Verdict]) -> None:
+    table = Table()
+    for column in ("served by", "", "what is lost, or why not", "known from"):
+        table.add_column(column, overflow="fold")
+    for verdict in served.values():
+        export = f"llmqat export --format {verdict.export}" if verdict.export and verdict.serves else ""
+        words = "; ".join(part for part in (export, verdict.note) if part)
+        table.add_row(verdict.title, "yes" if verdict.serves else "no", words, verdict.basis)
+    if served:
+        console.print(table)
 
 
 def _alike(coverage: CoverageAudit) -> list[tuple[str, list[AuditEntry]]]:

@@ -236,6 +236,47 @@ def test_plan_shows_coverage_steps_and_memory_and_writes_nothing(tmp_path: Path,
     assert not (tmp_path / "run").exists()
 
 
+def test_plan_and_audit_say_who_serves_the_checkpoint(tmp_path: Path, tiny: Path):
+    scheme = "quant={preset: w8a8}"
+    planned = call("plan", recipe(tmp_path, tiny), "data.block_size=32", scheme).output
+    audited = call("audit", str(tiny), "--scheme", "w8a8", "--json", str(tmp_path / "audit.json")).output
+    rows = [line for line in planned.splitlines() if "vLLM on" in line]
+    assert len(rows) == 2
+    assert all("yes" in row for row in rows)
+    assert all(row in audited for row in rows)
+    served = json.loads((tmp_path / "audit.json").read_text())["served_by"]
+    assert served["vllm"]["serves"]
+    assert not served["llama.cpp"]["serves"]
+
+
+@pytest.mark.parametrize("command", ["plan", "train", "quantize"])
+def test_a_scheme_that_the_named_client_does_not_take_is_refused_before_any_work(
+    command: str, tmp_path: Path, tiny: Path
+):
+    if command == "quantize":
+        words = ("quantize", str(tiny), "--scheme", "int8", "--out", str(tmp_path / "run"), "--serve", "vllm-cpu")
+    else:
+        words = (command, recipe(tmp_path, tiny), "quant={preset: int8}", "serve=vllm-cpu")
+    message = refusal(*words)
+    assert "serve: vllm-cpu (vLLM on CPUs): model.layers.0.self_attn.q_proj, k_proj, v_proj (int8 channel)" in message
+    assert "packed weights run in 4 bits only, not in 8" in message
+    assert "the nearest scheme for vllm-cpu is quant: {preset: w8a8}" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_bits_chosen_by_layer_are_refused_for_servers_that_need_one_scheme(tmp_path: Path, tiny: Path):
+    words = (recipe(tmp_path, tiny), "quant={preset: int4, group_size: 32}", "allocate.target_bits=3.5")
+    assert "it needs one scheme for layers that are one product" in refusal("plan", *words, "serve=[vllm, llama.cpp]")
+    assert call("plan", *words, "serve=llama.cpp", "data.block_size=32").exit_code == 0
+
+
+def test_quantize_writes_the_form_that_the_named_client_takes(tmp_path: Path, tiny: Path):
+    words = ("quantize", str(tiny), "--scheme", "w4a8", "--group-size", "32", "--method", "rtn")
+    assert call(*words, "--serve", "vllm-cpu", "--out", str(tmp_path / "out")).exit_code == 0
+    described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert described["format"] == "int-quantized"
+
+
 def test_plan_counts_epochs(tmp_path: Path, tiny: Path):
     words = ["data={tokens: 1000, block_size: 32}", "train={num_train_epochs: 3, per_device_train_batch_size: 5}"]
     done = call("plan", recipe(tmp_path, tiny), *words)

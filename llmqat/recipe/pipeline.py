@@ -76,7 +76,7 @@ from llmqat.recipe.folder import (
     kept_text,
     open_run_folder,
 )
-from llmqat.recipe.plan import coverage_of
+from llmqat.recipe.plan import check_recipe_served, coverage_of
 from llmqat.recipe.start import UNPACKED_ONLY, check_packed_start, starts_packed
 from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
 from llmqat.train import (
@@ -162,6 +162,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     check_distribution(arguments)
     if is_deepspeed_zero3_enabled():  # models are loaded and calibrated whole, and partitioned when training begins
         unset_hf_deepspeed_config()
+    int_quantized = check_recipe_served(recipe)  # before there is a folder of it
     main = arguments.process_index == 0
     with arguments.main_process_first(local=False):
         if main and open_run_folder(recipe, overwrite=overwrite):
@@ -225,7 +226,8 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         else:
             layers["trained"] = layers_of(recipe, trained, calibration_rows, arguments)
         _write_layers(layers, recipe.output)
-        report = save(trained, recipe.output / CHECKPOINT_FOLDER, tokenizer, run=facts, overwrite=True)
+        folder = recipe.output / CHECKPOINT_FOLDER
+        report = save(trained, folder, tokenizer, run=facts, overwrite=True, int_quantized=int_quantized)
     with stage("evaluate", ", ".join(windows)):
         candidates = _candidates(recipe, teacher, coverage, calibration_rows, report, arguments)
         with progress_bar() as advance:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmqat.calibrate import RangesStage, rotates, untie
+from llmqat.calibrate import AllocationConfig, RangesStage, rotates, untie
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
 from llmqat.data.length import check_length
 from llmqat.data.text import read_text
 from llmqat.export import is_packed, load
+from llmqat.export.description import ModelDescription, describe
 from llmqat.export.prepared import is_prepared
+from llmqat.export.serving import NEED_ONE_SCHEME, Verdict, check_served, served_by
 from llmqat.export.stock import try_stock
 from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
 from llmqat.models import empty_model, read_config, resolve_spec, token_model_class
@@ -55,6 +57,8 @@ class Plan:
     """How it is trained."""
     devices: Devices
     """On what."""
+    served: Mapping[str, Verdict]
+    """Which clients would serve the checkpoint."""
     trained_by: Mapping[str, int]
     """Parameters that would train by other methods, `lora` (of rank 16) and `scales`, where the scheme allows them."""
 
@@ -133,7 +137,9 @@ def plan_run(recipe: Recipe, devices: Devices | None = None) -> Plan:
     steps: int | None = arguments.max_steps
     if arguments.max_steps < 0:
         steps = None if blocks is None else math.ceil(math.ceil(blocks / samples) * arguments.num_train_epochs)
+    check_recipe_served(recipe)
     model, coverage = _prepared(recipe)
+    description = describe(model)  # before adapters are put on it
     check_length(model, recipe.data.block_size, "data.block_size")
     return Plan(
         coverage=coverage,
@@ -144,6 +150,7 @@ def plan_run(recipe: Recipe, devices: Devices | None = None) -> Plan:
         size=size_of(model, model.config, _packed_bytes(coverage)),
         method=_method(recipe, arguments, model),
         devices=devices,
+        served=served_by(description),
         trained_by=_trained_by(recipe),
     )
 
@@ -256,8 +263,18 @@ def available_bytes(devices: Devices) -> int | None:
     return int(line.split()[1]) * 1024 // devices.processes
 
 
-def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> CoverageAudit:
-    """Returns the coverage audit of a packed or prepared checkpoint, or of another model as `quant` would leave it.
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What a scheme makes of a model, found without its weights, or what lies in a packed checkpoint."""
+
+    coverage: CoverageAudit
+    """Every parameter tensor: quantized how, or left alone and why."""
+    description: ModelDescription
+    """What servers and exports have to know."""
+
+
+def inspect_model(spec: str, quant: QuantConfig, rotated: bool = False) -> Inspection:
+    """Returns what a packed or prepared checkpoint holds, or another model would hold as `quant` would leave it.
 
     Args:
         spec: what `load_model` takes, or a packed or prepared checkpoint.
@@ -271,12 +288,64 @@ def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> Coverag
     source = resolve_spec(spec)
     config = read_config(source, spec)
     if is_packed(spec):
-        found = audit(load(spec))
-        note = try_stock(source).note if isinstance(source, Path) else ""
-        return dataclasses.replace(found, notes=(*found.notes, note)) if note else found
+        model = load(spec)
+        trial = try_stock(source) if isinstance(source, Path) else None
+        found = audit(model)
+        if trial is not None and trial.note:
+            found = dataclasses.replace(found, notes=(*found.notes, trial.note))
+        return Inspection(found, describe(model, trial=trial))
     if is_prepared(config):
-        return audit(load(spec))
-    return _prepared_without_weights(spec, config, quant, rotated)[1]
+        model = load(spec)
+        return Inspection(audit(model), describe(model))
+    model, coverage = _prepared_without_weights(spec, config, quant, rotated)
+    return Inspection(coverage, describe(model))
+
+
+def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> CoverageAudit:
+    """Returns the coverage audit of `inspect_model`, which says what the arguments are."""
+    return inspect_model(spec, quant, rotated).coverage
+
+
+def check_recipe_served(recipe: Recipe) -> bool:
+    """Returns whether W4A8 has to be written as `int-quantized`; raises where a client of `serve` takes no such model.
+
+    Raises:
+        FileNotFoundError: the model is not there.
+        ValueError: names the client, its reason, and the nearest preset that it takes.
+    """
+    if not recipe.serve:
+        return False
+    description = inspect_model(recipe.model, recipe.quant, rotates(recipe.calibrate)).description
+    quant = None if starts_packed(recipe) else recipe.quant
+    return check_plan_served(description, recipe.serve, quant, recipe.allocate)
+
+
+def check_plan_served(
+    description: ModelDescription,
+    clients: Sequence[str],
+    quant: QuantConfig | None,
+    allocate: AllocationConfig | None,
+) -> bool:
+    """Returns what `check_served` does; where bits are chosen by layer, each choice is looked at.
+
+    Raises:
+        ValueError: a client does not take the model, or needs one scheme where several are chosen.
+    """
+    if not clients:
+        return False
+    if quant is None or allocate is None:
+        return check_served(description, clients, quant)
+    if one := [client for client in clients if client in NEED_ONE_SCHEME and len(allocate.choices) > 1]:
+        raise ValueError(
+            f"serve: {', '.join(one)}: bits are chosen for each layer, and it needs one scheme for layers that are one "
+            "product there (q, k and v; gate and up); give all layers the same bits, or leave it out of `serve`"
+        )
+    schemes = [
+        quant.model_copy(update={"weights": quant.weights.model_copy(update={"num_bits": bits})})
+        for bits in allocate.choices
+    ]
+    forms = [check_served(description.with_scheme(scheme), clients, scheme) for scheme in schemes]
+    return any(forms)
 
 
 def _prepared_without_weights(

@@ -38,6 +38,7 @@ from llmqat.calibrate.config import TextStage
 from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits
 from llmqat.data.text import open_source as open_text
 from llmqat.export.checkpoint import ExportReport, save
+from llmqat.export.serving import known_clients
 from llmqat.layers import QuantConfig
 from llmqat.models import load_model, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
@@ -45,7 +46,7 @@ from llmqat.recipe.bars import progress, token_bar
 from llmqat.recipe.config import forward_dtype, scheme_of
 from llmqat.recipe.folder import kept_text
 from llmqat.recipe.pipeline import REPORT_BLOCKS
-from llmqat.recipe.plan import coverage_of
+from llmqat.recipe.plan import check_plan_served, coverage_of, inspect_model
 from llmqat.train import processor_has_bf16
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ def quantize_model(
     block_size: int = 512,
     seed: int = 0,
     overwrite: bool = False,
+    serve: Sequence[str] = (),
 ) -> Quantization:
     """Writes `spec` packed to `folder`, calibrated, proves it, and returns what was done and written.
 
@@ -122,17 +124,22 @@ def quantize_model(
         block_size: tokens in a block of it.
         seed: of what the model writes, and of block-wise training.
         overwrite: whether a model that lies in `folder` is replaced.
+        serve: names of `llmqat.export.serving.CLIENTS` that have to take the checkpoint.
 
     Raises:
         FileExistsError: the folder exists.
         FileNotFoundError: the model or the text is not there.
-        ValueError: the model, text, method or scheme does not do.
+        ValueError: the model, text, method or scheme does not do, or one of `serve` does not take it.
     """
+    clients = known_clients(serve)
     stages = stages_of(method, math.ceil(tokens / block_size), rotate=rotate, smooth=smooth)
     if folder.exists() and not overwrite:  # save would say so too, but only after the calibration
         raise FileExistsError(f"output folder {folder} exists already; choose another --out, or give --overwrite")
     quant = scheme_of(scheme, group_size)
-    coverage_of(spec, quant, rotates(stages))  # a scheme that does not do should not cost the text
+    allocate = None if target_bits is None else AllocationConfig(target_bits=target_bits)
+    # A scheme that does not do should not cost the text.
+    description = inspect_model(spec, quant, rotates(stages)).description
+    int_quantized = check_plan_served(description, clients, quant, allocate)
     needed = needs_text(stages, quant)
     if text is not None and not needed and target_bits is None:
         raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use another --method")
@@ -141,9 +148,8 @@ def quantize_model(
     if needs_text((), quant) and not any(isinstance(stage, RangesStage) for stage in stages):
         # Static input ranges, which plain rounding of weights needs as well.
         stages = (*stages, RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)))
-    allocate = None if target_bits is None else AllocationConfig(target_bits=target_bits)
     data = text_source(text, tokens, block_size, seed) if needed or allocate else None
-    return _quantized(spec, folder, quant, stages, allocate, data, seed, overwrite)
+    return _quantized(spec, folder, quant, stages, allocate, data, seed, overwrite, int_quantized)
 
 
 def text_source(text: Path | None, tokens: int, block_size: int, seed: int) -> DataConfig:
@@ -161,6 +167,7 @@ def _quantized(
     data: DataConfig | None,
     seed: int,
     overwrite: bool,
+    int_quantized: bool,
 ) -> Quantization:
     facts: dict[str, Any] = {"model": spec, "calibrate": [stage.model_dump(mode="json") for stage in stages]}
     settings = {**facts, "quant": quant.model_dump(mode="json"), "seed": seed}
@@ -191,7 +198,7 @@ def _quantized(
     facts["calibration"] = [asdict(report) for report in reports]
     originals, looked_at = work / ORIGINALS_FILE, None if ids is None else ids[:REPORT_BLOCKS]
     layers = report_layers(model, Originals(originals), looked_at, dtype) if originals.is_file() else []
-    report = save(model, folder, tokenizer, run=facts, overwrite=overwrite)
+    report = save(model, folder, tokenizer, run=facts, overwrite=overwrite, int_quantized=int_quantized)
     shutil.rmtree(work, ignore_errors=True)
     return Quantization(report, reports, layers)
 
