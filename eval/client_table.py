@@ -21,7 +21,17 @@ FIGURES = ("perplexity", "first_token_s", "tokens_per_s", "peak_mb", "said", "ve
 def rows_of(answers: Sequence[Mapping[str, Any]], reference: str) -> list[dict[str, Any]]:
     """Returns a row an answer: its figures, how far they are from the reference's, and a verdict."""
     own = {(answer["model"], answer["variant"]): answer for answer in answers if answer["client"] == reference}
-    return [_row(answer, own.get((answer["model"], answer["variant"]), {}), reference) for answer in answers]
+    rows = [_row(answer, own.get((answer["model"], answer["variant"]), {}), reference) for answer in answers]
+    return [_against_rule(row, answer.get("rule")) for row, answer in zip(rows, answers, strict=True)]
+
+
+def _against_rule(row: dict[str, Any], rule: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns a row with what llmqat's rule says of it, and whether that is what was seen."""
+    if rule is None:
+        return row
+    if row["status"] not in ("run", "not written"):
+        return {**row, "rule": rule}
+    return {**row, "rule": rule, "rule_holds": rule["serves"] == bool(row["verdict"] not in ("refused", "not written"))}
 
 
 def _row(answer: Mapping[str, Any], own: Mapping[str, Any], reference: str) -> dict[str, Any]:
@@ -66,12 +76,18 @@ def render(rows: Sequence[Mapping[str, Any]], clients: Mapping[str, Any], machin
         f"Made by `make clients` on {machine}. In a cell: perplexity and its difference from llmqat's own, greedy "
         "tokens equal to llmqat's, seconds to the first token, tokens a second, peak of resident memory. **Bold** is "
         "more than the limit (0.5 %, with activations in 8 bits 2 %), or other tokens of a tiny model. Numbers in "
-        "brackets lead to the client's own words.",
+        "brackets lead to the client's own words, or to those of llmqat's rule where nothing was run.",
     ]
+    some = [row for row in rows if clients[row["client"]].only is not None]
+    every = [row for row in rows if clients[row["client"]].only is None]
     for chosen, title in [*(([model], model) for model in real), (tiny, "tiny models")]:
-        found = [row for row in rows if row["model"] in chosen]
+        found = [row for row in every if row["model"] in chosen]
         if found:
             parts += [f"## {title}", _table(found, clients, notes, brief=title == "tiny models")]
+    if some:
+        parts += ["## Servers, over HTTP", _servers(some, clients, notes)]
+    if against := [row for row in rows if not row.get("rule_holds", True)]:
+        parts += ["## Against the rule", "\n".join(map(_against, against))]
     parts += ["## Versions", *_versions(rows, clients)]
     if notes:
         parts += ["## In their own words", "\n".join(f"{number}. {said}" for said, number in notes.items())]
@@ -92,6 +108,24 @@ def _table(rows: Sequence[Mapping[str, Any]], clients: Mapping[str, Any], notes:
     return "\n".join("| " + " | ".join(line) + " |" for line in shown)
 
 
+def _servers(rows: Sequence[Mapping[str, Any]], clients: Mapping[str, Any], notes: dict[str, int]) -> str:
+    """Returns a table of clients that are given some checkpoints only, a line each."""
+    shown = [["server", "checkpoint", "figures", "beside"], ["---"] * 4]
+    for row in rows:
+        more = {"chat_equal": row["chat_equal"]} if "chat_equal" in row else {}
+        extra = {**more, **row.get("extra", {})}
+        told = [f"{key.replace('_', ' ')}: {_told(value)}" for key, value in extra.items() if key != "chat"]
+        place = f"{row['model']}, {row['variant']}"
+        shown.append([clients[row["client"]].title, place, _cell(row, notes, brief=False), "; ".join(told)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in shown)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _title(client: Any, format: str) -> str:
     return client.title if len(client.formats) == 1 else f"{client.title}: {format}"
 
@@ -100,6 +134,11 @@ def _cell(row: Mapping[str, Any] | None, notes: dict[str, int], brief: bool) -> 
     """Returns one cell."""
     if row is None:
         return ""
+    rule = row.get("rule", {})
+    if row["verdict"] == "not run" and rule:
+        # What it loses is said where it serves, why not where it does not.
+        mark = f" [{notes.setdefault(rule['note'], len(notes) + 1)}]" if rule["note"] else ""
+        return f"not run; by the rule {'yes' if rule['serves'] else 'no'}{mark}"
     said = row.get("said", "")
     mark = f" [{notes.setdefault(said, len(notes) + 1)}]" if said else ""
     if row["verdict"] in ("refused", "not written", "not installed", "not run"):
@@ -107,7 +146,7 @@ def _cell(row: Mapping[str, Any] | None, notes: dict[str, int], brief: bool) -> 
     if brief and row["verdict"] == "reference":
         return f"{row['perplexity']:.4g}"
     speed = f"{row['first_token_s']:.2g} s, {row['tokens_per_s']:.3g} tok/s"
-    memory = f", {row['peak_mb']:,.0f} MB" if "peak_mb" in row else ""
+    memory = f", {row['peak_mb']:,.0f} MB" if row.get("peak_mb") else ""
     if row["verdict"] == "reference":
         return f"{row['perplexity']:.4g}<br>{speed}{memory}"
     if "relative" not in row:
@@ -119,6 +158,12 @@ def _cell(row: Mapping[str, Any] | None, notes: dict[str, int], brief: bool) -> 
     if row["verdict"] == "differs":
         figures = f"**{figures}**"
     return figures if brief else f"{figures}<br>{speed}{memory}"
+
+
+def _against(row: Mapping[str, Any]) -> str:
+    place = ", ".join(row[part] for part in ("client", "format", "model", "variant"))
+    rule = "serves" if row["rule"]["serves"] else f"does not serve ({row['rule']['note']})"
+    return f"- {place}: {row['verdict']}, where the rule says that it {rule}"
 
 
 def _versions(rows: Sequence[Mapping[str, Any]], clients: Mapping[str, Any]) -> list[str]:

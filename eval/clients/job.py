@@ -4,10 +4,12 @@ A runner is executed by its client's own Python, so it imports the standard libr
 packages, never llmqat. It is called with the paths of jobs, and writes `JOB.result.json` beside each `JOB.json`.
 
 A job holds "path" (a folder, or a GGUF file), "format", "windows" and "prompts" (lists of token ids),
-"max_new_tokens", "chat" (messages, or null) and "lora" (a peft folder, or null). An answer holds "versions", "loads",
-"said" (the client's own words where it fails), "perplexity" (exp of the mean negative log-likelihood of tokens 2 to n
-of all windows), "tokens" (greedy, exactly `max_new_tokens` a prompt: no token ends them), "first_token_s",
-"tokens_per_s", "peak_mb" (resident) and "extra" (what only some clients have; "chat" is the answer to `chat`).
+"max_new_tokens", "chat" (messages, or null) and "lora" (a peft folder, or null).
+
+An answer holds "versions", "loads", "said" (the client's own words where it fails), "perplexity" (exp of the mean
+negative log-likelihood of tokens 2 to n of all windows), "tokens" (greedy, exactly `max_new_tokens` a prompt: no token
+ends them), "first_token_s", "tokens_per_s", "peak_mb" (resident, without what earlier jobs of the process have left)
+and "extra" (what only some clients have; "chat" is the answer to `chat`, and what ends in "_equal" should be true).
 
 Runners are called run_NAME.py: a script's own folder comes first in Python's search path, where vllm.py would hide
 vllm.
@@ -41,19 +43,21 @@ def run(packages: Sequence[str], answer: Callable[[dict[str, Any]], dict[str, An
         answer: returns "perplexity", "tokens", "first_token_s", "tokens_per_s" and "extra" of a job; raises what the
             client raises.
     """
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    found = {name: _version(name) for name in packages}
+    versions = {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
+    idle = _memory_mb("VmRSS")
     for name in sys.argv[1:]:
         path = Path(name)
         result: dict[str, Any] = {"versions": versions, "loads": False, "said": "", "perplexity": None}
         result |= {"tokens": [], "first_token_s": None, "tokens_per_s": None, "extra": {}}
-        reset_peak()
+        left = reset_peak() - idle
         start = time.perf_counter()
         try:
             result |= {"loads": True, **answer(json.loads(path.read_text(encoding="utf-8")))}
         except Exception as error:  # whatever a client raises is what it says of the checkpoint
             traceback.print_exc()
             result |= {"loads": False, "said": words(error)}
-        result = {"peak_mb": peak_mb(), **result, "seconds": time.perf_counter() - start}
+        result = {"peak_mb": peak_mb() - left, **result, "seconds": time.perf_counter() - start}
         part = path.with_suffix(".part")
         part.write_text(json.dumps(result, indent=2), encoding="utf-8")
         part.rename(path.with_suffix(".result.json"))
@@ -85,26 +89,31 @@ def timed(generate: Generate, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def reset_peak() -> None:
-    """Lets the peak of resident memory begin anew, where the system can (Linux)."""
+def reset_peak() -> float:
+    """Lets the peak of resident memory begin anew, where the system can (Linux); returns the memory of now in MB."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
-        return
+        return _memory_mb("VmHWM")
+    return _memory_mb("VmRSS")
 
 
-def peak_mb(process: int | str = "self") -> float | None:
-    """Returns the peak of a process's resident memory in MB; None where it is not known."""
+def peak_mb(process: int | str = "self") -> float:
+    """Returns the peak of a process's resident memory in MB; 0 where the system does not tell."""
+    return _memory_mb("VmHWM", process)
+
+
+def _memory_mb(entry: str, process: int | str = "self") -> float:
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-    return int(found[0]) * 1024 / 1e6 if found else None
+        return 0.0
+    found = [line.split()[1] for line in lines if line.startswith(f"{entry}:")]
+    return int(found[0]) * 1024 / 1e6 if found else 0.0
 
 
-def _version(name: str) -> str:
+def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None

@@ -47,7 +47,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         with openai.OpenAI(base_url=url, api_key="none", timeout=START) as client:
             found = asked(client, model, job)
         found["extra"] |= {"ready_s": seconds, "command": " ".join(Path(part).name for part in command_of(job["path"]))}
-        return {**found, "peak_mb": sum(filter(None, map(peak_mb, tree(process.pid))))}
+        return {**found, "peak_mb": sum(map(peak_mb, tree(process.pid)))}
 
 
 def asked(client: openai.OpenAI, model: str, job: dict[str, Any]) -> dict[str, Any]:

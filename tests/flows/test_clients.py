@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from llmqat.export import load
+from llmqat.export.serving import CLIENTS as RULES
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 EVAL = Path(__file__).parents[2] / "eval"
@@ -97,6 +98,7 @@ def test_every_runner_belongs_to_a_client_and_imports_no_llmqat(scripts: dict[st
     assert {path.name for path in RUNNERS.glob("*.txt")} == {c.requirements for c in clients.values() if c.requirements}
     for client in clients.values():
         assert client.needs_gpu == (client.runner is None)
+        assert client.rule in RULES or (client.rule is None and not client.needs_gpu)
         if client.requirements is not None:
             tree = ast.parse((RUNNERS / client.runner).read_text(encoding="utf-8"))
             imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -114,7 +116,8 @@ def test_an_answer_is_asked_for_again_only_where_checkpoint_or_runner_have_chang
     assert first["loads"]
     assert first["limit"] == 0.005
     assert first["versions"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert first["versions"]["nowhere"] == "not installed"
+    assert set(first["versions"]) == {"python", "torch"}
+    assert first["peak_mb"] > 5
     driver.run_client("fake", source, options)
     assert asked(options) == ["one"]
     (source.packed / "model.safetensors").write_bytes(b"other weights")
@@ -144,6 +147,13 @@ def test_what_a_client_refuses_or_dies_of_is_its_row_and_the_others_go_on(
     assert found["crash"]["said"] == "the process ended (3): Segmentation fault, said the kernel"
     assert found["refused"]["said"] == "ValueError: no scheme for this"
     assert [found[name]["loads"] for name in sources] == [False, False, True]
+
+
+def test_words_say_nothing_of_where_the_work_lies(driver: ModuleType, options: argparse.Namespace) -> None:
+    cell = driver.Cell("fake", "tiny-llama", "int4", "gguf")
+    said = f"cannot read {options.work}/tiny-llama/int4/model.gguf"
+    driver.keep(cell, options.work, "", {"status": "run", "said": said})
+    assert driver.kept(cell, options.work)["said"] == "cannot read tiny-llama/int4/model.gguf"
 
 
 def fake(driver: ModuleType) -> Any:
@@ -273,6 +283,61 @@ def test_other_words_are_a_difference_on_tiny_models_only(
         assert scripts["client_table"].rows_of(answers, "llmqat")[1]["verdict"] == verdict
 
 
+def test_a_server_is_shown_with_all_that_it_was_asked(scripts: dict[str, ModuleType]) -> None:
+    table, clients = scripts["client_table"], scripts["clients"].CLIENTS
+    extra = {"chat": "Yes.", "streamed_equal": False, "ready_s": 31.25, "logprobs": 16}
+    answers = [row("llmqat", "real", extra={"chat": "Yes."}), row("vllm-serve", "real", extra=extra)]
+    text = table.render(table.rows_of(answers, "llmqat"), clients, "a machine")
+    served = text.partition("## Servers, over HTTP")[2]
+    assert "| vllm serve, CPU | real, int4 | **20 (+0.00 %)" in served
+    assert "| chat equal: yes; streamed equal: **no**; ready s: 31.2; logprobs: 16 |" in served
+    assert "vllm serve, CPU" not in text.partition("## Servers, over HTTP")[0]
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_what_was_seen_is_compared_with_the_rule(scripts: dict[str, ModuleType], serves: bool) -> None:
+    table, clients = scripts["client_table"], scripts["clients"].CLIENTS
+    rule = {"serves": serves, "note": "for a reason"}
+    answers = [
+        row("llmqat", "real"),
+        row("vllm", "real", rule=rule),
+        row("vllm", "real", rule=rule, variant="int8", loads=False, said="No scheme"),
+        row("vllm-gpu", "real", rule=rule, loads=False, status="not run"),
+    ]
+    rows = table.rows_of(answers, "llmqat")
+    assert [found.get("rule_holds") for found in rows] == [None, serves, not serves, None]
+    text = table.render(rows, clients, "a machine")
+    assert f"not run; by the rule {'yes' if serves else 'no'} [" in text
+    wrong = "int8: refused" if serves else "int4: equal"
+    assert text.partition("## Against the rule")[2].count("- vllm, compressed-tensors, real, ") == 1
+    assert f"- vllm, compressed-tensors, real, {wrong}, where the rule says" in text
+
+
+def test_what_needs_a_gpu_is_a_row_with_the_rule(
+    scripts: dict[str, ModuleType], driver: ModuleType, options: argparse.Namespace
+) -> None:
+    made = scripts["client_checkpoints"]
+    source = tiny_source(made, options.work)
+    options.variants = ("int2",)
+    for client in ("vllm-gpu", "sglang"):
+        driver.run_client(client, source, options)
+    found = {answer["client"]: answer for answer in driver.answers(options.work)}
+    assert [found[name]["status"] for name in ("vllm-gpu", "sglang")] == ["not run"] * 2
+    rules = made.rules_of(source, "int2")
+    assert set(rules) == set(RULES)
+    assert found["sglang"]["rule"] == rules["sglang"]
+    assert not rules["sglang"]["serves"]
+    assert rules["llmqat"]["serves"]
+
+
+def tiny_source(made: ModuleType, work: Path) -> Any:
+    """A tiny model that has learned nothing."""
+    original = work / "tiny-llama" / made.ORIGINAL_FOLDER
+    tiny_llama().to(torch.bfloat16).save_pretrained(original)
+    tiny_tokenizer().save_pretrained(original)
+    return made.Source("tiny-llama", work / "tiny-llama", None, [[1, 2, 3]], [[1, 2]], {})
+
+
 def test_a_tiny_model_knows_its_texts_by_heart(scripts: dict[str, ModuleType]) -> None:
     texts = [torch.randint(0, 384, (2, 24), generator=torch.Generator().manual_seed(0)), torch.arange(5, 35)[None]]
     model = scripts["client_checkpoints"].tiny_model("tiny-qwen3", texts, 384)
@@ -288,9 +353,7 @@ def test_a_checkpoint_is_made_once_and_anew_where_llmqat_has_changed(
     scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = scripts["client_checkpoints"]
-    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "tiny-llama" / made.ORIGINAL_FOLDER)
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny-llama" / made.ORIGINAL_FOLDER)
-    source = made.Source("tiny-llama", tmp_path / "tiny-llama", None, [[1, 2, 3]], [[1, 2]], {})
+    source = tiny_source(made, tmp_path)
     path, digest = made.checkpoint(source, "int8", "gptq")
     assert path == tmp_path / "tiny-llama" / "int8" / "gptq"
     assert load(tmp_path / "tiny-llama" / "int8" / "compressed-tensors").config.model_type == "llama"
