@@ -985,9 +985,7 @@ def _print_served(served: Mapping[str, Verdict]) -> None:
     for column in ("served by", "", "what is lost, or why not", "known from"):
         table.add_column(column, overflow="fold")
     for verdict in served.values():
-        export = f"llmqat export --format {verdict.export}" if verdict.export and verdict.serves else ""
-        words = "; ".join(part for part in (export, verdict.note) if part)
-        table.add_row(verdict.title, "yes" if verdict.serves else "no", words, verdict.basis)
+        table.add_row(*verdict.row)
     if served:
         console.print(table)
 

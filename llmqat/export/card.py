@@ -16,14 +16,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from llmqat.export.checkpoint import RUN_FILE
+from llmqat.export.checkpoint import RUN_FILE, load
 from llmqat.export.compressed_tensors import KV_KEY
-from llmqat.export.gguf import ARCHITECTURES as GGUF_ARCHITECTURES
+from llmqat.export.description import describe
+from llmqat.export.serving import Verdict, served_by
 from llmqat.export.stock import StockTrial, try_stock
 from llmqat.models import may_be_hub_id
 
-VLLM_BITS, VLLM_GROUPS = (4, 8), (None, 32, 64, 128)
-"""Weight-only schemes that vLLM's kernels for compressed-tensors run."""
+STRADDLING, PACKS_STRADDLING = (3, 5, 6, 7), "0.18"
+"""Bits whose codes lie across words, and the compressed-tensors that unpacks them first."""
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -50,6 +51,7 @@ def model_card(folder: Path, repository: str, *, license: str | None = None, bas
     """
     config, facts = checkpoint_facts(folder)
     trial = StockTrial(**facts["stock_transformers"]) if "stock_transformers" in facts else try_stock(folder)
+    served = _verdicts(folder, facts, trial)
     task = PIPELINES.get(trial.loader)
     run = facts.get("run", {})
     base = base_model or _hub_id(_source(run))
@@ -68,7 +70,9 @@ def model_card(folder: Path, repository: str, *, license: str | None = None, bas
         f"# {repository.rpartition('/')[2]}",
         _introduction(base, run),
         "## How to load it",
-        _loading(config, repository, trial),
+        _loading(config, repository, trial, served),
+        "## Who serves it",
+        _served(served),
         "## What is quantized",
         _schemes(config),
         *(["## Bytes", _bytes(facts["bytes"])] if "bytes" in facts else []),
@@ -168,36 +172,52 @@ def _introduction(base: str | None, run: Mapping[str, Any]) -> str:
     )
 
 
-def _loading(config: Mapping[str, Any], repository: str, trial: StockTrial) -> str:
+def _verdicts(folder: Path, facts: Mapping[str, Any], trial: StockTrial) -> dict[str, Verdict]:
+    """Returns what clients make of the checkpoint: as it was recorded, or asked now."""
+    if (recorded := facts.get("served_by")) is not None:
+        return {name: Verdict.from_dict(entry) for name, entry in recorded.items()}
+    return served_by(describe(load(folder), trial=trial))
+
+
+def _loading(config: Mapping[str, Any], repository: str, trial: StockTrial, served: Mapping[str, Verdict]) -> str:
     own = f"With llmqat, packed as it is:\n\n```python\nimport llmqat\n\nmodel = llmqat.load({repository!r})\n```"
     parts = []
     if trial.loads:
         how = ", which dequantizes it as it is loaded" if trial.dequantized else ""
         parts.append(
-            f"With transformers (`pip install compressed-tensors`){how}:\n\n```python\nfrom transformers import "
+            f"With transformers (`{_installation(config)}`){how}:\n\n```python\nfrom transformers import "
             f"AutoTokenizer, {trial.loader}\n\nmodel = {trial.loader}.from_pretrained({repository!r})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({repository!r})\n```"
         )
     else:
         parts.append(f"Transformers alone does not load it: {trial.reason}.")
-    if trial.silent:
-        parts.append("Other loaders refuse it.")
-    elif _vllm_runs(config):
-        parts.append(
-            f"With vLLM, whose kernels take this scheme (not tried here):\n\n```\nvllm serve {repository}\n```"
-        )
-    else:
-        parts.append(
-            "vLLM has no kernel for this scheme (it runs 4 and 8 bits, by channel or in groups of 32, 64, 128)."
-        )
-    if config.get("model_type") in GGUF_ARCHITECTURES:
+    parts.append(_with_vllm(repository, [served[name] for name in ("vllm", "vllm-cpu")]))
+    if served["llama.cpp"].serves:
         parts.append(f"For llama.cpp:\n\n```\nllmqat export {repository} --format gguf --out model.gguf\n```")
     return "\n\n".join([*parts, own])
 
 
-def _vllm_runs(config: Mapping[str, Any]) -> bool:
-    weights = [group["weights"] for group in _groups(config)]
-    return all(entry["num_bits"] in VLLM_BITS and entry.get("group_size") in VLLM_GROUPS for entry in weights)
+def _installation(config: Mapping[str, Any]) -> str:
+    """Returns what to install for transformers to read the weights."""
+    straddling = any(group["weights"]["num_bits"] in STRADDLING for group in _groups(config))
+    return f'pip install "compressed-tensors>={PACKS_STRADDLING}"' if straddling else "pip install compressed-tensors"
+
+
+def _with_vllm(repository: str, verdicts: Sequence[Verdict]) -> str:
+    """Returns how vLLM serves the checkpoint, on GPUs or on CPUs, or why it does not."""
+    serving = [verdict for verdict in verdicts if verdict.serves]
+    if not serving:
+        return f"vLLM does not serve it: {verdicts[0].reason}."
+    where = " and ".join(f"{verdict.title.removeprefix('vLLM ')} ({verdict.basis})" for verdict in serving)
+    others = "".join(
+        f" It does not {verdict.title.removeprefix('vLLM ')}." for verdict in verdicts if not verdict.serves
+    )
+    return f"With vLLM, {where}:{others}\n\n```\nvllm serve {repository}\n```"
+
+
+def _served(served: Mapping[str, Verdict]) -> str:
+    heads = ("server or runtime", "serves it", "what is lost, or why not", "known from")
+    return _table(heads, [verdict.row for verdict in served.values()])
 
 
 def _schemes(config: Mapping[str, Any]) -> str:

@@ -21,8 +21,8 @@ loader needs: stock transformers, vLLM and `read` below recover from it which mo
 from the modules themselves, never from the configuration that once prepared them, so it cannot disagree with the
 tensors. A quantized KV cache, which the format can only say with calibrated ranges, stands beside it as
 `llmqat_kv_cache`. A checkpoint that stock transformers was seen to fill with random numbers (`stock.py`; Conv1D,
-stacked experts) says in each group that only llmqat loads it; stock loaders refuse that key, which is the point. One
-that it reads only when it dequantizes the weights at loading (zero points; models that look at weights while they are
+stacked experts) has a key of ours in each group, which stock transformers refuses, and that is the point; vLLM, which
+serves packed Conv1D, does not look at it. One that transformers reads only when it dequantizes the weights at loading (zero points; models that look at weights while they are
 built) has the key `dequantize`, which is transformers' own.
 
 Letters: O out features, I in features, G scales per row, b bits.

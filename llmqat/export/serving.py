@@ -66,9 +66,21 @@ class Verdict:
         """What is lost, or why not, in one line."""
         return self.reason if not self.serves else "; ".join(self.lost)
 
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """Its row of a table: who, whether, what is lost or why not and what to export, known from."""
+        export = f"llmqat export --format {self.export}" if self.export and self.serves else ""
+        words = "; ".join(part for part in (export, self.note) if part)
+        return self.title, "yes" if self.serves else "no", words, self.basis
+
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready form."""
         return asdict(self) | {"lost": list(self.lost)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Verdict:
+        """Returns the verdict that `to_dict` has written."""
+        return cls(**{**values, "lost": tuple(values["lost"])})
 
 
 @dataclass(frozen=True)

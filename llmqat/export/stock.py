@@ -87,7 +87,7 @@ class StockTrial:
         if self.loads:
             return ""
         told = "refuses the checkpoint, whose config.json says so" if self.silent else "does not load the checkpoint"
-        return f"only llmqat.load reads it; stock transformers {told}: {self.reason}"
+        return f"stock transformers {told}: {self.reason}"
 
 
 @dataclass(frozen=True)

