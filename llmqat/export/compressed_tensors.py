@@ -22,8 +22,8 @@ from the modules themselves, never from the configuration that once prepared the
 tensors. A quantized KV cache, which the format can only say with calibrated ranges, stands beside it as
 `llmqat_kv_cache`. A checkpoint that stock transformers was seen to fill with random numbers (`stock.py`; Conv1D,
 stacked experts) has a key of ours in each group, which stock transformers refuses, and that is the point; vLLM, which
-serves packed Conv1D, does not look at it. One that transformers reads only when it dequantizes the weights at loading (zero points; models that look at weights while they are
-built) has the key `dequantize`, which is transformers' own.
+serves packed Conv1D, does not look at it. One that transformers reads only when it dequantizes the weights at loading
+(zero points; models that look at weights while they are built) has the key `dequantize`, which is transformers' own.
 
 Letters: O out features, I in features, G scales per row, b bits.
 """
