@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.export.description import ModelDescription, describe
 from llmqat.export.gguf_tokenizer import write_tokenizer
-from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size
+from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size, stop_tokens
 from llmqat.export.tensors import (
     StoredWeight,
     check_weights_only,
@@ -205,7 +205,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         _write_config(writer, gguf, config, blocks)
         if architecture.own is not None:
             architecture.own(writer, config)
-        write_tokenizer(writer, tokenizer, config.vocab_size, _stops(model))
+        write_tokenizer(writer, tokenizer, config.vocab_size, stop_tokens(model))
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name], config.num_hidden_layers)
         for name, (kind, data) in blocks.items():
             short = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -417,12 +417,6 @@ def _check_rotation(config: Any, rotary: Any, architecture: Architecture) -> Non
 def _rotated(config: Any, rope: dict[str, Any]) -> int:
     """Returns how many features of a head are turned."""
     return int(head_size(config) * rope.get("partial_rotary_factor", 1.0))
-
-
-def _stops(model: PreTrainedModel) -> list[int]:
-    """Returns the tokens that end a generation."""
-    found = None if model.generation_config is None else model.generation_config.eos_token_id
-    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 def _rope(config: Any) -> dict[str, Any]:

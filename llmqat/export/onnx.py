@@ -1,4 +1,4 @@
-"""ONNX for onnxruntime: a decoder with a KV cache, its quantized layers as MatMulNBits over the codes themselves.
+"""ONNX, for onnxruntime and ONNX Runtime GenAI: a decoder with a KV cache, quantized layers as MatMulNBits of codes.
 
 The graph is built here node by node, not traced, so it holds what the model does and nothing of how torch does it:
 ONNX operators of opset 23 (RMSNormalization, RotaryEmbedding, Attention), and com.microsoft's MatMulNBits for every
@@ -7,6 +7,9 @@ quantized layer. Inputs and outputs have the names that optimum's ORTModelForCau
     input_ids [B, L], attention_mask [B, P + L], position_ids [B, L]    int64
     past_key_values.N.key, .value [B, K, P, H]                          float32; P is 0 at first
     logits [B, L, V], present.N.key, .value [B, K, P + L, H]            float32
+
+`genai_config.json` says these names, the shape of the cache and the tokens that end a text to ONNX Runtime GenAI, which
+runs the folder as it is.
 
 A quantized layer NAME has the initializers
     NAME.codes   uint8 [O, blocks, block * b / 8]: unsigned codes, two a byte at 4 bits, element 0 in the low half
@@ -23,6 +26,7 @@ in tensors.py, b bits.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -36,7 +40,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmqat
 from llmqat.export.description import ModelDescription, describe
-from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size
+from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size, stop_tokens
 from llmqat.export.tensors import StoredWeight, check_weights_only, stored_tensors
 from llmqat.models import folder_in_progress
 from llmqat.paths import user_path
@@ -53,10 +57,14 @@ ARCHITECTURES = {
 }
 """Model types whose graph this file builds -> the settings that it takes care of."""
 
-FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+FILE, DATA_FILE, GENAI_FILE = "model.onnx", "model.onnx.data", "genai_config.json"
 OPSET = 23
 MICROSOFT = "com.microsoft"
 KIND = "ONNX"
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_LOGITS, _PAST, _PRESENT = "logits", "past_key_values.{}.{}", "present.{}.{}"
+_SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+"""Settings of generation that ONNX Runtime GenAI has under the same names."""
 _ELEMENTS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT"}
 _SMALLEST_BLOCK, _LARGEST_BLOCK, _PADDED_BLOCK = 16, 256, 32
 _MASKED = float(torch.finfo(torch.float32).min)  # finite, so that a row with nothing to see makes no NaN
@@ -91,6 +99,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     with folder_in_progress(folder) as temporary:
         onnx.save_model(proto, temporary / FILE, save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
         _write_config(model, temporary)
+        _write_genai_config(model, tokenizer, temporary)
         tokenizer.save_pretrained(temporary)
         temporary.rename(folder)
     return sizes
@@ -143,6 +152,50 @@ def _write_config(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config.to_json_file(folder / "generation_config.json")
 
 
+def _write_genai_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes what ONNX Runtime GenAI has to know of the graph and of generation.
+
+    Source: the configuration reference of ONNX Runtime GenAI, and its model builder.
+    """
+    config: Any = model.config
+    search = {name: value for name in _SEARCH if (value := getattr(model.generation_config, name, None)) is not None}
+    ends = list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *stop_tokens(model)) if i is not None))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    begin = tokenizer.bos_token_id
+    settings = {
+        "model": {
+            "type": config.model_type,
+            "vocab_size": config.vocab_size,
+            "context_length": config.max_position_embeddings,
+            **({} if begin is None else {"bos_token_id": begin}),
+            "eos_token_id": ends,
+            "pad_token_id": pad,
+            "decoder": {
+                "filename": FILE,
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "hidden_size": config.hidden_size,
+                "head_size": head_size(config),
+                "num_attention_heads": config.num_attention_heads,
+                "num_key_value_heads": config.num_key_value_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "inputs": {
+                    **{name: name for name in _INPUTS},
+                    "past_key_names": _PAST.format("%d", "key"),
+                    "past_value_names": _PAST.format("%d", "value"),
+                },
+                "outputs": {
+                    "logits": _LOGITS,
+                    "present_key_names": _PRESENT.format("%d", "key"),
+                    "present_value_names": _PRESENT.format("%d", "value"),
+                },
+            },
+        },
+        # The graph returns a cache that has grown; it does not write into one of full length.
+        "search": {"max_length": config.max_position_embeddings, "past_present_share_buffer": False, **search},
+    }
+    (folder / GENAI_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 # The decoder
 
 
@@ -152,17 +205,18 @@ def _decoder(graph: _Graph, model: PreTrainedModel) -> None:
     size = head_size(config)
     cache = ["batch", config.num_key_value_heads, "past", size]
     grown = ["batch", config.num_key_value_heads, "total", size]
-    ids = graph.input("input_ids", "INT64", ["batch", "length"])
-    visible = graph.input("attention_mask", "INT64", ["batch", "total"])
-    positions = graph.input("position_ids", "INT64", ["batch", "length"])
+    columns = ("length", "total", "length")
+    ids, visible, positions = (
+        graph.input(name, "INT64", ["batch", last]) for name, last in zip(_INPUTS, columns, strict=True)
+    )
     rotary: Any = model.get_submodule("model.rotary_emb")
     cos, sin = _angles(graph, positions, rotary.inv_freq.float(), float(rotary.attention_scaling))
     mask = _mask(graph, ids, visible)
     hidden = graph.gathered("model.embed_tokens", ids)
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
-        past = [graph.input(f"past_key_values.{index}.{part}", "FLOAT", cache) for part in ("key", "value")]
-        present = [graph.output(f"present.{index}.{part}", "FLOAT", grown) for part in ("key", "value")]
+        past = [graph.input(_PAST.format(index, part), "FLOAT", cache) for part in ("key", "value")]
+        present = [graph.output(_PRESENT.format(index, part), "FLOAT", grown) for part in ("key", "value")]
         normed = graph.norm(f"{layer}.input_layernorm", hidden, config.rms_norm_eps)
         mixed = _attention(graph, f"{layer}.self_attn", normed, (cos, sin, mask, *past), present, config, size)
         hidden = graph.node("Add", [hidden, mixed])
@@ -174,7 +228,7 @@ def _decoder(graph: _Graph, model: PreTrainedModel) -> None:
         )
         hidden = graph.node("Add", [hidden, graph.linear(f"{layer}.mlp.down_proj", gated)])
     normed = graph.norm("model.norm", hidden, config.rms_norm_eps)
-    logits = graph.output("logits", "FLOAT", ["batch", "length", config.vocab_size])
+    logits = graph.output(_LOGITS, "FLOAT", ["batch", "length", config.vocab_size])
     tied = "lm_head" not in graph.weights and "lm_head.weight" not in graph.others
     graph.linear("model.embed_tokens" if tied else "lm_head", normed, logits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from llmqat.export import load, save, write_onnx
 from llmqat.layers import QuantLinear
@@ -112,6 +113,36 @@ def test_files_beside_the_graph_say_what_the_model_is(tmp_path: Path) -> None:
     assert not hasattr(config, "quantization_config")
     assert not hasattr(config, "llmqat")
     assert AutoTokenizer.from_pretrained(tmp_path / "onnx").chat_template == tiny_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("name", ["llama, all in 4 bits", "qwen2 with zero points", "qwen3, all in 8 bits"])
+def test_genai_config_names_what_the_graph_has(name: str, tmp_path: Path) -> None:
+    """Each name that ONNX Runtime GenAI will ask for is an input or output of the graph, and no other is left."""
+    make, changes = CASES[name]
+    write_onnx(prepared(make(), **changes), tiny_tokenizer(), tmp_path / "onnx")
+    settings = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
+    decoder, graph = settings["model"]["decoder"], session(tmp_path / "onnx")
+    layers = range(decoder["num_hidden_layers"])
+    for side, entries in (("inputs", graph.get_inputs()), ("outputs", graph.get_outputs())):
+        named = [pattern % layer for pattern in decoder[side].values() if "%d" in pattern for layer in layers]
+        named += [pattern for pattern in decoder[side].values() if "%d" not in pattern]
+        assert sorted(named) == sorted(entry.name for entry in entries)
+    cache = next(entry for entry in graph.get_inputs() if entry.name == decoder["inputs"]["past_key_names"] % 0)
+    assert cache.shape == ["batch", decoder["num_key_value_heads"], "past", decoder["head_size"]]
+    assert graph.get_outputs()[-1].shape[-1] == settings["model"]["vocab_size"]
+    assert settings["search"] == {"max_length": 256, "past_present_share_buffer": False}
+
+
+@pytest.mark.parametrize("ends", [1, [1, 7]])
+def test_genai_config_says_the_tokens_and_the_settings_of_generation(ends: int | list[int], tmp_path: Path) -> None:
+    model, tokenizer = prepared(tiny_llama(), group_size=32), tiny_tokenizer()
+    model.generation_config = GenerationConfig(eos_token_id=ends, do_sample=True, top_k=7, temperature=0.5)
+    tokenizer.pad_token = None
+    write_onnx(model, tokenizer, tmp_path / "onnx")
+    settings = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
+    tokens = {name: value for name, value in settings["model"].items() if name.endswith("token_id")}
+    assert tokens == {"bos_token_id": 0, "eos_token_id": ends if isinstance(ends, list) else [ends], "pad_token_id": 1}
+    assert settings["search"] | {"do_sample": True, "top_k": 7, "temperature": 0.5} == settings["search"]
 
 
 @pytest.mark.parametrize(
