@@ -59,6 +59,8 @@ INSTALLED_FILE = ".installed"
 """In an environment: the requirements that it was made from."""
 SECONDS = 900
 """Time that a client may take for a checkpoint."""
+ACTIVATIONS_LIMIT = 0.02
+"""Relative difference from llmqat's perplexity that is rounding, where activations are rounded to 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,27 @@ CLIENTS: dict[str, Client] = {
         requirements="vllm.txt",
         only=((REAL, "int4"), ("tiny-llama", "int4"), ("tiny-llama", "w8a8")),
     ),
+    "gptqmodel": Client("GPTQModel, torch kernels", "run_gptqmodel.py", ("gptq",), "gptqmodel.txt", rule="gptqmodel"),
+    "llama-cpp": Client(
+        "llama.cpp", "run_llama_cpp.py", ("gguf",), "llama-cpp.txt", rule="llama.cpp", limit=ACTIVATIONS_LIMIT
+    ),
+    "llama-cpp-server": Client(
+        "llama.cpp server",
+        "run_llama_cpp_server.py",
+        ("gguf",),
+        "llama-cpp.txt",
+        limit=ACTIVATIONS_LIMIT,
+        only=((REAL, "int4"), ("tiny-llama", "int4")),
+    ),
+    "onnxruntime": Client("ONNX Runtime", "run_onnxruntime.py", ("onnx",), "onnxruntime.txt", rule="onnxruntime"),
+    "onnxruntime-genai": Client(
+        "ONNX Runtime GenAI", "run_onnxruntime_genai.py", ("onnx",), "onnxruntime-genai.txt", rule="onnxruntime"
+    ),
     "vllm-gpu": Client("vLLM, GPU", needs_gpu=True, rule="vllm"),
     "sglang": Client("SGLang, GPU", needs_gpu=True, rule="sglang"),
 }
 """Who is asked. A new client is a runner, its requirements, and a line here; llmqat's own answer is the reference."""
 REFERENCE = "llmqat"
-ACTIVATIONS_LIMIT = 0.02
-"""Relative difference that is rounding, where the checkpoint has activations in 8 bits."""
 
 
 @dataclass(frozen=True)

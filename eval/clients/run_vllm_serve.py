@@ -11,27 +11,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
 from job import peak_mb, run
+from server import START, served, tree
 
-START = 300
-"""Seconds that the server may take to be ready."""
-HOST, NAME = "127.0.0.1", "served"
+NAME = "served"
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +33,10 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     if job["lora"] is not None:
         model = "adapter"
         options += ["--enable-lora", "--lora-modules", f"{model}={job['lora']}"]
-    with served(job["path"], options) as (url, process, seconds):
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    options += ["--served-model-name", NAME]
+    with served([*command_of(job["path"]), *options], "/health", variables) as (address, process, seconds):
+        url = f"{address}/v1"
         with openai.OpenAI(base_url=url, api_key="none", timeout=START) as client:
             found = asked(client, model, job)
         found["extra"] |= {"ready_s": seconds, "command": " ".join(Path(part).name for part in command_of(job["path"]))}
@@ -105,82 +98,6 @@ def command_of(path: str) -> list[str]:
     except importlib.metadata.PackageNotFoundError:
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path]
     return [str(Path(sys.executable).with_name("vllm")), "serve", path]
-
-
-@contextmanager
-def served(path: str, options: list[str]) -> Iterator[tuple[str, subprocess.Popen[bytes], float]]:
-    """Yields the address of a server that is ready, its process, and the seconds that it took.
-
-    Raises:
-        RuntimeError: it has ended, with what it said of the reason.
-    """
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        port = free.getsockname()[1]
-    variables = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            [*command_of(path), "--host", HOST, "--port", str(port), "--served-model-name", NAME, *options],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**variables, **os.environ},
-        )
-        try:
-            while not _is_ready(f"http://{HOST}:{port}/health"):
-                if process.poll() is not None or time.perf_counter() - start > START:
-                    log.seek(0)
-                    raise RuntimeError(_reason(log.read().decode(errors="replace")))
-                time.sleep(0.5)
-            yield f"http://{HOST}:{port}/v1", process, time.perf_counter() - start
-        finally:
-            children = tree(process.pid)
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            for child in children[1:]:
-                _end(child)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _reason(log: str) -> str:
-    """Returns the first line that names an error, which later ones only follow from, or the last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error: " in line]
-    return errors[0] if errors else lines[-1] if lines else "it ended without a word"
-
-
-def tree(process: int) -> list[int]:
-    """Returns a process and all below it; only itself where the system does not tell (Linux does)."""
-    below: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
-            continue
-        below.setdefault(parent, []).append(int(stat.parent.name))
-    found = [process]
-    for one in found:
-        found += below.get(one, [])
-    return found
-
-
-def _end(process: int) -> None:
-    """Ends a process that a server has left."""
-    try:
-        os.kill(process, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 if __name__ == "__main__":
