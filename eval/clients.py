@@ -19,6 +19,7 @@ without a GPU, what needs one is not run, and the rules of llmqat/export/serving
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -301,10 +302,20 @@ def job_of(path: Path, format: str, source: Source) -> dict[str, Any]:
 def key_of(client: Client, job: Mapping[str, Any], checkpoint_hash: str) -> str:
     """Returns a hash of all that an answer comes from."""
     assert client.runner is not None
-    files = ["job.py", client.runner, *([client.requirements] if client.requirements else [])]
+    files = ["job.py", client.runner, *imported(client.runner), *([client.requirements] if client.requirements else [])]
     parts = [checkpoint_hash, json.dumps({name: value for name, value in job.items() if name != "path"})]
     parts += [(RUNNERS / name).read_text(encoding="utf-8") for name in files]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def imported(runner: str) -> list[str]:
+    """Returns the files beside a runner that it imports, and those that these import, but job.py."""
+    found = [runner]
+    for name in found:
+        tree = ast.parse((RUNNERS / name).read_text(encoding="utf-8"))
+        modules = sorted(f"{node.module}.py" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+        found += [file for file in modules if (RUNNERS / file).is_file() and file not in (*found, "job.py")]
+    return found[1:]
 
 
 def keep(cell: Cell, work: Path, key: str, result: Mapping[str, Any]) -> None:

@@ -126,9 +126,15 @@ def test_an_answer_is_asked_for_again_only_where_checkpoint_or_runner_have_chang
     (driver.RUNNERS / "run_fake.py").write_text(f"{FAKE}# changed\n", encoding="utf-8")
     driver.run_client("fake", source, options)
     assert asked(options) == ["one"] * 3
+    (driver.RUNNERS / "beside.py").write_text("from job import words\n", encoding="utf-8")
+    (driver.RUNNERS / "run_fake.py").write_text(f"from beside import words\n{FAKE}# changed\n", encoding="utf-8")
+    driver.run_client("fake", source, options)
+    (driver.RUNNERS / "beside.py").write_text("from job import words\n\n", encoding="utf-8")
+    driver.run_client("fake", source, options)
+    assert asked(options) == ["one"] * 5
     (source.packed / "llmqat.json").write_text("{}")  # llmqat's own record is read by no client
     driver.run_client("fake", source, options)
-    assert asked(options) == ["one"] * 3
+    assert asked(options) == ["one"] * 5
 
 
 def test_what_a_client_refuses_or_dies_of_is_its_row_and_the_others_go_on(
