@@ -29,6 +29,7 @@ from llmqat.terminal import plain_console, show_any_text
 if TYPE_CHECKING:
     from llmqat.evaluate.compare import Comparison
     from llmqat.evaluate.tasks import TaskSettings
+    from llmqat.export import ExportReport
     from llmqat.export.serving import Verdict
     from llmqat.layers import AuditEntry, CoverageAudit
     from llmqat.recipe import EvaluationSettings, Plan, Recipe, RunResult
@@ -872,16 +873,15 @@ def _print_run(result: RunResult) -> None:
     _print_checkpoint(result.report)
 
 
-def _print_checkpoint(report: Any) -> None:
+def _print_checkpoint(report: ExportReport) -> None:
+    from llmqat.export.commands import server_commands
+
     parts = ", ".join(f"{part} {size:,}" for part, size in report.bytes.items() if size)
     console.print(f"{report.bits_per_weight:.2f} bits a packed weight; bytes: {parts}")
     console.print(f"checkpoint: {report.folder}", soft_wrap=True, style="bold")
-    console.print(
-        f"next: llmqat chat {report.folder}\n"
-        f"      llmqat eval {report.folder} --text YOUR.txt\n"
-        f"      llmqat audit {report.folder}",
-        soft_wrap=True,
-    )
+    own = (f"llmqat {words}" for words in (f"chat {report.folder}", f"eval {report.folder} --text YOUR.txt"))
+    commands = [*own, *server_commands(report.folder, report.served)]
+    console.print("next: " + "\n      ".join(commands), soft_wrap=True)
     promised = [f"plain transformers loads it: {report.stock.loader}.from_pretrained({str(report.folder)!r})"]
     for note in report.notes or promised:
         console.print(f"- {note}", soft_wrap=True)
