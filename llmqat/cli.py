@@ -508,6 +508,9 @@ def quantize(
 ) -> None:
     """Quantizes a model without training it as a whole, and saves a proved packed checkpoint.
 
+    Weights that are codes times a scale already (the "unquantized" models of quantization-aware training, such as
+    Gemma's for Q4_0: --scheme int4-g32) keep their codes with every method; it is said how many groups do.
+
     An interrupted calibration goes on where it stopped when the same command is given again.
 
     **Examples**

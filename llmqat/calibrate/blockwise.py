@@ -31,7 +31,7 @@ from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import BlockwiseStage
 from llmqat.data.processes import ALONE, Processes
-from llmqat.layers import quantized_once
+from llmqat.layers import ActivationQuantizer, KVQuantizer, quantized_once
 from llmqat.models import model_device
 
 FLOOR = 0.05
@@ -111,7 +111,8 @@ def train_block(
 ) -> BlockTraining:
     """Trains `block` in place so that it gives `targets` from `inputs`; its parameters are float32.
 
-    Parameters that other blocks share stay as they are.
+    Parameters that other blocks share stay as they are, and so do codes and scales of groups of weights that lay on the
+    lattice of their scheme before; a block of nothing else is not trained, unless inputs are quantized.
 
     Args:
         block: with its quantizers on.
@@ -140,13 +141,15 @@ def train_block(
             f"{block.name} gives NaN or infinity before it is trained (relative error {before}), in "
             f"{_not_finite(block, inputs, targets)}; the source model, or what an earlier stage made of it, is damaged"
         )
+    kept = _KeptCodes.of(block)
     best, done, stalled = _state(parameters), 0, 0
     interval = max(1, stage.iterations // CHECKS)
-    for done in range(1, stage.iterations + 1):
+    for done in range(1, 0 if kept.is_whole else stage.iterations + 1):
         share = _rate(stage, done - 1)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
         loss = _iteration(block, inputs, targets, next(order), optimizer, parameters, processes)
+        kept.restore()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"block-wise training of {block.name} has no finite error in iteration {done} of {stage.iterations}, "
@@ -166,6 +169,46 @@ def train_block(
         parameter.grad = None
         parameter.requires_grad_(trained)
     return BlockTraining(before, best_error, done)
+
+
+@dataclass
+class _KeptCodes:
+    """What training of a block leaves as it is.
+
+    Attributes:
+        is_whole: that is all that quantization has touched.
+        parts: parameter, which of its entries, and the values they have.
+    """
+
+    is_whole: bool
+    parts: list[tuple[Tensor, Tensor, Tensor]]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, block: Block) -> _KeptCodes:
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        layers = list(block.quantized().values())
+        is_whole = not any(isinstance(m, (ActivationQuantizer, KVQuantizer)) for m in block.module.modules())
+        for layer in layers:
+            groups = layer.kept_groups()
+            is_whole &= groups is not None and bool(groups.all())
+            if groups is None:
+                continue
+            parts += [
+                (parameter, groups, parameter.detach().clone())
+                for parameter in (layer.log_scale, layer.zero_point)
+                if isinstance(parameter, nn.Parameter)
+            ]
+            size = layer.rows * layer.columns // groups.numel()
+            weights = groups.reshape(-1, 1).expand(-1, size).reshape(layer.rows, layer.columns)
+            weight = layer.get_parameter("weight")
+            parts.append((weight, layer.restored(weights), weight.detach().clone()))
+        return cls(is_whole, parts)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, which, values in self.parts:
+            torch.where(which, values, parameter, out=parameter.data)
 
 
 def _not_finite(block: Block, inputs: Chain, targets: Chain) -> str:

@@ -27,7 +27,7 @@ from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import GPTQStage
 from llmqat.data.processes import ALONE, Processes
-from llmqat.grid import Grid, snap_scale
+from llmqat.grid import Grid, quantize, snap_scale
 from llmqat.layers import QuantLinear
 
 COLUMNS = 64
@@ -79,7 +79,14 @@ class Curvature:
 
 
 @torch.no_grad()
-def round_by_gptq(weight: Tensor, inputs: Curvature, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+def round_by_gptq(
+    weight: Tensor,
+    inputs: Curvature,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: Grid,
+    kept: Tensor | None = None,
+) -> Tensor:
     """Returns the codes [O, I] of `weight` that GPTQ finds for given scales.
 
     Args:
@@ -88,6 +95,7 @@ def round_by_gptq(weight: Tensor, inputs: Curvature, scale: Tensor, zero_point: 
         scale: [O, G], [O, 1] or [1, 1] float32, snapped.
         zero_point: of the scale's shape, or None.
         grid: the code range.
+        kept: of the scale's shape, groups that keep the codes nearest to their weights; None for none.
     """
     out_features, in_features = weight.shape
     order, factor = inputs.order, inputs.factor
@@ -97,9 +105,14 @@ def round_by_gptq(weight: Tensor, inputs: Curvature, scale: Tensor, zero_point: 
     scales = scale.t()[group].expand(in_features, out_features)
     zeros = None if zero_point is None else zero_point.t()[group].expand(in_features, out_features)
     codes = torch.empty_like(left)
+    known = None
+    if kept is not None:  # the code where it is not free, else NaN
+        nearest = quantize(weight, scale, zero_point, grid).float()
+        known = torch.where(_by_weight(kept, weight), nearest, torch.nan).t()[order]
     for start in range(0, in_features, COLUMNS):
         rows = slice(start, min(start + COLUMNS, in_features))
-        errors = _round_rows(left[rows], codes[rows], factor[rows, rows], scales[rows], _part(zeros, rows), grid)
+        parts = _part(zeros, rows), _part(known, rows)
+        errors = _round_rows(left[rows], codes[rows], factor[rows, rows], scales[rows], *parts, grid)
         left[rows.stop :].addmm_(factor[rows, rows.stop :].t(), errors, alpha=-1)
     result = torch.empty_like(codes)
     result[order] = codes
@@ -107,9 +120,18 @@ def round_by_gptq(weight: Tensor, inputs: Curvature, scale: Tensor, zero_point: 
 
 
 def _round_rows(
-    left: Tensor, codes: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid
+    left: Tensor,
+    codes: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    known: Tensor | None,
+    grid: Grid,
 ) -> Tensor:
-    """Rounds input features `left` [n, O] one after the other into `codes`; returns their errors [n, O]."""
+    """Rounds input features `left` [n, O] one after the other into `codes`; returns their errors [n, O].
+
+    Where `known` [n, O] is a number, that is the code.
+    """
     errors = torch.empty_like(left)
     inverse_diagonal = factor.diagonal().reciprocal().tolist()
     rows = zip(left.unbind(), codes.unbind(), errors.unbind(), scales.unbind(), strict=True)
@@ -121,12 +143,19 @@ def _round_rows(
         if zeros is not None:
             q.add_(zeros[row])
         q.clamp_(grid.qmin, grid.qmax)
+        if known is not None:
+            torch.where(known[row].isnan(), q, known[row], out=q)
         level = q if zeros is None else q - zeros[row]
         torch.addcmul(w, level + grid.offset if grid.offset else level, s, value=-1, out=error)
         error.mul_(inverse_diagonal[row])
         if row + 1 < left.shape[0]:
             left[row + 1 :].addr_(factor[row, row + 1 :], error, alpha=-1)
     return errors
+
+
+def _by_weight(groups: Tensor, weight: Tensor) -> Tensor:
+    """Returns what there is one of a group as one of a weight [O, I]."""
+    return groups.reshape(-1, 1).expand(-1, weight.numel() // groups.numel()).reshape(weight.shape)
 
 
 def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
@@ -248,6 +277,8 @@ def gptq_block(block: Block, chain: Chain, stage: GPTQStage, processes: Processe
 def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int) -> LayerRounding:
     """Finds the codes of `layer` by GPTQ and the scales that suit them, in turn, and puts both in place.
 
+    Groups that lay on the lattice of the scheme before keep their codes and scales: there is no error to undo.
+
     Args:
         layer: its weight is float32; its scales, as they are, are the start.
         inputs: of the layer.
@@ -257,9 +288,14 @@ def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int) -> LayerRound
     scale, zero_point = layer.scale_and_zero_point()
     size = ((weight @ hessian) * weight).sum()
     before = output_error(weight, hessian, layer.codes(), scale, zero_point, layer.grid)
+    kept = layer.kept_groups()
+    if kept is not None and bool(kept.all()):
+        return LayerRounding(float(before / size), float(before / size))
     for _ in range(rounds):
-        codes = round_by_gptq(weight, inputs, scale, zero_point, layer.grid)
-        scale = refit_scales(weight, hessian, codes, scale, zero_point, layer.grid)
+        codes = round_by_gptq(weight, inputs, scale, zero_point, layer.grid, kept)
+        found = refit_scales(weight, hessian, codes, scale, zero_point, layer.grid)
+        # The scales of a row suit each other, so those of a row with a group that is kept stay as they are.
+        scale = found if kept is None else torch.where(kept.any(-1, keepdim=True), scale, found)
     after = output_error(weight, hessian, codes, scale, zero_point, layer.grid)
     layer.set_scale(scale, zero_point)
     placed = placed_weight(weight, codes, *layer.scale_and_zero_point(), layer.grid)

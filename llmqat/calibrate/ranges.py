@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.data.processes import ALONE, Processes
-from llmqat.grid import minmax_scale, percentile_scale, search_scale
+from llmqat.grid import keep_lattice, minmax_scale, percentile_scale, search_scale
 from llmqat.layers import QuantLinear, QuantModule
 
 METHODS = ("minmax", "percentile", "mse", "weighted_mse")
@@ -31,6 +31,8 @@ def calibrate_ranges(
     processes: Processes = ALONE,
 ) -> None:
     """Sets the starting scale (and zero point) of every quantized weight of `model`, in place.
+
+    Groups that already lie on the lattice of their scheme get its scale, whatever the method.
 
     Args:
         model: a prepared model.
@@ -59,10 +61,12 @@ def calibrate_ranges(
         layer = layers[name]
         weight, grid, shape = layer.matrix(), layer.grid, layer.scale_shape
         if method == "minmax":
-            return minmax_scale(weight, grid, shape)
-        if method == "percentile":
-            return percentile_scale(weight, grid, shape, percentile)
-        return search_scale(weight, grid, shape, known.get(name))
+            found = minmax_scale(weight, grid, shape)
+        elif method == "percentile":
+            found = percentile_scale(weight, grid, shape, percentile)
+        else:
+            found = search_scale(weight, grid, shape, known.get(name))
+        return keep_lattice(weight, grid, *found)[:2]
 
     on_cpu = all(layer.weight.device.type == "cpu" for layer in layers.values())
     names = list(layers)

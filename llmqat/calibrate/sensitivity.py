@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from llmqat.calibrate.forward import Wrap, check_seen
 from llmqat.data.blocks import Rows, rows_of
-from llmqat.grid import fake_quantize, search_scale
+from llmqat.grid import fake_quantize, keep_lattice, search_scale
 from llmqat.layers import Override, QuantConfig, QuantModule, WeightConfig, prepare, quantizers_off
 from llmqat.metrics import Predictor, predictor_of
 from llmqat.models import capture_hidden, cast_parameters, model_device
@@ -194,7 +194,8 @@ def _costs(layer: QuantModule, information: Tensor, weights: WeightConfig, choic
     costs = {}
     for bits in choices:
         grid = weights.model_copy(update={"num_bits": bits}).grid
-        scale, zero_point = search_scale(original, grid, layer.scale_shape, importance)
+        found = search_scale(original, grid, layer.scale_shape, importance)
+        scale, zero_point, _ = keep_lattice(original, grid, *found)
         error = fake_quantize(original, scale, zero_point, grid) - original
         costs[bits] = 0.5 * float((information * error.square()).sum(dtype=torch.float64))
     return costs

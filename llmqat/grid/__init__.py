@@ -13,6 +13,7 @@ from llmqat.grid.integer import (
     snap_scale,
     stored_codes,
 )
+from llmqat.grid.lattice import keep_lattice, on_lattice
 from llmqat.grid.packing import pack_int32, unpack_int32
 from llmqat.grid.search import minmax_scale, percentile_scale, search_scale
 
@@ -23,7 +24,9 @@ __all__ = [
     "fake_quantize",
     "fusing",
     "gradient_factor",
+    "keep_lattice",
     "minmax_scale",
+    "on_lattice",
     "pack_int32",
     "percentile_scale",
     "quantize",

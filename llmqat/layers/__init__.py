@@ -14,7 +14,7 @@ audit.py       what is covered                          lora.py        peft's Lo
 
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.attention import KVQuantizer, attention_layers, model_kind, quantize_kv
-from llmqat.layers.audit import AuditEntry, CoverageAudit, audit
+from llmqat.layers.audit import AuditEntry, CoverageAudit, audit, lattice_note
 from llmqat.layers.cache import QuantizedCache, kv_scheme, new_cache
 from llmqat.layers.causal import short_attention
 from llmqat.layers.config import (
@@ -100,6 +100,7 @@ __all__ = [
     "is_checked",
     "kept_in_float32",
     "kv_scheme",
+    "lattice_note",
     "linear_maps",
     "model_kind",
     "new_cache",

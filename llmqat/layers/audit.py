@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -30,12 +31,17 @@ REASONS = "llmqat_reasons"
 DROPPED = "llmqat_dropped"
 """Attribute of a prepared model: what to say of weights that transformers dropped when it loaded the original."""
 ROUTER = "router, stays in high precision"
+LATTICE = "llmqat_lattice"
+"""Attribute of a prepared model: what to say of weights that already lay on the lattice of their scheme, or nothing."""
 IDLE = "text does not reach"
 """Begins the reason, and the note, of what does not run on text."""
 SHARE = "high precision: "
 """Begins the note on what is left of a model that is not quantized."""
 WISHES = ("quant.", "no quant.")
 """Beginnings of the reasons that the configuration gives."""
+FEWEST_ON_LATTICE = 0.01
+"""Share of the groups from which on a note says that they already lie on the lattice: a few may by chance, or be nearly
+empty."""
 MOST_KEPT = 0.1
 """Share of the weights, embeddings and output head aside, that may stay in high precision without a note."""
 MOST_NAMED = 3
@@ -271,8 +277,7 @@ def _notes(model: nn.Module) -> list[str]:
         notes.append("int2-seq has half-integer levels, which no format knows: stored exactly, in 3 bits a code")
     if any(isinstance(layer, QuantModule) for layer in layers) and (note := dequantized_note(model)):
         notes.append(note)
-    if dropped := getattr(model, DROPPED, ""):
-        notes.append(dropped)
+    notes += [note for attribute in (DROPPED, LATTICE) if (note := getattr(model, attribute, ""))]
     untied = next((module for module in modules if getattr(module, UNTIED, False)), None)
     if untied is not None:
         size = untied.get_parameter("weight").numel() * BYTES_HIGH_PRECISION
@@ -280,6 +285,21 @@ def _notes(model: nn.Module) -> list[str]:
             f"rotation untied the output head from the embedding: {size:,} bytes more in a bfloat16 checkpoint"
         )
     return notes
+
+
+def lattice_note(model: nn.Module) -> str:
+    """Returns what to say of weights of a prepared model that lay on the lattice of their scheme before, or nothing."""
+    layers = [module for module in model.modules() if isinstance(module, QuantModule)]
+    found = [layer for layer in layers if layer.recognized]
+    count, groups = sum(layer.recognized for layer in found), sum(prod(layer.scale_shape) for layer in layers)
+    if count <= FEWEST_ON_LATTICE * groups:
+        return ""
+    labels = ", ".join(sorted({layer.weights.label for layer in found}))
+    return (
+        f"{count:,} of {groups:,} groups already lie on the lattice of their scheme "
+        f"({labels}), as quantization-aware training leaves weights: quantization starts from the codes that they "
+        "have, and calibration keeps them"
+    )
 
 
 def _reason(module: nn.Module, leaf: str) -> str:

@@ -16,7 +16,19 @@ from transformers.pytorch_utils import Conv1D
 
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
-from llmqat.layers.audit import DROPPED, IDLE, REASONS, ROUTER, SHARE, UNTIED, CoverageAudit, audit, is_asked_for
+from llmqat.layers.audit import (
+    DROPPED,
+    IDLE,
+    LATTICE,
+    REASONS,
+    ROUTER,
+    SHARE,
+    UNTIED,
+    CoverageAudit,
+    audit,
+    is_asked_for,
+    lattice_note,
+)
 from llmqat.layers.buffers import note_buffers
 from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Policy, QuantConfig
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
@@ -141,6 +153,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
         # all, and a Trainer would not find them again when it resumes.
         model._weight_conversions = []  # type: ignore[assignment]
     model.__dict__[REASONS], model.__dict__[DROPPED] = plan.reasons, dropped_note(model)
+    model.__dict__[LATTICE] = lattice_note(model)
     report = audit(model)
     _log_notes(model, report)
     return report
@@ -148,7 +161,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
 
 def _log_notes(model: nn.Module, report: CoverageAudit) -> None:
     for note in report.notes:
-        if note == getattr(model, DROPPED):
+        if note in (getattr(model, DROPPED), getattr(model, LATTICE)):
             logger.info("%s", note)
         elif note.startswith((SHARE, IDLE)):
             expected = note.startswith(IDLE) or is_asked_for(model, report.entries)

@@ -27,7 +27,9 @@ from llmqat.grid import (
     Grid,
     fake_quantize,
     gradient_factor,
+    keep_lattice,
     minmax_scale,
+    on_lattice,
     quantize,
     round_zero_point,
     scale_from_log,
@@ -73,6 +75,7 @@ class QuantModule(nn.Module):
         enabled: False makes the forward use the master weight.
         adapters: what adds LoRA to the master weight (lora.py), or nothing.
         strength: share of the quantized weight in the forward, below 1 only during the warm-up of training.
+        recognized: groups that lay on the lattice of the scheme when the module was made; it starts from their codes.
         compute_dtype: what the weight is read as where no input says it; None is the master's own dtype.
     """
 
@@ -103,6 +106,7 @@ class QuantModule(nn.Module):
         theta = nn.Parameter(torch.zeros(self.scale_shape, device=weight.device)) if learned else None
         self.register_parameter("log_scale", theta)
         scale, zero_point = (None, None) if dynamic else minmax_scale(matrix, self.grid, self.scale_shape)
+        self.recognized = 0
         if scale is not None and not scale.is_meta and not bool(torch.isfinite(scale).all()):
             raise ValueError(
                 f"{name or 'the layer'} has weights beyond what a scale can stand for (NaN, infinity, or the end of "
@@ -114,6 +118,10 @@ class QuantModule(nn.Module):
             self.zero_point = nn.Parameter(zero_point)
         else:
             self.register_buffer("zero_point", zero_point)
+        if not matrix.is_meta:
+            found, zeros, self.recognized = keep_lattice(matrix, self.grid, *self.scale_and_zero_point())
+            if self.recognized:
+                self.set_scale(found, zeros)
 
     @property
     def grid(self) -> Grid:
@@ -248,6 +256,16 @@ class QuantModule(nn.Module):
             if now is not None and now.dtype != numbers.dtype:
                 now.data = numbers.to(now.device)
         return self
+
+    @torch.no_grad()
+    def kept_groups(self) -> Tensor | None:
+        """Returns which groups still have the codes that they had before quantization, bool of the scale's shape.
+
+        None where the weight lay on no lattice when the module was made.
+        """
+        if not self.recognized:
+            return None
+        return on_lattice(self.matrix(), *self.scale_and_zero_point(), self.grid)
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""

@@ -39,7 +39,7 @@ from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits
 from llmqat.data.text import open_source as open_text
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.export.serving import known_clients
-from llmqat.layers import QuantConfig
+from llmqat.layers import QuantConfig, lattice_note
 from llmqat.models import load_model, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.bars import progress, token_bar
@@ -196,6 +196,8 @@ def _quantized(
         quant = plan.applied_to(quant)
     reports = calibrate(model, quant, stages, ids, seed=seed, folder=work, dtype=dtype, bar=progress)
     facts["calibration"] = [asdict(report) for report in reports]
+    if note := lattice_note(model):
+        facts["lattice"] = note
     originals, looked_at = work / ORIGINALS_FILE, None if ids is None else ids[:REPORT_BLOCKS]
     layers = report_layers(model, Originals(originals), looked_at, dtype) if originals.is_file() else []
     report = save(model, folder, tokenizer, run=facts, overwrite=overwrite, int_quantized=int_quantized)
