@@ -31,7 +31,7 @@ Letters: O out features, I in features, G scales per row, b bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
@@ -48,7 +48,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.export.names import in_model
-from llmqat.export.stock import ONLY_HERE, StockTrial
+from llmqat.export.stock import ONLY_HERE, StockTrial, try_tensors
 from llmqat.grid import Grid, pack_int32, unpack_int32
 from llmqat.kernels import FileMappings
 from llmqat.layers import (
@@ -125,7 +125,7 @@ def write(
         The tensors that were written, by name.
     """
     state = packed_state_dict(model, dtype, int_quantized)
-    _write_config(model, folder, dtype, int_quantized)
+    _config_of(model, dtype, int_quantized).save_pretrained(folder)
     write_shards(state, folder, max_shard_size)
     return state
 
@@ -154,6 +154,51 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype, int_quantized: bool 
         for key, tensor in tensors.items():
             stored = tensor.to(torch.int8) if key == "input_quantizer.zero_point" else tensor
             state[f"{name}.{_INPUT_NAMES.get(key, key)}"] = _for_disk(stored, dtype)
+    for name, owner, kept in _unpacked(model, layers, dtype):
+        if isinstance(owner, nn.Parameter):
+            check_held(name, owner, kept)
+        state[name] = _for_disk(owner, kept)
+    return state
+
+
+def try_unwritten(
+    model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16, int_quantized: bool = False
+) -> StockTrial:
+    """Returns what stock transformers would make of a checkpoint of `model`, which may be on the meta device."""
+    return try_tensors(_config_of(model, dtype, int_quantized), packed_shapes(model, dtype, int_quantized))
+
+
+def packed_shapes(model: nn.Module, dtype: torch.dtype, int_quantized: bool = False) -> dict[str, Tensor]:
+    """Returns what `packed_state_dict` does on the meta device: names, shapes and types, and no numbers."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    layers = dict(quantized_layers(model))
+    for name, layer in layers.items():
+        scheme = stored_scheme(layer)
+        weights, inputs, plain = scheme.weights, scheme.input_activations, form_of(scheme, int_quantized)
+        rows, groups = weights.scale_shape(layer.rows, layer.columns, name)
+        own: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_scale": ((rows, groups), dtype)}
+        if plain == PLAIN_FORMAT:
+            own["weight"] = (layer.rows, layer.columns), torch.int8
+        else:
+            own["weight_packed"] = (layer.rows, -(-layer.columns * weights.num_bits // 32)), torch.int32
+            own["weight_shape"] = (2,), torch.int64
+        if not weights.symmetric:
+            own["weight_zero_point"] = (-(-layer.rows * weights.num_bits // 32), groups), torch.int32
+        if (bias := getattr(layer, "bias", None)) is not None:
+            own["bias"] = tuple(bias.shape), dtype
+        if inputs is not None and not inputs.dynamic:
+            own["input_scale"] = (1,), dtype
+            if not inputs.symmetric:
+                own["input_zero_point"] = (1,), torch.int8
+        shapes |= {f"{name}.{leaf}": entry for leaf, entry in own.items()}
+    shapes |= {name: (tuple(tensor.shape), kept) for name, tensor, kept in _unpacked(model, layers, dtype)}
+    return {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in shapes.items()}
+
+
+def _unpacked(
+    model: nn.Module, layers: Container[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """Yields name, tensor and type on disk of all that is not a quantized layer's, tied tensors once."""
     tied, in_float32 = _tied_names(model), kept_in_float32(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     written: set[int] = set()
@@ -162,11 +207,7 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype, int_quantized: bool 
         if _owner(name) in layers or name in tied or id(owner) in written:
             continue
         written.add(id(owner))
-        kept = tensor.dtype if owner is tensor or in_float32(name) else dtype
-        if owner is not tensor:
-            check_held(name, owner, kept)
-        state[name] = _for_disk(tensor, kept)
-    return state
+        yield name, owner, tensor.dtype if owner is tensor or in_float32(name) else dtype
 
 
 def _owner(name: str) -> str:
@@ -285,7 +326,8 @@ def _input_args(config: ActivationConfig | None) -> QuantizationArgs | None:
     )
 
 
-def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype, int_quantized: bool) -> None:
+def _config_of(model: PreTrainedModel, dtype: torch.dtype, int_quantized: bool) -> PreTrainedConfig:
+    """Returns the configuration that a checkpoint of `model` has."""
     config = deepcopy(model.config)
     if hasattr(config, "llmqat"):
         del config.llmqat
@@ -296,7 +338,7 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype, int_
         setattr(config, KV_KEY, scheme.model_dump(mode="json"))
     if stacked := _unmarked_stacks(model):
         setattr(config, STACKED_KEY, stacked)
-    config.save_pretrained(folder)
+    return config
 
 
 def _unmarked_stacks(model: nn.Module) -> dict[str, bool]:

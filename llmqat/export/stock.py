@@ -111,11 +111,24 @@ def try_stock(folder: Path, expected: Expected | None = None) -> StockTrial:
         expected: what it has to compute, on the reference kernel; compared where the model is small.
     """
     config, tensors = read_config(folder, str(folder)), _without_data(folder)
-    loader = loader_of(config)
     small = expected is not None and sum(tensor.numel() for tensor in tensors.values()) < MOST_PARAMETERS
-    compared = "logits" if small else "tensors"
-    if not small:
-        expected = None
+    return _trial(folder, config, tensors, expected if small else None)
+
+
+def try_tensors(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> StockTrial:
+    """Returns what stock transformers would make of a checkpoint that is not written yet.
+
+    Args:
+        config: as it would be written.
+        tensors: on the meta device, by the names on disk.
+    """
+    return _trial(None, config, tensors, None)
+
+
+def _trial(
+    folder: Path | None, config: PreTrainedConfig, tensors: Mapping[str, Tensor], expected: Expected | None
+) -> StockTrial:
+    loader, compared = loader_of(config), "tensors" if expected is None else "logits"
     described: Any = config.quantization_config
     for group in described.get("config_groups", {}).values():
         group.pop(ONLY_HERE, None)  # which an earlier trial has put there
@@ -153,7 +166,11 @@ def _without_data(folder: Path) -> dict[str, Tensor]:
 
 
 def _tried(
-    folder: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor], expected: Expected | None, dequantize: bool
+    folder: Path | None,
+    config: PreTrainedConfig,
+    tensors: Mapping[str, Tensor],
+    expected: Expected | None,
+    dequantize: bool,
 ) -> tuple[bool, str]:
     """Returns whether a failure is silent, and what fails; nothing where the model is loaded as it was saved."""
     options: dict[str, Any] = {"output_loading_info": True, "dtype": config.dtype, "trust_remote_code": False}
@@ -167,6 +184,7 @@ def _tried(
                 _, found = kind.from_pretrained(None, state_dict=dict(tensors), **options)
                 different = ""
             else:
+                assert folder is not None
                 model, found = kind.from_pretrained(folder, **options)
                 different = _difference(model, expected)
     except Exception as error:  # a loader of others fails in any way

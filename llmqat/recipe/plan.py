@@ -20,6 +20,7 @@ from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
 from llmqat.data.length import check_length
 from llmqat.data.text import read_text
 from llmqat.export import is_packed, load
+from llmqat.export.compressed_tensors import quantized_layers, try_unwritten
 from llmqat.export.description import ModelDescription, describe
 from llmqat.export.prepared import is_prepared
 from llmqat.export.serving import NEED_ONE_SCHEME, Verdict, check_served, served_by
@@ -137,9 +138,9 @@ def plan_run(recipe: Recipe, devices: Devices | None = None) -> Plan:
     steps: int | None = arguments.max_steps
     if arguments.max_steps < 0:
         steps = None if blocks is None else math.ceil(math.ceil(blocks / samples) * arguments.num_train_epochs)
-    check_recipe_served(recipe)
     model, coverage = _prepared(recipe)
-    description = describe(model)  # before adapters are put on it
+    description = described(model)  # before adapters are put on it
+    check_plan_served(description, recipe.serve, None if starts_packed(recipe) else recipe.quant, recipe.allocate)
     check_length(model, recipe.data.block_size, "data.block_size")
     return Plan(
         coverage=coverage,
@@ -276,6 +277,8 @@ class Inspection:
 def inspect_model(spec: str, quant: QuantConfig, rotated: bool = False) -> Inspection:
     """Returns what a packed or prepared checkpoint holds, or another model would hold as `quant` would leave it.
 
+    What stock transformers makes of it is tried, on the meta device.
+
     Args:
         spec: what `load_model` takes, or a packed or prepared checkpoint.
         quant: the scheme.
@@ -296,14 +299,22 @@ def inspect_model(spec: str, quant: QuantConfig, rotated: bool = False) -> Inspe
         return Inspection(found, describe(model, trial=trial))
     if is_prepared(config):
         model = load(spec)
-        return Inspection(audit(model), describe(model))
+        return Inspection(audit(model), described(model))
     model, coverage = _prepared_without_weights(spec, config, quant, rotated)
-    return Inspection(coverage, describe(model))
+    return Inspection(coverage, described(model))
+
+
+def described(model: PreTrainedModel) -> ModelDescription:
+    """Returns the description of a prepared model, with what stock transformers would make of its checkpoint."""
+    return describe(model, trial=try_unwritten(model) if any(quantized_layers(model)) else None)
 
 
 def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> CoverageAudit:
-    """Returns the coverage audit of `inspect_model`, which says what the arguments are."""
-    return inspect_model(spec, quant, rotated).coverage
+    """Returns the coverage audit of `inspect_model`, which says what the arguments are; tries nothing else."""
+    config = read_config(resolve_spec(spec), spec)
+    if is_packed(spec) or is_prepared(config):
+        return audit(load(spec))
+    return _prepared_without_weights(spec, config, quant, rotated)[1]
 
 
 def check_recipe_served(recipe: Recipe) -> bool:
@@ -315,9 +326,24 @@ def check_recipe_served(recipe: Recipe) -> bool:
     """
     if not recipe.serve:
         return False
-    description = inspect_model(recipe.model, recipe.quant, rotates(recipe.calibrate)).description
-    quant = None if starts_packed(recipe) else recipe.quant
-    return check_plan_served(description, recipe.serve, quant, recipe.allocate)
+    if starts_packed(recipe):
+        return check_served(inspect_model(recipe.model, recipe.quant).description, recipe.serve, None)
+    return check_spec_served(recipe.model, recipe.serve, recipe.quant, recipe.allocate, rotates(recipe.calibrate))
+
+
+def check_spec_served(
+    spec: str, clients: Sequence[str], quant: QuantConfig, allocate: AllocationConfig | None, rotated: bool
+) -> bool:
+    """Returns what `check_plan_served` does of the model `spec` prepared with `quant`, which is made without weights.
+
+    Raises:
+        FileNotFoundError: the model is not there.
+        ValueError: the scheme does not do for the model, or a client does not take it.
+    """
+    if not clients:
+        coverage_of(spec, quant, rotated)
+        return False
+    return check_plan_served(inspect_model(spec, quant, rotated).description, clients, quant, allocate)
 
 
 def check_plan_served(

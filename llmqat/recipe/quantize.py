@@ -46,7 +46,7 @@ from llmqat.recipe.bars import progress, token_bar
 from llmqat.recipe.config import forward_dtype, scheme_of
 from llmqat.recipe.folder import kept_text
 from llmqat.recipe.pipeline import REPORT_BLOCKS
-from llmqat.recipe.plan import check_plan_served, coverage_of, inspect_model
+from llmqat.recipe.plan import check_spec_served, coverage_of
 from llmqat.train import processor_has_bf16
 
 log = logging.getLogger(__name__)
@@ -137,9 +137,8 @@ def quantize_model(
         raise FileExistsError(f"output folder {folder} exists already; choose another --out, or give --overwrite")
     quant = scheme_of(scheme, group_size)
     allocate = None if target_bits is None else AllocationConfig(target_bits=target_bits)
-    # A scheme that does not do should not cost the text.
-    description = inspect_model(spec, quant, rotates(stages)).description
-    int_quantized = check_plan_served(description, clients, quant, allocate)
+    # Now: a scheme that does not do should not cost the text.
+    int_quantized = check_spec_served(spec, clients, quant, allocate, rotates(stages))
     needed = needs_text(stages, quant)
     if text is not None and not needed and target_bits is None:
         raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use another --method")

@@ -14,11 +14,21 @@ from transformers import PreTrainedModel
 
 from llmqat import QuantConfig, load, prepare, save
 from llmqat.export import CONVERSIONS
+from llmqat.export.compressed_tensors import packed_shapes, packed_state_dict, try_unwritten
 from llmqat.export.description import ModelDescription, describe
 from llmqat.export.serving import CLIENTS, check_served, form_for, proposals, served_by
-from llmqat.layers import PRESETS
+from llmqat.layers import PRESETS, ActivationQuantizer
 from llmqat.models import empty_model
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_model, tiny_qwen3, tiny_tokenizer
+from tests.tiny import (
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_model,
+    tiny_of_class,
+    tiny_qwen2,
+    tiny_qwen3,
+    tiny_tokenizer,
+)
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": partial(tiny_llama, head_dim=32),
@@ -33,11 +43,15 @@ def described(
     kind: str = "llama", preset: str = "int4", make: dict[str, Any] | None = None, **changes: Any
 ) -> ModelDescription:
     """The description of a tiny model without weights, prepared with a preset."""
-    model = MODELS[kind](**(make or {}))
+    return describe(empty_like(MODELS[kind](**(make or {})), QuantConfig.preset(preset, **changes)))
+
+
+def empty_like(model: PreTrainedModel, quant: QuantConfig) -> PreTrainedModel:
+    """A model of the same class without weights, prepared."""
     with torch.device("meta"):
         empty = empty_model(type(model), model.config)
-    prepare(empty, QuantConfig.preset(preset, **changes))
-    return describe(empty)
+    prepare(empty, quant)
+    return empty
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -101,6 +115,13 @@ TRIALS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "embedding": ("llama", {"preset": "int4", "embeddings": "int8"}, {}),
+    "static inputs": (
+        "llama",
+        {"preset": "w8a8", "input_activations": {"dynamic": False, "symmetric": False, "num_bits": 8}},
+        {},
+    ),
+    "biases, head": ("qwen2", {"preset": "int4", "lm_head": "int8"}, {}),
+    "images": ("gemma3", {"preset": "int4-g32"}, {}),
     "head": ("llama", {"preset": "int4", "lm_head": "int8"}, {"tied": False}),
     "experts": ("mixtral", {"preset": "int4"}, {}),
     "experts kept": ("mixtral", {"preset": "int4", "ignore": ("re:.*experts.*",)}, {}),
@@ -111,11 +132,27 @@ TRIALS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", TRIALS)
 def test_the_rule_of_transformers_is_what_its_trial_finds(case: str, tmp_path: Path) -> None:
     kind, quant, make = TRIALS[case]
-    model = MODELS[kind](**make)
+    make_model = (MODELS | OTHERS)[kind]
+    model = make_model(**make)
     prepare(model, QuantConfig.preset(**_named(quant)))
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer) and not module.config.dynamic:
+            module.scale.fill_(0.1)
     before = served_by(describe(model))["transformers"]
     report = save(model, tmp_path / "out")
     assert before.serves == report.stock.loads
+    empty = empty_like(make_model(**make), QuantConfig.preset(**_named(quant)))
+    unwritten = try_unwritten(empty)
+    assert (unwritten.loads, unwritten.dequantized, unwritten.reason) == (
+        report.stock.loads,
+        report.stock.dequantized,
+        report.stock.reason,
+    )
+    written = packed_state_dict(model, torch.bfloat16)
+    shapes = packed_shapes(empty, torch.bfloat16)
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in shapes.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in written.items()
+    }
     after = served_by(describe(model, trial=report.stock))["transformers"]
     assert after.serves == report.stock.loads
     assert after.reason == report.stock.reason
@@ -179,6 +216,8 @@ OTHERS: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen3_moe": partial(tiny_model, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
     "gemma3_text": partial(tiny_model, "gemma3_text"),
     "phi3": partial(tiny_model, "phi3"),
+    "qwen2": tiny_qwen2,
+    "gemma3": partial(tiny_of_class, "gemma3"),
 }
 
 
