@@ -31,7 +31,7 @@ Letters: O out features, I in features, G scales per row, b bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
@@ -47,6 +47,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from llmqat.export.experts import single_experts, stacked
 from llmqat.export.names import in_model
 from llmqat.export.stock import ONLY_HERE, StockTrial, try_tensors
 from llmqat.grid import Grid, pack_int32, unpack_int32
@@ -404,10 +405,12 @@ def read(
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = empty_model(kind, config, dtype=dtype, **options)
     make_buffers(model)
-    _install(model, schemes, dtype, getattr(config, STACKED_KEY, {}))
+    singles = _install(model, schemes, dtype, getattr(config, STACKED_KEY, {}), stored)
     if (cache := getattr(config, KV_KEY, None)) is not None:
         quantize_kv(model, KVCacheConfig.model_validate(cache))
-    tensors, expected = _repacked(model, in_model(model, stored)), model.state_dict()
+    packed = {name: layer for name, layer in quantized_layers(model) if isinstance(layer, PackedExperts)}
+    tensors = _repacked(model, in_model(model, stacked(packed, singles, stored)))
+    expected = model.state_dict()
     _check_tensors(model, tensors, expected, folder)
     _assign(model, {name: tensor for name, (tensor, _) in tensors.items()}, expected, dtype)
     mappings = FileMappings({path for _, path in tensors.values()})
@@ -498,17 +501,27 @@ def _number(config: Any, name: str) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _install(model: nn.Module, config: QuantizationConfig, dtype: torch.dtype, unmarked: Mapping[str, bool]) -> None:
+def _install(
+    model: PreTrainedModel,
+    config: QuantizationConfig,
+    dtype: torch.dtype,
+    unmarked: Mapping[str, bool],
+    stored: Iterable[str],
+) -> dict[str, list[str]]:
     """Puts an empty packed module in the place of everything that a group of `config` targets.
+
+    Returns the stacks of experts that lie packed one by one, and their names on disk.
 
     Args:
         model: as its class makes it.
         config: what is packed.
         dtype: of scales.
         unmarked: stacked experts of which the model does not know it, and whether they are transposed.
+        stored: names of tensors on disk.
     """
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
-    stacked = {name: entry.transposed for name, entry in linear_maps(model).items() if entry.stacked} | dict(unmarked)
+    stacks = {name: entry.transposed for name, entry in linear_maps(model).items() if entry.stacked} | dict(unmarked)
+    singles = single_experts(model, stored, {name: layout for name, layout in stacks.items() if name not in schemes})
     configs = {
         target: (_weight_config(scheme.weights), _activation_config(scheme.input_activations))
         for target, scheme in schemes.items()
@@ -526,11 +539,30 @@ def _install(model: nn.Module, config: QuantizationConfig, dtype: torch.dtype, u
             if target in plain:
                 packed.hold_int8()
             install(model, name, packed)
-    for name, transposed in stacked.items():
+    for name, transposed in stacks.items():
         if name in schemes:
-            weights, _ = configs[name]
-            shape = tuple(model.get_parameter(name).shape)
-            install(model, name, PackedExperts(shape, weights, dtype, "meta", name, transposed))  # type: ignore[arg-type]
+            target = name
+        elif name in singles:
+            target = _target_of_experts(singles[name][0], schemes)
+        else:
+            continue
+        shape = tuple(model.get_parameter(name).shape)
+        install(model, name, PackedExperts(shape, configs[target][0], dtype, "meta", name, transposed))
+    return singles
+
+
+def _target_of_experts(name: str, schemes: Mapping[str, QuantizationScheme]) -> str:
+    """Returns the target that means a linear layer of an expert, which the model has no module for.
+
+    Raises:
+        ValueError: there is none, or inputs are quantized.
+    """
+    targets = match_targets(name, nn.Linear(1, 1, device="meta"), list(schemes))
+    if not targets:
+        raise ValueError(f"{name} is packed, but no group of quantization_config targets it")
+    if schemes[targets[0]].input_activations is not None:
+        raise ValueError(f"{name} is of an expert and has quantized inputs, which llmqat does not run")
+    return str(targets[0])
 
 
 def _holds_int8(scheme: QuantizationScheme, config: QuantizationConfig) -> bool:

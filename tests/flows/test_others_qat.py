@@ -16,15 +16,23 @@ import gguf
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from compressed_tensors.compressors.base import compress_module
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
+from safetensors.torch import save_file
+from transformers import CompressedTensorsConfig, PreTrainedModel
 from typer.testing import CliRunner
 
 from llmqat import QATTrainer, QuantConfig, convert, load, save
 from llmqat.cli import app
-from llmqat.layers import PackedLinear
-from tests.export.readers import READERS
-from tests.export.test_import import foreign, logits
-from tests.tiny import CLASSES, tiny_of_class, tiny_tokenizer
+from llmqat.layers import PackedExperts, PackedLinear
+from tests.export.readers import READERS, tensors_of
+from tests.export.test_import import foreign, logits, observe
+from tests.tiny import CLASSES, tiny_model, tiny_of_class, tiny_tokenizer
 from tests.train.test_trainer import Blocks, _arguments
 
 NO_TOWER = ("re:.*vision_tower.*", "re:.*embed_vision.*", "re:.*multi_modal_projector.*", "lm_head")
@@ -124,3 +132,99 @@ def test_scales_that_float16_cannot_hold_are_said(tmp_path: Path, caplog: pytest
     assert tensor.tensor_type.name == "BF16"
     stored = torch.from_numpy(tensor.data.copy()).view(torch.bfloat16)
     assert torch.equal(stored, load(folder).get_submodule(small).weight.bfloat16())
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+}
+"""Kimi K2 is a DeepSeek V3."""
+ONLY_EXPERTS = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"]
+"""What Kimi K2's checkpoint ignores."""
+
+
+def only_experts(folder: Path, name: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A tiny checkpoint of which routed experts alone are packed, one by one; and their tensors."""
+    model = tiny_model(name, **EXPERTS[name]).bfloat16()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    tensors = tensors_of(folder)
+    layers = torch.nn.ModuleDict()
+    for key in [key for key in tensors if re.search(r"mlp\.experts\.\d+\.", key)]:
+        weight = tensors.pop(key)
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
+        linear.weight.data.copy_(weight)
+        layers[key.removesuffix(".weight").replace(".", "/")] = linear
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(num_bits=4, strategy="group", group_size=32)
+    )
+    apply_quantization_config(layers, QuantizationConfig(config_groups={"group_0": scheme}))
+    for layer in layers.values():
+        observe(layer, scheme.weights)
+        compress_module(layer)
+    packed = {key.replace("/", "."): tensor for key, tensor in layers.state_dict().items()}
+    save_file(tensors | packed, folder / "model.safetensors", metadata={"format": "pt"})
+    group = {"targets": ["Linear"], "weights": scheme.weights.model_dump(mode="json"), "format": "pack-quantized"}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ONLY_EXPERTS,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, packed
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_packed_one_by_one_are_read_as_the_stacks_of_the_model(name: str, tmp_path: Path) -> None:
+    folder, theirs = only_experts(tmp_path / "theirs", name)
+    model = load(folder, kernel="reference")
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+    assert len(stacks) == (2 if name == "deepseek_v3" else 4)
+    assert not packed(model)
+    scales = {stack: experts.weight_scale.clone() for stack, experts in stacks.items()}
+    for stack, experts in stacks.items():
+        kinds = ("gate_proj", "up_proj") if stack.endswith("gate_up_proj") else ("down_proj",)
+        place = stack.rpartition(".")[0]
+        names = [f"{place}.{expert}.{kind}" for expert in range(4) for kind in kinds]
+        for leaf in ("weight_packed", "weight_scale"):
+            rows = torch.cat([theirs[f"{one}.{leaf}"] for one in names])
+            assert torch.equal(experts.state_dict()[leaf], rows)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    assert torch.equal(logits(model), logits(stock))
+    save(model, tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again", kernel="reference")), logits(model))
+
+    arguments = _arguments(tmp_path / "run", trainable="scales", scale_learning_rate=5e-2, bf16=True, max_steps=2)
+    QATTrainer(model=model, teacher=tiny_model(name, **EXPERTS[name]), args=arguments, train_dataset=Blocks()).train()
+    save(convert(model), tmp_path / "trained")
+    after, before = dict(load(tmp_path / "trained").named_modules()), dict(load(folder).named_modules())
+    assert all(torch.equal(after[stack].weight_packed, before[stack].weight_packed) for stack in stacks)
+    assert any(not torch.equal(after[stack].weight_scale, scale) for stack, scale in scales.items())
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    folder, _ = only_experts(tmp_path / "theirs", "qwen3_moe")
+    tensors = tensors_of(folder)
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.0.mlp.experts.2.up_proj" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj lacks 1 of 8 packed parts: the up_proj of expert 2"):
+        load(folder)

@@ -1,0 +1,104 @@
+"""Experts that lie packed one by one, as others write them, read as the stacked weights that transformers' models have.
+
+compressed-tensors packs linear layers, so a checkpoint of it (Kimi K2, Qwen3-MoE) has `experts.7.gate_proj` and
+`experts.7.up_proj` of each expert, and the model one parameter `experts.gate_up_proj` [E, O, I]. Rows are packed each
+for itself, so the packed stack is nothing but their rows one below the other. Which tensors make which stack, and in
+what order, is what transformers reads full-precision checkpoints by.
+
+Letters: E experts, O out features of one of them, I in features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+
+from llmqat.layers import PackedExperts
+from llmqat.models import shortened
+
+_CODES = ".weight_packed"
+
+
+def single_experts(model: PreTrainedModel, stored: Iterable[str], stacks: Mapping[str, bool]) -> dict[str, list[str]]:
+    """Returns, for each stack whose experts lie one by one, the names on disk of its linear layers in order of rows.
+
+    Args:
+        model: whose class says what transformers stacks.
+        stored: names of tensors on disk.
+        stacks: names of stacked weights in the model, and whether they lie as [E, I, O].
+
+    Raises:
+        ValueError: a stack is made in another way than by laying rows below each other, or lacks an expert.
+    """
+    names = [name.removesuffix(_CODES) for name in stored if name.endswith(_CODES)]
+    names = [name for name in names if re.search(r"\.\d+\.[^.]+$", name) and name not in stacks]
+    if not stacks or not names:
+        return {}
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    found: dict[str, dict[tuple[int, int], str]] = {}
+    for name in names:
+        key = f"{name}.weight"
+        for renaming in renamings:
+            key = renaming.rename_source_key(key)[0]
+        for converter in converters:
+            stack, pattern = converter.rename_source_key(key)
+            if pattern is None or stack not in stacks:
+                continue
+            if stacks[stack] or not all(
+                isinstance(step, (MergeModulelist, Concatenate)) for step in converter.operations
+            ):
+                raise ValueError(
+                    f"{name} is an expert packed by itself, but {type(model).__name__} has the stack {stack} in "
+                    "another layout, which would have to be packed anew; start from the full-precision model"
+                )
+            number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+            assert number is not None
+            found.setdefault(stack, {})[int(number[1]), converter.source_patterns.index(pattern)] = name
+    return {stack: _in_order(model, stack, parts) for stack, parts in found.items()}
+
+
+def _in_order(model: PreTrainedModel, stack: str, parts: Mapping[tuple[int, int], str]) -> list[str]:
+    """Returns the names in `parts`, by expert and source, expert by expert.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    leaves = {source: name.rpartition(".")[2] for (_, source), name in parts.items()}
+    experts = range(model.get_parameter(stack).shape[0])
+    wanted = [(expert, source) for expert in experts for source in sorted(leaves)]
+    if missing := [f"the {leaves[source]} of expert {n}" for n, source in wanted if (n, source) not in parts]:
+        raise ValueError(
+            f"{stack} lacks {len(missing)} of {len(wanted)} packed parts: {shortened(missing)}; copy the folder again"
+        )
+    return [parts[place] for place in wanted]
+
+
+def stacked(
+    layers: Mapping[str, PackedExperts], singles: Mapping[str, list[str]], stored: Mapping[str, tuple[Tensor, Path]]
+) -> dict[str, tuple[Tensor, Path]]:
+    """Returns `stored`, the tensors of experts that lie one by one as those of their stacks.
+
+    Args:
+        layers: packed stacks by name.
+        singles: from `single_experts`.
+        stored: tensors by name on disk, and the files that they lie in.
+    """
+    found = dict(stored)
+    for stack, names in singles.items():
+        path = found[names[0] + _CODES][1]
+        for leaf in ("weight_packed", "weight_scale", "weight_zero_point"):
+            if f"{names[0]}.{leaf}" in found:
+                found[f"{stack}.{leaf}"] = torch.cat([found.pop(f"{name}.{leaf}")[0] for name in names]), path
+        for name in names:
+            found.pop(f"{name}.weight_shape", None)
+        found[f"{stack}.weight_shape"] = torch.tensor([layers[stack].rows, layers[stack].columns]), path
+    return found
