@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from llmqat.export.checkpoint import RUN_FILE, load
+from llmqat.export.commands import VLLM_ON_CPU
 from llmqat.export.compressed_tensors import KV_KEY
 from llmqat.export.description import describe
 from llmqat.export.serving import Verdict, served_by
@@ -191,7 +193,7 @@ def _loading(config: Mapping[str, Any], repository: str, trial: StockTrial, serv
         )
     else:
         parts.append(f"Transformers alone does not load it: {trial.reason}.")
-    parts.append(_with_vllm(repository, [served[name] for name in ("vllm", "vllm-cpu")]))
+    parts.append(_with_vllm(repository, served["vllm"], served["vllm-cpu"]))
     if served["llama.cpp"].serves:
         parts.append(f"For llama.cpp:\n\n```\nllmqat export {repository} --format gguf --out model.gguf\n```")
     return "\n\n".join([*parts, own])
@@ -203,16 +205,18 @@ def _installation(config: Mapping[str, Any]) -> str:
     return f'pip install "compressed-tensors>={PACKS_STRADDLING}"' if straddling else "pip install compressed-tensors"
 
 
-def _with_vllm(repository: str, verdicts: Sequence[Verdict]) -> str:
-    """Returns how vLLM serves the checkpoint, on GPUs or on CPUs, or why it does not."""
-    serving = [verdict for verdict in verdicts if verdict.serves]
-    if not serving:
-        return f"vLLM does not serve it: {verdicts[0].reason}."
-    where = " and ".join(f"{verdict.title.removeprefix('vLLM ')} ({verdict.basis})" for verdict in serving)
-    others = "".join(
-        f" It does not {verdict.title.removeprefix('vLLM ')}." for verdict in verdicts if not verdict.serves
-    )
-    return f"With vLLM, {where}:{others}\n\n```\nvllm serve {repository}\n```"
+def _with_vllm(repository: str, gpus: Verdict, cpus: Verdict) -> str:
+    """Returns how vLLM serves the checkpoint, on GPUs and on CPUs, or why it does not."""
+    commands = {f"vllm serve {repository}": gpus, f"{VLLM_ON_CPU} {repository}": cpus}
+    parts = [
+        f"With {verdict.title} ({verdict.basis}):\n\n```\n{command}\n```"
+        for command, verdict in commands.items()
+        if verdict.serves
+    ]
+    refused = [verdict for verdict in (gpus, cpus) if not verdict.serves]
+    if len(refused) == 2 and gpus.reason == cpus.reason:
+        refused = [replace(gpus, title="vLLM")]
+    return "\n\n".join([*parts, *(f"{verdict.title} does not serve it: {verdict.reason}." for verdict in refused)])
 
 
 def _served(served: Mapping[str, Verdict]) -> str:

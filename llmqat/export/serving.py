@@ -194,44 +194,69 @@ def _why_not_sglang(description: ModelDescription) -> Iterator[str]:
             yield f"{layer.name}: it takes zero points with 4 bits only"
 
 
-def _by_export(
-    check: Callable[[ModelDescription], None], source: str, widths: Mapping[int, int]
-) -> Callable[..., Finding]:
-    """Returns the rule of a runtime that reads an exported file: what the export refuses, it cannot run.
+@dataclass(frozen=True)
+class ReadFile:
+    """What is known of a runtime that reads an exported file.
 
-    Args:
-        check: raises for what the export refuses.
-        source: its name.
-        widths: bits of a scheme -> bits of a code in the file, where they differ.
+    Attributes:
+        check: raises for what the export refuses, which the runtime cannot run.
+        source: where it stands.
+        widths: bits of a scheme -> bits of a code in the file.
+        version: of the runtime that was run.
+        model_types: what it was run with (eval/clients.py).
+        loses: what the file has not, of a model that the check lets through.
     """
 
-    def rule(description: ModelDescription) -> Finding:
-        try:
-            check(description)
-        except ValueError as error:
-            return Finding(str(error), source, basis="the export's own check")
-        bits = {layer.scheme.weights.num_bits for layer in description.layers}
-        wider = sorted(count for count in bits if widths[count] != count)
-        lost = [f"{count}-bit codes take {widths[count]} bits in the file" for count in wider]
-        if description.text is not None:
-            lost.append("what reads images or sound")
-        return Finding("", source, tuple(lost), "the export's own check")
+    check: Callable[[ModelDescription], None]
+    source: str
+    widths: Mapping[int, int]
+    version: str
+    model_types: frozenset[str]
+    loses: Callable[[ModelDescription], list[str]]
 
-    return rule
+    def __call__(self, description: ModelDescription) -> Finding:
+        """Returns what the runtime makes of a model."""
+        try:
+            self.check(description)
+        except ValueError as error:
+            return Finding(str(error), self.source, basis="the export's own check")
+        bits = {layer.scheme.weights.num_bits for layer in description.layers}
+        wider = sorted(count for count in bits if self.widths[count] != count)
+        lost = [f"{count}-bit codes take {self.widths[count]} bits in the file" for count in wider]
+        run = (description.text or description).model_type in self.model_types
+        basis = f"run with {self.version}" if run else "the export's own check, not run"
+        return Finding("", self.source, (*lost, *self.loses(description)), basis)
+
+
+def _lost_in_gguf(description: ModelDescription) -> list[str]:
+    return ["its kernels round inputs to 8 bits", *(["what reads images or sound"] if description.text else [])]
+
+
+def _lost_in_gptq(description: ModelDescription) -> list[str]:
+    others = any(layer.kind != "linear" for layer in description.layers)
+    return ["embeddings and output head are in high precision in the file"] if others else []
 
 
 def _llmqat(description: ModelDescription) -> Finding:
     return Finding("", "checkpoint.py", (), "proved at every save")
 
 
+_LLAMA_CPP = ReadFile(
+    check_gguf, "gguf.py", BLOCK_WIDTHS, "llama-cpp-python 0.3.36", frozenset({"llama"}), _lost_in_gguf
+)
+_ONNX_RUNTIME = ReadFile(
+    check_onnx, "onnx.py", BLOCK_WIDTHS, "onnxruntime 1.32.0", frozenset({"llama", "qwen2", "qwen3"}), lambda _: []
+)
+_GPTQMODEL = ReadFile(check_gptq, "gptq.py", WIDTHS, "gptqmodel 7.7.0", frozenset({"llama"}), _lost_in_gptq)
+
 CLIENTS: dict[str, Client] = {
     "transformers": Client("transformers", _transformers),
     "vllm": Client("vLLM on GPUs", _vllm),
     "vllm-cpu": Client("vLLM on CPUs", _vllm_cpu),
     "sglang": Client("SGLang on GPUs", _sglang),
-    "llama.cpp": Client("llama.cpp", _by_export(check_gguf, "gguf.py", BLOCK_WIDTHS), "gguf"),
-    "onnxruntime": Client("ONNX Runtime", _by_export(check_onnx, "onnx.py", BLOCK_WIDTHS), "onnx"),
-    "gptqmodel": Client("GPTQModel", _by_export(check_gptq, "gptq.py", WIDTHS), "gptq"),
+    "llama.cpp": Client("llama.cpp", _LLAMA_CPP, "gguf"),
+    "onnxruntime": Client("ONNX Runtime", _ONNX_RUNTIME, "onnx"),
+    "gptqmodel": Client("GPTQModel", _GPTQMODEL, "gptq"),
     "llmqat": Client("llmqat", _llmqat),
 }
 """Servers and runtimes by the name that `serve` takes."""

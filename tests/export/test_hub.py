@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from llmqat import load, save
 from llmqat.export import checkpoint
 from llmqat.export.card import model_card
+from llmqat.export.commands import VLLM_ON_CPU
 from llmqat.export.hub import push
 from llmqat.layers import audit
 from tests.export.test_formats import prepared
@@ -117,7 +118,7 @@ def test_what_the_folder_does_not_know_is_not_claimed(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "tree" / "README.md")
     assert not {"base_model", "base_model_relation", "license", "datasets", "model-index"} & set(card.data.to_dict())
     assert "which dequantizes it as it is loaded" in card.text
-    assert "It does not on CPUs." in card.text
+    assert "vLLM on CPUs does not serve it: " in card.text
     assert "packed weights run in 4 bits only, not in 3" in card.text
     assert '"compressed-tensors>=0.18"' in card.text
     assert "dequantized GGUF" in card.text
@@ -139,7 +140,8 @@ def test_what_the_folder_does_not_know_is_not_claimed(tmp_path: Path) -> None:
 def test_a_card_says_who_serves_the_checkpoint_as_its_file_does(preset: str, tmp_path: Path) -> None:
     report = save(prepared(tiny_llama(), preset), tmp_path / "out")
     card = model_card(tmp_path / "out", REPOSITORY)
-    assert (f"vllm serve {REPOSITORY}" in card) == any(report.served[name].serves for name in ("vllm", "vllm-cpu"))
+    assert (f"vllm serve {REPOSITORY}" in card) == report.served["vllm"].serves
+    assert (f"{VLLM_ON_CPU} {REPOSITORY}" in card) == report.served["vllm-cpu"].serves
     assert ("--format gguf --out" in card) == report.served["llama.cpp"].serves
     for verdict in report.served.values():
         assert "| " + " | ".join(verdict.row) + " |" in card
