@@ -1,0 +1,103 @@
+"""OpenVINO on the CPU: an ONNX folder by its runtime, and a GGUF file by OpenVINO GenAI.
+
+OpenVINO GenAI makes a model of OpenVINO's own format from the file when it loads it. Both round the inputs of quantized layers to 8 bits on most processors.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import openvino_genai
+from job import run, timed
+from logits import perplexity_of
+
+
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Returns what OpenVINO makes of one checkpoint."""
+    return of_gguf(job) if job["format"] == "gguf" else of_onnx(job)
+
+
+def of_onnx(job: dict[str, Any]) -> dict[str, Any]:
+    """Returns the figures of a graph with its cache of keys and values."""
+    graph = openvino.Core().compile_model(Path(job["path"]) / "model.onnx", "CPU")
+    perplexity = perplexity_of(lambda window: outputs(graph, window)["logits"][0], job["windows"])
+    return {"perplexity": perplexity, **timed(lambda prompt, count: generated(graph, prompt, count), job)}
+
+
+def outputs(
+    graph: Any, tokens: list[int], before: dict[str, np.ndarray] | None = None, position: int = 0
+) -> dict[str, np.ndarray]:
+    """Returns the graph's outputs by name for new tokens after `position` others, whose outputs are `before`."""
+    feed = inputs(tokens, position)
+    for entry in graph.inputs:
+        name = entry.any_name
+        if name.startswith("past_key_values."):
+            shape = entry.partial_shape
+            empty = np.zeros((1, shape[1].get_length(), 0, shape[3].get_length()), dtype=np.float32)
+            feed[name] = empty if before is None else before[name.replace("past_key_values", "present")]
+    return {output.any_name: value for output, value in graph(feed).items()}
+
+
+def inputs(tokens: list[int], position: int = 0) -> dict[str, np.ndarray]:
+    """Returns what every decoder takes of new tokens."""
+    places = np.arange(position, position + len(tokens), dtype=np.int64)[None]
+    seen = np.ones((1, position + len(tokens)), dtype=np.int64)
+    return {"input_ids": np.array([tokens], dtype=np.int64), "attention_mask": seen, "position_ids": places}
+
+
+def generated(graph: Any, prompt: list[int], count: int) -> list[int]:
+    """Returns `count` greedy tokens after `prompt`; no token ends them."""
+    found = outputs(graph, prompt)
+    tokens = [int(found["logits"][0, -1].argmax())]
+    while len(tokens) < count:
+        found = outputs(graph, tokens[-1:], found, len(prompt) + len(tokens) - 1)
+        tokens.append(int(found["logits"][0, -1].argmax()))
+    return tokens
+
+
+def of_gguf(job: dict[str, Any]) -> dict[str, Any]:
+    """Returns the figures of OpenVINO GenAI, with perplexity from the model that it has made of the file."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "model.gguf"
+        file.symlink_to(job["path"])  # what it makes lies beside the file that it is given
+        pipeline = openvino_genai.LLMPipeline(file, "CPU", enable_save_ov_model=True)
+        extra = {}
+        if job["chat"] is not None:
+            talk = openvino_genai.ChatHistory(job["chat"])
+            extra["answer"] = str(pipeline.generate(talk, greedy(job["max_new_tokens"])))
+        timings = timed(lambda prompt, count: written(pipeline, prompt, count), job)
+        del pipeline
+        request = openvino.Core().compile_model(file.with_name("openvino_model.xml"), "CPU").create_infer_request()
+        return {
+            "perplexity": perplexity_of(lambda ids: logits(request, ids), job["windows"]),
+            **timings,
+            "extra": extra,
+        }
+
+
+def greedy(count: int) -> Any:
+    """Returns settings for `count` greedy tokens; no token ends them."""
+    settings = openvino_genai.GenerationConfig()
+    settings.max_new_tokens, settings.ignore_eos, settings.do_sample = count, True, False
+    return settings
+
+
+def written(pipeline: Any, prompt: list[int], count: int) -> list[int]:
+    """Returns `count` greedy tokens after `prompt`."""
+    found = pipeline.generate(openvino.Tensor(np.array([prompt], dtype=np.int64)), greedy(count))
+    return [int(token) for token in found.tokens[0]]
+
+
+def logits(request: Any, tokens: list[int]) -> np.ndarray:
+    """Returns the logits [L, V] of a window, by a model that keeps its cache itself."""
+    request.reset_state()
+    found: np.ndarray = request.infer({**inputs(tokens), "beam_idx": np.zeros(1, dtype=np.int32)})["logits"]
+    return found[0]
+
+
+if __name__ == "__main__":
+    run(("openvino", "openvino-genai", "openvino-tokenizers", "numpy"), answer)
