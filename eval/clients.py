@@ -112,6 +112,7 @@ CLIENTS: dict[str, Client] = {
     "onnxruntime-genai": Client(
         "ONNX Runtime GenAI", "run_onnxruntime_genai.py", ("onnx",), "onnxruntime-genai.txt", rule="onnxruntime"
     ),
+    "openvino": Client("OpenVINO", "run_openvino.py", ("onnx", "gguf"), "openvino.txt", limit=ACTIVATIONS_LIMIT),
     "vllm-gpu": Client("vLLM, GPU", needs_gpu=True, rule="vllm"),
     "sglang": Client("SGLang, GPU", needs_gpu=True, rule="sglang"),
 }

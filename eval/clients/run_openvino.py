@@ -1,6 +1,7 @@
 """OpenVINO on the CPU: an ONNX folder by its runtime, and a GGUF file by OpenVINO GenAI.
 
-OpenVINO GenAI makes a model of OpenVINO's own format from the file when it loads it. Both round the inputs of quantized layers to 8 bits on most processors.
+OpenVINO GenAI makes a model of OpenVINO's own format from the file when it loads it. Both round the inputs of quantized
+layers to 8 bits on most processors.
 """
 
 from __future__ import annotations
@@ -64,19 +65,18 @@ def of_gguf(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "model.gguf"
         file.symlink_to(job["path"])  # what it makes lies beside the file that it is given
-        pipeline = openvino_genai.LLMPipeline(file, "CPU", enable_save_ov_model=True)
-        extra = {}
-        if job["chat"] is not None:
-            talk = openvino_genai.ChatHistory(job["chat"])
-            extra["answer"] = str(pipeline.generate(talk, greedy(job["max_new_tokens"])))
-        timings = timed(lambda prompt, count: written(pipeline, prompt, count), job)
-        del pipeline
+        found = of_pipeline(openvino_genai.LLMPipeline(file, "CPU", enable_save_ov_model=True), job)
         request = openvino.Core().compile_model(file.with_name("openvino_model.xml"), "CPU").create_infer_request()
-        return {
-            "perplexity": perplexity_of(lambda ids: logits(request, ids), job["windows"]),
-            **timings,
-            "extra": extra,
-        }
+        return {"perplexity": perplexity_of(lambda window: logits(request, window), job["windows"]), **found}
+
+
+def of_pipeline(pipeline: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a pipeline writes."""
+    extra = {}
+    if job["chat"] is not None:
+        talk = openvino_genai.ChatHistory(job["chat"])
+        extra["answer"] = str(pipeline.generate(talk, greedy(job["max_new_tokens"])))
+    return {**timed(lambda prompt, count: written(pipeline, prompt, count), job), "extra": extra}
 
 
 def greedy(count: int) -> Any:

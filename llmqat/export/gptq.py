@@ -11,7 +11,9 @@ cannot hold a zero of 0; the second (`gptq_v2`) stores the zero itself. Symmetri
 models with zero points in the second. b is 2, 3, 4 or 8: codes of 5 to 7 bits are kept in 8.
 
 `config.json` alone says how to load it, `quantize_config.json` says the same to older tools. Layers that differ from
-the first scheme, and layers left alone, are named in `dynamic`. A quantized embedding or head, which the layout has no
+the first scheme, and layers left alone, are named in `dynamic`: each by its own name, which GPTQModel looks for, and
+where the layers that vLLM runs as one are alike, by the name of that one too. GPTQModel reads all that is written here;
+vLLM reads symmetric codes of 4 and 8 bits. A quantized embedding or head, which the layout has no
 place for, is written as the numbers that it stands for; so is a layer whose scales are too small for float16. Conv1D
 and stacked experts are refused.
 
@@ -53,6 +55,9 @@ logger = logging.getLogger(__name__)
 KIND = "the GPTQ layout"
 WIDTHS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 """Bits of a scheme -> bits of a code in the file."""
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What vLLM and SGLang call several layers that they run as one -> their leaf names."""
 
 _MULTIPLE = 32
 """What loaders want both sides of a weight to be divided by."""
@@ -149,15 +154,15 @@ def _layout(name: str, weight: StoredWeight, v2: bool) -> dict[str, dict[str, Te
 def _settings(model: nn.Module, linears: Mapping[str, StoredWeight], v2: bool) -> dict[str, Any]:
     """Returns the `quantization_config` of config.json."""
     first = next(iter(linears.values()))
-    dynamic: dict[str, dict[str, Any]] = {}
-    for name, weight in linears.items():
-        if _scheme(weight) != _scheme(first):
-            dynamic[f"+:^{re.escape(name)}$"] = _scheme(weight)
+    differs = {name: _scheme(weight) for name, weight in linears.items() if _scheme(weight) != _scheme(first)}
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, module in model.named_modules():
-        is_linear = isinstance(module, nn.Linear) or _is_linear(module)
-        if is_linear and module is not head and name not in linears:
-            dynamic[f"-:^{re.escape(name)}$"] = {}
+    left: dict[str, dict[str, Any]] = {
+        name: {}
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or _is_linear(module)) and module is not head and name not in linears
+    }
+    dynamic = {f"+:^{re.escape(name)}$": scheme for name, scheme in _with_fused(differs).items()}
+    dynamic |= {f"-:^{re.escape(name)}$": {} for name in _with_fused(left)}
     settings = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2" if v2 else "gptq",
@@ -168,6 +173,17 @@ def _settings(model: nn.Module, linears: Mapping[str, StoredWeight], v2: bool) -
         "meta": {"quantizer": [f"llmqat:{llmqat.__version__}"]},
     }
     return settings | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _with_fused(schemes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns `schemes` by layer, and those of the layers that are run as one and all have the same."""
+    found = dict(schemes)
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in schemes):
+        for fused, parts in _FUSED.items():
+            first, *others = (schemes.get(f"{parent}.{part}") for part in parts)
+            if first is not None and all(other == first for other in others):
+                found[f"{parent}.{fused}"] = first
+    return found
 
 
 def _scheme(weight: StoredWeight) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,23 @@ def test_gptq_names_layers_that_differ_and_keeps_an_embedding_s_numbers(tmp_path
     }
     kept = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(kept, model.model.embed_tokens.quantized_weight(torch.bfloat16))
+
+
+def test_gptq_names_layers_that_servers_run_as_one_where_they_are_alike(tmp_path: Path) -> None:
+    """vLLM asks for the rule of qkv_proj and gate_up_proj, whose parts must not differ."""
+    overrides = {r"re:.*\.1\..*(gate|up|q|k)_proj": {"num_bits": 8, "group_size": 32}}
+    model = prepared(tiny_llama(), group_size=32, overrides=overrides, ignore=(r"re:.*\.0\..*(q|k|v)_proj",))
+    write_gptq(model, tiny_tokenizer(), tmp_path / "out")
+    dynamic = quantization_config(tmp_path / "out")["dynamic"]
+    eight = {"bits": 8, "group_size": 32, "sym": True}
+    assert {rule: scheme for rule, scheme in dynamic.items() if "qkv" in rule or "gate_up" in rule} == {
+        r"+:^model\.layers\.1\.mlp\.gate_up_proj$": eight,
+        r"-:^model\.layers\.0\.self_attn\.qkv_proj$": {},
+    }
+    parts = [f"mlp.{part}_proj" for part in ("gate", "up")] + [f"self_attn.{part}_proj" for part in ("q", "k")]
+    assert {rule for rule, scheme in dynamic.items() if scheme == eight} == {
+        rf"+:^{re.escape(f'model.layers.1.{part}')}$" for part in [*parts, "mlp.gate_up_proj"]
+    }
 
 
 @pytest.mark.parametrize(
