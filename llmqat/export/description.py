@@ -154,6 +154,13 @@ def mixed_product(description: ModelDescription) -> list[str]:
     return next(mixed, [])
 
 
+def product_rows(description: ModelDescription) -> dict[str, int]:
+    """Returns, by the name of a quantized layer, the rows of the product that it is part of."""
+    rows = {layer.name: layer.rows for layer in description.layers}
+    whole = {name: sum(rows.get(other, 0) for other in names) for names in products(description) for name in names}
+    return rows | {name: count for name, count in whole.items() if name in rows}
+
+
 def together(names: Sequence[str]) -> str:
     """Returns layers of one parent as one name: 'model.layers.0.mlp.gate_proj, up_proj'."""
     return ", ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])

@@ -20,14 +20,14 @@ from typing import Any
 
 from llmqat.export import vllm
 from llmqat.export.compressed_tensors import PLAIN_FORMAT
-from llmqat.export.description import ModelDescription, mixed_product, together
+from llmqat.export.description import ModelDescription, mixed_product, product_rows, together
 from llmqat.export.gguf import check_gguf
 from llmqat.export.gptq import WIDTHS, check_gptq
 from llmqat.export.onnx import check_onnx
 from llmqat.layers import PRESETS, QuantConfig
 
 SGLANG = "SGLang (November 2026)"
-SGLANG_BITS, SGLANG_GROUPS = (4, 8), (None, 32, 64, 128)
+SGLANG_BITS = (4, 8)
 GROUPS = (32, 64, 128)
 """Group sizes that are looked at for a scheme that a client takes, beside a preset's own and one scale a channel."""
 BLOCK_WIDTHS = {2: 4, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
@@ -180,6 +180,7 @@ def _why_not_sglang(description: ModelDescription) -> Iterator[str]:
         yield "it reads experts one by one, and they are stored stacked, as transformers 5 holds them"
     if names := mixed_product(description):
         yield f"{together(names)} are one product there, and have several schemes"
+    rows = product_rows(description)
     for layer in description.layers:
         weights, inputs = layer.scheme.weights, layer.scheme.input_activations
         if layer.kind in ("embedding", "head", "conv1d"):
@@ -188,10 +189,20 @@ def _why_not_sglang(description: ModelDescription) -> Iterator[str]:
             yield f"{layer.name} ({layer.label}): it takes quantized inputs with 8-bit weights by channel only"
         elif inputs is None and weights.num_bits not in SGLANG_BITS:
             yield f"{layer.name}: it takes weights of 4 and 8 bits, not of {weights.num_bits}"
-        elif inputs is None and weights.group_size not in SGLANG_GROUPS:
+        elif inputs is None and weights.group_size not in vllm.MARLIN_GROUPS:
             yield f"{layer.name}: it takes groups of 32, 64 and 128 weights, or channels, not {weights.group_size}"
         elif not weights.symmetric and weights.num_bits != 4:
             yield f"{layer.name}: it takes zero points with 4 bits only"
+        elif inputs is None and not _fits_marlin(rows[layer.name], layer.columns):
+            yield (
+                f"{layer.name}: its Marlin kernel needs one side of a product divided by 64 and the other by 128, and "
+                f"this is {rows[layer.name]} x {layer.columns}"
+            )
+
+
+def _fits_marlin(rows: int, columns: int) -> bool:
+    """Source: `marlin_padded_nk` of vLLM, which pads where SGLang does not."""
+    return (rows % 64 == 0 and columns % 128 == 0) or (rows % 128 == 0 and columns % 64 == 0)
 
 
 @dataclass(frozen=True)

