@@ -195,10 +195,18 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Writes the results of all that is done, and returns them."""
     rows = rows_of(answers(options.work), REFERENCE)
     if options.json is not None:
-        write_whole(options.json, json.dumps({"machine": processor(), "rows": rows}, indent=1) + "\n")
+        write_whole(options.json, as_json(rows))
     if options.table is not None:
         write_whole(options.table, render(rows, CLIENTS, processor()))
     return rows
+
+
+def as_json(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the rows as JSON, a line each, and what they have in common once."""
+    versions = {row["client"]: row["versions"] for row in rows if "versions" in row}
+    head = json.dumps({"machine": processor(), "versions": versions}, indent=1).removesuffix("\n}")
+    lines = [json.dumps({key: value for key, value in row.items() if key != "versions"}) for row in rows]
+    return f'{head},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
 # Answers

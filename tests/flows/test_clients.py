@@ -289,6 +289,16 @@ def test_other_words_are_a_difference_on_tiny_models_only(
         assert scripts["client_table"].rows_of(answers, "llmqat")[1]["verdict"] == verdict
 
 
+def test_the_results_are_json_with_a_line_a_row(driver: ModuleType) -> None:
+    answers = [row("llmqat", "real"), row("vllm", "real", extra={"chat": "Yes."})]
+    text = driver.as_json(driver.rows_of(answers, driver.REFERENCE))
+    found = json.loads(text)
+    assert found["versions"] == {"llmqat": {"a": "1"}, "vllm": {"a": "1"}}
+    assert [entry["verdict"] for entry in found["rows"]] == ["reference", "equal"]
+    assert sum('"verdict"' in line for line in text.splitlines()) == 2
+    assert json.loads(driver.as_json([]))["rows"] == []
+
+
 def test_a_server_is_shown_with_all_that_it_was_asked(scripts: dict[str, ModuleType]) -> None:
     table, clients = scripts["client_table"], scripts["clients"].CLIENTS
     extra = {"chat": "Yes.", "streamed_equal": False, "ready_s": 31.25, "logprobs": 16}
