@@ -264,6 +264,14 @@ def test_a_scheme_that_the_named_client_does_not_take_is_refused_before_any_work
     assert not (tmp_path / "run").exists()
 
 
+def test_a_packed_model_keeps_its_scheme_whoever_is_to_serve_it(tmp_path: Path, tiny: Path, packed: Path):
+    words = (recipe(tmp_path, packed), f"teacher={tiny}", "train.trainable=scales", "train.kl_weight=1")
+    message = refusal("train", *words, "serve=vllm-cpu")
+    assert "packed weights run in 4 bits only, not in 8" in message
+    assert "a packed model keeps its scheme; leave it out of `serve`, or give another model" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_bits_chosen_by_layer_are_refused_for_servers_that_need_one_scheme(tmp_path: Path, tiny: Path):
     words = (recipe(tmp_path, tiny), "quant={preset: int4, group_size: 32}", "allocate.target_bits=3.5")
     assert "it needs one scheme for layers that are one product" in refusal("plan", *words, "serve=[vllm, llama.cpp]")

@@ -17,9 +17,11 @@ from llmqat.export.checkpoint import (
     save,
     save_again,
 )
+from llmqat.export.description import ModelDescription, describe
 from llmqat.export.gguf import write_gguf
 from llmqat.export.gptq import write_gptq
 from llmqat.export.onnx import write_onnx
+from llmqat.export.serving import CLIENTS, Verdict, served_by
 
 Conversion = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], dict[str, int]]
 """Writes a packed model and its tokenizer to a file or folder, the codes as they are; returns bytes by part."""
@@ -33,11 +35,15 @@ CONVERSIONS: dict[str, Conversion] = {
 """Formats that a packed checkpoint is written to, by the name that `llmqat export --format` takes."""
 
 __all__ = [
+    "CLIENTS",
     "CONVERSIONS",
     "FORMATS",
     "Conversion",
     "ExportReport",
+    "ModelDescription",
     "ProofError",
+    "Verdict",
+    "describe",
     "is_packed",
     "keep_record",
     "load",
@@ -45,6 +51,7 @@ __all__ = [
     "prove",
     "save",
     "save_again",
+    "served_by",
     "write_gguf",
     "write_gptq",
     "write_onnx",

@@ -37,8 +37,8 @@ from llmqat.layers.roles import end_of
 Kind = Literal["linear", "conv1d", "experts", "embedding", "head"]
 """Linear layer, transformers' Conv1D, stacked experts, token embedding, output head with a weight of its own."""
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that servers compute as one product."""
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What vLLM and SGLang call several layers that they compute as one product -> their leaf names."""
 
 _LANGUAGE_MODELS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -141,7 +141,7 @@ def products(description: ModelDescription) -> Iterator[list[str]]:
     names = {layer.name for layer in description.layers} | set(description.kept)
     for name in sorted(names):
         parent, _, leaf = name.rpartition(".")
-        for leaves in FUSED:
+        for leaves in FUSED.values():
             members = [f"{parent}.{other}" for other in leaves]
             if leaf == leaves[0] and all(member in names for member in members):
                 yield members

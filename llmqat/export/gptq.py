@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmqat
-from llmqat.export.description import ModelDescription, describe
+from llmqat.export.description import FUSED, ModelDescription, describe
 from llmqat.export.tensors import (
     StoredWeight,
     check_weights_only,
@@ -55,9 +55,6 @@ logger = logging.getLogger(__name__)
 KIND = "the GPTQ layout"
 WIDTHS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 """Bits of a scheme -> bits of a code in the file."""
-
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""What vLLM and SGLang call several layers that they run as one -> their leaf names."""
 
 _MULTIPLE = 32
 """What loaders want both sides of a weight to be divided by."""
@@ -179,7 +176,7 @@ def _with_fused(schemes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, An
     """Returns `schemes` by layer, and those of the layers that are run as one and all have the same."""
     found = dict(schemes)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in schemes):
-        for fused, parts in _FUSED.items():
+        for fused, parts in FUSED.items():
             first, *others = (schemes.get(f"{parent}.{part}") for part in parts)
             if first is not None and all(other == first for other in others):
                 found[f"{parent}.{fused}"] = first
