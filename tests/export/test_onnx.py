@@ -1,4 +1,4 @@
-"""ONNX run by onnxruntime: its own dequantized weights, its logits, and its decoding with the cache."""
+"""ONNX run by onnxruntime and ONNX Runtime GenAI: its own dequantized weights, its logits, decoding with the cache."""
 
 from __future__ import annotations
 
@@ -131,6 +131,26 @@ def test_genai_config_names_what_the_graph_has(name: str, tmp_path: Path) -> Non
     assert cache.shape == ["batch", decoder["num_key_value_heads"], "past", decoder["head_size"]]
     assert graph.get_outputs()[-1].shape[-1] == settings["model"]["vocab_size"]
     assert settings["search"] == {"max_length": 256, "past_present_share_buffer": False}
+
+
+@pytest.mark.parametrize("name", ["llama, all in 4 bits", "qwen2 with zero points", "qwen3, all in 8 bits"])
+def test_genai_runs_the_folder_as_it_is(name: str, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    make, changes = CASES[name]
+    model = prepared(make(), **changes)
+    write_onnx(model, tiny_tokenizer(), tmp_path / "onnx")
+    ids, graph = token_ids()[:1], session(tmp_path / "onnx")
+    reader = genai.Model(str(tmp_path / "onnx"))
+    settings = genai.GeneratorParams(reader)
+    settings.set_search_options(max_length=ids.shape[1] + 8)
+    generator = genai.Generator(reader, settings)
+    generator.append_tokens(ids[0].tolist())
+    assert np.allclose(generator.get_output("logits"), run(graph, ids)["logits"], rtol=0, atol=1e-5)
+    while not generator.is_done():
+        generator.generate_next_token()
+        expected = run(graph, ids)["logits"][0, -1].argmax()
+        assert generator.get_next_tokens()[0] == expected
+        ids = torch.cat([ids, torch.tensor([[expected]])], dim=1)
 
 
 @pytest.mark.parametrize("ends", [1, [1, 7]])
