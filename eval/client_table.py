@@ -156,7 +156,9 @@ def _cell(row: Mapping[str, Any] | None, notes: dict[str, int], brief: bool) -> 
     )
     figures += f"<br>{row['tokens_equal']} of {row['tokens']}"
     if row["verdict"] == "differs":
-        figures = f"**{figures}**"
+        # What the rule says is lost may be why; of what is alike it needs no words.
+        mark = f" [{notes.setdefault(rule['note'], len(notes) + 1)}]" if rule.get("note") else ""
+        figures = f"**{figures}**{mark}"
     return figures if brief else f"{figures}<br>{speed}{memory}"
 
 

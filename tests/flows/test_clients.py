@@ -251,6 +251,11 @@ def row(client: str, model: str, **changes: Any) -> dict[str, Any]:
     [
         ({}, "equal", "20 (+0.00 %)<br>8 of 8<br>0.25 s, 8 tok/s, 900 MB"),
         ({"perplexity": 20.2}, "differs", "**20.2 (+1.00 %)<br>8 of 8**<br>0.25 s, 8 tok/s, 900 MB"),
+        (
+            {"perplexity": 20.2, "rule": {"serves": True, "note": "inputs are not rounded"}},
+            "differs",
+            "**20.2 (+1.00 %)<br>8 of 8** [1]<br>0.25 s, 8 tok/s, 900 MB",
+        ),
         ({"perplexity": 20.2, "limit": 0.02}, "equal", "20.2 (+1.00 %)<br>8 of 8"),
         ({"tokens": [[1] * 4, [2, 1, 1, 1]]}, "equal", "20 (+0.00 %)<br>7 of 8"),
         ({"loads": False, "said": "No scheme"}, "refused", "no [1]"),
