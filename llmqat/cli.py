@@ -707,9 +707,13 @@ def export(
         str,
         typer.Option(
             help="gguf: one file for llama.cpp; gptq: GPTQ's layout for gptqmodel, vLLM and others; onnx: for "
-            "onnxruntime; compressed-tensors: another tool's checkpoint as llmqat writes it."
+            "onnxruntime; compressed-tensors: another tool's checkpoint as llmqat writes it; peft: an adapter that was "
+            "trained inside quantizers, as a plain one over --base."
         ),
     ] = "gguf",
+    base: Annotated[
+        Path | None, typer.Option(help="With peft, the packed checkpoint that the adapter is to be served with.")
+    ] = None,
     served_by: Annotated[
         str | None,
         typer.Option(
@@ -721,6 +725,9 @@ def export(
 ) -> None:
     """Writes a packed checkpoint in another format: its codes as they are, nothing rounded again.
 
+    peft is for servers that hold several adapters on one base (vllm serve BASE --enable-lora --lora-modules NAME=OUT).
+    The adapter then stands beside the codes instead of being folded into them; what that costs is measured and said.
+
     **Examples**
 
         llmqat export runs/smollm2-135m-int4/model --format gguf --out smollm2-int4.gguf
@@ -728,12 +735,22 @@ def export(
         llmqat export runs/smollm2-135m-int4/model --format onnx --out smollm2-int4-onnx
 
         llmqat export runs/smollm2-135m-w4a8/model --format compressed-tensors --for vllm-cpu --out smollm2-w4a8-cpu
+
+        llmqat export runs/lora-int4/adapter --format peft --base smollm2-int4 --out my-adapter
     """
     from llmqat.export import CONVERSIONS, keep_record, load_any, save_again
 
     check_folder_output(out.parent, "--out")
+    if (format == "peft") != (base is not None):
+        raise ValueError(
+            "--format peft needs --base, the packed checkpoint to serve the adapter with (llmqat quantize MODEL "
+            "--method search --out BASE makes one); no other format takes it"
+        )
+    if base is not None:
+        _export_adapter(Path(model), base, out)
+        return
     if format not in CONVERSIONS:
-        raise ValueError(f"--format {format!r} is unknown; choose one of {', '.join(CONVERSIONS)}")
+        raise ValueError(f"--format {format!r} is unknown; choose one of {', '.join(CONVERSIONS)}, peft")
     if served_by is not None and (format, served_by) not in FORMS:
         raise ValueError(
             f"--for {served_by} means nothing with --format {format}; with --format compressed-tensors give vllm or "
@@ -748,6 +765,21 @@ def export(
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     console.print(f"{out}: {size:,} bytes ({parts})", soft_wrap=True)
+
+
+def _export_adapter(adapter: Path, base: Path, out: Path) -> None:
+    """Writes an adapter for servers, and says what it costs that it is not folded, and how to serve it."""
+    from llmqat.evaluate.adapters import write_beside
+
+    done = write_beside(adapter, base, out)
+    parts = ", ".join(f"{kind} {size:,}" for kind, size in done.sizes.items())
+    console.print(f"{out}: {parts} bytes", soft_wrap=True)
+    console.print(
+        f"beside the codes of {base} instead of folded into them: KL {done.kl:.4f} from the folded model, the same "
+        f"most probable token for {done.top1:.1%} of {done.tokens:,}; rounding W + BA is not rounding W",
+        soft_wrap=True,
+    )
+    console.print(f"next: vllm serve {base} --enable-lora --lora-modules {out.name}={out}", soft_wrap=True)
 
 
 @command()

@@ -6,6 +6,7 @@
     calibration/         what the stages of the calibration have done, removed when the run has finished
     checkpoints/         the trainer's own, removed when the run has finished
     model/               the packed checkpoint
+    adapter/             what `lora` has trained, before it was folded; not where the weights under it were moved
     plan.json            bits by layer, where the recipe has them chosen
     layers.json, .png    what quantization did to each layer; the picture where matplotlib is installed
     results.json         the figures; written last, so a run is finished when it is there
@@ -38,6 +39,7 @@ BLOCKS_FILES = {
 """Split of the text -> its file."""
 CALIBRATION_FOLDER = "calibration"
 CHECKPOINT_FOLDER = "model"
+ADAPTER_FOLDER = "adapter"
 RESULTS_FILE = "results.json"
 MAY_DIFFER = ("output", "train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 """Keys that may change when an interrupted run goes on. With another number of processes a step must be cut up
@@ -68,7 +70,7 @@ def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
             _check_same_run(recipe, folder)
             _write_recipe(recipe, file)
             return True
-        for name in (CALIBRATION_FOLDER, TRAINER_FOLDER, CHECKPOINT_FOLDER):
+        for name in (CALIBRATION_FOLDER, TRAINER_FOLDER, CHECKPOINT_FOLDER, ADAPTER_FOLDER):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in (RESULTS_FILE, PLAN_FILE, LAYERS_FILE, LAYERS_PICTURE, *BLOCKS_FILES.values(), RECIPE_FILE):
             (folder / name).unlink(missing_ok=True)

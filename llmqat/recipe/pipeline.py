@@ -49,7 +49,7 @@ from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, record_of, save
 from llmqat.export.registry import register, tracked_run
 from llmqat.heap import give_back_freed_memory
-from llmqat.layers import CoverageAudit, QuantModule, convert
+from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert
 from llmqat.models import (
     adapter_base,
     keeps_documents_apart,
@@ -70,6 +70,7 @@ from llmqat.recipe.evaluation import (
     texts_seen,
 )
 from llmqat.recipe.folder import (
+    ADAPTER_FOLDER,
     CALIBRATION_FOLDER,
     CHECKPOINT_FOLDER,
     RESULTS_FILE,
@@ -89,6 +90,7 @@ from llmqat.train import (
     is_own_teacher,
     whole_model,
 )
+from llmqat.train.adapter import save_adapter
 from llmqat.train.checkpoints import last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -328,6 +330,10 @@ def calibrated_model(
 def trainable_model(recipe: Recipe, student: PreTrainedModel, arguments: QATArguments) -> PreTrainedModel | PeftModel:
     """Returns what is trained of a calibrated `student`, which is changed in place: with adapters, or packed."""
     model = student if recipe.lora is None else recipe.lora.attach(student, recipe.seed)
+    if isinstance(model, PeftModel):
+        local = Path(recipe.model).expanduser()
+        base = str(local.resolve()) if local.exists() else recipe.model
+        model.active_peft_config.base_model_name_or_path = base
     if arguments.trainable == "scales" and not starts_packed(recipe):
         convert(student)  # codes stay as they are, so no weight is needed any more
     return model
@@ -407,6 +413,7 @@ def _train(
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = whole_model(trainer, anew)
     if isinstance(trained, PeftModel):
+        _keep_adapter(trained, arguments)
         trained = trained.merge_and_unload()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     facts = {
@@ -428,6 +435,19 @@ def _train(
         "history": trainer.state.log_history,
     }
     return trained, facts
+
+
+def _keep_adapter(model: PeftModel, arguments: QATArguments) -> None:
+    """Writes the adapter before it is folded, for `llmqat export --format peft`, where it alone makes the model.
+
+    One process of many writes it.
+    """
+    if arguments.process_index != 0:
+        return
+    if changed_since_prepared(model) == []:
+        save_adapter(model, Path(arguments.output_dir).parent / ADAPTER_FOLDER)
+    else:
+        log.info("the adapter is kept folded only: the weights under it are not, or not known to be, the original's")
 
 
 def kept_step(trainer: QATTrainer) -> int:

@@ -14,8 +14,10 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import llmqat
+from llmqat.cli import app
 from llmqat.evaluate.perplexity import evaluate
 from llmqat.layers import KVQuantizer
 from llmqat.recipe import (
@@ -203,6 +205,30 @@ def test_adapters_are_folded_and_resumed(tiny_folder: Path, tmp_path: Path, monk
 
     beside = run_small(RECIPE, tiny_folder, tmp_path / "beside", *lora, "calibrate=[ranges, gptq]")
     assert not beside.training["own_teacher"]
+    assert not (tmp_path / "beside" / "adapter").exists()
+
+
+def test_the_adapter_of_a_run_is_served_beside_a_base(tiny_folder: Path, tmp_path: Path):
+    lora = ("lora={r: 4}", "train.max_steps=4", "train.learning_rate=1e-2")
+    run_small(RECIPE, tiny_folder, tmp_path / "run", *lora)
+    base = tmp_path / "base"
+    for words in (
+        ["quantize", str(tiny_folder), "--group-size", "32", "--method", "rtn", "--out", str(base)],
+        [
+            "export",
+            str(tmp_path / "run/adapter"),
+            "--format",
+            "peft",
+            "--base",
+            str(base),
+            "--out",
+            str(tmp_path / "a"),
+        ],
+    ):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+    assert "from the folded model" in " ".join(done.output.split())
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("bits", [8, 4])
