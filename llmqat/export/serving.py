@@ -214,7 +214,7 @@ class ReadFile:
         source: where it stands.
         widths: bits of a scheme -> bits of a code in the file.
         version: of the runtime that was run.
-        model_types: what it was run with (eval/clients.py).
+        model_types: what it was run with (eval/clients.py, and tests of tests/export for llama.cpp).
         loses: what the file has not, of a model that the check lets through.
     """
 
@@ -253,12 +253,24 @@ def _llmqat(description: ModelDescription) -> Finding:
 
 
 _LLAMA_CPP = ReadFile(
-    check_gguf, "gguf.py", BLOCK_WIDTHS, "llama-cpp-python 0.3.36", frozenset({"llama"}), _lost_in_gguf
+    check_gguf,
+    "gguf.py",
+    BLOCK_WIDTHS,
+    "llama-cpp-python 0.3.36",
+    frozenset({"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"}),
+    _lost_in_gguf,
 )
 _ONNX_RUNTIME = ReadFile(
     check_onnx, "onnx.py", BLOCK_WIDTHS, "onnxruntime 1.32.0", frozenset({"llama", "qwen2", "qwen3"}), lambda _: []
 )
-_GPTQMODEL = ReadFile(check_gptq, "gptq.py", WIDTHS, "gptqmodel 7.7.0", frozenset({"llama"}), _lost_in_gptq)
+_GPTQMODEL = ReadFile(
+    check_gptq,
+    "gptq.py",
+    WIDTHS,
+    "gptqmodel 7.7.0",
+    frozenset({"llama", "qwen2", "qwen3", "gemma3_text"}),
+    _lost_in_gptq,
+)
 
 CLIENTS: dict[str, Client] = {
     "transformers": Client("transformers", _transformers),
