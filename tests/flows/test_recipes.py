@@ -122,6 +122,7 @@ SCHEMES = {
     "rotated w4a8": (
         "quant={preset: w4a8, group_size: 32}",
         "calibrate=[rotate, {stage: ranges, method: mse, blocks: 2}]",
+        "serve=vllm-cpu",
     ),
     "static inputs": ("quant={preset: w8a8, input_activations: {dynamic: false, observer: mse}}",),
     "static inputs, plain": (
@@ -153,6 +154,10 @@ def test_every_kind_of_scheme_runs_from_a_recipe(name: str, tiny_folder: Path, t
     assert trained is not None
     windows = next(iter(evaluation_windows(load_recipe(tmp_path / "run").evaluate, tiny_tokenizer()).values()))
     again = evaluate(llmqat.load(result.checkpoint), windows)
+    served = load_recipe(tmp_path / "run").serve
+    assert all(result.report.served[client].serves for client in served)
+    form = json.loads((result.checkpoint / "config.json").read_text())["quantization_config"]["format"]
+    assert not served or form == "int-quantized"  # which vLLM's build for CPUs takes of W4A8
     assert again.nll == pytest.approx(next(iter(trained.evaluations.values())).nll, rel=1e-6)
 
 
