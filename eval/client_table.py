@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,16 @@ VERDICTS = {
     "reference": "what others are compared with",
     "equal": "loads; perplexity within the limit, and on tiny models the same greedy tokens",
     "differs": "loads, with other numbers",
+    "no reference": "loads, and there is no answer of llmqat on the same windows",
     "refused": "does not load, in the client's own words",
     "not written": "llmqat does not write this model in this format, for the reason given",
     "not installed": "the client's environment is not there",
     "not run": "needs a GPU",
 }
 """What can be said of a cell."""
-FIGURES = ("perplexity", "first_token_s", "tokens_per_s", "peak_mb", "said", "versions", "extra")
+FIGURES = ("perplexity", "windows", "window", "first_token_s", "tokens_per_s", "peak_mb", "said", "versions", "extra")
+WINDOWS = ("windows", "window", "text_sha256")
+"""What two answers must have alike to be compared."""
 
 
 def rows_of(answers: Sequence[Mapping[str, Any]], reference: str) -> list[dict[str, Any]]:
@@ -39,8 +43,10 @@ def _row(answer: Mapping[str, Any], own: Mapping[str, Any], reference: str) -> d
     row |= {key: answer[key] for key in FIGURES if answer.get(key) not in (None, "", {})}
     if not answer.get("loads"):
         return {**row, "verdict": "refused" if answer["status"] == "run" else answer["status"]}
-    if answer["client"] == reference or not own.get("loads"):
-        return {**row, "verdict": "reference" if answer["client"] == reference else "differs"}
+    if answer["client"] == reference:
+        return {**row, "verdict": "reference"}
+    if not own.get("loads") or any(own.get(key) != answer.get(key) for key in WINDOWS):
+        return {**row, "verdict": "no reference"}
     pairs = [
         pair
         for ours, theirs in zip(own["tokens"], answer["tokens"], strict=True)
@@ -100,11 +106,17 @@ def _table(rows: Sequence[Mapping[str, Any]], clients: Mapping[str, Any], notes:
     columns = [column for column in columns if any((row["client"], row["format"]) == column for row in rows)]
     lines = list(dict.fromkeys((row["model"], row["variant"]) for row in rows))
     found = {(row["model"], row["variant"], row["client"], row["format"]): row for row in rows}
+    windows = Counter(row["windows"] for row in rows if row["verdict"] == "reference" and "windows" in row).most_common(
+        1
+    )
+    common = windows[0][0] if windows else None
     head = ["checkpoint", *(_title(clients[name], format) for name, format in columns)]
     shown = [head, ["---"] * len(head)]
     for model, variant in lines:
         cells = [found.get((model, variant, *column)) for column in columns]
-        shown.append([f"{model}, {variant}" if brief else variant, *(_cell(cell, notes, brief) for cell in cells)])
+        shown.append(
+            [f"{model}, {variant}" if brief else variant, *(_cell(cell, notes, brief, common) for cell in cells)]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in shown)
 
 
@@ -130,8 +142,13 @@ def _title(client: Any, format: str) -> str:
     return client.title if len(client.formats) == 1 else f"{client.title}: {format}"
 
 
-def _cell(row: Mapping[str, Any] | None, notes: dict[str, int], brief: bool) -> str:
-    """Returns one cell."""
+def _on(row: Mapping[str, Any], windows: int | None) -> str:
+    """Returns on how many windows a figure is, where that is not said of the table."""
+    return "" if windows in (None, row.get("windows")) else f", {row['windows']} windows"
+
+
+def _cell(row: Mapping[str, Any] | None, notes: dict[str, int], brief: bool, windows: int | None = None) -> str:
+    """Returns one cell; `windows` are those of most others."""
     if row is None:
         return ""
     rule = row.get("rule", {})
@@ -150,10 +167,9 @@ def _cell(row: Mapping[str, Any] | None, notes: dict[str, int], brief: bool) -> 
     if row["verdict"] == "reference":
         return f"{row['perplexity']:.4g}<br>{speed}{memory}"
     if "relative" not in row:
-        return f"{row['perplexity']:.4g}, llmqat has none"
-    figures = (
-        f"{100 * row['relative']:+.2f} %" if brief else f"{row['perplexity']:.4g} ({100 * row['relative']:+.2f} %)"
-    )
+        return f"{row['perplexity']:.4g}, not compared"
+    relative = f"{100 * row['relative']:+.2f} %"
+    figures = relative if brief else f"{row['perplexity']:.4g} ({relative}{_on(row, windows)})"
     figures += f"<br>{row['tokens_equal']} of {row['tokens']}"
     if row["verdict"] == "differs":
         # What the rule says is lost may be why; of what is alike it needs no words.

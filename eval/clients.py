@@ -213,7 +213,7 @@ def as_json(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def answers(work: Path) -> list[dict[str, Any]]:
-    """Returns every answer in `work`, in the order of models, variants and clients."""
+    """Returns every answer of `CLIENTS` in `work`, in the order of models, variants and clients."""
     files = sorted(work.glob("*/*/cells/*.json"))
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     orders = {"model": list(MODELS), "variant": list(VARIANTS), "client": list(CLIENTS)}
@@ -223,7 +223,7 @@ def answers(work: Path) -> list[dict[str, Any]]:
             names.index(answer[part]) if answer[part] in names else len(names) for part, names in orders.items()
         )
 
-    return sorted(found, key=place)
+    return sorted((answer for answer in found if answer["client"] in CLIENTS), key=place)
 
 
 def cells_of(client: str, source: Source, variants: Sequence[str]) -> list[Cell]:

@@ -159,6 +159,8 @@ def test_words_say_nothing_of_where_the_work_lies(driver: ModuleType, options: a
     cell = driver.Cell("fake", "tiny-llama", "int4", "gguf")
     said = f"cannot read {options.work}/tiny-llama/int4/model.gguf"
     driver.keep(cell, options.work, "", {"status": "run", "said": said})
+    driver.keep(driver.Cell("of a later version", "tiny-llama", "int4", "gguf"), options.work, "", {"status": "run"})
+    assert [answer["client"] for answer in driver.answers(options.work)] == ["fake"]
     assert driver.kept(cell, options.work)["said"] == "cannot read tiny-llama/int4/model.gguf"
 
 
@@ -258,6 +260,7 @@ def row(client: str, model: str, **changes: Any) -> dict[str, Any]:
         ),
         ({"perplexity": 20.2, "limit": 0.02}, "equal", "20.2 (+1.00 %)<br>8 of 8"),
         ({"tokens": [[1] * 4, [2, 1, 1, 1]]}, "equal", "20 (+0.00 %)<br>7 of 8"),
+        ({"windows": 4}, "no reference", "20, not compared"),
         ({"loads": False, "said": "No scheme"}, "refused", "no [1]"),
         ({"loads": False, "status": "not written", "said": "No scheme"}, "not written", "not written [1]"),
         ({"loads": False, "status": "not installed", "said": "No scheme"}, "not installed", "not installed [1]"),
