@@ -392,7 +392,7 @@ def run_process(python: Path, client: Client, jobs: Sequence[Path], folder: Path
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env={**own_variables(), **paths},
+            env={"OMP_WAIT_POLICY": "PASSIVE", **own_variables(), **paths},  # see the Makefile
             start_new_session=True,
         )
         in_time = wait(process, jobs)
