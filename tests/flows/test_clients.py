@@ -285,6 +285,7 @@ def test_a_row_is_judged_and_shown(
     [
         ({"tokens": [[1] * 4, [2, 1, 1, 1]]}, "differs", "equal"),
         ({"extra": {"chat": "Yes."}}, "equal", "equal"),
+        ({"extra": {"chat": "Yes.<|im_end|> or"}}, "equal", "equal"),
         ({"extra": {"chat": "No."}}, "differs", "equal"),
         ({"extra": {"chat": "Yes.", "streamed_equal": False}}, "differs", "differs"),
     ],
