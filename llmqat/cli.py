@@ -184,7 +184,7 @@ SeedOption = Annotated[int, typer.Option(help="The same seed gives the same resu
 
 FORMS: dict[tuple[str, str | None], bool] = {
     ("compressed-tensors", "vllm"): False,
-    ("compressed-tensors", "vllm-cpu"): True,
+    ("compressed-tensors", "vllm-arm"): True,
 }
 """By `--format` and `--for` of `export`: whether w4a8 is written as `int-quantized`."""
 
@@ -718,8 +718,8 @@ def export(
         str | None,
         typer.Option(
             "--for",
-            help="With compressed-tensors, the server that reads it: vllm (on GPUs) or vllm-cpu. They differ in how "
-            "4-bit weights with 8-bit inputs (w4a8) lie on disk.",
+            help="With compressed-tensors, the server that reads it: vllm, or vllm-arm (on Arm CPUs). They differ in "
+            "how 4-bit weights with 8-bit inputs (w4a8) lie on disk.",
         ),
     ] = None,
 ) -> None:
@@ -734,7 +734,7 @@ def export(
 
         llmqat export runs/smollm2-135m-int4/model --format onnx --out smollm2-int4-onnx
 
-        llmqat export runs/smollm2-135m-w4a8/model --format compressed-tensors --for vllm-cpu --out smollm2-w4a8-cpu
+        llmqat export runs/smollm2-135m-w4a8/model --format compressed-tensors --for vllm-arm --out smollm2-w4a8-arm
 
         llmqat export runs/lora-int4/adapter --format peft --base smollm2-int4 --out my-adapter
     """
@@ -754,7 +754,7 @@ def export(
     if served_by is not None and (format, served_by) not in FORMS:
         raise ValueError(
             f"--for {served_by} means nothing with --format {format}; with --format compressed-tensors give vllm or "
-            f"vllm-cpu, or leave it out"
+            f"vllm-arm, or leave it out"
         )
     write = CONVERSIONS[format]
     if FORMS.get((format, served_by)):

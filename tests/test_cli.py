@@ -192,14 +192,14 @@ def test_a_scheme_goes_from_quantize_to_audit_to_gguf(tmp_path: Path, tiny: Path
 def test_export_writes_w4a8_for_the_server_that_is_named(tiny: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "w4a8")
     assert call(*f"quantize {tiny} --scheme w4a8 --group-size 32 --method rtn --out {folder}".split()).exit_code == 0
-    forms = {"vllm": "pack-quantized", "vllm-cpu": "int-quantized"}
+    forms = {"vllm": "pack-quantized", "vllm-arm": "int-quantized"}
     for server, form in forms.items():
         words = ("export", folder, "--format", "compressed-tensors", "--for", server, "--out", str(tmp_path / server))
         assert call(*words).exit_code == 0
         config = json.loads((tmp_path / server / "config.json").read_text())["quantization_config"]
         assert config["format"] == form
     for words in (("--for", "vllm"), ("--format", "compressed-tensors", "--for", "tgi")):
-        assert "give vllm or vllm-cpu" in refusal("export", folder, *words, "--out", str(tmp_path / "other"))
+        assert "give vllm or vllm-arm" in refusal("export", folder, *words, "--out", str(tmp_path / "other"))
 
 
 def test_the_audit_says_what_other_loaders_will_see(tiny: Path):
@@ -282,7 +282,7 @@ def test_quantize_writes_the_form_that_the_named_client_takes(tmp_path: Path, ti
     words = ("quantize", str(tiny), "--scheme", "w4a8", "--group-size", "32", "--method", "rtn")
     assert call(*words, "--serve", "vllm-cpu", "--out", str(tmp_path / "out")).exit_code == 0
     described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert described["format"] == "int-quantized"
+    assert described["format"] == "pack-quantized"
 
 
 def test_plan_counts_epochs(tmp_path: Path, tiny: Path):

@@ -214,8 +214,8 @@ def save(
         probe: token ids [B, L] for the proof on logits, or all inputs of the forward by name; seeded random ones where
             not given.
         format: a name in `FORMATS`.
-        int_quantized: write 4-bit weights with 8-bit inputs (W4A8) as `int-quantized`, a byte a code, which vLLM serves
-            on a CPU; else they are packed, which it serves on GPUs.
+        int_quantized: write 4-bit weights with 8-bit inputs (W4A8) as `int-quantized`, a byte a code, which vLLM
+            computes with on Arm CPUs; else they are packed, which it serves everywhere.
 
     Raises:
         ValueError: the folder exists, the model holds nothing quantized, or an argument is not usable.

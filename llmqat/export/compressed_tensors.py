@@ -10,8 +10,9 @@ A quantized linear NAME is stored `pack-quantized`, as
 or, 8-bit weights with one scale a channel whose inputs have 8 bits (W8A8), `int-quantized`, as
     NAME.weight             int8 [O, I]: the codes as they are
     NAME.weight_scale       [O, 1] in the checkpoint's dtype
-and bias and input ranges likewise: vLLM serves W8A8 in this form only. W4A8 is packed, which vLLM serves on GPUs; its
-CPU build takes the form `int-quantized`, 8 bits on disk for each code, which `int_quantized=True` writes.
+and bias and input ranges likewise: vLLM serves W8A8 in this form only. W4A8 is packed, which vLLM serves everywhere;
+as `int-quantized`, 8 bits on disk for each code (`int_quantized=True`), its build for CPUs computes with 8-bit
+inputs, in usable time on Arm.
 
 Everything else is as in any safetensors checkpoint. Stacked experts are one matrix [E * O, I] under the name of their
 parameter; a quantized embedding is stored like a linear layer, and a head tied to it not at all.
@@ -120,7 +121,7 @@ def write(
         folder: receives `model.safetensors`, or shards and their index, and `config.json`.
         dtype: of scales, biases and all parameters left in high precision.
         max_shard_size: bytes of a shard, or a text such as "5GB".
-        int_quantized: write W4A8 as `int-quantized`, for vLLM on a CPU.
+        int_quantized: write W4A8 as `int-quantized`, for vLLM on Arm CPUs.
 
     Returns:
         The tensors that were written, by name.

@@ -255,8 +255,9 @@ def test_a_report_and_its_file_say_who_serves_the_checkpoint(tmp_path: Path) -> 
 def test_the_form_of_w4a8_is_the_one_in_which_all_clients_take_it() -> None:
     w4a8, quant = described("llama", "w4a8"), QuantConfig.preset("w4a8")
     assert check_served(w4a8, ["vllm"], quant) is False
-    assert check_served(w4a8, ["vllm-cpu", "llmqat"], quant) is True
-    assert check_served(w4a8, ["vllm", "vllm-cpu"], quant) is False  # on CPUs its inputs are then not quantized
+    assert check_served(w4a8, ["vllm-cpu", "llmqat"], quant) is False  # its inputs are then not quantized
+    zero_points = QuantConfig.preset("w4a8", input_activations={"num_bits": 8, "symmetric": False})
+    assert check_served(w4a8.with_scheme(zero_points), ["vllm-cpu"], zero_points) is True  # packed, it is refused
     with pytest.raises(ValueError, match=r"preset: int4\}"):
         check_served(w4a8, ["vllm", "llama.cpp"], quant)
     with pytest.raises(ValueError, match="no preset changes that"):
