@@ -113,7 +113,7 @@ VARIANTS: dict[str, Variant] = {
     "int4-asymmetric": Variant("int4", {"symmetric": False}),
     "int4-embeddings-int8": Variant("int4", {"embeddings": "int8"}),
     "w8a8-asymmetric": Variant("w8a8", {"input_activations": ActivationConfig(symmetric=False)}),
-    "w4a8-for-vllm-cpu": Variant("w4a8", int_quantized=True),
+    "w4a8-for-vllm-arm": Variant("w4a8", int_quantized=True),
 }
 """Every preset, and what else users ask for."""
 AS_IT_IS = "as it is"
