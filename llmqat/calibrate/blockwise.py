@@ -31,6 +31,7 @@ from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import BlockwiseStage
 from llmqat.data.processes import ALONE, Processes
+from llmqat.grid import of_each_weight
 from llmqat.layers import ActivationQuantizer, KVQuantizer, quantized_once
 from llmqat.models import model_device
 
@@ -199,10 +200,8 @@ class _KeptCodes:
                 for parameter in (layer.log_scale, layer.zero_point)
                 if isinstance(parameter, nn.Parameter)
             ]
-            size = layer.rows * layer.columns // groups.numel()
-            weights = groups.reshape(-1, 1).expand(-1, size).reshape(layer.rows, layer.columns)
-            weight = layer.get_parameter("weight")
-            parts.append((weight, layer.restored(weights), weight.detach().clone()))
+            weight, which = layer.get_parameter("weight"), of_each_weight(groups, layer.rows, layer.columns)
+            parts.append((weight, layer.restored(which), weight.detach().clone()))
         return cls(is_whole, parts)
 
     @torch.no_grad()

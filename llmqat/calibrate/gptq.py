@@ -27,7 +27,7 @@ from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import GPTQStage
 from llmqat.data.processes import ALONE, Processes
-from llmqat.grid import Grid, quantize, snap_scale
+from llmqat.grid import Grid, of_each_weight, quantize, snap_scale
 from llmqat.layers import QuantLinear
 
 COLUMNS = 64
@@ -108,7 +108,7 @@ def round_by_gptq(
     known = None
     if kept is not None:  # the code where it is not free, else NaN
         nearest = quantize(weight, scale, zero_point, grid).float()
-        known = torch.where(_by_weight(kept, weight), nearest, torch.nan).t()[order]
+        known = torch.where(of_each_weight(kept, out_features, in_features), nearest, torch.nan).t()[order]
     for start in range(0, in_features, COLUMNS):
         rows = slice(start, min(start + COLUMNS, in_features))
         parts = _part(zeros, rows), _part(known, rows)
@@ -151,11 +151,6 @@ def _round_rows(
         if row + 1 < left.shape[0]:
             left[row + 1 :].addr_(factor[row, row + 1 :], error, alpha=-1)
     return errors
-
-
-def _by_weight(groups: Tensor, weight: Tensor) -> Tensor:
-    """Returns what there is one of a group as one of a weight [O, I]."""
-    return groups.reshape(-1, 1).expand(-1, weight.numel() // groups.numel()).reshape(weight.shape)
 
 
 def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:

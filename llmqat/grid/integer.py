@@ -155,6 +155,12 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
     return codes
 
 
+def of_each_weight(of_groups: Tensor, rows: int, columns: int) -> Tensor:
+    """Returns what there is one of a scale, (O, G), (O, 1) or (1, 1), as one of each weight [O, I]."""
+    size = rows * columns // of_groups.numel()
+    return of_groups.reshape(-1, 1).expand(-1, size).reshape(rows, columns)
+
+
 def stored_codes(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid, float]:
     """Returns `codes` as plain integers, their grid, and the factor of the scale; the products stay the same numbers.
 

@@ -29,6 +29,7 @@ from llmqat.grid import (
     gradient_factor,
     keep_lattice,
     minmax_scale,
+    of_each_weight,
     on_lattice,
     quantize,
     round_zero_point,
@@ -238,8 +239,7 @@ class QuantModule(nn.Module):
     @torch.no_grad()
     def step_sizes(self) -> Tensor:
         """Returns how far apart the levels of each weight lie, |scale| as [O, I] float32."""
-        scale = self.scale_and_zero_point()[0].abs()
-        return scale.reshape(-1, 1).expand(-1, self.rows * self.columns // scale.numel()).reshape(self.rows, -1)
+        return of_each_weight(self.scale_and_zero_point()[0].abs(), self.rows, self.columns)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
