@@ -33,7 +33,7 @@ from llmqat.export.gguf_tokenizer import write_tokenizer
 from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size, stop_tokens
 from llmqat.export.tensors import (
     StoredWeight,
-    check_weights_only,
+    check_language_model,
     exact_float16,
     stored_dtype,
     stored_tensors,
@@ -235,16 +235,7 @@ def check_gguf(description: ModelDescription) -> None:
     """
     if description.text is not None and description.text.model_type in ARCHITECTURES:
         description = description.text
-    if description.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"GGUF of model type {description.model_type!r} is not written here; {', '.join(ARCHITECTURES)} are"
-        )
-    check_weights_only(description, KIND)
-    if description.rotary is None:
-        raise ValueError(
-            f"{description.architecture} has no language model named 'model', so {KIND} of it is not written here; "
-            f"{KEPT}"
-        )
+    check_language_model(description, ARCHITECTURES, KIND)
     _check_settings(description)
     for layer in description.layers:
         weights = layer.scheme.weights

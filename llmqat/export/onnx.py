@@ -41,7 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import llmqat
 from llmqat.export.description import ModelDescription, describe
 from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size, stop_tokens
-from llmqat.export.tensors import StoredWeight, check_weights_only, stored_tensors
+from llmqat.export.tensors import StoredWeight, check_language_model, stored_tensors
 from llmqat.models import folder_in_progress
 from llmqat.paths import user_path
 
@@ -112,16 +112,7 @@ def check_onnx(description: ModelDescription) -> None:
         ValueError: says what, and the way out.
     """
     config: Any = description.config
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"{KIND} of model type {config.model_type!r} is not written here; {', '.join(ARCHITECTURES)} are"
-        )
-    check_weights_only(description, KIND)
-    if description.rotary is None:
-        raise ValueError(
-            f"{description.architecture} has no language model named 'model', so {KIND} of it is not written here; "
-            f"{KEPT}"
-        )
+    check_language_model(description, ARCHITECTURES, KIND)
     check_settings(config, ARCHITECTURES[config.model_type], KIND)
     if ARCHITECTURES[config.model_type].written >= WINDOWS:
         check_no_window(config, KIND)

@@ -8,6 +8,7 @@ Letters: O rows, I columns, G scales per row, b bits.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from llmqat.export.compressed_tensors import packed_state_dict, quantized_layers
 from llmqat.export.description import ModelDescription
+from llmqat.export.settings import KEPT
 from llmqat.grid import dequantize, unpack_int32
 from llmqat.layers import PackedModule, QuantModule, WeightConfig
 
@@ -114,6 +116,29 @@ def check_weights_only(description: ModelDescription, format: str) -> None:
     if description.kv_cache is not None:
         raise ValueError(
             f"the model has a quantized KV cache, which {format} cannot say; export it as compressed-tensors"
+        )
+
+
+def check_language_model(description: ModelDescription, model_types: Collection[str], format: str) -> None:
+    """Raises where a model is none of the language models that `format` is written for, or more than its weights.
+
+    Args:
+        description: of the model.
+        model_types: what `format` is written for.
+        format: what it is called.
+
+    Raises:
+        ValueError: says what, and the way out.
+    """
+    if description.model_type not in model_types:
+        raise ValueError(
+            f"{format} of model type {description.model_type!r} is not written here; {', '.join(model_types)} are"
+        )
+    check_weights_only(description, format)
+    if description.rotary is None:
+        raise ValueError(
+            f"{description.architecture} has no language model named 'model', so {format} of it is not written here; "
+            f"{KEPT}"
         )
 
 
