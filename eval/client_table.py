@@ -165,7 +165,8 @@ def _cell(row: Mapping[str, Any] | None, notes: dict[str, int], brief: bool, win
         return {"refused": "no"}.get(row["verdict"], row["verdict"]) + mark
     if brief and row["verdict"] == "reference":
         return f"{row['perplexity']:.4g}"
-    speed = f"{row['first_token_s']:.2g} s, {row['tokens_per_s']:.3g} tok/s"
+    rate = row["tokens_per_s"]
+    speed = f"{row['first_token_s']:.2g} s" + (f", {rate:.3g} tok/s" if rate is not None else "")
     memory = f", {row['peak_mb']:,.0f} MB" if row.get("peak_mb") else ""
     if row["verdict"] == "reference":
         return f"{row['perplexity']:.4g}<br>{speed}{memory}"

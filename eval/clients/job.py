@@ -81,11 +81,11 @@ def timed(generate: Generate, job: dict[str, Any]) -> dict[str, Any]:
         tokens.append(generate(prompt, count))
         end = time.perf_counter()
         firsts.append(between - start)
-        rates.append((count - 1) / max(end - between - firsts[-1], 1e-6))
+        rates += [(count - 1) / rest] if (rest := end - between - firsts[-1]) > 0 else []  # else noise is all there is
     return {
         "tokens": tokens,
         "first_token_s": statistics.median(firsts),
-        "tokens_per_s": statistics.median(rates),
+        "tokens_per_s": statistics.median(rates) if rates else None,
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import openvino
 import openvino_genai
+from graph import Graph, Outputs, inputs, is_cache
 from job import run, timed
 from logits import perplexity_of
 
@@ -24,40 +25,14 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
 def of_onnx(job: dict[str, Any]) -> dict[str, Any]:
     """Returns the figures of a graph with its cache of keys and values."""
-    graph = openvino.Core().compile_model(Path(job["path"]) / "model.onnx", "CPU")
-    perplexity = perplexity_of(lambda window: outputs(graph, window)["logits"][0], job["windows"])
-    return {"perplexity": perplexity, **timed(lambda prompt, count: generated(graph, prompt, count), job)}
+    model = openvino.Core().compile_model(Path(job["path"]) / "model.onnx", "CPU")
+    shapes = {entry.any_name: entry.partial_shape for entry in model.inputs if is_cache(entry.any_name)}
+    cache = {name: (shape[1].get_length(), shape[3].get_length()) for name, shape in shapes.items()}
 
+    def compute(feed: Outputs) -> Outputs:
+        return {output.any_name: value for output, value in model(feed).items()}
 
-def outputs(
-    graph: Any, tokens: list[int], before: dict[str, np.ndarray] | None = None, position: int = 0
-) -> dict[str, np.ndarray]:
-    """Returns the graph's outputs by name for new tokens after `position` others, whose outputs are `before`."""
-    feed = inputs(tokens, position)
-    for entry in graph.inputs:
-        name = entry.any_name
-        if name.startswith("past_key_values."):
-            shape = entry.partial_shape
-            empty = np.zeros((1, shape[1].get_length(), 0, shape[3].get_length()), dtype=np.float32)
-            feed[name] = empty if before is None else before[name.replace("past_key_values", "present")]
-    return {output.any_name: value for output, value in graph(feed).items()}
-
-
-def inputs(tokens: list[int], position: int = 0) -> dict[str, np.ndarray]:
-    """Returns what every decoder takes of new tokens."""
-    places = np.arange(position, position + len(tokens), dtype=np.int64)[None]
-    seen = np.ones((1, position + len(tokens)), dtype=np.int64)
-    return {"input_ids": np.array([tokens], dtype=np.int64), "attention_mask": seen, "position_ids": places}
-
-
-def generated(graph: Any, prompt: list[int], count: int) -> list[int]:
-    """Returns `count` greedy tokens after `prompt`; no token ends them."""
-    found = outputs(graph, prompt)
-    tokens = [int(found["logits"][0, -1].argmax())]
-    while len(tokens) < count:
-        found = outputs(graph, tokens[-1:], found, len(prompt) + len(tokens) - 1)
-        tokens.append(int(found["logits"][0, -1].argmax()))
-    return tokens
+    return Graph(compute, cache).answer(job)
 
 
 def of_gguf(job: dict[str, Any]) -> dict[str, Any]:
