@@ -232,6 +232,34 @@ def test_w8a8_that_was_written_packed_still_loads(tmp_path: Path, monkeypatch: p
     assert torch.equal(logits_of(load(tmp_path / "new", kernel="reference")), logits_of(model))
 
 
+def test_others_int8_codes_without_quantized_inputs_are_read_and_written_packed(tmp_path: Path) -> None:
+    save(prepared(weights=scheme(8, None), input_activations=ActivationConfig()), tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config))
+    model = load(tmp_path / "theirs", kernel="reference")
+    layer = model.model.layers[0].mlp.down_proj
+    assert (layer.weight_packed.dtype, layer.input_quantizer) == (torch.int8, None)
+    assert torch.equal(logits_of(stock(tmp_path / "theirs")), logits_of(model))
+    save(model, tmp_path / "ours")
+    assert forms_of(tmp_path / "ours") == {"w8a16": "pack-quantized", "all": "pack-quantized"}
+    assert torch.equal(logits_of(load(tmp_path / "ours", kernel="reference")), logits_of(model))
+
+
+@pytest.mark.parametrize("damage", ["dtype", "shape", "scale"])
+def test_damaged_int8_codes_are_named(damage: str, tmp_path: Path) -> None:
+    save(prepared(weights=scheme(8, None), input_activations=ActivationConfig()), tmp_path / "out")
+    name, tensors = "model.layers.0.mlp.down_proj", load_file(tmp_path / "out" / WEIGHTS)
+    changes = {
+        "dtype": {f"{name}.weight": tensors[f"{name}.weight"].to(torch.int32)},
+        "shape": {f"{name}.weight": tensors[f"{name}.weight"][:, :-1].contiguous()},
+        "scale": {f"{name}.weight_scale": torch.full_like(tensors[f"{name}.weight_scale"], torch.nan)},
+    }
+    save_file(tensors | changes[damage], tmp_path / "out" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: {name}\.weight"):
+        load(tmp_path / "out")
+
+
 def test_int8_codes_are_computed_with_as_they_lie_in_the_file(tmp_path: Path) -> None:
     """Neither packed on loading nor copied for the product of integers, but where layers share one."""
     save(prepared(weights=scheme(8, None), input_activations=ActivationConfig()), tmp_path / "out")

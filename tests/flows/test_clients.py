@@ -6,6 +6,7 @@ import argparse
 import ast
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 
+from llmqat.evaluate.adapters import adapter_beside, write_beside
 from llmqat.export import load
 from llmqat.export.serving import CLIENTS as RULES
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.export.test_peft import folders
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_tokenizer
 
 EVAL = Path(__file__).parents[2] / "eval"
 RUNNERS = EVAL / "clients"
@@ -407,3 +410,32 @@ def test_vllm_runs_int4_and_w8a8_as_llmqat_does(
     rows = [entry for entry in json.loads(results.read_text())["rows"] if entry["client"] == "vllm"]
     found = {(entry["variant"], entry["format"]): entry["verdict"] for entry in rows}
     assert found[("int4", "compressed-tensors")] == found[("w8a8", "compressed-tensors")] == "equal"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLMQAT_CLIENTS" not in os.environ, reason="LLMQAT_CLIENTS does not name the clients' environments")
+def test_vllm_s_server_computes_an_adapter_beside_a_packed_base(tmp_path: Path) -> None:
+    """As llmqat does, which is what stock peft does (tests/export/test_peft.py), and not as the base alone."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    adapter, base = folders(tmp_path, tiny_llama(**wide, head_dim=64), lora_alpha=64)
+    write_beside(adapter, base, tmp_path / "plain")
+    ids = torch.randint(VOCAB_SIZE, (4, 48), generator=torch.Generator().manual_seed(1))
+    windows = {"windows": ids.tolist(), "prompts": ids[:2, :8].tolist(), "max_new_tokens": 4, "chat": None}
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({**windows, "path": str(base), "lora": str(tmp_path / "plain")}), encoding="utf-8")
+    python = Path(os.environ["LLMQAT_CLIENTS"]) / "vllm" / "bin" / "python"
+    subprocess.run([python, RUNNERS / "run_vllm_serve.py", job], check=True, timeout=600)
+    found = json.loads(job.with_suffix(".result.json").read_text(encoding="utf-8"))
+    assert found["loads"], found["said"]
+    model = load(base, kernel="reference")
+    plain = perplexity(model, ids)
+    with adapter_beside(model, tmp_path / "plain"):
+        wanted = perplexity(model, ids)
+    assert found["perplexity"] == pytest.approx(wanted, rel=0.005)
+    assert plain != pytest.approx(wanted, rel=0.02)
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    logits = model(ids).logits[:, :-1].float()
+    return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item())
