@@ -11,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import llmqat.cli.application as shared
 from llmqat import QuantConfig, cli
 from llmqat.recipe import coverage_of, pipeline
 from tests.tiny import tiny_llama
@@ -46,7 +47,7 @@ def packed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*words: str, **options: object):
-    cli.console.width = cli.errors.width = 200
+    shared.console.width = shared.errors.width = 200
     return runner.invoke(cli.app, list(words), **options)
 
 
@@ -224,7 +225,7 @@ def test_unknown_scheme_method_and_count_name_the_choices(tiny: Path, tmp_path: 
 
 @pytest.mark.parametrize(("text", "count"), [("65536", 65536), ("64k", 64_000), ("1M", 1_000_000)])
 def test_counts(text: str, count: int):
-    assert cli._count(text) == count
+    assert cli.train._count(text) == count
 
 
 def test_plan_shows_coverage_steps_and_memory_and_writes_nothing(tmp_path: Path, tiny: Path):
@@ -549,7 +550,7 @@ HOSTILE = "x [wip] é :fire:"
 
 
 def shown_in_ascii(*words: str) -> str:
-    cli.console.width = cli.errors.width = 300
+    shared.console.width = shared.errors.width = 300
     done = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}, charset="ascii").invoke(cli.app, list(words))
     assert done.exit_code in (0, 2), done.output
     assert not isinstance(done.exception, UnicodeError)
@@ -586,7 +587,7 @@ def test_a_run_whose_results_cannot_be_written_is_shown(tiny: Path, tmp_path: Pa
     shown: list[object] = []
     monkeypatch.setattr(pipeline, "_write_results", full)
     monkeypatch.setattr("llmqat.recipe.run", lambda recipe, overwrite: pipeline._keep_results(recipe, found, {}))
-    monkeypatch.setattr(cli, "_print_run", shown.append)
+    monkeypatch.setattr(cli.train, "_print_run", shown.append)
     told = refusal("train", recipe(tmp_path, tiny))
     assert "the results could not be written ([Errno 28] No space left on device)" in told
     assert shown == [found]

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 import pytest
 
 import llmqat
+import llmqat.cli.application as shared
 from llmqat import cli
 from llmqat.config import Config, holds_path
 from llmqat.data.teacher_cache import TeacherCache
@@ -109,13 +110,13 @@ def test_every_path_of_the_command_line_begins_at_the_home_folder(home: Path):
     assert len(commands) > 10
     for registered in commands:
         assert registered.callback is not None
-        assert hasattr(registered.callback, "__wrapped__"), "registered past cli.command, which expands paths"
+        assert hasattr(registered.callback, "__wrapped__"), "registered past `command`, which expands paths"
         for name, hint in get_type_hints(registered.callback, include_extras=True).items():
             told = " ".join(str(getattr(entry, "help", "")) for entry in getattr(hint, "__metadata__", ()))
-            if "str" in str(hint) and name not in (*cli.SPECS, "format"):
+            if "str" in str(hint) and name not in (*shared.SPECS, "format"):
                 assert not re.search(r"[Ff]older|[Ff]ile\b", told), f"{registered.callback.__name__} --{name}: a Path?"
-    assert cli._as_meant("anything", Path("~/x")) == home / "x"
-    assert cli._as_meant("models", ["~/x", "someone/model"]) == [str(home / "x"), "someone/model"]
+    assert shared._as_meant("anything", Path("~/x")) == home / "x"
+    assert shared._as_meant("models", ["~/x", "someone/model"]) == [str(home / "x"), "someone/model"]
 
 
 def calls(home: Path) -> dict[str, Callable[[], Any]]:

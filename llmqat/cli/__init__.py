@@ -1,0 +1,31 @@
+"""The command line: words, help and exit codes. What the commands do is done by the rooms they call.
+
+Heavy imports (torch, transformers) happen inside the commands, so that `llmqat --help` answers at once.
+
+Exit codes: 0 done; 1 our fault, with the traceback; 2 the user's mistake, told in one message without a traceback
+(`llmqat --traceback COMMAND ...` shows it); 3 a gate is broken; 130 interrupted.
+
+application.py  what all commands share: exit codes, paths
+options.py      options that several commands have        show.py      what several commands show
+train.py        train, cache-teacher, synthesize          plan.py      plan
+quantize.py     quantize, sensitivity                     judge.py     eval, compare
+audit.py        audit                                     export.py    export, push
+chat.py         chat
+"""
+
+from __future__ import annotations
+
+from llmqat.cli import audit, chat, export, judge, plan, quantize, train
+from llmqat.cli.application import app, main
+
+__all__ = [
+    "app",
+    "audit",
+    "chat",
+    "export",
+    "judge",
+    "main",
+    "plan",
+    "quantize",
+    "train",
+]  # each registers its commands

@@ -1,0 +1,155 @@
+"""The application: what every command shares. Paths as they are meant, exit codes, words on any terminal."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+from rich.logging import RichHandler
+
+from llmqat.heap import keep_freed_memory
+from llmqat.paths import user_path, user_spec
+from llmqat.terminal import plain_console, show_any_text
+
+USER_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
+"""What a room raises when the input, the files or the installed packages are not what they must be."""
+
+EXIT_USER = 2
+EXIT_GATE = 3
+EXIT_INTERRUPTED = 130
+
+console = plain_console()
+errors = plain_console(stderr=True)
+
+SPECS = ("model", "models", "reference", "text")
+"""Parameters of commands that name models and texts: a path, or else a hub id and the like."""
+
+
+def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Returns a decorator that makes a function a command, and gives it paths as `user_path` returns them."""
+
+    def registered(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def called(**values: Any) -> None:
+            function(**{key: _as_meant(key, value) for key, value in values.items()})
+
+        app.command(name)(called)
+        return function
+
+    return registered
+
+
+def _as_meant(name: str, value: Any) -> Any:
+    if isinstance(value, Path):
+        return user_path(value, name)
+    if name in SPECS and isinstance(value, str):
+        return user_spec(value, name)
+    return [_as_meant(name, entry) for entry in value] if isinstance(value, list) else value
+
+
+class _Group(typer.core.TyperGroup):
+    """Turns a user's mistake into a message and exit code 2; anything else keeps its traceback and gives 1."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Runs the command line on a terminal of any encoding."""
+        show_any_text()
+        return super().main(*args, **options)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Returns the names of all commands in the order of the help."""
+        return sorted(super().list_commands(ctx), key=COMMANDS.index)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Keeps the words as they came."""
+        ctx.meta["llmqat.words"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            _check_words(ctx.meta["llmqat.words"])
+            return super().invoke(ctx)
+        except USER_MISTAKES as error:
+            if ctx.params.get("show_traceback"):
+                traceback.print_exc()
+            errors.print("error: ", style="bold red", end="")
+            errors.print(str(error), soft_wrap=True)
+            raise typer.Exit(EXIT_USER) from error
+        except KeyboardInterrupt as error:
+            errors.print(
+                "interrupted; train, quantize and cache-teacher go on where they stopped: give the same command again"
+            )
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def _check_words(words: list[str]) -> None:
+    """Raises ValueError for an empty word: a variable that is not set, and no path or gate that anybody means."""
+    for before, word in zip(("", *words), words, strict=False):
+        if word == "" or (word.startswith("--") and word.endswith("=")):
+            option = word.removesuffix("=") or before
+            raise ValueError(f"the word behind {option or 'llmqat'} is empty; give a value, or leave the option out")
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+COMMANDS = (
+    *("train", "plan", "eval", "compare", "quantize", "sensitivity", "synthesize", "audit", "export", "chat"),
+    *("cache-teacher", "push"),
+)
+"""In the order of the help."""
+
+COMMANDS_THAT_TRAIN = ("train", "quantize", "sensitivity", "synthesize", "cache-teacher")
+"""They allocate and free the same tensors for minutes."""
+
+COMMANDS_OF_MANY_PROCESSES = ("train", "plan")
+"""All others would do the same thing in each, and write over each other."""
+
+
+@app.callback()
+def _start(
+    ctx: typer.Context,
+    show_traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of every error.")] = False,
+) -> None:
+    """Low-bit quantization-aware training of Hugging Face causal language models.
+
+    Begin with: llmqat train recipes/smollm2-135m-int4.yaml
+    """
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal():
+        raise ValueError(
+            f"WORLD_SIZE={given!r} is no number of processes; torchrun and accelerate set it, else unset it"
+        )
+    processes = int(given)
+    if processes > 1 and ctx.invoked_subcommand not in COMMANDS_OF_MANY_PROCESSES:
+        raise ValueError(
+            f"WORLD_SIZE={processes}: llmqat {ctx.invoked_subcommand} runs in one process; start it without torchrun "
+            f"and accelerate, or unset WORLD_SIZE (for many processes: {', '.join(COMMANDS_OF_MANY_PROCESSES)})"
+        )
+    if ctx.invoked_subcommand in COMMANDS_THAT_TRAIN:
+        keep_freed_memory()
+    main_process = os.environ.get("RANK", "0") == "0"
+    console.quiet = not main_process
+    handler = RichHandler(
+        console=errors, show_time=False, show_path=False, show_level=False, highlighter=None, markup=False
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import of a kernel that nobody asked for
+    logging.getLogger("llmqat").setLevel(logging.INFO if main_process else logging.ERROR)
+
+
+def main() -> None:
+    """Runs the command line and exits with its code."""
+    app()

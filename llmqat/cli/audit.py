@@ -1,0 +1,114 @@
+"""The command `audit`, and its tables, which `plan` shows as well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from llmqat.cli.application import command, console
+from llmqat.cli.options import GroupSizeOption, JsonOption, ModelArgument, SchemeOption
+from llmqat.paths import check_outputs
+
+if TYPE_CHECKING:
+    from llmqat.export.serving import Verdict
+    from llmqat.layers import AuditEntry, CoverageAudit
+
+
+@command()
+def audit(
+    model: ModelArgument,
+    scheme: SchemeOption = "int4",
+    group_size: GroupSizeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Lists every parameter tensor: quantized how, or left alone and why; bytes before and after; and who serves it.
+
+    A packed checkpoint is shown as it is; any other model as --scheme would leave it.
+
+    **Examples**
+
+        llmqat audit HuggingFaceTB/SmolLM2-135M --scheme int4 --group-size 64
+
+        llmqat audit runs/smollm2-135m-int4/model
+    """
+    from llmqat.export.serving import served_by
+    from llmqat.models import write_whole
+    from llmqat.recipe import inspect_model, scheme_of
+
+    check_outputs({"--json": json_file}, [model])
+    found = inspect_model(model, scheme_of(scheme, group_size))
+    served = served_by(found.description) if found.description.layers else {}
+    print_audit(found.coverage)
+    print_served(served)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        written = {**found.coverage.to_dict(), "served_by": {name: entry.to_dict() for name, entry in served.items()}}
+        write_whole(json_file, json.dumps(written, indent=2) + "\n")
+
+
+def print_audit(coverage: CoverageAudit) -> None:
+    """Shows what is done to each tensor, tensors that differ in the layer's number alone as one."""
+    table = Table()
+    for column in ("tensors", "", "shape", "treatment", "bytes before", "after"):
+        numeric = column in ("", "bytes before", "after")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for names, entries in _alike(coverage):
+        first = entries[0]
+        before, after = (sum(sizes) for sizes in zip(*((e.bytes_before, e.bytes_after) for e in entries), strict=True))
+        table.add_row(
+            names,
+            f"{len(entries)}",
+            "×".join(map(str, first.shape)),
+            f"{first.treatment}: {first.reason}" if first.reason else first.treatment,
+            f"{before:,}",
+            f"{after:,}",
+        )
+    console.print(table)
+    console.print(
+        f"{len(coverage.quantized)} tensors quantized at {coverage.average_bits:.2f} bits a weight, "
+        f"{len(coverage.kept)} kept; {coverage.bytes_before:,} bytes before, {coverage.bytes_after:,} after "
+        f"({coverage.average_bits_of_all:.2f} bits a parameter of the whole model)",
+    )
+    for note in coverage.notes:
+        console.print(f"- {note}")
+
+
+def print_served(served: Mapping[str, Verdict]) -> None:
+    """Shows who serves a scheme, if anybody was asked about."""
+    table = Table()
+    for column in ("served by", "", "what is lost, or why not", "known from"):
+        table.add_column(column, overflow="fold")
+    for verdict in served.values():
+        table.add_row(*verdict.row)
+    if served:
+        console.print(table)
+
+
+def _alike(coverage: CoverageAudit) -> list[tuple[str, list[AuditEntry]]]:
+    """Returns the tensors in groups that differ in nothing but the layer's number, each with a name for all of it."""
+    from llmqat.evaluate.layers import BLOCK_NUMBER
+
+    groups: dict[tuple[Any, ...], list[AuditEntry]] = {}
+    for entry in coverage.entries:
+        key = (BLOCK_NUMBER.sub(".*.", entry.name, count=1), entry.shape, entry.treatment, entry.reason)
+        groups.setdefault(key, []).append(entry)
+    return [(_common_name(key[0], entries), entries) for key, entries in groups.items()]
+
+
+def _common_name(pattern: str, entries: list[AuditEntry]) -> str:
+    from llmqat.evaluate.layers import BLOCK_NUMBER
+
+    numbers = [int(found[1]) for entry in entries if (found := BLOCK_NUMBER.search(entry.name))]
+    if len(numbers) < 2:
+        return entries[0].name
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    spans = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return pattern.replace(".*.", f".{spans}.", 1)

@@ -1,0 +1,71 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = "Hub id, folder (full precision, packed or peft adapter), .gguf file, or package:NAME/FILE.gguf."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe (.yaml), or the folder of a run.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change, such as train.max_steps=60."),
+]
+OutOption = Annotated[Path, typer.Option(help="Folder to write to; must not exist.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the output folder.")]
+SchemeOption = Annotated[
+    str, typer.Option(help="Preset, such as int4, int4-g32, int8, int2-seq, ternary, w8a8, w4a8 or w4a8kv8.")
+]
+GroupSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="Weights that share one scale; the preset's own where not given.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="UTF-8 text file or folder, rows (.jsonl, .parquet), or hub:NAME:CONFIG:SPLIT; may be given again. "
+        "Else the protocol's own: Python's manual, or WikiText-2 from the hub."
+    ),
+]
+ProtocolOption = Annotated[
+    str,
+    typer.Option(
+        help="windows: the text cut up, 40 windows of 512 tokens; wikitext2: as in GPTQ's papers, windows of 2,048; "
+        "wikitext: word perplexity, as lm-eval."
+    ),
+]
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option(help="Full-precision model that divergence is measured from; else the first of several models."),
+]
+WindowOption = Annotated[int | None, typer.Option(min=2, help="Tokens in a window; else the protocol's own.")]
+TasksOption = Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-eval to run too: arc_easy,piqa")]
+TaskFolderOption = Annotated[
+    Path | None, typer.Option(help="Folder of NAME.jsonl with lines of query, choices and gold: tasks of your own.")
+]
+TaskLimitOption = Annotated[int | None, typer.Option(min=1, help="Questions of each task; else all.")]
+GateOption = Annotated[
+    str | None, typer.Option(help='Limits to keep, such as "perplexity<=1.02x, top1>=0.95, size<=0.3x".')
+]
+BaselineOption = Annotated[
+    Path | None,
+    typer.Option(help="Report that --json wrote earlier: its text is scored again, and a gate's x is relative to it."),
+]
+ThresholdOption = Annotated[
+    float, typer.Option(min=0, help="Share of perplexity that may be lost before training is advised.")
+]
+CsvOption = Annotated[Path | None, typer.Option("--csv", help="Write the table to this file as CSV.")]
+MarkdownOption = Annotated[Path | None, typer.Option(help="Write the table to this file as Markdown.")]
+StrideOption = Annotated[int | None, typer.Option(min=1, help="Tokens between window starts; else no overlap.")]
+MaxWindowsOption = Annotated[
+    int | None, typer.Option(min=0, help="Windows scored in each text, from its start; 0 for all.")
+]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")]
+TrainedTextOption = Annotated[
+    bool, typer.Option("--allow-trained-text", help="Score a text that a model was calibrated or trained on.")
+]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]

@@ -1,0 +1,117 @@
+"""The command `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmqat.cli.application import command, console, errors
+from llmqat.cli.audit import print_audit, print_served
+from llmqat.cli.options import OverridesArgument, RecipeArgument
+
+if TYPE_CHECKING:
+    from llmqat.recipe import Plan, Recipe
+
+
+@command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    accelerate_config: Annotated[
+        Path | None, typer.Option(help="Plan for what this file of `accelerate config` spreads the training over.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Plan for so many GPUs.")] = None,
+    sharding: Annotated[
+        str, typer.Option(help="With --processes: ddp, zero2 (gradients, optimizer), zero3 or fsdp2 (weights as well).")
+    ] = "ddp",
+    memory: Annotated[
+        float | None, typer.Option(min=0.0, help="GB of a device; else what is free here, where it is of that kind.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Train a few steps on random tokens: real memory, time.")
+    ] = False,
+) -> None:
+    """Shows what a recipe would quantize, its steps and tokens, and its memory on each device; keeps nothing.
+
+    **Examples**
+
+        llmqat plan recipes/smollm2-135m-int4.yaml --probe
+
+        llmqat plan recipes/smollm2-135m-int4.yaml quant.preset=int3 train.max_steps=100
+
+        llmqat plan recipes/lora-int4.yaml model=meta-llama/Llama-3.1-8B --processes 8 --sharding fsdp2 --memory 80
+    """
+    from llmqat.recipe import available_bytes, devices_of, load_recipe, plan_run
+    from llmqat.recipe.memory import Devices
+
+    if accelerate_config is not None and processes is not None:
+        raise ValueError("--accelerate-config says how many processes there are; leave out --processes")
+    devices = None if processes is None else Devices(processes, sharding, "cuda")
+    if accelerate_config is not None:
+        devices = devices_of(accelerate_config)
+    loaded = load_recipe(recipe, overrides or ())
+    planned = plan_run(loaded, devices)
+    print_audit(planned.coverage)
+    print_served(planned.served)
+    if planned.target_bits is not None:
+        console.print(f"bits are chosen by layer when the run begins, {planned.target_bits} on average")
+    unknown = "known when the text is read"
+    steps, tokens, blocks = (
+        unknown if count is None else f"{count:,}" for count in (planned.steps, planned.tokens, planned.blocks)
+    )
+    console.print(f"text: blocks {blocks}; training: steps {steps}, tokens {tokens}")
+    _print_memory(planned)
+    available = round(memory * 1e9) if memory is not None else available_bytes(planned.devices)
+    if available is not None:
+        _print_fit(planned, available)
+    if probe:
+        _print_probe(planned, loaded)
+
+
+def _print_memory(plan: Plan) -> None:
+    memory, devices, method = plan.memory, plan.devices, plan.method
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.parts().items() if value)
+    where = f"{devices.processes} x {devices.accelerator}" + (f", {devices.kind}" if devices.processes > 1 else "")
+    console.print(
+        f"trained: {method.trained:,} of {plan.size.parameters + plan.size.groups:,} parameters and scales",
+    )
+    console.print(f"memory of a device ({where}) in training: {memory.peak / 1e9:.2f} GB at most")
+    console.print(f"  GB: {parts}; not all at once")
+    if devices.processes > 1:
+        from llmqat.recipe.memory import traffic_of
+
+        sent = traffic_of(plan.size, method, devices)
+        console.print(f"  each device sends {sent / 1e9:.2f} GB a step")
+
+
+def _print_fit(plan: Plan, available: int) -> None:
+    batch = plan.fitting_batch(available)
+    if batch >= plan.method.batch:
+        shown = "4,096 or more" if batch >= 4095 else f"{batch:,}"
+        text = f"it fits into {available / 1e9:.1f} GB; so would per_device_train_batch_size up to {shown}"
+        console.print(text)
+        return
+    errors.print(
+        f"warning: it does not fit into {available / 1e9:.1f} GB, of which nine tenths are planned with"
+        + (f"; per_device_train_batch_size={batch} would" if batch else ""),
+        style="yellow",
+    )
+    ways = plan.cheaper(available)
+    for name, memory in ways.items():
+        errors.print(f"  {memory.peak / 1e9:.2f} GB: {name}")
+    if not ways:
+        errors.print("  nor does any cheaper way; spread it over more devices (--processes N --sharding fsdp2)")
+
+
+def _print_probe(plan: Plan, recipe: Recipe) -> None:
+    from llmqat.recipe import probe
+
+    found = probe(recipe)
+    taken = "unknown" if found.peak_bytes is None else f"{found.peak_bytes / 1e9:.2f} GB"
+    console.print(f"probe: memory {taken}; a step {found.step_seconds:.2f} s")
+    if plan.steps is not None:
+        minutes = found.seconds(plan.steps) / 60
+        alone = "" if plan.devices.processes == 1 else ", what devices send each other not counted"
+        console.print(f"training would take {minutes:.1f} minutes here{alone}")

@@ -1,0 +1,169 @@
+"""Commands that calibrate: `quantize` and `sensitivity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from llmqat.cli.application import command, console
+from llmqat.cli.options import (
+    GroupSizeOption,
+    JsonOption,
+    ModelArgument,
+    OutOption,
+    OverwriteOption,
+    SchemeOption,
+    SeedOption,
+)
+from llmqat.cli.show import print_checkpoint
+from llmqat.paths import check_folder_output, check_outputs
+
+if TYPE_CHECKING:
+    from llmqat.recipe.allocation import BitPlan
+
+
+@command()
+def quantize(
+    model: ModelArgument,
+    out: OutOption,
+    scheme: SchemeOption = "int4",
+    group_size: GroupSizeOption = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="rtn: plain rounding; search: scales from calibration; gptq: codes as well; blockwise: each "
+            "transformer block trained, which is the best and the slowest."
+        ),
+    ] = "blockwise",
+    target_bits: Annotated[
+        float | None, typer.Option(min=2, max=8, help="Bits a weight on average: 2, 3, 4 or 8 chosen for each layer.")
+    ] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Rotate the residual stream first; unties the head.")
+    ] = False,
+    smooth: Annotated[
+        float | None, typer.Option(min=0, max=1, help="SmoothQuant's alpha, such as 0.5: smooth layer inputs first.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file or folder to calibrate on.")] = None,
+    synthetic: Annotated[
+        int, typer.Option(min=1, help="Tokens to calibrate on; written by the model without --text.")
+    ] = 16384,
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block of calibration text.")] = 512,
+    seed: SeedOption = 0,
+    serve: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Who is to serve it: vllm, vllm-cpu, sglang, transformers, llama.cpp, onnxruntime, gptqmodel; may be "
+            "given again. A scheme that it does not take is refused now, with the nearest that it does."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for layers.json and layers.png: what quantization did to each layer.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Quantizes a model without training it as a whole, and saves a proved packed checkpoint.
+
+    Weights that are codes times a scale already (the "unquantized" models of quantization-aware training, such as
+    Gemma's for Q4_0: --scheme int4-g32) keep their codes with every method; it is said how many groups do.
+
+    An interrupted calibration goes on where it stopped when the same command is given again.
+
+    **Examples**
+
+        llmqat quantize HuggingFaceTB/SmolLM2-135M --scheme int4 --group-size 64 --synthetic 16384 --out smollm2-int4
+
+        llmqat quantize ./model --scheme int8 --method rtn --out model-int8
+
+        llmqat quantize ./model --scheme int4 --target-bits 3.5 --text notes.txt --out model-3.5-bits
+
+        llmqat quantize ./model --scheme w8a8 --smooth 0.5 --text notes.txt --out model-w8a8
+
+        llmqat quantize ./model --scheme int4 --serve vllm --serve llama.cpp --out model-int4
+    """
+    from llmqat.evaluate.layers import check_picture, render_layers, write_layers
+    from llmqat.recipe import quantize_model
+
+    check_folder_output(out, "--out")
+    if report is not None:
+        check_folder_output(report, "--report")
+        check_picture()
+    done = quantize_model(
+        model,
+        out,
+        scheme=scheme,
+        group_size=group_size,
+        method=method,
+        target_bits=target_bits,
+        rotate=rotate,
+        smooth=smooth,
+        text=text,
+        tokens=synthetic,
+        block_size=block_size,
+        seed=seed,
+        overwrite=overwrite,
+        serve=serve or (),
+    )
+    if done.layers:
+        console.print(render_layers(done.layers))
+    for stage in done.stages:
+        line = f"{stage.stage}: {stage.seconds:.0f} s, KL on the calibration text {stage.change}"
+        console.print(line)
+    print_checkpoint(done.report)
+    if report is not None:
+        write_layers({"quantized": done.layers}, report, picture=True)
+
+
+@command()
+def sensitivity(
+    model: ModelArgument,
+    target_bits: Annotated[float, typer.Option(min=2, max=8, help="Bits a weight on average.")] = 3.5,
+    choices: Annotated[
+        list[int] | None, typer.Option(min=2, max=8, help="Bits to choose among; may be given again.")
+    ] = None,
+    scheme: SchemeOption = "int4",
+    group_size: GroupSizeOption = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file or folder; else the model writes it.")] = None,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of text to look at.")] = 16,
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 512,
+    seed: SeedOption = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """Predicts what fewer bits would cost each layer, and finds the best bits for each under an average.
+
+    The same choice is made by `quantize --target-bits`, and in a recipe by `allocate: {target_bits: 3.5}`.
+
+    **Examples**
+
+        llmqat sensitivity HuggingFaceTB/SmolLM2-135M --target-bits 3.5 --json plan.json
+
+        llmqat sensitivity ./model --scheme int4 --group-size 32 --choices 3 --choices 4 --choices 8 --text notes.txt
+    """
+    from llmqat.calibrate import AllocationConfig
+    from llmqat.recipe import sensitivity_of
+
+    check_outputs({"--json": json_file}, [model, *([] if text is None else [text])])
+    wanted = AllocationConfig(target_bits=target_bits, blocks=blocks, **({"choices": choices} if choices else {}))
+    found = sensitivity_of(
+        model, wanted, scheme=scheme, group_size=group_size, text=text, block_size=block_size, seed=seed
+    )
+    _print_plan(found)
+    if json_file is not None:
+        found.write(json_file)
+
+
+def _print_plan(plan: BitPlan) -> None:
+    bits = sorted(plan.layers[0].cost)
+    table = Table(title="predicted KL, nats a token, of quantizing one layer alone")
+    for column in ("layer", "weights", *(f"{count} bits" for count in bits), "chosen"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in sorted(plan.layers, key=lambda layer: -layer.cost[bits[0]] / layer.weights):
+        costs = (f"{layer.cost[count]:.2e}" for count in bits)
+        table.add_row(layer.name, f"{layer.weights:,}", *costs, str(plan.allocation.bits[layer.name]))
+    console.print(table)
+    chosen = plan.allocation
+    average = f"{chosen.average_bits:.3f} bits a weight (target {chosen.target_bits})"
+    console.print(f"{average}, predicted KL {chosen.predicted_kl:.4f}")

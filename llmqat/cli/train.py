@@ -1,0 +1,181 @@
+"""Commands that train, and that prepare what a training reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmqat.cli.application import command, console
+from llmqat.cli.options import (
+    BatchSizeOption,
+    ModelArgument,
+    OutOption,
+    OverridesArgument,
+    OverwriteOption,
+    RecipeArgument,
+    SeedOption,
+)
+from llmqat.cli.show import print_checkpoint
+from llmqat.paths import check_folder_output
+
+if TYPE_CHECKING:
+    from llmqat.evaluate.compare import Comparison
+    from llmqat.recipe import RunResult
+
+
+@command()
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None, overwrite: OverwriteOption = False) -> None:
+    """Runs a recipe: calibrates, trains, saves a proved packed checkpoint, and compares it.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+
+    **Examples**
+
+        llmqat train recipes/smollm2-135m-int4.yaml
+
+        llmqat train recipes/smollm2-135m-int4.yaml model=HuggingFaceTB/SmolLM2-135M train.max_steps=60 output=runs/mine
+
+        accelerate launch -m llmqat train recipes/smollm2-135m-int4.yaml
+    """
+    from llmqat.recipe import ResultsNotWrittenError, load_recipe, run
+
+    try:
+        result = run(load_recipe(recipe, overrides or ()), overwrite=overwrite)
+    except ResultsNotWrittenError as error:
+        _print_run(error.result)
+        raise
+    if result is not None:  # this is the main process
+        _print_run(result)
+
+
+@command("cache-teacher")
+def cache_teacher(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option(help="Folder to write to; a cache of the same model there is gone on with.")],
+    overrides: OverridesArgument = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Tokens whose probabilities are kept at each position.")] = 64,
+    batch_size: BatchSizeOption = 4,
+) -> None:
+    """Runs the original model over a recipe's text once and keeps what it predicts, for `train` to learn from.
+
+    Training then needs no teacher in memory. An interrupted command goes on where it stopped when given again.
+
+    **Examples**
+
+        llmqat cache-teacher recipes/smollm2-135m-int4.yaml --top-k 64 --out teacher
+
+        llmqat train recipes/smollm2-135m-int4.yaml teacher_cache=teacher
+    """
+    from llmqat.recipe import cache_teacher_of, load_recipe
+
+    check_folder_output(out, "--out")
+    cache = cache_teacher_of(load_recipe(recipe, overrides or ()), out, top_k=top_k, batch_size=batch_size)
+    console.print(
+        f"{out}: {len(cache):,} blocks, {cache.disk_bytes:,} bytes; the {top_k} likeliest tokens have "
+        f"{cache.mass():.2%} of the probability",
+        soft_wrap=True,
+    )
+    console.print(f"next: llmqat train {recipe} teacher_cache={out}", soft_wrap=True)
+
+
+@command()
+def synthesize(
+    model: ModelArgument,
+    out: OutOption,
+    tokens: Annotated[str, typer.Option(help="Tokens to write: 65536, 64k (64,000) or 1M (1,000,000).")] = "65536",
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 512,
+    batch_size: Annotated[
+        int,
+        typer.Option(min=1, help="Most rows written at once, of up to 6 GiB together; part of what makes the text."),
+    ] = 512,
+    strategy: Annotated[str, typer.Option(help="llm-qat, sampling, chat or prompts.")] = "llm-qat",
+    chat_share: Annotated[float | None, typer.Option(help="Share of chats, of llm-qat and sampling; 0.25.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Strategy prompts: a prompt a line, or .jsonl.")] = None,
+    prompt_turns: Annotated[bool, typer.Option(help="A prompt is a user's turn of the chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="Logits are divided by it.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw of the likeliest tokens that have this share together.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw of so many of the likeliest tokens; off.")] = None,
+    teacher_top_k: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many of the model's likeliest tokens a position, in OUT/teacher.")
+    ] = None,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Lets a model write its own training text: shards of token blocks in parquet, with a report and samples to read.
+
+    A run that was interrupted goes on when the same command is given again; more --tokens are more shards.
+
+    **Examples**
+
+        llmqat synthesize HuggingFaceTB/SmolLM2-135M --tokens 1M --out written
+
+        llmqat synthesize HuggingFaceTB/SmolLM2-135M --strategy prompts --prompts beginnings.txt --out written
+
+        llmqat synthesize HuggingFaceTB/SmolLM2-135M --tokens 1M --teacher-top-k 64 --out written
+
+        llmqat train recipes/smollm2-135m-int4.yaml data.path=written teacher_cache=written/teacher
+    """
+    from llmqat.data.shards import report_lines
+    from llmqat.data.strategy import SynthesisConfig
+    from llmqat.recipe import synthesize_to
+
+    check_folder_output(out, "--out")
+    values = {
+        "block_size": block_size,
+        "batch_size": batch_size,
+        "seed": seed,
+        "strategy": strategy,
+        "chat_share": chat_share,
+        "prompts": prompts,
+        "prompt_turns": prompt_turns,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+    }
+    written = synthesize_to(
+        model,
+        out,
+        tokens=_count(tokens),
+        config=SynthesisConfig.model_validate(values),
+        teacher_top_k=teacher_top_k,
+        overwrite=overwrite,
+    )
+    for line in report_lines(written.manifest.report or {}):
+        console.print(line, soft_wrap=True)
+    console.print(
+        f"{out}: {written.blocks:,} blocks of {block_size} tokens, shards: {len(written.files)}; samples in "
+        f"{out / 'README.md'}",
+        soft_wrap=True,
+    )
+
+
+def _count(text: str) -> int:
+    """Returns the number in "65536", "64k" or "1M"."""
+    factor = {"k": 1_000, "M": 1_000_000}.get(text[-1:], 1)
+    digits = text if factor == 1 else text[:-1]
+    if not digits.isdecimal() or int(digits) == 0:
+        raise ValueError(f"--tokens {text!r} is not a count; write 65536, 64k or 1M")
+    return int(digits) * factor
+
+
+def _print_run(result: RunResult) -> None:
+    _print_comparison(result.comparison)
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
+    console.print(f"seconds: {seconds}; in all {sum(result.seconds.values()):.0f}")
+    training = result.training
+    rate = training["tokens_per_second"]  # None where an earlier start had made the last step
+    speed = "" if rate is None else f", {rate:.0f} tokens/s"
+    tokens = training["tokens"]  # None where a checkpoint of an older llmqat did not say
+    console.print(
+        f"trained {'unknown' if tokens is None else format(tokens, ',')} tokens in {training['steps']} steps{speed}; "
+        f"loss {training['first_loss']} -> {training['last_loss']} nats",
+    )
+    print_checkpoint(result.report)
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    from llmqat.evaluate.compare import render
+
+    console.print(render(comparison))
