@@ -189,6 +189,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         check_untrained(recipe.evaluate, documents_recorded({EARLIER_TEXTS: earlier}), recipe.model)
         check_documents_apart(teacher, blocks)
         check_batch(arguments, len(blocks))
+        unlearned = _unlearned_answers(arguments, blocks)
     if cache is not None:
         check_cached(cache, text)
     if cache is not None or recipe.teacher_bits is not None:
@@ -231,7 +232,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         folder = recipe.output / CHECKPOINT_FOLDER
         report = save(trained, folder, tokenizer, run=facts, overwrite=True, int_quantized=int_quantized)
     with stage("evaluate", ", ".join(windows)):
-        candidates = _candidates(recipe, teacher, coverage, calibration_rows, report, arguments)
+        candidates = _candidates(recipe, teacher, coverage, calibration_rows, report, arguments, unlearned)
         with progress_bar() as advance:
             comparison = compare(
                 candidates,
@@ -288,6 +289,20 @@ def check_documents_apart(model: PreTrainedModel, blocks: TokenBlocks) -> None:
             f"data.packing='documents': {type(model).__name__} attends beyond the documents that position ids begin; "
             "use data.packing=concatenate"
         )
+
+
+def _unlearned_answers(arguments: QATArguments, blocks: TokenBlocks) -> str | None:
+    """Warns, and returns the warning, where the text has answers and the loss sees the original model alone."""
+    if blocks.rows.scored is None or arguments.cross_entropy_weight > 0:
+        return None
+    said = (
+        f"the answers in {blocks.source} are not learned: train.cross_entropy_weight is 0, so the model is trained to "
+        "answer as the original does, which repairs rounding and nothing else. To learn them: "
+        "train.cross_entropy_weight=1.0 train.kl_weight=0.2"
+    )
+    if arguments.process_index == 0:
+        log.warning("%s", said)
+    return said
 
 
 def with_planned_bits(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> Recipe:
@@ -463,6 +478,7 @@ def _candidates(
     blocks: Rows,
     report: ExportReport,
     arguments: QATArguments,
+    unlearned: str | None,
 ) -> list[Candidate]:
     """Returns the rows of the run's table; all but full precision are packed, and the trained one comes from disk."""
     bits, size = report.bits_per_weight, report.weight_bytes
@@ -495,7 +511,10 @@ def _candidates(
         rows.append(Candidate("plain rounding", rounded, "plain rounding", bits, plain_size, from_files=False))
         if any(not isinstance(step, RangesStage) or step.method != "minmax" for step in recipe.calibrate):
             rows.append(Candidate("calibrated", calibrated, "training-free", bits, size, from_files=False))
-    rows.append(Candidate("trained", lambda: load(report.folder).to(arguments.device), "trained", bits, size))
+    said = () if unlearned is None else (f"trained: {unlearned}.",)
+    rows.append(
+        Candidate("trained", lambda: load(report.folder).to(arguments.device), "trained", bits, size, notes=said)
+    )
     return rows
 
 
