@@ -216,7 +216,7 @@ def test_group_size_that_does_not_divide_names_layer_and_choices(tiny: Path):
 
 
 def test_unknown_scheme_method_and_count_name_the_choices(tiny: Path, tmp_path: Path):
-    assert "int8, int4, int4-g32, int3, int2" in refusal("audit", str(tiny), "--scheme", "int5")
+    assert "int8, int4, int4-g32, int3, int2" in refusal("audit", str(tiny), "--scheme", "int9")
     assert "rtn, search" in refusal("quantize", str(tiny), "--method", "magic", "--out", str(tmp_path / "o"))
     assert "write 65536, 64k or 1M" in refusal(
         "synthesize", str(tiny), "--tokens", "many", "--out", str(tmp_path / "o")

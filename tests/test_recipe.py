@@ -151,7 +151,7 @@ def test_override_through_a_value_is_refused():
     [
         ("modle=x", ["'modle'", "did you mean 'model'"]),
         ("quant.groupsize=32", ["quant", "'groupsize'"]),
-        ("quant.preset=int5", ["quant", "'int5'", "int4"]),
+        ("quant.preset=int9", ["quant", "'int9'", "int4"]),
         ("data.block_sise=32", ["data", "'block_sise'", "did you mean 'block_size'"]),
         ("calibrate.ranges.methd=x", ["calibrate.0", "did you mean 'method'"]),
         ("calibrate.ranges.method=gptq", ["calibrate.0", "method='gptq'", "weighted_mse"]),

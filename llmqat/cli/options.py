@@ -18,7 +18,11 @@ OverridesArgument = Annotated[
 OutOption = Annotated[Path, typer.Option(help="Folder to write to; must not exist.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what lies in the output folder.")]
 SchemeOption = Annotated[
-    str, typer.Option(help="Preset, such as int4, int4-g32, int8, int2-seq, ternary, w8a8, w4a8 or w4a8kv8.")
+    str,
+    typer.Option(
+        help="Weights by their bits, int2 to int8 (or w4, 4bit, q4_0), ternary, int2-seq; then what else is quantized, "
+        "as in w4a8 (inputs) or w4a8kv8 (KV cache); then -gSIZE or -channel: int5, int8-g128, w4a8-g64."
+    ),
 ]
 GroupSizeOption = Annotated[
     int | None, typer.Option(min=1, help="Weights that share one scale; the preset's own where not given.")

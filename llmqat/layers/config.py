@@ -9,12 +9,13 @@ linear map of a model: nn.Linear, transformers' Conv1D, and the stacked (3-D) we
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llmqat.config import Config
+from llmqat.config import Config, Registry, unknown_key_message
 from llmqat.grid import Grid, Levels
 
 Strategy = Literal["tensor", "channel", "group"]
@@ -171,7 +172,9 @@ class LayerScheme(Config):
     """What one linear layer gets: its weights' scheme, and its inputs' if there is one."""
 
     weights: WeightConfig
+    """Of its weights."""
     input_activations: ActivationConfig | None = None
+    """Of its inputs; null leaves them in high precision."""
 
 
 class QuantConfig(Config):
@@ -206,21 +209,24 @@ class QuantConfig(Config):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> QuantConfig:
-        """Returns the preset `name` with `changes`: fields of `WeightConfig` or of `QuantConfig`.
+        """Returns the scheme called `name` with `changes`: fields of `WeightConfig` or of `QuantConfig`.
 
-        A `group_size` given without a `strategy` means groups.
+        A name is one of `PRESETS`, or is read as `scheme_fields` says: int5, w4a16, int8-g128, w4a8kv8, q4_0. A
+        `group_size` given without a `strategy` means groups.
 
         Raises:
-            ValueError: for an unknown preset or field; names what is allowed.
+            ValueError: for an unknown name or field; names what is allowed.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        known = {*WeightConfig.model_fields, *cls.model_fields}
+        for key in changes:
+            if key not in known:
+                raise ValueError(unknown_key_message(key, known, f"the scheme {name}"))
         weights = {key: changes.pop(key) for key in list(changes) if key in WeightConfig.model_fields}
         if "group_size" in weights and "strategy" not in weights:
             weights["strategy"] = "group" if weights["group_size"] else "channel"
         elif weights.get("strategy", "group") != "group":
             weights["group_size"] = None
-        fields = {**PRESETS[name], **changes}
+        fields = {**scheme_fields(name), **changes}
         base = fields["weights"]
         base = base.model_dump() if isinstance(base, WeightConfig) else base
         return cls(**{**fields, "weights": WeightConfig(**{**base, **weights})})
@@ -241,33 +247,75 @@ POLICY_WEIGHTS: dict[str, WeightConfig] = {
 }
 """The arithmetic behind a `Policy`: what GGUF's Q8_0 and Q4_0 blocks hold without rounding again."""
 
-_G64: dict[str, Any] = {"strategy": "group", "group_size": 64}
-_A8: dict[str, Any] = {"num_bits": 8}
-_KV8: dict[str, Any] = {"num_bits": 8}
-_KV4: dict[str, Any] = {"num_bits": 4, "symmetric": False, "group_size": 32}
+_INPUTS_16 = _CACHE_16 = 16
+"""Bits that leave inputs and KV cache in high precision."""
+_CACHES: dict[int, dict[str, Any]] = {8: {"num_bits": 8}, 4: {"num_bits": 4, "symmetric": False, "group_size": 32}}
+"""Keys and values by their bits."""
+_BLOCKS = {"q40": "int4-g32", "q80": "int8-g32"}
+"""GGUF's block types that hold codes and one scale, by what their weights are."""
+_NAME = re.compile(
+    r"(?:(?:int|w)(?P<bits>\d+)|(?P<plain_bits>\d+)bits?|(?P<levels>ternary|int2seq))"
+    r"(?:a(?P<inputs>\d+))?(?:kv(?P<cache>\d+))?(?:(?P<extent>channel|tensor)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?"
+)
+SCHEME_NAMES = (
+    "int2 to int8, or w2 to w8; then a8 for inputs, kv8 or kv4 for the KV cache, -g32 or another group size, or "
+    "-channel: int5, w4a16, int8-g128, w4a8kv8-g64"
+)
+"""What `scheme_fields` reads, in words."""
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "int8": {"weights": {"num_bits": 8, "strategy": "channel"}},
-    "int4": {"weights": {"num_bits": 4, **_G64}},
-    "int4-g32": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32}},
-    "int3": {"weights": {"num_bits": 3, **_G64}},
-    "int2": {"weights": {"num_bits": 2, **_G64}},
-    "int2-seq": {"weights": {"num_bits": 2, "levels": "seq", **_G64}},
-    "ternary": {"weights": {"num_bits": 2, "levels": "ternary", **_G64}},
-    "w8a8": {"weights": {"num_bits": 8, "strategy": "channel"}, "input_activations": _A8},
-    "w4a8": {"weights": {"num_bits": 4, **_G64}, "input_activations": _A8},
-    "w4a8kv8": {
-        "weights": {"num_bits": 4, **_G64},
-        "input_activations": _A8,
-        "kv_cache": {"key": _KV8, "value": _KV8},
-    },
-    "w4a8kv4": {
-        "weights": {"num_bits": 4, **_G64},
-        "input_activations": _A8,
-        "kv_cache": {"key": _KV4, "value": _KV4},
-    },
-}
+
+def scheme_fields(name: str) -> dict[str, Any]:
+    """Returns the fields of a QuantConfig that `name` stands for.
+
+    A name says, in this order, and with or without dashes, underscores and capitals: the weights (`int4`, `w4`, `4bit`,
+    `ternary`, `int2-seq`); the inputs (`a8`, or `a16` for high precision); the KV cache (`kv8`, `kv4`, `kv16`); and how
+    many weights have a scale (`g32`, `channel`, `tensor`), with `asym` for a zero point. Where the last is not said, 8
+    bits have a scale for each channel, fewer have groups of 64. GGUF's `q4_0` and `q8_0` are `int4-g32` and `int8-g32`.
+    What a table calls a scheme ("int4 g32 asym") is such a name.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    compact = re.sub(r"[-_ ]", "", str(name).lower())
+    found = _NAME.fullmatch(_BLOCKS.get(compact, compact).replace("-", ""))
+    bits = int((found and (found["bits"] or found["plain_bits"])) or 2)
+    inputs = int((found and found["inputs"]) or _INPUTS_16)
+    cache = int((found and found["cache"]) or _CACHE_16)
+    known = 2 <= bits <= 8 and (2 <= inputs <= 8 or inputs == _INPUTS_16) and (cache in _CACHES or cache == _CACHE_16)
+    if found is None or not known:
+        raise ValueError(f"{PRESETS.unknown(name)}. A name is also made of {SCHEME_NAMES}")
+    levels = {"ternary": "ternary", "int2seq": "seq"}.get(found["levels"], "integer")
+    extent = "group" if found["group"] else found["extent"] or ("channel" if bits == 8 else "group")
+    group = int(found["group"] or 64) if extent == "group" else None
+    weights = {
+        "num_bits": bits,
+        "levels": levels,
+        "strategy": extent,
+        "group_size": group,
+        "symmetric": not found["asym"],
+    }
+    fields: dict[str, Any] = {"weights": weights}
+    if inputs != _INPUTS_16:
+        fields["input_activations"] = {"num_bits": inputs}
+    if cache != _CACHE_16:
+        fields["kv_cache"] = {"key": _CACHES[cache], "value": _CACHES[cache]}
+    return fields
+
+
+def _check_preset(name: str, fields: dict[str, Any]) -> None:
+    QuantConfig(**fields)
+
+
+PRESETS: Registry[dict[str, Any]] = Registry("preset", _check_preset)
 """Schemes by name: weights, then activations (a), then KV cache (kv), with their bits; groups of 64 where not said.
 
-`int4-g32` is what Q4_0 blocks of GGUF hold, and what others' INT4 checkpoints from QAT have (Gemma, Kimi K2).
+`int4-g32` is what Q4_0 blocks of GGUF hold, and what others' INT4 checkpoints from QAT have (Gemma, Kimi K2). One of
+your own is added by `PRESETS.register("name", {"weights": {...}, ...})`, the fields of a QuantConfig.
 """
+for _name in (
+    *("int8", "int4", "int4-g32", "int3", "int2", "int2-seq", "ternary"),
+    *("w8a8", "w4a8", "w4a8kv8", "w4a8kv4"),
+):
+    PRESETS.register(_name, scheme_fields(_name))

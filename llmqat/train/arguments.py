@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.utils import is_torch_cuda_available
 
+from llmqat.config import describe_fields
 from llmqat.train.optimizers import check_optimizer
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,14 @@ def processor_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@describe_fields
 @dataclass
 class QATArguments(TrainingArguments):
     """transformers.TrainingArguments with the learning rates of a quantized model.
 
     Differences of default: `bf16` is on where the processor has it, DDP looks for no unused parameters (the loss uses
-    the output head outside the forward) and broadcasts no buffers.
+    the output head outside the forward) and broadcasts no buffers. All other fields: `help(TrainingArguments)`, or
+    `llmqat schema train`.
     """
 
     scale_learning_rate: float = field(

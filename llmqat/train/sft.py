@@ -17,6 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("supervised fine-tuning needs TRL; run `pip install trl`") from error
 
+from llmqat.config import describe_fields
 from llmqat.train.arguments import QATArguments
 from llmqat.train.trainer import QATTrainer
 
@@ -38,6 +39,7 @@ WORKS = (
 """Fields of trl.SFTConfig, beyond those of TrainingArguments, that work as TRL says: it reads the data by them."""
 
 
+@describe_fields
 @dataclass
 class QATSFTConfig(QATArguments, SFTConfig):
     """trl.SFTConfig with the fields of QATArguments; both losses count by default.
