@@ -6,15 +6,29 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from llmqat.cli.application import command, console
 from llmqat.cli.options import GroupSizeOption, JsonOption, ModelArgument, SchemeOption
 from llmqat.paths import check_outputs
+from llmqat.terminal import Column, FittedTable
 
 if TYPE_CHECKING:
     from llmqat.export.serving import Verdict
     from llmqat.layers import AuditEntry, CoverageAudit
+
+COLUMNS = (
+    Column("tensors", 0, "name"),
+    Column("count", 4),
+    Column("shape", 5),
+    Column("treatment", 1, "prose"),
+    Column("bytes before", 3),
+    Column("after", 2),
+)
+SERVED_COLUMNS = (
+    Column("served by", 0, "name"),
+    Column("served", 0, "name"),
+    Column("what is lost, or why not", 1, "prose"),
+    Column("known from", 2, "prose"),
+)
 
 
 @command()
@@ -50,11 +64,20 @@ def audit(
 
 
 def print_audit(coverage: CoverageAudit) -> None:
-    """Shows what is done to each tensor, tensors that differ in the layer's number alone as one."""
-    table = Table()
-    for column in ("tensors", "", "shape", "treatment", "bytes before", "after"):
-        numeric = column in ("", "bytes before", "after")
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    """Shows what is done to each tensor, and the sums."""
+    console.print(audit_table(coverage))
+    console.print(
+        f"{len(coverage.quantized)} tensors quantized at {coverage.average_bits:.2f} bits a weight, "
+        f"{len(coverage.kept)} kept; {coverage.bytes_before:,} bytes before, {coverage.bytes_after:,} after "
+        f"({coverage.average_bits_of_all:.2f} bits a parameter of the whole model)",
+    )
+    for note in coverage.notes:
+        console.print(f"- {note}")
+
+
+def audit_table(coverage: CoverageAudit) -> FittedTable:
+    """Returns what is done to each tensor, tensors that differ in the layer's number alone as one."""
+    table = FittedTable(COLUMNS)
     for names, entries in _alike(coverage):
         first = entries[0]
         before, after = (sum(sizes) for sizes in zip(*((e.bytes_before, e.bytes_after) for e in entries), strict=True))
@@ -66,25 +89,21 @@ def print_audit(coverage: CoverageAudit) -> None:
             f"{before:,}",
             f"{after:,}",
         )
-    console.print(table)
-    console.print(
-        f"{len(coverage.quantized)} tensors quantized at {coverage.average_bits:.2f} bits a weight, "
-        f"{len(coverage.kept)} kept; {coverage.bytes_before:,} bytes before, {coverage.bytes_after:,} after "
-        f"({coverage.average_bits_of_all:.2f} bits a parameter of the whole model)",
-    )
-    for note in coverage.notes:
-        console.print(f"- {note}")
+    return table
 
 
 def print_served(served: Mapping[str, Verdict]) -> None:
     """Shows who serves a scheme, if anybody was asked about."""
-    table = Table()
-    for column in ("served by", "", "what is lost, or why not", "known from"):
-        table.add_column(column, overflow="fold")
+    if served:
+        console.print(served_table(served))
+
+
+def served_table(served: Mapping[str, Verdict]) -> FittedTable:
+    """Returns who serves a scheme, and what is lost there."""
+    table = FittedTable(SERVED_COLUMNS)
     for verdict in served.values():
         table.add_row(*verdict.row)
-    if served:
-        console.print(table)
+    return table
 
 
 def _alike(coverage: CoverageAudit) -> list[tuple[str, list[AuditEntry]]]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from llmqat.cli.application import command, console
 from llmqat.cli.options import (
@@ -20,6 +19,7 @@ from llmqat.cli.options import (
 )
 from llmqat.cli.show import print_checkpoint
 from llmqat.paths import check_folder_output, check_outputs
+from llmqat.terminal import Column, FittedTable
 
 if TYPE_CHECKING:
     from llmqat.recipe.allocation import BitPlan
@@ -156,14 +156,19 @@ def sensitivity(
 
 
 def _print_plan(plan: BitPlan) -> None:
-    bits = sorted(plan.layers[0].cost)
-    table = Table(title="predicted KL, nats a token, of quantizing one layer alone")
-    for column in ("layer", "weights", *(f"{count} bits" for count in bits), "chosen"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
-    for layer in sorted(plan.layers, key=lambda layer: -layer.cost[bits[0]] / layer.weights):
-        costs = (f"{layer.cost[count]:.2e}" for count in bits)
-        table.add_row(layer.name, f"{layer.weights:,}", *costs, str(plan.allocation.bits[layer.name]))
-    console.print(table)
+    console.print(sensitivity_table(plan))
     chosen = plan.allocation
     average = f"{chosen.average_bits:.3f} bits a weight (target {chosen.target_bits})"
     console.print(f"{average}, predicted KL {chosen.predicted_kl:.4f}")
+
+
+def sensitivity_table(plan: BitPlan) -> FittedTable:
+    """Returns what each layer costs at each number of bits, the most sensitive weights first."""
+    bits = sorted(plan.layers[0].cost)
+    costs = [Column(f"{count} bits", 2) for count in bits]
+    columns = [Column("layer", 0, "name"), Column("weights", 3), *costs, Column("chosen", 1)]
+    table = FittedTable(columns, "predicted KL, nats a token, of quantizing one layer alone")
+    for layer in sorted(plan.layers, key=lambda layer: -layer.cost[bits[0]] / layer.weights):
+        figures = (f"{layer.cost[count]:.2e}" for count in bits)
+        table.add_row(layer.name, f"{layer.weights:,}", *figures, str(plan.allocation.bits[layer.name]))
+    return table

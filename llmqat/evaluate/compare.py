@@ -33,10 +33,8 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from rich import box
 from rich.console import Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
@@ -47,11 +45,24 @@ from llmqat.evaluate.perplexity import Evaluation, Reference, TokenWindows, eval
 from llmqat.evaluate.speed import Costs, measure_costs
 from llmqat.layers.audit import kept_notes
 from llmqat.models import write_whole
+from llmqat.terminal import Column, FittedTable
 
 Role = Literal["full precision", "plain rounding", "training-free", "without adapter", "trained", "other"]
 """What a model stands for in the comparison; each but the last two is borne by one model at most.
 
 Where a fine-tuned adapter is merged into the full-precision model, its base is the one 'without adapter'."""
+
+COLUMNS = (
+    Column("model", 0, "name"),
+    Column("bits", 3),
+    Column("MB on\ndisk", 4),
+    Column("tok/s", 7),
+    Column("perplexity", 2),
+    Column("KL", 1),
+    Column("top-1", 5),
+    Column("gap closed\nppl / KL", 6),
+)
+"""Of the table that compares models."""
 
 ComparisonProgress = Callable[[str, int, int], None]
 """Called with what is being measured, the steps done and the steps in all."""
@@ -346,13 +357,10 @@ def candidate_from(
 
 def render(comparison: Comparison, title: str | None = None) -> RenderableType:
     """Returns the comparison as a rich table, a section for each text, with the findings below it."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("model", overflow="fold")
-    for heading in ("bits", "MB on\ndisk", "tok/s", "perplexity", "KL", "top-1", "gap closed\nppl / KL"):
-        table.add_column(heading, justify="right", vertical="bottom")
+    table = FittedTable(COLUMNS, title)
     for position, text in enumerate(comparison.texts):
         if len(comparison.texts) > 1:
-            table.add_row(Text(text, style="bold"), style="dim")
+            table.add_row(text, style="bold")
         for row in comparison.rows:
             cost = _cost_cells(row) if position == 0 else ["", "", ""]
             style = "bold" if row.role == "trained" else None
@@ -376,10 +384,8 @@ def render_parts(comparison: Comparison) -> RenderableType:
                 continue
             kl = all(part.kl is not None for _, parts in rows for part in parts)
             title = f"{'KL' if kl else 'perplexity'} by {way} on {text}"
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-            table.add_column("model", overflow="fold")
-            for part in rows[0][1]:
-                table.add_column(f"{part.name}\n{part.tokens:,}", justify="right")
+            columns = [Column(f"{part.name}\n({part.tokens:,})", 1) for part in rows[0][1]]
+            table = FittedTable([Column("model", 0, "name"), *columns], title)
             for row, parts in rows:
                 if not (kl and row.role == "full precision"):
                     cells = (_number(part.kl, ".4f") if kl else _number(part.perplexity, ".1f") for part in parts)
@@ -388,13 +394,19 @@ def render_parts(comparison: Comparison) -> RenderableType:
     return Group(*tables)
 
 
-def _costs_table(comparison: Comparison) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("model", overflow="fold")
+def _costs_table(comparison: Comparison) -> FittedTable:
     sizes = {row.costs.batch_size for row in comparison.rows if row.costs is not None}
     together = f"tok/s,\n{'/'.join(map(str, sorted(sizes)))} at once"
-    for heading in ("load\ns", "first\ntoken, ms", "tok/s,\nalone", together, "peak\nMB", "joules\na token"):
-        table.add_column(heading, justify="right", vertical="bottom")
+    columns = (
+        Column("model", 0, "name"),
+        Column("load\ns", 5),
+        Column("first\ntoken, ms", 2),
+        Column("tok/s,\nalone", 1),
+        Column(together, 4),
+        Column("peak\nMB", 3),
+        Column("joules\na token", 6),
+    )
+    table = FittedTable(columns)
     for row in comparison.rows:
         if (costs := row.costs) is not None:
             table.add_row(

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from rich.table import Table
 from safetensors import safe_open
 from torch import nn
 
 from llmqat.calibrate import LayerReport
 from llmqat.layers import PackedModule, QuantModule
 from llmqat.models import adapter_base, file_in_progress, resolve_spec, weight_files, write_whole
+from llmqat.terminal import Column, FittedTable
 
 BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 """The number of a block in the dotted name of a layer."""
@@ -31,13 +31,18 @@ def kind_of(name: str) -> str:
     return BLOCK_NUMBER.split(name)[-1]
 
 
-def render_layers(reports: Sequence[LayerReport]) -> Table:
+def render_layers(reports: Sequence[LayerReport]) -> FittedTable:
     """Returns a table with a line a kind of layer: means over blocks, and the block that is worst."""
-    table = Table(title="layers: means over blocks, and the worst block")
-    for column in ("layer", "scheme", "SQNR dB", "output error", "worst", "codes moved", "clip ratio"):
-        table.add_column(
-            column, justify="left" if column in ("layer", "scheme") else "right", no_wrap=column == "layer"
-        )
+    columns = (
+        Column("layer", 0, "name"),
+        Column("scheme", 4, "prose"),
+        Column("SQNR dB", 2),
+        Column("output error", 1),
+        Column("worst", 3),
+        Column("codes moved", 5),
+        Column("clip ratio", 6),
+    )
+    table = FittedTable(columns, "layers: means over blocks, and the worst block")
     for kind, group in _by_kind(reports).items():
         errors = {report.name: report.output_error for report in group if report.output_error is not None}
         worst = max(errors, key=lambda name: errors[name] or 0.0, default=None)

@@ -148,8 +148,9 @@ def test_each_text_has_its_section_and_costs_are_shown_once() -> None:
 
 
 def test_what_is_unknown_is_a_dash() -> None:
-    bare = Comparison((Row("bare", "other", None, None, None, {"t": evaluation(12.0, None, None)}),))
-    assert rendered(bare).count("–") >= 5
+    bare = Row("bare", "other", None, None, None, {"t": evaluation(12.0, None, None)})
+    assert rendered(Comparison((bare, row("known", "other", t=(12.0, 0.1))))).count("–") >= 5
+    assert "–" not in rendered(Comparison((bare,))), "a column without any figure is left out"
 
 
 def test_the_json_holds_rows_texts_and_findings(tmp_path: Path) -> None:

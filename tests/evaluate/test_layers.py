@@ -61,7 +61,7 @@ def test_other_layouts_and_experts(model_type: str, tmp_path: Path) -> None:
     assert all(report.sqnr > 10 for report in reports)
     assert all(report.moved < 0.02 for report in reports)  # the originals are kept in bfloat16
     assert all((report.output_error is None) == ("experts" in report.name) for report in reports)
-    assert render_layers(reports).row_count == len(ARCHITECTURES[model_type][1])
+    assert len(render_layers(reports).rows) == len(ARCHITECTURES[model_type][1])
 
 
 def test_without_text_there_is_no_output_error(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
-"""What is shown on a terminal: any text, whatever the terminal can show.
+"""Consoles: any text, whatever the terminal can show, and in files and pipes lines as long as they are.
 
 Two things destroy a text on its way to the screen. A terminal that is not UTF-8 (a pipe under LANG=C, PYTHONIOENCODING)
 cannot encode some characters, and Python then raises after the work is done; `show_any_text` lets it show them in
 another way. And rich reads "[wip]" as markup and ":x:" as an emoji; the consoles made here read a text as it is.
+
+A file and a pipe have no width. Rich takes them for 80 columns wide and cuts what is wider; these consoles cut nothing.
 """
 
 from __future__ import annotations
 
 import codecs
 import sys
+from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
 PLAIN = {
     "–": "-",
@@ -27,6 +30,8 @@ PLAIN = {
 }
 """Characters that llmqat itself writes, and what stands for them where they cannot be shown."""
 _ERRORS = "llmqat-plain"
+_NO_END = 100_000
+"""Columns of what has no width."""
 
 
 def show_any_text() -> None:
@@ -38,9 +43,32 @@ def show_any_text() -> None:
             reconfigure(errors=_ERRORS)
 
 
-def plain_console(*, stderr: bool = False, width: int | None = None) -> Console:
+class PlainConsole(Console):
+    """A console that shows texts as they are, on lines of any length where it writes to no terminal."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Columns and lines; COLUMNS in the environment and a width that was set come first."""
+        if self._width is None and not is_terminal(self.file):
+            return ConsoleDimensions(_NO_END, 25)
+        return super().size
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
+
+
+def plain_console(*, stderr: bool = False, width: int | None = None) -> PlainConsole:
     """Returns a console that shows texts as they are: brackets are no markup, and ":x:" is no emoji."""
-    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    return PlainConsole(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+def is_terminal(stream: IO[Any]) -> bool:
+    """Returns whether somebody looks at `stream` as it is written; False for files, pipes and closed streams."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
