@@ -50,7 +50,7 @@ def rotate(model: nn.Module, seed: int = 0) -> None:
 
     Raises:
         ValueError: when the model is prepared or not in float32, or its norms do not allow a rotation.
-        RuntimeError: when rotation changed what the model computes; it must then be loaded anew.
+        ValueError: when rotation changed what the model computes; it must then be loaded anew.
     """
     check_foldable(model, "rotation")
     embedding = model.get_input_embeddings()  # type: ignore[operator]

@@ -47,7 +47,7 @@ def smooth(model: nn.Module, blocks: Tensor | Rows, alpha: float = 0.5, batch_si
 
     Raises:
         ValueError: when the model is prepared or not in float32, nothing can be folded, or an activation is not finite.
-        RuntimeError: when folding changed what the model computes; it must then be loaded anew.
+        ValueError: when folding changed what the model computes; it must then be loaded anew.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"calibrate.smooth={alpha} is no share; choose 0 to 1, 0.5 is usual")

@@ -139,14 +139,14 @@ def unchanged_logits(model: nn.Module, what: str) -> Iterator[None]:
     Notes in the model that its weights are others now.
 
     Raises:
-        RuntimeError: when it does not; `what` was done to the model, which must then be loaded anew.
+        ValueError: when it does not; `what` was done to the model, which must then be loaded anew.
     """
     before = _probe(model)
     note_moved(model)
     yield
     change = float((_probe(model) - before).abs().max() / before.std())
     if not change <= TOLERANCE:
-        raise RuntimeError(
+        raise ValueError(
             f"{what} changed the full-precision logits of {model_kind(model)} by {change:.3g} of their spread, so it "
             "does not fit this architecture; load the model anew and leave it out"
         )
