@@ -178,7 +178,7 @@ _INHERITED = """
     warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps
     average_tokens_across_devices bf16 tf32 activation_checkpointing activation_checkpointing_kwargs
     gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
-    use_cache neftune_noise_alpha torch_empty_cache_steps auto_find_batch_size logging_strategy logging_steps
+    neftune_noise_alpha torch_empty_cache_steps auto_find_batch_size logging_strategy logging_steps
     logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only
@@ -225,6 +225,9 @@ FIELDS: dict[str, Check | None] = {
         "eval_use_gather_object", "it takes what an evaluation gathers apart; tensors of one shape need no such thing"
     ),
     "label_names": _check_labels,
+    "use_cache": _refused(
+        "use_cache", "no forward of a training keeps a cache, and the saved configuration says what the original says"
+    ),
     "debug": _check_debug,
     "parallelism_config": _refused(
         "parallelism_config", "tensor, context or sequence parallelism would split groups of weights from their scales"

@@ -156,7 +156,11 @@ class QATTrainer(Trainer):
             model.get_input_embeddings().requires_grad_(False)
         _check_what_is_learned(model, teacher)
         self._check_optimizers(args, model, options)
+        config: Any = own.config
+        use_cache = getattr(config, "use_cache", None)
         super().__init__(model=model, args=args, **options)
+        if use_cache is not None:  # Trainer puts that of its arguments there, and it would be saved with the model
+            config.use_cache = use_cache
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process mean DataParallel, which this loss cannot be split over; start "

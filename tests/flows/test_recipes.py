@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmqat
+from llmqat.calibrate import rotates
 from llmqat.cli import app
 from llmqat.evaluate.perplexity import evaluate
 from llmqat.layers import KVQuantizer
@@ -52,6 +53,21 @@ def test_all_recipes_were_found():
     assert {"lora-int4", "smollm2-135m-int4", "smollm2-135m-w4a8kv8"} <= {path.stem for path in RECIPES}
 
 
+def check_settings_are_the_originals(checkpoint: Path, original: Path, rotated: bool) -> None:
+    """Asserts that a checkpoint's settings differ from the original's in what quantization changes, and nowhere else.
+
+    A rotation unties the output head.
+    """
+    own, others = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint, original))
+    changed = {key for key in own.keys() | others.keys() if own.get(key, key) != others.get(key, key)}
+    assert changed - {"dtype", "llmqat_kv_cache"} == {
+        "quantization_config",
+        *(["tie_word_embeddings"] if rotated else []),
+    }
+    written, given = (json.loads((folder / "generation_config.json").read_text()) for folder in (checkpoint, original))
+    assert written == given
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_runs_and_leaves_what_it_promises(path: Path, tiny_folder: Path, tmp_path: Path):
     shipped = load_recipe(path)
@@ -73,6 +89,7 @@ def test_shipped_recipe_runs_and_leaves_what_it_promises(path: Path, tiny_folder
     layers = json.loads((tmp_path / "run" / "layers.json").read_text())
     assert {when: len(reports) for when, reports in layers.items()} == dict.fromkeys(_reported(shipped), 14)
     assert (tmp_path / "run" / "layers.png").is_file()
+    check_settings_are_the_originals(result.checkpoint, tiny_folder, rotates(shipped.calibrate))
     ids = torch.arange(2, 26)[None]
     stock = AutoModelForCausalLM.from_pretrained(result.checkpoint, dtype=torch.bfloat16)
     ours = llmqat.load(result.checkpoint, kernel="reference")

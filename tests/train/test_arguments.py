@@ -32,6 +32,7 @@ REFUSED: dict[str, Any] = {
     "liger_kernel_config": {"rope": True},
     "eval_use_gather_object": True,
     "label_names": ["targets"],
+    "use_cache": True,
     "debug": "tpu_metrics_debug",
     "parallelism_config": object(),
 }
@@ -137,7 +138,6 @@ WORKING: dict[str, tuple[dict[str, Any], Check]] = {
         lambda a, b: a.evaluate()["eval_loss"] == b.evaluate()["eval_loss"] and "eval_perplexity" not in a.evaluate(),
     ),
     "full_determinism": ({"full_determinism": True}, same),
-    "use_cache": ({"use_cache": True}, lambda a, b: same(a, b) and a.model.config.use_cache),
     "torch_empty_cache_steps": ({"torch_empty_cache_steps": 1}, same),
     "average_tokens_across_devices": ({"average_tokens_across_devices": False}, same),
     "num_train_epochs": (
