@@ -25,7 +25,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -53,6 +51,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llmqat.hub import check_model_in_reach, looks_like_path
 from llmqat.layers import (
     QUANTIZER_PARAMETERS,
     PackedModule,
@@ -63,7 +62,7 @@ from llmqat.layers import (
     without_adapters,
 )
 from llmqat.layers.buffers import buffers_of_checkpoint
-from llmqat.paths import user_path
+from llmqat.paths import nearest_name, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +71,11 @@ PACKAGE_PREFIX = "package:"
 
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """What peft calls the files of an adapter."""
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),
+    *("tekken.json", "sentencepiece.bpe.model"),
+)
+"""A tokenizer has one of these files at least."""
 MOST_DOCUMENT_DIFFERENCE = 0.05
 """Relative difference of a packed document's hidden states from its own alone that is rounding (bfloat16), no more."""
 LLAMA3_ROPE = {
@@ -180,7 +184,13 @@ def resolve_spec(spec: str) -> str | Path:
         ValueError: `spec` is a file of another kind, or a folder without `config.json`.
     """
     if (base := adapter_base(spec)) is not None:
-        return resolve_spec(base)
+        try:
+            return resolve_spec(base)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"model {spec!r} is an adapter, and its base is not there ({user_path(spec) / ADAPTER_CONFIG_FILE} "
+                f"names it as base_model_name_or_path): {error}"
+            ) from error
     path = _path_of(spec)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -189,8 +199,9 @@ def resolve_spec(spec: str) -> str | Path:
     if path.is_dir():
         _check_folder(path, spec)
         return path
-    if spec.startswith(PACKAGE_PREFIX) or path.suffix == ".gguf" or not may_be_hub_id(spec):
-        raise FileNotFoundError(f"model {spec!r} does not exist: no such file or folder; give {ALLOWED_SPECS}")
+    if spec.startswith(PACKAGE_PREFIX) or looks_like_path(spec):
+        near = f"; the nearest name there is {found}" if (found := nearest_name(path)) else ""
+        raise FileNotFoundError(f"model {spec!r} does not exist: no such file or folder{near}; give {ALLOWED_SPECS}")
     return spec
 
 
@@ -213,6 +224,8 @@ def read_config(source: str | Path, spec: str) -> PreTrainedConfig:
     """
     if isinstance(source, Path):
         _check_layers(source / "config.json")
+    else:
+        _check_in_reach(source, ("config.json",), spec)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
@@ -220,7 +233,7 @@ def read_config(source: str | Path, spec: str) -> PreTrainedConfig:
             raise ValueError(f"model {spec!r}: {source / 'config.json'} is not readable: {error}") from error
         raise FileNotFoundError(
             f"model {spec!r} is neither a local folder nor a model that the Hugging Face hub, or its local cache, "
-            f"gives us (no connection, a misspelt name, or a gated model without `hf auth login`); "
+            f"gives us (no connection, HF_HUB_OFFLINE, a misspelt name, or a gated model without `hf auth login`); "
             f"give {ALLOWED_SPECS}. The hub's answer: {_first_line(error)}"
         ) from error
     except (ValueError, KeyError) as error:
@@ -228,6 +241,13 @@ def read_config(source: str | Path, spec: str) -> PreTrainedConfig:
             f"model {spec!r}: config.json is not that of a causal language model which this transformers can build "
             f"without running code from the repository: {_first_line(error)}"
         ) from error
+
+
+def _check_in_reach(source: str, files: Sequence[str], spec: str) -> None:
+    """Raises FileNotFoundError where `files` of a hub id are in no cache and the hub does not answer."""
+    near = f"; the nearest name here is {found}" if (found := nearest_name(Path(source))) else ""
+    what = f"model {spec!r}" if source == spec else f"the base {source!r} of the adapter {spec!r}"
+    check_model_in_reach(source, files, what + near)
 
 
 def named_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -351,6 +371,8 @@ def load_tokenizer(source: str | Path, spec: str) -> PreTrainedTokenizerBase:
     """
     if adapter_base(spec) is not None and (user_path(spec) / "tokenizer_config.json").is_file():
         source = user_path(spec)
+    if not isinstance(source, Path):
+        _check_in_reach(source, TOKENIZER_FILES, spec)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -549,6 +571,8 @@ def _load_weights(
             )
         for path in weight_files(source):
             check_safetensors(path)
+    else:
+        _check_in_reach(source, ("model.safetensors", "model.safetensors.index.json"), spec)
     try:
         model, info = loader.from_pretrained(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
@@ -587,15 +611,6 @@ def _check_loading_info(info: dict[str, Any], spec: str) -> None:
         logger.warning(
             "model %r: %d tensors of the checkpoint are not used: %s", spec, len(unexpected), shortened(unexpected)
         )
-
-
-def may_be_hub_id(spec: str) -> bool:
-    """Returns whether `spec` has the form of a hub id."""
-    try:
-        validate_repo_id(spec)
-    except HFValidationError:
-        return False
-    return True
 
 
 def shortened(names: list[str], limit: int = 6) -> str:

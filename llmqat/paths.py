@@ -7,6 +7,7 @@ eval/. A command that writes a file at its end calls `check_outputs` at its begi
 
 from __future__ import annotations
 
+import difflib
 import os
 import secrets
 from collections.abc import Iterable, Mapping
@@ -48,6 +49,22 @@ def user_spec(given: str, what: str = "a model") -> str:
     """
     path = user_path(given, what)  # not returned: ./model is another name than model, and hub:NAME is no path
     return str(path) if given.startswith("~") else given
+
+
+def nearest_name(path: Path) -> str | None:
+    """Returns the path that is there whose name is nearest to that of `path`, which is not; None for none alike.
+
+    Where folders above it are missing too, the name of the topmost of them is looked at.
+    """
+    missing = path
+    try:
+        while not missing.parent.is_dir() and missing.parent != missing:
+            missing = missing.parent
+        names = {entry.name.lower(): entry.name for entry in missing.parent.iterdir()}
+    except OSError:  # no right to look
+        return None
+    alike = difflib.get_close_matches(missing.name.lower(), names, 1)
+    return str(missing.parent / names[alike[0]]) if alike else None
 
 
 def same_place(first: str | Path, second: str | Path) -> bool:

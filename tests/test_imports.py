@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
-    *("heap", "paths", "terminal", "config", "grid", "kernels", "layers", "models", "metrics", "data", "calibrate"),
-    *("train", "export", "evaluate", "recipe", "cli"),
+    *("heap", "paths", "terminal", "config", "hub", "grid", "kernels", "layers", "models", "metrics", "data"),
+    *("calibrate", "train", "export", "evaluate", "recipe", "cli"),
 )
 FILES = sorted((ROOT / "llmqat").rglob("*.py"))
 ENTRY_POINTS = {"__init__", "__main__"}

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmqat import models, synthesize
+from llmqat.data import DataConfig
+from llmqat.data.hub import open_source
 from llmqat.data.teacher_cache import CacheHeader
 from llmqat.export import save
 from llmqat.layers import QuantConfig, prepare
@@ -32,7 +35,9 @@ from llmqat.models import (
     gguf_folder,
     head_weight,
     load_model,
+    load_tokenizer,
     logit_transform,
+    resolve_spec,
 )
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_mixtral, tiny_qwen2, tiny_tokenizer
 
@@ -132,6 +137,55 @@ def test_what_is_not_there_is_said_with_the_ways_out(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"package:NAME/FILE") as caught:
             load_model(spec)
         assert repr(spec) in str(caught.value)
+
+
+def test_a_path_that_is_not_there_is_never_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmqat.hub.why_unreachable", lambda: pytest.fail("the hub was asked"))
+    (tmp_path / "runs" / "int4" / "model").mkdir(parents=True)
+    for spec in ("./model", "../model", "~/no such model", "runs/int4/mdoel", "a/b/c", "model.gguf", "c:\\model", "m/"):
+        with pytest.raises(FileNotFoundError, match="no such file or folder"):
+            resolve_spec(spec)
+    with pytest.raises(FileNotFoundError, match="the nearest name there is runs/int4/model; give a hub id"):
+        resolve_spec("runs/int4/mdoel")
+
+
+def test_a_hub_id_that_nobody_can_give_is_refused_within_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One request is made and no library is called, which would repeat theirs for half a minute."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-modle").mkdir()
+    asked: list[str] = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr("llmqat.hub.get_session", Session)
+    monkeypatch.setattr("llmqat.hub._answers", {})
+    monkeypatch.setattr("llmqat.hub.constants.HF_HUB_OFFLINE", False)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    calls: dict[str, Callable[[], Any]] = {
+        "model 'some/model'": lambda: load_model("some/model"),
+        "model 'tiny-model'; the nearest name here is tiny-modle": lambda: load_model("tiny-model"),
+        "model 'some/tokenizer'": lambda: load_tokenizer("some/tokenizer", "some/tokenizer"),
+        f"the base 'some/base' of the adapter '{adapter}'": lambda: load_model(str(adapter)),
+        "data.name='some/set'": lambda: open_source(DataConfig(source="dataset", name="some/set")),
+    }
+    for what, call in calls.items():
+        with pytest.raises(
+            FileNotFoundError, match=r"cannot be reached .*not known.*HF_ENDPOINT.*hf download"
+        ) as caught:
+            call()
+        assert what in str(caught.value)
+    assert len(asked) == 1  # the answer is remembered
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(FileNotFoundError, match=r"data.name='some.jsonl' is no id of a data set"):
+        open_source(DataConfig(source="dataset", name="some.jsonl"))
 
 
 def test_a_folder_without_config_says_what_it_holds_instead(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from llmqat.data.config import DataConfig
 from llmqat.data.documents import DocumentSource, Piece
 from llmqat.data.rows import row_reader
 from llmqat.data.text import ROW_BUILDERS, read_text, stream_text, suffix_of
+from llmqat.hub import check_dataset_in_reach, looks_like_path
 
 BUILDERS = {**ROW_BUILDERS, ".txt": "text"}
 """File suffixes that can be read, and the `datasets` builder for each."""
@@ -102,6 +103,14 @@ def open_hub(config: DataConfig, split: str) -> Any:
     """
     import datasets
 
+    assert config.name is not None
+    if not Path(config.name).exists():
+        if looks_like_path(config.name):
+            raise FileNotFoundError(
+                f"data.name={config.name!r} is no id of a data set on the hub, and no file or folder is there either; "
+                "give a name such as Salesforce/wikitext, or data.path=FILE_OR_FOLDER"
+            )
+        check_dataset_in_reach(config.name, f"data.name={config.name!r}")
     try:
         return datasets.load_dataset(
             config.name, config.config_name, split=split, revision=config.revision, **_streamed(config.streaming)

@@ -23,7 +23,7 @@ from llmqat.export.compressed_tensors import KV_KEY
 from llmqat.export.description import describe
 from llmqat.export.serving import Verdict, served_by
 from llmqat.export.stock import StockTrial, try_stock
-from llmqat.models import may_be_hub_id
+from llmqat.hub import may_be_hub_id
 
 STRADDLING, PACKS_STRADDLING = (3, 5, 6, 7), "0.18"
 """Bits whose codes lie across words, and the compressed-tensors that unpacks them first."""

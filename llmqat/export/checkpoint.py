@@ -43,6 +43,7 @@ from llmqat.export.prepared import is_prepared, read_prepared
 from llmqat.export.serving import Verdict, served_by
 from llmqat.export.stock import Expected, StockTrial, loader_of, try_stock
 from llmqat.export.tensors import stored_dtype
+from llmqat.hub import may_be_hub_id, why_unreachable
 from llmqat.kernels import KERNELS, packed_linear
 from llmqat.layers import (
     PackedEmbedding,
@@ -69,7 +70,6 @@ from llmqat.models import (
     folder_in_progress,
     load_model,
     load_tokenizer,
-    may_be_hub_id,
     model_file,
     read_config,
     resolve_spec,
@@ -271,6 +271,7 @@ def _cached(repository: str, name: str) -> str | None:
     found: str | None = cached_file(
         repository,
         name,
+        local_files_only=why_unreachable() is not None,  # it would be asked for half a minute
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

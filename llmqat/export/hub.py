@@ -14,7 +14,8 @@ from huggingface_hub import HfApi, ModelCard
 
 from llmqat.export.card import model_card
 from llmqat.export.checkpoint import FORMATS
-from llmqat.models import check_safetensors, folder_in_progress, may_be_hub_id, read_config, weight_files
+from llmqat.hub import may_be_hub_id
+from llmqat.models import check_safetensors, folder_in_progress, read_config, weight_files
 from llmqat.paths import user_path
 
 PUBLISHED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
