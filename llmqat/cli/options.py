@@ -31,8 +31,16 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figur
 TextOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="UTF-8 text file or folder, rows (.jsonl, .parquet), or hub:NAME:CONFIG:SPLIT; may be given again. "
-        "Else the protocol's own: Python's manual, or WikiText-2 from the hub."
+        help="UTF-8 text file or folder, rows (.jsonl, .parquet), or hub:NAME:CONFIG:SPLIT; may be given again. Of "
+        "rows with messages, or prompts and completions, the answers are scored. Else the protocol's own: Python's "
+        "manual, or WikiText-2 from the hub."
+    ),
+]
+CalibrationTextOption = Annotated[
+    str | None,
+    typer.Option(
+        help="UTF-8 text file or folder, rows (.jsonl, .parquet), chats among them, hub:NAME:CONFIG:SPLIT, or pydoc; "
+        "else the model writes it."
     ),
 ]
 ProtocolOption = Annotated[

@@ -9,6 +9,7 @@ import typer
 
 from llmqat.cli.application import command, console
 from llmqat.cli.options import (
+    CalibrationTextOption,
     GroupSizeOption,
     JsonOption,
     ModelArgument,
@@ -47,7 +48,7 @@ def quantize(
     smooth: Annotated[
         float | None, typer.Option(min=0, max=1, help="SmoothQuant's alpha, such as 0.5: smooth layer inputs first.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text file or folder to calibrate on.")] = None,
+    text: CalibrationTextOption = None,
     synthetic: Annotated[
         int, typer.Option(min=1, help="Tokens to calibrate on; written by the model without --text.")
     ] = 16384,
@@ -126,7 +127,7 @@ def sensitivity(
     ] = None,
     scheme: SchemeOption = "int4",
     group_size: GroupSizeOption = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text file or folder; else the model writes it.")] = None,
+    text: CalibrationTextOption = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of text to look at.")] = 16,
     block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 512,
     seed: SeedOption = 0,

@@ -22,6 +22,8 @@ from llmqat.data.processes import ALONE, Processes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmqat.data.documents import DocumentSource
+
 __all__ = [
     "SOURCES",
     "DataConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "TokenBlocks",
     "load_blocks",
     "load_splits",
+    "open_text",
     "read_blocks",
     "rows_of",
     "save_blocks",
@@ -46,6 +49,17 @@ def load_blocks(
 ) -> TokenBlocks:
     """Returns the training text that `config` describes as token blocks; arguments and errors as `load_splits`."""
     return load_splits(config, tokenizer, model, progress).train
+
+
+def open_text(config: DataConfig) -> DocumentSource:
+    """Returns the text that `config` describes, found but not read; not what a model writes, and no mix.
+
+    Raises:
+        FileNotFoundError: when the text is not where `config` says.
+        ValueError: when it cannot be read.
+    """
+    found: DocumentSource = importlib.import_module(SOURCES[config.source]).open_source(config)
+    return found
 
 
 def load_splits(
@@ -80,5 +94,5 @@ def load_splits(
     if hasattr(module, "open_source"):
         from llmqat.data.cache import read_documents
 
-        return read_documents(module.open_source(config), config, tokenizer, progress)
+        return read_documents(open_text(config), config, tokenizer, progress)
     return TextSplits(cast(TokenBlocks, module.load(config, tokenizer, model, progress, processes)))

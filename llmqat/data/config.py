@@ -25,6 +25,11 @@ SOURCES = {
 MIX = "mix"
 """Stands in `source` for several of them."""
 
+PYDOC = "pydoc"
+"""Stands for the prose of the Python version in use."""
+HUB_PREFIX = "hub:"
+"""Begins a text that is a dataset of the Hugging Face hub: hub:NAME[:CONFIG[:SPLIT]]."""
+
 _COMMON = {"source", "tokens", "block_size", "seed"}
 _DOCUMENTS = {"packing", "num_proc", "calibration_share", "validation_share"}
 """What holds for every source that gives documents."""
@@ -43,6 +48,7 @@ _OWN = {
             "ignore_columns",
             "format",
             "chat_template",
+            "labels",
             "streaming",
         ),
         *_DOCUMENTS,
@@ -63,7 +69,8 @@ class DataConfig(SynthesisConfig):
     """Seed of synthesis, of the splits, and of the order in a mix."""
     path: Path | None = None
     """Source text: a file or a folder of .txt and .md files. Source dataset: a local file (parquet, json, jsonl, csv,
-    arrow, txt), a folder of them, or one made by `save_to_disk`. Source synthetic: a folder that keeps the text as
+    arrow, txt), a folder of them, one made by `save_to_disk`, or hub:NAME:CONFIG:SPLIT, which stands for `name`,
+    `config_name` and `split`. Source synthetic: a folder that keeps the text as
     shards, and is gone on with; None: the text is kept in the run folder alone."""
     name: str | None = None
     """Source dataset: id on the Hugging Face hub."""
@@ -86,21 +93,27 @@ class DataConfig(SynthesisConfig):
     true. `preference`: column `chosen`, and `prompt` or else what `chosen` and `rejected` begin with alike.
     Conversations may have `tools`, `documents` and `chat_template_kwargs` beside them."""
     chat_template: Path | None = None
-    """Source dataset: file with a Jinja chat template in place of the tokenizer's own."""
+    """Source dataset: file with a Jinja chat template in place of the tokenizer's own; the checkpoint carries it."""
+    labels: Literal["answers", "all"] = "answers"
+    """Source dataset: which tokens of conversations, prompts and completions the loss counts. `answers`: what the
+    assistant says, or the completion. `all`: every token."""
     streaming: bool = False
     """Source dataset: read rows as they arrive, without downloading or converting the dataset as a whole first. Its
     blocks are made anew by each run, since what it holds is not known before it is read."""
-    packing: Literal["concatenate", "documents"] = "concatenate"
+    packing: Literal["concatenate", "documents", "whole"] = "concatenate"
     """`concatenate`: a block is one text. `documents`: position ids begin anew with each document in it, and attention
-    stays within documents; models that cannot do this are refused by name. Not for synthetic text."""
+    stays within documents; models that cannot do this are refused by name. `whole`: as `documents`, and a document that
+    fits a block is never cut: what is left of a block is filled with text that is no label, so no document is left out,
+    however few there are. Not for synthetic text."""
     num_proc: int = Field(1, ge=1)
     """Processes that tokenize; the blocks do not depend on it. Not for synthetic text."""
     calibration_share: float = Field(0.0, ge=0, lt=1)
     """Share of the documents, chosen by their hash and the seed, that is calibrated on and not trained on. 0: the first
     blocks of the training text are calibrated on. Not for synthetic text."""
     validation_share: float = Field(0.0, ge=0, lt=1)
-    """Share of the documents, chosen likewise, that only the trainer's evaluation loss is measured on, at the end and
-    as train.eval_strategy says. Not for synthetic text."""
+    """Share of the documents, chosen likewise, that is held out: the trainer's evaluation loss is measured on it, at
+    the end and as train.eval_strategy says. Held-out answers are also a text of the table at the end, with examples of
+    what the model answered before and answers now. Not for synthetic text."""
     mix: tuple[MixedSource, ...] | None = None
     """Several sources, each a mapping with its own keys and a `weight`; `source: mix` need not be said."""
 
@@ -114,6 +127,13 @@ class DataConfig(SynthesisConfig):
     def _mix_is_a_source(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("mix") is not None:
             return {"source": MIX, **values}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_on_the_hub(cls, values: Any) -> Any:
+        if isinstance(values, dict) and str(values.get("path") or "").startswith(HUB_PREFIX):
+            return {**{key: value for key, value in values.items() if key != "path"}, **hub_keys(str(values["path"]))}
         return values
 
     @model_validator(mode="after")
@@ -140,6 +160,19 @@ class DataConfig(SynthesisConfig):
         if self.source == MIX and len(self.mix or ()) < 2:
             raise ValueError("data.mix needs at least two sources, such as [{source: pydoc}, {source: text, path: F}]")
         return self
+
+
+def hub_keys(text: str) -> dict[str, Any]:
+    """Returns the keys of DataConfig that hub:NAME[:CONFIG[:SPLIT]] stands for.
+
+    Raises:
+        ValueError: when no name is in it, or too much is.
+    """
+    parts = text.removeprefix(HUB_PREFIX).split(":")
+    if not parts[0] or len(parts) > 3:
+        raise ValueError(f"{text!r} is no dataset of the hub; write {HUB_PREFIX}NAME, or {HUB_PREFIX}NAME:CONFIG:SPLIT")
+    given = dict(zip(("name", "config_name", "split"), parts, strict=False))
+    return {"source": "dataset", **{key: part for key, part in given.items() if part}}
 
 
 class MixedSource(DataConfig):

@@ -22,7 +22,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmqat.data.blocks import closing_ids, leading_ids
-from llmqat.data.chat import Chat, Completion, encode_chat, encode_completion
+from llmqat.data.chat import Chat, Completion, encode_chat, encode_completion, render_chat
 
 LONGEST_PIECE = 1 << 21
 """Characters that are tokenized at once."""
@@ -42,6 +42,8 @@ class Piece(NamedTuple):
     """Whether the document begins with it."""
     last: bool = True
     """Whether the document ends with it."""
+    all_labels: bool = False
+    """Whether all tokens of a conversation, or of a prompt with its completion, are labels, not the answers alone."""
 
 
 class Encoded(NamedTuple):
@@ -121,13 +123,16 @@ class _Encoder:
 
     def _encoded(self, piece: Piece, ids: Iterator[list[int]]) -> Encoded:
         scored: list[int] | None = None
-        if isinstance(piece.content, Chat):
+        if isinstance(piece.content, Chat) and piece.all_labels:
+            text = render_chat(piece.content, self.tokenizer)
+            found = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        elif isinstance(piece.content, Chat):
             found, scored = encode_chat(piece.content, self.tokenizer)
         elif isinstance(piece.content, Completion):
             found, scored = encode_completion(piece.content, self.tokenizer, self.before, self.after)
         else:
             found = (self.before if piece.first else []) + next(ids) + (self.after if piece.last else [])
-        marks = None if scored is None else np.array(scored, np.uint8)
+        marks = None if scored is None or piece.all_labels else np.array(scored, np.uint8)
         return Encoded(np.array(found, np.int32), marks, piece.document, piece.first)
 
 

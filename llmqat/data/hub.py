@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmqat.data.chat import Chat, Completion, render_chat
 from llmqat.data.config import DataConfig
 from llmqat.data.documents import DocumentSource, Piece
-from llmqat.data.rows import row_reader
+from llmqat.data.rows import RowReader, row_reader
 from llmqat.data.text import ROW_BUILDERS, read_text, stream_text, suffix_of
 from llmqat.hub import check_dataset_in_reach, looks_like_path
 
@@ -25,7 +25,42 @@ MANIFEST_FILE = "llmqat.json"
 
 
 def open_source(config: DataConfig) -> DocumentSource:
-    """Returns the rows of a dataset as documents.
+    """Returns the rows of a dataset as documents; errors as `open_rows`."""
+    split = config.split or "train"
+    where = str(config.path) if config.name is None else config.name
+    rows, reader = open_rows(config)
+    content = None if config.streaming else _content_hash(config, rows)
+
+    parts = [f"dataset {where}", config.config_name, config.revision and f"revision {config.revision}"]
+    parts += [
+        f"split {split}",
+        f"column {reader.column}",
+        None if reader.format == "text" else f"format {reader.format}",
+        "all tokens are labels" if reader.all_labels and reader.format != "text" else None,
+    ]
+    known = f"{content}, {reader.format}, {reader.template}, {sorted(config.ignore_columns)}"
+    return DocumentSource(
+        ", ".join(str(part) for part in parts if part),
+        partial(row_pieces, rows, reader),
+        None if config.streaming else known,
+        labelled=reader.labelled,
+        details={} if config.streaming else {"rows": len(rows), "fingerprint": content},
+    )
+
+
+def row_pieces(rows: Any, reader: RowReader) -> Iterator[Piece]:
+    """Yields the documents of `rows`, as `open_rows` gives both.
+
+    Raises:
+        ValueError: when a row cannot be read.
+    """
+    with _named(reader.where, []):  # errors of rows name them already
+        for number, row in enumerate(rows.select_columns(list(reader.columns))):
+            yield from reader.pieces(number, row)
+
+
+def open_rows(config: DataConfig) -> tuple[Any, RowReader]:
+    """Returns the rows of a dataset, and how they are read.
 
     Raises:
         FileNotFoundError: when there is nothing at `config.path`, or the hub has no such dataset.
@@ -37,7 +72,7 @@ def open_source(config: DataConfig) -> DocumentSource:
     if config.streaming and rows.column_names is None:
         with _named(where, [], opening=True):
             rows = rows._resolve_features()
-    template = None if config.chat_template is None else _read_template(config.chat_template)
+    template = None if config.chat_template is None else read_template(config.chat_template)
     reader = row_reader(
         rows,
         where,
@@ -45,27 +80,9 @@ def open_source(config: DataConfig) -> DocumentSource:
         column=config.column,
         template=template,
         ignored=config.ignore_columns,
+        all_labels=config.labels == "all",
     )
-    content = None if config.streaming else _content_hash(config, rows)
-
-    def pieces() -> Iterator[Piece]:
-        with _named(where, []):  # errors of rows name them already
-            for number, row in enumerate(rows.select_columns(list(reader.columns))):
-                yield from reader.pieces(number, row)
-
-    parts = [f"dataset {where}", config.config_name, config.revision and f"revision {config.revision}"]
-    parts += [
-        f"split {split}",
-        f"column {reader.column}",
-        None if reader.format == "text" else f"format {reader.format}",
-    ]
-    return DocumentSource(
-        ", ".join(str(part) for part in parts if part),
-        pieces,
-        None if config.streaming else f"{content}, {reader.format}, {template}, {sorted(config.ignore_columns)}",
-        labelled=reader.format != "text",
-        details={} if config.streaming else {"rows": len(rows), "fingerprint": content},
-    )
+    return rows, reader
 
 
 def _content_hash(config: DataConfig, rows: Any) -> str:
@@ -82,13 +99,31 @@ def _content_hash(config: DataConfig, rows: Any) -> str:
     return digest.hexdigest()
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """Returns the chat template in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, or no text.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no chat template at data.chat_template={path}; give a Jinja file")
     template = read_text(path)
     if not template.strip():
         raise ValueError(f"the chat template data.chat_template={path} is empty")
     return template
+
+
+def use_chat_template(config: DataConfig, tokenizer: Any) -> None:
+    """Gives `tokenizer` the chat template that a text's conversations are rendered by in place of its own.
+
+    So it is what held-out conversations are rendered by, and what a checkpoint carries. Where the sources of a mix have
+    several, the tokenizer keeps its own.
+    """
+    given = {one.chat_template for one in config.mix or (config,) if one.source == "dataset"}
+    path = given.pop() if len(given) == 1 else None
+    if path is not None:
+        tokenizer.chat_template = read_template(path)
 
 
 # Finding the rows
@@ -219,30 +254,15 @@ def _choose_split(loaded: Any, split: str, path: Path) -> Any:
 # Rows as text
 
 
-def texts_of(rows: Any, where: str, tokenizer: Any, column: str | None = None) -> list[str]:
-    """Returns a text for each row, empty ones included: what it holds, a prompt and its answer, or a rendered chat.
-
-    Args:
-        rows: from `open_local` or `open_hub`.
-        where: names them in errors.
-        tokenizer: renders conversations; None where there are none.
-        column: holds the text; found where not given.
+def texts_of(rows: Any, reader: RowReader) -> list[str]:
+    """Returns the text of each row, empty ones included.
 
     Raises:
-        ValueError: when it is not clear what a row is, or a row cannot be read.
+        ValueError: when rows are conversations, or prompts with completions.
     """
-    reader = row_reader(rows, where, column=column)
-    if reader.format == "text":
-        return [text or "" for text in rows[reader.column]]
-    found = []
-    for number, row in enumerate(rows.select_columns(list(reader.columns))):
-        found.append("".join(_as_text(piece.content, tokenizer) for piece in reader.pieces(number, row)))
-    return found
-
-
-def _as_text(content: str | Chat | Completion, tokenizer: Any) -> str:
-    if isinstance(content, Chat):
-        if tokenizer is None:
-            raise ValueError(f"{content.where} is a conversation, which a tokenizer with a chat template must render")
-        return render_chat(content, tokenizer)
-    return content.prompt + content.completion if isinstance(content, Completion) else content
+    if reader.format != "text":
+        raise ValueError(
+            f"{reader.where} has rows of the format {reader.format}, and running text is needed here; give a text, or "
+            "rows with a column of text"
+        )
+    return [text or "" for text in rows[reader.column]]

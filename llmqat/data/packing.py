@@ -4,6 +4,11 @@ Each document goes to one split, by its hash and the seed alone: training, calib
 never lies in two of them, in whatever file or order it comes. What fills no last block of a split is left out, and so
 is a block in which nothing is a label.
 
+Two splits are filled in another way: with `packing: whole` a document that does not fit into the rest of a block begins
+a new one, and held-out answers have a row for each conversation. Rests are filled by repeating what is in the block
+already, and are no labels; a document that is longer than a block has several rows, in which each label is once, behind
+as much of the document as fits.
+
     pieces -> ids -> split -> raw files -> one safetensors file a split, under a temporary name until it is whole
 """
 
@@ -17,17 +22,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmqat.data.blocks import CHUNK, PARTS, Progress, TokenBlocks, read_blocks, sha256_of_chunks
+from llmqat.data.blocks import CHUNK, PARTS, Progress, Rows, TokenBlocks, read_blocks, sha256_of_chunks
 from llmqat.data.config import DataConfig
 from llmqat.data.documents import DocumentSource, Encoded, encoded
 from llmqat.models import folder_in_progress
 
 TRAIN, CALIBRATION, VALIDATION = "train", "calibration", "validation"
+Filling = Literal["joined", "whole", "alone"]
+"""How documents fill blocks: one after the other, none cut that fits, or each in a block of its own."""
 _NAMES = {np.dtype(np.uint16): "U16", np.dtype(np.int32): "I32", np.dtype(np.int64): "I64", np.dtype(np.uint8): "U8"}
 
 
@@ -86,9 +94,12 @@ def pack(
     with ExitStack() as stack:
         scratch = stack.enter_context(folder_in_progress(folder / "scratch"))
         dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+        apart = config.packing != "concatenate"
         packers = {
             name: stack.enter_context(
-                BlockWriter(scratch / name, config.block_size, dtype, source.labelled, config.packing == "documents")
+                BlockWriter(
+                    scratch / name, config.block_size, dtype, source.labelled, apart, _filling(name, source, config)
+                )
             )
             for name in splits
         }
@@ -102,8 +113,15 @@ def pack(
             if most is not None and packers[TRAIN].blocks >= most:
                 break
         for name, packer in packers.items():
+            packer.finish(most if name == TRAIN else None)
             _check_length(packer, source, config, name)
             packer.write(folder / f"{name}.safetensors", source.name, source.details)
+
+
+def _filling(name: str, source: DocumentSource, config: DataConfig) -> Filling:
+    if name == VALIDATION and source.labelled:
+        return "alone"
+    return "whole" if config.packing == "whole" else "joined"
 
 
 def shares_as_arguments(config: DataConfig) -> dict[str, float]:
@@ -114,6 +132,8 @@ def shares_as_arguments(config: DataConfig) -> dict[str, float]:
 def _check_length(packer: BlockWriter, source: DocumentSource, config: DataConfig, name: str) -> None:
     if packer.blocks:
         return
+    if packer.tokens and packer.filling != "joined":
+        raise ValueError(f"{source.name}: no token of its {name} split is a label; is there an answer in the data?")
     if name != TRAIN:
         share = f"data.{name}_share={getattr(config, f'{name}_share')}"
         raise ValueError(
@@ -138,13 +158,62 @@ def read_splits(folder: Path) -> TextSplits:
     return TextSplits(**found)
 
 
+def cuts_of(piece: Encoded, size: int) -> Iterator[Encoded]:
+    """Yields a document in parts of at most `size` tokens.
+
+    Each label is one in the first part that has it, behind as much of the document as fits; in those after it is not.
+    """
+    scored = np.ones(len(piece.ids), np.uint8) if piece.scored is None else piece.scored
+    yield Encoded(piece.ids[:size], scored[:size], piece.document, piece.first)
+    for done in range(size, len(piece.ids), size - 1):  # the first token of a part is never predicted
+        end = min(done + size - 1, len(piece.ids))
+        own = scored[end - size : end].copy()
+        own[: size - (end - done)] = 0
+        yield Encoded(piece.ids[end - size : end], own, piece.document, first=True)
+
+
+def rows_alone(pieces: Iterable[Encoded], size: int, most_tokens: int | None = None) -> Rows:
+    """Returns documents as rows [N, L] of their own, L being `size` or the longest, without rows that have no label.
+
+    Args:
+        pieces: the documents, none of them in parts.
+        size: most tokens in a row.
+        most_tokens: no more rows are made when they have so many tokens; the first is always made.
+    """
+    kept: list[Encoded] = []
+    tokens = 0
+    for piece in pieces:
+        own = [cut for cut in cuts_of(piece, size) if cut.scored is not None and cut.scored[1:].any()]
+        tokens += sum(len(cut.ids) for cut in own)
+        if kept and most_tokens is not None and tokens > most_tokens:
+            break
+        kept += own
+    longest = max((len(cut.ids) for cut in kept), default=0)
+    filled = [_filled({"ids": cut.ids, "scored": cut.scored}, longest) for cut in kept]
+    shape = (len(kept), longest)
+    ids, scored = (
+        np.concatenate([row[name] for row in filled] or [np.empty(0)]).reshape(shape) for name in ("ids", "scored")
+    )
+    return Rows(torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(scored.astype(np.uint8)))
+
+
+def _filled(parts: Mapping[str, Any], size: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Returns parts of a block, repeated up to `size` tokens; what is repeated is no label."""
+    found = {name: np.resize(part, size) for name, part in parts.items()}
+    found["scored"][len(parts["ids"]) :] = 0
+    return found
+
+
 class BlockWriter:
     """Fills blocks and appends them to raw files; a context that closes them."""
 
-    def __init__(self, folder: Path, block_size: int, dtype: Any, labelled: bool, apart: bool) -> None:
+    def __init__(
+        self, folder: Path, block_size: int, dtype: Any, labelled: bool, apart: bool, filling: Filling = "joined"
+    ) -> None:
         self.block_size = block_size
+        self.filling = filling
         self.types: dict[str, Any] = {"ids": dtype}
-        self.types |= {"scored": np.uint8} if labelled else {}
+        self.types |= {"scored": np.uint8} if labelled or filling != "joined" else {}
         self.types |= {"starts": np.uint8} if apart else {}
         self.blocks = 0
         self.tokens = 0
@@ -166,6 +235,25 @@ class BlockWriter:
 
     def add(self, piece: Encoded, most: int | None) -> None:
         """Takes a piece in; writes the blocks that are full, `most` of them in all."""
+        self.tokens += len(piece.ids)
+        if self.filling == "joined":
+            self._add(piece, most)
+            return
+        for cut in cuts_of(piece, self.block_size):
+            if self.filling == "alone" or self._length + len(cut.ids) > self.block_size:
+                self.finish(most)
+            self._add(cut._replace(first=True), most)
+
+    def finish(self, most: int | None) -> None:
+        """Fills the last block and writes it; where documents are joined, what fills no block is left out."""
+        if self.filling == "joined" or not self._length:
+            return
+        whole = _filled({name: np.concatenate(parts) for name, parts in self._waiting.items()}, self.block_size)
+        self._waiting = {name: [part] for name, part in whole.items()}
+        self._length = self.block_size
+        self._write(most)
+
+    def _add(self, piece: Encoded, most: int | None) -> None:
         size = len(piece.ids)
         parts = {"ids": piece.ids, "scored": piece.scored, "starts": None}
         if "starts" in self.types:
@@ -175,7 +263,6 @@ class BlockWriter:
             self._waiting[name].append(np.ones(size, dtype) if part is None else part.astype(dtype))
         self._begun.append(piece.document)
         self._length += size
-        self.tokens += size
         if self._length >= self.block_size:
             self._write(most)
 

@@ -26,7 +26,7 @@ from llmqat.data.documents import Piece, document_hash, pieces_of
 
 log = logging.getLogger(__name__)
 
-TEXT_COLUMNS = ("text", "content", "document", "article", "raw_content")
+TEXT_COLUMNS = ("text", "content", "document", "article", "raw_content", "page")
 """Column names taken for the text when several columns hold strings; the first that is there."""
 MESSAGES_COLUMNS = ("messages", "conversations", "conversation")
 """Column names taken for a conversation."""
@@ -59,6 +59,13 @@ class RowReader:
     """Columns that are not read; refused where they are variables of the chat template."""
     template: str | None = None
     """Chat template in place of the tokenizer's own."""
+    all_labels: bool = False
+    """Whether all tokens of conversations, prompts and completions are labels, not the answers alone."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether some tokens are no labels."""
+        return self.format != "text" and not self.all_labels
 
     def pieces(self, number: int, row: Row) -> Iterator[Piece]:
         """Yields row `number` as a document, or nothing where it holds no text.
@@ -68,7 +75,8 @@ class RowReader:
         """
         if self.filled:
             row = {**row, **{name: _without_nulls(row[name]) for name in self.filled}}
-        return _READERS[self.format](row, self, f"row {number} of dataset {self.where}, column {self.column}")
+        found = _READERS[self.format](row, self, f"row {number} of dataset {self.where}, column {self.column}")
+        return (piece._replace(all_labels=True) for piece in found) if self.all_labels else found
 
     def chat(self, row: Row, messages: list[dict[str, Any]], where: str, answers_from: int = 0) -> Piece:
         """Returns a conversation of `row` as a piece.
@@ -99,6 +107,7 @@ def row_reader(
     column: str | None = None,
     template: str | None = None,
     ignored: Sequence[str] = (),
+    all_labels: bool = False,
 ) -> RowReader:
     """Returns how `rows` are read; says in the log which of their columns are not.
 
@@ -109,6 +118,7 @@ def row_reader(
         column: holds the text, the conversation or the answer; found where not given.
         template: chat template in place of the tokenizer's own.
         ignored: columns that are not looked at.
+        all_labels: whether all tokens are labels, whatever a row is.
 
     Raises:
         ValueError: when format or column are not clear, or a column means something that cannot be done.
@@ -127,7 +137,8 @@ def row_reader(
     if said := [name for name in unread if name not in ("rejected", "input_ids")]:
         log.info("dataset %s: format %s, column %s; not read: %s", where, found, column, ", ".join(said))
     filled = tuple(name for name in read if _is_filled(rows.features[name]))
-    return RowReader(found, column, tuple(read), where, filled, () if found == "text" else unread, template)
+    unread = () if found == "text" else unread
+    return RowReader(found, column, tuple(read), where, filled, unread, template, all_labels)
 
 
 def _also_read(format: str, names: Sequence[str]) -> list[str]:

@@ -12,9 +12,11 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from llmqat.data.config import DataConfig
+from llmqat.data.config import HUB_PREFIX, PYDOC, DataConfig, hub_keys
 from llmqat.data.documents import DocumentSource, Piece, pieces_of, signed
+from llmqat.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,27 @@ def is_rows(path: Path) -> bool:
         others = "" if len(rows) == 1 else f" and {len(rows) - 1} more"
         log.warning("the folder %s holds prose and rows; the rows are not read: %s%s", path, rows[0].name, others)
     return False
+
+
+def text_config(text: str, hub_split: str = "train", labels: str = "answers", **more: Any) -> DataConfig:
+    """Returns how a text is read that a command names in a word.
+
+    Args:
+        text: `pydoc`, a file or folder of prose or of rows, or hub:NAME[:CONFIG[:SPLIT]].
+        hub_split: of a dataset of the hub, where the word names none.
+        labels: which tokens of conversations, prompts and completions count; as in DataConfig.
+        **more: other fields of DataConfig.
+
+    Raises:
+        ValueError: the word means no text.
+    """
+    if text == PYDOC:
+        return DataConfig(source="pydoc", **more)
+    if text.startswith(HUB_PREFIX):
+        return DataConfig(**{"split": hub_split, **hub_keys(text), "labels": labels, **more})
+    path = user_path(text, "text")
+    own: dict[str, Any] = {"source": "dataset", "labels": labels} if is_rows(path) else {"source": "text"}
+    return DataConfig(**own, path=path, **more)
 
 
 def open_source(config: DataConfig) -> DocumentSource:

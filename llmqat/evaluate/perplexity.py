@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, StackDataset
 
+from llmqat.data.blocks import Rows, sha256_of_rows
 from llmqat.data.length import check_length
 from llmqat.metrics import IGNORED_LABEL, Predictor, TokenScores, predictor_of, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device
@@ -51,6 +52,7 @@ class TokenWindows:
     lengths: Tensor | None = None  # int64 [N], tokens before the padding at a window's end; None: no window is padded
     units: Tensor | None = None  # int64 [N], the document of a window; None: each window is one of its own
     words: int | None = None  # words of the text, where perplexity is counted by words
+    answers: bool = False  # whether a window is a conversation, of which the answers alone are scored
 
     @property
     def window(self) -> int:
@@ -121,6 +123,7 @@ class Evaluation:
     reverse_kl: float | None = None  # mean KL(model || reference), nats a token
     top5: float | None = None  # share of the reference's five most probable tokens that are among the model's five
     words: int | None = None  # of the text, where perplexity is also counted by words
+    answers: bool = False  # whether the answers of conversations alone were scored
     ids_sha256: str | None = None  # of the token ids of all windows: other tokenizers give others
     scored: ScoredTokens | None = field(default=None, repr=False, compare=False)
 
@@ -203,6 +206,37 @@ def windows_from_blocks(ids: Tensor, source: str = "blocks", sha256: str | None 
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < 2:
         raise ValueError(f"blocks of {source} have shape {tuple(ids.shape)}; expected [N >= 1, L >= 2]")
     return TokenWindows(ids=ids, labels=ids, stride=ids.shape[1], sha256=sha256 or _sha256_of(ids), source=source)
+
+
+def windows_from_rows(rows: Rows, source: str, max_tokens: int | None = None) -> TokenWindows:
+    """Returns conversations, a row each, as windows of which the answers are scored; the longest come first.
+
+    Args:
+        rows: of which the labels say what is scored; what stands behind the last label is not read.
+        source: where they came from.
+        max_tokens: rows are taken from the start while they have no more tokens in all, one at least; None takes all.
+    """
+    labels = rows.labels()
+    labels[:, 0] = IGNORED_LABEL  # which nothing precedes
+    places = torch.arange(1, labels.shape[1] + 1)
+    lengths = torch.where(labels.ne(IGNORED_LABEL), places, 0).amax(1)
+    kept = lengths.gt(0).nonzero().squeeze(1)
+    if max_tokens is not None:
+        within = lengths[kept].cumsum(0).le(max_tokens)
+        within[:1] = True
+        kept = kept[within]
+    kept = kept[lengths[kept].argsort(descending=True, stable=True)]
+    longest = int(lengths[kept].max()) if len(kept) else 0
+    return TokenWindows(
+        ids=rows.ids[kept, :longest],
+        labels=labels[kept, :longest],
+        stride=longest,
+        sha256=sha256_of_rows(Rows(rows.stored[kept], None if rows.scored is None else rows.scored[kept])),
+        source=source,
+        lengths=lengths[kept],
+        units=kept,
+        answers=True,
+    )
 
 
 def _sha256_of(ids: Tensor) -> str:
@@ -353,6 +387,7 @@ def _evaluation(scores: TokenScores, windows: TokenWindows) -> Evaluation:
         stride=windows.stride,
         text_sha256=windows.sha256,
         words=windows.words,
+        answers=windows.answers,
         ids_sha256=windows.ids_sha256,
         scored=ScoredTokens(
             scores=scores,

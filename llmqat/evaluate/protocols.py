@@ -8,7 +8,9 @@
                model takes, the first behind a BOS (else EOS) token; perplexity by words of the page as it came.
 
 A source of text is `pydoc` (the prose of the Python version in use), a UTF-8 file, a folder of them, a file of rows
-(.jsonl, .parquet, .csv, .arrow), or `hub:NAME[:CONFIG[:SPLIT]]`, a dataset of the Hugging Face hub.
+(.jsonl, .parquet, .csv, .arrow), or `hub:NAME[:CONFIG[:SPLIT]]`, a dataset of the Hugging Face hub. Rows are read as
+training reads them (data/rows.py). Of conversations, and of prompts with completions, the answers alone are scored,
+each conversation in a window of its own; by the protocol `windows` alone.
 """
 
 from __future__ import annotations
@@ -23,18 +25,16 @@ from typing import Any
 
 import torch
 
-from llmqat.data.config import DataConfig
-from llmqat.data.hub import open_hub, open_local, texts_of
+from llmqat.data.config import HUB_PREFIX, PYDOC
+from llmqat.data.documents import encoded
+from llmqat.data.hub import open_rows, row_pieces, texts_of
+from llmqat.data.packing import rows_alone
 from llmqat.data.pydoc import pydoc_text
-from llmqat.data.text import is_rows, read_text, read_texts
-from llmqat.evaluate.perplexity import TokenWindows, windows_from_text
+from llmqat.data.rows import RowReader
+from llmqat.data.text import is_rows, read_text, read_texts, text_config
+from llmqat.evaluate.perplexity import TokenWindows, windows_from_rows, windows_from_text
 from llmqat.metrics import IGNORED_LABEL
 
-PYDOC = "pydoc"
-"""Stands for the prose of the Python version in use."""
-HUB_PREFIX = "hub:"
-PAGE = "page"
-"""Column of a dataset of whole WikiText pages."""
 UNLIMITED = 10**9
 """Tokenizers that know no limit name one above this."""
 LONGEST = 2048
@@ -86,35 +86,37 @@ def text_windows(
         raise ValueError(f"protocol={protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
     if stride is not None and protocol != "windows":
         raise ValueError(f"stride={stride} is not part of the protocol {protocol!r}; leave it out, or use 'windows'")
+    if protocol == "windows" and _is_dataset(source):
+        rows, reader = _opened(source)
+        if reader.labelled:
+            return answer_windows(rows, reader, tokenizer, window, stride, max_windows, source)
     if protocol == "wikitext":
         own = tokenizer.model_max_length if tokenizer.model_max_length < UNLIMITED else LONGEST
-        return rolling_windows(
-            read_pages(source, tokenizer), tokenizer, window or model_length or own, max_windows, source
-        )
+        return rolling_windows(read_pages(source), tokenizer, window or model_length or own, max_windows, source)
     if window is None:
         raise ValueError(f"the protocol {protocol!r} needs a window; leave it out for its own, or give tokens")
     if protocol == "wikitext2":
-        return gptq_windows("\n\n".join(read_rows(source, tokenizer)), tokenizer, window, max_windows, source)
-    text = "\n\n".join(row for row in read_documents(source, tokenizer) if row.strip())
+        return gptq_windows("\n\n".join(read_rows(source)), tokenizer, window, max_windows, source)
+    text = "\n\n".join(row for row in read_documents(source) if row.strip())
     return windows_from_text(text, tokenizer, window, stride, max_windows, source)
 
 
 # Texts
 
 
-def read_documents(source: str, tokenizer: Any = None) -> list[str]:
-    """Returns the texts at `source`: one a file, or one a row of a dataset, conversations by `tokenizer`'s template.
+def read_documents(source: str) -> list[str]:
+    """Returns the texts at `source`: one a file, or one a row of a dataset.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it cannot be read, or it is not clear which column holds the text.
+        ValueError: it cannot be read, it is not clear which column holds the text, or it holds conversations.
     """
     if source == PYDOC:
         return [pydoc_text()]
-    return _dataset_rows(source, tokenizer) if _is_dataset(source) else read_texts(Path(source))
+    return texts_of(*_opened(source)) if _is_dataset(source) else read_texts(Path(source))
 
 
-def read_rows(source: str, tokenizer: Any = None) -> list[str]:
+def read_rows(source: str) -> list[str]:
     """Returns the rows of `source`; those of a text file are its lines as in the hub's WikiText, blank ones empty.
 
     Raises:
@@ -122,7 +124,7 @@ def read_rows(source: str, tokenizer: Any = None) -> list[str]:
         ValueError: it cannot be read.
     """
     if source == PYDOC or _is_dataset(source) or Path(source).is_dir():
-        return read_documents(source, tokenizer)
+        return read_documents(source)
     if not Path(source).is_file():
         raise FileNotFoundError(
             f"no text at {source}; give a text file, or one of rows, or {HUB_PREFIX}NAME:CONFIG:SPLIT"
@@ -134,7 +136,7 @@ _TITLE = re.compile(r"^ ?= (?!=)(?!.*= = *$).* = *$", re.MULTILINE)
 """A line that is a page's title in WikiText, and not that of a section."""
 
 
-def read_pages(source: str, tokenizer: Any = None) -> list[tuple[str, str]]:
+def read_pages(source: str) -> list[tuple[str, str]]:
     """Returns pages as (as it came, as it is read): a dataset's rows, or a text file cut before each title of WikiText.
 
     Pages are read detokenized, whatever they look like, as lm-eval does: text that is detokenized already changes a
@@ -144,7 +146,7 @@ def read_pages(source: str, tokenizer: Any = None) -> list[tuple[str, str]]:
         FileNotFoundError: there is no such text.
         ValueError: it cannot be read, or is empty.
     """
-    pages = read_documents(source, tokenizer)
+    pages = read_documents(source)
     if not _is_dataset(source) and Path(source).is_file():
         (text,) = pages
         cuts = [match.start() for match in _TITLE.finditer(text)]
@@ -160,14 +162,9 @@ def _is_dataset(source: str) -> bool:
     return source.startswith(HUB_PREFIX) or is_rows(Path(source))
 
 
-def _dataset_rows(source: str, tokenizer: Any = None) -> list[str]:
-    if source.startswith(HUB_PREFIX):
-        name, _, rest = source.removeprefix(HUB_PREFIX).partition(":")
-        config, _, split = rest.partition(":")
-        rows = open_hub(DataConfig(source="dataset", name=name, config_name=config or None), split or "test")
-    else:
-        rows = open_local(Path(source), "train")
-    return texts_of(rows, source, tokenizer, PAGE if PAGE in rows.column_names else None)
+def _opened(source: str) -> tuple[Any, RowReader]:
+    """Returns the rows of a dataset, the split `test` of one on the hub, and how they are read."""
+    return open_rows(text_config(source, hub_split="test"))
 
 
 _DETOKENIZE: tuple[tuple[str, str], ...] = (
@@ -210,6 +207,43 @@ def detokenized(page: str) -> str:
 
 
 # Windows
+
+
+def answer_windows(
+    rows: Any,
+    reader: RowReader,
+    tokenizer: Any,
+    window: int | None,
+    stride: int | None,
+    max_windows: int | None,
+    source: str,
+) -> TokenWindows:
+    """Returns conversations, or prompts with completions, as windows of their own, of which the answers are scored.
+
+    A conversation that is longer than a window has several, in which each answer's token is scored once.
+
+    Args:
+        rows: of a dataset.
+        reader: says what they are.
+        tokenizer: renders conversations by its chat template.
+        window: most tokens in a window.
+        stride: must be None.
+        max_windows: conversations are taken until they have as many tokens as so many whole windows; None: all.
+        source: for messages and the table.
+
+    Raises:
+        ValueError: a row cannot be read or rendered, none has an answer, or the settings do not go with conversations.
+    """
+    if window is None:
+        raise ValueError("the protocol 'windows' needs a window; leave it out for its own, or give tokens")
+    if stride is not None:
+        raise ValueError(f"stride={stride}: {source} holds conversations, whose windows do not overlap; leave it out")
+    found = rows_alone(
+        encoded(row_pieces(rows, reader), tokenizer), window, None if max_windows is None else max_windows * window
+    )
+    if not len(found):
+        raise ValueError(f"{source}: no token is an answer's; is there an answer in the data?")
+    return windows_from_rows(found, source)
 
 
 def gptq_windows(text: str, tokenizer: Any, window: int, max_windows: int | None, source: str) -> TokenWindows:

@@ -6,10 +6,12 @@ on the same windows, and their tokenizers must agree. They are compared by what 
     every token that both have has one id in both, and every id that both have is one token
     the very windows that are scored are the same
 
-Padding and chat templates may differ. Where an id has another name because an added token was renamed, such as
-<|reserved_1|> to <|im_start|>, or where one tokenizer has more tokens than the other, the models are compared and it is
-said. A GGUF file's tokenizer is what transformers makes of it: where that alone cuts the text in another way, the file
-is judged on the tokens of the others, and it is said. All else is refused, before a model is loaded.
+Padding may differ, and so may chat templates where no conversation is scored. A model without a chat template is scored
+on conversations as the first model's template writes them, and it is said. Where an id has another name because an
+added token was renamed, such as <|reserved_1|> to <|im_start|>, or where one tokenizer has more tokens than the other,
+the models are compared and it is said. A GGUF file's tokenizer is what transformers makes of it: where that alone cuts
+the text in another way, the file is judged on the tokens of the others, and it is said. All else is refused, before a
+model is loaded.
 """
 
 from __future__ import annotations
@@ -94,17 +96,29 @@ def _noted(
     Raises:
         ValueError: it is another.
     """
-    if works_alike(tokenizer, reference):
-        return ()
+    said: list[str] = []
+    scores_chats = any(one.answers for one in windows.values())
+    if scores_chats and tokenizer.chat_template is None and reference.chat_template is not None:
+        tokenizer.chat_template = reference.chat_template
+        said.append(f"{name} has no chat template: it is judged on conversations as {first} writes them.")
+    alike = works_alike(tokenizer, reference)
+    if alike and not (scores_chats and tokenizer.chat_template != reference.chat_template):
+        return tuple(said)
     clash, note = vocabulary_difference(tokenizer, reference)
     cut = None if clash else _windows_difference(tokenizer, windows, windows_of)
+    if alike and cut:
+        raise ValueError(
+            f"{name} has another chat template than {first}, by which the conversations are other tokens: {cut}. Score "
+            "each in a call of its own, or copy the chat template of one beside the other"
+        )
     if clash or (cut and not is_gguf(spec)):
         raise ValueError(
             f"{name} has another tokenizer than {first}: {clash or cut}. Perplexity, KL and agreement are figures by "
             "the token, so the two cannot be compared by them; score each in a call of its own, and compare their "
             "word perplexity (--protocol wikitext), which does not depend on the tokenizer"
         )
-    said = [f"{name} has nearly the tokenizer of {first}: {note}."] if note else []
+    if note:
+        said.append(f"{name} has nearly the tokenizer of {first}: {note}.")
     if cut:
         said.append(
             f"The tokenizer that transformers makes of {name} differs from that of {first}: {cut}. It is judged on the "

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llmqat.data import DataConfig, TextSplits
+from llmqat.data import TextSplits, open_text
 from llmqat.data.blocks import hash_number
 from llmqat.data.documents import document_hash
 from llmqat.data.pydoc import pydoc_text
-from llmqat.data.text import hash_file, is_rows, open_source, text_files
+from llmqat.data.text import hash_file, is_rows, text_config, text_files
 from llmqat.evaluate.compare import Comparison, Extra, candidate_from, compare, progress_bar
 from llmqat.evaluate.gate import Rule, check_rules, check_same_texts
 from llmqat.evaluate.layers import weight_errors
@@ -148,7 +148,7 @@ def _documents_of(source: str) -> dict[str, int]:
         return {PYDOC: document_hash(pydoc_text())}
     path = Path(source)
     if is_rows(path):
-        rows = open_source(DataConfig(source="text", path=path)).pieces()
+        rows = open_text(text_config(source)).pieces()
         return {f"row of {source}, document {number}": piece.document for number, piece in enumerate(rows)}
     found = {str(file): hash_file(file) for file in text_files(path)}
     return {name: digest for name, digest in found.items() if digest is not None}

@@ -40,6 +40,7 @@ from llmqat.calibrate import (
     rotates,
 )
 from llmqat.data import Rows, TextSplits, TokenBlocks
+from llmqat.data.hub import use_chat_template
 from llmqat.data.length import check_length, declared_length
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import TeacherCache
@@ -174,6 +175,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         # Now: a scheme that does not do should not cost the text.
         coverage = _checked_coverage(recipe)
         teacher, tokenizer = load_model(recipe.source, torch.bfloat16)
+        use_chat_template(recipe.data, tokenizer)
         teacher.to(arguments.device)
         # Now: a text that does not do should not cost a run.
         windows = evaluation_windows(recipe.evaluate, tokenizer, declared_length(teacher.config))
@@ -286,7 +288,7 @@ def check_documents_apart(model: PreTrainedModel, blocks: TokenBlocks) -> None:
     """Raises ValueError where documents are to be kept apart and `model` cannot do so."""
     if blocks.rows.starts is not None and not keeps_documents_apart(model):
         raise ValueError(
-            f"data.packing='documents': {type(model).__name__} attends beyond the documents that position ids begin; "
+            f"data.packing: {type(model).__name__} attends beyond the documents that position ids begin; "
             "use data.packing=concatenate"
         )
 

@@ -35,8 +35,8 @@ from llmqat.calibrate import (
     rotates,
 )
 from llmqat.calibrate.config import TextStage
-from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits
-from llmqat.data.text import open_source as open_text
+from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits, open_text
+from llmqat.data.text import text_config
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.export.serving import known_clients
 from llmqat.layers import QuantConfig, lattice_note
@@ -100,7 +100,7 @@ def quantize_model(
     target_bits: float | None = None,
     rotate: bool = False,
     smooth: float | None = None,
-    text: Path | None = None,
+    text: str | Path | None = None,
     tokens: int = 16384,
     block_size: int = 512,
     seed: int = 0,
@@ -119,7 +119,8 @@ def quantize_model(
         target_bits: bits a weight on average; 2, 3, 4 or 8 are then chosen for each layer.
         rotate: rotate the residual stream first.
         smooth: SmoothQuant's alpha, to smooth layer inputs first.
-        text: a file or folder to calibrate on; where not given, the model writes the text.
+        text: what to calibrate on: `pydoc`, a file or folder of prose or rows, or hub:NAME[:CONFIG[:SPLIT]]. Of
+            conversations the whole text is taken. Where not given, the model writes the text.
         tokens: how much text is used.
         block_size: tokens in a block of it.
         seed: of what the model writes, and of block-wise training.
@@ -142,19 +143,21 @@ def quantize_model(
     needed = needs_text(stages, quant)
     if text is not None and not needed and target_bits is None:
         raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use another --method")
+    data = text_source(text, tokens, block_size, seed)
     if text is not None:
-        open_text(text_source(text, tokens, block_size, seed))  # says now what is wrong with it
+        open_text(data)  # says now what is wrong with it
     if needs_text((), quant) and not any(isinstance(stage, RangesStage) for stage in stages):
         # Static input ranges, which plain rounding of weights needs as well.
         stages = (*stages, RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)))
-    data = text_source(text, tokens, block_size, seed) if needed or allocate else None
-    return _quantized(spec, folder, quant, stages, allocate, data, seed, overwrite, int_quantized)
+    read = data if needed or allocate else None
+    return _quantized(spec, folder, quant, stages, allocate, read, seed, overwrite, int_quantized)
 
 
-def text_source(text: Path | None, tokens: int, block_size: int, seed: int) -> DataConfig:
-    """Returns where calibration text comes from: a file or folder, or the model itself where none is given."""
-    source: dict[str, Any] = {"source": "synthetic"} if text is None else {"source": "text", "path": text}
-    return DataConfig(**source, tokens=tokens, block_size=block_size, seed=seed)
+def text_source(text: str | Path | None, tokens: int, block_size: int, seed: int) -> DataConfig:
+    """Returns where calibration text comes from: what a command names in a word, or the model itself without one."""
+    if text is None:
+        return DataConfig(tokens=tokens, block_size=block_size, seed=seed)
+    return text_config(str(text), labels="all", tokens=tokens, block_size=block_size, seed=seed)
 
 
 def _quantized(
@@ -210,7 +213,7 @@ def sensitivity_of(
     *,
     scheme: str = "int4",
     group_size: int | None = None,
-    text: Path | None = None,
+    text: str | Path | None = None,
     block_size: int = 512,
     seed: int = 0,
 ) -> BitPlan:
@@ -221,7 +224,7 @@ def sensitivity_of(
         allocate: budget, choices and how much text.
         scheme: a preset of QuantConfig, which gives everything but the bits.
         group_size: weights that share one scale; the preset's own where not given.
-        text: a file or folder to look at; where not given, the model writes the text.
+        text: what to look at, as in `quantize_model`; where not given, the model writes the text.
         block_size: tokens in a block of it.
         seed: of what the model writes, and of the labels it draws.
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits, read_blocks, save_blocks
+from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits, open_text, read_blocks, save_blocks
 from llmqat.data import documents as documents_module
 from llmqat.data.blocks import hash_text, sha256_of_rows
 from llmqat.data.cache import blocks_folder, read_documents
-from llmqat.data.documents import DocumentSource, Piece, document_hash, pieces_of
+from llmqat.data.documents import DocumentSource, Piece, document_hash, encoded, pieces_of
+from llmqat.data.packing import rows_alone
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
 TEXTS = [f"document {i} " + "says something " * (1 + i % 3) for i in range(60)]
@@ -111,6 +112,58 @@ def test_a_vocabulary_above_16_bits_is_stored_in_32():
     blocks = read_documents(source(["a" * 20 + "<more65152>"]), config, tokenizer).train
     assert blocks.rows.stored.dtype == torch.int32
     assert blocks.ids.dtype == torch.int64
+
+
+CHATS = [{"prompt": "say", "completion": f" it {n}"} for n in range(40)]
+
+
+def answers_in(rows: Any) -> list[str]:
+    return [tiny_tokenizer().decode(row[row != -100]) for row in rows.labels()]
+
+
+class TestWhole:
+    """Documents that are not cut: `packing: whole`, and held-out answers."""
+
+    def chats(self, tmp_path: Path, count: int = 40, **values: Any) -> TextSplits:
+        path = tmp_path / "chats.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in CHATS[:count]))
+        config = {"source": "dataset", "path": path, "block_size": 32, "packing": "whole", **values}
+        return load_splits(DataConfig(**config), tiny_tokenizer())
+
+    def test_no_document_is_cut_or_left_out_however_few_there_are(self, tmp_path: Path):
+        rows = self.chats(tmp_path, 5).train.rows
+        assert answers_in(rows) == [" it 0</s> it 1</s> it 2</s>", " it 3</s> it 4</s>"]
+        assert rows.starts is not None
+        assert rows.starts[1].nonzero().flatten().tolist() == [0, 9, 18, 27]  # two, and what fills the rest
+        assert tiny_tokenizer().decode(rows.ids[1]) == "say it 3</s>say it 4</s>say it 3</s>say i"
+
+    def test_prose_is_kept_whole_too(self):
+        rows = splits_of(["abcde", "fgh", "i" * 20], block_size=8, packing="whole").train.rows
+        found = [tiny_tokenizer().decode(row[row != -100]) for row in rows.labels()]
+        assert found[:2] == ["bcde</s>", "gh</s>"]
+        assert "".join(found[2:]) == "i" * 19 + "</s>"
+
+    @pytest.mark.parametrize("packing", ["concatenate", "documents", "whole"])
+    def test_held_out_answers_have_a_row_each(self, packing: str, tmp_path: Path):
+        splits = self.chats(tmp_path, packing=packing, validation_share=0.2)
+        assert splits.validation is not None
+        found = answers_in(splits.validation.rows)
+        assert len(found) == len(splits.validation.documents)
+        trained = "".join(answers_in(splits.train.rows))
+        assert all(answer.startswith(" it ") and answer not in trained for answer in found)
+
+    def test_a_long_document_has_rows_in_which_each_label_is_once(self, tmp_path: Path):
+        path = tmp_path / "long.jsonl"
+        answer = "".join(chr(97 + n % 26) for n in range(70))
+        path.write_text(json.dumps({"prompt": "say", "completion": answer}))
+        rows = load_blocks(
+            DataConfig(source="dataset", path=path, block_size=32, packing="whole"), tiny_tokenizer()
+        ).rows
+        assert "".join(answers_in(rows)) == answer + "</s>"
+        assert len(rows) == 3
+        (piece,) = encoded(open_text(DataConfig(source="dataset", path=path)).pieces(), tiny_tokenizer())
+        assert torch.equal(rows_alone([piece], 32).labels(), rows.labels())
+        assert len(rows_alone([piece, piece], 32, most_tokens=96)) == 3
 
 
 SHARES = {"calibration_share": 0.25, "validation_share": 0.25}

@@ -16,9 +16,10 @@ from llmqat.data import DataConfig, load_blocks
 from llmqat.data.hub import BUILDERS, open_local
 from llmqat.data.script import read_prompts
 from llmqat.data.text import ROW_BUILDERS, is_rows, read_text
-from llmqat.evaluate.protocols import read_documents
+from llmqat.evaluate.protocols import read_documents, text_windows
 from llmqat.recipe import load_recipe
 from llmqat.recipe.evaluation import _documents_of
+from llmqat.recipe.quantize import text_source
 from tests.tiny import tiny_tokenizer
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "good day"}]
@@ -52,7 +53,7 @@ def test_rows_are_read_as_rows_by_everything_that_takes_a_text(suffix: str, tmp_
     texts = [row["text"] for row in ROWS]
     assert blocks_of(path).sha256 == blocks_of(path, source="dataset").sha256
     assert tiny_tokenizer().decode(blocks_of(path).ids[0]).startswith("row 0 says")
-    assert read_documents(str(path), tiny_tokenizer()) == texts
+    assert read_documents(str(path)) == texts
     assert read_prompts(path) == texts
     assert len(_documents_of(str(path))) == len(texts)
     trained = blocks_of(path).documents.tolist()
@@ -60,16 +61,27 @@ def test_rows_are_read_as_rows_by_everything_that_takes_a_text(suffix: str, tmp_
 
 
 FORMS = {
-    "messages": ({"messages": TURNS}, "<user>hi\n<assistant>good day\n"),
-    "prompt and completion": ({"prompt": "say", "completion": " noted"}, "say noted"),
+    "messages": ({"messages": TURNS}, "<user>hi\n<assistant>good day\n", "good day"),
+    "prompt and completion": ({"prompt": "say", "completion": " noted"}, "say noted</s>", " noted</s>"),
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_rows_of_any_form_are_scored_as_the_text_they_make(name: str, tmp_path: Path):
-    row, text = FORMS[name]
+def test_of_rows_of_any_form_the_answers_are_scored_and_all_is_calibrated_on(name: str, tmp_path: Path):
+    row, text, answer = FORMS[name]
     path = write_rows(tmp_path / "rows.jsonl", [row] * 3)
-    assert read_documents(str(path), tiny_tokenizer()) == [text] * 3
+    tokenizer = tiny_tokenizer()
+    windows = text_windows("windows", str(path), tokenizer, window=64)
+    assert [tokenizer.decode(ids[:length]) for ids, length in zip(windows.ids, windows.lengths, strict=True)] == [
+        text.removesuffix("\n")
+    ] * 3
+    assert [tokenizer.decode(labels[labels != -100]) for labels in windows.labels] == [answer] * 3
+    for protocol in ("wikitext", "wikitext2"):
+        with pytest.raises(ValueError, match=r"rows\.jsonl has rows of the format .*, and running text is needed here"):
+            text_windows(protocol, str(path), tokenizer, window=8)
+    blocks = load_blocks(text_source(path, 16, 8, 0), tokenizer)
+    assert blocks.rows.scored is None
+    assert (text * 3).startswith(tokenizer.decode(blocks.ids.flatten()))
 
 
 def test_a_folder_of_rows_is_rows_and_one_of_both_says_what_is_not_read(
@@ -77,7 +89,7 @@ def test_a_folder_of_rows_is_rows_and_one_of_both_says_what_is_not_read(
 ):
     write_rows(tmp_path / "rows.jsonl")
     assert is_rows(tmp_path)
-    assert len(read_documents(str(tmp_path), tiny_tokenizer())) == len(ROWS)
+    assert len(read_documents(str(tmp_path))) == len(ROWS)
     (tmp_path / "a.txt").write_text("prose " * 20)
     assert "row" not in tiny_tokenizer().decode(blocks_of(tmp_path).ids.flatten())
     assert "holds prose and rows; the rows are not read: rows.jsonl" in caplog.text
@@ -85,7 +97,7 @@ def test_a_folder_of_rows_is_rows_and_one_of_both_says_what_is_not_read(
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "a text": blocks_of,
-    "a text to score": lambda path: read_documents(str(path), tiny_tokenizer()),
+    "a text to score": lambda path: read_documents(str(path)),
     "prompts": read_prompts,
 }
 

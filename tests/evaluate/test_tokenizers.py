@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmqat.evaluate import tokenizers as judged
 from llmqat.evaluate.perplexity import TokenWindows, windows_from_text
+from llmqat.evaluate.protocols import text_windows
 from llmqat.evaluate.tokenizers import (
     PROBES,
     own_tokenizer,
@@ -18,15 +20,13 @@ from llmqat.evaluate.tokenizers import (
     vocabulary_difference,
     works_alike,
 )
-from tests.tiny import tiny_llama, tiny_model, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_llama, tiny_model, tiny_tokenizer
 
 TEXT = "Sentence 1 tells of A RIVER, and of 日本. " * 12
 
 
 def shifted() -> PreTrainedTokenizerFast:
     """The letters have the ids of other letters."""
-    import json
-
     tokenizer = tiny_tokenizer()
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = described["model"]["vocab"]
@@ -173,3 +173,24 @@ def test_a_folder_without_a_tokenizer_has_none(model_type: str, tmp_path: Path):
     assert own_tokenizer(str(tmp_path)) is None
     tiny_tokenizer().save_pretrained(tmp_path)
     assert len(own_tokenizer(str(tmp_path))) == 384
+
+
+def test_conversations_are_scored_where_templates_write_them_alike(tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "good day"}]
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
+    templates = {"first": CHAT_TEMPLATE, "other": CHAT_TEMPLATE.replace("<", "["), "none": None}
+    for name, template in templates.items():
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+        tiny_llama().config.save_pretrained(tmp_path / name)
+    models = {name: str(tmp_path / name) for name in templates}
+
+    def windows_of(tokenizer: Any) -> dict[str, TokenWindows]:
+        return {"chats": text_windows("windows", str(chats), tokenizer, window=64)}
+
+    shared = shared_tokenizer({name: models[name] for name in ("first", "none")}, windows_of)
+    assert shared.notes == {"none": ("none has no chat template: it is judged on conversations as first writes them.",)}
+    with pytest.raises(ValueError, match=r"other has another chat template than first.*token 0 of chats is '\['"):
+        shared_tokenizer({name: models[name] for name in ("first", "other")}, windows_of)

@@ -142,7 +142,7 @@ def test_a_model_that_cannot_keep_documents_apart_is_refused_by_name(tmp_path: P
     tiny_architecture("opt").save_pretrained(tmp_path / "opt")
     tiny_tokenizer().save_pretrained(tmp_path / "opt")
     data = f"data={{source: text, path: {texts}, block_size: 32, packing: documents}}"
-    with pytest.raises(ValueError, match=r"data\.packing='documents': OPTForCausalLM attends beyond"):
+    with pytest.raises(ValueError, match=r"data\.packing: OPTForCausalLM attends beyond"):
         run(load_recipe(RECIPE, small(tmp_path / "opt", tmp_path / "run", data)))
 
 
