@@ -22,9 +22,9 @@ from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_
 
 from llmqat.calibrate import AllocationConfig, RotateStage, SmoothStage, Stage, check_stages
 from llmqat.config import Config, unknown_key_message
-from llmqat.data.config import DataConfig
+from llmqat.data.config import PYDOC, DataConfig
 from llmqat.data.text import read_text
-from llmqat.evaluate.protocols import PROTOCOLS, PYDOC
+from llmqat.evaluate.protocols import PROTOCOLS
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.export.serving import known_clients
 from llmqat.layers import QuantConfig

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmqat.data import TextSplits, open_text
 from llmqat.data.blocks import hash_number
+from llmqat.data.config import HUB_PREFIX, PYDOC
 from llmqat.data.documents import document_hash
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.text import hash_file, is_rows, text_config, text_files
@@ -22,7 +23,7 @@ from llmqat.evaluate.gate import Rule, check_rules, check_same_texts
 from llmqat.evaluate.layers import weight_errors
 from llmqat.evaluate.loading import check_window, longest_of
 from llmqat.evaluate.perplexity import TokenWindows
-from llmqat.evaluate.protocols import HUB_PREFIX, PYDOC, text_windows
+from llmqat.evaluate.protocols import text_windows
 from llmqat.evaluate.samples import completions
 from llmqat.evaluate.tasks import TaskSettings, opened_tasks
 from llmqat.evaluate.tokenizers import shared_tokenizer
