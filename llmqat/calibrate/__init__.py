@@ -7,14 +7,18 @@ activations.py        static ranges of layer inputs     forward.py      the pass
 walk.py               the walk from block to block      blocks.py       the blocks, and one of them run alone
 chains.py             what reaches a block              gptq.py         codes that make each other's errors good
 blockwise.py          training of one block at a time   report.py       what quantization did to each layer
+config.py             what a recipe says of stages, and the stages of a user's own
 sensitivity.py        what fewer bits would cost each layer, and the best assignment of bits
 """
 
 from llmqat.calibrate.activations import calibrate_activations, static_layers
 from llmqat.calibrate.blockwise import train_block
 from llmqat.calibrate.config import (
+    STAGES,
     AllocationConfig,
+    AnyStage,
     BlockwiseStage,
+    CustomStage,
     GPTQStage,
     RangesStage,
     RotateStage,
@@ -34,9 +38,12 @@ from llmqat.calibrate.walk import check_walk, open_walk
 
 __all__ = [
     "ORIGINALS_FILE",
+    "STAGES",
     "Allocation",
     "AllocationConfig",
+    "AnyStage",
     "BlockwiseStage",
+    "CustomStage",
     "GPTQStage",
     "LayerReport",
     "LayerSensitivity",

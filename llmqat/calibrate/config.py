@@ -1,16 +1,44 @@
-"""The stages of a calibration: what is done to a model, and how codes and scales are set, before training."""
+"""The stages of a calibration: what is done to a model, and how codes and scales are set, before training.
+
+A stage is a class and its name in `STAGES`. One of your own subclasses `CustomStage`, and is added by
+`@STAGES.register("name")`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
-from llmqat.config import Config
+from llmqat.config import Config, Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmqat.data.blocks import Rows
 
 
-class TextStage(Config):
+class Stage(Config):
+    """A stage of a calibration."""
+
+    stage: str
+    """Its name, one of `STAGES`."""
+
+
+def _check_stage(name: str, kind: type[Stage]) -> None:
+    base = Stage if getattr(kind, "__module__", None) == __name__ else CustomStage
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise ValueError(f"stage {name!r} is {kind!r}; give a subclass of CustomStage")
+    if kind.model_fields["stage"].default != name:
+        raise ValueError(f"stage {name!r}: give {kind.__name__} the field `stage: Literal[{name!r}] = {name!r}`")
+
+
+STAGES: Registry[type[Stage]] = Registry("stage", _check_stage)
+"""Stages by their names."""
+
+
+class TextStage(Stage):
     """A stage that looks at text."""
 
     blocks: int = Field(32, ge=1)
@@ -27,13 +55,32 @@ class WeightStage(TextStage):
     quantization). Scales of other bits are found by a stage ranges of those bits before it."""
 
 
-class RotateStage(Config):
+class CustomStage(TextStage):
+    """A stage of your own: it changes the prepared model in `apply`.
+
+    An interrupted calibration does it again, so the same model and text must give the same result; what it draws from
+    torch follows the seed of the run.
+    """
+
+    def apply(self, model: PreTrainedModel, text: Rows) -> dict[str, Any]:
+        """Changes `model` in place; returns facts for the report, by name.
+
+        Args:
+            model: prepared, with the codes and scales that the stages before it have left.
+            text: the first `blocks` token blocks, `text.ids` [N, L]; `model(**text.inputs())` reads them.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.apply is not written")
+
+
+@STAGES.register("rotate")
+class RotateStage(Stage):
     """Rotates the residual stream by a random Hadamard matrix, folded into the weights (QuaRot's R1)."""
 
     stage: Literal["rotate"] = "rotate"
     """This stage's name."""
 
 
+@STAGES.register("smooth")
 class SmoothStage(TextStage):
     """Moves ranges of input features from activations into weights (SmoothQuant)."""
 
@@ -43,6 +90,7 @@ class SmoothStage(TextStage):
     """Share of an input feature's range that moves into the weights."""
 
 
+@STAGES.register("ranges")
 class RangesStage(WeightStage):
     """Sets the scale of every quantized weight, and the ranges of static inputs."""
 
@@ -54,6 +102,7 @@ class RangesStage(WeightStage):
     """Share of a group's weights inside its range, in percent; only for method percentile."""
 
 
+@STAGES.register("gptq")
 class GPTQStage(WeightStage):
     """Finds codes by GPTQ, then the scales that suit them, layer by layer in the order they run."""
 
@@ -67,6 +116,7 @@ class GPTQStage(WeightStage):
     """Gigabytes of hidden states kept in memory; above that they lie in temporary files."""
 
 
+@STAGES.register("blockwise")
 class BlockwiseStage(WeightStage):
     """Trains one transformer block at a time to give what it gave in full precision."""
 
@@ -106,28 +156,22 @@ class AllocationConfig(Config):
 BlockStage = GPTQStage | BlockwiseStage
 """A stage that walks through the model block by block."""
 
-_KINDS: dict[str, type[Config]] = {
-    kind.model_fields["stage"].default: kind
-    for kind in (RotateStage, SmoothStage, RangesStage, GPTQStage, BlockwiseStage)
-}
 
-
-def _expanded(entry: Any) -> Any:
-    """Returns a stage given by its name alone as a mapping.
+def _stage_of(entry: Any) -> Any:
+    """Returns the stage that a name, or a mapping with the key `stage`, describes.
 
     Raises:
         ValueError: for a mapping that names no stage.
     """
     if isinstance(entry, str):
         entry = {"stage": entry}
-    if isinstance(entry, Mapping) and entry.get("stage") not in _KINDS:
-        given = f"stage {entry['stage']!r} is unknown" if "stage" in entry else "an entry without the key 'stage'"
-        raise ValueError(f"{given}; write a name, or {{stage: NAME, …}}, with NAME one of {', '.join(_KINDS)}")
-    return entry
+    if not isinstance(entry, Mapping):
+        return entry
+    if entry.get("stage") not in STAGES:
+        given = STAGES.unknown(entry["stage"]) if "stage" in entry else "an entry without the key 'stage'"
+        raise ValueError(f"{given}; write a name, or {{stage: NAME, …}}, with NAME one of {', '.join(STAGES)}")
+    return STAGES[entry["stage"]].model_validate(dict(entry))
 
 
-Stage = Annotated[
-    Annotated[RotateStage | SmoothStage | RangesStage | GPTQStage | BlockwiseStage, Field(discriminator="stage")],
-    BeforeValidator(_expanded),
-]
-"""A stage of a calibration: its name alone, or its fields with `stage: NAME`."""
+AnyStage = Annotated[SerializeAsAny[Stage], BeforeValidator(_stage_of)]
+"""A stage of a calibration in a recipe: its name alone, or its fields with `stage: NAME`."""

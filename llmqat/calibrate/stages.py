@@ -42,6 +42,7 @@ from llmqat.calibrate.blockwise import train_block
 from llmqat.calibrate.config import (
     BlockStage,
     BlockwiseStage,
+    CustomStage,
     GPTQStage,
     RangesStage,
     RotateStage,
@@ -292,7 +293,8 @@ class _Calibration:
         if isinstance(stage, WeightStage):
             self.bits = stage.bits
         with at_least_bits(self.model, self.bits):
-            earlier, parts = _DO[type(stage)](self, stage, place)
+            do: Callable[[_Calibration, Any, Path], _Done] = _DO.get(type(stage), _apply)
+            earlier, parts = do(self, stage, place)
         if report is not None:
             return report
         seconds = earlier + time.perf_counter() - start
@@ -397,6 +399,14 @@ def _train_in_block(block: Block, walk: Walk, stage: BlockwiseStage, run: _Calib
         bar.set_postfix(iteration=f"{iteration}/{stage.iterations}", loss=f"{loss:.5f}")
 
     return asdict(train_block(block, walk.quantized, walk.full, stage, run.seed, show, run.processes))
+
+
+def _apply(run: _Calibration, stage: CustomStage, place: Path) -> _Done:
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed)
+        facts = stage.apply(run.model, rows_of(run.text(stage)))
+    run.processes.copy((*run.model.parameters(), *run.model.buffers()))
+    return 0.0, dict(facts or {})
 
 
 _DO: dict[type[Any], Callable[[_Calibration, Any, Path], _Done]] = {

@@ -70,7 +70,7 @@ def export(
         _export_adapter(Path(model), base, out)
         return
     if format not in CONVERSIONS:
-        raise ValueError(f"--format {format!r} is unknown; choose one of {', '.join(CONVERSIONS)}, peft")
+        raise ValueError(f"{CONVERSIONS.unknown(format, '--format')}, peft")
     if served_by is not None and (format, served_by) not in FORMS:
         raise ValueError(
             f"--for {served_by} means nothing with --format {format}; with --format compressed-tensors give vllm or "

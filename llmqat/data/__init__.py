@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from llmqat.data.blocks import Progress, Rows, TokenBlocks, read_blocks, rows_of, save_blocks, token_blocks
 from llmqat.data.config import MIX, SOURCES, DataConfig
+from llmqat.data.documents import DocumentSource, Piece, document_hash
 from llmqat.data.packing import TextSplits
 from llmqat.data.processes import ALONE, Processes
 
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
 __all__ = [
     "SOURCES",
     "DataConfig",
+    "DocumentSource",
+    "Piece",
     "Progress",
     "Rows",
     "TextSplits",
     "TokenBlocks",
+    "document_hash",
     "load_blocks",
     "load_splits",
     "open_text",
@@ -58,8 +62,9 @@ def open_text(config: DataConfig) -> DocumentSource:
         FileNotFoundError: when the text is not where `config` says.
         ValueError: when it cannot be read.
     """
-    found: DocumentSource = importlib.import_module(SOURCES[config.source]).open_source(config)
-    return found
+    entry = SOURCES[config.source]
+    opened = importlib.import_module(entry).open_source if isinstance(entry, str) else entry
+    return cast(DocumentSource, opened(config))
 
 
 def load_splits(
@@ -90,8 +95,9 @@ def load_splits(
         from llmqat.data import mix
 
         return mix.load(config, lambda one: load_splits(one, tokenizer, model, progress))
-    module = importlib.import_module(SOURCES[config.source])
-    if hasattr(module, "open_source"):
+    entry = SOURCES[config.source]
+    module = importlib.import_module(entry) if isinstance(entry, str) else None
+    if module is None or hasattr(module, "open_source"):
         from llmqat.data.cache import read_documents
 
         return read_documents(open_text(config), config, tokenizer, progress)

@@ -2,7 +2,8 @@
 
 A source is a module and one line in `SOURCES`; it is imported when it is used. It has a function `open_source(config)
 -> DocumentSource`, whose documents are tokenized, split and packed like those of all others; or, as for the model's own
-text, `load(config, tokenizer, model, progress) -> TokenBlocks`.
+text, `load(config, tokenizer, model, progress) -> TokenBlocks`. A source of a user's own is such a function, added by
+`@SOURCES.register("name")`; it may read every key of source `dataset`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmqat.config import Registry
 from llmqat.data.strategy import SynthesisConfig
 
-SOURCES = {
-    "synthetic": "llmqat.data.synthesis",
-    "text": "llmqat.data.text",
-    "pydoc": "llmqat.data.pydoc",
-    "dataset": "llmqat.data.hub",
-}
-"""Where text may come from, and the module that brings it."""
+SOURCES: Registry[Any] = Registry("source")
+"""Where text may come from, and the module that brings it, or the function that opens it."""
+for _name, _module in (("synthetic", "synthesis"), ("text", "text"), ("pydoc", "pydoc"), ("dataset", "hub")):
+    SOURCES.register(_name, f"llmqat.data.{_module}")
 MIX = "mix"
 """Stands in `source` for several of them."""
 
@@ -138,9 +137,9 @@ class DataConfig(SynthesisConfig):
 
     @model_validator(mode="after")
     def _check_source(self) -> DataConfig:
-        if self.source not in _OWN:
-            raise ValueError(f"data.source={self.source!r} is not known; choose one of {', '.join(_OWN)}")
-        allowed = _COMMON | _OWN[self.source]
+        if self.source not in (*SOURCES, MIX):
+            raise ValueError(f"data.source={self.source!r} is not known; choose one of {', '.join((*SOURCES, MIX))}")
+        allowed = _COMMON | _OWN.get(self.source, _OWN["dataset"])
         meant = {name for name in self.model_fields_set if getattr(self, name) != type(self).model_fields[name].default}
         unused = sorted(meant - allowed - {"weight"})
         if unused:

@@ -1,10 +1,14 @@
-"""Checkpoints: one file a format, and saving with proof on top of them."""
+"""Checkpoints: one file a format, and saving with proof on top of them.
+
+A format of your own is a function, added by `@CONVERSIONS.register("name")`.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmqat.config import Registry
 from llmqat.export.checkpoint import (
     FORMATS,
     ExportReport,
@@ -26,13 +30,12 @@ from llmqat.export.serving import CLIENTS, Verdict, served_by
 Conversion = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], dict[str, int]]
 """Writes a packed model and its tokenizer to a file or folder, the codes as they are; returns bytes by part."""
 
-CONVERSIONS: dict[str, Conversion] = {
-    "compressed-tensors": save_again,
-    "gguf": write_gguf,
-    "gptq": write_gptq,
-    "onnx": write_onnx,
-}
+CONVERSIONS: Registry[Conversion] = Registry("format")
 """Formats that a packed checkpoint is written to, by the name that `llmqat export --format` takes."""
+CONVERSIONS.register("compressed-tensors", save_again)
+CONVERSIONS.register("gguf", write_gguf)
+CONVERSIONS.register("gptq", write_gptq)
+CONVERSIONS.register("onnx", write_onnx)
 
 __all__ = [
     "CLIENTS",

@@ -20,7 +20,7 @@ import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
-from llmqat.calibrate import AllocationConfig, RotateStage, SmoothStage, Stage, check_stages
+from llmqat.calibrate import AllocationConfig, AnyStage, RotateStage, SmoothStage, check_stages
 from llmqat.config import Config, unknown_key_message
 from llmqat.data.config import PYDOC, DataConfig
 from llmqat.data.text import read_text
@@ -159,7 +159,7 @@ class Recipe(Config):
     """Text to calibrate and train on; by default the model writes it."""
     allocate: AllocationConfig | None = None
     """Bits chosen layer by layer under an average; every layer has those of `quant` where not given."""
-    calibrate: tuple[Stage, ...] = Field(default=DEFAULT_STAGES, validate_default=True)
+    calibrate: tuple[AnyStage, ...] = Field(default=DEFAULT_STAGES, validate_default=True)
     """Stages before training, in order: names, or mappings with the key `stage`. None at all is plain rounding."""
     lora: LoraSettings | None = None
     """Adapters that are trained inside the quantizers in place of all weights; none where not given."""

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -34,7 +34,6 @@ from llmqat.calibrate import (
     report_layers,
     rotates,
 )
-from llmqat.calibrate.config import TextStage
 from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits, open_text
 from llmqat.data.text import text_config
 from llmqat.export.checkpoint import ExportReport, save
@@ -51,7 +50,7 @@ from llmqat.train import processor_has_bf16
 
 log = logging.getLogger(__name__)
 
-METHODS: dict[str, tuple[type[TextStage], ...]] = {
+METHODS: dict[str, tuple[type[RangesStage | GPTQStage | BlockwiseStage], ...]] = {
     "rtn": (),
     "search": (RangesStage,),
     "gptq": (RangesStage, GPTQStage),
@@ -87,7 +86,7 @@ def stages_of(method: str, blocks: int, *, rotate: bool = False, smooth: float |
     before: list[Stage] = [RotateStage()] if rotate else []
     if smooth is not None:
         before.append(SmoothStage(alpha=smooth, blocks=blocks))
-    return (*before, *(cast("Stage", kind(blocks=blocks)) for kind in METHODS[method]))
+    return (*before, *(kind(blocks=blocks) for kind in METHODS[method]))
 
 
 def quantize_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from llmqat import QuantConfig
-from llmqat.calibrate import Stage, calibrate, check_stages, needs_text
+from llmqat.calibrate import STAGES, AnyStage, CustomStage, GPTQStage, Stage, calibrate, check_stages, needs_text
 from llmqat.calibrate import stages as stages_module
 from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.blockwise import BlockTraining, train_block
 from llmqat.calibrate.chains import Chain
+from llmqat.data import Rows
 from llmqat.layers import QuantModule, quantizers_off
+from llmqat.recipe import Recipe
 from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama
 
 INT3 = QuantConfig.preset("int3", group_size=32)
@@ -26,7 +28,7 @@ ALL = ["rotate", {"stage": "smooth", "blocks": 2}, {"stage": "ranges", "blocks":
 
 
 def stages(*entries: Any) -> list[Stage]:
-    return TypeAdapter(list[Stage]).validate_python(list(entries))
+    return TypeAdapter(list[AnyStage]).validate_python(list(entries))
 
 
 def text(blocks: int = 6) -> Tensor:
@@ -258,3 +260,49 @@ def test_encoder_decoder_models_are_calibrated_by_their_weights_alone() -> None:
         calibrate(model, INT3, stages("ranges"), text())
     (report,) = calibrate(model, INT3, stages({"stage": "ranges", "method": "mse"}), text())
     assert report.kl_after is None
+
+
+def test_a_stage_of_ones_own_runs_among_the_others_by_the_seed_and_again_when_a_calibration_goes_on(
+    tmp_path: Path,
+) -> None:
+    @STAGES.register("jitter")
+    class JitterStage(CustomStage):
+        """Moves every weight a little."""
+
+        stage: Literal["jitter"] = "jitter"
+        """This stage's name."""
+        amount: float = 1e-3
+        """Standard deviation of what is added."""
+
+        def apply(self, model: Any, text: Rows) -> dict[str, Any]:
+            assert text.ids.shape == (self.blocks, 16)
+            layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantModule)}
+            with torch.no_grad():
+                for layer in layers.values():
+                    layer.weight.add_(torch.randn_like(layer.weight), alpha=self.amount)
+            return {"layers": len(layers)}
+
+    try:
+        found = []
+        for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
+            model = tiny_llama()
+            wanted = stages("ranges", {"stage": "jitter", "blocks": 3}, "gptq")
+            reports = calibrate(model, INT3, wanted, text(), folder=folder, seed=1)
+            assert [report.stage for report in reports] == ["ranges", "jitter", "gptq"]
+            assert reports[1].parts == {"layers": 14}
+            found.append(state(model))
+        for other in found[1:]:
+            assert all(torch.equal(tensor, other[name]) for name, tensor in found[0].items())
+        assert (
+            Recipe(model="m", output="o", calibrate=("ranges", wanted[1])).model_dump()["calibrate"][1]["blocks"] == 3
+        )
+        with pytest.raises(ValueError, match="did you mean 'amount'"):
+            stages({"stage": "jitter", "amuont": 1})
+        with pytest.raises(ValueError, match="stage 'jitter' is there already"):
+            STAGES.register("jitter", JitterStage)
+        with pytest.raises(ValueError, match="stage 'shake': give JitterStage the field `stage: Literal"):
+            STAGES.register("shake", JitterStage)
+        with pytest.raises(ValueError, match="give a subclass of CustomStage"):
+            STAGES.register("gptq2", type("Own", (GPTQStage,), {"__module__": "mine"}))
+    finally:
+        del STAGES["jitter"]
