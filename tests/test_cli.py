@@ -308,6 +308,7 @@ def test_audit_of_a_packed_checkpoint_is_what_lies_there(packed: Path):
     assert done.exit_code == 0
     assert "int8 channel" in done.output
     assert "int4" not in done.output
+    assert f"on disk now: {(packed / 'model.safetensors').stat().st_size:,} bytes of weights" in done.output
 
 
 def test_quantize_searches_on_given_text_and_says_what_is_next(tiny: Path, tmp_path: Path):

@@ -48,6 +48,7 @@ def audit(
 
         llmqat audit runs/smollm2-135m-int4/model
     """
+    from llmqat.evaluate.loading import known_of
     from llmqat.export.serving import served_by
     from llmqat.models import write_whole
     from llmqat.recipe import inspect_model, scheme_of
@@ -56,10 +57,22 @@ def audit(
     found = inspect_model(model, scheme_of(scheme, group_size))
     served = served_by(found.description) if found.description.layers else {}
     print_audit(found.coverage)
+    on_disk = known_of(model)
+    if on_disk.bytes_on_disk is not None:
+        bits = (
+            ""
+            if on_disk.bits_per_weight is None
+            else f", {on_disk.bits_per_weight:.2f} bits a weight of a linear layer"
+        )
+        console.print(f"on disk now: {on_disk.bytes_on_disk:,} bytes of weights{bits}")
     print_served(served)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        written = {**found.coverage.to_dict(), "served_by": {name: entry.to_dict() for name, entry in served.items()}}
+        written = {
+            **found.coverage.to_dict(),
+            "on_disk": {"bytes": on_disk.bytes_on_disk, "bits_per_weight": on_disk.bits_per_weight},
+            "served_by": {name: entry.to_dict() for name, entry in served.items()},
+        }
         write_whole(json_file, json.dumps(written, indent=2) + "\n")
 
 

@@ -149,6 +149,14 @@ class Comparison:
     def findings(self) -> tuple[Finding, ...]:
         """Returns warnings and notes: of each row, on trained rows, on adapters, on rows that no text tells apart."""
         found = [Finding("warning", note) for row in self.rows for note in row.notes]
+        if unpacked := [row.name for row in self.rows if row.costs and str(row.extras.get("spec")).endswith(".gguf")]:
+            found.append(
+                Finding(
+                    "note",
+                    f"{', '.join(unpacked)}: bits and size are those of the file; it is read as bfloat16, which is "
+                    "what speed and memory here belong to.",
+                )
+            )
         for row in self.rows:
             if row.role == "trained":
                 found += [finding for text in self.texts for finding in self._judge(row, text)]
@@ -343,7 +351,7 @@ def candidate_from(
         FileNotFoundError: if there is no such model.
         ValueError: if its files are damaged.
     """
-    known = known_of(spec, as_reference=role == "full precision")
+    known = known_of(spec)
     return Candidate(
         name=name or Path(spec).name,
         load=lambda: load_to_judge(spec, dtype),

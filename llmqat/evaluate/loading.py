@@ -95,12 +95,8 @@ def check_window(spec: str, window: int) -> None:
             check_length(empty_model(token_model_class(config, spec), config), window, "window")
 
 
-def known_of(spec: str, *, as_reference: bool = False) -> Known:
-    """Returns what the files say; nothing where the model lies on the hub.
-
-    Args:
-        spec: as for `load_to_judge`.
-        as_reference: a GGUF file is then what it is evaluated as, a bfloat16 model, and not the file.
+def known_of(spec: str) -> Known:
+    """Returns what the files of the model `spec` say; nothing where it lies on the hub.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -109,8 +105,8 @@ def known_of(spec: str, *, as_reference: bool = False) -> Known:
     if adapter_base(spec) is not None:
         return Known()
     file = model_file(spec)
-    if file is not None and file.suffix == ".gguf" and not as_reference:
-        bits, size = _gguf_usage(file)
+    if file is not None and file.suffix == ".gguf":
+        bits, size = gguf_usage(file)
         return Known(bits, size)
     source = resolve_spec(spec)
     if not isinstance(source, Path):
@@ -159,8 +155,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _gguf_usage(path: Path) -> tuple[float | None, int]:
-    """Returns the bits of an average weight of the blocks' matrices, and the bytes of the file."""
+def gguf_usage(path: Path) -> tuple[float | None, int]:
+    """Returns the bits of an average weight of the blocks' matrices, by their types, and the bytes of the file."""
     from gguf import GGUFReader
 
     blocks = [entry for entry in GGUFReader(path).tensors if entry.name.startswith("blk.") and len(entry.shape) > 1]

@@ -10,6 +10,7 @@ Bytes are read from the headers of the safetensors files, so a checkpoint of any
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -30,8 +31,8 @@ from llmqat.models import check_safetensors, model_device, vocabulary_size, weig
 
 PARTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("embeddings", re.compile(r"(embed|wte|wpe|lm_head)")),
-    ("linears", re.compile(r"\.weight_packed$")),
-    ("scales", re.compile(r"\.(weight|input)_(scale|zero_point)$")),
+    ("linears", re.compile(r"\.(weight_packed|qweight)$")),
+    ("scales", re.compile(r"\.((weight|input)_(scale|zero_point)|scales|qzeros|g_idx)$")),
     ("other", re.compile(r"\.weight_shape$")),
 )
 """The first pattern found in a tensor's name says its part; of the rest, matrices are linears and vectors other."""
@@ -88,7 +89,7 @@ class DiskUsage:
     other: int  # norms, biases, the shapes of packed linears
     headers: int  # of the safetensors files
     files: int  # tokenizer, configuration, everything that is not safetensors
-    linear_weights: int  # number of weights in the linears, not bytes
+    linear_weights: int  # number of weights in the linears, not bytes; 0 where the layout is not known
 
     @property
     def total(self) -> int:
@@ -200,6 +201,7 @@ def disk_usage(path: Path | str) -> DiskUsage:
     """
     folder = Path(path)
     shards = weight_files(folder)
+    per_number = _weights_per_number(folder)
     sizes = dict.fromkeys(("linears", "scales", "embeddings", "other"), 0)
     weights = 0
     for shard in shards:
@@ -213,15 +215,28 @@ def disk_usage(path: Path | str) -> DiskUsage:
                 if part == "linears":
                     shape = name.replace(".weight_packed", ".weight_shape")
                     packed = shape != name and shape in names
-                    weights += math.prod(tensors.get_tensor(shape).tolist() if packed else entry.get_shape())
+                    count = math.prod(tensors.get_tensor(shape).tolist() if packed else entry.get_shape())
+                    weights += round(count * (per_number if name.endswith(".qweight") else 1))
     weight_bytes = sum(shard.stat().st_size for shard in shards)
     every_byte = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return DiskUsage(
         **sizes,
         headers=weight_bytes - sum(sizes.values()),
         files=every_byte - weight_bytes,
-        linear_weights=weights,
+        linear_weights=weights if per_number else 0,
     )
+
+
+def _weights_per_number(folder: Path) -> float:
+    """Returns how many weights one number of a `qweight` holds (GPTQ, AWQ); 0 for a layout that is not known."""
+    file = folder / "config.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") if file.is_file() else None
+    if not found:
+        return 1
+    method = found.get("quant_method")
+    if method in ("gptq", "awq"):
+        return 32 / int(found.get("bits", 4))
+    return 1 if method in ("compressed-tensors", "fp8", "fbgemm_fp8") else 0
 
 
 def _time_once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:

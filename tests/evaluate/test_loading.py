@@ -11,15 +11,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from llmqat import adopt_adapters, lora_config, save_adapter
+from llmqat.evaluate.compare import candidate_from
 from llmqat.evaluate.layers import weight_errors
 from llmqat.evaluate.loading import known_of, load_to_judge, longest_of
-from llmqat.export import save, write_gguf
+from llmqat.export import CONVERSIONS, save, write_gguf
 from llmqat.layers import PackedLinear, QuantConfig, convert, prepare
 from llmqat.models import adapter_base, load_model, load_tokenizer, resolve_spec
 from llmqat.recipe import EvaluationSettings, compare_models
 from llmqat.recipe.evaluation import short_names, text_names
 from tests.tiny import tiny_llama, tiny_tokenizer
 
+WEIGHTS = (".gguf", ".safetensors")
 INT4 = QuantConfig.preset("int4", group_size=32)
 IDS = torch.arange(2, 34)[None]
 
@@ -89,6 +91,22 @@ def test_a_gguf_file_is_sized_as_it_is(tmp_path: Path) -> None:
     write_gguf(model, tiny_tokenizer(), file)
     known = known_of(str(file))
     assert (known.bits_per_weight, known.bytes_on_disk) == (4.5, file.stat().st_size)
+    for role in ("full precision", "other"):  # as the reference it is the same file
+        candidate = candidate_from(str(file), role)
+        assert (candidate.bits_per_weight, candidate.bytes_on_disk) == (4.5, file.stat().st_size)
+
+
+@pytest.mark.parametrize("format", [name for name in CONVERSIONS if name != "onnx"])
+def test_a_checkpoint_has_the_bits_of_its_codes_in_every_format(format: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    prepare(model, INT4)
+    convert(model)
+    out = tmp_path / ("out.gguf" if format == "gguf" else "out")
+    CONVERSIONS[format](model, tiny_tokenizer(), out)
+    known = known_of(str(out))
+    assert known.bits_per_weight is not None
+    assert 4.5 <= known.bits_per_weight <= 5.6  # GPTQ's zero points and order of columns come on top
+    assert known.bytes_on_disk == sum(f.stat().st_size for f in tmp_path.rglob("*") if f.suffix in WEIGHTS)
 
 
 def test_what_the_files_say_of_how_it_was_made(base: Path, tmp_path: Path) -> None:
