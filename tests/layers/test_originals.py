@@ -11,7 +11,7 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config, PreTrainedModel
 from transformers.integrations import bitnet, eetq, finegrained_fp8, gemma_quant, metal_quantization
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -108,9 +108,9 @@ def test_compressed_tensors_are_refused_before_and_after_they_are_unpacked(ran: 
 
 def test_a_model_that_was_dequantized_at_loading_is_prepared_and_says_so() -> None:
     model = tiny_llama()
-    model.config.quantization_config = GgufConfig(dequantize=True)
+    model.config.quantization_config = Mxfp4Config(dequantize=True)
     (note,) = prepare(model, CONFIG).notes
-    assert "quantized by gguf and dequantized at loading" in note
+    assert "quantized by mxfp4 and dequantized at loading" in note
 
 
 def _hooked() -> PreTrainedModel:
