@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from llmqat.export import save
 from llmqat.layers import QuantConfig, WeightConfig, prepare
 from llmqat.recipe import Recipe, load_recipe, open_run_folder, training_arguments
 from llmqat.recipe.config import apply_override, parse_yaml, recipe_from
+from llmqat.recipe.folder import held_run_folder
 from llmqat.recipe.pipeline import _watched
 from llmqat.recipe.start import check_packed_start
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -270,13 +272,90 @@ def test_a_combination_that_the_trainer_refuses_is_a_clear_error(tmp_path: Path)
         training_arguments(recipe)
 
 
-def test_run_folder_of_the_same_recipe_goes_on_and_of_another_is_refused(tmp_path: Path):
-    path = written(tmp_path, train={"max_steps": 3})
-    assert open_run_folder(load_recipe(path)) is False
-    assert open_run_folder(load_recipe(path)) is True
-    with pytest.raises(FileExistsError, match=r"train\.max_steps: 3 -> 4"):
-        open_run_folder(load_recipe(path, ["train.max_steps=4"]))
-    assert open_run_folder(load_recipe(path, ["train.max_steps=4"]), overwrite=True) is False
+LEFT = {
+    "text": ("blocks.safetensors", "the text that the model wrote"),
+    "plan": ("plan.json", "the bits that were chosen"),
+    "ranges": ("calibration/01-ranges/state.safetensors", r"the calibration \(calibration/: 01-ranges"),
+    "gptq": ("calibration/02-gptq/block-0000.safetensors", r"the calibration \(calibration/: .*02-gptq\)"),
+    "training": ("checkpoints/checkpoint-2", r"the training \(checkpoints/checkpoint-2\)"),
+    "model": ("model/config.json", r"the trained model \(model/\)"),
+}
+"""What an interrupted run has made -> a file of it, and what it is called where it would be lost."""
+
+
+@pytest.mark.parametrize(
+    ("override", "lost"),
+    [
+        ("seed=3", "text plan ranges gptq training model"),
+        ("model=another/model", "text plan ranges gptq training model"),
+        ("data.tokens=7", "text plan ranges gptq training model"),
+        ("quant=int3", "plan ranges gptq training model"),
+        ("allocate.target_bits=3", "plan ranges gptq training model"),
+        ("train.bf16=false", "plan ranges gptq training model"),
+        ("calibrate.ranges.blocks=3", "ranges gptq training model"),
+        ("calibrate.gptq.blocks=3", "gptq training model"),
+        ("calibrate=[ranges, gptq, blockwise]", "training model"),
+        ("calibrate=[rotate, ranges, gptq]", "ranges gptq training model"),
+        ("lora={r: 4}", "ranges gptq training model"),
+        ("train.max_steps=4", "training model"),
+        ("monitor=null", "training model"),
+        ("evaluate.window=64", ""),
+        ("serve=vllm", ""),
+        ("train.gradient_accumulation_steps=2", ""),
+    ],
+)
+@pytest.mark.parametrize("left", LEFT)
+def test_a_run_holds_its_folder_by_what_another_recipe_cannot_use(
+    left: str, override: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("llmqat.recipe.folder.last_checkpoint", lambda folder: next(folder.glob("checkpoint-*"), None))
+    path = written(tmp_path, calibrate=["ranges", "gptq"], train={"max_steps": 3})
+    recipe, changed = load_recipe(path), load_recipe(path, [override])
+    assert open_run_folder(recipe) is False
+    file = recipe.output / LEFT[left][0]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("hours of work")
+    if left in lost.split():
+        section = re.split("[.=]", override)[0]
+        message = rf"holds an interrupted run .*{section}.*would lose .*{LEFT[left][1]}"
+        with pytest.raises(FileExistsError, match=message):
+            open_run_folder(changed)
+        assert load_recipe(recipe.output) == recipe
+        assert file.is_file()
+        assert open_run_folder(changed, overwrite=True) is False
+        assert not file.exists()
+    else:
+        assert open_run_folder(changed) is True
+        assert file.is_file()
+    assert load_recipe(recipe.output) == changed
+
+
+def test_a_run_that_has_made_nothing_dear_starts_anew_with_another_recipe(tmp_path: Path):
+    path = written(tmp_path, train={"max_steps": 3}, data={"source": "pydoc"})
+    recipe = load_recipe(path)
+    assert open_run_folder(recipe) is False
+    assert open_run_folder(recipe) is True
+    assert open_run_folder(load_recipe(path, ["train.max_steps=4"])) is False
+    made = [recipe.output / name for name in ("blocks.safetensors", "calibration/originals.safetensors")]
+    for file in made:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("read from a file again in seconds")
+    assert open_run_folder(load_recipe(path, ["train.max_steps=4", "quant=int3"])) is True
+    assert [file.is_file() for file in made] == [True, False]
+    assert open_run_folder(load_recipe(path, ["train.max_steps=4", "quant=int3", "data.block_size=32"])) is False
+    assert [file.is_file() for file in made] == [False, False]
+
+
+def test_a_folder_that_a_process_runs_a_recipe_in_is_refused(tmp_path: Path):
+    folder = tmp_path / "run"
+    with held_run_folder(folder), pytest.raises(FileExistsError, match="is in use"), held_run_folder(folder):
+        pass
+    with held_run_folder(folder):
+        assert [path.name for path in folder.iterdir()] == [".recipe.yaml.lock"]
+    assert not list(folder.iterdir())
+    (folder / "thesis.tex").write_text("years of work")
+    with held_run_folder(folder):
+        assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
 def test_finished_run_is_refused_unless_overwritten(tmp_path: Path):

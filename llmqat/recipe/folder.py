@@ -16,13 +16,20 @@ A folder that holds anything else is never touched, not even with `--overwrite`.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
+from llmqat.calibrate import RotateStage, SmoothStage
 from llmqat.data import TextSplits, read_blocks, save_blocks
 from llmqat.data.processes import ALONE, Processes
 from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
@@ -30,6 +37,9 @@ from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
 from llmqat.models import write_whole
 from llmqat.recipe.allocation import PLAN_FILE
 from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, load_recipe
+from llmqat.train.checkpoints import last_checkpoint
+
+log = logging.getLogger(__name__)
 
 BLOCKS_FILES = {
     "train": "blocks.safetensors",
@@ -41,13 +51,45 @@ CALIBRATION_FOLDER = "calibration"
 CHECKPOINT_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
 RESULTS_FILE = "results.json"
-MAY_DIFFER = ("output", "train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+MAY_DIFFER = ("output", "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "data.num_proc")
 """Keys that may change when an interrupted run goes on. With another number of processes a step must be cut up
 differently; that it has as many samples as before, the trainer checks."""
+LOCK_FILE = f".{RECIPE_FILE}.lock"
+"""Is locked while a process runs the recipe, and removed by it."""
+
+_MADE_BY: dict[str, tuple[str, ...]] = {
+    "text": tuple(BLOCKS_FILES.values()),
+    "allocate": (PLAN_FILE,),
+    "calibrate": (CALIBRATION_FOLDER,),
+    "train": (TRAINER_FOLDER, CHECKPOINT_FOLDER, ADAPTER_FOLDER, LAYERS_FILE, LAYERS_PICTURE),
+    "evaluate": (RESULTS_FILE,),
+}
+"""Stage of a run, in their order -> files and folders that it makes."""
+_FIRST_CHANGED = {
+    "train.bf16": "allocate",  # calibration computes in it
+    "train.use_cpu": "allocate",
+    "train": "train",
+    "monitor": "train",
+    "teacher_bits": "train",
+    "teacher_cache": "train",  # whether it fits the text is checked when the text is there
+    "lora": "calibrate",  # in other masters
+    "lora.*": "train",
+    "calibrate": "calibrate",
+    "quant": "allocate",
+    "allocate": "allocate",
+    "evaluate": "evaluate",
+    "serve": "evaluate",
+}
+"""Key, or section of keys -> the first stage that it changes; of all that are not here, the first of all."""
+_FOLDS = (RotateStage, SmoothStage)
 
 
 def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
-    """Makes the run folder of `recipe`, or finds the interrupted run of the same recipe in it.
+    """Makes the run folder of `recipe`, or finds what an interrupted run has left for it.
+
+    A run holds its folder by what it has made. Where that is nothing that costs more than seconds, another recipe
+    starts anew there. Where its stages up to some point are those of `recipe`, they are used, and what an interrupted
+    run has begun after that is removed.
 
     Args:
         recipe: its `output` is the folder.
@@ -57,26 +99,97 @@ def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
         Whether an interrupted run goes on.
 
     Raises:
-        FileExistsError: the folder holds a finished run, the run of another recipe, or something that is no run.
+        FileExistsError: as `check_run_folder`.
     """
-    folder = recipe.output
-    file = folder / RECIPE_FILE
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output={folder} is a file; choose another output")
-    if folder.is_dir() and any(path for path in folder.iterdir() if not path.name.startswith(f".{RECIPE_FILE}.")):
-        if not file.is_file():
-            raise FileExistsError(f"output={folder} exists and is no run of llmqat; choose another output=FOLDER")
-        if not overwrite:
-            _check_same_run(recipe, folder)
-            _write_recipe(recipe, file)
-            return True
-        for name in (CALIBRATION_FOLDER, TRAINER_FOLDER, CHECKPOINT_FOLDER, ADAPTER_FOLDER):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (RESULTS_FILE, PLAN_FILE, LAYERS_FILE, LAYERS_PICTURE, *BLOCKS_FILES.values(), RECIPE_FILE):
-            (folder / name).unlink(missing_ok=True)
+    folder, file = recipe.output, recipe.output / RECIPE_FILE
+    changes = check_run_folder(recipe, overwrite=overwrite)
+    goes_on = file.is_file() and not overwrite
+    if changes is not None:
+        _remove(folder, changes)
+        if changes.keys:
+            kept = any((folder / name).exists() for names in _MADE_BY.values() for name in names)
+            goes_on = goes_on and kept
+            log.info("%s: another recipe's run had begun (there -> now): %s", folder, "; ".join(changes.keys))
     folder.mkdir(parents=True, exist_ok=True)
     _write_recipe(recipe, file)
-    return False
+    return goes_on
+
+
+def check_run_folder(recipe: Recipe, *, overwrite: bool = False) -> Changes | None:
+    """Returns how `recipe` differs from the run in its folder; None where there is no run. Changes nothing.
+
+    Raises:
+        FileExistsError: the folder holds a finished run, something that is no run, or work of an interrupted run that
+            `recipe` cannot use and that would be lost; says what.
+    """
+    folder, file = recipe.output, recipe.output / RECIPE_FILE
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output={folder} is a file; choose another output")
+    if _is_empty(folder):
+        return None
+    if not file.is_file():
+        raise FileExistsError(f"output={folder} exists and is no run of llmqat; choose another output=FOLDER")
+    if overwrite:
+        return Changes((), "text")
+    if (folder / RESULTS_FILE).is_file():
+        raise FileExistsError(
+            f"output={folder} holds a finished run; use its {CHECKPOINT_FOLDER}/, choose another output=FOLDER, "
+            "or run it anew with --overwrite"
+        )
+    earlier = load_recipe(folder)
+    changes = _changes(earlier, recipe)
+    if lost := _work(folder, earlier, changes):
+        raise FileExistsError(
+            f"output={folder} holds an interrupted run of another recipe (there -> now): {'; '.join(changes.keys)}; "
+            f"with these values it would lose {', '.join(lost)}. Give the same values to go on with it, choose another "
+            "output=FOLDER, or start anew with --overwrite"
+        )
+    return changes
+
+
+@contextmanager
+def held_run_folder(folder: Path) -> Iterator[None]:
+    """Inside, no other process runs a recipe in `folder`, which is made; a folder that is no run is left as it is.
+
+    Raises:
+        FileExistsError: another process does now.
+    """
+    may_be_made = _is_empty(folder) or (folder / RECIPE_FILE).is_file()
+    if not may_be_made or importlib.util.find_spec("fcntl") is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK_FILE
+    with lock.open("w") as file:
+        if not _locked(file):
+            raise FileExistsError(
+                f"output={folder} is in use: another process runs a recipe there now; wait for it, or choose another "
+                "output=FOLDER"
+            )
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Returns whether `folder` is not there, or holds nothing but what starts of a run leave that were killed."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name.startswith(f".{RECIPE_FILE}.") for path in folder.iterdir())
+
+
+def _locked(file: IO[str]) -> bool:
+    """Returns whether `file` is locked now by this process; where the file system has no locks, it counts as locked."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return os.fstat(file.fileno()).st_nlink > 0  # else who had it has just ended and removed it
 
 
 def _write_recipe(recipe: Recipe, file: Path) -> None:
@@ -84,24 +197,97 @@ def _write_recipe(recipe: Recipe, file: Path) -> None:
     write_whole(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _check_same_run(recipe: Recipe, folder: Path) -> None:
-    if (folder / RESULTS_FILE).is_file():
-        raise FileExistsError(
-            f"output={folder} holds a finished run; use its {CHECKPOINT_FOLDER}/, choose another output=FOLDER, "
-            "or run it anew with --overwrite"
-        )
-    earlier = _flat(load_recipe(folder).model_dump(mode="json"))
-    now = _flat(recipe.model_dump(mode="json"))
-    differing = [
-        f"{key}: {earlier.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(earlier.keys() | now.keys())
-        if earlier.get(key) != now.get(key) and key not in MAY_DIFFER
-    ]
-    if differing:
-        raise FileExistsError(
-            f"output={folder} holds an interrupted run of another recipe (there -> now): {'; '.join(differing)}; give "
-            "the same values to go on with it, choose another output=FOLDER, or start anew with --overwrite"
-        )
+# What an interrupted run of another recipe has made
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How a recipe differs from the one of an interrupted run."""
+
+    keys: tuple[str, ...]
+    """Each key with its value there and now."""
+    stage: str | None
+    """The first stage of the run that they change; None for none."""
+    calibrated: int = 0
+    """Stages of the calibration, from the first, that they do not change."""
+
+    def is_changed(self, stage: str) -> bool:
+        """Returns whether `stage`, or one before it, is changed."""
+        stages = [*_MADE_BY]
+        return self.stage is not None and stages.index(stage) >= stages.index(self.stage)
+
+
+def _changes(earlier: Recipe, recipe: Recipe) -> Changes:
+    there, now = (_flat(one.model_dump(mode="json")) for one in (earlier, recipe))
+    keys = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
+    keys = [key for key in keys if key not in MAY_DIFFER]
+    shown = tuple(f"{key}: {there.get(key)!r} -> {now.get(key)!r}" for key in keys)
+    toggled = [key for key in there.keys() ^ now.keys() if "." not in key]  # a section that is there once
+    changed = {_first_changed(key) for key in (*keys, *toggled)}
+    stage = next((stage for stage in _MADE_BY if stage in changed), None)
+    same = 0
+    if [key for key in keys if _first_changed(key) == "calibrate"] == ["calibrate"]:
+        pairs = zip(earlier.calibrate, recipe.calibrate, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if any(isinstance(one, _FOLDS) for one in (*earlier.calibrate[same:], *recipe.calibrate[same:])):
+            same = 0
+    return Changes(shown, stage, same)
+
+
+def _first_changed(key: str) -> str:
+    section, *inside = key.split(".")
+    first = next(iter(_MADE_BY))
+    return (
+        _FIRST_CHANGED.get(key)
+        or _FIRST_CHANGED.get(f"{section}.*" if inside else "")
+        or (_FIRST_CHANGED.get(section, first))
+    )
+
+
+def _work(folder: Path, earlier: Recipe, changes: Changes) -> list[str]:
+    """Returns what costs more than seconds in `folder`, made by stages that are changed."""
+    found = []
+    if changes.is_changed("text") and (folder / BLOCKS_FILES["train"]).is_file() and _written_by_model(earlier):
+        found.append(f"the text that the model wrote ({BLOCKS_FILES['train']})")
+    if changes.is_changed("allocate") and (folder / PLAN_FILE).is_file():
+        found.append(f"the bits that were chosen for each layer ({PLAN_FILE})")
+    if changes.is_changed("calibrate"):
+        places = _calibration_folders(folder, changes.calibrated if changes.stage == "calibrate" else 0)
+        done = [place.name for place in places if any(place.glob("*.safetensors"))]
+        found += [f"the calibration ({CALIBRATION_FOLDER}/: {', '.join(done)})"] if done else []
+    if changes.is_changed("train"):
+        last = last_checkpoint(folder / TRAINER_FOLDER)
+        if last is not None:
+            found.append(f"the training ({TRAINER_FOLDER}/{last.name})")
+        elif (folder / CHECKPOINT_FOLDER / "config.json").is_file():
+            found.append(f"the trained model ({CHECKPOINT_FOLDER}/)")
+    return found
+
+
+def _written_by_model(recipe: Recipe) -> bool:
+    """Returns whether the model wrote text of `recipe`, and the run folder alone keeps it."""
+    return any(source.source == "synthetic" and source.path is None for source in (recipe.data.mix or (recipe.data,)))
+
+
+def _calibration_folders(folder: Path, done: int) -> list[Path]:
+    """Returns the folders of the calibration's stages after the first `done`."""
+    places = sorted(path for path in (folder / CALIBRATION_FOLDER).glob("[0-9][0-9]-*") if path.is_dir())
+    return [place for place in places if int(place.name[:2]) > done]
+
+
+def _remove(folder: Path, changes: Changes) -> None:
+    """Removes what stages have made that are changed."""
+    for stage, names in _MADE_BY.items():
+        if not changes.is_changed(stage):
+            continue
+        paths = [folder / name for name in names]
+        if stage == "calibrate" and changes.stage == "calibrate" and changes.calibrated:
+            paths = _calibration_folders(folder, changes.calibrated)
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ from llmqat.recipe.folder import (
     CALIBRATION_FOLDER,
     CHECKPOINT_FOLDER,
     RESULTS_FILE,
+    held_run_folder,
     kept_text,
     open_run_folder,
 )
@@ -166,10 +167,18 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     if is_deepspeed_zero3_enabled():  # models are loaded and calibrated whole, and partitioned when training begins
         unset_hf_deepspeed_config()
     int_quantized = check_recipe_served(recipe)  # before there is a folder of it
+    with ExitStack() as stack:
+        with arguments.main_process_first(local=False):
+            if arguments.process_index == 0:
+                stack.enter_context(held_run_folder(recipe.output))
+                if open_run_folder(recipe, overwrite=overwrite):
+                    log.info("going on with the interrupted run in %s", recipe.output)
+        return _run(recipe, arguments, int_quantized)
+
+
+def _run(recipe: Recipe, arguments: QATArguments, int_quantized: bool) -> RunResult | None:
+    """Does what `run` does, in the run folder as it is."""
     main = arguments.process_index == 0
-    with arguments.main_process_first(local=False):
-        if main and open_run_folder(recipe, overwrite=overwrite):
-            log.info("going on with the interrupted run in %s", recipe.output)
     stage = Stages()
     with stage("load", recipe.model), arguments.main_process_first():  # a GGUF file is dequantized by one for all
         # Now: a scheme that does not do should not cost the text.

@@ -319,6 +319,22 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
         assert torch.equal(tensor, found[name]), name
 
 
+def test_what_was_calibrated_is_used_by_a_recipe_that_trains_otherwise(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The run in the folder, which never trained, ends as if it had been the other recipe's from the start."""
+    whole = run_small(RECIPE, tiny_folder, tmp_path / "whole", "train.learning_rate=1e-3")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_train", lambda *args: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            run_small(RECIPE, tiny_folder, tmp_path / "run")
+    monkeypatch.setattr(pipeline, "text_of", lambda *args: pytest.fail("the text was made again"))
+    monkeypatch.setattr("llmqat.calibrate.stages.calibrate_ranges", lambda *args: pytest.fail("calibrated again"))
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run", "train.learning_rate=1e-3", "evaluate.speed=false")
+    expected, found = (load_file(one.checkpoint / "model.safetensors") for one in (whole, result))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("stage", ["save", "compare"])
 @pytest.mark.parametrize(
     ("length", "steps", "tokens"),
