@@ -172,10 +172,19 @@ def _print_run(result: RunResult) -> None:
         f"trained {'unknown' if tokens is None else format(tokens, ',')} tokens in {training['steps']} steps{speed}; "
         f"loss {training['first_loss']} -> {training['last_loss']} nats",
     )
+    if training["validation_perplexity"] is not None:
+        console.print(
+            f"held-out text at the end of training: loss {training['validation_loss']:.4g}, perplexity "
+            f"{training['validation_perplexity']:.4g}; packed and loaded again it is in the table",
+            soft_wrap=True,
+        )
     print_checkpoint(result.report)
 
 
 def _print_comparison(comparison: Comparison) -> None:
     from llmqat.evaluate.compare import render
+    from llmqat.evaluate.samples import answer_lines
 
     console.print(render(comparison))
+    for line in answer_lines(comparison):
+        console.print(line, soft_wrap=True)

@@ -8,8 +8,9 @@ doing nothing gives), and the best that needs no training. The share of the gap 
     (rounding - row) / (rounding - full precision)
 
 for perplexity, and the same for KL from full precision, whose own KL is 0. The two can disagree, and then KL is right:
-perplexity on a text also falls when a model learns that text's domain, KL does not. Where training has made a model
-worse than its training-free start, the table says so in red and what to try.
+perplexity on a text also falls when a model learns that text's domain, KL does not. A model that was to learn answers
+is judged by their perplexity instead: its KL from the original grows with all that it learns. Where training has made a
+model worse than its training-free start, the table says so in red and what to try.
 
 Figures come with 95 % intervals by bootstrap over windows (bootstrap.py), and two models whose difference is smaller
 than the noise of the text are said to be alike, not ranked.
@@ -83,7 +84,7 @@ class Candidate:
 
 
 Extra = Callable[[nn.Module, Candidate], Any]
-"""Measures something else of a loaded model; what it returns is put into the row as it is, so JSON must take it."""
+"""Measures something else of a loaded model; what it returns, if not None, is put into the row, as JSON takes it."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Comparison:
     rows: tuple[Row, ...]
     environment: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)  # what was asked for, so that it can be asked again
+    fine_tuned: bool = False  # whether training had answers to learn, and not only its original to be like
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -139,12 +141,16 @@ class Comparison:
     def recovered(self, row: Row, text: str) -> Recovered:
         """Returns the shares of the rounding gap that `row` recovered on `text`; None where there is no gap."""
         full, rounding = self.row("full precision"), self.row("plain rounding")
-        if full is None or rounding is None:
+        if full is None or rounding is None or self.is_learned(text):
             return Recovered(None, None)
         low, high, own = (entry.evaluations[text] for entry in (full, rounding, row))
         return Recovered(
             perplexity=_share(low.perplexity, high.perplexity, own.perplexity), kl=_share(low.kl, high.kl, own.kl)
         )
+
+    def is_learned(self, text: str) -> bool:
+        """Returns whether `text` is of the kind that the trained model was to learn: it is to leave its original."""
+        return self.fine_tuned and self.rows[0].evaluations[text].answers
 
     def findings(self) -> tuple[Finding, ...]:
         """Returns warnings and notes: of each row, on trained rows, on adapters, on rows that no text tells apart."""
@@ -207,6 +213,7 @@ class Comparison:
         full = self.row("full precision")
         lost = None if full is None or full is row else difference(entry, full.evaluations[text], "perplexity")
         found: dict[str, Any] = {
+            "nll": entry.nll,
             "perplexity": entry.perplexity,
             "kl": entry.kl,
             "top1": entry.top1,
@@ -238,6 +245,9 @@ class Comparison:
         )
 
     def _judge(self, row: Row, text: str) -> Iterator[Finding]:
+        if self.fine_tuned:
+            yield from self._judge_answers(row, text) if self.is_learned(text) else self._judge_moved(row, text)
+            return
         own = row.evaluations[text]
         for role in ("training-free", "plain rounding"):
             rival = self.row(role)
@@ -253,9 +263,42 @@ class Comparison:
                 "not recovery. Read the KL column, and a text of another domain.",
             )
 
+    def _judge_answers(self, row: Row, text: str) -> Iterator[Finding]:
+        """Yields whether answers that were held out are likelier than the original finds them."""
+        full, own = self.row("full precision"), row.evaluations[text]
+        if full is None:
+            return
+        before = full.evaluations[text]
+        apart = difference(before, own, "perplexity")
+        figures = f"perplexity on {text} {own.perplexity:.2f}, {before.perplexity:.2f} of {full.name}"
+        if own.perplexity < before.perplexity and (apart is None or not apart.holds_zero):
+            yield Finding(
+                "note",
+                f"{row.name} has learned the answers: {figures}. Its KL there says how far it has left the original, "
+                "which is what was asked for.",
+            )
+            return
+        yield Finding(
+            "warning",
+            f"{row.name} has not learned the answers: {figures}. {WHAT_TO_TRY_WITH_ANSWERS}",
+        )
+
+    def _judge_moved(self, row: Row, text: str) -> Iterator[Finding]:
+        """Yields what learning the answers has cost on a text that has none of them."""
+        for role in ("training-free", "plain rounding"):
+            rival = self.row(role)
+            if rival is not None and (worse := _worse(row.evaluations[text], rival.evaluations[text])):
+                yield Finding(
+                    "note",
+                    f"{row.name} is further from the original on {text} than {rival.name}: {worse}. That is the price "
+                    "of what it has learned; a higher train.kl_weight, a lower train.learning_rate or fewer steps make "
+                    "it smaller.",
+                )
+                return
+
     def _alike(self, text: str) -> Iterator[Finding]:
         """Yields a note for each two rows, neighbours in rank, whose difference is no more than the text's noise."""
-        kl = self.row("full precision") is not None
+        kl = self.row("full precision") is not None and not self.is_learned(text)
         metric, heading = ("kl", "KL") if kl else ("perplexity", "perplexity")
         rows = [row for row in self.rows if row.role != "full precision"]
         rows.sort(key=lambda row: getattr(row.evaluations[text], metric))
@@ -275,6 +318,11 @@ WHAT_TO_TRY = (
     "model will read. The training-free checkpoint is the better one to ship meanwhile."
 )
 
+WHAT_TO_TRY_WITH_ANSWERS = (
+    "Where the training loss fell, it knows the trained ones by heart: fewer epochs, or more chats. Where it did not: "
+    "a higher train.learning_rate, more steps, or a higher train.cross_entropy_weight."
+)
+
 
 def compare(
     candidates: Sequence[Candidate],
@@ -286,6 +334,7 @@ def compare(
     tokenizer: Any = None,
     extras: Mapping[str, Extra] | None = None,
     settings: Mapping[str, Any] | None = None,
+    fine_tuned: bool = False,
 ) -> Comparison:
     """Returns the measurements of all candidates on all texts; one model is in memory at a time.
 
@@ -299,6 +348,7 @@ def compare(
         tokenizer: of all models; with it, figures by position and by kind of token are kept.
         extras: what else to measure of each model, by the key in its row.
         settings: what was asked for, kept as it is.
+        fine_tuned: whether the trained model was to learn answers, and not only to be like its original.
 
     Raises:
         ValueError: if there is nothing to compare, a name is given twice, or two models claim one role.
@@ -322,13 +372,18 @@ def compare(
             costs=costs,
             seconds=time.perf_counter() - start,
             parts={} if tokenizer is None else {text: _parts(one, tokenizer) for text, one in evaluations.items()},
-            extras={**candidate.facts, **{name: take(model, candidate) for name, take in (extras or {}).items()}},
+            extras={**candidate.facts, **_taken(extras or {}, model, candidate)},
             notes=(*candidate.notes, *(f"{candidate.name}: {note}." for note in kept_notes(model))),
         )
         del model
         gc.collect()
     rows = tuple(measured[candidate.name] for candidate in candidates)
-    return Comparison(rows, environment(), settings or {})
+    return Comparison(rows, environment(), settings or {}, fine_tuned)
+
+
+def _taken(extras: Mapping[str, Extra], model: nn.Module, candidate: Candidate) -> dict[str, Any]:
+    found = {name: take(model, candidate) for name, take in extras.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def candidate_from(
@@ -375,7 +430,7 @@ def render(comparison: Comparison, title: str | None = None) -> RenderableType:
             table.add_row(row.name, *cost, *_quality_cells(comparison, row, text), style=style)
         table.add_section()
     lines = [Text(_describe(name, comparison.rows[0].evaluations[name]), style="dim") for name in comparison.texts]
-    lines += [Text(line, style="dim") for line in _word_perplexities(comparison)]
+    lines += [Text(line, style="dim") for line in (*_losses(comparison), *_word_perplexities(comparison))]
     colours = {"warning": "bold red", "note": "yellow"}
     lines += [Text(finding.text, style=colours[finding.level]) for finding in comparison.findings()]
     costs = [_costs_table(comparison)] if any(row.costs for row in comparison.rows) else []
@@ -427,6 +482,13 @@ def _costs_table(comparison: Comparison) -> FittedTable:
                 "not available" if costs.joules_per_token is None else f"{costs.joules_per_token:.3g}",
             )
     return table
+
+
+def _losses(comparison: Comparison) -> Iterator[str]:
+    for text in comparison.texts:
+        if comparison.rows[0].evaluations[text].answers:
+            figures = ", ".join(f"{row.name} {row.evaluations[text].nll:.3f}" for row in comparison.rows)
+            yield f"{text}: loss, nats a token: {figures}"
 
 
 def _word_perplexities(comparison: Comparison) -> Iterator[str]:
@@ -582,6 +644,11 @@ def _number(value: float | None, style: str) -> str:
 
 
 def _describe(name: str, entry: Evaluation) -> str:
+    if entry.answers:
+        return (
+            f"{name}: {entry.windows} windows, each of one conversation, {entry.tokens:,} tokens of answers scored, "
+            f"sha256 {entry.text_sha256[:12]}"
+        )
     overlap = "no overlap" if entry.stride >= entry.window - 1 else f"stride {entry.stride}"
     return (
         f"{name}: {entry.windows} windows of {entry.window}, {overlap}, {entry.tokens:,} tokens scored, "

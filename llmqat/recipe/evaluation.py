@@ -18,13 +18,13 @@ from llmqat.data.config import HUB_PREFIX, PYDOC
 from llmqat.data.documents import document_hash
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.text import hash_file, is_rows, text_config, text_files
-from llmqat.evaluate.compare import Comparison, Extra, candidate_from, compare, progress_bar
+from llmqat.evaluate.compare import Candidate, Comparison, Extra, candidate_from, compare, progress_bar
 from llmqat.evaluate.gate import Rule, check_rules, check_same_texts
 from llmqat.evaluate.layers import weight_errors
 from llmqat.evaluate.loading import check_window, longest_of
-from llmqat.evaluate.perplexity import TokenWindows
+from llmqat.evaluate.perplexity import TokenWindows, windows_from_rows
 from llmqat.evaluate.protocols import text_windows
-from llmqat.evaluate.samples import completions
+from llmqat.evaluate.samples import answers, completions
 from llmqat.evaluate.tasks import TaskSettings, opened_tasks
 from llmqat.evaluate.tokenizers import shared_tokenizer
 from llmqat.export.checkpoint import record_of
@@ -63,6 +63,35 @@ def evaluation_windows(
         )
         for name, source in text_names(settings.texts).items()
     }
+
+
+HELD_OUT = "held-out answers"
+"""What tables call the answers that a recipe keeps from training."""
+
+
+def held_out_windows(text: TextSplits, settings: EvaluationSettings) -> dict[str, TokenWindows]:
+    """Returns the answers of the validation split as a text of the table, a conversation a window; none without labels.
+
+    As many conversations as have the tokens of another text's windows, one at least.
+    """
+    held_out = text.validation
+    if held_out is None or held_out.rows.scored is None:
+        return {}
+    window = settings.window or held_out.block_size
+    most = None if settings.max_windows is None else settings.max_windows * window
+    return {HELD_OUT: windows_from_rows(held_out.rows, held_out.source, most)}
+
+
+def asked_again(windows: Mapping[str, TokenWindows], tokenizer: PreTrainedTokenizerBase) -> dict[str, Extra]:
+    """Returns what lets the original and the trained model answer the first conversations of the table, if any."""
+    chats = next((one for one in windows.values() if one.answers), None)
+    if chats is None:
+        return {}
+
+    def take(model: torch.nn.Module, candidate: Candidate) -> list[dict[str, str]] | None:
+        return answers(model, tokenizer, chats) if candidate.role in ("full precision", "trained") else None
+
+    return {"answers": take}
 
 
 def text_names(sources: Sequence[str]) -> dict[str, str]:

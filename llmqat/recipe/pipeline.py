@@ -64,10 +64,12 @@ from llmqat.recipe.bars import progress
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, training_arguments
 from llmqat.recipe.evaluation import (
     EARLIER_TEXTS,
+    asked_again,
     check_untrained,
     documents_learned,
     documents_recorded,
     evaluation_windows,
+    held_out_windows,
     texts_seen,
 )
 from llmqat.recipe.folder import (
@@ -201,6 +203,7 @@ def _run(recipe: Recipe, arguments: QATArguments, int_quantized: bool) -> RunRes
         check_documents_apart(teacher, blocks)
         check_batch(arguments, len(blocks))
         unlearned = _unlearned_answers(arguments, blocks)
+        windows = {**held_out_windows(text, recipe.evaluate), **windows}
     if cache is not None:
         check_cached(cache, text)
     if cache is not None or recipe.teacher_bits is not None:
@@ -251,6 +254,8 @@ def _run(recipe: Recipe, arguments: QATArguments, int_quantized: bool) -> RunRes
                 batch_size=recipe.evaluate.batch_size,
                 speed=recipe.evaluate.speed,
                 progress=advance,
+                extras=asked_again(windows, tokenizer),
+                fine_tuned=arguments.cross_entropy_weight > 0 and blocks.rows.scored is not None,
             )
     result = RunResult(report.folder, comparison, report, training, stage.seconds)
     _keep_results(recipe, result, facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmqat.calibrate import calibrate_ranges
 from llmqat.evaluate.compare import (
     Candidate,
     Comparison,
+    Recovered,
     Role,
     Row,
     candidate_from,
@@ -109,6 +111,34 @@ def test_rows_that_were_not_trained_are_not_judged() -> None:
     found = comparison(trained=(24.0, 0.1))
     swapped = Comparison((*found.rows[:3], row("peer", "other", prose=(50.0, 1.0))))
     assert swapped.findings() == ()
+
+
+def fine_tuned(answers: float, prose_kl: float) -> Comparison:
+    def measured(name: str, role: Role, perplexity: float, kl: float) -> Row:
+        found = row(name, role, chats=(perplexity, kl), prose=(22.6, kl))
+        return replace(
+            found, evaluations={**found.evaluations, "chats": replace(found.evaluations["chats"], answers=True)}
+        )
+
+    rows = [
+        measured("original", "full precision", 12.0, 0.0),
+        measured("rounded", "plain rounding", 14.0, 0.1),
+        measured("ours", "trained", answers, prose_kl),
+    ]
+    return Comparison(tuple(rows), fine_tuned=True)
+
+
+def test_a_model_that_was_to_learn_answers_is_judged_by_them() -> None:
+    learned = fine_tuned(answers=4.0, prose_kl=0.2)
+    said, moved = learned.findings()
+    assert (said.level, moved.level) == ("note", "note")
+    assert "ours has learned the answers: perplexity on chats 4.00, 12.00 of original" in said.text
+    assert "ours is further from the original on prose than rounded: KL 0.2000 against 0.1000" in moved.text
+    assert learned.recovered(learned.rows[-1], "chats") == Recovered(None, None)
+    assert learned.recovered(learned.rows[-1], "prose").kl == pytest.approx(-1.0)
+    (failed,) = fine_tuned(answers=12.5, prose_kl=0.05).findings()
+    assert failed.level == "warning"
+    assert "ours has not learned the answers" in failed.text
 
 
 # What is shown
