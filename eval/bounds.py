@@ -251,7 +251,7 @@ def _uv(work: Path) -> Path:
 
 def _clean() -> dict[str, str]:
     """Returns this process's variables without those that lead Python elsewhere."""
-    left_out = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    left_out = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
     return {name: value for name, value in os.environ.items() if name not in left_out}
 
 
