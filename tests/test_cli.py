@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import llmqat
 import llmqat.cli.application as shared
 from llmqat import QuantConfig, cli
 from llmqat.recipe import coverage_of, pipeline
@@ -29,7 +32,9 @@ COMMANDS = [
     "chat",
     "cache-teacher",
     "push",
+    "recipes",
 ]
+ROOT = Path(__file__).resolve().parents[1]
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
 
 
@@ -88,6 +93,40 @@ def test_help_loads_no_torch():
         "heavy = {'torch', 'transformers'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])
+
+
+def test_versions_are_told_without_importing_torch():
+    code = (
+        "import sys; from llmqat.cli import main; sys.argv = ['llmqat', '--version']\ntry: main()\nexcept SystemExit: "
+    )
+    code += "print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    told = [f"llmqat {llmqat.__version__}", f"Python {platform.python_version()}"]
+    told += [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+    assert done.stdout.splitlines() == [*told, "set()"]
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("llmqat quan", ["quantize"]),
+        ("llmqat recipes c", ["copy"]),
+        ("llmqat train --ov", ["--overwrite"]),
+        ("llmqat --ver", ["--version"]),
+    ],
+)
+def test_a_shell_completes_commands_and_options(words: str, completed: list[str]):
+    variables = {"_LLMQAT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = CliRunner(env=variables).invoke(cli.app, [], prog_name="llmqat")
+    assert done.output.split() == completed
+
+
+def test_the_first_lines_of_the_help_name_a_command_that_needs_no_clone():
+    begin = re.search(r"Begin with: llmqat (.*)", call("--help").output)
+    assert begin is not None
+    command, *words = begin[1].split()
+    assert command in COMMANDS
+    assert not any(Path(word).suffix for word in words)
 
 
 def test_exit_codes_of_the_real_process():

@@ -11,7 +11,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
-    *("heap", "paths", "terminal", "config", "hub", "grid", "kernels", "layers", "models", "metrics", "data"),
+    *(
+        "heap",
+        "paths",
+        "shipped",
+        "terminal",
+        "config",
+        "hub",
+        "grid",
+        "kernels",
+        "layers",
+        "models",
+        "metrics",
+        "data",
+    ),
     *("calibrate", "train", "export", "evaluate", "recipe", "cli"),
 )
 FILES = sorted((ROOT / "llmqat").rglob("*.py"))

@@ -10,12 +10,12 @@ options.py      options that several commands have        show.py      what seve
 train.py        train, cache-teacher, synthesize          plan.py      plan
 quantize.py     quantize, sensitivity                     judge.py     eval, compare
 audit.py        audit                                     export.py    export, push
-chat.py         chat
+chat.py         chat                                      recipes.py   recipes
 """
 
 from __future__ import annotations
 
-from llmqat.cli import audit, chat, export, judge, plan, quantize, train
+from llmqat.cli import audit, chat, export, judge, plan, quantize, recipes, train
 from llmqat.cli.application import app, main
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "main",
     "plan",
     "quantize",
+    "recipes",
     "train",
 ]  # each registers its commands

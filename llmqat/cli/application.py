@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import logging
 import os
+import platform
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ import typer
 import typer.core
 from rich.logging import RichHandler
 
+from llmqat import __version__
 from llmqat.heap import keep_freed_memory
 from llmqat.paths import user_path, user_spec
 from llmqat.terminal import plain_console, show_any_text
@@ -102,12 +106,11 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 COMMANDS = (
     *("train", "plan", "eval", "compare", "quantize", "sensitivity", "synthesize", "audit", "export", "chat"),
-    *("cache-teacher", "push"),
+    *("cache-teacher", "push", "recipes"),
 )
 """In the order of the help."""
 
@@ -118,14 +121,33 @@ COMMANDS_OF_MANY_PROCESSES = ("train", "plan")
 """All others would do the same thing in each, and write over each other."""
 
 
+def _print_versions(asked: bool) -> None:
+    if asked:
+        typer.echo(f"llmqat {__version__}")
+        typer.echo(f"Python {platform.python_version()}")
+        for package in ("torch", "transformers"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                typer.echo(f"{package} {importlib.metadata.version(package)}")
+        raise typer.Exit
+
+
 @app.callback()
 def _start(
     ctx: typer.Context,
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Show the versions of llmqat, Python, torch and transformers.",
+        ),
+    ] = False,
     show_traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of every error.")] = False,
 ) -> None:
     """Low-bit quantization-aware training of Hugging Face causal language models.
 
-    Begin with: llmqat train recipes/smollm2-135m-int4.yaml
+    Begin with: llmqat quantize HuggingFaceTB/SmolLM2-135M --scheme int4 --out smollm2-int4
     """
     given = os.environ.get("WORLD_SIZE") or "1"
     if not given.isdecimal():

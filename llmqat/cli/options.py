@@ -10,7 +10,12 @@ import typer
 MODEL_HELP = "Hub id, folder (full precision, packed or peft adapter), .gguf file, or package:NAME/FILE.gguf."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 ModelsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe (.yaml), or the folder of a run.")]
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="A .yaml file, the name of a recipe that `llmqat recipes` lists, or the folder of a run."
+    ),
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change, such as train.max_steps=60."),

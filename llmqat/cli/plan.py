@@ -37,11 +37,11 @@ def plan(
 
     **Examples**
 
-        llmqat plan recipes/smollm2-135m-int4.yaml --probe
+        llmqat plan smollm2-135m-int4 --probe
 
-        llmqat plan recipes/smollm2-135m-int4.yaml quant.preset=int3 train.max_steps=100
+        llmqat plan smollm2-135m-int4 quant.preset=int3 train.max_steps=100
 
-        llmqat plan recipes/lora-int4.yaml model=meta-llama/Llama-3.1-8B --processes 8 --sharding fsdp2 --memory 80
+        llmqat plan lora-int4 model=meta-llama/Llama-3.1-8B --processes 8 --sharding fsdp2 --memory 80
     """
     from llmqat.recipe import available_bytes, devices_of, load_recipe, plan_run
     from llmqat.recipe.memory import Devices

@@ -33,11 +33,11 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, overwrite
 
     **Examples**
 
-        llmqat train recipes/smollm2-135m-int4.yaml
+        llmqat train smollm2-135m-int4
 
-        llmqat train recipes/smollm2-135m-int4.yaml model=HuggingFaceTB/SmolLM2-135M train.max_steps=60 output=runs/mine
+        llmqat train smollm2-135m-int4 model=HuggingFaceTB/SmolLM2-135M train.max_steps=60 output=runs/mine
 
-        accelerate launch -m llmqat train recipes/smollm2-135m-int4.yaml
+        accelerate launch -m llmqat train smollm2-135m-int4
     """
     from llmqat.recipe import ResultsNotWrittenError, load_recipe, run
 
@@ -64,9 +64,9 @@ def cache_teacher(
 
     **Examples**
 
-        llmqat cache-teacher recipes/smollm2-135m-int4.yaml --top-k 64 --out teacher
+        llmqat cache-teacher smollm2-135m-int4 --top-k 64 --out teacher
 
-        llmqat train recipes/smollm2-135m-int4.yaml teacher_cache=teacher
+        llmqat train smollm2-135m-int4 teacher_cache=teacher
     """
     from llmqat.recipe import cache_teacher_of, load_recipe
 
@@ -115,7 +115,7 @@ def synthesize(
 
         llmqat synthesize HuggingFaceTB/SmolLM2-135M --tokens 1M --teacher-top-k 64 --out written
 
-        llmqat train recipes/smollm2-135m-int4.yaml data.path=written teacher_cache=written/teacher
+        llmqat train smollm2-135m-int4 data.path=written teacher_cache=written/teacher
     """
     from llmqat.data.shards import report_lines
     from llmqat.data.strategy import SynthesisConfig

@@ -29,6 +29,7 @@ from llmqat.export.checkpoint import RUN_FILE
 from llmqat.export.serving import known_clients
 from llmqat.layers import QuantConfig
 from llmqat.paths import user_path, user_spec
+from llmqat.shipped import advice, shipped_recipes
 from llmqat.train import LoraSettings, MonitorSettings, QATArguments, check_batch
 
 RECIPE_FILE = "recipe.yaml"
@@ -301,7 +302,8 @@ def _of_declared_type(key: str, value: Any, hint: Any) -> Any:
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Returns the recipe in the YAML file `path`, or in the run folder `path`, changed by `key=value` overrides.
 
-    A checkpoint's llmqat.json, or the folder that holds it, repeats the run that made it.
+    A checkpoint's llmqat.json, or the folder that holds it, repeats the run that made it. Where there is no such file,
+    `path` is the name of a recipe that comes with llmqat (`llmqat recipes`), such as "lora-int4".
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -311,8 +313,13 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     if file.is_dir():
         recorded = file / RUN_FILE
         file = recorded if recorded.is_file() and not (file / RECIPE_FILE).is_file() else file / RECIPE_FILE
+    elif not file.exists() and len(file.parts) == 1:
+        file = shipped_recipes().get(file.name.removesuffix(".yaml"), file)
     if not file.is_file():
-        raise FileNotFoundError(f"no recipe at {file}; give a .yaml file such as those in recipes/, or a run folder")
+        raise FileNotFoundError(
+            f"no recipe at {file}; give a .yaml file, the folder of a run, or the name of a recipe that comes with "
+            f"llmqat: {advice(file.name, list(shipped_recipes()))}"
+        )
     values = parse_yaml(read_text(file), str(file))  # of which JSON is a part
     if file.name == RUN_FILE and isinstance(values, dict):
         values = _without_defaults((values.get("run") or {}).get("recipe"))
