@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from llmqat.data.hub import answer_rows
     from llmqat.data.synthesis import synthesize
     from llmqat.evaluate.perplexity import evaluate
     from llmqat.export.checkpoint import load, save
@@ -32,6 +33,7 @@ _HOMES = {
     "QuantConfig": "llmqat.layers.config",
     "QuantizedCache": "llmqat.layers.cache",
     "adopt_adapters": "llmqat.layers.lora",
+    "answer_rows": "llmqat.data.hub",
     "convert": "llmqat.layers.prepare",
     "evaluate": "llmqat.evaluate.perplexity",
     "keep_freed_memory": "llmqat.heap",
@@ -52,6 +54,7 @@ __all__ = [
     "QuantConfig",
     "QuantizedCache",
     "adopt_adapters",
+    "answer_rows",
     "convert",
     "evaluate",
     "keep_freed_memory",

@@ -161,6 +161,8 @@ def _count(text: str) -> int:
 
 
 def _print_run(result: RunResult) -> None:
+    from llmqat.recipe.folder import ADAPTER_FOLDER
+
     _print_comparison(result.comparison)
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
     console.print(f"seconds: {seconds}; in all {sum(result.seconds.values()):.0f}")
@@ -179,6 +181,12 @@ def _print_run(result: RunResult) -> None:
             soft_wrap=True,
         )
     print_checkpoint(result.report)
+    if (adapter := result.checkpoint.with_name(ADAPTER_FOLDER)).is_dir():
+        console.print(
+            f"adapter: {adapter}; to serve it with others over one packed base: llmqat export {adapter} --format "
+            "peft --base BASE --out NAME",
+            soft_wrap=True,
+        )
 
 
 def _print_comparison(comparison: Comparison) -> None:

@@ -12,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmqat.data.config import DataConfig
-from llmqat.data.documents import DocumentSource, Piece
+from llmqat.data.documents import DocumentSource, Piece, encoded
 from llmqat.data.rows import RowReader, row_reader
-from llmqat.data.text import ROW_BUILDERS, read_text, stream_text, suffix_of
+from llmqat.data.text import ROW_BUILDERS, read_text, stream_text, suffix_of, text_config
 from llmqat.hub import check_dataset_in_reach, looks_like_path
+from llmqat.metrics import IGNORED_LABEL
 
 BUILDERS = {**ROW_BUILDERS, ".txt": "text"}
 """File suffixes that can be read, and the `datasets` builder for each."""
@@ -266,3 +269,34 @@ def texts_of(rows: Any, reader: RowReader) -> list[str]:
             "rows with a column of text"
         )
     return [text or "" for text in rows[reader.column]]
+
+
+def answer_rows(text: str, tokenizer: Any) -> Any:
+    """Returns conversations, or prompts with completions, as a `datasets.Dataset` that TRL and Trainer take tokenized.
+
+    Columns are `input_ids`, and `labels`, which are -100 where a token is no answer's. Answers are told from the rest
+    as in a recipe, so a chat template needs no {% generation %} markers.
+
+    Args:
+        text: a file or folder of rows, or hub:NAME[:CONFIG[:SPLIT]].
+        tokenizer: renders conversations by its chat template.
+
+    Raises:
+        FileNotFoundError: there is no such text.
+        ValueError: it is no rows with answers, or a row cannot be read.
+    """
+    import datasets
+
+    config = text_config(text)
+    reader = open_rows(config)[1] if config.source == "dataset" else None
+    if reader is None or not reader.labelled:
+        raise ValueError(
+            f"{text} has no answers to learn: rows of `messages`, `conversations`, or `prompt` and `completion` are "
+            "needed"
+        )
+    found: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for piece in encoded(open_source(config).pieces(), tokenizer):
+        scored = np.ones(len(piece.ids)) if piece.scored is None else piece.scored
+        found["input_ids"].append(piece.ids.tolist())
+        found["labels"].append(np.where(scored == 1, piece.ids, IGNORED_LABEL).tolist())
+    return datasets.Dataset.from_dict(found)

@@ -1,10 +1,26 @@
 """QATSFTTrainer: TRL's SFTTrainer for a prepared model: chat data, loss on the answers, distillation beside it.
 
-TRL (the extra `trl`) reads the data: chat templates, loss on completions or on the assistant's turns alone, packing.
-The loss is QATTrainer's: cross-entropy on the labels and forward KL from the original model, each by its weight.
+From the command line, `llmqat train chat-lora-int4 data.path=chats.jsonl` does all of this, with held-out answers and a
+table at the end. In Python, for those who have TRL's trainer in their code already:
 
-    args = QATSFTConfig(output_dir="run", kl_weight=0.5, cross_entropy_weight=1.0, completion_only_loss=True)
-    QATSFTTrainer(model=peft_model, args=args, train_dataset=data, processing_class=tokenizer).train()
+    from peft import get_peft_model
+    import llmqat
+    from llmqat.calibrate import RangesStage, calibrate
+    from llmqat.models import load_model
+
+    model, tokenizer = load_model("MODEL")  # hub id, folder, .gguf file, or package:NAME/FILE.gguf
+    calibrate(model, llmqat.QuantConfig.preset("int4", group_size=64), [RangesStage(method="mse")], None)
+    model = get_peft_model(model, llmqat.lora_config(model, r=16, lora_alpha=32))
+    args = llmqat.QATSFTConfig(output_dir="run", kl_weight=0.2, learning_rate=1e-3, max_steps=60)
+    chats = llmqat.answer_rows("chats.jsonl", tokenizer)
+    trainer = llmqat.QATSFTTrainer(model=model, args=args, train_dataset=chats, processing_class=tokenizer)
+    trainer.train()
+    llmqat.save(model.merge_and_unload(), "run/model", tokenizer)  # then: llmqat chat run/model
+
+`answer_rows` reads what a recipe reads, and tells answers from the rest as a recipe does. A dataset of TRL's forms does
+as well: TRL then applies the chat template, and takes the loss on the answers where it knows them (completions, or
+assistant_only_loss with a template that marks them). The loss is QATTrainer's: cross-entropy on the labels and forward
+KL from the original model, each by its weight.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from peft import get_peft_model
 from torch.nn import functional as F
 from trl import SFTConfig, SFTTrainer
 
+import llmqat
+import llmqat.train.sft
 from llmqat import QATArguments, QATSFTConfig, QATSFTTrainer, QATTrainer, QuantConfig, lora_config, prepare
 from llmqat.layers import quantizers_off
 from llmqat.layers.lora import adapters_off
@@ -55,6 +58,38 @@ def test_trl_trains_adapters_inside_the_quantizer(gradient_checkpointing: bool, 
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_example_trains_on_the_answers_and_saves(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    turns = [{"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "Ahoy!"}]
+    Path("chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    lines = str(llmqat.train.sft.__doc__).splitlines()
+    code = "\n".join(line.removeprefix("    ") for line in lines if line.startswith("    ") or not line)
+    small = {
+        '"MODEL"': repr(str(tiny_folder)),
+        "group_size=64": "group_size=32",
+        "max_steps=60": "max_steps=1, bf16=False",
+    }
+    for word, change in small.items():
+        assert word in code
+        code = code.replace(word, change)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    batch = next(iter(names["trainer"].get_train_dataloader()))
+    assert names["tokenizer"].decode(batch["labels"][batch["labels"] != -100]) == "Ahoy!"
+    assert llmqat.load(tmp_path / "run" / "model").config.model_type == "llama"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl", "run"]
+
+
+def test_rows_without_answers_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "no answer"}\n', encoding="utf-8")
+    (tmp_path / "prose.txt").write_text("no answer", encoding="utf-8")
+    for name in ("rows.jsonl", "prose.txt"):
+        with pytest.raises(ValueError, match=rf"{name} has no answers to learn"):
+            llmqat.answer_rows(str(tmp_path / name), tiny_tokenizer())
 
 
 @pytest.mark.parametrize(
