@@ -631,3 +631,31 @@ def test_a_run_whose_results_cannot_be_written_is_shown(tiny: Path, tmp_path: Pa
     told = refusal("train", recipe(tmp_path, tiny))
     assert "the results could not be written ([Errno 28] No space left on device)" in told
     assert shown == [found]
+
+
+def test_every_command_has_a_log_and_the_help_lists_exit_codes():
+    words = " ".join(call("--help").output.split())
+    for code, meaning in shared.EXIT_CODES.items():
+        assert f"{code}: {meaning}" in words
+    for command in set(COMMANDS) - {"recipes"}:  # which does no work
+        assert "--log" in call(command, "--help").output
+
+
+def test_the_log_holds_figures_and_errors(tiny: Path, tmp_path: Path):
+    log = tmp_path / "audit.log"
+    assert call("audit", str(tiny), "--log", str(log)).exit_code == 0
+    assert call("audit", str(tmp_path / "absent"), "--log", str(log)).exit_code == 2
+    lines = [line[20:] for line in log.read_text().splitlines()]
+    assert lines[0].endswith(f"llmqat audit {tiny} --log {log}")
+    assert any(line.startswith("model.layers.0-1.mlp.down_proj.weight") for line in lines)
+    assert lines[-2].endswith(f"absent --log {log}")
+    assert lines[-1].startswith("error: ")
+
+
+def test_a_log_where_the_command_writes_is_refused(tiny: Path, tmp_path: Path):
+    out = tmp_path / "int8"
+    words = ("quantize", str(tiny), "--scheme", "int8", "--method", "rtn", "--out", str(out))
+    assert "lies in --out" in refusal(*words, "--log", str(out / "quantize.log"))
+    assert not out.exists()
+    (tmp_path / "folder").mkdir()
+    assert "--log" in refusal("audit", str(tiny), "--log", str(tmp_path / "folder"))

@@ -1,12 +1,27 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.table import Table
 
-from llmqat.terminal import PLAIN, plain_console, show_any_text
+from llmqat.terminal import (
+    PLAIN,
+    Bar,
+    CommandLog,
+    bars,
+    console,
+    duration,
+    errors,
+    no_bar,
+    plain_console,
+    progress,
+    show_any_text,
+)
 
 ANY_TEXT = "1.5 ± 0.1, 4×4 – “café” 日本 🔥 \udce9"
 
@@ -45,3 +60,109 @@ def test_brackets_and_colons_are_shown_as_they_are(capsys: pytest.CaptureFixture
     assert shown.count("x [wip]/:fire:/[/closed]") == 2
     assert "[b]heading[/b]" in shown
     assert "[red]title" in shown
+
+
+# Bars and the log
+
+
+class Screen(io.StringIO):
+    """A terminal that keeps what it shows."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def minutes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that goes when it is told to."""
+    now = [1_000.0]
+    monkeypatch.setattr("llmqat.terminal.bars.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Bar, "_last_line", 0.0)
+
+    def wait(count: float) -> None:
+        now[0] += 60 * count
+
+    return wait
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(
+    minutes: Callable[[float], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with caplog.at_level(logging.INFO, "llmqat"):
+        for _ in Bar("gptq", "block", range(30)):
+            minutes(0.25)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 8, "thirty quarters of a minute, the first line after half a minute"
+    assert lines[2] == "gptq: 10 of 30 blocks, 2.5 min, about 5.0 min left"
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_on_a_terminal_bars_stand_below_each_other_and_go_away(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stderr", Screen())
+    monkeypatch.setattr(errors, "_environ", {"TERM": "xterm"})
+    monkeypatch.setattr(errors, "is_interactive", True)
+    with caplog.at_level(logging.INFO, "llmqat"), Bar("text", "token", total=100) as outer:
+        outer.update(50, note="half")
+        bars._shown().refresh()
+        with Bar("batch", "row", total=2) as inner:
+            inner.update(1)
+            assert len(bars._shown().tasks) == 2
+        assert len(bars._shown().tasks) == 1
+    assert bars._progress is None
+    assert "50 of 100 tokens, half" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+
+def test_nothing_is_shown_where_nothing_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, minutes: Callable[[float], None]
+):
+    monkeypatch.setattr(sys, "stderr", Screen())
+    with caplog.at_level(logging.WARNING, "llmqat"):
+        for _ in progress("gptq", "block")(range(3)):
+            minutes(2)
+    with caplog.at_level(logging.INFO, "llmqat"):
+        for _ in no_bar("gptq", "block")(range(3)):
+            minutes(2)
+    assert not caplog.records
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.04, "0.0 s"), (9.96, "10 s"), (99, "99 s"), (99.6, "1.7 min"), (5_969, "99.5 min"), (6_000, "1.7 h")],
+)
+def test_durations_are_said_as_people_say_them(seconds: float, words: str):
+    assert duration(seconds) == words
+
+
+def test_warnings_of_libraries_are_in_the_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(logging.getLogger("llmqat"), "level", logging.NOTSET)
+    command = CommandLog(main_process=True, path=tmp_path / "a" / "run.log", heading="llmqat 1: llmqat train")
+    logging.getLogger("library").warning("torch_dtype is deprecated")
+    logging.getLogger("llmqat.data").warning("a row is empty")
+    console.print("figures", style="bold")
+    errors.print("error: ", end="")
+    errors.print("no such file")
+    command.end()
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "torch_dtype" not in shown
+    assert "warning: a row is empty" in shown
+    assert [line[20:] for line in (tmp_path / "a" / "run.log").read_text().splitlines()] == [
+        "llmqat 1: llmqat train",
+        "warning: library: torch_dtype is deprecated",
+        "warning: a row is empty",
+        "figures",
+        "error: no such file",
+    ]
+    assert root.handlers == []
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path):
+    with pytest.raises(OSError, match=r"--log=.* cannot be written"):
+        CommandLog(main_process=True, path=tmp_path, heading="")
+    CommandLog(main_process=False, path=tmp_path, heading="").end()  # other processes write none

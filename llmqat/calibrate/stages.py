@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from llmqat.calibrate.activations import calibrate_activations, static_layers
@@ -76,6 +74,7 @@ from llmqat.layers import (
     short_attention,
 )
 from llmqat.models import cast_parameters, save_whole, write_whole
+from llmqat.terminal import Bar, duration, no_bar
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +84,8 @@ REPORT_FILE = "report.json"
 STATE_FILE = "state.safetensors"
 ORIGINALS_FILE = "originals.safetensors"
 
-Bar = Callable[[str, str], Callable[[Iterable[Any]], Any]]
-"""(what, unit) -> a wrapper of an iterable in a tqdm, which shows its progress."""
-
-
-def no_bar(what: str, unit: str) -> Callable[[Iterable[Any]], Any]:
-    """Returns a wrapper that shows nothing."""
-    return partial(tqdm, disable=True)
+Bars = Callable[[str, str], Callable[[Iterable[Any]], Bar]]
+"""(what, unit) -> a wrapper of an iterable in a bar, which shows how far it is."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +187,7 @@ def calibrate(
     seed: int = 0,
     folder: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    bar: Bar = no_bar,
+    bar: Bars = no_bar,
     processes: Processes = ALONE,
 ) -> list[StageReport]:
     """Prepares a full-precision `model` in place and takes it through `stages`; returns what each did.
@@ -256,7 +250,7 @@ class _Calibration:
         seed: int,
         folder: Path,
         dtype: torch.dtype,
-        bar: Bar,
+        bar: Bars,
         processes: Processes,
     ) -> None:
         self.model, self.quant, self.ids, self.seed = model, quant, ids, seed
@@ -301,7 +295,7 @@ class _Calibration:
         report = StageReport(stage.stage, seconds, before, self.divergence(), parts)
         if self.processes.is_first:
             write_whole(file, json.dumps(asdict(report)))
-        log.info("%s: %.0f s, KL %s", stage.stage, seconds, report.change)
+        log.info("%s: %s, KL %s", stage.stage, duration(seconds), report.change)
         return report
 
     def divergence(self) -> float | None:
@@ -396,7 +390,7 @@ def _gptq_in_block(block: Block, walk: Walk, stage: GPTQStage, run: _Calibration
 
 def _train_in_block(block: Block, walk: Walk, stage: BlockwiseStage, run: _Calibration, bar: Any) -> dict[str, Any]:
     def show(iteration: int, loss: float) -> None:
-        bar.set_postfix(iteration=f"{iteration}/{stage.iterations}", loss=f"{loss:.5f}")
+        bar.update(bar.done, note=f"iteration {iteration} of {stage.iterations}, loss {loss:.3g}")
 
     return asdict(train_block(block, walk.quantized, walk.full, stage, run.seed, show, run.processes))
 

@@ -2,10 +2,9 @@
 
 Heavy imports (torch, transformers) happen inside the commands, so that `llmqat --help` answers at once.
 
-Exit codes: 0 done; 1 our fault, with the traceback; 2 the user's mistake, told in one message without a traceback
-(`llmqat --traceback COMMAND ...` shows it); 3 a gate is broken; 130 interrupted.
+Exit codes are listed in application.py (`EXIT_CODES`), and at the end of `llmqat --help`.
 
-application.py  what all commands share: exit codes, paths
+application.py  what all commands share: exit codes, paths, --log
 options.py      options that several commands have        show.py      what several commands show
 train.py        train, cache-teacher, synthesize          plan.py      plan
 quantize.py     quantize, sensitivity                     judge.py     eval, compare

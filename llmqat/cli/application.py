@@ -1,13 +1,14 @@
-"""The application: what every command shares. Paths as they are meant, exit codes, words on any terminal."""
+"""The application: what every command shares. Paths as they are meant, exit codes, words on any terminal, `--log`."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib.metadata
-import logging
+import inspect
 import os
 import platform
+import shlex
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Annotated, Any
 
 import typer
 import typer.core
-from rich.logging import RichHandler
 
 from llmqat import __version__
 from llmqat.heap import keep_freed_memory
 from llmqat.paths import user_path, user_spec
-from llmqat.terminal import plain_console, show_any_text
+from llmqat.terminal import CommandLog, quiet_libraries, show_any_text, stop_bars
+from llmqat.terminal import console as console  # all commands print to these two
+from llmqat.terminal import errors as errors
 
 USER_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
 """What a room raises when the input, the files or the installed packages are not what they must be."""
@@ -28,26 +30,63 @@ USER_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
 EXIT_USER = 2
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
+EXIT_CODES = {
+    0: "done",
+    1: "a fault of llmqat, shown with its traceback",
+    EXIT_USER: "a mistake in what was given, told in one message (its traceback: llmqat --traceback COMMAND ...)",
+    EXIT_GATE: "a gate is broken, what was measured is written all the same",
+    EXIT_INTERRUPTED: "interrupted",
+}
+"""Of every command; `llmqat --help` ends with them."""
 
-console = plain_console()
-errors = plain_console(stderr=True)
+WORDS, LOG = "llmqat.words", "llmqat.log"
+"""What a context of click holds for all: the words of the command line, and the command's log."""
+
+LogOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--log", help="Append all that is shown, and warnings of libraries, to this file, with date and time."
+    ),
+]
 
 SPECS = ("model", "models", "reference", "text")
 """Parameters of commands that name models and texts: a path, or else a hub id and the like."""
 
 
 def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that makes a function a command, and gives it paths as `user_path` returns them."""
+    """Returns a decorator that makes a function a command, with `--log`, and with paths as `user_path` returns them."""
 
     def registered(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def called(**values: Any) -> None:
-            function(**{key: _as_meant(key, value) for key, value in values.items()})
+        def called(context: typer.Context, log_file: Path | None, **values: Any) -> None:
+            meant = {key: _as_meant(key, value) for key, value in values.items()}
+            _begin_log(context, _as_meant("--log", log_file), meant.get("out"))
+            function(**meant)
 
+        signature = inspect.signature(function, eval_str=True)
+        shared = [
+            inspect.Parameter("log_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=LogOption),
+            inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        ]
+        parameters = [*signature.parameters.values(), *shared]
+        called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         app.command(name)(called)
         return function
 
     return registered
+
+
+def _begin_log(context: typer.Context, file: Path | None, out: Path | None) -> None:
+    """Begins the log of the command that is called."""
+    if file is not None and out is not None and (file == out or out in file.parents):
+        raise ValueError(f"--log={file} lies in --out={out}, which must not exist yet; put it beside that folder")
+    words = shlex.join(context.meta[WORDS])
+    heading = f"llmqat {__version__}: llmqat {words}"
+    context.meta[LOG] = CommandLog(main_process=_is_main_process(), path=file, heading=heading)
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _as_meant(name: str, value: Any) -> Any:
@@ -72,25 +111,35 @@ class _Group(typer.core.TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Keeps the words as they came."""
-        ctx.meta["llmqat.words"] = list(args)
+        ctx.meta[WORDS] = list(args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command."""
+        """Runs the command, and ends its log."""
         try:
-            _check_words(ctx.meta["llmqat.words"])
+            _check_words(ctx.meta[WORDS])
             return super().invoke(ctx)
         except USER_MISTAKES as error:
+            stop_bars()
             if ctx.params.get("show_traceback"):
                 traceback.print_exc()
             errors.print("error: ", style="bold red", end="")
             errors.print(str(error), soft_wrap=True)
             raise typer.Exit(EXIT_USER) from error
         except KeyboardInterrupt as error:
+            stop_bars()
             errors.print(
                 "interrupted; train, quantize and cache-teacher go on where they stopped: give the same command again"
             )
             raise typer.Exit(EXIT_INTERRUPTED) from error
+        except Exception as error:
+            stop_bars()
+            if LOG in ctx.meta and not isinstance(error, typer.Exit):
+                ctx.meta[LOG].write_traceback()
+            raise
+        finally:
+            if LOG in ctx.meta:
+                ctx.meta.pop(LOG).end()
 
 
 def _check_words(words: list[str]) -> None:
@@ -106,6 +155,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
+    epilog="**Exit codes**\n\n" + "\n\n".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items()),
 )
 
 COMMANDS = (
@@ -162,16 +212,9 @@ def _start(
         )
     if ctx.invoked_subcommand in COMMANDS_THAT_TRAIN:
         keep_freed_memory()
-    main_process = os.environ.get("RANK", "0") == "0"
-    console.quiet = not main_process
-    handler = RichHandler(
-        console=errors, show_time=False, show_path=False, show_level=False, highlighter=None, markup=False
-    )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import of a kernel that nobody asked for
-    logging.getLogger("llmqat").setLevel(logging.INFO if main_process else logging.ERROR)
 
 
 def main() -> None:
     """Runs the command line and exits with its code."""
+    quiet_libraries(main_process=_is_main_process())
     app()

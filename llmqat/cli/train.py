@@ -172,7 +172,7 @@ def _print_run(result: RunResult) -> None:
     tokens = training["tokens"]  # None where a checkpoint of an older llmqat did not say
     console.print(
         f"trained {'unknown' if tokens is None else format(tokens, ',')} tokens in {training['steps']} steps{speed}; "
-        f"loss {training['first_loss']} -> {training['last_loss']} nats",
+        f"loss {_figure(training['first_loss'])} -> {_figure(training['last_loss'])} nats",
     )
     if training["validation_perplexity"] is not None:
         console.print(
@@ -187,6 +187,10 @@ def _print_run(result: RunResult) -> None:
             "peft --base BASE --out NAME",
             soft_wrap=True,
         )
+
+
+def _figure(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
 
 
 def _print_comparison(comparison: Comparison) -> None:

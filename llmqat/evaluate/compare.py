@@ -26,7 +26,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +35,6 @@ from typing import Any, Literal
 import torch
 import transformers
 from rich.console import Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import nn
 
@@ -46,7 +45,7 @@ from llmqat.evaluate.perplexity import Evaluation, Reference, TokenWindows, eval
 from llmqat.evaluate.speed import Costs, measure_costs
 from llmqat.layers.audit import kept_notes
 from llmqat.models import write_whole
-from llmqat.terminal import Column, FittedTable
+from llmqat.terminal import Bar, Column, FittedTable
 
 Role = Literal["full precision", "plain rounding", "training-free", "without adapter", "trained", "other"]
 """What a model stands for in the comparison; each but the last two is borne by one model at most.
@@ -518,24 +517,16 @@ def to_json(report: Mapping[str, Any]) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[ComparisonProgress]:
-    """Yields a callback for `compare` that draws a bar with rate and time left for each measurement."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens, {task.fields[rate]:,.0f}/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True) as bar:
-        tasks: dict[str, Any] = {}
+    """Yields a callback for `compare` that shows how far each measurement is."""
+    with ExitStack() as stack:
+        shown: dict[str, Bar] = {}
 
         def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                for task in tasks.values():
-                    bar.remove_task(task)
-                tasks.clear()
-                tasks[what] = bar.add_task(what, total=total, rate=0.0)
-            task = tasks[what]
-            bar.update(task, completed=done, rate=bar.tasks[0].speed or 0.0)
+            if what not in shown:
+                stack.close()
+                shown.clear()
+                shown[what] = stack.enter_context(Bar(what, "token", total=total))
+            shown[what].update(done, total)
 
         yield advance
 

@@ -4,7 +4,7 @@ config.py      the recipe: types, YAML, overrides       pipeline.py    from the 
 folder.py      what a run leaves on disk                evaluation.py  texts cut into windows, models compared on them
 plan.py        what a recipe would do                   quantize.py    calibration only, no training
 memory.py      bytes of a training, by arithmetic       probe.py       a few steps, timed
-allocation.py  bits chosen layer by layer               bars.py        progress bars
+allocation.py  bits chosen layer by layer               training.py    what a training says while it runs
 text.py        text that a model writes                 chat.py        a conversation with a model
 teacher.py     what a teacher predicts, kept on disk    start.py       a model that is packed already
 """

@@ -15,7 +15,7 @@ from llmqat.calibrate import Allocation, AllocationConfig, LayerSensitivity, all
 from llmqat.data import Rows
 from llmqat.layers import QuantConfig
 from llmqat.models import load_model, write_whole
-from llmqat.recipe.bars import progress
+from llmqat.terminal import progress
 
 PLAN_FILE = "plan.json"
 

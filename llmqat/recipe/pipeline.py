@@ -60,7 +60,6 @@ from llmqat.models import (
     write_whole,
 )
 from llmqat.recipe.allocation import PLAN_FILE, planned
-from llmqat.recipe.bars import progress
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, training_arguments
 from llmqat.recipe.evaluation import (
     EARLIER_TEXTS,
@@ -84,6 +83,8 @@ from llmqat.recipe.folder import (
 from llmqat.recipe.plan import check_recipe_served, coverage_of
 from llmqat.recipe.start import UNPACKED_ONLY, check_packed_start, starts_packed
 from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
+from llmqat.recipe.training import TrainingLines
+from llmqat.terminal import duration, progress
 from llmqat.train import (
     MonitorSettings,
     QATArguments,
@@ -132,7 +133,7 @@ class ResultsNotWrittenError(OSError):
 
 
 class Stages:
-    """Times the stages of a run and says in the log which one has begun."""
+    """Times the stages of a run and says in the log when one begins and ends."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -143,7 +144,9 @@ class Stages:
         log.info("%s: %s", name, what)
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        log.info("%s: done in %s", name, duration(seconds))
 
 
 def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
@@ -217,7 +220,8 @@ def _run(recipe: Recipe, arguments: QATArguments, int_quantized: bool) -> RunRes
     with stage("calibrate", "nothing, it is packed" if starts_packed(recipe) else steps):
         student, calibration = calibrated_model(recipe, calibration_rows, arguments, Processes.all())
         layers = {"calibrated": layers_of(recipe, student, calibration_rows, arguments)}
-    with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens, {arguments.world_size} processes"):
+    sharing = f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
+    with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens{sharing}"):
         model = trainable_model(recipe, student, arguments)
         taught_by = _taught_by(recipe, model, teacher, cache)
         if taught_by is not teacher:
@@ -434,6 +438,7 @@ def _train(
     )
     if monitor is not None and any(isinstance(module, QuantModule) for module in model.modules()):  # not packed ones
         QuantizationMonitor(monitor).attach(trainer)
+    TrainingLines.attach(trainer)
     last = last_checkpoint(Path(arguments.output_dir))
     if last is not None:
         log.info("going on from %s", last)

@@ -41,11 +41,11 @@ from llmqat.export.serving import known_clients
 from llmqat.layers import QuantConfig, lattice_note
 from llmqat.models import load_model, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
-from llmqat.recipe.bars import progress, token_bar
 from llmqat.recipe.config import forward_dtype, scheme_of
 from llmqat.recipe.folder import kept_text
 from llmqat.recipe.pipeline import REPORT_BLOCKS
 from llmqat.recipe.plan import check_spec_served, coverage_of
+from llmqat.terminal import Bar, progress
 from llmqat.train import processor_has_bf16
 
 log = logging.getLogger(__name__)
@@ -182,9 +182,9 @@ def _quantized(
     if data is not None:
 
         def read() -> TextSplits:
-            with token_bar("text") as advance:
+            with Bar("text", "token") as bar:
                 writer = model if not folds else load_model(spec, torch.bfloat16)[0]
-                return load_splits(data, tokenizer, writer, advance)
+                return load_splits(data, tokenizer, writer, bar.update)
 
         blocks = kept_text(work, read).train
         facts["text"] = blocks.record()
@@ -236,8 +236,8 @@ def sensitivity_of(
     dtype = forward_dtype(processor_has_bf16())
     model, tokenizer = load_model(spec, torch.bfloat16)
     data = text_source(text, allocate.blocks * block_size, block_size, seed)
-    with token_bar("text") as advance:
-        blocks = load_blocks(data, tokenizer, model, advance)
+    with Bar("text", "token") as bar:
+        blocks = load_blocks(data, tokenizer, model, bar.update)
     del model
     return plan_bits(spec, quant, allocate, blocks.rows, seed=seed, dtype=dtype)
 

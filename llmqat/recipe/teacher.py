@@ -15,8 +15,8 @@ from llmqat.data.packing import CALIBRATION
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
 from llmqat.models import load_model
-from llmqat.recipe.bars import token_bar
 from llmqat.recipe.config import Recipe, training_arguments
+from llmqat.terminal import Bar
 
 
 def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: int) -> TeacherCache:
@@ -40,9 +40,11 @@ def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: in
     TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k))  # now: a folder that does not do costs no text
     text = _kept_where_written(recipe, folder, partial(text_of, recipe, tokenizer, model))
     cache = None
-    with token_bar("teacher") as progress:
+    with Bar("teacher", "token") as bar:
         for rows in _taught(text):
-            cache = cache_teacher(model, tokenizer, rows, folder, top_k=top_k, batch_size=batch_size, progress=progress)
+            cache = cache_teacher(
+                model, tokenizer, rows, folder, top_k=top_k, batch_size=batch_size, progress=bar.update
+            )
     assert cache is not None
     return cache
 
@@ -92,8 +94,8 @@ def text_of(
     kept = None if recipe.teacher_cache is None else recipe.teacher_cache / text_file(recipe.data)
     if kept is not None and kept.is_file():
         return TextSplits(read_blocks(kept))
-    with token_bar("text") as progress:
-        return load_splits(recipe.data, tokenizer, model, progress, processes)
+    with Bar("text", "token") as bar:
+        return load_splits(recipe.data, tokenizer, model, bar.update, processes)
 
 
 def text_file(data: DataConfig) -> str:

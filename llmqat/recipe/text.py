@@ -9,7 +9,7 @@ import torch
 from llmqat.data.shards import WrittenFolder, check_folder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.export.checkpoint import load_any
-from llmqat.recipe.bars import token_bar
+from llmqat.terminal import Bar
 
 
 def synthesize_to(
@@ -41,5 +41,5 @@ def synthesize_to(
     model, tokenizer = load_any(spec, torch.bfloat16)
     if overwrite:
         remove_shards(folder)
-    with token_bar("text") as progress:
-        return write_shards(model, tokenizer, tokens, folder, config, progress, teacher_top_k)
+    with Bar("text", "token") as bar:
+        return write_shards(model, tokenizer, tokens, folder, config, bar.update, teacher_top_k)

@@ -2,11 +2,31 @@
 
 consoles.py    any text on a terminal of any encoding, and as wide as it is where there is no terminal
 tables.py      tables that leave out columns before they break names
+bars.py        how far something is: a bar on a terminal, else a line a minute
+logs.py        stamped lines, and the file of `--log`
 """
 
 from __future__ import annotations
 
-from llmqat.terminal.consoles import PLAIN, is_terminal, plain_console, show_any_text
+from llmqat.terminal.bars import Bar, duration, no_bar, progress, stop_bars
+from llmqat.terminal.consoles import PLAIN, console, errors, is_terminal, plain_console, show_any_text
+from llmqat.terminal.logs import CommandLog, quiet_libraries
 from llmqat.terminal.tables import Column, FittedTable
 
-__all__ = ["PLAIN", "Column", "FittedTable", "is_terminal", "plain_console", "show_any_text"]
+__all__ = [
+    "PLAIN",
+    "Bar",
+    "Column",
+    "CommandLog",
+    "FittedTable",
+    "console",
+    "duration",
+    "errors",
+    "is_terminal",
+    "no_bar",
+    "plain_console",
+    "progress",
+    "quiet_libraries",
+    "show_any_text",
+    "stop_bars",
+]

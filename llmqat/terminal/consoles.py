@@ -14,6 +14,7 @@ import sys
 from typing import IO, Any
 
 from rich.console import Console, ConsoleDimensions
+from rich.control import Control
 
 PLAIN = {
     "–": "-",
@@ -44,7 +45,20 @@ def show_any_text() -> None:
 
 
 class PlainConsole(Console):
-    """A console that shows texts as they are, on lines of any length where it writes to no terminal."""
+    """A console that shows texts as they are, on lines of any length where it writes to no terminal.
+
+    Attributes:
+        copy: gets what is printed as well; None for nobody.
+    """
+
+    copy: Console | None = None
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints as rich does."""
+        super().print(*objects, **options)
+        is_drawing = any(isinstance(one, Control) for one in objects)  # of a bar
+        if self.copy is not None and not self.quiet and not is_drawing:
+            self.copy.print(*objects, **options)
 
     @property
     def size(self) -> ConsoleDimensions:
@@ -58,9 +72,9 @@ class PlainConsole(Console):
         self._width, self._height = new_size
 
 
-def plain_console(*, stderr: bool = False, width: int | None = None) -> PlainConsole:
+def plain_console(*, stderr: bool = False, width: int | None = None, file: IO[str] | None = None) -> PlainConsole:
     """Returns a console that shows texts as they are: brackets are no markup, and ":x:" is no emoji."""
-    return PlainConsole(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    return PlainConsole(stderr=stderr, width=width, file=file, markup=False, emoji=False, highlight=False)
 
 
 def is_terminal(stream: IO[Any]) -> bool:
@@ -80,3 +94,9 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 def _escaped(letter: str) -> str:
     return letter.encode("ascii", "backslashreplace").decode("ascii")
+
+
+console = plain_console()
+"""Standard output: what a command was asked for."""
+errors = plain_console(stderr=True)
+"""Standard error: how far it is, and what went wrong."""

@@ -278,6 +278,11 @@ class QATTrainer(Trainer):
             return
         super()._run_epoch(*args, **options)
 
+    @property
+    def tokens_here(self) -> int:
+        """How many tokens this process has trained on since it began."""
+        return self._tokens_here
+
     def tokens_trained(self) -> tuple[int | None, int]:
         """Returns how many tokens were trained on: in all, and since this process began; all processes together.
 

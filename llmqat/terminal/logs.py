@@ -1,0 +1,166 @@
+"""The log of a command: stamped lines on the screen, and everything in a file where `--log` names one.
+
+    log = CommandLog(main_process=True, path=Path("run.log"), heading="llmqat train recipe.yaml")
+    ...
+    log.end()
+
+The screen has what llmqat says, and what libraries call an error. Their warnings ("... is deprecated") are for whoever
+works on llmqat: they are in the file alone. The file has what the screen has as well, without colours and bars, each
+line with date and time.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import time
+import traceback
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.text import Text
+
+from llmqat.terminal.bars import bars_move
+from llmqat.terminal.consoles import console, errors, is_terminal, plain_console
+
+LIBRARIES = ("transformers", "datasets", "huggingface_hub", "lm_eval")
+"""They give their loggers handlers of their own, which write to standard error."""
+OWN = "llmqat"
+STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
+
+
+class ScreenHandler(logging.Handler):
+    """Shows records on standard error, each with the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows a record, unless a bar shows the same or it is a library's and no error."""
+        is_own = record.name.partition(".")[0] == OWN
+        if (not is_own and record.levelno < logging.ERROR) or (getattr(record, "beside_bar", False) and bars_move()):
+            return
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        line = Text.assemble(
+            (time.strftime("%H:%M:%S "), "dim"), (level + record.getMessage(), STYLES.get(record.levelno, ""))
+        )
+        try:
+            Console.print(errors, line, soft_wrap=True)  # the file has a handler of its own
+        except Exception:
+            self.handleError(record)
+
+
+class LogFile(io.StringIO):
+    """A file each of whose lines begins with date and time; written to as soon as a line is whole."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens `path` to append to.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        except OSError as error:
+            raise type(error)(f"--log={path} cannot be written ({error.strerror}); give another file") from error
+        super().__init__()
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        """Writes what is whole of `text`, line by line."""
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line.rstrip()}".rstrip() + "\n")
+        return len(text)
+
+    def close(self) -> None:
+        """Writes the line that has not ended, and closes the file."""
+        if not self._file.closed:
+            if self._line:
+                self.write("\n")
+            self._file.close()
+        super().close()
+
+
+class FileHandler(logging.Handler):
+    """Writes every record, libraries' with the name of their logger."""
+
+    def __init__(self, file: LogFile) -> None:
+        super().__init__()
+        self.file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a record."""
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        origin = "" if record.name.partition(".")[0] == OWN else f"{record.name}: "
+        try:
+            self.file.write(f"{level}{origin}{record.getMessage()}\n")
+        except Exception:
+            self.handleError(record)
+
+
+class CommandLog:
+    """The log of one command."""
+
+    def __init__(self, *, main_process: bool, path: Path | None, heading: str) -> None:
+        """Begins it: from here on records are shown, and written to `path` if it is given.
+
+        Args:
+            main_process: others show nothing but warnings of libraries turned errors, and write no file.
+            path: the file.
+            heading: its first line: command and version.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        root = logging.getLogger()
+        self._handlers: list[logging.Handler] = []
+        self.file = LogFile(path) if main_process and path is not None else None
+        if not root.handlers:
+            self._handlers.append(ScreenHandler())
+        if self.file is not None:
+            self._handlers.append(FileHandler(self.file))
+            self.file.write(f"{heading}\n")
+            console.copy = errors.copy = plain_console(file=self.file)
+        for handler in self._handlers:
+            root.addHandler(handler)
+        logging.getLogger(OWN).setLevel(logging.INFO if main_process else logging.ERROR)
+        console.quiet = not main_process
+
+    def write_traceback(self) -> None:
+        """Writes the traceback of the exception that is handled, to the file alone."""
+        if self.file is not None:
+            self.file.write(traceback.format_exc())
+
+    def end(self) -> None:
+        """Ends it."""
+        console.copy = errors.copy = None
+        for handler in self._handlers:
+            logging.getLogger().removeHandler(handler)
+        if self.file is not None:
+            self.file.close()
+
+
+class _LibraryLogger(logging.Logger):
+    """A logger that hands its records on and has no handler, whatever the library wants."""
+
+    propagate = property(lambda self: True, lambda self, value: None)
+
+    def addHandler(self, hdlr: logging.Handler) -> None:
+        """Takes none."""
+
+
+def quiet_libraries(*, main_process: bool) -> None:
+    """Has libraries that are imported later log through ours, and draw bars on a terminal of the main process alone.
+
+    For a process of the command line, not for one in which somebody else uses these libraries too.
+    """
+    usual = logging.getLoggerClass()
+    logging.setLoggerClass(_LibraryLogger)
+    for name in LIBRARIES:
+        logging.getLogger(name)
+    logging.setLoggerClass(usual)
+    logging.captureWarnings(True)
+    if not (main_process and is_terminal(errors.file)):
+        for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(variable, "1")
