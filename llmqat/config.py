@@ -18,7 +18,8 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
@@ -65,7 +66,7 @@ ALIASES = {
     "wd": "train.weight_decay",
     **dict.fromkeys(("grad_clip", "clip_grad", "max_norm", "gradient_clipping"), "train.max_grad_norm"),
     "evaluation_strategy": "train.eval_strategy",
-    **dict.fromkeys(("tracker", "trackers", "log_with"), "train.report_to"),
+    **dict.fromkeys(("tracker", "trackers", "log_with", "wandb"), "train.report_to"),
     "scale_lr": "train.scale_learning_rate",
     **dict.fromkeys(("kd_weight", "kd_ratio", "distillation_weight"), "train.kl_weight"),
     "ce_weight": "train.cross_entropy_weight",
@@ -104,7 +105,7 @@ def nearest_key(key: str, allowed: Iterable[str]) -> str | None:
     meant = ALIASES.get(key, "").rpartition(".")[2]
     if meant in names:
         return meant
-    return next(iter(difflib.get_close_matches(key, names, n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(key, names, n=1)), None)
 
 
 def unknown_key_message(key: str, allowed: Iterable[str], owner: str) -> str:
@@ -155,17 +156,18 @@ def holds_path(annotation: Any) -> bool:
     return annotation is Path or any(holds_path(part) for part in get_args(annotation))
 
 
-_ATTRIBUTES = "\n\nAttributes:\n"
+ATTRIBUTES = "\n\nAttributes:\n"
+"""What a class docstring has before its attributes."""
 
 
 def with_attributes(summary: str, described: Iterable[str]) -> str:
     """Returns a class docstring with a section of its attributes; one that is there already is replaced."""
-    return inspect.cleandoc(summary.split(_ATTRIBUTES)[0]) + _ATTRIBUTES + "\n".join(described) + "\n"
+    return inspect.cleandoc(summary.split(ATTRIBUTES)[0]) + ATTRIBUTES + "\n".join(described) + "\n"
 
 
 def summary_of(owner: type[Any]) -> str:
     """Returns a class docstring without its attributes."""
-    return (owner.__doc__ or "").split(_ATTRIBUTES)[0]
+    return (owner.__doc__ or "").split(ATTRIBUTES)[0]
 
 
 def described_attribute(name: str, kind: str, default: str | None, description: str) -> str:
@@ -176,11 +178,19 @@ def described_attribute(name: str, kind: str, default: str | None, description: 
 
 
 def type_name(annotation: Any) -> str:
-    """Returns a type as people read it: `int | None`, `Literal['keep', 'int8']`."""
-    text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
-    for module in ("typing.", "pathlib.", "llmqat.layers.config.", "llmqat.calibrate.config."):
-        text = text.replace(module, "")
-    return text.replace("NoneType", "None")
+    """Returns a type as people read it: `int | None`, `'keep' | 'int8'`, `tuple[str, ...]`."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_name(parts[0])
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    if origin in (Union, UnionType):
+        return " | ".join(map(type_name, parts))
+    if annotation is type(None) or annotation is Ellipsis:
+        return "None" if annotation is not Ellipsis else "..."
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(type_name, parts))}]"
+    return getattr(annotation, "__name__", str(annotation))
 
 
 def _described(name: str, field: FieldInfo) -> str:

@@ -10,11 +10,12 @@ train.py        train, cache-teacher, synthesize          plan.py      plan
 quantize.py     quantize, sensitivity                     judge.py     eval, compare
 audit.py        audit                                     export.py    export, push
 chat.py         chat                                      recipes.py   recipes
+schema.py       schema
 """
 
 from __future__ import annotations
 
-from llmqat.cli import audit, chat, export, judge, plan, quantize, recipes, train
+from llmqat.cli import audit, chat, export, judge, plan, quantize, recipes, schema, train
 from llmqat.cli.application import app, main
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "plan",
     "quantize",
     "recipes",
+    "schema",
     "train",
 ]  # each registers its commands

@@ -160,7 +160,7 @@ app = typer.Typer(
 
 COMMANDS = (
     *("train", "plan", "eval", "compare", "quantize", "sensitivity", "synthesize", "audit", "export", "chat"),
-    *("cache-teacher", "push", "recipes"),
+    *("cache-teacher", "push", "recipes", "schema"),
 )
 """In the order of the help."""
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llmqat.config import Config, Registry, unknown_key_message
+from llmqat.config import Config, Registry, UnknownKeyError
 from llmqat.grid import Grid, Levels
 
 Strategy = Literal["tensor", "channel", "group"]
@@ -220,7 +220,7 @@ class QuantConfig(Config):
         known = {*WeightConfig.model_fields, *cls.model_fields}
         for key in changes:
             if key not in known:
-                raise ValueError(unknown_key_message(key, known, f"the scheme {name}"))
+                raise UnknownKeyError(key, known, f"the scheme {name}")
         weights = {key: changes.pop(key) for key in list(changes) if key in WeightConfig.model_fields}
         if "group_size" in weights and "strategy" not in weights:
             weights["strategy"] = "group" if weights["group_size"] else "channel"

@@ -7,6 +7,7 @@ memory.py      bytes of a training, by arithmetic       probe.py       a few ste
 allocation.py  bits chosen layer by layer               training.py    what a training says while it runs
 text.py        text that a model writes                 chat.py        a conversation with a model
 teacher.py     what a teacher predicts, kept on disk    start.py       a model that is packed already
+schema.py      the keys of a recipe, explained
 """
 
 from llmqat.recipe.chat import Conversation

