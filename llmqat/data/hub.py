@@ -177,7 +177,7 @@ def open_local(path: Path, split: str, streaming: bool = False) -> Any:
     import datasets
 
     if not path.exists():
-        raise FileNotFoundError(f"no dataset at {path}")
+        raise FileNotFoundError(f"no dataset at {path}; give a file of rows, a folder of them, or hub:NAME")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         with _named(path, [], opening=True):
             loaded = datasets.load_from_disk(str(path))

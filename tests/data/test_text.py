@@ -15,7 +15,7 @@ import pytest
 from llmqat.data import DataConfig, load_blocks
 from llmqat.data.hub import BUILDERS, open_local
 from llmqat.data.script import read_prompts
-from llmqat.data.text import ROW_BUILDERS, is_rows, read_text
+from llmqat.data.text import ROW_BUILDERS, is_rows, read_text, text_config
 from llmqat.evaluate.protocols import read_documents, text_windows
 from llmqat.recipe import load_recipe
 from llmqat.recipe.evaluation import _documents_of
@@ -82,6 +82,29 @@ def test_of_rows_of_any_form_the_answers_are_scored_and_all_is_calibrated_on(nam
     blocks = load_blocks(text_source(path, 16, 8, 0), tokenizer)
     assert blocks.rows.scored is None
     assert (text * 3).startswith(tokenizer.decode(blocks.ids.flatten()))
+
+
+def test_a_word_names_a_text_for_every_command(tmp_path: Path):
+    rows, prose = write_rows(tmp_path / "rows.jsonl"), tmp_path / "prose.txt"
+    prose.write_text("prose")
+    found = {
+        word: text_config(word, hub_split="test") for word in ("pydoc", str(rows), str(prose), "hub:a/b", "hub:a/b::c")
+    }
+    assert [config.source for config in found.values()] == ["pydoc", "dataset", "text", "dataset", "dataset"]
+    named = [(config.name, config.config_name, config.split) for config in found.values()]
+    assert named == [(None,) * 3] * 3 + [("a/b", None, "test"), ("a/b", None, "c")]
+    assert text_config(str(rows), labels="all").labels == "all"
+    for word in ("hub:", "hub:a:b:c:d"):
+        with pytest.raises(ValueError, match="is no dataset of the hub; write hub:NAME, or hub:NAME:CONFIG:SPLIT"):
+            text_config(word)
+    recipe = load_recipe("chat-int4", ["data.path=hub:a/b:c:d", "output=x"]).data
+    assert (recipe.source, recipe.path, recipe.name, recipe.config_name, recipe.split) == (
+        "dataset",
+        None,
+        "a/b",
+        "c",
+        "d",
+    )
 
 
 def test_a_folder_of_rows_is_rows_and_one_of_both_says_what_is_not_read(

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from rich.console import RenderableType
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from llmqat.cli import app
 from llmqat.evaluate.compare import render
 from llmqat.evaluate.samples import answer_lines
 from llmqat.recipe import RunResult, load_recipe, run
@@ -20,6 +22,7 @@ from llmqat.terminal import plain_console
 from tests.flows.small import small
 from tests.tiny import CHAT_TEMPLATE
 
+WIDE = {"COLUMNS": "200"}
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
@@ -130,3 +133,22 @@ def test_a_template_of_the_recipe_goes_into_the_checkpoint(tiny_folder: Path, tm
     assert AutoTokenizer.from_pretrained(result.checkpoint).chat_template == template.read_text(encoding="utf-8")
     answered = result.comparison.rows[-1].extras["answers"]
     assert [entry["prompt"] for entry in answered] == ["[user>Say 29.\n[assistant>"]
+
+
+def test_commands_read_chats_as_training_does(tuned: RunResult, tiny_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in chats(40)[30:]), encoding="utf-8")
+    words = ("--reference", str(tiny_folder), "--window", "64")
+    result = CliRunner().invoke(app, ["eval", str(tuned.checkpoint), *words, "--text", str(other)], env=WIDE)
+    assert result.exit_code == 0, result.output
+    assert "other.jsonl: 10 windows, each of one conversation, 50 tokens of answers scored" in result.output
+    seen = tmp_path / "seen.jsonl"
+    seen.write_text("".join(json.dumps(row) + "\n" for row in chats()), encoding="utf-8")
+    refused = CliRunner().invoke(app, ["eval", str(tuned.checkpoint), *words, "--text", str(seen)], env=WIDE)
+    assert refused.exit_code == 2
+    assert "calibrates or trains on" in refused.output
+    words = ("--text", str(other), "--block-size", "32", "--group-size", "32", "--method", "search")
+    done = CliRunner().invoke(app, ["quantize", str(tiny_folder), *words, "--out", str(tmp_path / "out")], env=WIDE)
+    assert done.exit_code == 0, done.output
+    recorded = json.loads((tmp_path / "out" / "llmqat.json").read_text(encoding="utf-8"))["run"]["text"]
+    assert "format messages, all tokens are labels" in recorded["source"]
