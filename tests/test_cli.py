@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import llmqat
 import llmqat.cli.application as shared
 from llmqat import QuantConfig, cli
+from llmqat.evaluate.documents import DOCUMENTS
 from llmqat.recipe import coverage_of, pipeline
 from tests.tiny import tiny_llama
 
@@ -62,6 +64,13 @@ def refusal(*words: str) -> str:
     assert done.exit_code == 2, done.output
     assert "Traceback" not in done.output
     return " ".join(done.output.split())
+
+
+def document(path: Path | str) -> dict[str, Any]:
+    """What a command wrote as JSON; it holds nothing that is not described, and all that is."""
+    found: dict[str, Any] = json.loads(Path(path).read_text())
+    DOCUMENTS[found["kind"]].model_validate(found)
+    return found
 
 
 def recipe(tmp_path: Path, model: Path | str) -> str:
@@ -337,7 +346,7 @@ def test_audit_names_every_tensor_once_and_why(tiny: Path, tmp_path: Path):
     assert done.exit_code == 0
     assert "model.layers.0-1.mlp.up_proj.weight" in done.output
     assert "tied to model.embed_tokens.weight" in done.output
-    written = json.loads((tmp_path / "audit.json").read_text())
+    written = document(tmp_path / "audit.json")
     names = {entry["name"] for entry in written["entries"]}
     assert names == {name for name, _ in tiny_llama().named_parameters(remove_duplicate=False)}
     assert {entry["treatment"] for entry in written["entries"]} == {"int4 g32", "kept"}
@@ -373,7 +382,7 @@ def test_sensitivity_plans_bits_and_quantize_takes_them(tiny: Path, tmp_path: Pa
     done = call("sensitivity", str(tiny), *words, "--blocks", "4", "--json", str(tmp_path / "plan.json"))
     assert done.exit_code == 0, done.output
     assert "3.500 bits a weight (target 3.5)" in done.output
-    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan = document(tmp_path / "plan.json")
     assert len(plan["bits"]) == len(plan["sensitivity"]) == 14
     out = tmp_path / "out"
     done = call("quantize", str(tiny), *words, "--synthetic", "256", "--method", "search", "--out", str(out))
@@ -422,7 +431,7 @@ def test_a_gate_has_an_exit_code_of_its_own_and_a_report_is_judged_again(tiny: P
     assert "kept: size<=0.9x" in done.output
     assert "not available" in done.output or "joules" in done.output
     assert all(Path(file).stat().st_size > 100 for file in files.values())
-    row = json.loads(Path(files["json"]).read_text())["rows"][1]
+    row = document(files["json"])["rows"][1]
     assert [part["name"] for part in row["texts"]["text.txt"]["parts"]["position"]] == ["1-7", "8-31", "32-127"]
     assert row["texts"]["text.txt"]["intervals"]["kl"]["low"] > 0
     assert len(row["samples"]) == 3

@@ -48,6 +48,7 @@ def audit(
 
         llmqat audit runs/smollm2-135m-int4/model
     """
+    from llmqat.evaluate.documents import head
     from llmqat.evaluate.loading import known_of
     from llmqat.export.serving import served_by
     from llmqat.models import write_whole
@@ -69,6 +70,7 @@ def audit(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         written = {
+            **head("audit"),
             **found.coverage.to_dict(),
             "on_disk": {"bytes": on_disk.bytes_on_disk, "bits_per_weight": on_disk.bits_per_weight},
             "served_by": {name: entry.to_dict() for name, entry in served.items()},

@@ -15,6 +15,9 @@ def schema(
     key: Annotated[
         str | None, typer.Argument(metavar="[KEY]", help="A key to explain, such as quant or train.learning_rate.")
     ] = None,
+    reports: Annotated[
+        bool, typer.Option("--reports", help="Print the JSON Schema of what llmqat writes as JSON instead.")
+    ] = False,
 ) -> None:
     """Explains a key of a recipe; without a key, prints the JSON Schema of recipes, for editors.
 
@@ -30,7 +33,18 @@ def schema(
         llmqat schema calibrate.gptq
 
         llmqat schema > recipe.schema.json
+
+        llmqat schema --reports > report.schema.json
     """
+    if reports:
+        if key is not None:
+            raise ValueError(
+                f"--reports prints what is in JSON reports, and {key} is a key of a recipe; give one of both"
+            )
+        from llmqat.evaluate.documents import document_schema
+
+        typer.echo(json.dumps(document_schema(), indent=2, ensure_ascii=False))
+        return
     from llmqat.recipe.schema import describe_key, recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False) if key is None else describe_key(key))

@@ -40,6 +40,7 @@ from torch import nn
 
 from llmqat.evaluate.bootstrap import METRICS, difference, interval
 from llmqat.evaluate.breakdown import Part, by_kind, by_position
+from llmqat.evaluate.documents import head
 from llmqat.evaluate.loading import known_of, load_to_judge
 from llmqat.evaluate.perplexity import Evaluation, Reference, TokenWindows, evaluate, keep_reference
 from llmqat.evaluate.speed import Costs, measure_costs
@@ -500,7 +501,7 @@ def _word_perplexities(comparison: Comparison) -> Iterator[str]:
 
 def write_json(comparison: Comparison, path: Path | str) -> None:
     """Writes the comparison to `path`; the file appears whole or not at all, and replaces one that is there."""
-    write_report(comparison.to_dict(), path)
+    write_report({**head("comparison"), **comparison.to_dict()}, path)
 
 
 def write_report(report: Mapping[str, Any], path: Path | str) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llmqat.evaluate.documents import check_schema
+
 ON_TEXT = ("perplexity", "word_perplexity", "kl", "reverse_kl", "top1", "top5")
 COSTS = {
     "size": ("bytes_on_disk",),
@@ -161,7 +163,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is something else.
+        ValueError: it is something else, or of a later llmqat.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no report at {path}; write one with --json")
@@ -169,6 +171,8 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if isinstance(report, dict):
+        check_schema(report, path)
     kinds = {"rows": list, "texts": dict, "settings": dict}
     if not isinstance(report, dict) or any(not isinstance(report.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} is no report of llmqat eval or compare: it lacks rows, texts or settings")

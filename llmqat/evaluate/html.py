@@ -350,7 +350,8 @@ def _recipes(report: Report, colours: Mapping[str, int]) -> str:
 
 
 def _environment(report: Report, colours: Mapping[str, int]) -> str:
-    facts = {**report["environment"], **{f"asked: {key}": value for key, value in report["settings"].items()}}
+    made = {key: report[key] for key in ("llmqat", "date", "command") if key in report}
+    facts = {**made, **report["environment"], **{f"asked: {key}": value for key, value in report["settings"].items()}}
     rows = [
         [escape(key), escape(value if isinstance(value, str) else json.dumps(value))] for key, value in facts.items()
     ]

@@ -13,6 +13,7 @@ from rich.text import Text
 from llmqat.evaluate.advice import THRESHOLD, advice
 from llmqat.evaluate.bootstrap import mean_difference
 from llmqat.evaluate.compare import Comparison, render, render_parts, to_json
+from llmqat.evaluate.documents import head
 from llmqat.evaluate.gate import REFERENCE, Check, Rule, judge, read_report
 from llmqat.evaluate.html import to_html
 from llmqat.evaluate.tables import accuracy, to_csv, to_markdown
@@ -116,9 +117,8 @@ def verdict_on(
     said = advice(report, threshold)
     drift = () if baseline is None else tuple(_drift(report, baseline))
     judged = [{"rule": str(check.rule), "said": str(check), "passed": check.passed} for check in checks]
-    return Verdict(
-        comparison, {**report, "gate": judged, "advice": list(said), "drift": list(drift)}, checks, said, drift
-    )
+    document = {**head("comparison"), **report, "gate": judged, "advice": list(said), "drift": list(drift)}
+    return Verdict(comparison, document, checks, said, drift)
 
 
 def _drift(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:

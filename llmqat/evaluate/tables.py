@@ -54,7 +54,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         for name, text in report["texts"].items()
     )
     machine = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
-    return f"{table}\n{texts}- {machine}\n"
+    made = f"- llmqat {report['llmqat']}, {report['date']}: `{report['command']}`\n" if "schema" in report else ""
+    return f"{table}\n{texts}- {machine}\n{made}"
 
 
 def _lines(report: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmqat.calibrate import Allocation, AllocationConfig, LayerSensitivity, allocate_bits, measure_sensitivity
 from llmqat.data import Rows
+from llmqat.evaluate.documents import check_schema, head
 from llmqat.layers import QuantConfig
 from llmqat.models import load_model, write_whole
 from llmqat.terminal import progress
@@ -29,7 +30,12 @@ class BitPlan:
 
     def write(self, path: Path) -> None:
         """Writes the plan as JSON."""
-        content: dict[str, Any] = {**self.allocation.to_dict(), "sensitivity": [asdict(layer) for layer in self.layers]}
+        found = self.allocation.to_dict()
+        content: dict[str, Any] = {
+            **head("sensitivity"),
+            **found,
+            "sensitivity": [asdict(layer) for layer in self.layers],
+        }
         write_whole(path, json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -37,15 +43,17 @@ class BitPlan:
         """Returns what `write` wrote.
 
         Raises:
-            ValueError: the file holds no plan.
+            ValueError: the file holds no plan, or one of a later llmqat.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            check_schema(content, path)
             layers = [
                 LayerSensitivity(e["name"], e["weights"], {int(b): cost for b, cost in e["cost"].items()})
-                for e in content.pop("sensitivity")
+                for e in content["sensitivity"]
             ]
-            return cls(Allocation(**content), layers)
+            names = (field.name for field in fields(Allocation))
+            return cls(Allocation(**{name: content[name] for name in names}), layers)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} holds no plan of bits ({error!r}); delete it and run again") from error
 

@@ -45,6 +45,7 @@ from llmqat.data.length import check_length, declared_length
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
+from llmqat.evaluate.documents import head
 from llmqat.evaluate.layers import write_layers
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, record_of, save
@@ -558,7 +559,7 @@ def _write_results(recipe: Recipe, result: RunResult, facts: Mapping[str, Any]) 
     recorded = json.loads(run_file.read_text(encoding="utf-8"))
     recorded["run"]["results"] = results
     write_whole(run_file, json.dumps(recorded, indent=2, ensure_ascii=False) + "\n")
-    everything = {**facts, **results, "checkpoint": result.report.to_dict()}
+    everything = {**head("run"), **facts, **results, "checkpoint": result.report.to_dict()}
     write_whole(recipe.output / RESULTS_FILE, json.dumps(everything, indent=2, ensure_ascii=False) + "\n")
     for folder in (TRAINER_FOLDER, CALIBRATION_FOLDER):  # several times the model's size
         shutil.rmtree(recipe.output / folder, ignore_errors=True)

@@ -185,7 +185,8 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
         for mark in root.iter("rect"):
             assert 0 <= float(mark.attrib["x"]) <= width
             assert 0 <= float(mark.attrib["y"]) <= height
-    assert to_html(json.loads(json.dumps(verdict_on(comparison()).report))) == to_html(verdict_on(comparison()).report)
+    found = verdict_on(comparison()).report
+    assert to_html(json.loads(json.dumps(found))) == to_html(found)
 
 
 def test_the_page_of_a_bare_report_leaves_sections_out() -> None:

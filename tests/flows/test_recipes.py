@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import llmqat
 from llmqat.calibrate import rotates
 from llmqat.cli import app
+from llmqat.evaluate.documents import RunDocument
 from llmqat.evaluate.perplexity import evaluate
 from llmqat.layers import KVQuantizer
 from llmqat.recipe import (
@@ -78,6 +79,7 @@ def test_shipped_recipe_runs_and_leaves_what_it_promises(path: Path, tiny_folder
     assert list(result.seconds) == ["load", "text", "calibrate", "train", "save", "evaluate"]
     assert [row.role for row in result.comparison.rows] == ROLES
     results = json.loads((tmp_path / "run" / "results.json").read_text())
+    RunDocument.model_validate(results)
     assert [row["role"] for row in results["comparison"]["rows"]] == ROLES
     recorded = json.loads((result.checkpoint / "llmqat.json").read_text())
     assert recorded["run"]["recipe"]["seed"] == 0
