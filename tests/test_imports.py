@@ -16,6 +16,7 @@ ROOMS = (
         "paths",
         "shipped",
         "terminal",
+        "status",
         "config",
         "hub",
         "grid",
@@ -104,7 +105,7 @@ def test_the_command_line_imports_no_torch_at_module_level(path: Path):
     assert {module.split(".")[0] for module in modules} <= {"llmqat", "rich", "typer"} | sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("code", ["import llmqat", "import llmqat.cli", "import llmqat.config"])
+@pytest.mark.parametrize("code", ["import llmqat", "import llmqat.cli", "import llmqat.config", "import llmqat.status"])
 def test_light_modules_load_no_torch(code: str):
     check = f"{code}; import sys; heavy = {{'torch', 'transformers'}} & set(sys.modules); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)

@@ -10,12 +10,12 @@ train.py        train, cache-teacher, synthesize          plan.py      plan
 quantize.py     quantize, sensitivity                     judge.py     eval, compare
 audit.py        audit                                     export.py    export, push
 chat.py         chat                                      recipes.py   recipes
-schema.py       schema
+schema.py       schema                                    status.py    status
 """
 
 from __future__ import annotations
 
-from llmqat.cli import audit, chat, export, judge, plan, quantize, recipes, schema, train
+from llmqat.cli import audit, chat, export, judge, plan, quantize, recipes, schema, status, train
 from llmqat.cli.application import app, main
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "quantize",
     "recipes",
     "schema",
+    "status",
     "train",
 ]  # each registers its commands

@@ -159,8 +159,8 @@ app = typer.Typer(
 )
 
 COMMANDS = (
-    *("train", "plan", "eval", "compare", "quantize", "sensitivity", "synthesize", "audit", "export", "chat"),
-    *("cache-teacher", "push", "recipes", "schema"),
+    *("train", "plan", "status", "eval", "compare", "quantize", "sensitivity", "synthesize", "audit", "export"),
+    *("chat", "cache-teacher", "push", "recipes", "schema"),
 )
 """In the order of the help."""
 

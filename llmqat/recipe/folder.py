@@ -10,6 +10,7 @@
     plan.json            bits by layer, where the recipe has them chosen
     layers.json, .png    what quantization did to each layer; the picture where matplotlib is installed
     results.json         the figures; written last, so a run is finished when it is there
+    status.json          where the run is, or how it ended (record.py), for `llmqat status`
 
 A folder that holds anything else is never touched, not even with `--overwrite`.
 """

@@ -82,6 +82,7 @@ from llmqat.recipe.folder import (
     open_run_folder,
 )
 from llmqat.recipe.plan import check_recipe_served, coverage_of
+from llmqat.recipe.record import RunRecord
 from llmqat.recipe.start import UNPACKED_ONLY, check_packed_start, starts_packed
 from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
 from llmqat.recipe.training import TrainingLines
@@ -134,20 +135,24 @@ class ResultsNotWrittenError(OSError):
 
 
 class Stages:
-    """Times the stages of a run and says in the log when one begins and ends."""
+    """Times the stages of a run and says when one begins and ends, in the log and in the run folder."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, record: RunRecord | None = None) -> None:
+        self.record, self.seconds = record, dict[str, float]()
 
     @contextmanager
     def __call__(self, name: str, what: str) -> Iterator[None]:
         """Times what happens inside as the stage `name`; `what` tells the user about it."""
         log.info("%s: %s", name, what)
+        if self.record is not None:
+            self.record.begin(name)
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         log.info("%s: done in %s", name, duration(seconds))
+        if self.record is not None:
+            self.record.end(name, self.seconds[name])
 
 
 def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
@@ -173,19 +178,21 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
     if is_deepspeed_zero3_enabled():  # models are loaded and calibrated whole, and partitioned when training begins
         unset_hf_deepspeed_config()
     int_quantized = check_recipe_served(recipe)  # before there is a folder of it
+    record: RunRecord | None = None
     with ExitStack() as stack:
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
                 stack.enter_context(held_run_folder(recipe.output))
                 if open_run_folder(recipe, overwrite=overwrite):
                     log.info("going on with the interrupted run in %s", recipe.output)
-        return _run(recipe, arguments, int_quantized)
+                record = stack.enter_context(RunRecord(recipe.output, arguments.world_size))
+        return _run(recipe, arguments, int_quantized, record)
 
 
-def _run(recipe: Recipe, arguments: QATArguments, int_quantized: bool) -> RunResult | None:
-    """Does what `run` does, in the run folder as it is."""
+def _run(recipe: Recipe, arguments: QATArguments, int_quantized: bool, record: RunRecord | None) -> RunResult | None:
+    """Does what `run` does, in the run folder as it is; the main process keeps a record there."""
     main = arguments.process_index == 0
-    stage = Stages()
+    stage = Stages(record)
     with stage("load", recipe.model), arguments.main_process_first():  # a GGUF file is dequantized by one for all
         # Now: a scheme that does not do should not cost the text.
         coverage = _checked_coverage(recipe)
@@ -231,7 +238,7 @@ def _run(recipe: Recipe, arguments: QATArguments, int_quantized: bool) -> RunRes
         def anew() -> nn.Module:
             return trainable_model(recipe, calibrated_model(recipe, calibration_rows, arguments)[0], arguments)
 
-        trained, training = _train(model, taught_by, arguments, text, windows, recipe.monitor, anew)
+        trained, training = _train(model, taught_by, arguments, text, windows, recipe.monitor, anew, record)
         del taught_by, model, student
     if trained is None or not main:
         return None
@@ -423,6 +430,7 @@ def _train(
     windows: Mapping[str, TokenWindows],
     monitor: MonitorSettings | None,
     anew: Callable[[], nn.Module],
+    record: RunRecord | None,
 ) -> tuple[PreTrainedModel | None, dict[str, Any]]:
     """Trains `model` in place, from the run's last whole checkpoint if there is one; returns it and the facts of it.
 
@@ -439,7 +447,7 @@ def _train(
     )
     if monitor is not None and any(isinstance(module, QuantModule) for module in model.modules()):  # not packed ones
         QuantizationMonitor(monitor).attach(trainer)
-    TrainingLines.attach(trainer)
+    TrainingLines.attach(trainer, None if record is None else record.tell)
     last = last_checkpoint(Path(arguments.output_dir))
     if last is not None:
         log.info("going on from %s", last)

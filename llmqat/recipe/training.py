@@ -56,15 +56,15 @@ class Step:
 class TrainingLines(TrainerCallback):
     """Says how far a training is, and how an evaluation went."""
 
-    def __init__(self, trainer: QATTrainer, tell: Callable[[Step], None] = lambda step: None) -> None:
-        """Takes what is trained, and who else is told of each step that is logged."""
+    def __init__(self, trainer: QATTrainer, tell: Callable[[Step], None] | None = None) -> None:
+        """Takes what is trained, and who else is told of each step that is logged, if anybody."""
         self.trainer, self.tell = trainer, tell
         self._bar: Bar | None = None
         self._evaluation: Bar | None = None
         self._start, self._steps_before, self._said = 0.0, 0, -SECONDS_BETWEEN_LINES
 
     @classmethod
-    def attach(cls, trainer: QATTrainer, tell: Callable[[Step], None] = lambda step: None) -> None:
+    def attach(cls, trainer: QATTrainer, tell: Callable[[Step], None] | None = None) -> None:
         """Puts one into `trainer`, in place of what prints there."""
         for other in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(other)
@@ -97,7 +97,8 @@ class TrainingLines(TrainerCallback):
         if "loss" not in logs:
             return
         step = self._step(state, logs)
-        self.tell(step)
+        if self.tell is not None:
+            self.tell(step)
         if self._bar is not None:
             self._bar.update(state.global_step, note=", ".join(str(step).split(", ")[1:3]))
         now = time.monotonic()

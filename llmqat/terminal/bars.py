@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
@@ -34,6 +34,7 @@ class Bar:
     """How far something is. Iterated, it hands on its items; else it is entered and told."""
 
     _last_line = 0.0  # when any bar was last written about in the log
+    _entered: ClassVar[list[Bar]] = []
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Bar:
     def __enter__(self) -> Bar:
         """Shows the bar."""
         self._start = time.monotonic()
+        Bar._entered.append(self)
         Bar._last_line = max(Bar._last_line, self._start - SECONDS_BETWEEN_LINES / 2)
         if self._shown and bars_move():
             self._task = _shown().add_task(self.what, total=self.total, bar=self)
@@ -75,6 +77,7 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Takes the bar away."""
+        Bar._entered.remove(self)
         if self._task is not None:
             _take_away(self._task)
             self._task = None
@@ -126,6 +129,11 @@ def is_line_due() -> bool:
         return False
     Bar._last_line = now
     return True
+
+
+def what_bars_say() -> str:
+    """Returns what is being done in this process, and how far it is; empty where no bar says so."""
+    return "; ".join(f"{bar.what}: {bar.said()}" for bar in [*Bar._entered])
 
 
 def bars_move() -> bool:

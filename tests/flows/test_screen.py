@@ -72,3 +72,13 @@ def test_the_log_has_all_that_was_shown_with_its_date(trained: tuple[str, str, s
     written = [line[20:] for line in lines[2:]]
     for line in (*output.splitlines(), *(line[9:] for line in errors.splitlines())):
         assert line.rstrip() in written
+
+
+def test_status_of_a_finished_run(trained: tuple[str, str, str, Path]):
+    folder = trained[-1]
+    output, errors = run("status", str(folder))
+    assert errors == ""
+    first, following, begun = output.splitlines()
+    assert re.fullmatch(rf"{folder}: finished, [\d.]+ (s|min) after it began", first)
+    assert following == f"next: llmqat chat {folder}/model"
+    assert "train" in begun
