@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, cast
 
 from llmqat.data.blocks import Progress, Rows, TokenBlocks, read_blocks, rows_of, save_blocks, token_blocks
 from llmqat.data.config import MIX, SOURCES, DataConfig
-from llmqat.data.documents import DocumentSource, Piece, document_hash
+from llmqat.data.documents import DocumentSource
 from llmqat.data.packing import TextSplits
 from llmqat.data.processes import ALONE, Processes
+from llmqat.data.text import source_of_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,18 +30,17 @@ __all__ = [
     "SOURCES",
     "DataConfig",
     "DocumentSource",
-    "Piece",
     "Progress",
     "Rows",
     "TextSplits",
     "TokenBlocks",
-    "document_hash",
     "load_blocks",
     "load_splits",
     "open_text",
     "read_blocks",
     "rows_of",
     "save_blocks",
+    "source_of_texts",
     "token_blocks",
 ]
 

@@ -11,19 +11,15 @@ import platform
 import re
 
 from llmqat.data.config import DataConfig
-from llmqat.data.documents import DocumentSource, document_hash, pieces_of
-from llmqat.data.text import sha256_of_texts
+from llmqat.data.documents import DocumentSource
+from llmqat.data.text import sha256_of_texts, source_of_texts
 
 _UNDERLINE = re.compile(r"\s*([*=~^-])\1{2,}\s*")
 
 
 def open_source(config: DataConfig) -> DocumentSource:
     """Returns the Python manual's prose, as one document."""
-    text = pydoc_text()
-    digest = sha256_of_texts([text])
-    name = f"pydoc_data.topics of Python {platform.python_version()}"
-    document = document_hash(text)
-    return DocumentSource(name, lambda: pieces_of([text], document), digest, details={"text_sha256": digest})
+    return source_of_texts(f"pydoc_data.topics of Python {platform.python_version()}", [pydoc_text()])
 
 
 def pydoc_text() -> str:

@@ -10,12 +10,12 @@ import codecs
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmqat.data.config import HUB_PREFIX, PYDOC, DataConfig, hub_keys
-from llmqat.data.documents import DocumentSource, Piece, pieces_of, signed
+from llmqat.data.documents import DocumentSource, Piece, document_hash, pieces_of, signed
 from llmqat.paths import user_path
 
 log = logging.getLogger(__name__)
@@ -240,7 +240,23 @@ def _feed(path: Path, *digests: hashlib._Hash) -> bool:
     return found
 
 
-def sha256_of_texts(texts: list[str]) -> str:
+def source_of_texts(name: str, texts: Sequence[str]) -> DocumentSource:
+    """Returns documents that are in memory as a source.
+
+    Args:
+        name: where they come from, in words that suffice to get them again.
+        texts: one a document.
+    """
+
+    def pieces() -> Iterator[Piece]:
+        for text in texts:
+            yield from pieces_of([text], document_hash(text))
+
+    digest = sha256_of_texts(texts)
+    return DocumentSource(name, pieces, digest, details={"text_sha256": digest})
+
+
+def sha256_of_texts(texts: Sequence[str]) -> str:
     """Returns the SHA-256 of the texts' UTF-8 bytes, a zero byte after each."""
     digest = hashlib.sha256()
     for text in texts:

@@ -26,6 +26,7 @@ from llmqat.export.gguf import write_gguf
 from llmqat.export.gptq import write_gptq
 from llmqat.export.onnx import write_onnx
 from llmqat.export.serving import CLIENTS, Verdict, served_by
+from llmqat.export.tensors import StoredWeight, stored_tensors
 
 Conversion = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], dict[str, int]]
 """Writes a packed model and its tokenizer to a file or folder, the codes as they are; returns bytes by part."""
@@ -45,6 +46,7 @@ __all__ = [
     "ExportReport",
     "ModelDescription",
     "ProofError",
+    "StoredWeight",
     "Verdict",
     "describe",
     "is_packed",
@@ -55,6 +57,7 @@ __all__ = [
     "save",
     "save_again",
     "served_by",
+    "stored_tensors",
     "write_gguf",
     "write_gptq",
     "write_onnx",

@@ -277,7 +277,7 @@ def scheme_fields(name: str) -> dict[str, Any]:
         ValueError: for a name that is none.
     """
     if name in PRESETS:
-        return PRESETS[name]
+        return dict(PRESETS[name])
     compact = re.sub(r"[-_ ]", "", str(name).lower())
     found = _NAME.fullmatch(_BLOCKS.get(compact, compact).replace("-", ""))
     bits = int((found and (found["bits"] or found["plain_bits"])) or 2)
@@ -304,15 +304,15 @@ def scheme_fields(name: str) -> dict[str, Any]:
     return fields
 
 
-def _check_preset(name: str, fields: dict[str, Any]) -> None:
-    QuantConfig(**fields)
+def _check_preset(name: str, fields: Any) -> None:
+    QuantConfig(**dict(fields))
 
 
-PRESETS: Registry[dict[str, Any]] = Registry("preset", _check_preset)
+PRESETS: Registry[Any] = Registry("preset", _check_preset)
 """Schemes by name: weights, then activations (a), then KV cache (kv), with their bits; groups of 64 where not said.
 
 `int4-g32` is what Q4_0 blocks of GGUF hold, and what others' INT4 checkpoints from QAT have (Gemma, Kimi K2). One of
-your own is added by `PRESETS.register("name", {"weights": {...}, ...})`, the fields of a QuantConfig.
+your own is added by `PRESETS.register("name", QuantConfig(...))`.
 """
 for _name in (
     *("int8", "int4", "int4-g32", "int3", "int2", "int2-seq", "ternary"),

@@ -1,0 +1,43 @@
+"""A loss of your own: a subclass of QATTrainer that trains with reverse KL.
+
+    python own_loss.py MODEL OUT
+
+Only `compute_loss` is written. Quantizers, learning rates of scales, checkpoints and resuming stay QATTrainer's.
+"""
+
+import sys
+
+import torch
+
+import llmqat
+from llmqat.data import DataConfig, load_blocks
+from llmqat.models import load_model
+
+
+class ReverseKLTrainer(llmqat.QATTrainer):
+    """Minimizes KL(student || teacher): the student gives up what the teacher finds unlikely."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Returns nats per scored token; an evaluation asks for outputs, and keeps QATTrainer's loss."""
+        if return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with torch.no_grad():
+            teacher = self.teacher(input_ids=inputs["input_ids"]).logits.float().log_softmax(-1)
+        student = model(input_ids=inputs["input_ids"]).logits.float().log_softmax(-1)
+        divergence = (student.exp() * (student - teacher)).sum(-1)
+        scored = inputs["labels"][:, 1:] != -100  # the state at one position predicts the next token
+        return divergence[:, :-1][scored].sum() / (num_items_in_batch or scored.sum())
+
+
+def main(name: str, out: str) -> None:
+    """Trains `name` at int4 and packs it to `out`."""
+    (model, tokenizer), (teacher, _) = load_model(name, torch.float32), load_model(name)
+    text = load_blocks(DataConfig(source="pydoc", tokens=65_536, block_size=512), tokenizer)
+    llmqat.prepare(model, llmqat.QuantConfig.preset("int4", group_size=64))
+    args = llmqat.QATArguments(output_dir=f"{out}-run", max_steps=60, learning_rate=1e-4)
+    ReverseKLTrainer(model=model, teacher=teacher, args=args, train_dataset=text.dataset()).train()
+    llmqat.save(model, out, tokenizer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
