@@ -176,8 +176,7 @@ def _print_run(result: RunResult) -> None:
     )
     if training["validation_perplexity"] is not None:
         console.print(
-            f"held-out text at the end of training: loss {training['validation_loss']:.4g}, perplexity "
-            f"{training['validation_perplexity']:.4g}; packed and loaded again it is in the table",
+            f"held-out text at the end of training, before packing: perplexity {training['validation_perplexity']:.4g}",
             soft_wrap=True,
         )
     print_checkpoint(result.report)

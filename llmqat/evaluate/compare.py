@@ -182,6 +182,7 @@ class Comparison:
                     "stride": entry.stride,
                     "tokens": entry.tokens,
                     "ids_sha256": entry.ids_sha256,
+                    "answers": entry.answers,
                 }
                 for name, entry in first.items()
             },

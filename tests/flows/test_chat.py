@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from llmqat.cli import app
 from llmqat.evaluate.compare import render
-from llmqat.evaluate.samples import answer_lines
+from llmqat.evaluate.perplexity import evaluate
+from llmqat.evaluate.protocols import text_windows
+from llmqat.evaluate.samples import answer_lines, answers
 from llmqat.recipe import RunResult, load_recipe, run
 from llmqat.terminal import plain_console
 from tests.flows.small import small
@@ -133,6 +135,18 @@ def test_a_template_of_the_recipe_goes_into_the_checkpoint(tiny_folder: Path, tm
     assert AutoTokenizer.from_pretrained(result.checkpoint).chat_template == template.read_text(encoding="utf-8")
     answered = result.comparison.rows[-1].extras["answers"]
     assert [entry["prompt"] for entry in answered] == ["[user>Say 29.\n[assistant>"]
+
+
+@pytest.mark.real
+def test_the_real_models_template_tells_questions_from_answers(smollm2: Any, chat_file: Path) -> None:
+    model, tokenizer = smollm2
+    windows = text_windows("windows", str(chat_file), tokenizer, window=128, max_windows=1)
+    assert tokenizer.decode(windows.labels[0][windows.labels[0] != -100]) == "Ahoy!<|im_end|>"
+    (asked,) = answers(model, tokenizer, windows, count=1)
+    assert (asked["question"], asked["own"]) == ("Say 0.", "Ahoy!")
+    assert asked["prompt"].startswith("<|im_start|>system\n")
+    assert asked["written"]
+    assert evaluate(model, windows).tokens == int((windows.labels != -100).sum())
 
 
 def test_commands_read_chats_as_training_does(tuned: RunResult, tiny_folder: Path, tmp_path: Path) -> None:
