@@ -18,6 +18,7 @@ from llmqat.calibrate import LayerReport
 from llmqat.calibrate.sensitivity import Allocation, LayerSensitivity
 from llmqat.cli.audit import audit_table, served_table
 from llmqat.cli.quantize import sensitivity_table
+from llmqat.cli.train import written_table
 from llmqat.evaluate.breakdown import Part
 from llmqat.evaluate.compare import Comparison, Row, render, render_parts
 from llmqat.evaluate.layers import render_layers
@@ -68,8 +69,16 @@ def sensitivity() -> FittedTable:
     return sensitivity_table(BitPlan(Allocation(3.5, 3.498, 0.0123, dict.fromkeys(LAYERS, 3)), layers))
 
 
+def written() -> FittedTable:
+    kind = {"mean_document_tokens": 29.3, "ended_share": 0.08, "perplexity": 258.02, "repeated_4gram_share": 0.0}
+    kind |= {"dropped": {"repetitive": 3}, "dropped_token_share": 0.012}  # type: ignore[dict-item]
+    by_kind = {"chat": kind, "plain": kind}
+    return written_table({**kind, "by_kind": by_kind, "documents": 72, "documents_by_kind": {"chat": 14, "plain": 58}})
+
+
 TABLES: dict[str, tuple[Callable[[], RenderableType], list[str]]] = {
     "audit_table": (audit, ["model.layers.0-29.mlp.down_proj.weight", "lm_head.weight"]),
+    "written_table": (written, ["chat", "plain", "all"]),
     "served_table": (served, ["vLLM on a GPU"]),
     "sensitivity_table": (sensitivity, LAYERS),
     "render_layers": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from llmqat.cli.options import (
 )
 from llmqat.cli.show import print_checkpoint
 from llmqat.paths import check_folder_output
+from llmqat.terminal import Column, FittedTable
 
 if TYPE_CHECKING:
     from llmqat.evaluate.compare import Comparison
@@ -117,7 +118,7 @@ def synthesize(
 
         llmqat train smollm2-135m-int4 data.path=written teacher_cache=written/teacher
     """
-    from llmqat.data.shards import report_lines
+    from llmqat.data.shards import report_notes
     from llmqat.data.strategy import SynthesisConfig
     from llmqat.recipe import synthesize_to
 
@@ -142,13 +143,28 @@ def synthesize(
         teacher_top_k=teacher_top_k,
         overwrite=overwrite,
     )
-    for line in report_lines(written.manifest.report or {}):
+    report = written.manifest.report or {}
+    console.print(written_table(report))
+    for line in report_notes(report):
         console.print(line, soft_wrap=True)
     console.print(
         f"{out}: {written.blocks:,} blocks of {block_size} tokens, shards: {len(written.files)}; samples in "
         f"{out / 'README.md'}",
         soft_wrap=True,
     )
+
+
+def written_table(report: dict[str, Any]) -> FittedTable:
+    """Returns figures of the documents that a model has written, by their kind."""
+    from llmqat.data.shards import REPORT_COLUMNS, report_rows
+
+    ranks = (0, 2, 4, 5, 1, 3)
+    columns = [Column(heading, rank) for heading, rank in zip(REPORT_COLUMNS, ranks, strict=False)]
+    columns[0] = Column(REPORT_COLUMNS[0], 0, "name")
+    table = FittedTable([*columns, Column(REPORT_COLUMNS[-1], 6, "prose")])
+    for row in report_rows(report):
+        table.add_row(*row)
+    return table
 
 
 def _count(text: str) -> int:

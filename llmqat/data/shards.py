@@ -317,24 +317,45 @@ def _card(manifest: Manifest, samples: list[str]) -> str:
     return "\n".join(lines)
 
 
+REPORT_COLUMNS = (
+    *("kind", "documents", "tokens a document", "ended by the model", "perplexity", "repeated 4-grams", "dropped"),
+)
+
+
 def report_lines(report: dict[str, Any]) -> list[str]:
     """Returns the report as a Markdown table of kinds of documents, figures below it, and what they mean."""
-    columns = ["documents", "tokens a document", "ended by the model", "perplexity", "repeated 4-grams", "dropped"]
-    lines = [f"| kind | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| {' | '.join(REPORT_COLUMNS)} |", "|---" * len(REPORT_COLUMNS) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in report_rows(report)]
+    return [*lines, "", *report_notes(report)]
+
+
+def report_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Returns a row of figures, as `REPORT_COLUMNS` name them, for each kind of documents and for all."""
+    rows: list[tuple[str, ...]] = []
     for kind, figures in [*report["by_kind"].items(), ("all", report)]:
         count = report["documents"] if kind == "all" else report["documents_by_kind"][kind]
         dropped = ", ".join(f"{number} {fault}" for fault, number in figures["dropped"].items()) or "none"
-        share = f"{figures['dropped_token_share']:.1%} of tokens"
-        lines.append(
-            f"| {kind} | {count:,} | {figures['mean_document_tokens']} | {figures['ended_share']:.0%} | "
-            f"{figures['perplexity']} | {figures['repeated_4gram_share']:.1%} | {dropped} ({share}) |"
+        perplexity = figures["perplexity"]
+        rows.append(
+            (
+                kind,
+                f"{count:,}",
+                f"{figures['mean_document_tokens']}",
+                f"{figures['ended_share']:.0%}",
+                "–" if perplexity is None else f"{perplexity:.4g}",
+                f"{figures['repeated_4gram_share']:.1%}",
+                f"{dropped} ({figures['dropped_token_share']:.1%} of tokens)",
+            )
         )
+    return rows
+
+
+def report_notes(report: dict[str, Any]) -> list[str]:
+    """Returns what else is known of the text, and what the figures mean."""
     grams = zip(_GRAMS, report["distinct_ngram_shares"].values(), strict=True)
     shares = ", ".join(f"{share:.1%} of {gram}" for gram, share in grams)
     lengths = ", ".join(f"{count} up to {length}" for length, count in report["lengths_up_to"].items())
     return [
-        *lines,
-        "",
         f"{report['blocks']:,} blocks, {report['tokens_kept']:,} tokens. Distinct are {shares}.",
         f"Documents by length in tokens: {lengths}.",
         "",

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import platform
 import time
@@ -46,7 +47,9 @@ from llmqat.evaluate.perplexity import Evaluation, Reference, TokenWindows, eval
 from llmqat.evaluate.speed import Costs, measure_costs
 from llmqat.layers.audit import kept_notes
 from llmqat.models import write_whole
-from llmqat.terminal import Bar, Column, FittedTable
+from llmqat.terminal import Bar, Column, FittedTable, duration
+
+log = logging.getLogger(__name__)
 
 Role = Literal["full precision", "plain rounding", "training-free", "without adapter", "trained", "other"]
 """What a model stands for in the comparison; each but the last two is borne by one model at most.
@@ -358,6 +361,7 @@ def compare(
     references: dict[str, Reference] = {}
     measured: dict[str, Row] = {}
     for candidate in sorted(candidates, key=lambda entry: entry.role != "full precision"):
+        begun = time.perf_counter()
         model, costs = (
             measure_costs(candidate.load, from_files=candidate.from_files) if speed else (candidate.load(), None)
         )
@@ -378,6 +382,7 @@ def compare(
         )
         del model
         gc.collect()
+        log.info("%s: measured in %s", candidate.name, duration(time.perf_counter() - begun))
     rows = tuple(measured[candidate.name] for candidate in candidates)
     return Comparison(rows, environment(), settings or {}, fine_tuned)
 
@@ -527,7 +532,7 @@ def progress_bar() -> Iterator[ComparisonProgress]:
             if what not in shown:
                 stack.close()
                 shown.clear()
-                shown[what] = stack.enter_context(Bar(what, "token", total=total))
+                shown[what] = stack.enter_context(Bar(what, "token", total=total, shown=True))
             shown[what].update(done, total)
 
         yield advance

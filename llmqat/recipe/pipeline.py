@@ -14,9 +14,8 @@ import importlib.util
 import json
 import logging
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ from llmqat.recipe.record import RunRecord
 from llmqat.recipe.start import UNPACKED_ONLY, check_packed_start, starts_packed
 from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
 from llmqat.recipe.training import TrainingLines
-from llmqat.terminal import duration, progress
+from llmqat.terminal import Stages, progress
 from llmqat.train import (
     MonitorSettings,
     QATArguments,
@@ -132,27 +131,6 @@ class ResultsNotWrittenError(OSError):
     def __init__(self, message: str, result: RunResult) -> None:
         super().__init__(message)
         self.result = result
-
-
-class Stages:
-    """Times the stages of a run and says when one begins and ends, in the log and in the run folder."""
-
-    def __init__(self, record: RunRecord | None = None) -> None:
-        self.record, self.seconds = record, dict[str, float]()
-
-    @contextmanager
-    def __call__(self, name: str, what: str) -> Iterator[None]:
-        """Times what happens inside as the stage `name`; `what` tells the user about it."""
-        log.info("%s: %s", name, what)
-        if self.record is not None:
-            self.record.begin(name)
-        start = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - start
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        log.info("%s: done in %s", name, duration(seconds))
-        if self.record is not None:
-            self.record.end(name, self.seconds[name])
 
 
 def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:

@@ -45,7 +45,7 @@ from llmqat.recipe.config import forward_dtype, scheme_of
 from llmqat.recipe.folder import kept_text
 from llmqat.recipe.pipeline import REPORT_BLOCKS
 from llmqat.recipe.plan import check_spec_served, coverage_of
-from llmqat.terminal import Bar, progress
+from llmqat.terminal import Bar, Stages, progress
 from llmqat.train import processor_has_bf16
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,9 @@ def _quantized(
     work = _work_folder(folder, settings)
     # Rotation and smoothing are exact in float32 only; without them a block at a time is raised to it.
     folds = any(isinstance(stage, (RotateStage, SmoothStage)) for stage in stages)
-    model, tokenizer = load_model(spec, torch.float32 if folds else torch.bfloat16)
+    stage = Stages()
+    with stage("load", spec):
+        model, tokenizer = load_model(spec, torch.float32 if folds else torch.bfloat16)
     ids = None
     if data is not None:
 
@@ -186,22 +188,26 @@ def _quantized(
                 writer = model if not folds else load_model(spec, torch.bfloat16)[0]
                 return load_splits(data, tokenizer, writer, bar.update)
 
-        blocks = kept_text(work, read).train
+        with stage("text", data.source):
+            blocks = kept_text(work, read).train
         facts["text"] = blocks.record()
         ids = blocks.rows
     dtype = forward_dtype(processor_has_bf16())
     if allocate is not None:
         assert ids is not None
-        plan = planned(work / PLAN_FILE, spec, quant, allocate, ids, seed=seed, dtype=dtype).allocation
+        with stage("allocate", f"{allocate.target_bits} bits"):
+            plan = planned(work / PLAN_FILE, spec, quant, allocate, ids, seed=seed, dtype=dtype).allocation
         facts["allocation"] = plan.to_dict()
         quant = plan.applied_to(quant)
-    reports = calibrate(model, quant, stages, ids, seed=seed, folder=work, dtype=dtype, bar=progress)
+    with stage("calibrate", ", ".join(one.stage for one in stages) or "plain rounding"):
+        reports = calibrate(model, quant, stages, ids, seed=seed, folder=work, dtype=dtype, bar=progress)
     facts["calibration"] = [asdict(report) for report in reports]
     if note := lattice_note(model):
         facts["lattice"] = note
     originals, looked_at = work / ORIGINALS_FILE, None if ids is None else ids[:REPORT_BLOCKS]
     layers = report_layers(model, Originals(originals), looked_at, dtype) if originals.is_file() else []
-    report = save(model, folder, tokenizer, run=facts, overwrite=overwrite, int_quantized=int_quantized)
+    with stage("save", "packing, and proving what lies on disk"):
+        report = save(model, folder, tokenizer, run=facts, overwrite=overwrite, int_quantized=int_quantized)
     shutil.rmtree(work, ignore_errors=True)
     return Quantization(report, reports, layers)
 
@@ -234,12 +240,15 @@ def sensitivity_of(
     quant = scheme_of(scheme, group_size)
     coverage_of(spec, quant)
     dtype = forward_dtype(processor_has_bf16())
-    model, tokenizer = load_model(spec, torch.bfloat16)
+    stage = Stages()
+    with stage("load", spec):
+        model, tokenizer = load_model(spec, torch.bfloat16)
     data = text_source(text, allocate.blocks * block_size, block_size, seed)
-    with Bar("text", "token") as bar:
+    with stage("text", data.source), Bar("text", "token") as bar:
         blocks = load_blocks(data, tokenizer, model, bar.update)
     del model
-    return plan_bits(spec, quant, allocate, blocks.rows, seed=seed, dtype=dtype)
+    with stage("sensitivity", f"{len(blocks.rows):,} blocks of {blocks.block_size} tokens"):
+        return plan_bits(spec, quant, allocate, blocks.rows, seed=seed, dtype=dtype)
 
 
 def _work_folder(folder: Path, settings: dict[str, Any]) -> Path:

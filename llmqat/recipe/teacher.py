@@ -16,7 +16,7 @@ from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
 from llmqat.models import load_model
 from llmqat.recipe.config import Recipe, training_arguments
-from llmqat.terminal import Bar
+from llmqat.terminal import Bar, Stages
 
 
 def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: int) -> TeacherCache:
@@ -35,12 +35,15 @@ def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: in
         FileNotFoundError: the model or the text is not there.
         ValueError: `folder` holds the cache of another model or `top_k`, or the model or the text does not do.
     """
-    model, tokenizer = load_model(recipe.source, torch.bfloat16)
-    model.to(training_arguments(recipe).device)
+    stage = Stages()
+    with stage("load", recipe.source):
+        model, tokenizer = load_model(recipe.source, torch.bfloat16)
+        model.to(training_arguments(recipe).device)
     TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k))  # now: a folder that does not do costs no text
-    text = _kept_where_written(recipe, folder, partial(text_of, recipe, tokenizer, model))
+    with stage("text", recipe.data.source):
+        text = _kept_where_written(recipe, folder, partial(text_of, recipe, tokenizer, model))
     cache = None
-    with Bar("teacher", "token") as bar:
+    with stage("teacher", f"its {top_k} likeliest tokens"), Bar("teacher", "token") as bar:
         for rows in _taught(text):
             cache = cache_teacher(
                 model, tokenizer, rows, folder, top_k=top_k, batch_size=batch_size, progress=bar.update

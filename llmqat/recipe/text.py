@@ -9,7 +9,7 @@ import torch
 from llmqat.data.shards import WrittenFolder, check_folder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.export.checkpoint import load_any
-from llmqat.terminal import Bar
+from llmqat.terminal import Bar, Stages
 
 
 def synthesize_to(
@@ -38,8 +38,10 @@ def synthesize_to(
             block, or what it writes is degenerate.
     """
     check_folder(folder)  # now: a wrong folder should not cost the loading
-    model, tokenizer = load_any(spec, torch.bfloat16)
+    stage = Stages()
+    with stage("load", spec):
+        model, tokenizer = load_any(spec, torch.bfloat16)
     if overwrite:
         remove_shards(folder)
-    with Bar("text", "token") as bar:
+    with stage("text", f"{tokens:,} tokens"), Bar("text", "token") as bar:
         return write_shards(model, tokenizer, tokens, folder, config, bar.update, teacher_top_k)

@@ -3,6 +3,7 @@
 consoles.py    any text on a terminal of any encoding, and as wide as it is where there is no terminal
 tables.py      tables that leave out columns before they break names
 bars.py        how far something is: a bar on a terminal, else a line a minute
+stages.py      stages of a command, timed
 logs.py        stamped lines, and the file of `--log`
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from llmqat.terminal.bars import Bar, duration, no_bar, progress, stop_bars
 from llmqat.terminal.consoles import PLAIN, console, errors, is_terminal, plain_console, show_any_text
 from llmqat.terminal.logs import CommandLog, quiet_libraries
+from llmqat.terminal.stages import Stages
 from llmqat.terminal.tables import Column, FittedTable
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Column",
     "CommandLog",
     "FittedTable",
+    "Stages",
     "console",
     "duration",
     "errors",
