@@ -1,63 +1,348 @@
-"""Training-free first: what rounding or calibration alone has lost, and whether training is worth its cost.
+"""What to do with a quantized model: ship it, train it, give it more bits, or measure more before deciding.
 
-The field's rule: a checkpoint that was made without training is cheap and often enough; when it loses more than one is
-willing to lose, train, from there. What training would cost is estimated from how fast the model was evaluated here.
+What is judged is the KL from the reference, nats a token, on the same windows: perplexity on a text also falls when a
+model learns that text's domain, and its noise is ten times that of the KL. A KL of 0.02 costs about 2 % of perplexity
+(exp(0.02)) on text that the reference would write, and is what 8-bit weights with 8-bit inputs cost SmolLM2-135M, where
+8-bit weights alone cost 0.004 and 4-bit ones 0.08 to 0.5 (eval/results/schemes-smollm2-135m.json).
+
+    interval below the threshold    ship
+    interval holds the threshold    measure more: so many windows that it would not, or a longer text
+    interval above it               train, if what training leaves is expected below the threshold; else more bits
+
+Of several texts the one on which most is lost decides. Models whose record or figures are the same (a checkpoint and
+its export) are one model and get one advice. A model that was trained on answers has left its reference on purpose, so
+it is judged by the perplexity that it loses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
+from llmqat.evaluate.bootstrap import Interval
 from llmqat.evaluate.gate import REFERENCE
+from llmqat.export.commands import YOUR_TEXT, command, run_commands
 
 THRESHOLD = 0.02
-"""Share of the reference's perplexity that may be lost."""
+"""KL from the reference, nats a token, up to which a model is as good as it."""
 TRAINING_TOKENS = 60_000
 """A short distillation, as in recipes/smollm2-135m-int4.yaml."""
 STEP_COST = 10
 """Forwards that a distillation step costs: teacher, student, backward and optimizer (measured: 8 to 12 on a CPU)."""
 BYTES_A_PARAMETER = 18
 """Teacher in bfloat16, float32 masters and gradients, AdamW's two moments."""
+LEFT_OF_ROUNDING = 0.25
+"""Share of the KL of plain rounding that a recipe (which calibrates first) leaves, measured: 0.21 to 0.29 at 4 bits."""
+LEFT_OF_CALIBRATION = 0.75
+"""Share of the KL of a calibrated model that training leaves; measured: 0.6 to 1."""
+KL_A_BIT = 4.0
+"""What a bit more divides the KL by: the error of a weight is halved, and the KL grows with its square."""
+MOST_BITS = 8
+MOST_WINDOWS = 50
+"""Times the windows there are: where more would be needed, the model is at the threshold."""
+ALIKE = {"kl": 0.03, "perplexity": 0.003, "bits_per_weight": 0.15}
+"""Shares by which figures of one model in two formats differ at most: scales are rounded, kernels sum differently."""
+
+_DIGIT = re.compile(r"\d")
+
+Outcome = Literal["ship", "train", "more bits", "measure more"]
 
 
-def advice(report: Mapping[str, Any], threshold: float = THRESHOLD) -> tuple[str, ...]:
-    """Returns a sentence or two on each quantized model of `report` (`Comparison.to_dict()`); none without a reference.
+@dataclass(frozen=True)
+class Advice:
+    """What to do with one model; documents.py says what each field is."""
+
+    models: tuple[str, ...]
+    verdict: Outcome
+    text: str
+    figure: Literal["kl", "perplexity"]
+    value: float | None
+    low: float | None
+    high: float | None
+    threshold: float
+    said: str
+    next: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON takes them."""
+        return {**asdict(self), "models": list(self.models), "next": list(self.next)}
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What a model loses on one text."""
+
+    text: str
+    figure: Literal["kl", "perplexity"]
+    value: float
+    interval: Interval | None
+    threshold: float
+
+    @property
+    def outcome(self) -> Literal["kept", "lost", "unknown"]:
+        """Where the interval lies."""
+        if math.isinf(self.value):
+            return "lost"
+        if self.interval is None:
+            return "unknown"
+        if self.interval.high <= self.threshold:
+            return "kept"
+        return "lost" if self.interval.low > self.threshold else "unknown"
+
+    def __str__(self) -> str:
+        style = ".4f" if self.figure == "kl" else "+.1%"
+        words = f"{self.value:{style}}"
+        if self.interval is not None:
+            words += f" ({self.interval.low:{style}} to {self.interval.high:{style}})"
+        return f"KL {words}" if self.figure == "kl" else f"perplexity {words}"
+
+
+def advice(report: Mapping[str, Any], threshold: float = THRESHOLD) -> tuple[Advice, ...]:
+    """Returns one advice for each quantized model of `report` (`Comparison.to_dict()`); none without a reference.
 
     Args:
         report: what was measured.
-        threshold: share of the reference's perplexity, on the first text, that may be lost.
+        threshold: KL from the reference, nats a token, up to which a model is as good as it.
 
     Raises:
         ValueError: the threshold is negative.
     """
     if threshold < 0:
-        raise ValueError(f"threshold={threshold} is negative; give the share that may be lost, such as 0.02")
-    references = [row for row in report["rows"] if row["role"] == REFERENCE]
-    if not references:
+        raise ValueError(f"--threshold={threshold} is negative; give a KL in nats a token, such as {THRESHOLD}")
+    reference = next((row for row in report["rows"] if row["role"] == REFERENCE), None)
+    if reference is None:
         return ()
-    return tuple(_advise(row, references[0], report, threshold) for row in report["rows"] if row not in references)
+    others = [row for row in report["rows"] if row is not reference]
+    return tuple(_Adviser(same, reference, report, threshold).advice() for same in _one_model_each(others))
 
 
-def _advise(row: Mapping[str, Any], reference: Mapping[str, Any], report: Mapping[str, Any], threshold: float) -> str:
-    lost = (row["perplexity"] or float("inf")) / reference["perplexity"] - 1
-    said = f"{row['name']} loses {lost:.1%} of perplexity"
-    trained = row["role"] == "trained" or row.get("method") == "trained"
-    if lost <= threshold:
-        return f"{said}, within {threshold:.0%}: " + ("ship it." if trained else "no training is needed.")
-    if trained:
-        return f"{said} after training, more than {threshold:.0%}: more tokens, or more bits for what is sensitive."
-    return f"{said}, more than {threshold:.0%}: training is worth it. {' '.join(_cost(reference, report))}"
+def _one_model_each(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Returns the rows in groups, each of one model in several formats."""
+    groups: list[list[Mapping[str, Any]]] = []
+    for row in rows:
+        same = next((group for group in groups if _same(group[0], row)), None)
+        if same is None:
+            groups.append([row])
+        else:
+            same.append(row)
+    return groups
 
 
-def _cost(reference: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[str]:
-    tokens = sum(text["tokens"] for text in report["texts"].values())
-    if reference.get("seconds"):
-        minutes = TRAINING_TOKENS * STEP_COST / (tokens / reference["seconds"]) / 60
-        yield f"A distillation on {TRAINING_TOKENS:,} tokens would take about {minutes:.0f} minutes here"
-    else:
-        yield f"A distillation on {TRAINING_TOKENS:,} tokens would do"
-    size = reference.get("bytes_on_disk")
-    if size is not None:
-        yield f"and about {size / 2 * BYTES_A_PARAMETER / 1e9:.1f} GB of memory, activations on top"
-    yield "(llmqat train; adapters and scales alone need less)."
+def _same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    if row.get("run") and row["run"] == other.get("run"):
+        return True
+    bits = [entry["bits_per_weight"] for entry in (row, other)]
+    if None not in bits and not _near(bits, ALIKE["bits_per_weight"]):
+        return False
+    pairs = [(row["texts"][text], other["texts"][text]) for text in row["texts"]]
+    return all(_near([one[key] for one in pair], ALIKE[key]) for pair in pairs for key in ("kl", "perplexity"))
+
+
+def _near(values: Sequence[float | None], share: float) -> bool:
+    if None in values:
+        return False
+    low, high = sorted(value for value in values if value is not None)
+    return math.isfinite(high) and high - low <= share * high
+
+
+@dataclass(frozen=True)
+class _Adviser:
+    """Finds the advice for one model, which `rows` show in its formats."""
+
+    rows: Sequence[Mapping[str, Any]]
+    reference: Mapping[str, Any]
+    report: Mapping[str, Any]
+    threshold: float
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        return self.rows[0]
+
+    @property
+    def trained(self) -> bool:
+        return self.row["role"] == "trained" or self.row.get("method") == "trained"
+
+    @property
+    def spec(self) -> str:
+        return str(self.row.get("spec") or self.row["name"])
+
+    @property
+    def original(self) -> str:
+        return str(self.reference.get("spec") or self.reference["name"])
+
+    def advice(self) -> Advice:
+        judged = [self._judged(text) for text in self.row["texts"]]
+        order = {"lost": 0, "unknown": 1, "kept": 2}
+        worst = min(judged, key=lambda one: (order[one.outcome], -one.value))
+        outcome, words, commands = {"kept": self._ship, "lost": self._lost, "unknown": self._unknown}[worst.outcome](
+            worst
+        )
+        limit = f"{worst.threshold:g}" if worst.figure == "kl" else f"{worst.threshold:.0%}"
+        against = {"kept": f"no more than {limit}", "lost": f"more than {limit}", "unknown": f"limit {limit}"}
+        names = " and ".join(row["name"] for row in self.rows)
+        where = f" on {worst.text}" if len(judged) > 1 else ""
+        said = f"{names}: {worst} from {self.reference['name']}{where}, {against[worst.outcome]}: {words}"
+        beside = self._perplexity(worst.text) if worst.figure == "kl" else LEARNED
+        return Advice(
+            models=tuple(row["name"] for row in self.rows),
+            verdict=outcome,
+            text=worst.text,
+            figure=worst.figure,
+            value=worst.value if math.isfinite(worst.value) else None,
+            low=None if worst.interval is None else worst.interval.low,
+            high=None if worst.interval is None else worst.interval.high,
+            threshold=worst.threshold,
+            said=f"{said} {beside}",
+            next=tuple(commands),
+        )
+
+    def _judged(self, text: str) -> _Judged:
+        figures = self.row["texts"][text]
+        before = self.reference["texts"][text]["perplexity"]
+        if _learned_answers(self.row):
+            lost = figures.get("perplexity_lost")
+            apart = (
+                None if lost is None or lost["high"] is None else Interval(lost["low"] / before, lost["high"] / before)
+            )
+            share = (figures["perplexity"] or math.inf) / before - 1
+            return _Judged(text, "perplexity", share, apart, math.exp(self.threshold) - 1)
+        found = figures.get("intervals", {}).get("kl")
+        apart = None if found is None else Interval(found["low"], found["high"])
+        kl = math.inf if figures["kl"] is None else figures["kl"]
+        return _Judged(text, "kl", kl, apart, self.threshold)
+
+    def _perplexity(self, text: str) -> str:
+        figures, before = self.row["texts"][text], self.reference["texts"][text]["perplexity"]
+        if figures["perplexity"] is None:
+            return "Its perplexity is infinite."
+        lost = figures.get("perplexity_lost")
+        spread = (
+            ""
+            if lost is None or lost["high"] is None
+            else f" ({lost['low'] / before:+.1%} to {lost['high'] / before:+.1%})"
+        )
+        return f"Perplexity {figures['perplexity']:.4g}, {figures['perplexity'] / before - 1:+.1%}{spread}."
+
+    # What to do
+
+    def _ship(self, _: _Judged) -> tuple[Outcome, str, list[str]]:
+        words = "ship it." if self.trained else "ship it, no training is needed."
+        return "ship", words, [line for row in self.rows for line in run_commands(row.get("spec") or row["name"])[:2]]
+
+    def _unknown(self, worst: _Judged) -> tuple[Outcome, str, list[str]]:
+        text = self.report["texts"][worst.text]
+        asked = self.report["settings"].get("max_windows")
+        windows = text["windows"]
+        whole = asked is None or windows < asked  # all of the text was scored
+        if worst.interval is None:
+            needed = max(10, 4 * windows)
+        else:
+            width, apart = worst.interval.high - worst.interval.low, abs(worst.value - worst.threshold)
+            needed = math.inf if apart == 0 else windows * max(1.5, 1.2 * (width / 2 / apart) ** 2)
+        if needed > MOST_WINDOWS * windows:
+            words = "it is at the limit, which no text of a bearable length will change: choose by what else it costs."
+            return "measure more", words, [self._again(MOST_WINDOWS * windows, longer=whole)]
+        count = math.ceil(needed / 10) * 10
+        more = f"a longer text, of about {count} windows" if whole else f"more windows (--max-windows {count})"
+        return "measure more", f"cannot tell from this text; give {more}.", [self._again(count, longer=whole)]
+
+    def _lost(self, worst: _Judged) -> tuple[Outcome, str, list[str]]:
+        bits = self._bits()
+        if self.trained:
+            words = "it is trained already: more tokens may help a little, more bits for what is sensitive will."
+            return "more bits", words, self._more_bits(bits, worst)
+        if math.isinf(worst.value):
+            return "more bits", "it needs more bits.", self._more_bits(bits, worst)
+        rounded = self.row["role"] == "plain rounding" or self.row.get("method") in ("", None, "plain rounding")
+        left = worst.value * (LEFT_OF_ROUNDING if rounded and bits <= 4 else LEFT_OF_CALIBRATION)
+        cost = " ".join(self._cost())
+        if left <= worst.threshold or bits >= MOST_BITS:
+            return "train", f"train it. Training usually leaves about {left:.2g} of that; {cost}.", [self._train()]
+        words = (
+            f"it needs more bits. Training at these bits usually leaves about {left:.2g} of that, still more than "
+            f"{worst.threshold:g} ({cost})."
+        )
+        return "more bits", words, [*self._more_bits(bits, worst), self._train()]
+
+    def _bits(self) -> float:
+        digit = _DIGIT.search(str((self.row.get("scheme") or {}).get("preset", "")))
+        return math.floor(self.row["bits_per_weight"] or 4) if digit is None else float(digit[0])
+
+    def _more_bits(self, bits: float, worst: _Judged) -> list[str]:
+        steps = math.log(worst.value / worst.threshold, KL_A_BIT) if worst.threshold else math.inf
+        wanted = math.ceil(2 * min(MOST_BITS, max(bits + steps, bits + 0.5))) / 2
+        start = ("llmqat", "quantize", self.original)
+        name, scheme = _file_name(self.row["name"]), self._scheme()
+        if wanted >= MOST_BITS:
+            return [command(*start, "--scheme", _DIGIT.sub("8", scheme, count=1), "--out", f"{name}-8-bits")]
+        size = (self.row.get("scheme") or {}).get("group_size")
+        group = ("--group-size", size) if size else ()
+        out = f"{name}-{wanted:g}-bits"
+        return [command(*start, "--scheme", scheme, *group, "--target-bits", f"{wanted:g}", "--out", out)]
+
+    def _train(self) -> str:
+        group = (self.row.get("scheme") or {}).get("group_size")
+        quant = f"{{preset: {self._scheme()}" + (f", group_size: {group}}}" if group else "}")
+        out = f"output=runs/{_file_name(self.row['name'])}"
+        return command("llmqat", "train", "smollm2-135m-int4", f"model={self.original}", f"quant={quant}", out)
+
+    def _scheme(self) -> str:
+        return str((self.row.get("scheme") or {}).get("preset") or f"int{min(8, max(2, round(self._bits())))}")
+
+    def _again(self, windows: float, *, longer: bool) -> str:
+        settings = self.report["settings"]
+        texts = [YOUR_TEXT] if longer else settings.get("texts") or ()
+        given = [word for text in texts for word in ("--text", text) if list(texts) != ["pydoc"]]
+        protocol = settings.get("protocol", "windows")
+        named = [] if protocol == "windows" else ["--protocol", protocol]
+        window = settings.get("window")
+        cut = ["--window", window] if window and protocol == "windows" else []
+        count = ["--max-windows", f"{windows:.0f}"]
+        return command("llmqat", "eval", self.spec, "--reference", self.original, *given, *named, *cut, *count)
+
+    def _cost(self) -> Iterator[str]:
+        tokens = sum(text["tokens"] for text in self.report["texts"].values())
+        yield f"{TRAINING_TOKENS:,} tokens would take"
+        if self.reference.get("seconds"):
+            minutes = TRAINING_TOKENS * STEP_COST / (tokens / self.reference["seconds"]) / 60
+            yield f"about {max(1, minutes):.0f} minutes here and"
+        yield (
+            "for their memory see `llmqat plan`"
+            if not self._parameters()
+            else (
+                f"{self._parameters() * BYTES_A_PARAMETER / 1e9:.1f} GB of memory and activations; adapters and scales "
+                "alone need less"
+            )
+        )
+
+    def _parameters(self) -> float:
+        """Returns about how many parameters the reference has, by its size and bits; 0 where these are not known."""
+        size, bits = self.reference.get("bytes_on_disk"), self.reference.get("bits_per_weight")
+        return 8 * size / bits if size and bits else 0.0
+
+
+LEARNED = "It was trained on answers, so its KL counts what it has learned, and its perplexity is judged."
+
+
+def _learned_answers(row: Mapping[str, Any]) -> bool:
+    train = ((row.get("run") or {}).get("recipe") or {}).get("train") or {}
+    return bool(train.get("cross_entropy_weight"))
+
+
+def _file_name(name: str) -> str:
+    """Returns a model's name as a folder can have it."""
+    kept = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
+    return kept.removesuffix(".gguf").strip("-.") or "model"
+
+
+def first_steps(report: Mapping[str, Any]) -> list[str]:
+    """Returns what to run after a comparison that has no reference: its like with one, or quantization of the model."""
+    row = report["rows"][0]
+    spec, run = str(row.get("spec") or row["name"]), row.get("run") or {}
+    original = run.get("model") or (run.get("recipe") or {}).get("model")
+    if original is None and not row.get("scheme"):
+        return [command("llmqat", "quantize", spec, "--scheme", "int4", "--out", f"{_file_name(row['name'])}-int4")]
+    return [command("llmqat", "eval", spec, "--reference", original or "ORIGINAL")]

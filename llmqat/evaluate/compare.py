@@ -419,7 +419,13 @@ def candidate_from(
         role=role,
         bits_per_weight=known.bits_per_weight,
         bytes_on_disk=known.bytes_on_disk,
-        facts={"spec": spec, "method": known.method, "run": dict(known.run), "layers": dict(known.layers)},
+        facts={
+            "spec": spec,
+            "method": known.method,
+            "run": dict(known.run),
+            "layers": dict(known.layers),
+            "scheme": dict(known.scheme),
+        },
         notes=notes,
     )
 

@@ -196,6 +196,8 @@ class RowFigures(Quality):
     """The record of how it was made, from its llmqat.json."""
     layers: dict[str, Any] | None = None
     """What quantization did to each layer by stage, from its run's layers.json."""
+    scheme: dict[str, Any] | None = None
+    """The nearest preset and group size, as a recipe's `quant` takes them; empty where the files do not tell."""
     tasks: dict[str, dict[str, Any]] | None = None
     """By task: means of its metrics, `questions`, and under `samples` each question's value by metric."""
     samples: list[dict[str, str]] | None = None
@@ -260,6 +262,32 @@ class JudgedRule(_Described):
     """Whether it is kept."""
 
 
+class Advised(_Described):
+    """What to do with one model; a model and its exports have one between them."""
+
+    models: list[str]
+    """Rows that are one model."""
+    verdict: Literal["ship", "train", "more bits", "measure more"]
+    """ship: as good as the reference. measure more: the interval holds the threshold."""
+    text: str
+    """The text that decided: the one on which most is lost."""
+    figure: Literal["kl", "perplexity"]
+    """What was judged: KL from the reference in nats a token, or, of a model that has learned answers, the share of
+    perplexity that is lost."""
+    value: float | None
+    """Of that figure."""
+    low: float | None
+    """Lower end of its 95 % interval; null where there is none."""
+    high: float | None
+    """Upper end of its 95 % interval; null where there is none."""
+    threshold: float
+    """What the interval was held against."""
+    said: str
+    """The advice in words."""
+    next: list[str]
+    """Commands to run, the best first."""
+
+
 class ComparisonDocument(Head, ComparisonFigures):
     """Written by eval --json and compare --json."""
 
@@ -267,7 +295,7 @@ class ComparisonDocument(Head, ComparisonFigures):
     """What the document is."""
     gate: list[JudgedRule] = []
     """Empty without --gate."""
-    advice: list[str] = []
+    advice: list[Advised] = []
     """One a model; empty without a reference."""
     drift: list[str] = []
     """What changed since the baseline, a line a model and text."""

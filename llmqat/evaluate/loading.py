@@ -10,6 +10,7 @@ the rest                    `models.load_model`: hub ids, folders, GGUF files (d
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ from llmqat.models import (
 )
 from llmqat.train.adapter import load_adapter
 
+_BITS_OF_TYPE = re.compile(r"I?Q(\d)")
 PACKED_FORMATS = ("pack-quantized", "int-quantized", None)
 """Formats of compressed-tensors that llmqat's loader takes; None: the configuration does not say."""
 
@@ -53,6 +55,7 @@ class Known:
     bytes_on_disk: int | None = None  # of the weight files
     run: Mapping[str, Any] = field(default_factory=dict)  # llmqat's facts of how it was made (llmqat.json)
     layers: Mapping[str, Any] = field(default_factory=dict)  # reports on layers by stage (layers.json of its run)
+    scheme: Mapping[str, Any] = field(default_factory=dict)  # nearest preset and group size, as `quant` in a recipe
 
     @property
     def method(self) -> str:
@@ -106,15 +109,16 @@ def known_of(spec: str) -> Known:
         return Known()
     file = model_file(spec)
     if file is not None and file.suffix == ".gguf":
-        bits, size = gguf_usage(file)
-        return Known(bits, size)
+        return _known_of_gguf(file)
     source = resolve_spec(spec)
     if not isinstance(source, Path):
         return Known()
     usage = disk_usage(source)
     run = {**(_read_json(source / RUN_FILE) or {}).get("run", {})}
     run.pop("results", None)  # an earlier report, which this one replaces
-    return Known(usage.bits_per_weight, usage.weight_bytes, run, _read_json(source.parent / JSON_FILE) or {})
+    layers = _read_json(source.parent / JSON_FILE) or {}
+    scheme = _nearest_scheme((_read_json(source / "config.json") or {}).get("quantization_config") or {})
+    return Known(usage.bits_per_weight, usage.weight_bytes, run, layers, scheme)
 
 
 def _loaded(spec: str, dtype: torch.dtype) -> nn.Module:
@@ -155,10 +159,35 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def gguf_usage(path: Path) -> tuple[float | None, int]:
+def _nearest_scheme(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the preset and group size of a `quantization_config` of integers; nothing of any other."""
+    if found.get("quant_method") in ("gptq", "awq"):
+        return _preset(found.get("bits", 4), group_size=found.get("group_size"))
+    group = next(iter((found.get("config_groups") or {}).values()), None) or {}
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    if weights.get("type") != "int" or inputs.get("type", "int") != "int":
+        return {}
+    cache = found.get("kv_cache_scheme") or {}
+    return _preset(weights["num_bits"], inputs.get("num_bits"), cache.get("num_bits"), weights.get("group_size"))
+
+
+def _preset(
+    bits: int, input_bits: int | None = None, cache_bits: int | None = None, group_size: int | None = None
+) -> dict[str, Any]:
+    cache = "" if cache_bits is None else f"kv{cache_bits}"
+    name = f"int{bits}" if input_bits is None and not cache else f"w{bits}a{input_bits or 16}{cache}"
+    return {"preset": name, **({"group_size": group_size} if group_size and group_size > 0 else {})}
+
+
+def _known_of_gguf(path: Path) -> Known:
     """Returns the bits of an average weight of the blocks' matrices, by their types, and the bytes of the file."""
     from gguf import GGUFReader
 
     blocks = [entry for entry in GGUFReader(path).tensors if entry.name.startswith("blk.") and len(entry.shape) > 1]
     weights = sum(int(entry.n_elements) for entry in blocks)
-    return 8 * sum(int(entry.n_bytes) for entry in blocks) / weights if weights else None, path.stat().st_size
+    if not weights:
+        return Known(None, path.stat().st_size)
+    kinds = [entry.tensor_type.name for entry in blocks]
+    digits = _BITS_OF_TYPE.match(max(kinds, key=kinds.count))
+    scheme = {} if digits is None else _preset(int(digits[1]), group_size=32)
+    return Known(8 * sum(int(entry.n_bytes) for entry in blocks) / weights, path.stat().st_size, scheme=scheme)

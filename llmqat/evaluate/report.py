@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from llmqat.evaluate.advice import THRESHOLD, advice
+from llmqat.evaluate.advice import THRESHOLD, Advice, advice, first_steps
 from llmqat.evaluate.bootstrap import mean_difference
 from llmqat.evaluate.compare import Comparison, render, render_parts, to_json
 from llmqat.evaluate.documents import head
 from llmqat.evaluate.gate import REFERENCE, Check, Rule, judge, read_report
 from llmqat.evaluate.html import to_html
 from llmqat.evaluate.tables import accuracy, to_csv, to_markdown
+from llmqat.export.commands import next_lines
 from llmqat.models import write_whole
 from llmqat.paths import check_outputs, same_place
 
@@ -28,7 +29,7 @@ class Verdict:
     comparison: Comparison
     report: Mapping[str, Any]  # the comparison as JSON takes it, with checks and advice
     checks: tuple[Check, ...]
-    advice: tuple[str, ...]
+    advice: tuple[Advice, ...]
     drift: tuple[str, ...]  # what changed since the baseline, a line a model and text
 
     @property
@@ -37,9 +38,13 @@ class Verdict:
         return all(check.passed for check in self.checks)
 
     def rendered(self) -> RenderableType:
-        """Returns for the terminal what the comparison's own tables do not say."""
-        lines = [Text(line) for line in (*_task_lines(self.report), *self.advice, *self.drift)]
+        """Returns for the terminal what the comparison's own tables do not say, and last what to run next."""
+        lines = [Text(line) for line in (*_task_lines(self.report), *self.drift)]
         lines += [Text(str(check), style="green" if check.passed else "bold red") for check in self.checks]
+        for one in self.advice:
+            lines += [Text(one.said, style="bold"), Text(next_lines(one.next))]
+        if not self.advice:
+            lines.append(Text(next_lines(first_steps(self.report))))
         return Group(*lines)
 
     def write(self, json_file: Path | None, csv: Path | None, markdown: Path | None, html: Path | None) -> None:
@@ -107,7 +112,7 @@ def verdict_on(
         comparison: what was measured.
         rules: the gate.
         baseline: an earlier report of the same text, which relative rules and the drift are about.
-        threshold: share of perplexity that may be lost before training is advised.
+        threshold: KL from the reference, nats a token, up to which a model is as good as it.
 
     Raises:
         ValueError: a rule asks for what was not measured, or the baseline is of another text.
@@ -117,7 +122,8 @@ def verdict_on(
     said = advice(report, threshold)
     drift = () if baseline is None else tuple(_drift(report, baseline))
     judged = [{"rule": str(check.rule), "said": str(check), "passed": check.passed} for check in checks]
-    document = {**head("comparison"), **report, "gate": judged, "advice": list(said), "drift": list(drift)}
+    advised = [one.to_dict() for one in said]
+    document = {**head("comparison"), **report, "gate": judged, "advice": advised, "drift": list(drift)}
     return Verdict(comparison, document, checks, said, drift)
 
 

@@ -1,4 +1,6 @@
-"""The command that starts a server for a checkpoint, on the machine at hand.
+"""The commands that are proposed when something is finished: each command's last lines, and those of its advice.
+
+A path or a name goes through `command`, which quotes it, so that a line can be pasted as it stands.
 
 vLLM comes first where it serves the checkpoint here, then llama.cpp, then transformers' own server, which unpacks the
 weights. What each serves is `serving.py`'s matter; that these commands start is tried by eval/clients.py.
@@ -6,16 +8,76 @@ weights. What each serves is `serving.py`'s matter; that these commands start is
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmqat.export.serving import Verdict
+from llmqat.paths import user_path
 
 VLLM_ON_CPU = "VLLM_CPU_KVCACHE_SPACE=4 python -m vllm.entrypoints.openai.api_server --model"
 """Gigabytes of its KV cache. The command `vllm` itself does not start in vllm-cpu, which has another name than vllm."""
+
+
+ONNX_RUNNER = (
+    "import onnxruntime_genai as og; model = og.Model({folder!r}); tokenizer = og.Tokenizer(model); "
+    "settings = og.GeneratorParams(model); settings.set_search_options(max_length=64); "
+    "run = og.Generator(model, settings); run.append_tokens(tokenizer.encode('Once upon a time')); "
+    "[run.is_done() or run.generate_next_token() for _ in range(64)]; print(tokenizer.decode(run.get_sequence(0)))"
+)
+"""A program that lets ONNX Runtime GenAI write on."""
+YOUR_TEXT = "YOUR.txt"
+"""Stands for a text that only the reader has."""
+
+
+def command(*words: object) -> str:
+    """Returns a command line, each word quoted where a shell needs it; None and empty words are left out."""
+    return shlex.join(str(word) for word in words if word not in (None, ""))
+
+
+def next_lines(commands: Iterable[str]) -> str:
+    """Returns commands as the last lines of what a command shows, the best first."""
+    return "\n".join(f"next: {line}" for line in commands)
+
+
+def run_commands(model: str | Path, gpu: bool | None = None) -> list[str]:
+    """Returns the commands that run what lies in the file or folder `model`, or what the hub has there, the best first.
+
+    Args:
+        model: a checkpoint of any format that llmqat writes, or any other model.
+        gpu: whether there is a GPU; asked of torch where not given.
+    """
+    path = user_path(str(model))
+    if path.suffix == ".gguf":
+        return [command("llama-server", "-m", model), command("llama-cli", "-m", model)]
+    if (path / "genai_config.json").is_file():
+        return [command("python", "-c", ONNX_RUNNER.format(folder=str(model)))]
+    served = _served(path)
+    if served is not None:
+        return [command("llmqat", "chat", model), *server_commands(path, served, gpu)]
+    if _quantized_by(path) == "gptq":  # which transformers reads with gptqmodel alone, and vLLM's CPU does not
+        return [command("vllm", "serve", model)]
+    return [command("llmqat", "chat", model), command("transformers", "serve", model)]
+
+
+def _served(folder: Path) -> dict[str, Verdict] | None:
+    """Returns what each client makes of the checkpoint in `folder`, as it was written beside it; None without that."""
+    found = _json(folder / "llmqat.json").get("served_by")
+    return None if found is None else {name: Verdict.from_dict(entry) for name, entry in found.items()}
+
+
+def _quantized_by(folder: Path) -> str | None:
+    found = _json(folder / "config.json").get("quantization_config") or {}
+    return found.get("quant_method")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
 
 
 def server_commands(folder: Path, served: Mapping[str, Verdict], gpu: bool | None = None) -> list[str]:

@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from llmqat.evaluate.advice import advice
 from llmqat.evaluate.compare import Comparison, Row, write_report
 from llmqat.evaluate.gate import COSTS, ON_TEXT, check_rules, judge, parse_gate, read_report
 from llmqat.evaluate.html import to_html
@@ -137,19 +136,6 @@ def test_drift_from_a_saved_report(tmp_path: Path) -> None:
         read_report(tmp_path / "other.json")
     with pytest.raises(FileNotFoundError, match="no report at"):
         read_report(tmp_path / "absent.json")
-
-
-def test_advice_is_training_free_first() -> None:
-    assert advice(report(perplexity=22.3)) == (
-        "four <bits> loses 1.4% of perplexity, within 2%: no training is needed.",
-    )
-    (said,) = advice(report())
-    assert "loses 9.1% of perplexity, more than 2%: training is worth it" in said
-    assert "about 5 minutes here" in said  # 60,000 tokens x 10 at 2,000 a second
-    assert "2.4 GB of memory" in said
-    assert "no training is needed" in advice(report(), threshold=0.1)[0]
-    assert "more bits" in advice(report(method="trained"))[0]
-    assert "ship it" in advice(report(perplexity=22.1, method="trained"))[0]
 
 
 def test_csv_and_markdown_hold_the_figures() -> None:
