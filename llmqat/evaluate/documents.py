@@ -225,6 +225,8 @@ class TextFacts(_Described):
     """How many were predicted."""
     ids_sha256: str | None
     """Of the token ids, which two tokenizers cut differently; null where that was not kept."""
+    answers: bool = False
+    """Whether the answers of conversations alone were scored, a conversation a window."""
 
 
 class Remark(_Described):

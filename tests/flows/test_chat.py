@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from llmqat.cli import app
 from llmqat.evaluate.compare import render
+from llmqat.evaluate.documents import RunDocument
 from llmqat.evaluate.perplexity import evaluate
 from llmqat.evaluate.protocols import text_windows
 from llmqat.evaluate.samples import answer_lines, answers
@@ -95,6 +96,8 @@ def test_held_out_answers_are_the_first_text_of_the_table(tuned: RunResult) -> N
     assert learned.level == "note"
     assert not any("not recovery" in finding.text for finding in table.findings())
     stored = json.loads((tuned.checkpoint.parent / "results.json").read_text(encoding="utf-8"))
+    RunDocument.model_validate(stored)
+    assert [text["answers"] for text in stored["comparison"]["texts"].values()] == [True, False]
     trained = stored["comparison"]["rows"][-1]
     assert trained["nll"] == pytest.approx(math.log(trained["perplexity"]))
     assert trained["recovered"] == {"perplexity": None, "kl": None}
