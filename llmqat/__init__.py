@@ -1,5 +1,34 @@
 """llmqat: low-bit quantization-aware training of Hugging Face causal language models.
 
+    import llmqat
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(NAME, dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(NAME, dtype="float32")
+    llmqat.prepare(model, llmqat.QuantConfig.preset("int4"))  # in place; returns what is quantized, and what is not
+    args = llmqat.QATArguments(output_dir="run", max_steps=60, learning_rate=1e-4)
+    llmqat.QATTrainer(model=model, teacher=teacher, args=args, train_dataset=...).train()
+    llmqat.save(model, "out", tokenizer)  # packs, and proves what lies on disk
+    model = llmqat.load("out")  # packed, ready to generate
+
+What there is, each with its own help():
+
+    scheme      QuantConfig: presets by name (int4, w4a8, int8-g128), and every field of a scheme
+    model       prepare, convert; save and load of packed checkpoints; QuantizedCache for generation
+    text        synthesize: token blocks that the model writes itself; answer_rows: conversations as labelled rows
+    training    QATTrainer and QATArguments, on those of transformers; QATSFTTrainer and QATSFTConfig, on those of TRL
+    adapters    lora_config and adopt_adapters: peft's LoRA inside the quantizers; save_adapter, load_adapter
+    judging     evaluate: perplexity, and divergence from the original
+    memory      keep_freed_memory: fewer page faults in a training on CPUs
+
+    llmqat.calibrate    calibrate(model, quant, [RangesStage(), GPTQStage()], ids), and its stages
+    llmqat.data         load_blocks(DataConfig(...), tokenizer): text from files, the hub and conversations
+    llmqat.export       other formats (gguf, gptq, onnx), and who serves a checkpoint
+    llmqat.recipe       run(load_recipe("recipe.yaml")): what `llmqat train` does
+
+Schemes, stages, sources and formats of your own: recipes/python in the repository, or `llmqat recipes`. On the command
+line, begin with `llmqat --help`.
+
 Public names are resolved on first use, so that `import llmqat` and `llmqat --help` load no torch.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pydoc
 import re
 import runpy
 import sys
@@ -64,6 +65,16 @@ def test_the_code_of_the_readme_runs_and_ends_with_a_packed_model(tiny_folder: P
     model = names["model"]
     assert any(isinstance(module, PackedLinear) for module in model.modules())
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3).shape == (1, 6)
+
+
+def test_help_lists_every_public_name_and_the_fields_of_a_scheme():
+    words = set(re.findall(r"\w+", llmqat.__doc__ or ""))
+    assert set(llmqat.__all__) <= words
+    for name in llmqat.__all__:
+        assert getattr(llmqat, name).__doc__, name
+    shown = pydoc.plain(pydoc.render_doc(llmqat.QuantConfig))
+    assert "embeddings ('keep' | 'int8' | 'int4'): Token embeddings: high precision, int8 a row" in shown
+    assert "skip_first (int): Transformer layers at the start that are left alone. (default 0)" in shown
 
 
 def test_an_example_is_short_and_says_how_it_is_run():
