@@ -138,13 +138,15 @@ def test_every_key_is_described_and_its_default_fits(place: str):
         ("calibrate.gptq", ["calibrate.gptq.damping: number above 0, default 0.01", "Share of the mean"]),
         ("lora", ["section or null", "lora.r: integer at least 1, default 16"]),
         ("data.mix.weight", ["number above 0"]),
-        ("teacher_bits", ["4, 8 or null"]),
+        ("data.validation_share", ["number at least 0 and below 1"]),
+        ("quant.num_bits", ["integer 2 to 8"]),
+        ("teacher_bits", ["one of 4, 8 or null"]),
     ],
 )
 def test_a_key_is_explained(key: str, parts: list[str]):
     text = describe_key(key)
     assert all(part in text for part in parts), text
-    assert max(map(len, text.splitlines())) < 240
+    assert max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(

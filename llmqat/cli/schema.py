@@ -13,7 +13,7 @@ from llmqat.cli.application import command
 @command()
 def schema(
     key: Annotated[
-        str | None, typer.Argument(metavar="[KEY]", help="A key to explain, such as quant or train.learning_rate.")
+        str | None, typer.Argument(metavar="KEY", help="A key to explain, such as quant or train.learning_rate.")
     ] = None,
     reports: Annotated[
         bool, typer.Option("--reports", help="Print the JSON Schema of what llmqat writes as JSON instead.")

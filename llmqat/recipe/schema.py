@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -73,7 +74,7 @@ def recipe_schema() -> Node:
         "type": "object",
         "description": keys["train"]["description"],
         "additionalProperties": False,
-        "properties": dict(_training_keys()),
+        "properties": _training_keys(),
     }
     return {
         "$schema": DIALECT,
@@ -83,8 +84,11 @@ def recipe_schema() -> Node:
     }
 
 
-def _training_keys() -> Iterator[tuple[str, Node]]:
+@functools.cache
+def _training_keys() -> dict[str, Node]:
+    """Returns the fields of QATArguments that a recipe may set."""
     hints = get_type_hints(QATArguments)
+    keys: dict[str, Node] = {}
     for field in dataclasses.fields(QATArguments):
         if not field.init or field.name in OWNED_BY_RECIPE or field.name in FOR_SCRIPTS:
             continue
@@ -95,7 +99,8 @@ def _training_keys() -> Iterator[tuple[str, Node]]:
         default = TRAIN_DEFAULTS.get(field.name, field.default)
         if default is not dataclasses.MISSING:
             node["default"] = default.value if isinstance(default, Enum) else default
-        yield field.name, node
+        keys[field.name] = node
+    return keys
 
 
 def _inlined(node: Node) -> Node:
@@ -201,12 +206,9 @@ def _wrapped(text: str, indent: int) -> str:
 
 
 def _headline(schema: Node, key: str, node: Node) -> str:
-    default = f", default {_value(node['default'])}" if "default" in node else ""
-    return f"{key}: {_kind(schema, node)}{default}"
-
-
-def _value(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    default = node.get("default", {})
+    shown = "" if isinstance(default, dict) else f", default {json.dumps(default, ensure_ascii=False)}"
+    return textwrap.fill(f"{key}: {_kind(schema, node)}{shown}", 100, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _kind(schema: Node, node: Node) -> str:
@@ -215,17 +217,22 @@ def _kind(schema: Node, node: Node) -> str:
         return _kind(schema, schema["$defs"][node["$ref"].rpartition("/")[2]])
     if "anyOf" in node:
         kinds = [_kind(schema, one) for one in node["anyOf"]]
+        kinds = ["a list of them" if kind == f"list of {kinds[0]}" else kind for kind in kinds]
         return " or ".join(dict.fromkeys(kinds))
     if "const" in node or "enum" in node:
-        return ", ".join(map(str, node.get("enum") or [node["const"]]))
+        words = node.get("enum") or [node["const"]]
+        return f"{'one of ' if len(words) > 1 else ''}{', '.join('null' if one is None else str(one) for one in words)}"
     if "pattern" in node:
-        return "a name made of bits and groups"
+        return "such a name as int5 or int8-g128"
     if "items" in node:
-        return f"list of [{_kind(schema, node['items'])}]"
+        return f"list of {_kind(schema, node['items'])}"
     kind = str(node.get("type", "anything"))
     kind = {"object": "section", "string": "text", "boolean": "true or false"}.get(kind, kind)
     limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    return " ".join([kind, *(f"{words} {node[limit]:g}" for limit, words in limits.items() if limit in node)])
+    if "minimum" in node and "maximum" in node:
+        return f"{kind} {node['minimum']:g} to {node['maximum']:g}"
+    found = [f"{words} {node[limit]:g}" for limit, words in limits.items() if limit in node]
+    return f"{kind} {' and '.join(found)}".strip()
 
 
 # The right place of a misplaced key
