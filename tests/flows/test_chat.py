@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llmqat.cli import app
+from llmqat.cli.train import _print_run
 from llmqat.evaluate.compare import render
 from llmqat.evaluate.documents import RunDocument
 from llmqat.evaluate.perplexity import evaluate
@@ -119,6 +120,16 @@ def test_held_out_questions_are_answered_before_and_after(tuned: RunResult) -> N
     lines = list(answer_lines(tuned.comparison))
     assert lines[:2] == [f"question: {entries[0]['question']}", f"  your answer: {entries[0]['own']}"]
     assert [line.split(":")[0].strip() for line in lines[2:4]] == ["full precision", "trained"]
+
+
+def test_the_end_of_a_run_says_how_it_is_served(tuned: RunResult, capsys: pytest.CaptureFixture[str]) -> None:
+    _print_run(tuned)
+    told = " ".join(capsys.readouterr().out.split())
+    checkpoint, adapter = tuned.checkpoint, tuned.checkpoint.with_name("adapter")
+    assert f"question: {tuned.comparison.rows[0].extras['answers'][0]['question']} your answer: Ahoy!" in told
+    assert "held-out text at the end of training, before packing: perplexity" in told
+    assert f"llmqat chat {checkpoint}" in told
+    assert f"llmqat export {adapter} --format peft --base BASE --out NAME" in told
 
 
 def test_the_checkpoint_has_the_chat_template_and_the_adapter_stands_beside(tuned: RunResult) -> None:
