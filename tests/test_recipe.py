@@ -368,6 +368,15 @@ def test_finished_run_is_refused_unless_overwritten(tmp_path: Path):
     assert not (recipe.output / "results.json").exists()
 
 
+def test_a_log_may_lie_in_the_folder_before_the_run(tmp_path: Path):
+    recipe = load_recipe(written(tmp_path))
+    recipe.output.mkdir()
+    (recipe.output / "train.log").write_text("begun")
+    assert open_run_folder(recipe) is False
+    open_run_folder(recipe, overwrite=True)
+    assert (recipe.output / "train.log").read_text() == "begun"
+
+
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path):
     recipe = load_recipe(written(tmp_path))
     recipe.output.mkdir()

@@ -45,7 +45,9 @@ WORDS, LOG = "llmqat.words", "llmqat.log"
 LogOption = Annotated[
     Path | None,
     typer.Option(
-        "--log", help="Append all that is shown, and warnings of libraries, to this file, with date and time."
+        "--log",
+        "--log-file",  # torchrun takes --log for one of its own
+        help="Append all that is shown, and warnings of libraries, to this file, with date and time.",
     ),
 ]
 

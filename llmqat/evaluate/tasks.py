@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import nn
 
 from llmqat.data.text import read_text
 from llmqat.models import write_whole
+from llmqat.terminal.bars import bars_move
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,19 @@ def _check_readable(names: Sequence[str], manager: Any) -> None:
             raise ValueError(f"task {name} cannot be read: {type(error).__name__}: {error}") from error
 
 
+@contextmanager
+def _no_search_for_a_commit() -> Iterator[None]:
+    """Inside, lm-eval does not ask git for the commit of the working directory: git says "fatal:" where it is none."""
+    import lm_eval.evaluator
+
+    usual = lm_eval.evaluator.get_git_commit_hash
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        lm_eval.evaluator.get_git_commit_hash = usual
+
+
 @dataclass(frozen=True)
 class Tasks:
     """Tasks that are ready to be run on one model after the other."""
@@ -138,14 +153,18 @@ class Tasks:
             batch_size=self.settings.batch_size,
             softmax_dtype=torch.float32,
         )
-        found = lm_eval.simple_evaluate(
-            model=harness,
-            tasks=list(self.names),
-            task_manager=self.manager,
-            num_fewshot=self.settings.fewshot,
-            limit=self.settings.limit,
-            bootstrap_iters=0,
-        )
+        if not bars_move():
+            for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+                setattr(harness, name, partial(getattr(harness, name), disable_tqdm=True))
+        with _no_search_for_a_commit():
+            found = lm_eval.simple_evaluate(
+                model=harness,
+                tasks=list(self.names),
+                task_manager=self.manager,
+                num_fewshot=self.settings.fewshot,
+                limit=self.settings.limit,
+                bootstrap_iters=0,
+            )
         return {name: _summary(samples) for name, samples in found["samples"].items()}
 
 

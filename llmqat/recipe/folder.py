@@ -12,7 +12,7 @@
     results.json         the figures; written last, so a run is finished when it is there
     status.json          where the run is, or how it ended (record.py), for `llmqat status`
 
-A folder that holds anything else is never touched, not even with `--overwrite`.
+A folder that holds anything else is never touched, not even with `--overwrite`; logs (.log) may lie there before.
 """
 
 from __future__ import annotations
@@ -174,10 +174,13 @@ def held_run_folder(folder: Path) -> Iterator[None]:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Returns whether `folder` is not there, or holds nothing but what starts of a run leave that were killed."""
+    """Returns whether `folder` is not there, or holds nothing but logs and what killed starts of a run leave."""
     if not folder.exists():
         return True
-    return folder.is_dir() and all(path.name.startswith(f".{RECIPE_FILE}.") for path in folder.iterdir())
+    left = (f".{RECIPE_FILE}.",)
+    return folder.is_dir() and all(
+        path.name.startswith(left) or (path.suffix == ".log" and path.is_file()) for path in folder.iterdir()
+    )
 
 
 def _locked(file: IO[str]) -> bool:

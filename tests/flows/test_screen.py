@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -82,3 +83,15 @@ def test_status_of_a_finished_run(trained: tuple[str, str, str, Path]):
     assert re.fullmatch(rf"{folder}: finished, [\d.]+ (s|min) after it began", first)
     assert following == f"next: llmqat chat {folder}/model"
     assert "train" in begun
+
+
+def test_tasks_of_lm_eval_draw_no_bars_in_files(tiny_folder: Path, tmp_path: Path):
+    questions = (json.dumps({"query": f"what is {n}", "choices": ["one", "two"], "gold": 0}) for n in range(3))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "quiz.jsonl").write_text("\n".join(questions) + "\n")
+    (tmp_path / "text.txt").write_text("A text that fills some windows of a tiny model. " * 20)
+    text = ("--text", str(tmp_path / "text.txt"), "--window", "32", "--max-windows", "2")
+    output, errors = run("eval", str(tiny_folder), *text, "--task-folder", str(tmp_path / "tasks"))
+    assert "quiz" in output
+    assert "\r" not in output + errors
+    assert all(STAMP.match(line) for line in errors.splitlines()), errors
