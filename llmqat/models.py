@@ -51,6 +51,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llmqat.extras import check_installed, require
 from llmqat.hub import check_model_in_reach, looks_like_path
 from llmqat.layers import (
     QUANTIZER_PARAMETERS,
@@ -862,7 +863,8 @@ def gguf_folder(path: Path) -> Path:
     file or a mended reader never meets old weights. It is written beside its place and renamed.
 
     Raises:
-        ValueError: The file is truncated, of an architecture transformers does not read, or `gguf` is not installed.
+        ImportError: `gguf` is not installed.
+        ValueError: The file is truncated, or of an architecture transformers does not read.
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -887,8 +889,7 @@ def _sha256(path: Path) -> str:
 
 
 def _dequantize_gguf(path: Path, folder: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"reading {path} needs the package gguf; run `pip install gguf`")
+    check_installed("gguf", f"reading {path}")
     logger.info("dequantizing %s to %s; the next load takes it from there", path.name, folder)
     with folder_in_progress(folder) as temporary:
         _write_dequantized(path, temporary)
@@ -897,6 +898,8 @@ def _dequantize_gguf(path: Path, folder: Path) -> None:
 
 def _write_dequantized(path: Path, folder: Path) -> None:
     options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    # Python 3.10 does not find out which distribution the module gguf is of, and transformers then parses "N/A".
+    getattr(transformers.utils.import_utils, "PACKAGE_DISTRIBUTION_MAPPING", {}).setdefault("gguf", ["gguf"])
     # On a GPU, newer versions of transformers would otherwise leave the weights in their GGUF blocks.
     packed = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _has_gguf_config() else {}
     try:
@@ -926,7 +929,7 @@ def _take_unread_settings(path: Path, config: Any) -> None:
     Raises:
         ValueError: the file holds something that changes the forward and cannot be put there; names it.
     """
-    reader = importlib.import_module("gguf").GGUFReader(path)
+    reader = require("gguf", f"reading {path}").GGUFReader(path)
     said = {key.partition(".")[2]: field for key, field in reader.fields.items()}
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if name in said and hasattr(config, name):

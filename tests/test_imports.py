@@ -14,6 +14,7 @@ ROOMS = (
     *(
         "heap",
         "paths",
+        "extras",
         "shipped",
         "terminal",
         "status",

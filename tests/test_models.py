@@ -72,10 +72,10 @@ def write_gguf(path: Path, model: PreTrainedModel) -> None:
     writer.add_vocab_size(VOCAB_SIZE)
     writer.add_tokenizer_model("gpt2")
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
-    tokens[-1] = "ab"  # a GGUF tokenizer needs one merge at least
+    tokens[-2:] = ["ab", "aba"]  # of one merge alone, transformers 5.13 takes the letters for merges
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab a"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template(tokenizer.chat_template)

@@ -10,6 +10,7 @@ import typer
 
 from llmqat.cli.application import command, console
 from llmqat.cli.options import ModelArgument
+from llmqat.extras import check_installed
 from llmqat.paths import check_folder_output
 
 FORMS: dict[tuple[str, str | None], bool] = {
@@ -58,7 +59,7 @@ def export(
 
         llmqat export runs/lora-int4/adapter --format peft --base smollm2-int4 --out my-adapter
     """
-    from llmqat.export import CONVERSIONS, keep_record, load_any, save_again
+    from llmqat.export import CONVERSIONS, PACKAGES, keep_record, load_any, save_again
 
     check_folder_output(out.parent, "--out")
     if (format == "peft") != (base is not None):
@@ -76,6 +77,8 @@ def export(
             f"--for {served_by} means nothing with --format {format}; with --format compressed-tensors give vllm or "
             f"vllm-arm, or leave it out"
         )
+    if format in PACKAGES:
+        check_installed(PACKAGES[format], f"--format {format}")
     write = CONVERSIONS[format]
     if FORMS.get((format, served_by)):
         write = functools.partial(save_again, int_quantized=True)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from llmqat.extras import missing, require
+
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -36,9 +38,7 @@ class EnergyMeter:
     def joules(self) -> float | None:
         """Returns the joules spent since the first call; None where the machine does not count them."""
         if self.board is not None:
-            import pynvml
-
-            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self.board)) / 1e3
+            return float(require("pynvml", "energy of a GPU").nvmlDeviceGetTotalEnergyConsumption(self.board)) / 1e3
         if not self.packages:
             return None
         for path in self.packages:
@@ -58,10 +58,10 @@ def _counter(path: Path) -> int | None:
 
 def _nvml_handle(device: torch.device) -> Any:
     """Returns NVML's handle of the GPU; None without pynvml, or where the board has no counter."""
-    try:
-        import pynvml
-    except ImportError:
+    if missing("pynvml") is not None:
         return None
+    import pynvml
+
     with suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)

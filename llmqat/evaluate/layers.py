@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import statistics
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from llmqat.calibrate import LayerReport
+from llmqat.extras import check_installed
 from llmqat.layers import PackedModule, QuantModule
 from llmqat.models import adapter_base, file_in_progress, resolve_spec, weight_files, write_whole
 from llmqat.terminal import Column, FittedTable
@@ -129,8 +129,7 @@ def write_layers(stages: Mapping[str, Sequence[LayerReport]], folder: Path, *, p
 
 def check_picture() -> None:
     """Raises ImportError where pictures cannot be drawn because matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("a picture needs matplotlib; run `pip install matplotlib`")
+    check_installed("matplotlib", "a picture of the layers")
 
 
 def draw_layers(stages: Mapping[str, Sequence[LayerReport]], path: Path) -> Path:
@@ -139,7 +138,7 @@ def draw_layers(stages: Mapping[str, Sequence[LayerReport]], path: Path) -> Path
     Raises:
         ImportError: when matplotlib is not installed.
     """
-    check_picture()
+    check_installed("matplotlib", "a picture of the layers")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

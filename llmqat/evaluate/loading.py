@@ -27,6 +27,7 @@ from llmqat.evaluate.layers import JSON_FILE
 from llmqat.evaluate.speed import disk_usage
 from llmqat.export import load_any
 from llmqat.export.checkpoint import RUN_FILE
+from llmqat.extras import require
 from llmqat.layers import QuantConfig, convert, prepare
 from llmqat.layers.prepare import CONFIG_KEY
 from llmqat.models import (
@@ -181,9 +182,10 @@ def _preset(
 
 def _known_of_gguf(path: Path) -> Known:
     """Returns the bits of an average weight of the blocks' matrices, by their types, and the bytes of the file."""
-    from gguf import GGUFReader
-
-    blocks = [entry for entry in GGUFReader(path).tensors if entry.name.startswith("blk.") and len(entry.shape) > 1]
+    gguf = require("gguf", f"reading {path}")
+    blocks = [
+        entry for entry in gguf.GGUFReader(path).tensors if entry.name.startswith("blk.") and len(entry.shape) > 1
+    ]
     weights = sum(int(entry.n_elements) for entry in blocks)
     if not weights:
         return Known(None, path.stat().st_size)

@@ -13,7 +13,6 @@ Models run as they are, packed ones with llmqat's kernels; log-probabilities are
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import tempfile
@@ -28,6 +27,7 @@ import torch
 from torch import nn
 
 from llmqat.data.text import read_text
+from llmqat.extras import check_installed, require
 from llmqat.models import write_whole
 from llmqat.terminal.bars import bars_move
 
@@ -91,8 +91,7 @@ def opened_tasks(settings: TaskSettings) -> Iterator[Tasks]:
         FileNotFoundError: the folder holds no task.
         ValueError: a task is unknown, or its questions cannot be read.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("tasks are scored by lm-eval, which is not installed; run `pip install 'llmqat[eval]'`")
+    check_installed("lm_eval", "a zero-shot task")
     from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -143,7 +142,7 @@ class Tasks:
 
     def run(self, model: nn.Module, tokenizer: Any) -> dict[str, dict[str, Any]]:
         """Returns, by task, each metric's mean, and under `samples` its value for each question."""
-        import lm_eval
+        lm_eval = require("lm_eval", "a zero-shot task")
         from lm_eval.models.huggingface import HFLM
 
         harness = HFLM(

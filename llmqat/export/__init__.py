@@ -38,10 +38,14 @@ CONVERSIONS.register("gguf", write_gguf)
 CONVERSIONS.register("gptq", write_gptq)
 CONVERSIONS.register("onnx", write_onnx)
 
+PACKAGES = {"gguf": "gguf", "onnx": "onnx"}
+"""Format -> the optional module that writes it."""
+
 __all__ = [
     "CLIENTS",
     "CONVERSIONS",
     "FORMATS",
+    "PACKAGES",
     "Conversion",
     "ExportReport",
     "ModelDescription",

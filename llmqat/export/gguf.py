@@ -16,7 +16,6 @@ Letters: O rows, I in features, G scales per row, N blocks.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from llmqat.export.tensors import (
     too_small_for_float16,
 )
 from llmqat.export.text_part import text_part
+from llmqat.extras import require
 from llmqat.paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -180,10 +180,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         ImportError: the package gguf is not installed.
         ValueError: GGUF, or this writer, cannot hold the model or the tokenizer; says what.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError("writing GGUF needs the package gguf; run `pip install gguf`")
-    import gguf
-
+    gguf = require("gguf", "writing GGUF")
     path = user_path(path, "path")
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name")

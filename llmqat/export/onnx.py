@@ -25,7 +25,6 @@ in tensors.py, b bits.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from copy import deepcopy
@@ -42,6 +41,7 @@ import llmqat
 from llmqat.export.description import ModelDescription, describe
 from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size, stop_tokens
 from llmqat.export.tensors import StoredWeight, check_language_model, stored_tensors
+from llmqat.extras import require
 from llmqat.models import folder_in_progress
 from llmqat.paths import user_path
 
@@ -83,10 +83,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         ImportError: the package onnx is not installed.
         ValueError: this writer cannot express the model; says what.
     """
-    if importlib.util.find_spec("onnx") is None:
-        raise ImportError("writing ONNX needs the package onnx; run `pip install onnx onnxruntime`")
-    import onnx
-
+    onnx = require("onnx", "writing ONNX")
     folder = user_path(folder, "folder")
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; choose another name")

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from llmqat.export.card import checkpoint_facts, own_row
+from llmqat.extras import require
 
 ARTIFACT_FOLDER = "model"
 """Where the checkpoint lies among the artifacts of the run."""
 LONGEST_TAG = 5000
 """Characters that MLflow takes as a value."""
 RESULTS = ("perplexity", "kl", "top1")
-NOT_INSTALLED = "MLflow's model registry needs MLflow; run `pip install llmqat[mlflow]`"
+_PURPOSE = "MLflow's model registry"
 
 
 def tracked_run() -> str:
@@ -31,11 +32,7 @@ def tracked_run() -> str:
         ImportError: MLflow is not installed.
         ValueError: there was none.
     """
-    try:
-        import mlflow
-    except ImportError as error:
-        raise ImportError(NOT_INSTALLED) from error
-    run = mlflow.last_active_run()
+    run = require("mlflow", _PURPOSE).last_active_run()
     if run is None:
         raise ValueError("MLflow has tracked no run in this process; train with report_to=mlflow first")
     return str(run.info.run_id)
@@ -53,11 +50,9 @@ def register(folder: Path, name: str, run_id: str) -> str:
         ImportError: MLflow is not installed.
         OSError: the registry cannot be reached, or refuses.
     """
-    try:
-        import mlflow
-        from mlflow.exceptions import MlflowException
-    except ImportError as error:
-        raise ImportError(NOT_INSTALLED) from error
+    mlflow = require("mlflow", _PURPOSE)
+    from mlflow.exceptions import MlflowException
+
     tags, client = tags_of(folder), mlflow.MlflowClient()
     try:
         client.log_artifacts(run_id, str(folder), ARTIFACT_FOLDER)

@@ -20,14 +20,13 @@ Letters: M rows of activations, O out features, I in features, G scales per row,
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmqat.extras import missing, require
 from llmqat.grid import Grid, pack_int32
 from llmqat.kernels.reference import PackedWeight
 
@@ -134,14 +133,14 @@ def load_marlin() -> Any:
     Raises:
         Exception: of any kind, where it cannot be had here.
     """
-    return importlib.import_module("kernels").get_kernel(REPOSITORY, version=VERSION)
+    return require("kernels", "Marlin").get_kernel(REPOSITORY, version=VERSION)
 
 
 @functools.cache
 def refusal(device: torch.device, dtype: torch.dtype, bits: int) -> str | None:
     """Returns why Marlin cannot be used on `device` for weights of `bits`, or None; loads it, and tries it out."""
-    if importlib.util.find_spec("kernels") is None:
-        return "kernels is not installed; run `pip install llmqat[marlin]`"
+    if (lacking := missing("kernels")) is not None:
+        return f"it needs {lacking}"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"it needs a GPU of compute capability 8.0, not {capability[0]}.{capability[1]}"

@@ -9,13 +9,13 @@ Letters: O out features, I in features.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmqat.extras import missing
 from llmqat.kernels.reference import PackedWeight
 
 _TILE = (8, 256)
@@ -33,8 +33,8 @@ class TritonKernel:
         interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
         if x.device.type != "cuda" and not interpreted:
             return f"it runs on a GPU, not on {x.device.type}"
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; run `pip install llmqat[triton]`"
+        if (lacking := missing("triton")) is not None:
+            return f"it needs {lacking}"
         if len(weight.parts) > 1:
             return "it takes one weight at a time"
         if weight.packed.dtype != torch.int32:

@@ -8,8 +8,12 @@ Lanes lie along the in features, so that neighbours read one word, or the next.
 Letters: O out features, I in features, G scales per row, W words per row.
 """
 
-import triton
-import triton.language as tl
+import importlib
+
+from llmqat.extras import require
+
+triton = require("triton", "the kernel that unpacks weights")
+tl = importlib.import_module("triton.language")
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from llmqat.evaluate.samples import answers, completions
 from llmqat.evaluate.tasks import TaskSettings, opened_tasks
 from llmqat.evaluate.tokenizers import shared_tokenizer
 from llmqat.export.checkpoint import record_of
+from llmqat.extras import check_installed
 from llmqat.layers import audit
 from llmqat.models import PACKAGE_PREFIX
 from llmqat.paths import same_place
@@ -214,6 +215,10 @@ def compare_models(
     if reference is None and len(specs) > 1:
         reference = specs[0]
     given = [*([] if reference is None else [reference]), *specs]
+    if tasks is not None:
+        check_installed("lm_eval", "a zero-shot task")
+    if any(spec.endswith(".gguf") for spec in given):
+        check_installed("gguf", "a .gguf file")
     listed = _once(given)
     if len(listed) < len({*given}):
         log.warning("some of the models are one folder or file; it is measured once: %s", ", ".join(listed))

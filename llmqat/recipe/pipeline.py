@@ -10,7 +10,6 @@ last checkpoint: so an interrupted run is gone on with by giving the same comman
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import shutil
@@ -49,6 +48,7 @@ from llmqat.evaluate.layers import write_layers
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, record_of, save
 from llmqat.export.registry import register, tracked_run
+from llmqat.extras import missing
 from llmqat.heap import give_back_freed_memory
 from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert
 from llmqat.models import (
@@ -371,7 +371,7 @@ def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Rows, arguments: Q
 
 def _write_layers(layers: Mapping[str, list[LayerReport]], folder: Path) -> None:
     if any(layers.values()):  # there are none of a model that was packed already
-        write_layers(layers, folder, picture=importlib.util.find_spec("matplotlib") is not None)
+        write_layers(layers, folder, picture=missing("matplotlib") is None)
 
 
 def plainly_rounded_model(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from transformers.debug_utils import DebugOption
 from transformers.utils import is_torch_cuda_available
 
 from llmqat.config import describe_fields
+from llmqat.extras import check_installed, check_version
 from llmqat.train.optimizers import check_optimizer
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,31 @@ def _check_gradient_norm(args: TrainingArguments) -> str | None:
     return None
 
 
+def _check_sampling(args: TrainingArguments) -> str | None:
+    asked = args.train_sampling_strategy
+    if asked not in _SAMPLING:  # Trainer would sample at random, and say nothing
+        return f"train_sampling_strategy={asked!r} is unknown; choose one of {', '.join(_SAMPLING)}"
+    if (lowest := _SAMPLING[asked]) is not None:
+        check_version("transformers", lowest, f"train_sampling_strategy={asked!r}")
+    return None
+
+
+_SAMPLING = {"random": None, "sequential": None, "group_by_length": None, "batch_rebalance": "5.17"}
+"""Value of `train_sampling_strategy` -> the transformers that it came with, where that is newer than llmqat's bound."""
+
+
+def _check_trackers(args: TrainingArguments) -> str | None:
+    asked = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    for name in asked:
+        if name in _TRACKERS:
+            check_installed(name, f"report_to={name!r}")
+    return None
+
+
+_TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
+"""Values of `report_to` that are also the names of modules."""
+
+
 def _check_epochs(args: TrainingArguments) -> str | None:
     if args.max_steps < 0 and args.num_train_epochs < 0:
         return f"num_train_epochs={args.num_train_epochs} is negative; 0 trains nothing"
@@ -181,7 +207,7 @@ _INHERITED = """
     gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
     neftune_noise_alpha torch_empty_cache_steps auto_find_batch_size logging_strategy logging_steps
     logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level
-    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    log_level_replica disable_tqdm run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only
     eval_on_start eval_do_concat_batches eval_accumulation_steps include_for_metrics batch_eval_metrics
     save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub
@@ -189,12 +215,14 @@ _INHERITED = """
     metric_for_best_model greater_is_better ignore_data_skip restore_callback_states_from_checkpoint
     full_determinism seed data_seed use_cpu accelerator_config dataloader_drop_last dataloader_num_workers
     dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-    dataloader_multiprocessing_context dataloader_in_order remove_unused_columns train_sampling_strategy
+    dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
     length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
     ddp_backend ddp_timeout skip_memory_metrics
     do_train do_eval do_predict resume_from_checkpoint local_rank
+    warmup_ratio logging_dir
 """.split()  # noqa: SIM905
-"""Fields that work as transformers documents them; the last line is for scripts, and Trainer reads none of it."""
+"""Fields that work as transformers documents them. The line before the last is for scripts, and Trainer reads none of
+it; the last is of older transformers."""
 
 _ELSEWHERE = ["fsdp", "fsdp_config", "deepspeed"]
 """Fields that `distribution.check_distribution` looks at, when the processes are there."""
@@ -209,6 +237,8 @@ _LIGER = "Liger's kernels replace the forward in which the loss is made; leave i
 FIELDS: dict[str, Check | None] = {
     **dict.fromkeys((*_INHERITED, *_ELSEWHERE)),
     "num_train_epochs": _check_epochs,
+    "report_to": _check_trackers,
+    "train_sampling_strategy": _check_sampling,
     "max_grad_norm": _check_gradient_norm,
     "optim": lambda args: check_optimizer(args.optim, args.optim_args, args.warmup_steps),
     "optim_args": None,  # with optim

@@ -8,13 +8,14 @@ before anything is saved, evaluated or handed back.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from llmqat.extras import check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,6 @@ class OptimizerFacts:
 
     package: str | None = None
     """Module that it needs beyond llmqat's own dependencies."""
-    install: str | None = None
-    """Name of that package for pip."""
     args: tuple[str, ...] = ()
     """Keys that it reads from `optim_args`."""
     refused: str | None = None
@@ -35,8 +34,8 @@ class OptimizerFacts:
 
 _ADAM = OptimizerFacts()
 _MIX = OptimizerFacts(args=("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3"))
-_FREE = OptimizerFacts("schedulefree", "schedulefree", args=("weight_lr_power", "r"))
-_TORCHAO = OptimizerFacts("torchao", "torchao")
+_FREE = OptimizerFacts("schedulefree", args=("weight_lr_power", "r"))
+_TORCHAO = OptimizerFacts("torchao")
 _OWN_GROUPS = OptimizerFacts(
     refused="it makes parameter groups of its own, with one learning rate for weights and scales; choose adamw_torch, "
     "or adamw_bnb_8bit for a quarter of the memory"
@@ -59,10 +58,9 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
     **dict.fromkeys(("schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam"), _FREE),
     "grokadamw": OptimizerFacts(
         "grokadamw",
-        "grokadamw",
         args=("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"),
     ),
-    "stable_adamw": OptimizerFacts("optimi", "torch-optimi", args=("max_lr", "kahan_sum", "decouple_lr")),
+    "stable_adamw": OptimizerFacts("optimi", args=("max_lr", "kahan_sum", "decouple_lr")),
     **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"), _OWN_GROUPS),
     **dict.fromkeys(
         (
@@ -94,8 +92,8 @@ def check_optimizer(optim: str, optim_args: str | None, warmup_steps: float) -> 
         return f"optim={name!r} is not known to llmqat; choose one of {', '.join(sorted(OPTIMIZERS))}"
     if facts.refused is not None:
         return f"optim={name!r} is refused: {facts.refused}"
-    if facts.package is not None and importlib.util.find_spec(facts.package) is None:
-        raise ImportError(f"optim={name!r} needs {facts.install}; run `pip install {facts.install}`, or choose another")
+    if facts.package is not None:
+        check_installed(facts.package, f"optim={name!r}")
     if facts is _FREE and 0 < warmup_steps < 1:
         return f"warmup_steps={warmup_steps} with optim={name!r}, which counts steps itself: give a whole number"
     for entry in (optim_args or "").replace(" ", "").split(","):

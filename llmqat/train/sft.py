@@ -28,14 +28,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-try:
-    from trl import SFTConfig, SFTTrainer
-except ImportError as error:
-    raise ImportError("supervised fine-tuning needs TRL; run `pip install trl`") from error
-
 from llmqat.config import describe_fields
+from llmqat.extras import check_installed
 from llmqat.train.arguments import QATArguments
 from llmqat.train.trainer import QATTrainer
+
+check_installed("trl", "supervised fine-tuning with TRL's trainer")
+from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 _OWN_LOSS = "it belongs to TRL's own loss, in whose place QATTrainer's stands; leave it out"
 
