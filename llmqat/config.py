@@ -87,15 +87,16 @@ ALIASES = {
 class UnknownKeyError(ValueError):
     """A key that its section does not have."""
 
-    def __init__(self, key: str, allowed: Iterable[str], owner: str) -> None:
+    def __init__(self, key: str, allowed: Iterable[str], owner: str, inside: str | None = None) -> None:
         """Says the nearest known key and all that are allowed.
 
         Args:
             key: as it was given.
             allowed: keys of the section.
             owner: the section.
+            inside: where a part of the section has the key, such as weights.num_bits.
         """
-        super().__init__(unknown_key_message(key, allowed, owner))
+        super().__init__(unknown_key_message(key, allowed, owner, inside))
         self.key, self.allowed = key, sorted(allowed)
 
 
@@ -108,10 +109,10 @@ def nearest_key(key: str, allowed: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(key, names, n=1)), None)
 
 
-def unknown_key_message(key: str, allowed: Iterable[str], owner: str) -> str:
+def unknown_key_message(key: str, allowed: Iterable[str], owner: str, inside: str | None = None) -> str:
     """Returns the error text for `key`, which `owner` does not have: the nearest known key and all that are allowed."""
     names = sorted(allowed)
-    near = nearest_key(key, names)
+    near = nearest_key(key, names) or inside
     guess = f"did you mean {near!r}? " if near else ""
     return f"unknown key {key!r} in {owner}; {guess}allowed: {', '.join(names)}"
 
@@ -139,9 +140,18 @@ class Config(BaseModel):
             known = set(cls.model_fields)
             for key in values:
                 if key not in known:
-                    raise UnknownKeyError(str(key), known, cls.__name__)
+                    raise UnknownKeyError(str(key), known, cls.__name__, cls._place_inside(str(key)))
             return {key: cls._as_meant(key, value) for key, value in values.items()}
         return values
+
+    @classmethod
+    def _place_inside(cls, key: str) -> str | None:
+        """Returns the field that holds a configuration with `key`, and what it is called there: `weights.num_bits`."""
+        meant = ALIASES.get(key, key).rpartition(".")[2]
+        for name, field in cls.model_fields.items():
+            if any(meant in part.model_fields for part in _configs_in(field.annotation)):
+                return f"{name}.{meant}"
+        return None
 
     @classmethod
     def _as_meant(cls, key: str, value: Any) -> Any:
@@ -149,6 +159,13 @@ class Config(BaseModel):
         if isinstance(value, (str, Path)) and holds_path(cls.model_fields[key].annotation):
             return user_path(value, key)
         return value
+
+
+def _configs_in(annotation: Any) -> list[type[Config]]:
+    parts = get_args(annotation)
+    if not parts and isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [found for part in parts for found in _configs_in(part)]
 
 
 def holds_path(annotation: Any) -> bool:

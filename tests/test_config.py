@@ -11,6 +11,7 @@ import pytest
 
 import llmqat.recipe  # noqa: F401 - imports every room that has a configuration
 from llmqat.config import Config, Registry, UnknownKeyError, summary_of
+from llmqat.layers import QuantConfig
 from llmqat.train import QATArguments
 
 
@@ -51,6 +52,9 @@ def test_an_unknown_key_knows_its_section_and_other_words_for_a_key():
     error = UnknownKeyError("lr", ["learning_rate", "seed"], "a section")
     assert str(error) == "unknown key 'lr' in a section; did you mean 'learning_rate'? allowed: learning_rate, seed"
     assert "did you mean" not in str(UnknownKeyError("zzz", ["seed"], "a section"))
+    for given, meant in {"bits": "weights.num_bits", "group_size": "weights.group_size", "exclude": "ignore"}.items():
+        with pytest.raises(ValueError, match=f"unknown key '{given}' in QuantConfig; did you mean '{meant}'"):
+            QuantConfig.model_validate({given: 4})
 
 
 def test_a_registry_refuses_double_and_unfit_names_and_answers_unknown_ones_with_the_nearest():
