@@ -477,8 +477,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: in
     plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
-        # safetensors writes files that only their owner may read; config.json has the rights the user is used to.
-        (folder / file).chmod((folder / "config.json").stat().st_mode)
+    give_usual_rights(folder)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
         write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
@@ -521,6 +520,24 @@ def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
     """Writes `tensors` as safetensors beside `path` and renames, so that `path` is absent or whole."""
     with file_in_progress(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        give_usual_rights(temporary)
+
+
+def give_usual_rights(path: Path) -> None:
+    """Gives a file, or all files in a folder, the rights that any new file has there (umask).
+
+    safetensors and ONNX write files that only their owner may read, which a server of another user then cannot.
+    """
+    folder = path if path.is_dir() else path.parent
+    usual = folder / f".{secrets.token_hex(8)}"
+    usual.touch()
+    try:
+        mode = usual.stat().st_mode
+    finally:
+        usual.unlink()
+    for file in [path] if path.is_file() else [file for file in folder.rglob("*") if file.is_file()]:
+        if file.stat().st_mode != mode:
+            file.chmod(mode)
 
 
 @contextmanager
@@ -920,6 +937,7 @@ def _write_dequantized(path: Path, folder: Path) -> None:
     model.is_quantized = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    give_usual_rights(folder)
     _drop_tokens_beyond(folder / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
 
 

@@ -42,7 +42,7 @@ from llmqat.export.description import ModelDescription, describe
 from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size, stop_tokens
 from llmqat.export.tensors import StoredWeight, check_language_model, stored_tensors
 from llmqat.extras import require
-from llmqat.models import folder_in_progress
+from llmqat.models import folder_in_progress, give_usual_rights
 from llmqat.paths import user_path
 
 _SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
@@ -95,6 +95,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     sizes = {part: sum(graph.bytes[name] for name in names) for part, names in graph.parts().items()}
     with folder_in_progress(folder) as temporary:
         onnx.save_model(proto, temporary / FILE, save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
+        give_usual_rights(temporary)
         _write_config(model, temporary)
         _write_genai_config(model, tokenizer, temporary)
         tokenizer.save_pretrained(temporary)

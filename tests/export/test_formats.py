@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import PreTrainedModel
 
-from llmqat import QuantConfig, load, prepare, save
+from llmqat import QuantConfig, load, lora_config, prepare, save, save_adapter
 from llmqat.export import CONVERSIONS, FORMATS, write_gptq
 from llmqat.layers import QuantLinear, QuantModule
 from tests.export.readers import READERS, tensors_of
@@ -96,6 +99,21 @@ def test_a_packed_checkpoint_gives_the_same_file_as_the_prepared_model(format: s
     left, right = tmp_path / "from-packed", tmp_path / "from-prepared"
     names = [path.relative_to(left) for path in left.rglob("*") if path.suffix not in (".json", "")] or [Path()]
     assert all((left / name).read_bytes() == (right / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("format", [*CONVERSIONS, "adapter"])
+def test_every_file_has_the_rights_of_any_new_file(format: str, tmp_path: Path) -> None:
+    model = prepared(tiny_llama(), group_size=32)
+    before = os.umask(0o027)
+    try:
+        if format == "adapter":
+            save_adapter(get_peft_model(model, lora_config(model, r=4, lora_alpha=4)), tmp_path / "out")
+        else:
+            CONVERSIONS[format](model, tiny_tokenizer(), tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.filemode(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert {name: mode for name, mode in modes.items() if mode not in ("drwxr-x---", "-rw-r-----")} == {}
 
 
 @pytest.mark.parametrize("format", CONVERSIONS)
