@@ -312,7 +312,7 @@ class Comparison:
                 yield Finding(
                     "note",
                     f"{better.name} and {worse.name} are alike on {text}: their {heading} differs by "
-                    f"{apart.low:.4f} to {apart.high:.4f} (95 %, paired by window), which is noise.",
+                    f"{apart.low:.3g} to {apart.high:.3g} (95 %, paired by window), which is noise.",
                 )
 
 
@@ -540,6 +540,9 @@ def progress_bar() -> Iterator[ComparisonProgress]:
                 shown.clear()
                 shown[what] = stack.enter_context(Bar(what, "token", total=total, shown=True))
             shown[what].update(done, total)
+            if done >= total:  # what follows is not its own
+                stack.close()
+                shown.clear()
 
         yield advance
 
@@ -639,8 +642,13 @@ def _quality_cells(comparison: Comparison, row: Row, text: str) -> list[str]:
 def _with_spread(entry: Evaluation, metric: str, style: str) -> str:
     """Returns a figure, and half the width of its interval where it has one."""
     found = interval(entry, metric)
-    spread = "" if found is None or found.low == found.high else f" ±{(found.high - found.low) / 2:.2g}"
+    spread = "" if found is None or found.low == found.high else f" ±{_short((found.high - found.low) / 2)}"
     return _number(getattr(entry, metric), style) + spread
+
+
+def _short(spread: float) -> str:
+    """Returns half an interval with two digits, and no more decimals than the figures have."""
+    return f"{spread:,.0f}" if spread >= 9.5 else f"{max(round(spread, 4), 1e-4):.2g}"
 
 
 def _number(value: float | None, style: str) -> str:

@@ -21,6 +21,7 @@ from llmqat.evaluate.compare import (
     Recovered,
     Role,
     Row,
+    _short,
     candidate_from,
     compare,
     progress_bar,
@@ -183,6 +184,14 @@ def test_what_is_unknown_is_a_dash() -> None:
     assert "–" not in rendered(Comparison((bare,))), "a column without any figure is left out"
 
 
+@pytest.mark.parametrize(
+    ("spread", "words"),
+    [(81e-6, "0.0001"), (3e-7, "0.0001"), (0.00186, "0.0019"), (1.34, "1.3"), (9.6, "10"), (1e4, "10,000")],
+)
+def test_half_an_interval_has_two_digits(spread: float, words: str) -> None:
+    assert _short(spread) == words
+
+
 def test_the_json_holds_rows_texts_and_findings(tmp_path: Path) -> None:
     write_json(comparison(trained=(27.0, 0.1)), tmp_path / "new" / "results.json")
     read: dict[str, Any] = json.loads((tmp_path / "new" / "results.json").read_text())
@@ -204,6 +213,7 @@ def test_the_json_holds_rows_texts_and_findings(tmp_path: Path) -> None:
         "stride": 32,
         "tokens": 100,
         "ids_sha256": None,
+        "answers": False,
     }
     assert read["findings"][0]["level"] == "warning"
 
