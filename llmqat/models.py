@@ -151,13 +151,7 @@ def load_with_few_bits(spec: str, num_bits: int) -> PreTrainedModel:
         FileNotFoundError: the model is not there.
         ValueError: it is no full-precision model on disk, or not of so many bits.
     """
-    if num_bits not in (4, 8):
-        raise ValueError(f"a model in {num_bits} bits: bitsandbytes has 4 and 8")
-    if adapter_base(spec) is not None:
-        raise ValueError(
-            f"model {spec!r} is an adapter, and only a model on disk can be loaded in {num_bits} bits; merge it first: "
-            "llmqat.models.load_model(spec)[0].save_pretrained(folder)"
-        )
+    check_few_bits(spec, num_bits)
     source = resolve_spec(spec)
     config = read_config(source, spec)
     _check_full_precision(config, spec)
@@ -172,6 +166,17 @@ def load_with_few_bits(spec: str, num_bits: int) -> PreTrainedModel:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     options = {"quantization_config": quantization, "device_map": {"": device}}
     return _load_weights(source, config, spec, torch.bfloat16, **options).eval()
+
+
+def check_few_bits(spec: str, num_bits: int) -> None:
+    """Raises ValueError where `load_with_few_bits` would not take the model `spec` and `num_bits`; loads nothing."""
+    if num_bits not in (4, 8):
+        raise ValueError(f"a model in {num_bits} bits: bitsandbytes has 4 and 8")
+    if adapter_base(spec) is not None:
+        raise ValueError(
+            f"model {spec!r} is an adapter, and only a model on disk can be loaded in {num_bits} bits; merge it first: "
+            "llmqat.models.load_model(spec)[0].save_pretrained(folder)"
+        )
 
 
 def resolve_spec(spec: str) -> str | Path:

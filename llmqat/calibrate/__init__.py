@@ -33,7 +33,15 @@ from llmqat.calibrate.report import LayerReport, report_layers
 from llmqat.calibrate.rotate import rotate, untie
 from llmqat.calibrate.sensitivity import Allocation, LayerSensitivity, allocate_bits, measure_sensitivity
 from llmqat.calibrate.smooth import smooth
-from llmqat.calibrate.stages import ORIGINALS_FILE, StageReport, calibrate, check_stages, needs_text, rotates
+from llmqat.calibrate.stages import (
+    ORIGINALS_FILE,
+    StageReport,
+    calibrate,
+    check_folds,
+    check_stages,
+    needs_text,
+    rotates,
+)
 from llmqat.calibrate.walk import check_walk, open_walk
 
 __all__ = [
@@ -57,6 +65,7 @@ __all__ = [
     "calibrate",
     "calibrate_activations",
     "calibrate_ranges",
+    "check_folds",
     "check_stages",
     "check_walk",
     "collect_moments",

@@ -69,6 +69,11 @@ def rotate(model: nn.Module, seed: int = 0) -> None:
             writer.copy_(writer.double() @ rotation)
 
 
+def check_rotation(model: nn.Module) -> None:
+    """Raises ValueError where the residual stream of a full-precision `model` cannot be rotated."""
+    _stream(model, model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+
+
 def hadamard(size: int, seed: int) -> Tensor:
     """Returns a random orthogonal matrix [size, size] in float64: a Hadamard matrix with random signs over sqrt(size).
 

@@ -53,11 +53,6 @@ def smooth(model: nn.Module, blocks: Tensor | Rows, alpha: float = 0.5, batch_si
         raise ValueError(f"calibrate.smooth={alpha} is no share; choose 0 to 1, 0.5 is usual")
     check_foldable(model, "smoothing")
     folds = _folds(model)
-    if not folds:
-        raise ValueError(
-            f"{type(model).__name__} has no norm that only linear layers read, so nothing can be smoothed; "
-            "leave out calibrate.smooth"
-        )
     first = {str(number): fold.readers[0] for number, fold in enumerate(folds)}
     reach: dict[str, Tensor] = {}
 
@@ -74,7 +69,17 @@ def smooth(model: nn.Module, blocks: Tensor | Rows, alpha: float = 0.5, batch_si
     return len(folds)
 
 
+def check_smoothing(model: nn.Module) -> None:
+    """Raises ValueError where nothing of a full-precision `model` can be smoothed."""
+    _folds(model)
+
+
 def _folds(model: nn.Module) -> list[_Fold]:
+    """Returns the places to fold into.
+
+    Raises:
+        ValueError: there are none.
+    """
     maps = {name: entry.owner for name, entry in linear_maps(model).items() if not entry.stacked and not entry.refusal}
     folds = [
         _Fold(norm, tuple(norm.readers.values()))
@@ -87,6 +92,11 @@ def _folds(model: nn.Module) -> list[_Fold]:
         gated = f"{owner}.gate_proj" in maps
         if leaf == "down_proj" and gated and isinstance(source, nn.Linear):
             folds.append(_Fold(source, (module,)))
+    if not folds:
+        raise ValueError(
+            f"{type(model).__name__} has no norm that only linear layers read, so nothing can be smoothed; "
+            "leave out calibrate.smooth"
+        )
     return folds
 
 

@@ -54,8 +54,8 @@ from llmqat.calibrate.masters import Originals, in_float32
 from llmqat.calibrate.moments import collect_moments
 from llmqat.calibrate.probe import Probe
 from llmqat.calibrate.ranges import calibrate_ranges
-from llmqat.calibrate.rotate import rotate
-from llmqat.calibrate.smooth import smooth
+from llmqat.calibrate.rotate import check_rotation, rotate
+from llmqat.calibrate.smooth import check_smoothing, smooth
 from llmqat.calibrate.walk import Walk, open_walk
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.data.length import check_length
@@ -150,6 +150,18 @@ def check_stages(stages: Sequence[Stage], quant: QuantConfig) -> None:
     _check_bits(stages, min(scheme.num_bits for scheme in weights))
     if "gptq" in names and any(scheme.scales == "dynamic" for scheme in weights):
         raise ValueError("calibrate: gptq moves weights and keeps scales, which scales: dynamic do not; use learned")
+
+
+def check_folds(model: nn.Module, stages: Sequence[Stage]) -> None:
+    """Raises ValueError where a stage of `stages` cannot be folded into a full-precision `model`, which stays as it is.
+
+    Stages that are of the user's own are not known here.
+    """
+    for stage in stages:
+        if isinstance(stage, RotateStage):
+            check_rotation(model)
+        elif isinstance(stage, SmoothStage):
+            check_smoothing(model)
 
 
 def _check_bits(stages: Sequence[Stage], least: int) -> None:

@@ -142,13 +142,7 @@ def open_hub(config: DataConfig, split: str) -> Any:
     import datasets
 
     assert config.name is not None
-    if not Path(config.name).exists():
-        if looks_like_path(config.name):
-            raise FileNotFoundError(
-                f"data.name={config.name!r} is no id of a data set on the hub, and no file or folder is there either; "
-                "give a name such as Salesforce/wikitext, or data.path=FILE_OR_FOLDER"
-            )
-        check_dataset_in_reach(config.name, f"data.name={config.name!r}")
+    check_name(config.name)
     try:
         return datasets.load_dataset(
             config.name, config.config_name, split=split, revision=config.revision, **_streamed(config.streaming)
@@ -161,6 +155,18 @@ def open_hub(config: DataConfig, split: str) -> Any:
         raise ValueError(
             f"data.name={config.name!r} with config_name={config.config_name!r}, split={split!r}: {error}"
         ) from error
+
+
+def check_name(name: str) -> None:
+    """Raises FileNotFoundError where `name` cannot be a dataset of the hub, or is in no cache and the hub is silent."""
+    if Path(name).exists():
+        return
+    if looks_like_path(name):
+        raise FileNotFoundError(
+            f"data.name={name!r} is no id of a data set on the hub, and no file or folder is there either; give a name "
+            "such as Salesforce/wikitext, or data.path=FILE_OR_FOLDER"
+        )
+    check_dataset_in_reach(name, f"data.name={name!r}")
 
 
 def _streamed(streaming: bool) -> dict[str, bool]:

@@ -33,13 +33,14 @@ from llmqat.calibrate import (
     RangesStage,
     StageReport,
     calibrate,
+    check_folds,
     needs_text,
     report_layers,
     rotates,
 )
-from llmqat.data import Rows, TextSplits, TokenBlocks
+from llmqat.data import DataConfig, Rows, TextSplits, TokenBlocks
 from llmqat.data.hub import use_chat_template
-from llmqat.data.length import check_length, declared_length
+from llmqat.data.length import check_length
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
@@ -60,14 +61,13 @@ from llmqat.models import (
     write_whole,
 )
 from llmqat.recipe.allocation import PLAN_FILE, planned
-from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, training_arguments
+from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype
 from llmqat.recipe.evaluation import (
     EARLIER_TEXTS,
     asked_again,
     check_untrained,
     documents_learned,
     documents_recorded,
-    evaluation_windows,
     held_out_windows,
     texts_seen,
 )
@@ -80,9 +80,10 @@ from llmqat.recipe.folder import (
     kept_text,
     open_run_folder,
 )
-from llmqat.recipe.plan import check_recipe_served, coverage_of
+from llmqat.recipe.plan import coverage_of, steps_of
+from llmqat.recipe.preflight import Preflight, begin, check_run
 from llmqat.recipe.record import RunRecord
-from llmqat.recipe.start import UNPACKED_ONLY, check_packed_start, starts_packed
+from llmqat.recipe.start import UNPACKED_ONLY, starts_packed
 from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
 from llmqat.recipe.training import TrainingLines
 from llmqat.terminal import Stages, progress
@@ -92,12 +93,12 @@ from llmqat.train import (
     QATTrainer,
     QuantizationMonitor,
     check_batch,
-    check_distribution,
     is_own_teacher,
     whole_model,
 )
 from llmqat.train.adapter import save_adapter
 from llmqat.train.checkpoints import last_checkpoint
+from llmqat.train.stability import check_lengths
 
 log = logging.getLogger(__name__)
 
@@ -151,11 +152,13 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         FileNotFoundError: the model or a text is not there.
         ValueError: the model, the text or the scheme does not do.
     """
-    arguments = training_arguments(recipe)
-    check_distribution(arguments)
+    flight = begin(recipe)
+    arguments = flight.arguments
     if is_deepspeed_zero3_enabled():  # models are loaded and calibrated whole, and partitioned when training begins
         unset_hf_deepspeed_config()
-    int_quantized = check_recipe_served(recipe)  # before there is a folder of it
+    with arguments.main_process_first():  # a GGUF file is dequantized by one for all
+        check_run(flight, overwrite=overwrite, folder=arguments.process_index == 0)
+        flight.findings.refuse()
     record: RunRecord | None = None
     with ExitStack() as stack:
         with arguments.main_process_first(local=False):
@@ -164,22 +167,22 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
                 if open_run_folder(recipe, overwrite=overwrite):
                     log.info("going on with the interrupted run in %s", recipe.output)
                 record = stack.enter_context(RunRecord(recipe.output, arguments.world_size))
-        return _run(recipe, arguments, int_quantized, record)
+        return _run(recipe, flight, record)
 
 
-def _run(recipe: Recipe, arguments: QATArguments, int_quantized: bool, record: RunRecord | None) -> RunResult | None:
+def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResult | None:
     """Does what `run` does, in the run folder as it is; the main process keeps a record there."""
+    arguments, coverage, windows = flight.arguments, flight.covered(), flight.windows
     main = arguments.process_index == 0
     stage = Stages(record)
-    with stage("load", recipe.model), arguments.main_process_first():  # a GGUF file is dequantized by one for all
-        # Now: a scheme that does not do should not cost the text.
-        coverage = _checked_coverage(recipe)
+    with stage("load", recipe.model), arguments.main_process_first():
         teacher, tokenizer = load_model(recipe.source, torch.bfloat16)
         use_chat_template(recipe.data, tokenizer)
         teacher.to(arguments.device)
-        # Now: a text that does not do should not cost a run.
-        windows = evaluation_windows(recipe.evaluate, tokenizer, declared_length(teacher.config))
+        # Now: what needs weights to be known should not cost the text.
         check_length(teacher, max(cut.read_length for cut in windows.values()), "evaluate.window")
+        check_documents_apart(teacher, recipe.data)
+        check_folds(teacher, recipe.calibrate)
         cache = teacher_cache_of(recipe, teacher, tokenizer)
     together = recipe.data.source == "synthetic"
     with stage("text", recipe.data.source), nullcontext() if together else arguments.main_process_first(local=False):
@@ -189,8 +192,9 @@ def _run(recipe: Recipe, arguments: QATArguments, int_quantized: bool, record: R
         earlier = texts_seen(record_of(recipe.model))
         check_untrained(recipe.evaluate, documents_learned(text), "this recipe")
         check_untrained(recipe.evaluate, documents_recorded({EARLIER_TEXTS: earlier}), recipe.model)
-        check_documents_apart(teacher, blocks)
         check_batch(arguments, len(blocks))
+        total = steps_of(arguments, len(blocks), arguments.world_size) or 0
+        check_lengths(total, arguments.get_warmup_steps(total), arguments.quantization_warmup_steps)
         unlearned = _unlearned_answers(arguments, blocks)
         windows = {**held_out_windows(text, recipe.evaluate), **windows}
     if cache is not None:
@@ -234,7 +238,7 @@ def _run(recipe: Recipe, arguments: QATArguments, int_quantized: bool, record: R
             layers["trained"] = layers_of(recipe, trained, calibration_rows, arguments)
         _write_layers(layers, recipe.output)
         folder = recipe.output / CHECKPOINT_FOLDER
-        report = save(trained, folder, tokenizer, run=facts, overwrite=True, int_quantized=int_quantized)
+        report = save(trained, folder, tokenizer, run=facts, overwrite=True, int_quantized=flight.int_quantized)
     with stage("evaluate", ", ".join(windows)):
         candidates = _candidates(recipe, teacher, coverage, calibration_rows, report, arguments, unlearned)
         with progress_bar() as advance:
@@ -276,21 +280,9 @@ def _taught_by(
     return None if recipe.lora is not None and is_own_teacher(model) else teacher
 
 
-def _checked_coverage(recipe: Recipe) -> CoverageAudit:
-    if starts_packed(recipe):
-        check_packed_start(recipe)
-    coverage = coverage_of(recipe.model, recipe.quant, rotates(recipe.calibrate))
-    if not coverage.quantized:
-        raise ValueError(
-            "quant covers no weight (quant.targets is empty, or all is ignored), so there is nothing to pack; a "
-            "quantized KV cache alone can be used in Python (llmqat.prepare), or beside weights such as preset int8"
-        )
-    return coverage
-
-
-def check_documents_apart(model: PreTrainedModel, blocks: TokenBlocks) -> None:
+def check_documents_apart(model: PreTrainedModel, data: DataConfig) -> None:
     """Raises ValueError where documents are to be kept apart and `model` cannot do so."""
-    if blocks.rows.starts is not None and not keeps_documents_apart(model):
+    if data.packing != "concatenate" and not keeps_documents_apart(model):
         raise ValueError(
             f"data.packing: {type(model).__name__} attends beyond the documents that position ids begin; "
             "use data.packing=concatenate"

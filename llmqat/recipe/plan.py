@@ -28,6 +28,7 @@ from llmqat.export.stock import try_stock
 from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
 from llmqat.models import empty_model, read_config, resolve_spec, token_model_class
 from llmqat.recipe.config import Recipe, folds_weights, parse_yaml, training_arguments
+from llmqat.recipe.disk import Disk, disk_of
 from llmqat.recipe.memory import Devices, Memory, Method, ModelSize, memory_of, optimizer_bytes, size_of
 from llmqat.recipe.start import starts_packed
 from llmqat.train import LoraSettings, QATArguments, choose_trained
@@ -62,6 +63,8 @@ class Plan:
     """Which clients would serve the checkpoint."""
     trained_by: Mapping[str, int]
     """Parameters that would train by other methods, `lora` (of rank 16) and `scales`, where the scheme allows them."""
+    disk: Disk
+    """Bytes that the run writes into its folder."""
 
     @property
     def memory(self) -> Memory:
@@ -132,33 +135,53 @@ def plan_run(recipe: Recipe, devices: Devices | None = None) -> Plan:
     arguments = training_arguments(recipe)
     here = Devices(processes=arguments.world_size, accelerator=arguments.device.type)
     devices = devices or here
-    wanted = recipe.data.tokens or (DEFAULT_SYNTHETIC_TOKENS if recipe.data.source == "synthetic" else None)
-    blocks = None if wanted is None else math.ceil(wanted / recipe.data.block_size)
-    samples = arguments.train_batch_size * arguments.gradient_accumulation_steps * devices.processes
-    steps: int | None = arguments.max_steps
-    if arguments.max_steps < 0:
-        steps = None if blocks is None else math.ceil(math.ceil(blocks / samples) * arguments.num_train_epochs)
-    model, coverage = _prepared(recipe)
+    blocks = blocks_of(recipe)
+    steps = steps_of(arguments, blocks, devices.processes)
+    samples = samples_of(arguments, devices.processes)
+    model, coverage = prepared_model(recipe)
     description = described(model)  # before adapters are put on it
     check_plan_served(description, recipe.serve, None if starts_packed(recipe) else recipe.quant, recipe.allocate)
     check_length(model, recipe.data.block_size, "data.block_size")
+    size = size_of(model, model.config, packed_bytes(coverage))
+    method, _ = method_of(recipe, arguments, model)
     return Plan(
         coverage=coverage,
         blocks=blocks,
         steps=steps,
         tokens=None if steps is None else steps * samples * recipe.data.block_size,
         target_bits=None if recipe.allocate is None else recipe.allocate.target_bits,
-        size=size_of(model, model.config, _packed_bytes(coverage)),
-        method=_method(recipe, arguments, model),
+        size=size,
+        method=method,
         devices=devices,
         served=served_by(description),
         trained_by=_trained_by(recipe),
+        disk=disk_of(recipe, arguments, coverage, size, method, blocks, steps),
     )
+
+
+def blocks_of(recipe: Recipe) -> int | None:
+    """Returns the blocks of training text that are wanted; None where the text says how many there are."""
+    wanted = recipe.data.tokens or (DEFAULT_SYNTHETIC_TOKENS if recipe.data.source == "synthetic" else None)
+    return None if wanted is None else math.ceil(wanted / recipe.data.block_size)
+
+
+def samples_of(arguments: QATArguments, processes: int) -> int:
+    """Returns the samples of an optimizer step, of all `processes` together."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * processes
+
+
+def steps_of(arguments: QATArguments, blocks: int | None, processes: int) -> int | None:
+    """Returns the optimizer steps of a training on `blocks`; None where they depend on an amount that is not known."""
+    if arguments.max_steps >= 0:
+        return arguments.max_steps
+    if blocks is None:
+        return None
+    return math.ceil(math.ceil(blocks / samples_of(arguments, processes)) * arguments.num_train_epochs)
 
 
 def _trained_by(recipe: Recipe) -> dict[str, int]:
     """Returns how many parameters would train by the cheaper methods, counted on a model of its own."""
-    model: Any = _prepared(recipe)[0]
+    model: Any = prepared_model(recipe)[0]
     found = {}
     for trains in ("scales",) if starts_packed(recipe) else ("scales", "lora"):  # adapters last: they stay on the model
         try:
@@ -170,7 +193,7 @@ def _trained_by(recipe: Recipe) -> dict[str, int]:
     return found
 
 
-def _prepared(recipe: Recipe) -> tuple[PreTrainedModel, CoverageAudit]:
+def prepared_model(recipe: Recipe) -> tuple[PreTrainedModel, CoverageAudit]:
     """Returns the recipe's model, packed as it is or prepared without weights, and its coverage."""
     if starts_packed(recipe):
         packed = load(recipe.model)
@@ -179,20 +202,24 @@ def _prepared(recipe: Recipe) -> tuple[PreTrainedModel, CoverageAudit]:
     return _prepared_without_weights(recipe.model, config, recipe.quant, rotates(recipe.calibrate))
 
 
-def _packed_bytes(coverage: CoverageAudit) -> float:
+def packed_bytes(coverage: CoverageAudit) -> float:
     """Returns the bytes of a quantized weight, without its scale in bfloat16, on average."""
     weights = sum(entry.numel for entry in coverage.quantized)
     return int(coverage.average_bits) / 8 if weights else 0.0
 
 
-def _method(recipe: Recipe, arguments: QATArguments, model: PreTrainedModel) -> Method:
-    """Returns how the recipe trains `model`, on which what trains is marked."""
+def method_of(recipe: Recipe, arguments: QATArguments, model: PreTrainedModel) -> tuple[Method, PreTrainedModel]:
+    """Returns how the recipe trains `model`, and the model with its adapters, on which what trains is marked.
+
+    Raises:
+        ValueError: the recipe's adapters, or what it trains, do not fit the model.
+    """
     trains = "lora" if recipe.lora is not None else arguments.trainable
     trained: Any = model if recipe.lora is None else recipe.lora.attach(model)
     choose_trained(trained, arguments.trainable)
     if arguments.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
-    return Method(
+    method = Method(
         trains=trains,
         trained=sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
         teacher=_teacher(recipe, arguments),
@@ -204,6 +231,7 @@ def _method(recipe: Recipe, arguments: QATArguments, model: PreTrainedModel) -> 
         checkpointing=bool(arguments.gradient_checkpointing),
         optimizer=optimizer_bytes(str(arguments.optim.value)),
     )
+    return method, trained
 
 
 def _head_trains(model: PreTrainedModel) -> bool:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,6 +195,18 @@ _TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
 """Values of `report_to` that are also the names of modules."""
 
 
+def _file_of(name: str) -> Check:
+    """Returns the check of a field that may be the name of a JSON file."""
+
+    def check(args: TrainingArguments) -> str | None:
+        value = getattr(args, name, None)
+        if isinstance(value, str) and value.endswith(".json") and not Path(value).expanduser().is_file():
+            return f"{name}={value!r}: there is no such file; give a JSON file, or its content"
+        return None
+
+    return check
+
+
 def _check_epochs(args: TrainingArguments) -> str | None:
     if args.max_steps < 0 and args.num_train_epochs < 0:
         return f"num_train_epochs={args.num_train_epochs} is negative; 0 trains nothing"
@@ -224,8 +237,8 @@ _INHERITED = """
 """Fields that work as transformers documents them. The line before the last is for scripts, and Trainer reads none of
 it; the last is of older transformers."""
 
-_ELSEWHERE = ["fsdp", "fsdp_config", "deepspeed"]
-"""Fields that `distribution.check_distribution` looks at, when the processes are there."""
+_ELSEWHERE = ["fsdp"]
+"""Fields that `distribution.check_distribution` looks at, when the processes are there; so it does at the next two."""
 
 _HALF = "small scales and their gradients underflow; use bf16 or float32"
 _FULL_EVAL = (
@@ -242,6 +255,8 @@ FIELDS: dict[str, Check | None] = {
     "max_grad_norm": _check_gradient_norm,
     "optim": lambda args: check_optimizer(args.optim, args.optim_args, args.warmup_steps),
     "optim_args": None,  # with optim
+    "fsdp_config": _file_of("fsdp_config"),
+    "deepspeed": _file_of("deepspeed"),
     "optim_target_modules": _refused("optim_target_modules", "GaLore and APOLLO alone read it, which are refused"),
     "label_smoothing_factor": _refused(
         "label_smoothing_factor",

@@ -790,6 +790,8 @@ def _share_starting_scales(model: nn.Module, world_size: int) -> None:
     for module in model.modules():
         if isinstance(module, (QuantModule, ActivationQuantizer)):
             for tensor in module.buffers(recurse=False):
+                if tensor.is_meta:  # of a trial
+                    continue
                 torch.distributed.broadcast(tensor, src=0)
 
 

@@ -36,6 +36,8 @@ REFUSED: dict[str, Any] = {
     "eval_use_gather_object": True,
     "label_names": ["targets"],
     "use_cache": True,
+    "fsdp_config": "absent.json",
+    "deepspeed": "absent.json",
     "debug": "tpu_metrics_debug",
     "parallelism_config": object(),
 }

@@ -1,0 +1,407 @@
+"""Everything about a run that can be known before its first minute is spent, checked at once.
+
+A recipe is wrong in several places as often as in one, and a run that is refused for one of them after the other is
+started many times. So each check here notes what it finds, and all findings are told together. They come from the
+recipe, the model's configuration (the model is made without weights), the tokenizer, the files and the disk; no weights
+are loaded and no text is tokenized but that of the evaluation. What needs weights or text is checked by the run as soon
+as these are there, before it calibrates.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from llmqat.calibrate import BlockwiseStage, GPTQStage
+from llmqat.calibrate.blocks import find_blocks
+from llmqat.calibrate.sensitivity import LayerSensitivity, allocate_bits
+from llmqat.data import DataConfig
+from llmqat.data.config import HUB_PREFIX, MIX
+from llmqat.data.documents import document_hash, encoded
+from llmqat.data.hub import check_name, open_rows, row_pieces, use_chat_template
+from llmqat.data.length import check_length, declared_length
+from llmqat.data.pydoc import pydoc_text
+from llmqat.data.shards import check_folder
+from llmqat.data.synthesis import Writer
+from llmqat.data.teacher_cache import TeacherCache
+from llmqat.data.text import hash_file, is_rows, text_files
+from llmqat.evaluate.perplexity import TokenWindows
+from llmqat.export.checkpoint import record_of
+from llmqat.hub import why_unreachable
+from llmqat.layers import CoverageAudit, QuantModule
+from llmqat.models import (
+    check_can_be_rebuilt,
+    check_few_bits,
+    check_next_token,
+    load_tokenizer,
+    resolve_spec,
+    vocabulary_size,
+)
+from llmqat.paths import check_folder_output
+from llmqat.recipe.config import TRAINER_FOLDER, Recipe, training_arguments
+from llmqat.recipe.disk import Disk, disk_of, disk_problem
+from llmqat.recipe.evaluation import (
+    EARLIER_TEXTS,
+    check_untrained,
+    documents_recorded,
+    evaluation_windows,
+    text_names,
+    texts_seen,
+)
+from llmqat.recipe.folder import check_run_folder
+from llmqat.recipe.memory import size_of
+from llmqat.recipe.plan import (
+    blocks_of,
+    check_plan_served,
+    described,
+    method_of,
+    packed_bytes,
+    prepared_model,
+    steps_of,
+)
+from llmqat.recipe.start import check_packed_start, starts_packed
+from llmqat.train import QATArguments, check_distribution
+from llmqat.train.checkpoints import check_resumable, last_checkpoint
+from llmqat.train.stability import check_lengths
+from llmqat.train.trial import refused_by_training
+
+log = logging.getLogger(__name__)
+
+MOST_HASHED_BYTES = 100_000_000
+"""Of training text that is looked for among the evaluation's before the run; larger texts are when they are read."""
+
+
+class PreflightError(ValueError):
+    """Several things are wrong.
+
+    Attributes:
+        findings: what each check said.
+    """
+
+    def __init__(self, findings: Sequence[Exception]) -> None:
+        listed = "\n".join(f"  {number}. {error}" for number, error in enumerate(findings, 1))
+        super().__init__(f"{len(findings)} things are wrong, and nothing was done:\n{listed}")
+        self.findings = tuple(findings)
+
+
+@dataclass
+class Findings:
+    """What checks have found, each told once."""
+
+    errors: list[Exception] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Inside, an error that is the user's to mend is noted, and ends the block."""
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            self.note(error)
+
+    def note(self, error: Exception) -> None:
+        """Notes an error, unless another check has said the same."""
+        if str(error) not in map(str, self.errors):
+            self.errors.append(error)
+
+    def refuse(self) -> None:
+        """Raises what was found: a single error as it is, several as a PreflightError; logs warnings."""
+        for warning in self.warnings:
+            log.warning("%s", warning)
+        self.warnings = []
+        if len(self.errors) > 1:
+            raise PreflightError(self.errors)
+        if self.errors:
+            raise self.errors[0]
+
+
+def all_of(checks: Sequence[Callable[[], object]]) -> None:
+    """Makes all `checks`, and raises what they found together.
+
+    Raises:
+        Exception: a check's own, where one alone fails.
+        PreflightError: several fail.
+    """
+    found = Findings()
+    for check in checks:
+        with found.noting():
+            check()
+    found.refuse()
+
+
+@dataclass
+class Preflight:
+    """What is known of a run before it begins; parts that could not be made are None."""
+
+    recipe: Recipe
+    """With the fields of `train` that the trainer takes."""
+    arguments: QATArguments
+    findings: Findings
+    model: PreTrainedModel | None = None
+    """Without weights, prepared as it would be trained; a packed one as it lies."""
+    coverage: CoverageAudit | None = None
+    int_quantized: bool = False
+    """Whether W4A8 has to be written as `int-quantized`."""
+    windows: Mapping[str, TokenWindows] = field(default_factory=dict)
+    """Of the evaluation."""
+    disk: Disk | None = None
+
+    def covered(self) -> CoverageAudit:
+        """Returns the coverage, which is there where nothing was found."""
+        assert self.coverage is not None
+        return self.coverage
+
+
+def begin(recipe: Recipe) -> Preflight:
+    """Returns a preflight that has looked at the trainer's arguments alone; they start the process group."""
+    findings = Findings()
+    usable, arguments = _arguments(recipe, findings)
+    return Preflight(usable, arguments, findings)
+
+
+def check_run(flight: Preflight, *, overwrite: bool = False, elsewhere: bool = False, folder: bool = True) -> None:
+    """Looks at everything else, and notes in `flight` what it finds.
+
+    Args:
+        flight: from `begin`.
+        overwrite: whether what an earlier run left in the output folder is to be removed.
+        elsewhere: whether the run is planned for other devices than those here.
+        folder: whether the run folder is looked at; one process of many does.
+    """
+    recipe, arguments, found = flight.recipe, flight.arguments, flight.findings
+    if not elsewhere:
+        with found.noting():
+            check_distribution(arguments)
+    if folder:
+        with found.noting():
+            check_folder_output(recipe.output, "output")
+            check_run_folder(recipe, overwrite=overwrite)
+        if not overwrite:
+            with found.noting():
+                _check_resumed(recipe, arguments)
+    if arguments.push_to_hub:
+        with found.noting():
+            _check_hub(arguments)
+    with found.noting():
+        steps = steps_of(arguments, blocks_of(recipe), arguments.world_size) or 0
+        check_lengths(steps, arguments.get_warmup_steps(steps), arguments.quantization_warmup_steps)
+    _check_model(flight)
+    tokenizer = _check_texts(flight)
+    _check_data(flight, recipe.data, tokenizer)
+    with found.noting():
+        _check_seen(recipe)
+    if recipe.teacher_cache is not None:
+        with found.noting():
+            _check_cache(recipe, flight.model, tokenizer)
+    if recipe.teacher_bits is not None:
+        with found.noting():
+            check_few_bits(recipe.source, recipe.teacher_bits)
+    if folder and flight.disk is not None and (problem := disk_problem(flight.disk, recipe.output)) is not None:
+        text, certain = problem
+        if certain:
+            found.note(OSError(text))
+        else:
+            found.warnings.append(text)
+
+
+# The trainer
+
+
+def _arguments(recipe: Recipe, found: Findings) -> tuple[Recipe, QATArguments]:
+    """Returns the trainer's arguments, and the recipe without the fields that it refuses, which are noted."""
+    while True:
+        try:
+            return recipe, training_arguments(recipe)
+        except (ValueError, OSError, ImportError) as error:
+            found.note(error)
+            unset_hf_deepspeed_config()  # transformers keeps what it has half made of a field that it refuses
+            named = [key for key in recipe.train if re.search(rf"\b{key}\b", str(error))]
+            if not recipe.train:
+                raise
+            kept = {key: value for key, value in recipe.train.items() if named and key not in named}
+            recipe = recipe.model_copy(update={"train": kept})
+
+
+def _check_resumed(recipe: Recipe, arguments: QATArguments) -> None:
+    last = last_checkpoint(recipe.output / TRAINER_FOLDER)
+    if last is None or arguments.auto_find_batch_size:
+        return
+    processes = 1 if arguments.accelerator_config.split_batches else arguments.world_size
+    check_resumable(last, arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes)
+
+
+def _check_hub(arguments: QATArguments) -> None:
+    if arguments.hub_token is None and huggingface_hub.get_token() is None:
+        raise ValueError("train.push_to_hub=True needs a token of the hub; run `hf auth login`, or leave it out")
+    reason = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else why_unreachable()
+    if reason is not None:
+        raise ValueError(f"train.push_to_hub=True, and the hub cannot be reached ({reason}); leave it out")
+
+
+# The model
+
+
+def _check_model(flight: Preflight) -> None:
+    recipe, arguments, found = flight.recipe, flight.arguments, flight.findings
+    with found.noting():
+        if starts_packed(recipe):
+            check_packed_start(recipe)
+        flight.model, flight.coverage = prepared_model(recipe)
+    model, coverage = flight.model, flight.coverage
+    if model is None or coverage is None:
+        return
+    with found.noting():
+        check_next_token(model)
+        check_can_be_rebuilt(model)
+    with found.noting():
+        check_length(model, recipe.data.block_size, "data.block_size")
+    if not coverage.quantized:
+        found.note(
+            ValueError(
+                "quant covers no weight (quant.targets is empty, or all is ignored), so there is nothing to pack; a "
+                "quantized KV cache alone can be used in Python (llmqat.prepare), or beside weights such as preset int8"
+            )
+        )
+        return
+    with found.noting():
+        quant = None if starts_packed(recipe) else recipe.quant
+        if recipe.serve:
+            flight.int_quantized = check_plan_served(described(model), recipe.serve, quant, recipe.allocate)
+    with found.noting():
+        if any(isinstance(stage, (GPTQStage, BlockwiseStage)) for stage in recipe.calibrate):
+            find_blocks(model)
+    with found.noting():
+        _check_allocation(recipe, model)
+    trained = model
+    blocks = blocks_of(recipe)
+    steps = steps_of(arguments, blocks, arguments.world_size)
+    with found.noting():
+        size = size_of(model, model.config, packed_bytes(coverage))
+        method, trained = method_of(
+            recipe, arguments, model
+        )  # adapters are put on the model, and what trains is chosen
+        flight.disk = disk_of(recipe, arguments, coverage, size, method, blocks, steps)
+    named = [Path(name).stem for name in text_names(recipe.evaluate.texts)]
+    watched = named if len(named) > 1 and not recipe.data.validation_share else None
+    for error in refused_by_training(trained, arguments, steps, recipe.data.block_size, watched):
+        found.note(error)
+
+
+def _check_allocation(recipe: Recipe, model: PreTrainedModel) -> None:
+    if recipe.allocate is None:
+        return
+    costs = dict.fromkeys(recipe.allocate.choices, 0.0)
+    layers = [
+        LayerSensitivity(name, module.rows * module.columns, costs)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantModule) and module.weights == recipe.quant.weights
+    ]
+    if not layers:
+        raise ValueError("no layer has the scheme of quant.weights, so there is none to choose bits for")
+    allocate_bits(layers[:1], recipe.allocate.target_bits)
+
+
+# Texts
+
+
+def _check_texts(flight: Preflight) -> PreTrainedTokenizerBase | None:
+    """Cuts the evaluation's texts into windows; returns the tokenizer, None where there is none."""
+    recipe, found = flight.recipe, flight.findings
+    tokenizer = None
+    with found.noting():
+        tokenizer = load_tokenizer(resolve_spec(recipe.source), recipe.source)
+    if tokenizer is None:
+        return None
+    with found.noting():
+        use_chat_template(recipe.data, tokenizer)
+    longest = None if flight.model is None else declared_length(flight.model.config)
+    for text in recipe.evaluate.texts:  # of several, each that does not do is named
+        with found.noting():
+            evaluation_windows(recipe.evaluate.model_copy(update={"texts": (text,)}), tokenizer, longest)
+    if not found.errors:
+        flight.windows = evaluation_windows(recipe.evaluate, tokenizer, longest)
+        if flight.model is not None:
+            with found.noting():
+                check_length(flight.model, max(cut.read_length for cut in flight.windows.values()), "evaluate.window")
+    return tokenizer
+
+
+def _check_data(flight: Preflight, data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    found = flight.findings
+    if data.source == MIX:
+        for one in data.mix or ():
+            _check_data(flight, one.model_copy(update={"block_size": data.block_size}), tokenizer)
+        return
+    with found.noting():
+        if data.source == "synthetic":
+            if data.path is not None:
+                check_folder_output(data.path, "data.path")
+                check_folder(data.path)
+            if flight.model is not None and tokenizer is not None and not starts_packed(flight.recipe):
+                Writer(flight.model, tokenizer, data)
+        elif data.source == "dataset" and data.name is not None:
+            check_name(data.name)
+        elif data.path is not None and (data.source == "dataset" or (data.source == "text" and is_rows(data.path))):
+            rows, reader = open_rows(data)
+            if tokenizer is not None:
+                list(encoded(islice(row_pieces(rows, reader), 1), tokenizer))
+        elif data.source == "text" and data.path is not None:
+            _check_files(data.path, data.block_size)
+
+
+def _check_files(path: Path, block_size: int) -> None:
+    files = text_files(path)
+    size = sum(file.stat().st_size for file in files)
+    if size == 0:
+        raise ValueError(f"the text at {path} is empty")
+    if size + len(files) < block_size:  # a token has a byte at least
+        raise ValueError(
+            f"the text at {path} has {size} bytes, and one block needs data.block_size={block_size} tokens; give more "
+            "text or a smaller block_size"
+        )
+
+
+def _check_seen(recipe: Recipe) -> None:
+    """Raises where a text is to be scored that the model has seen, or will see, as far as is quickly known."""
+    earlier = texts_seen(record_of(recipe.model))
+    check_untrained(recipe.evaluate, documents_recorded({EARLIER_TEXTS: earlier}), recipe.model)
+    hashes = [digest for source in recipe.data.mix or (recipe.data,) for digest in _quickly_hashed(source)]
+    files = [text for text in recipe.evaluate.texts if not text.startswith(HUB_PREFIX)]
+    if hashes and files:
+        settings = recipe.evaluate.model_copy(update={"texts": tuple(files)})
+        check_untrained(settings, [torch.tensor(hashes)], "this recipe")
+
+
+def _quickly_hashed(source: DataConfig) -> list[int]:
+    if source.source == "pydoc":
+        return [document_hash(pydoc_text())]
+    if source.source != "text" or source.path is None or not source.path.exists() or is_rows(source.path):
+        return []
+    files = text_files(source.path)
+    if sum(file.stat().st_size for file in files) > MOST_HASHED_BYTES:
+        return []
+    return [digest for file in files if (digest := hash_file(file)) is not None]
+
+
+def _check_cache(recipe: Recipe, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises where the teacher's cache is none, or not of this model's vocabulary; its weights are compared later."""
+    assert recipe.teacher_cache is not None
+    cache = TeacherCache(recipe.teacher_cache)
+    cache.check(tokenizer=tokenizer)
+    vocabulary = None if model is None else vocabulary_size(model)
+    if vocabulary not in (None, cache.header.vocabulary):
+        raise ValueError(
+            f"teacher_cache={recipe.teacher_cache} was made by a model of {cache.header.vocabulary} tokens "
+            f"({cache.header.model}), and {recipe.source!r} has {vocabulary}; name the model that it was made with, or "
+            "make another with `llmqat cache-teacher`"
+        )
