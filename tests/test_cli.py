@@ -441,6 +441,7 @@ def test_a_gate_has_an_exit_code_of_its_own_and_a_report_is_judged_again(tiny: P
     broken = call("eval", str(packed), *words, "--gate", "kl<=1e-9")
     assert broken.exit_code == 3, broken.output
     assert "BROKEN: kl<=1e-09" in broken.output
+    assert broken.output.rstrip().endswith("gate broken, 1 of 1: kl<=1e-09 (int8)")
     again = call("eval", str(packed), "--baseline", files["json"], "--gate", "perplexity<=1.0001x")
     assert again.exit_code == 0, again.output
     assert "(+0.00%)" in again.output
@@ -639,7 +640,7 @@ def test_a_run_whose_results_cannot_be_written_is_shown(tiny: Path, tmp_path: Pa
     shown: list[object] = []
     monkeypatch.setattr(pipeline, "_write_results", full)
     monkeypatch.setattr("llmqat.recipe.run", lambda recipe, overwrite: pipeline._keep_results(recipe, found, {}))
-    monkeypatch.setattr(cli.train, "_print_run", shown.append)
+    monkeypatch.setattr(cli.train, "_print_run", lambda result, _: shown.append(result))
     told = refusal("train", recipe(tmp_path, tiny))
     assert "the results could not be written ([Errno 28] No space left on device)" in told
     assert shown == [found]

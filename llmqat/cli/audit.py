@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmqat.cli.application import command, console
 from llmqat.cli.options import GroupSizeOption, JsonOption, ModelArgument, SchemeOption
+from llmqat.cli.show import print_next
 from llmqat.paths import check_outputs
 from llmqat.terminal import Column, FittedTable
 
@@ -50,6 +51,9 @@ def audit(
     """
     from llmqat.evaluate.documents import head
     from llmqat.evaluate.loading import known_of
+    from llmqat.export import is_packed
+    from llmqat.export.commands import command as command_of
+    from llmqat.export.commands import name_of_folder, option, run_commands
     from llmqat.export.serving import served_by
     from llmqat.models import write_whole
     from llmqat.recipe import inspect_model, scheme_of
@@ -76,6 +80,11 @@ def audit(
             "served_by": {name: entry.to_dict() for name, entry in served.items()},
         }
         write_whole(json_file, json.dumps(written, indent=2) + "\n")
+    if is_packed(model):
+        print_next(*run_commands(model))
+    else:
+        words = ("--scheme", scheme, *option("--group-size", group_size), "--out", f"{name_of_folder(model)}-{scheme}")
+        print_next(command_of("llmqat", "quantize", model, *words))
 
 
 def print_audit(coverage: CoverageAudit) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from llmqat.cli.application import command, console
 from llmqat.cli.options import ModelArgument, SeedOption
+from llmqat.cli.show import print_next
 
 
 @command()
@@ -27,15 +28,18 @@ def chat(
 
         llmqat chat HuggingFaceTB/SmolLM2-135M --prompt "Once upon a time" --max-new-tokens 64
     """
+    from llmqat.export.commands import command as command_of
     from llmqat.recipe import Conversation
 
     talk = Conversation.open(model, system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if prompt is not None:
         talk.say(prompt)
+        print_next(command_of("llmqat", "eval", model), aside=True)
         return
     console.print(f"{talk.kind}; an empty line or Ctrl-D ends it, Ctrl-C ends an answer", style="dim")
     while line := _ask():
         talk.say(line)
+    print_next(command_of("llmqat", "eval", model), aside=True)
 
 
 def _ask() -> str:

@@ -10,6 +10,7 @@ import typer
 
 from llmqat.cli.application import command, console
 from llmqat.cli.options import ModelArgument
+from llmqat.cli.show import print_next
 from llmqat.extras import check_installed
 from llmqat.paths import check_folder_output
 
@@ -60,6 +61,7 @@ def export(
         llmqat export runs/lora-int4/adapter --format peft --base smollm2-int4 --out my-adapter
     """
     from llmqat.export import CONVERSIONS, PACKAGES, keep_record, load_any, save_again
+    from llmqat.export.commands import run_commands
 
     check_folder_output(out.parent, "--out")
     if (format == "peft") != (base is not None):
@@ -88,11 +90,13 @@ def export(
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     console.print(f"{out}: {size:,} bytes ({parts})", soft_wrap=True)
+    print_next(*run_commands(out))
 
 
 def _export_adapter(adapter: Path, base: Path, out: Path) -> None:
     """Writes an adapter for servers, and says what it costs that it is not folded, and how to serve it."""
     from llmqat.evaluate.adapters import write_beside
+    from llmqat.export.commands import command as command_of
 
     done = write_beside(adapter, base, out)
     parts = ", ".join(f"{kind} {size:,}" for kind, size in done.sizes.items())
@@ -102,7 +106,7 @@ def _export_adapter(adapter: Path, base: Path, out: Path) -> None:
         f"most probable token for {done.top1:.1%} of {done.tokens:,}; rounding W + BA is not rounding W",
         soft_wrap=True,
     )
-    console.print(f"next: vllm serve {base} --enable-lora --lora-modules {out.name}={out}", soft_wrap=True)
+    print_next(command_of("vllm", "serve", base, "--enable-lora", "--lora-modules", f"{out.name}={out}"))
 
 
 @command()
@@ -125,6 +129,8 @@ def push(
 
         llmqat push runs/smollm2-135m-int4/model someone/smollm2-135m-int4 --dry-run to-publish
     """
+    from llmqat.export.commands import command as command_of
+    from llmqat.export.commands import option, run_commands
     from llmqat.export.hub import push as publish
 
     done = publish(
@@ -137,3 +143,9 @@ def push(
         dry_run=dry_run,
     )
     console.print(done, soft_wrap=True)
+    if dry_run is None:
+        print_next(*run_commands(folder, published_as=repository))
+    else:
+        asked = (("--revision", revision), ("--license", license), ("--base-model", base_model))
+        words = [word for name, value in asked for word in option(name, value)]
+        print_next(command_of("llmqat", "push", folder, repository, *words, "--private" if private else None))

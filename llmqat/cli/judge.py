@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmqat.cli.application import EXIT_GATE, command, console
+from llmqat.cli.application import EXIT_GATE, command, console, errors
 from llmqat.cli.options import (
     BaselineOption,
     BatchSizeOption,
@@ -28,6 +28,7 @@ from llmqat.cli.options import (
     TrainedTextOption,
     WindowOption,
 )
+from llmqat.cli.show import print_next
 
 if TYPE_CHECKING:
     from llmqat.evaluate.tasks import TaskSettings
@@ -184,5 +185,8 @@ def _judge(
         raise
     console.print(verdict.rendered())
     verdict.write(*files)
-    if not verdict.passed:
+    print_next(*verdict.next)
+    if verdict.broken:
+        which = ", ".join(dict.fromkeys(f"{check.rule} ({check.model})" for check in verdict.broken))
+        errors.print(f"gate broken, {len(verdict.broken)} of {len(verdict.checks)}: {which}", soft_wrap=True)
         raise typer.Exit(EXIT_GATE)

@@ -10,6 +10,7 @@ import typer
 from llmqat.cli.application import command, console, errors
 from llmqat.cli.audit import print_audit, print_served
 from llmqat.cli.options import OverridesArgument, RecipeArgument
+from llmqat.cli.show import print_next
 
 if TYPE_CHECKING:
     from llmqat.recipe import Plan, Recipe
@@ -43,6 +44,7 @@ def plan(
 
         llmqat plan lora-int4 model=meta-llama/Llama-3.1-8B --processes 8 --sharding fsdp2 --memory 80
     """
+    from llmqat.export.commands import command as command_of
     from llmqat.recipe import available_bytes, devices_of, load_recipe, plan_run
     from llmqat.recipe.memory import Devices
 
@@ -68,6 +70,7 @@ def plan(
         _print_fit(planned, available)
     if probe:
         _print_probe(planned, loaded)
+    print_next(command_of("llmqat", "train", recipe, *(overrides or ())))
 
 
 def _print_memory(plan: Plan) -> None:

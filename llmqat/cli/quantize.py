@@ -18,7 +18,7 @@ from llmqat.cli.options import (
     SchemeOption,
     SeedOption,
 )
-from llmqat.cli.show import print_checkpoint
+from llmqat.cli.show import print_checkpoint, print_next
 from llmqat.paths import check_folder_output, check_outputs
 from llmqat.terminal import Column, FittedTable
 
@@ -113,9 +113,9 @@ def quantize(
     for stage in done.stages:
         line = f"{stage.stage}: {stage.seconds:.0f} s, KL on the calibration text {stage.change}"
         console.print(line)
-    print_checkpoint(done.report)
     if report is not None:
         write_layers({"quantized": done.layers}, report, picture=True)
+    print_checkpoint(done.report, model)
 
 
 @command()
@@ -144,6 +144,8 @@ def sensitivity(
         llmqat sensitivity ./model --scheme int4 --group-size 32 --choices 3 --choices 4 --choices 8 --text notes.txt
     """
     from llmqat.calibrate import AllocationConfig
+    from llmqat.export.commands import command as command_of
+    from llmqat.export.commands import name_of_folder, option
     from llmqat.recipe import sensitivity_of
 
     check_outputs({"--json": json_file}, [model, *([] if text is None else [text])])
@@ -154,6 +156,9 @@ def sensitivity(
     _print_plan(found)
     if json_file is not None:
         found.write(json_file)
+    words: list[object] = ["--scheme", scheme, *option("--group-size", group_size), *option("--text", text)]
+    words += ["--target-bits", f"{target_bits:g}", "--out", f"{name_of_folder(model)}-{target_bits:g}-bits"]
+    print_next(command_of("llmqat", "quantize", model, *words))
 
 
 def _print_plan(plan: BitPlan) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llmqat.cli.application import app, console
+from llmqat.cli.show import print_next
 from llmqat.paths import user_path
 from llmqat.shipped import copy_shipped, shipped_files, shipped_recipes, title
 
@@ -37,6 +39,7 @@ def recipes(ctx: typer.Context) -> None:
     console.print("Scripts and configurations:")
     _list({name: file for name, file in files.items() if name not in names})
     console.print("`llmqat recipes copy NAME [FOLDER]` copies one.")
+    print_next("llmqat plan smollm2-135m-int4")
 
 
 def _list(files: dict[str, Path]) -> None:
@@ -61,4 +64,4 @@ def copy(
     copied = copy_shipped(name, user_path(folder, "FOLDER"))
     console.print(f"{copied}", soft_wrap=True)
     if name.removesuffix(".yaml") in shipped_recipes():
-        console.print(f"next: llmqat plan {copied}", soft_wrap=True)
+        print_next(shlex.join(["llmqat", "plan", str(copied)]))

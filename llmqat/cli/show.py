@@ -4,22 +4,42 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmqat.cli.application import console
+from llmqat.cli.application import console, errors
 
 if TYPE_CHECKING:
     from llmqat.export import ExportReport
 
 
-def print_checkpoint(report: ExportReport) -> None:
-    """Shows the size of a checkpoint that was saved, where it is, and what can be done with it."""
-    from llmqat.export.commands import server_commands
+def print_next(*commands: str, aside: bool = False) -> None:
+    """Shows what can be run now, the best first: a line each, which no terminal breaks.
+
+    Args:
+        commands: as `export.commands.command` makes them, or other programs' lines; each is shown once.
+        aside: show it on standard error, for commands whose output is data.
+    """
+    for line in dict.fromkeys(commands):
+        (errors if aside else console).print(f"next: {line}", soft_wrap=True)
+
+
+def print_checkpoint(report: ExportReport, reference: str, *more: str) -> None:
+    """Shows the size of a checkpoint that was saved, where it is, and what can be done with it.
+
+    Args:
+        report: of what was saved.
+        reference: the original model.
+        more: commands to propose beside those that run and judge it.
+    """
+    from llmqat.export.commands import command, server_commands
 
     parts = ", ".join(f"{part} {size:,}" for part, size in report.bytes.items() if size)
     console.print(f"{report.bits_per_weight:.2f} bits a packed weight; bytes: {parts}")
     console.print(f"checkpoint: {report.folder}", soft_wrap=True, style="bold")
-    own = (f"llmqat {words}" for words in (f"chat {report.folder}", f"eval {report.folder} --text YOUR.txt"))
-    commands = [*own, *server_commands(report.folder, report.served)]
-    console.print("next: " + "\n      ".join(commands), soft_wrap=True)
     promised = [f"plain transformers loads it: {report.stock.loader}.from_pretrained({str(report.folder)!r})"]
     for note in report.notes or promised:
         console.print(f"- {note}", soft_wrap=True)
+    print_next(
+        command("llmqat", "chat", report.folder),
+        command("llmqat", "eval", report.folder, "--reference", reference),
+        *server_commands(report.folder, report.served),
+        *more,
+    )

@@ -17,13 +17,13 @@ from llmqat.cli.options import (
     RecipeArgument,
     SeedOption,
 )
-from llmqat.cli.show import print_checkpoint
+from llmqat.cli.show import print_checkpoint, print_next
 from llmqat.paths import check_folder_output
 from llmqat.terminal import Column, FittedTable
 
 if TYPE_CHECKING:
     from llmqat.evaluate.compare import Comparison
-    from llmqat.recipe import RunResult
+    from llmqat.recipe import Recipe, RunResult
 
 
 @command()
@@ -42,13 +42,14 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, overwrite
     """
     from llmqat.recipe import ResultsNotWrittenError, load_recipe, run
 
+    loaded = load_recipe(recipe, overrides or ())
     try:
-        result = run(load_recipe(recipe, overrides or ()), overwrite=overwrite)
+        result = run(loaded, overwrite=overwrite)
     except ResultsNotWrittenError as error:
-        _print_run(error.result)
+        _print_run(error.result, loaded)
         raise
     if result is not None:  # this is the main process
-        _print_run(result)
+        _print_run(result, loaded)
 
 
 @command("cache-teacher")
@@ -69,6 +70,7 @@ def cache_teacher(
 
         llmqat train smollm2-135m-int4 teacher_cache=teacher
     """
+    from llmqat.export.commands import command as command_of
     from llmqat.recipe import cache_teacher_of, load_recipe
 
     check_folder_output(out, "--out")
@@ -78,7 +80,7 @@ def cache_teacher(
         f"{cache.mass():.2%} of the probability",
         soft_wrap=True,
     )
-    console.print(f"next: llmqat train {recipe} teacher_cache={out}", soft_wrap=True)
+    print_next(command_of("llmqat", "train", recipe, *(overrides or ()), f"teacher_cache={out}"))
 
 
 @command()
@@ -120,6 +122,7 @@ def synthesize(
     """
     from llmqat.data.shards import report_notes
     from llmqat.data.strategy import SynthesisConfig
+    from llmqat.export.commands import command as command_of
     from llmqat.recipe import synthesize_to
 
     check_folder_output(out, "--out")
@@ -152,6 +155,8 @@ def synthesize(
         f"{out / 'README.md'}",
         soft_wrap=True,
     )
+    cache = "" if teacher_top_k is None else f"teacher_cache={out / 'teacher'}"
+    print_next(command_of("llmqat", "train", "smollm2-135m-int4", f"model={model}", f"data.path={out}", cache))
 
 
 def written_table(report: dict[str, Any]) -> FittedTable:
@@ -176,7 +181,8 @@ def _count(text: str) -> int:
     return int(digits) * factor
 
 
-def _print_run(result: RunResult) -> None:
+def _print_run(result: RunResult, recipe: Recipe) -> None:
+    from llmqat.export.commands import command as command_of
     from llmqat.recipe.folder import ADAPTER_FOLDER
 
     _print_comparison(result.comparison)
@@ -195,13 +201,11 @@ def _print_run(result: RunResult) -> None:
             f"held-out text at the end of training, before packing: perplexity {training['validation_perplexity']:.4g}",
             soft_wrap=True,
         )
-    print_checkpoint(result.report)
+    more = []
     if (adapter := result.checkpoint.with_name(ADAPTER_FOLDER)).is_dir():
-        console.print(
-            f"adapter: {adapter}; to serve it with others over one packed base: llmqat export {adapter} --format "
-            "peft --base BASE --out NAME",
-            soft_wrap=True,
-        )
+        console.print(f"adapter: {adapter}; it can be served with others over one packed base", soft_wrap=True)
+        more = [command_of("llmqat", "export", adapter, "--format", "peft", "--base", "BASE", "--out", "NAME")]
+    print_checkpoint(result.report, recipe.source, *more)
 
 
 def _figure(value: float | None) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from llmqat.evaluate.bootstrap import Interval
 from llmqat.evaluate.gate import REFERENCE
-from llmqat.export.commands import YOUR_TEXT, command, run_commands
+from llmqat.export.commands import YOUR_TEXT, command, name_of_folder, run_commands
 
 THRESHOLD = 0.02
 """KL from the reference, nats a token, up to which a model is as good as it."""
@@ -275,7 +275,7 @@ class _Adviser:
         steps = math.log(worst.value / worst.threshold, KL_A_BIT) if worst.threshold else math.inf
         wanted = math.ceil(2 * min(MOST_BITS, max(bits + steps, bits + 0.5))) / 2
         start = ("llmqat", "quantize", self.original)
-        name, scheme = _file_name(self.row["name"]), self._scheme()
+        name, scheme = name_of_folder(self.row["name"]), self._scheme()
         if wanted >= MOST_BITS:
             return [command(*start, "--scheme", _DIGIT.sub("8", scheme, count=1), "--out", f"{name}-8-bits")]
         size = (self.row.get("scheme") or {}).get("group_size")
@@ -286,7 +286,7 @@ class _Adviser:
     def _train(self) -> str:
         group = (self.row.get("scheme") or {}).get("group_size")
         quant = f"{{preset: {self._scheme()}" + (f", group_size: {group}}}" if group else "}")
-        out = f"output=runs/{_file_name(self.row['name'])}"
+        out = f"output=runs/{name_of_folder(self.row['name'])}"
         return command("llmqat", "train", "smollm2-135m-int4", f"model={self.original}", f"quant={quant}", out)
 
     def _scheme(self) -> str:
@@ -332,17 +332,11 @@ def _learned_answers(row: Mapping[str, Any]) -> bool:
     return bool(train.get("cross_entropy_weight"))
 
 
-def _file_name(name: str) -> str:
-    """Returns a model's name as a folder can have it."""
-    kept = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
-    return kept.removesuffix(".gguf").strip("-.") or "model"
-
-
 def first_steps(report: Mapping[str, Any]) -> list[str]:
     """Returns what to run after a comparison that has no reference: its like with one, or quantization of the model."""
     row = report["rows"][0]
     spec, run = str(row.get("spec") or row["name"]), row.get("run") or {}
     original = run.get("model") or (run.get("recipe") or {}).get("model")
     if original is None and not row.get("scheme"):
-        return [command("llmqat", "quantize", spec, "--scheme", "int4", "--out", f"{_file_name(row['name'])}-int4")]
+        return [command("llmqat", "quantize", spec, "--scheme", "int4", "--out", f"{name_of_folder(row['name'])}-int4")]
     return [command("llmqat", "eval", spec, "--reference", original or "ORIGINAL")]

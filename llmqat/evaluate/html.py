@@ -17,7 +17,6 @@ from llmqat.evaluate.gate import REFERENCE
 from llmqat.evaluate.layers import BLOCK_NUMBER, kind_of
 from llmqat.evaluate.pictures import COLOURS, Point, bars, heat_map, lines, scatter
 from llmqat.evaluate.tables import accuracy
-from llmqat.export.commands import next_lines
 
 Report = Mapping[str, Any]
 Cell = str | tuple[str, float]
@@ -106,7 +105,8 @@ def _subtitle(report: Report) -> str:
 
 def _verdict(report: Report, colours: Mapping[str, int]) -> str:
     entries = [(check["said"], "good" if check["passed"] else "bad") for check in report.get("gate", ())]
-    entries += [(line, "") for one in report.get("advice", ()) for line in (one["said"], next_lines(one["next"]))]
+    for one in report.get("advice", ()):
+        entries += [(one["said"], ""), *((f"next: {line}", "") for line in one["next"])]
     entries += [(said, "") for said in report.get("drift", ())]
     entries += [(found["text"], "bad" if found["level"] == "warning" else "") for found in report["findings"]]
     if not entries:

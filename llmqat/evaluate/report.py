@@ -17,7 +17,6 @@ from llmqat.evaluate.documents import head
 from llmqat.evaluate.gate import REFERENCE, Check, Rule, judge, read_report
 from llmqat.evaluate.html import to_html
 from llmqat.evaluate.tables import accuracy, to_csv, to_markdown
-from llmqat.export.commands import next_lines
 from llmqat.models import write_whole
 from llmqat.paths import check_outputs, same_place
 
@@ -35,17 +34,24 @@ class Verdict:
     @property
     def passed(self) -> bool:
         """Whether every limit is kept."""
-        return all(check.passed for check in self.checks)
+        return not self.broken
 
     def rendered(self) -> RenderableType:
-        """Returns for the terminal what the comparison's own tables do not say, and last what to run next."""
+        """Returns for the terminal what the comparison's own tables do not say."""
         lines = [Text(line) for line in (*_task_lines(self.report), *self.drift)]
         lines += [Text(str(check), style="green" if check.passed else "bold red") for check in self.checks]
-        for one in self.advice:
-            lines += [Text(one.said, style="bold"), Text(next_lines(one.next))]
-        if not self.advice:
-            lines.append(Text(next_lines(first_steps(self.report))))
+        lines += [Text(one.said, style="bold") for one in self.advice]
         return Group(*lines)
+
+    @property
+    def broken(self) -> tuple[Check, ...]:
+        """Limits that are not kept."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    @property
+    def next(self) -> list[str]:
+        """Commands to run, by the advice; those that lead to one where there is none."""
+        return [line for one in self.advice for line in one.next] or first_steps(self.report)
 
     def write(self, json_file: Path | None, csv: Path | None, markdown: Path | None, html: Path | None) -> None:
         """Writes the files that are asked for, each whole or not at all, and as many of them as can be.

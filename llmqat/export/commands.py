@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ VLLM_ON_CPU = "VLLM_CPU_KVCACHE_SPACE=4 python -m vllm.entrypoints.openai.api_se
 
 
 ONNX_RUNNER = (
-    "import onnxruntime_genai as og; model = og.Model({folder!r}); tokenizer = og.Tokenizer(model); "
+    "import onnxruntime_genai as og; model = og.Model(FOLDER); tokenizer = og.Tokenizer(model); "
     "settings = og.GeneratorParams(model); settings.set_search_options(max_length=64); "
-    "run = og.Generator(model, settings); run.append_tokens(tokenizer.encode('Once upon a time')); "
+    'run = og.Generator(model, settings); run.append_tokens(tokenizer.encode("Once upon a time")); '
     "[run.is_done() or run.generate_next_token() for _ in range(64)]; print(tokenizer.decode(run.get_sequence(0)))"
 )
 """A program that lets ONNX Runtime GenAI write on."""
@@ -39,26 +39,34 @@ def command(*words: object) -> str:
     return shlex.join(str(word) for word in words if word not in (None, ""))
 
 
-def next_lines(commands: Iterable[str]) -> str:
-    """Returns commands as the last lines of what a command shows, the best first."""
-    return "\n".join(f"next: {line}" for line in commands)
+def option(name: str, value: object) -> tuple[object, ...]:
+    """Returns an option and its value as words of a command; nothing where there is no value."""
+    return () if value is None else (name, value)
 
 
-def run_commands(model: str | Path, gpu: bool | None = None) -> list[str]:
+def name_of_folder(model: str | Path) -> str:
+    """Returns the last part of a model's name, as a new folder can be called after it."""
+    name = str(model).rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name).strip("-.") or "model"
+
+
+def run_commands(model: str | Path, gpu: bool | None = None, *, published_as: str | None = None) -> list[str]:
     """Returns the commands that run what lies in the file or folder `model`, or what the hub has there, the best first.
 
     Args:
         model: a checkpoint of any format that llmqat writes, or any other model.
         gpu: whether there is a GPU; asked of torch where not given.
+        published_as: the hub id that a copy of it has, for commands that run that.
     """
     path = user_path(str(model))
+    model = model if published_as is None else published_as
     if path.suffix == ".gguf":
         return [command("llama-server", "-m", model), command("llama-cli", "-m", model)]
     if (path / "genai_config.json").is_file():
-        return [command("python", "-c", ONNX_RUNNER.format(folder=str(model)))]
+        return [command("python", "-c", ONNX_RUNNER.replace("FOLDER", json.dumps(str(model))))]
     served = _served(path)
     if served is not None:
-        return [command("llmqat", "chat", model), *server_commands(path, served, gpu)]
+        return [command("llmqat", "chat", model), *server_commands(model, served, gpu)]
     if _quantized_by(path) == "gptq":  # which transformers reads with gptqmodel alone, and vLLM's CPU does not
         return [command("vllm", "serve", model)]
     return [command("llmqat", "chat", model), command("transformers", "serve", model)]
@@ -80,16 +88,17 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def server_commands(folder: Path, served: Mapping[str, Verdict], gpu: bool | None = None) -> list[str]:
+def server_commands(folder: str | Path, served: Mapping[str, Verdict], gpu: bool | None = None) -> list[str]:
     """Returns the commands that serve the checkpoint in `folder`, the best first.
 
     Args:
-        folder: where it lies.
+        folder: where it lies, or its hub id.
         served: what each client makes of it, by the names of `serving.CLIENTS`.
         gpu: whether there is a GPU; asked of torch where not given.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
-    path, file = shlex.quote(str(folder)), shlex.quote(f"{folder}.gguf")
+    local = user_path(str(folder)).is_dir()
+    path, file = shlex.quote(str(folder)), shlex.quote(f"{folder}.gguf" if local else f"{Path(folder).name}.gguf")
     commands = {
         "vllm" if gpu else "vllm-cpu": f"vllm serve {path}" if gpu else f"{VLLM_ON_CPU} {path}",
         "llama.cpp": f"llmqat export {path} --format gguf --out {file} && llama-server -m {file}",
