@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def test_held_out_questions_are_answered_before_and_after(tuned: RunResult) -> N
 
 
 def test_the_end_of_a_run_says_how_it_is_served(tuned: RunResult, capsys: pytest.CaptureFixture[str]) -> None:
-    _print_run(tuned)
+    _print_run(tuned, SimpleNamespace(source="original"))
     told = " ".join(capsys.readouterr().out.split())
     checkpoint, adapter = tuned.checkpoint, tuned.checkpoint.with_name("adapter")
     assert f"question: {tuned.comparison.rows[0].extras['answers'][0]['question']} your answer: Ahoy!" in told
