@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,26 @@ def test_another_tools_word_at_the_top_is_answered_with_the_key(word: str):
 )
 def test_a_misplaced_key_is_answered_with_its_place(override: str, answer: str):
     assert answer in refusal(override)
+
+
+JUNK: list[Any] = [[], {}, "x", "", -1, 1.5, True, None, [[1]], {1: 2}, [{"a": 1}], {"stage": [1]}, {"preset": [1]}]
+
+
+@pytest.mark.parametrize("section", [place for place in KEYS if "." not in place])
+def test_a_value_of_any_kind_at_any_key_is_taken_or_refused(section: str):
+    """Whatever a file says, what is wrong is a ValueError, which the command line shows without a traceback."""
+    for place in [place for place in KEYS if f"{place}.".startswith(f"{section}.") and ".mix." not in place]:
+        _, *parts = place.split(".")
+        for value in JUNK:
+            inside = value
+            for part in reversed(parts[1:] if section == "calibrate" else parts):
+                inside = {part: inside}
+            if section == "calibrate" and len(parts) > 1:
+                inside = [{"stage": parts[0], **inside}]
+            elif section == "calibrate" and parts:
+                inside = [inside]
+            with contextlib.suppress(ValueError):
+                recipe_from({**SMALL, section: inside}, "here")
 
 
 def test_an_override_goes_into_a_scheme_that_is_a_name_and_a_section_that_is_empty():

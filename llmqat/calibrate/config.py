@@ -167,10 +167,10 @@ def _stage_of(entry: Any) -> Any:
         entry = {"stage": entry}
     if not isinstance(entry, Mapping):
         return entry
-    if entry.get("stage") not in STAGES:
+    if str(entry.get("stage")) not in STAGES:
         given = STAGES.unknown(entry["stage"]) if "stage" in entry else "an entry without the key 'stage'"
         raise ValueError(f"{given}; write a name, or {{stage: NAME, …}}, with NAME one of {', '.join(STAGES)}")
-    return STAGES[entry["stage"]].model_validate(dict(entry))
+    return STAGES[str(entry["stage"])].model_validate(dict(entry))
 
 
 AnyStage = Annotated[SerializeAsAny[Stage], BeforeValidator(_stage_of)]

@@ -276,9 +276,11 @@ def scheme_fields(name: str) -> dict[str, Any]:
     Raises:
         ValueError: for a name that is none.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"preset {name!r} is no name of a scheme; give one such as int4")
     if name in PRESETS:
         return dict(PRESETS[name])
-    compact = re.sub(r"[-_ ]", "", str(name).lower())
+    compact = re.sub(r"[-_ ]", "", name.lower())
     found = _NAME.fullmatch(_BLOCKS.get(compact, compact).replace("-", ""))
     bits = int((found and (found["bits"] or found["plain_bits"])) or 2)
     inputs = int((found and found["inputs"]) or _INPUTS_16)

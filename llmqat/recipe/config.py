@@ -103,9 +103,9 @@ class EvaluationSettings(Config):
     @model_validator(mode="before")
     @classmethod
     def _take_the_protocol_s_own(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("protocol") not in PROTOCOLS:
+        if not isinstance(values, dict) or str(values.get("protocol")) not in PROTOCOLS:
             return values
-        own = PROTOCOLS[values["protocol"]]
+        own = PROTOCOLS[str(values["protocol"])]
         return {"texts": (own.text,), "window": own.window, "max_windows": own.max_windows, **values}
 
     @field_validator("texts")
@@ -202,7 +202,7 @@ class Recipe(Config):
         if not isinstance(value, Mapping):
             raise ValueError(f"{value!r} is no scheme; give a name, such as int4, or a section with preset: int4")
         if "weights" not in value:
-            changes = {key: entry for key, entry in value.items() if key != "preset"}
+            changes = {str(key): entry for key, entry in value.items() if key != "preset"}
             return QuantConfig.preset(value.get("preset", DEFAULT_PRESET), **changes)
         beside = [key for key in ("preset", *WeightConfig.model_fields) if key in value]
         if beside:

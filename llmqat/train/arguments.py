@@ -291,7 +291,7 @@ TRAINER_ARGUMENTS: dict[str, str | None] = {
     "model_init": "a model is prepared before it is trained; prepare one, and give it as model=…",
     "compute_loss_func": (
         "the loss is forward KL and cross-entropy, by kl_weight and cross_entropy_weight; for another one subclass "
-        "QATTrainer and write its compute_loss"
+        "QATTrainer and write its compute_loss, as recipes/python/own_loss.py does"
     ),
 }
 """Argument of Trainer.__init__ -> why it is refused; None where it works."""

@@ -12,6 +12,7 @@ import torch
 import llmqat
 from llmqat.data import DataConfig, load_blocks
 from llmqat.models import load_model
+from llmqat.train.targets import scored_labels
 
 
 class ReverseKLTrainer(llmqat.QATTrainer):
@@ -21,12 +22,17 @@ class ReverseKLTrainer(llmqat.QATTrainer):
         """Returns nats per scored token; an evaluation asks for outputs, and keeps QATTrainer's loss."""
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = scored_labels(inputs)
+        inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with torch.no_grad():
-            teacher = self.teacher(input_ids=inputs["input_ids"]).logits.float().log_softmax(-1)
-        student = model(input_ids=inputs["input_ids"]).logits.float().log_softmax(-1)
+            teacher = self.teacher(**inputs).logits.float().log_softmax(-1)
+        student = model(**inputs).logits.float().log_softmax(-1)
         divergence = (student.exp() * (student - teacher)).sum(-1)
-        scored = inputs["labels"][:, 1:] != -100  # the state at one position predicts the next token
-        return divergence[:, :-1][scored].sum() / (num_items_in_batch or scored.sum())
+        scored = labels[:, 1:] != -100  # the state at one position predicts the next token
+        loss = divergence[:, :-1][scored].sum() / (num_items_in_batch or scored.sum())
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the count is that of all, and gradients are averaged
+        return loss
 
 
 def main(name: str, out: str) -> None:
