@@ -665,6 +665,13 @@ def test_the_log_holds_figures_and_errors(tiny: Path, tmp_path: Path):
     assert lines[-1].startswith("error: ")
 
 
+def test_the_log_holds_a_conversation(tiny: Path, tmp_path: Path):
+    log = tmp_path / "chat.log"
+    words = ("chat", str(tiny), "--prompt", "one two", "--max-new-tokens", "2", "--temperature", "0", "--log", str(log))
+    assert call(*words).exit_code == 0
+    assert log.read_text().splitlines()[1][20:] == "> one two"
+
+
 def test_a_log_where_the_command_writes_is_refused(tiny: Path, tmp_path: Path):
     out = tmp_path / "int8"
     words = ("quantize", str(tiny), "--scheme", "int8", "--method", "rtn", "--out", str(out))

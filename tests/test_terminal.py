@@ -145,6 +145,8 @@ def test_warnings_of_libraries_are_in_the_file_alone(tmp_path: Path, monkeypatch
     command = CommandLog(main_process=True, path=tmp_path / "a" / "run.log", heading="llmqat 1: llmqat train")
     logging.getLogger("library").warning("torch_dtype is deprecated")
     logging.getLogger("llmqat.data").warning("a row is empty")
+    monkeypatch.setattr(logging.getLogger("talkative"), "level", logging.INFO)
+    logging.getLogger("talkative.part").info("which was asked for")
     console.print("figures", style="bold")
     errors.print("error: ", end="")
     errors.print("no such file")
@@ -152,10 +154,12 @@ def test_warnings_of_libraries_are_in_the_file_alone(tmp_path: Path, monkeypatch
     shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert "torch_dtype" not in shown
     assert "warning: a row is empty" in shown
+    assert "which was asked for" in shown
     assert [line[20:] for line in (tmp_path / "a" / "run.log").read_text().splitlines()] == [
         "llmqat 1: llmqat train",
         "warning: library: torch_dtype is deprecated",
         "warning: a row is empty",
+        "talkative.part: which was asked for",
         "figures",
         "error: no such file",
     ]

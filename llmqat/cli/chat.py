@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmqat.cli.application import command, console
 from llmqat.cli.options import ModelArgument, SeedOption
 from llmqat.cli.show import print_next
+
+if TYPE_CHECKING:
+    from llmqat.recipe import Conversation
 
 
 @command()
@@ -33,13 +36,19 @@ def chat(
 
     talk = Conversation.open(model, system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if prompt is not None:
-        talk.say(prompt)
+        _say(talk, prompt)
         print_next(command_of("llmqat", "eval", model), aside=True)
         return
     console.print(f"{talk.kind}; an empty line or Ctrl-D ends it, Ctrl-C ends an answer", style="dim")
     while line := _ask():
-        talk.say(line)
+        _say(talk, line)
     print_next(command_of("llmqat", "eval", model), aside=True)
+
+
+def _say(talk: Conversation, line: str) -> None:
+    """Has the model answer, word by word on the screen."""
+    console.note(f"> {line}", soft_wrap=True)
+    console.note(talk.say(line), soft_wrap=True)
 
 
 def _ask() -> str:

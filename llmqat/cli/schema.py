@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmqat.cli.application import command
+from llmqat.cli.application import command, console
 
 
 @command()
@@ -43,8 +43,9 @@ def schema(
             )
         from llmqat.evaluate.documents import document_schema
 
-        typer.echo(json.dumps(document_schema(), indent=2, ensure_ascii=False))
+        console.print(json.dumps(document_schema(), indent=2, ensure_ascii=False), soft_wrap=True)
         return
     from llmqat.recipe.schema import describe_key, recipe_schema
 
-    typer.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False) if key is None else describe_key(key))
+    text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) if key is None else describe_key(key)
+    console.print(text, soft_wrap=True)

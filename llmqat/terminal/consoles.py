@@ -57,7 +57,12 @@ class PlainConsole(Console):
         """Prints as rich does."""
         super().print(*objects, **options)
         is_drawing = any(isinstance(one, Control) for one in objects)  # of a bar
-        if self.copy is not None and not self.quiet and not is_drawing:
+        if not is_drawing:
+            self.note(*objects, **options)
+
+    def note(self, *objects: Any, **options: Any) -> None:
+        """Prints to the copy alone what has been shown in another way."""
+        if self.copy is not None and not self.quiet:
             self.copy.print(*objects, **options)
 
     @property

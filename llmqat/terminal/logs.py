@@ -4,7 +4,8 @@
     ...
     log.end()
 
-The screen has what llmqat says, and what libraries call an error. Their warnings ("... is deprecated") are for whoever
+The screen has what llmqat says, and what libraries call an error (all they say where train.log_level or
+TRANSFORMERS_VERBOSITY asks for more). Their warnings ("... is deprecated") are for whoever
 works on llmqat: they are in the file alone. The file has what the screen has as well, without colours and bars, each
 line with date and time.
 """
@@ -36,8 +37,7 @@ class ScreenHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Shows a record, unless a bar shows the same or it is a library's and no error."""
-        is_own = record.name.partition(".")[0] == OWN
-        if (not is_own and record.levelno < logging.ERROR) or (getattr(record, "beside_bar", False) and bars_move()):
+        if not _is_for_users(record) or (getattr(record, "beside_bar", False) and bars_move()):
             return
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         line = Text.assemble(
@@ -47,6 +47,13 @@ class ScreenHandler(logging.Handler):
             Console.print(errors, line, soft_wrap=True)  # the file has a handler of its own
         except Exception:
             self.handleError(record)
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """Returns whether a record is llmqat's, an error, or of a library that was asked to say more (train.log_level)."""
+    library = record.name.partition(".")[0]
+    asked = logging.getLogger(library).getEffectiveLevel() < logging.WARNING
+    return library == OWN or record.levelno >= logging.ERROR or asked
 
 
 class LogFile(io.StringIO):
