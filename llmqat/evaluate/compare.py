@@ -275,6 +275,7 @@ class Comparison:
         before = full.evaluations[text]
         apart = difference(before, own, "perplexity")
         figures = f"perplexity on {text} {own.perplexity:.2f}, {before.perplexity:.2f} of {full.name}"
+        figures += " (of one window, which says little: hold out more)" if own.windows == 1 else ""
         if own.perplexity < before.perplexity and (apart is None or not apart.holds_zero):
             yield Finding(
                 "note",

@@ -140,6 +140,7 @@ def test_a_model_that_was_to_learn_answers_is_judged_by_them() -> None:
     (failed,) = fine_tuned(answers=12.5, prose_kl=0.05).findings()
     assert failed.level == "warning"
     assert "ours has not learned the answers" in failed.text
+    assert "says little" not in failed.text
 
 
 # What is shown
