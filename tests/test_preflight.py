@@ -10,11 +10,28 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from llmqat import QuantConfig
+from llmqat.calibrate import AllocationConfig
+from llmqat.cli import app
+from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.teacher_cache import CacheHeader, TeacherCacheWriter
-from llmqat.recipe import Recipe, load_recipe, pipeline, plan_run, run
-from llmqat.recipe.preflight import PreflightError, begin, check_run
+from llmqat.recipe import (
+    EvaluationSettings,
+    Recipe,
+    cache_teacher_of,
+    compare_models,
+    load_recipe,
+    pipeline,
+    plan_run,
+    quantize_model,
+    run,
+    sensitivity_of,
+    synthesize_to,
+)
+from llmqat.recipe.findings import PreflightError
+from llmqat.recipe.preflight import begin, check_run
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 BASE: dict[str, Any] = {
@@ -187,3 +204,37 @@ def test_a_recipe_that_will_do_goes_on_to_the_weights(monkeypatch: pytest.Monkey
     for more in ((), ("lora={r: 4}",), ("train.trainable=scales",), (SYNTHETIC,), ("model=gpt2",)):
         with pytest.raises(Loading):
             run(recipe(*more))
+
+
+def test_other_commands_tell_all_that_is_wrong_at_once() -> None:
+    Path("there").mkdir(exist_ok=True)
+    settings = EvaluationSettings(texts=("absent.txt",), window=32)
+    config = SynthesisConfig(strategy="prompts", prompts=Path("absent.txt"))
+    calls: dict[str, Any] = {
+        "quantize": lambda: quantize_model("./absent", Path("there"), text="absent.txt"),
+        "sensitivity": lambda: sensitivity_of("./absent", AllocationConfig(target_bits=4), text="absent.txt"),
+        "eval": lambda: compare_models(["./absent", "llama"], settings),
+        "synthesize": lambda: synthesize_to("./absent", Path("train.txt"), tokens=64, config=config),
+        "cache-teacher": lambda: cache_teacher_of(
+            recipe("model=./absent", "data.path=absent.txt"), Path("taught"), top_k=4, batch_size=2
+        ),
+    }
+    counts = {}
+    for command, call in calls.items():
+        with pytest.raises(PreflightError) as caught:
+            call()
+        assert "model './absent' does not exist" in str(caught.value), command
+        assert "absent.txt" in str(caught.value), command
+        counts[command] = len(caught.value.findings)
+    assert counts == {"quantize": 3, "sensitivity": 2, "eval": 2, "synthesize": 3, "cache-teacher": 2}
+
+
+def test_a_plan_is_shown_with_its_disk_and_with_what_is_wrong() -> None:
+    recipe("train.max_steps=2")
+    shown = CliRunner().invoke(app, ["plan", "recipe.yaml"])
+    assert shown.exit_code == 0
+    assert "disk in run: 0.00 GB at most, and " in shown.output
+    broken = CliRunner().invoke(app, ["plan", "recipe.yaml", "train.warmup_steps=5", "evaluate.texts=[absent.txt]"])
+    assert broken.exit_code == 2
+    for words in ("disk in run", "2 things are wrong", "warmup_steps=5", "no text at absent.txt"):
+        assert words in broken.output, words

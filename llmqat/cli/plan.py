@@ -45,8 +45,9 @@ def plan(
         llmqat plan lora-int4 model=meta-llama/Llama-3.1-8B --processes 8 --sharding fsdp2 --memory 80
     """
     from llmqat.export.commands import command as command_of
-    from llmqat.recipe import available_bytes, devices_of, load_recipe, plan_run
+    from llmqat.recipe import devices_of, load_recipe, plan_run
     from llmqat.recipe.memory import Devices
+    from llmqat.recipe.preflight import begin, check_run
 
     if accelerate_config is not None and processes is not None:
         raise ValueError("--accelerate-config says how many processes there are; leave out --processes")
@@ -54,7 +55,23 @@ def plan(
     if accelerate_config is not None:
         devices = devices_of(accelerate_config)
     loaded = load_recipe(recipe, overrides or ())
-    planned = plan_run(loaded, devices)
+    flight = begin(loaded)
+    check_run(flight, overwrite=True, elsewhere=devices is not None)  # what lies in the folder is the run's matter
+    if flight.model is None:
+        flight.findings.refuse()
+    planned = None
+    with flight.findings.noting():
+        planned = plan_run(flight.recipe, devices)
+        _print_plan(planned, memory)
+    flight.findings.refuse()
+    if probe and planned is not None:
+        _print_probe(planned, loaded)
+    print_next(command_of("llmqat", "train", recipe, *(overrides or ())))
+
+
+def _print_plan(planned: Plan, memory: float | None) -> None:
+    from llmqat.recipe import available_bytes
+
     print_audit(planned.coverage)
     print_served(planned.served)
     if planned.target_bits is not None:
@@ -65,12 +82,10 @@ def plan(
     )
     console.print(f"text: blocks {blocks}; training: steps {steps}, tokens {tokens}")
     _print_memory(planned)
+    _print_disk(planned)
     available = round(memory * 1e9) if memory is not None else available_bytes(planned.devices)
     if available is not None:
         _print_fit(planned, available)
-    if probe:
-        _print_probe(planned, loaded)
-    print_next(command_of("llmqat", "train", recipe, *(overrides or ())))
 
 
 def _print_memory(plan: Plan) -> None:
@@ -87,6 +102,15 @@ def _print_memory(plan: Plan) -> None:
 
         sent = traffic_of(plan.size, method, devices)
         console.print(f"  each device sends {sent / 1e9:.2f} GB a step")
+
+
+def _print_disk(plan: Plan) -> None:
+    from llmqat.recipe.disk import free_bytes
+
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in plan.disk.parts().items() if value)
+    free = free_bytes(plan.output) / 1e9
+    console.print(f"disk in {plan.output}: {plan.disk.peak / 1e9:.2f} GB at most, and {free:.2f} GB are free")
+    console.print(f"  GB: {parts}; all but the model are removed when the run has finished")
 
 
 def _print_fit(plan: Plan, available: int) -> None:

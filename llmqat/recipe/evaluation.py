@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llmqat.data import TextSplits, open_text
 from llmqat.data.blocks import hash_number
-from llmqat.data.config import HUB_PREFIX, PYDOC
+from llmqat.data.config import HUB_PREFIX, PYDOC, hub_keys
 from llmqat.data.documents import document_hash
+from llmqat.data.hub import check_name
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.text import hash_file, is_rows, text_config, text_files
 from llmqat.evaluate.compare import Candidate, Comparison, Extra, candidate_from, compare, progress_bar
@@ -30,9 +32,10 @@ from llmqat.evaluate.tokenizers import shared_tokenizer
 from llmqat.export.checkpoint import record_of
 from llmqat.extras import check_installed
 from llmqat.layers import audit
-from llmqat.models import PACKAGE_PREFIX
+from llmqat.models import PACKAGE_PREFIX, model_file, read_config, resolve_spec
 from llmqat.paths import same_place
 from llmqat.recipe.config import EvaluationSettings
+from llmqat.recipe.findings import all_of
 from llmqat.recipe.folder import CHECKPOINT_FOLDER
 
 log = logging.getLogger(__name__)
@@ -223,6 +226,8 @@ def compare_models(
     if len(listed) < len({*given}):
         log.warning("some of the models are one folder or file; it is measured once: %s", ", ".join(listed))
     models = dict(zip(short_names(listed), listed, strict=True))
+    texts = [partial(_check_there, text) for text in settings.texts]
+    all_of([*texts, *(partial(_check_model, spec) for spec in listed)])
     for spec in listed:
         check_untrained(settings, documents_recorded(record_of(spec)), spec)
 
@@ -264,6 +269,20 @@ def compare_models(
             extras=extras,
             settings=asked,
         )
+
+
+def _check_there(text: str) -> None:
+    """Raises where a text is not there, or is none; it is not read."""
+    if text.startswith(HUB_PREFIX):
+        check_name(hub_keys(text)["name"])
+    elif text != PYDOC and not (is_rows(Path(text)) and Path(text).exists()):
+        text_files(Path(text))
+
+
+def _check_model(spec: str) -> None:
+    """Raises where a model is not there; a file is read when it is loaded."""
+    if model_file(spec) is None:
+        read_config(resolve_spec(spec), spec)
 
 
 def short_names(specs: Sequence[str]) -> list[str]:

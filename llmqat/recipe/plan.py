@@ -65,6 +65,8 @@ class Plan:
     """Parameters that would train by other methods, `lora` (of rank 16) and `scales`, where the scheme allows them."""
     disk: Disk
     """Bytes that the run writes into its folder."""
+    output: Path
+    """The folder."""
 
     @property
     def memory(self) -> Memory:
@@ -156,6 +158,7 @@ def plan_run(recipe: Recipe, devices: Devices | None = None) -> Plan:
         served=served_by(description),
         trained_by=_trained_by(recipe),
         disk=disk_of(recipe, arguments, coverage, size, method, blocks, steps),
+        output=recipe.output,
     )
 
 

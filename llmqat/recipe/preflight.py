@@ -9,10 +9,8 @@ as these are there, before it calibrates.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -58,6 +56,7 @@ from llmqat.recipe.evaluation import (
     text_names,
     texts_seen,
 )
+from llmqat.recipe.findings import Findings
 from llmqat.recipe.folder import check_run_folder
 from llmqat.recipe.memory import size_of
 from llmqat.recipe.plan import (
@@ -75,68 +74,8 @@ from llmqat.train.checkpoints import check_resumable, last_checkpoint
 from llmqat.train.stability import check_lengths
 from llmqat.train.trial import refused_by_training
 
-log = logging.getLogger(__name__)
-
 MOST_HASHED_BYTES = 100_000_000
 """Of training text that is looked for among the evaluation's before the run; larger texts are when they are read."""
-
-
-class PreflightError(ValueError):
-    """Several things are wrong.
-
-    Attributes:
-        findings: what each check said.
-    """
-
-    def __init__(self, findings: Sequence[Exception]) -> None:
-        listed = "\n".join(f"  {number}. {error}" for number, error in enumerate(findings, 1))
-        super().__init__(f"{len(findings)} things are wrong, and nothing was done:\n{listed}")
-        self.findings = tuple(findings)
-
-
-@dataclass
-class Findings:
-    """What checks have found, each told once."""
-
-    errors: list[Exception] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Inside, an error that is the user's to mend is noted, and ends the block."""
-        try:
-            yield
-        except (ValueError, OSError, ImportError) as error:
-            self.note(error)
-
-    def note(self, error: Exception) -> None:
-        """Notes an error, unless another check has said the same."""
-        if str(error) not in map(str, self.errors):
-            self.errors.append(error)
-
-    def refuse(self) -> None:
-        """Raises what was found: a single error as it is, several as a PreflightError; logs warnings."""
-        for warning in self.warnings:
-            log.warning("%s", warning)
-        self.warnings = []
-        if len(self.errors) > 1:
-            raise PreflightError(self.errors)
-        if self.errors:
-            raise self.errors[0]
-
-
-def all_of(checks: Sequence[Callable[[], object]]) -> None:
-    """Makes all `checks`, and raises what they found together.
-
-    Raises:
-        Exception: a check's own, where one alone fails.
-        PreflightError: several fail.
-    """
-    found = Findings()
-    for check in checks:
-        with found.noting():
-            check()
-    found.refuse()
 
 
 @dataclass
@@ -212,6 +151,20 @@ def check_run(flight: Preflight, *, overwrite: bool = False, elsewhere: bool = F
             found.note(OSError(text))
         else:
             found.warnings.append(text)
+
+
+def check_text(recipe: Recipe) -> None:
+    """Raises what is wrong with the model and the text of `recipe`, for a command that reads nothing else of it.
+
+    Raises:
+        Exception: as `Findings.refuse`.
+    """
+    flight = begin(recipe)
+    tokenizer = None
+    with flight.findings.noting():
+        tokenizer = load_tokenizer(resolve_spec(recipe.source), recipe.source)
+    _check_data(flight, recipe.data, tokenizer)
+    flight.findings.refuse()
 
 
 # The trainer

@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from llmqat.layers import QuantConfig, lattice_note
 from llmqat.models import load_model, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.config import forward_dtype, scheme_of
+from llmqat.recipe.findings import all_of
 from llmqat.recipe.folder import kept_text
 from llmqat.recipe.pipeline import REPORT_BLOCKS
 from llmqat.recipe.plan import check_spec_served, coverage_of
@@ -133,23 +135,33 @@ def quantize_model(
     """
     clients = known_clients(serve)
     stages = stages_of(method, math.ceil(tokens / block_size), rotate=rotate, smooth=smooth)
-    if folder.exists() and not overwrite:  # save would say so too, but only after the calibration
-        raise FileExistsError(f"output folder {folder} exists already; choose another --out, or give --overwrite")
     quant = scheme_of(scheme, group_size)
     allocate = None if target_bits is None else AllocationConfig(target_bits=target_bits)
-    # Now: a scheme that does not do should not cost the text.
-    int_quantized = check_spec_served(spec, clients, quant, allocate, rotates(stages))
-    needed = needs_text(stages, quant)
-    if text is not None and not needed and target_bits is None:
-        raise ValueError(f"--method {method} looks at the weights alone; drop --text {text}, or use another --method")
     data = text_source(text, tokens, block_size, seed)
-    if text is not None:
-        open_text(data)  # says now what is wrong with it
+    needed = needs_text(stages, quant)
+
+    def check_text() -> None:
+        if text is not None and not needed and target_bits is None:
+            raise ValueError(
+                f"--method {method} looks at the weights alone; drop --text {text}, or use another --method"
+            )
+        if text is not None:
+            open_text(data)  # says now what is wrong with it
+
+    # Now: a scheme that does not do should not cost the text.
+    served = partial(check_spec_served, spec, clients, quant, allocate, rotates(stages))
+    int_quantized: bool = all_of([served, check_text, partial(_check_new, folder, overwrite)])[0]
     if needs_text((), quant) and not any(isinstance(stage, RangesStage) for stage in stages):
         # Static input ranges, which plain rounding of weights needs as well.
         stages = (*stages, RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)))
     read = data if needed or allocate else None
     return _quantized(spec, folder, quant, stages, allocate, read, seed, overwrite, int_quantized)
+
+
+def _check_new(folder: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where the output is there already: save would say so too, but after the calibration."""
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"output folder {folder} exists already; choose another --out, or give --overwrite")
 
 
 def text_source(text: str | Path | None, tokens: int, block_size: int, seed: int) -> DataConfig:
@@ -238,12 +250,12 @@ def sensitivity_of(
         ValueError: the model, text, scheme or budget does not do.
     """
     quant = scheme_of(scheme, group_size)
-    coverage_of(spec, quant)
+    data = text_source(text, allocate.blocks * block_size, block_size, seed)
+    all_of([partial(coverage_of, spec, quant), *([] if text is None else [partial(open_text, data)])])
     dtype = forward_dtype(processor_has_bf16())
     stage = Stages()
     with stage("load", spec):
         model, tokenizer = load_model(spec, torch.bfloat16)
-    data = text_source(text, allocate.blocks * block_size, block_size, seed)
     with stage("text", data.source), Bar("text", "token") as bar:
         blocks = load_blocks(data, tokenizer, model, bar.update)
     del model

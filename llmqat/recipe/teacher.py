@@ -16,6 +16,7 @@ from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
 from llmqat.models import load_model
 from llmqat.recipe.config import Recipe, training_arguments
+from llmqat.recipe.preflight import check_text
 from llmqat.terminal import Bar, Stages
 
 
@@ -35,6 +36,7 @@ def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: in
         FileNotFoundError: the model or the text is not there.
         ValueError: `folder` holds the cache of another model or `top_k`, or the model or the text does not do.
     """
+    check_text(recipe)
     stage = Stages()
     with stage("load", recipe.source):
         model, tokenizer = load_model(recipe.source, torch.bfloat16)

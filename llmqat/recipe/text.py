@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from llmqat.data.script import read_prompts
 from llmqat.data.shards import WrittenFolder, check_folder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.export.checkpoint import load_any
+from llmqat.models import read_config, resolve_spec
+from llmqat.recipe.findings import all_of
 from llmqat.terminal import Bar, Stages
 
 
@@ -37,7 +41,9 @@ def synthesize_to(
         ValueError: the folder was begun by another model or with other settings, the model's context is shorter than a
             block, or what it writes is degenerate.
     """
-    check_folder(folder)  # now: a wrong folder should not cost the loading
+    # Now: what is wrong should not cost the loading.
+    prompts = [] if config.prompts is None else [partial(read_prompts, config.prompts)]
+    all_of([partial(check_folder, folder), lambda: read_config(resolve_spec(spec), spec), *prompts])
     stage = Stages()
     with stage("load", spec):
         model, tokenizer = load_any(spec, torch.bfloat16)
