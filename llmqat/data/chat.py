@@ -33,7 +33,7 @@ ROLES = {"human": "user", "gpt": ASSISTANT}
 """Roles as ShareGPT calls them, and their names elsewhere."""
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Fields of a message that transformers gives to a template under each of these names."""
+"""Fields of a message that a template is given under each of these names, by older transformers as well."""
 _CONTENT_FIELDS = ("tool_calls", "function_call", "tool_plan", "documents", "citations", *_REASONING)
 """Fields of a message, beside `content`, that hold some of its words."""
 _LOSS_FIELDS = ("weight", "train", "training", "trainable", "loss")
@@ -230,6 +230,9 @@ def _check_fields(chat: Chat, template: str) -> None:
 
 def _as_taken(chat: Chat, message: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Returns `message` with its content as text or as a list of parts, whichever the template takes."""
+    reasoning = next((message[name] for name in _REASONING if message.get(name)), None)
+    if reasoning is not None:
+        message = {**message, **dict.fromkeys(_REASONING, reasoning)}
     content = message.get("content")
     if not isinstance(content, (str, list)):
         return message

@@ -70,6 +70,12 @@ class QATSFTConfig(QATArguments, SFTConfig):
     cross_entropy_weight: float = field(
         default=1.0, metadata={"help": "Weight of the cross-entropy on the labels; 0 for distillation alone."}
     )
+    loss_type: str = field(
+        default="nll", metadata={"help": "TRL's own loss, which is not used; older versions have another default."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=0.0, metadata={"help": "Part of TRL's own loss, likewise; older versions have another default."}
+    )
 
 
 class QATSFTTrainer(QATTrainer, SFTTrainer):

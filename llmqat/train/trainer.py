@@ -252,8 +252,9 @@ class QATTrainer(Trainer):
             ValueError: the best model is to be loaded in the end, and its checkpoint is gone.
         """
         found = super()._init_training_state(*args, **options)
-        best = self.state.best_global_step
-        if best and self.state.best_model_checkpoint is None and self.args.load_best_model_at_end:
+        best, known = self.state.best_global_step, self.state.best_model_checkpoint
+        moved = known is None or not Path(known).is_dir()  # newer versions of transformers forget it where it is gone
+        if best and moved and self.args.load_best_model_at_end:
             path = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
             if lacking := what_it_lacks(path):
                 raise ValueError(

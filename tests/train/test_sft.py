@@ -140,7 +140,7 @@ def test_defaults_are_those_of_trl(tmp_path: Path) -> None:
         "bf16",
         "use_cpu",
     }
-    own |= {"logging_dir", "run_name"}
+    own |= {"logging_dir", "run_name", "loss_type", "router_aux_loss_coef"}
     for name in {field.name for field in dataclasses.fields(SFTConfig)} - own:
         assert getattr(ours, name) == getattr(theirs, name), name
 
