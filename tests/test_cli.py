@@ -278,12 +278,23 @@ def test_counts(text: str, count: int):
     assert cli.train._count(text) == count
 
 
-def test_plan_shows_coverage_steps_and_memory_and_writes_nothing(tmp_path: Path, tiny: Path):
+def test_plan_shows_coverage_steps_and_memory_and_writes_nothing(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LLMQAT_CACHE", str(tmp_path / "cache"))  # where no run was measured yet
     done = call("plan", recipe(tmp_path, tiny), "train.max_steps=7", "data.block_size=32", "allocate.target_bits=3.5")
     assert "bits are chosen by layer when the run begins, 3.5 on average" in done.output
     assert done.exit_code == 0
     assert "training: steps 7, tokens 896" in done.output
     assert "14 tensors quantized" in done.output
+    first = done.output.splitlines()[0]
+    fits = r"It fits: \d+\.\d of \d+\.\d GB of memory; how long is not known here \(--probe measures it\); "
+    assert re.fullmatch(fits + r"\d+\.\d GB of disk; served by .*transformers.*\.", first), first
+    assert "model.layers.0-1" not in done.output
+    words = ("train.max_steps=7", "data.block_size=32", "--memory", "0.1", "--layers")
+    full = call("plan", recipe(tmp_path, tiny), *words).output
+    assert full.startswith("It does not fit: ")
+    assert "model.layers.0-1.mlp.up_proj" in full
     assert not (tmp_path / "run").exists()
 
 
@@ -291,7 +302,7 @@ def test_plan_and_audit_say_who_serves_the_checkpoint(tmp_path: Path, tiny: Path
     scheme = "quant={preset: w8a8}"
     planned = call("plan", recipe(tmp_path, tiny), "data.block_size=32", scheme).output
     audited = call("audit", str(tiny), "--scheme", "w8a8", "--json", str(tmp_path / "audit.json")).output
-    rows = [line for line in planned.splitlines() if "vLLM on" in line]
+    rows = [line for line in planned.splitlines()[1:] if "vLLM on" in line]
     assert len(rows) == 2
     assert all("yes" in row for row in rows)
     assert all(row in audited for row in rows)

@@ -87,9 +87,10 @@ def audit(
         print_next(command_of("llmqat", "quantize", model, *words))
 
 
-def print_audit(coverage: CoverageAudit) -> None:
-    """Shows what is done to each tensor, and the sums."""
-    console.print(audit_table(coverage))
+def print_audit(coverage: CoverageAudit, *, tensors: bool = True) -> None:
+    """Shows what is done to each tensor, if asked to, and the sums."""
+    if tensors:
+        console.print(audit_table(coverage))
     console.print(
         f"{len(coverage.quantized)} tensors quantized at {coverage.average_bits:.2f} bits a weight, "
         f"{len(coverage.kept)} kept; {coverage.bytes_before:,} bytes before, {coverage.bytes_after:,} after "

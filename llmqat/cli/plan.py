@@ -13,7 +13,9 @@ from llmqat.cli.options import OverridesArgument, RecipeArgument
 from llmqat.cli.show import print_next
 
 if TYPE_CHECKING:
-    from llmqat.recipe import Plan, Recipe
+    from llmqat.recipe import Plan
+    from llmqat.recipe.machine import Expected
+    from llmqat.recipe.probe import Probe
 
 
 @command()
@@ -33,8 +35,13 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="Train a few steps on random tokens: real memory, time.")
     ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show every tensor: quantized how, or left alone and why.")
+    ] = False,
 ) -> None:
-    """Shows what a recipe would quantize, its steps and tokens, and its memory on each device; keeps nothing.
+    """Says whether a recipe's training fits, how long it takes, on what disk, and who serves the result; then details.
+
+    The time comes from earlier runs and probes on this machine (machine.json in ~/.cache/llmqat).
 
     **Examples**
 
@@ -45,7 +52,9 @@ def plan(
         llmqat plan lora-int4 model=meta-llama/Llama-3.1-8B --processes 8 --sharding fsdp2 --memory 80
     """
     from llmqat.export.commands import command as command_of
-    from llmqat.recipe import devices_of, load_recipe, plan_run
+    from llmqat.recipe import available_bytes, devices_of, load_recipe, plan_run
+    from llmqat.recipe import probe as probed
+    from llmqat.recipe.machine import expected_time, remember_probe
     from llmqat.recipe.memory import Devices
     from llmqat.recipe.preflight import begin, check_run
 
@@ -62,18 +71,32 @@ def plan(
     planned = None
     with flight.findings.noting():
         planned = plan_run(flight.recipe, devices)
-        _print_plan(planned, memory)
+    if planned is None:
+        flight.findings.refuse()
+        return
+    world = flight.arguments.world_size
+    here = Devices(processes=world, accelerator=flight.arguments.device.type)
+    available = round(memory * 1e9) if memory is not None else available_bytes(planned.devices)
+    found = None
+    if probe and not flight.findings.errors:
+        found = probed(loaded)
+        remember_probe(loaded, planned.coverage, world, found.tokens_per_second)
+    time = expected_time(loaded, planned.coverage, world, planned.tokens) if planned.devices == here else None
+    begins = f"It would be refused, for what is said at the end ({len(flight.findings.errors)}). "
+    said = (begins if flight.findings.errors else "") + answer(planned, available, time)
+    console.print(said, style="bold", soft_wrap=True)
+    _print_plan(planned, available)
+    if found is not None:
+        _print_probe(planned, found)
+    print_audit(planned.coverage, tensors=layers)
+    if not layers:
+        console.print("every tensor, and why it is kept or quantized: the same command with --layers")
+    print_served(planned.served)
     flight.findings.refuse()
-    if probe and planned is not None:
-        _print_probe(planned, loaded)
     print_next(command_of("llmqat", "train", recipe, *(overrides or ())))
 
 
-def _print_plan(planned: Plan, memory: float | None) -> None:
-    from llmqat.recipe import available_bytes
-
-    print_audit(planned.coverage)
-    print_served(planned.served)
+def _print_plan(planned: Plan, available: int | None) -> None:
     if planned.target_bits is not None:
         console.print(f"bits are chosen by layer when the run begins, {planned.target_bits} on average")
     unknown = "known when the text is read"
@@ -83,9 +106,31 @@ def _print_plan(planned: Plan, memory: float | None) -> None:
     console.print(f"text: blocks {blocks}; training: steps {steps}, tokens {tokens}")
     _print_memory(planned)
     _print_disk(planned)
-    available = round(memory * 1e9) if memory is not None else available_bytes(planned.devices)
     if available is not None:
         _print_fit(planned, available)
+
+
+def answer(plan: Plan, available: int | None, time: Expected | None) -> str:
+    """Returns what a plan comes to: does it fit, how long, how much disk, who serves it."""
+    peak = plan.memory.peak
+    if available is None:
+        fits = f"It takes {peak / 1e9:.1f} GB of memory on each device (--memory GB says whether that fits)"
+    elif plan.fitting_batch(available) >= plan.method.batch:
+        fits = f"It fits: {peak / 1e9:.1f} of {available / 1e9:.1f} GB of memory"
+    else:
+        fits = f"It does not fit: {peak / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free"
+    served = [verdict.title for verdict in plan.served.values() if verdict.serves]
+    disk = f"{plan.disk.peak / 1e9:.1f} GB of disk"
+    return f"{fits}; {_duration(time)}; {disk}; served by {', '.join(served) or 'llmqat alone'}."
+
+
+def _duration(time: Expected | None) -> str:
+    from llmqat.terminal.bars import duration
+
+    if time is None:
+        return "how long is not known here (--probe measures it)"
+    words = f"about {duration(time.seconds)} on this machine, as {time.measured.by} of {time.measured.date} went"
+    return words if time.whole else f"training takes {words}, text, calibration and evaluation not counted"
 
 
 def _print_memory(plan: Plan) -> None:
@@ -132,10 +177,7 @@ def _print_fit(plan: Plan, available: int) -> None:
         errors.print("  nor does any cheaper way; spread it over more devices (--processes N --sharding fsdp2)")
 
 
-def _print_probe(plan: Plan, recipe: Recipe) -> None:
-    from llmqat.recipe import probe
-
-    found = probe(recipe)
+def _print_probe(plan: Plan, found: Probe) -> None:
     taken = "unknown" if found.peak_bytes is None else f"{found.peak_bytes / 1e9:.2f} GB"
     console.print(f"probe: memory {taken}; a step {found.step_seconds:.2f} s")
     if plan.steps is not None:

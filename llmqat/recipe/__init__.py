@@ -5,7 +5,7 @@ folder.py      what a run leaves on disk                evaluation.py  texts cut
 plan.py        what a recipe would do                   quantize.py    calibration only, no training
 memory.py      bytes of a training, by arithmetic       probe.py       a few steps, timed
 allocation.py  bits chosen layer by layer               training.py    what a training says while it runs
-record.py      where a run is, kept in its folder
+record.py      where a run is, kept in its folder       machine.py     how fast this machine trains
 text.py        text that a model writes                 chat.py        a conversation with a model
 teacher.py     what a teacher predicts, kept on disk    start.py       a model that is packed already
 schema.py      the keys of a recipe, explained

@@ -80,6 +80,7 @@ from llmqat.recipe.folder import (
     kept_text,
     open_run_folder,
 )
+from llmqat.recipe.machine import remember_run
 from llmqat.recipe.plan import coverage_of, steps_of
 from llmqat.recipe.preflight import Preflight, begin, check_run
 from llmqat.recipe.record import RunRecord
@@ -252,6 +253,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
                 fine_tuned=arguments.cross_entropy_weight > 0 and blocks.rows.scored is not None,
             )
     result = RunResult(report.folder, comparison, report, training, stage.seconds)
+    remember_run(recipe, coverage, arguments.world_size, training, stage.seconds)
     _keep_results(recipe, result, facts)
     _register(recipe, result, stage)
     return result

@@ -47,12 +47,14 @@ class Probe:
     Attributes:
         step_seconds: median of an optimizer step.
         first_seconds: of the first one.
+        tokens_per_second: trained on, by all processes together.
         peak_bytes: memory at most while training; above what the process held before on a CPU, of torch's own counting
             on a GPU. None where nobody counted.
     """
 
     step_seconds: float
     first_seconds: float
+    tokens_per_second: float
     peak_bytes: int | None
 
     def seconds(self, steps: int) -> float:
@@ -115,7 +117,9 @@ def probe(recipe: Recipe) -> Probe:
         trainer.train()
         highest = peak(arguments.device)
     seconds = [after - earlier for earlier, after in pairwise(clock.marks)]
-    return Probe(median(seconds[1:]), seconds[0], None if highest is None else highest - before)
+    tokens = samples // PROBE_STEPS * recipe.data.block_size * arguments.world_size
+    step = median(seconds[1:])
+    return Probe(step, seconds[0], tokens / step, None if highest is None else highest - before)
 
 
 def _teacher(recipe: Recipe, student: Any) -> PreTrainedModel | None:

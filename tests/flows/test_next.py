@@ -70,6 +70,7 @@ def test_a_command_ends_with_those_that_go_on(place: Path, monkeypatch: pytest.M
             assert lines[-len(following) :] == [f"next: {line}" for line in following], name
         for line in following:
             _check(line)
+    assert "on this machine, as a run of" in lines_of(RUNS["plan"])[0]  # which `train` has left
 
 
 def _check(line: str) -> None:

@@ -1,0 +1,61 @@
+"""The time that a plan tells, from what runs and probes took on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmqat.cli.plan import answer
+from llmqat.recipe import load_recipe, plan_run
+from llmqat.recipe.machine import FILE, expected_time, remember_probe, remember_run
+
+
+@pytest.fixture
+def recipe(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("LLMQAT_CACHE", str(tmp_path / "cache"))
+    words = (f"model={tiny_folder}", f"output={tmp_path / 'run'}", "data.tokens=3200", "data.block_size=32")
+    return load_recipe("smollm2-135m-int4", (*words, "train.max_steps=100", "train.warmup_steps=0"))
+
+
+def test_a_run_tells_the_time_of_the_next_one(recipe: Any, tmp_path: Path) -> None:
+    planned = plan_run(recipe)
+    assert planned.tokens == 6400
+    asked = (recipe, planned.coverage, 1, planned.tokens)
+    assert expected_time(*asked) is None
+    assert "how long is not known here (--probe measures it)" in answer(planned, 10**12, None)
+    remember_probe(*asked[:3], 64.0)
+    probed = expected_time(*asked)
+    assert probed is not None
+    assert (probed.seconds, probed.whole, probed.measured.by) == (100.0, False, "a probe")
+    assert "training takes about 1.7 min on this machine, as a probe of" in answer(planned, 10**12, probed)
+    training = {"tokens_per_second": 128.0, "resumed_from": None}
+    seconds = {"text": 20.0, "train": 50.0, "evaluate": 30.0}
+    remember_run(*asked[:3], {**training, "resumed_from": "checkpoint-1"}, seconds)
+    assert expected_time(*asked) == probed
+    remember_run(*asked[:3], training, seconds)
+    remember_probe(*asked[:3], 1.0)  # says less than a run
+    run = expected_time(*asked)
+    assert run is not None
+    assert (run.seconds, run.whole) == (100.0, True)
+    assert "; about 1.7 min on this machine, as a run of" in answer(planned, 10**12, run)
+    other = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"max_windows": 3})})
+    found = expected_time(other, *asked[1:])
+    assert found is not None
+    assert (found.seconds, found.whole) == (50.0, False)
+    for changes in ({"lora": {"r": 4}}, {"quant": recipe.quant.preset("int8")}):
+        assert expected_time(recipe.model_copy(update=changes), *asked[1:]) is None
+    assert expected_time(recipe, planned.coverage, 2, planned.tokens) is None
+
+
+def test_a_damaged_file_is_begun_anew(recipe: Any, tmp_path: Path) -> None:
+    planned = plan_run(recipe)
+    (tmp_path / "cache").mkdir()
+    for content in ("{", "[]", '{"a": {"b": 1}}'):
+        (tmp_path / "cache" / FILE).write_text(content)
+        assert expected_time(recipe, planned.coverage, 1, 64) is None
+        remember_probe(recipe, planned.coverage, 1, 64.0)
+        found = expected_time(recipe, planned.coverage, 1, 64)
+        assert found is not None
+        assert found.seconds == 1.0
