@@ -212,7 +212,8 @@ JUNK: list[Any] = [[], {}, "x", "", -1, 1.5, True, None, [[1]], {1: 2}, [{"a": 1
 @pytest.mark.parametrize("section", [place for place in KEYS if "." not in place])
 def test_a_value_of_any_kind_at_any_key_is_taken_or_refused(section: str):
     """Whatever a file says, what is wrong is a ValueError, which the command line shows without a traceback."""
-    for place in [place for place in KEYS if f"{place}.".startswith(f"{section}.") and ".mix." not in place]:
+    places = [place for place in KEYS if f"{place}.".startswith(f"{section}.") and ".mix." not in place]
+    for place in places[:: 7 if section == "train" else 1]:  # whose keys are all checked by one function
         _, *parts = place.split(".")
         for value in JUNK:
             inside = value
