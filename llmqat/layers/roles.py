@@ -325,7 +325,9 @@ class _Watch(TorchFunctionMode):
         given = [tensor for tensor in (*_flat(args), *_flat(kwargs.values())) if isinstance(tensor, Tensor)]
         changing = _is_in_place(name) and given and given[0] is args[0] and id(given[0]) in self.layers
         before = given[0].detach().clone() if changing else None
-        output = func(*args, **kwargs)
+        output = (
+            _stand_in_product(*args, **kwargs) if name == "linear" and _has_stand_in(args) else func(*args, **kwargs)
+        )
         if before is not None and not before.is_meta and not torch.equal(before, given[0]):
             self.trial.changed.add(id(self.layers[id(given[0])]))
         self._note_reads(name, given, args)
@@ -396,6 +398,18 @@ class _Watch(TorchFunctionMode):
         for tensor in _flat([output]):
             if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[-1] == width:
                 self.scores[tensor] = layers | self.scores.get(tensor, frozenset())
+
+
+def _has_stand_in(args: tuple[Any, ...]) -> bool:
+    """Returns whether the weight of a linear product is one of `_one_number_each`: one number for all its entries."""
+    weight = args[1] if len(args) > 1 else None
+    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.stride() == (0, 0) and weight.numel() > 1
+
+
+def _stand_in_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns what F.linear does of a weight whose entries are one number, in the time of a sum."""
+    product = (x.sum(-1, keepdim=True) * weight[0, 0]).expand(*x.shape[:-1], weight.shape[0])
+    return product.clone() if bias is None else product + bias
 
 
 def _name_of(func: Any) -> str:

@@ -28,7 +28,7 @@ from transformers import (
 
 from llmqat import QuantConfig, convert, load, prepare, save
 from llmqat.layers import CoverageAudit, LayerScheme, QuantExperts, QuantLinear, QuantModule, WeightConfig, audit
-from llmqat.layers.roles import tried, unreached
+from llmqat.layers.roles import _has_stand_in, _stand_in_product, tried, unreached
 from llmqat.models import cast_parameters
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE, tiny_architecture, tiny_llama, tiny_model
 
@@ -544,3 +544,11 @@ def test_models_whose_code_looks_at_weights_are_saved_as_they_are_trained(
     model = tiny_model(model_type, **(_MAMBA if model_type == "mamba" else sparse))
     prepare(model, CONFIG)
     save(model, tmp_path / "out", dtype=dtype, probe=ids(4, 48))  # proved
+
+
+@pytest.mark.parametrize("bias", [None, torch.arange(5.0)])
+def test_a_product_with_a_stand_in_is_what_torch_makes_of_it(bias: Tensor | None) -> None:
+    x, weight = torch.randn(2, 3, 7), torch.tensor(0.01).expand(5, 7)
+    assert _has_stand_in((x, weight))
+    assert not _has_stand_in((x, weight.clone()))
+    torch.testing.assert_close(_stand_in_product(x, weight, bias), F.linear(x, weight, bias))
