@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from llmqat.terminal import (
     no_bar,
     plain_console,
     progress,
+    quiet_libraries,
     show_any_text,
 )
 
@@ -170,3 +172,18 @@ def test_a_log_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path)
     with pytest.raises(OSError, match=r"--log=.* cannot be written"):
         CommandLog(main_process=True, path=tmp_path, heading="")
     CommandLog(main_process=False, path=tmp_path, heading="").end()  # other processes write none
+
+
+@pytest.mark.parametrize(("main_process", "is_terminal"), [(True, True), (True, False), (False, True)])
+def test_libraries_draw_bars_on_a_terminal_of_the_main_process_alone(
+    main_process: bool, is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+):
+    variables = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    for variable in variables:
+        monkeypatch.setenv(variable, "")  # so that it is put back
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(sys, "stderr", Screen() if is_terminal else io.StringIO())
+    monkeypatch.setattr(logging, "captureWarnings", lambda capture: None)
+    quiet_libraries(main_process=main_process)
+    wanted = None if main_process and is_terminal else "1"
+    assert [os.environ.get(variable) for variable in variables] == [wanted] * 3
