@@ -287,7 +287,7 @@ def test_plan_shows_coverage_steps_and_memory_and_writes_nothing(
     assert done.exit_code == 0
     assert "training: steps 7, tokens 896" in done.output
     assert "14 tensors quantized" in done.output
-    first = done.output.splitlines()[0]
+    first = done.output.splitlines()[0]  # with nothing above it, not even on standard error
     fits = r"It fits: \d+\.\d of \d+\.\d GB of memory; how long is not known here \(--probe measures it\); "
     assert re.fullmatch(fits + r"\d+\.\d GB of disk; served by .*transformers.*\.", first), first
     assert "model.layers.0-1" not in done.output

@@ -753,7 +753,7 @@ def raise_masters(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
-            raised += 1
+            raised += not parameter.is_meta  # a trial has no weights, and nothing to tell
     if raised:
         logger.info("raised %d trainable parameters to float32 masters", raised)
 
