@@ -8,7 +8,8 @@ allocation.py  bits chosen layer by layer               training.py    what a tr
 record.py      where a run is, kept in its folder       machine.py     how fast this machine trains
 text.py        text that a model writes                 chat.py        a conversation with a model
 teacher.py     what a teacher predicts, kept on disk    start.py       a model that is packed already
-schema.py      the keys of a recipe, explained
+schema.py      the keys of a recipe, explained          preflight.py   what is known to be wrong before a run begins
+disk.py        bytes that a run writes, by arithmetic   findings.py    what checks find, told together
 """
 
 from llmqat.recipe.chat import Conversation

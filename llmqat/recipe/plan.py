@@ -348,20 +348,6 @@ def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> Coverag
     return _prepared_without_weights(spec, config, quant, rotated)[1]
 
 
-def check_recipe_served(recipe: Recipe) -> bool:
-    """Returns whether W4A8 has to be written as `int-quantized`; raises where a client of `serve` takes no such model.
-
-    Raises:
-        FileNotFoundError: the model is not there.
-        ValueError: names the client, its reason, and the nearest preset that it takes.
-    """
-    if not recipe.serve:
-        return False
-    if starts_packed(recipe):
-        return check_served(inspect_model(recipe.model, recipe.quant).description, recipe.serve, None)
-    return check_spec_served(recipe.model, recipe.serve, recipe.quant, recipe.allocate, rotates(recipe.calibrate))
-
-
 def check_spec_served(
     spec: str, clients: Sequence[str], quant: QuantConfig, allocate: AllocationConfig | None, rotated: bool
 ) -> bool:
