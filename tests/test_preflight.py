@@ -182,6 +182,11 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     assert text.startswith("8 things are wrong")
 
 
+def test_texts_are_looked_for_without_a_model() -> None:
+    with pytest.raises(PreflightError, match=r"2 things are wrong(.|\n)*'./absent' does not exist(.|\n)*at absent.txt"):
+        run(recipe("model=./absent", "evaluate.texts=[absent.txt]"))
+
+
 def test_a_disk_that_is_too_small_is_told_and_one_that_is_tight(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = plan_run(recipe()).disk
     for free, is_told in ((int(disk.least) - 1, "error"), (int(disk.peak) + 1, "warning"), (int(disk.peak * 2), "")):

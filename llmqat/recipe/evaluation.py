@@ -226,7 +226,7 @@ def compare_models(
     if len(listed) < len({*given}):
         log.warning("some of the models are one folder or file; it is measured once: %s", ", ".join(listed))
     models = dict(zip(short_names(listed), listed, strict=True))
-    texts = [partial(_check_there, text) for text in settings.texts]
+    texts = [partial(check_there, text) for text in settings.texts]
     all_of([*texts, *(partial(_check_model, spec) for spec in listed)])
     for spec in listed:
         check_untrained(settings, documents_recorded(record_of(spec)), spec)
@@ -271,7 +271,7 @@ def compare_models(
         )
 
 
-def _check_there(text: str) -> None:
+def check_there(text: str) -> None:
     """Raises where a text is not there, or is none; it is not read."""
     if text.startswith(HUB_PREFIX):
         check_name(hub_keys(text)["name"])

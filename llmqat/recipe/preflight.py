@@ -50,6 +50,7 @@ from llmqat.recipe.config import TRAINER_FOLDER, Recipe, training_arguments
 from llmqat.recipe.disk import Disk, disk_of, disk_problem
 from llmqat.recipe.evaluation import (
     EARLIER_TEXTS,
+    check_there,
     check_untrained,
     documents_recorded,
     evaluation_windows,
@@ -274,6 +275,9 @@ def _check_texts(flight: Preflight) -> PreTrainedTokenizerBase | None:
     with found.noting():
         tokenizer = load_tokenizer(resolve_spec(recipe.source), recipe.source)
     if tokenizer is None:
+        for text in recipe.evaluate.texts:
+            with found.noting():
+                check_there(text)
         return None
     with found.noting():
         use_chat_template(recipe.data, tokenizer)
