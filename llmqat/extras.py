@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from packaging.requirements import Requirement
@@ -77,6 +80,22 @@ def check_version(distribution: str, lowest: str, purpose: str) -> None:
             f"{purpose} needs {distribution} {lowest} or newer, and {found} is installed; run "
             f"`pip install --upgrade '{distribution}>={lowest}'`"
         )
+
+
+@contextmanager
+def hidden(module: str) -> Iterator[None]:
+    """Inside, importing `module` fails as if it were not installed, unless it was imported before.
+
+    For a package that imports another one to see whether it is there, which takes seconds and prints warnings.
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _lowest(distribution: str) -> Version | None:

@@ -122,6 +122,7 @@ def _check_readable(names: Sequence[str], manager: Any) -> None:
 @contextmanager
 def _no_search_for_a_commit() -> Iterator[None]:
     """Inside, lm-eval does not ask git for the commit of the working directory: git says "fatal:" where it is none."""
+    check_installed("lm_eval", "a zero-shot task")
     import lm_eval.evaluator
 
     usual = lm_eval.evaluator.get_git_commit_hash

@@ -23,14 +23,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from llmqat.extras import hidden
 from llmqat.layers.embedding import QuantEmbedding
 from llmqat.layers.quantized import QuantModule, without_adapters
 from llmqat.layers.source import forget_source
+
+with hidden("bitsandbytes"):  # which `import peft` imports, for a helper that nothing here calls
+    import peft.import_utils
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+peft.import_utils.is_bnb_available.cache_clear()  # it is available, for who asks later
+peft.import_utils.is_bnb_4bit_available.cache_clear()
 
 WEIGHT = "weight"
 """Name of the parameter of a QuantModule that adapters are on."""

@@ -1,5 +1,6 @@
 """Training: distillation of a prepared model from the original one, on transformers.Trainer."""
 
+import llmqat.layers.lora  # noqa: F401 (first: it imports peft without bitsandbytes)
 from llmqat.train.adapter import LoraSettings, is_own_teacher
 from llmqat.train.arguments import QATArguments, check_batch, processor_has_bf16
 from llmqat.train.distribution import check_distribution, whole_model

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +260,25 @@ def test_checkpoints_and_the_best_model_hold_it_too_and_training_resumes(tmp_pat
     chosen.train()
     assert chosen.state.best_global_step == 2
     assert equal(chosen.model.parameters(), means.at[2])
+
+
+def test_a_run_imports_bitsandbytes_only_for_its_optimizers(tmp_path: Path) -> None:
+    code = f"""
+import sys
+import llmqat.recipe
+assert "bitsandbytes" not in sys.modules
+from tests.train.test_trainer import Blocks, _arguments, _pair
+def trained(folder, **changes):
+    student, teacher = _pair()
+    arguments = _arguments(folder, max_steps=1, bf16=False, **changes)
+    llmqat.QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks()).train()
+    return "bitsandbytes" in sys.modules
+assert not trained({str(tmp_path / "plain")!r}, optim="adamw_torch")
+assert trained({str(tmp_path / "few")!r}, optim="adamw_bnb_8bit")
+import peft.import_utils
+assert peft.import_utils.is_bnb_available() and peft.import_utils.is_bnb_4bit_available()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
