@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -135,10 +136,12 @@ def test_asymmetric_weights_load_here_exactly(num_bits: int, group_size: int | N
     assert torch.equal(logits_of(load(tmp_path / "out", kernel="reference")), logits_of(model))
 
 
-def test_asymmetric_weights_load_in_transformers_which_dequantizes_them(tmp_path: Path) -> None:
+def test_asymmetric_weights_load_in_transformers_and_it_is_said_whether_it_dequantizes_them(tmp_path: Path) -> None:
     model = prepared(weights=scheme(4, 32, symmetric=False))
     report = save(model, tmp_path / "out")
-    assert (report.stock.loads, report.stock.dequantized, report.notes) == (True, True, ())
+    assert (report.stock.loads, report.notes) == (True, ())
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written.get("dequantize", False) == report.stock.dequantized  # transformers 5.13 needs not, 5.23 does
     assert torch.equal(logits_of(stock(tmp_path / "out")), logits_of(model))
 
 
@@ -754,7 +757,8 @@ def test_generation_compiles_in_one_graph_and_gives_the_same_logits(tmp_path: Pa
         assert (frames > 0) == compiled
     # A compiled graph keeps in float32 what eager mode rounds to bfloat16 between operations.
     torch.testing.assert_close(*logits, rtol=0, atol=2**-5 * logits[0].abs().max().item())
-    assert not torch._dynamo.utils.counters["graph_break"]
+    if Version(torch.__version__) >= Version("2.13"):  # 2.10 cannot trace torch.is_autocast_available
+        assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_transformers_serve_takes_the_folder(tmp_path: Path) -> None:
