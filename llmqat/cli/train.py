@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @command()
 def train(recipe: RecipeArgument, overrides: OverridesArgument = None, overwrite: OverwriteOption = False) -> None:
-    """Runs a recipe: calibrates, trains, saves a proved packed checkpoint, and compares it.
+    """Runs a recipe: calibrates, trains, saves a packed checkpoint and checks what it wrote, and compares it.
 
     An interrupted run goes on where it stopped when the same command is given again.
 

@@ -10,8 +10,8 @@ model learns that text's domain, and its noise is ten times that of the KL. A KL
     interval above it               train, if what training leaves is expected below the threshold; else more bits
 
 Of several texts the one on which most is lost decides. Models whose record or figures are the same (a checkpoint and
-its export) are one model and get one advice. A model that was trained on answers has left its reference on purpose, so
-it is judged by the perplexity that it loses.
+its export) are one model and get one advice. A model that was trained on answers is to differ from its
+reference, so it is judged by the perplexity that it loses; perplexity alone never says to ship it.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ class _Adviser:
         against = {"kept": f"no more than {limit}", "lost": f"more than {limit}", "unknown": f"limit {limit}"}
         names = " and ".join(row["name"] for row in self.rows)
         where = f" on {worst.text}" if len(judged) > 1 else ""
-        said = f"{names}: {worst} from {self.reference['name']}{where}, {against[worst.outcome]}: {words}"
+        limits = "" if (worst.figure, worst.outcome) == ("perplexity", "kept") else f", {against[worst.outcome]}"
+        said = f"{names}: {worst} from {self.reference['name']}{where}{limits}: {words}"
         beside = self._perplexity(worst.text) if worst.figure == "kl" else LEARNED
         return Advice(
             models=tuple(row["name"] for row in self.rows),
@@ -228,9 +229,16 @@ class _Adviser:
 
     # What to do
 
-    def _ship(self, _: _Judged) -> tuple[Outcome, str, list[str]]:
+    def _ship(self, worst: _Judged) -> tuple[Outcome, str, list[str]]:
+        commands = [line for row in self.rows for line in run_commands(row.get("spec") or row["name"])[:2]]
+        if worst.figure == "perplexity":
+            own, before = (row["texts"][worst.text]["perplexity"] for row in (self.row, self.reference))
+            what = "the answers" if self.report["texts"][worst.text].get("answers") else worst.text
+            than = "better than" if own < before else "about as well as"
+            words = f"it predicts {what} {than} the original (perplexity {own:.4g} against {before:.4g}); "
+            return "measure more", f"{words}whether it is good, only its answers show: ask it.", commands
         words = "ship it." if self.trained else "ship it, no training is needed."
-        return "ship", words, [line for row in self.rows for line in run_commands(row.get("spec") or row["name"])[:2]]
+        return "ship", words, commands
 
     def _unknown(self, worst: _Judged) -> tuple[Outcome, str, list[str]]:
         text = self.report["texts"][worst.text]
@@ -324,7 +332,7 @@ class _Adviser:
         return 8 * size / bits if size and bits else 0.0
 
 
-LEARNED = "It was trained on answers, so its KL counts what it has learned, and its perplexity is judged."
+LEARNED = "It was trained on answers, so it is to differ from the original: its perplexity is judged, not its KL."
 
 
 def _learned_answers(row: Mapping[str, Any]) -> bool:

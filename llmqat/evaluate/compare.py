@@ -268,25 +268,23 @@ class Comparison:
             )
 
     def _judge_answers(self, row: Row, text: str) -> Iterator[Finding]:
-        """Yields whether answers that were held out are likelier than the original finds them."""
+        """Yields how likely answers that were held out are to the original and now; no praise: examples show more."""
         full, own = self.row("full precision"), row.evaluations[text]
         if full is None:
             return
         before = full.evaluations[text]
         apart = difference(before, own, "perplexity")
-        figures = f"perplexity on {text} {own.perplexity:.2f}, {before.perplexity:.2f} of {full.name}"
-        figures += " (of one window, which says little: hold out more)" if own.windows == 1 else ""
-        if own.perplexity < before.perplexity and (apart is None or not apart.holds_zero):
-            yield Finding(
-                "note",
-                f"{row.name} has learned the answers: {figures}. Its KL there says how far it has left the original, "
-                "which is what was asked for.",
-            )
-            return
-        yield Finding(
-            "warning",
-            f"{row.name} has not learned the answers: {figures}. {WHAT_TO_TRY_WITH_ANSWERS}",
+        around = interval(own, "perplexity")
+        spread = "" if around is None else f", {around.low:.4g} to {around.high:.4g}"
+        figures = (
+            f"{text}: perplexity {before.perplexity:.2f} ({full.name}) -> {own.perplexity:.2f} ({row.name}{spread}), "
+            f"conversations: {own.windows}"
         )
+        figures += "; one says little, raise data.validation_share" if own.windows == 1 else ""
+        if own.perplexity < before.perplexity and (apart is None or not apart.holds_zero):
+            yield Finding("note", f"{figures}. Whether the answers are good, the examples show.")
+            return
+        yield Finding("warning", f"{figures}. That is no gain beyond noise. {WHAT_TO_TRY_WITH_ANSWERS}")
 
     def _judge_moved(self, row: Row, text: str) -> Iterator[Finding]:
         """Yields what learning the answers has cost on a text that has none of them."""
@@ -312,8 +310,8 @@ class Comparison:
             if apart is not None and apart.holds_zero:
                 yield Finding(
                     "note",
-                    f"{better.name} and {worse.name} are alike on {text}: their {heading} differs by "
-                    f"{apart.low:.3g} to {apart.high:.3g} (95 %, paired by window), which is noise.",
+                    f"{better.name} and {worse.name} cannot be told apart on {text}: {heading} of {worse.name} minus "
+                    f"that of {better.name} is {apart.low:.3g} to {apart.high:.3g} (95 %, paired by window).",
                 )
 
 

@@ -143,9 +143,11 @@ def test_a_model_that_learned_answers_is_judged_by_perplexity() -> None:
     run = {"recipe": {"model": ORIGINAL, "train": {"cross_entropy_weight": 1.0}}, "training": {"steps": 1}}
     learned = row("chat", 0.4, perplexity=15.0, method="trained", run=run)
     (one,) = advice(report(learned))
-    assert (one.verdict, one.figure) == ("ship", "perplexity")
-    assert "perplexity -25.0% (-27.5% to -22.5%) from original, no more than 2%: ship it" in one.said
-    assert "counts what it has learned" in one.said
+    assert (one.verdict, one.figure) == ("measure more", "perplexity")
+    assert "perplexity -25.0% (-27.5% to -22.5%) from original: it predicts pydoc better than the original" in one.said
+    assert "(perplexity 15 against 20); whether it is good, only its answers show" in one.said
+    assert "ship" not in one.said
+    assert "its perplexity is judged, not its KL" in one.said
 
 
 def test_without_a_reference_the_next_step_finds_one() -> None:

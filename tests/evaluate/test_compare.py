@@ -133,13 +133,14 @@ def test_a_model_that_was_to_learn_answers_is_judged_by_them() -> None:
     learned = fine_tuned(answers=4.0, prose_kl=0.2)
     said, moved = learned.findings()
     assert (said.level, moved.level) == ("note", "note")
-    assert "ours has learned the answers: perplexity on chats 4.00, 12.00 of original" in said.text
+    assert said.text.startswith("chats: perplexity 12.00 (original) -> 4.00 (ours), conversations: ")
+    assert said.text.endswith("Whether the answers are good, the examples show.")
     assert "ours is further from the original on prose than rounded: KL 0.2000 against 0.1000" in moved.text
     assert learned.recovered(learned.rows[-1], "chats") == Recovered(None, None)
     assert learned.recovered(learned.rows[-1], "prose").kl == pytest.approx(-1.0)
     (failed,) = fine_tuned(answers=12.5, prose_kl=0.05).findings()
     assert failed.level == "warning"
-    assert "ours has not learned the answers" in failed.text
+    assert "That is no gain beyond noise" in failed.text
     assert "says little" not in failed.text
 
 
