@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -70,6 +70,18 @@ def check_installed(module: str, purpose: str) -> None:
     reason = missing(module)
     if reason is not None:
         raise ImportError(f"{purpose} needs {reason}")
+
+
+def check_all_installed(modules: Sequence[str], purpose: str) -> None:
+    """Raises ImportError where some of `modules` are not installed, with one line that installs them all."""
+    absent = [DISTRIBUTIONS.get(module, module) for module in modules if importlib.util.find_spec(module) is None]
+    if absent:
+        raise ImportError(
+            f"{purpose} needs {' and '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed; run "
+            f"`pip install {' '.join(absent)}`"
+        )
+    for module in modules:
+        check_installed(module, purpose)
 
 
 def check_version(distribution: str, lowest: str, purpose: str) -> None:

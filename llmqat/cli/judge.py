@@ -162,6 +162,7 @@ def _judge(
     files: tuple[Path | None, Path | None, Path | None, Path | None],
 ) -> None:
     """Measures, shows, writes (JSON, CSV, Markdown, HTML), and exits with 3 where the gate is broken."""
+    from llmqat.evaluate.compare import NotMeasured
     from llmqat.evaluate.gate import parse_gate, read_report
     from llmqat.evaluate.report import check_files, measured, verdict_on
     from llmqat.recipe import compare_models
@@ -176,7 +177,14 @@ def _judge(
     outputs = dict(zip(("--json", "--csv", "--markdown", "--html"), files, strict=True))
     check_files(outputs, [source for source in read if source is not None])
     html = files[-1] is not None
-    comparison = compare_models(models, settings, reference, tasks=tasks, details=html, rules=rules, baseline=before)
+    try:
+        comparison = compare_models(
+            models, settings, reference, tasks=tasks, details=html, rules=rules, baseline=before
+        )
+    except NotMeasured as error:
+        console.print(measured(error.comparison))
+        verdict_on(error.comparison, threshold=threshold).write(*files)
+        raise
     console.print(measured(comparison))  # now: whatever happens to the files, the figures are seen
     try:
         verdict = verdict_on(comparison, rules, before, threshold)

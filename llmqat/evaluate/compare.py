@@ -131,6 +131,7 @@ class Comparison:
     environment: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)  # what was asked for, so that it can be asked again
     fine_tuned: bool = False  # whether training had answers to learn, and not only its original to be like
+    stopped: str = ""  # why rows are missing, where a model could not be measured
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -157,7 +158,8 @@ class Comparison:
 
     def findings(self) -> tuple[Finding, ...]:
         """Returns warnings and notes: of each row, on trained rows, on adapters, on rows that no text tells apart."""
-        found = [Finding("warning", note) for row in self.rows for note in row.notes]
+        found = [Finding("warning", self.stopped)] if self.stopped else []
+        found += [Finding("warning", note) for row in self.rows for note in row.notes]
         if unpacked := [row.name for row in self.rows if row.costs and str(row.extras.get("spec")).endswith(".gguf")]:
             found.append(
                 Finding(
@@ -315,6 +317,14 @@ class Comparison:
                 )
 
 
+class NotMeasured(ValueError):
+    """A model could not be loaded or measured; `comparison` holds what was measured before."""
+
+    def __init__(self, message: str, comparison: Comparison) -> None:
+        super().__init__(message)
+        self.comparison = comparison
+
+
 WHAT_TO_TRY = (
     "Try a third of train.learning_rate; more tokens (data.tokens) or fewer epochs over the same ones; check that the "
     "training loss fell, that the teacher is the unquantized model, and that the training text resembles what the "
@@ -355,35 +365,57 @@ def compare(
 
     Raises:
         ValueError: if there is nothing to compare, a name is given twice, or two models claim one role.
+        NotMeasured: if a model cannot be loaded or measured, and others were.
     """
     _check(candidates, texts)
     references: dict[str, Reference] = {}
     measured: dict[str, Row] = {}
     for candidate in sorted(candidates, key=lambda entry: entry.role != "full precision"):
-        begun = time.perf_counter()
-        model, costs = (
-            measure_costs(candidate.load, from_files=candidate.from_files) if speed else (candidate.load(), None)
-        )
-        start = time.perf_counter()
-        evaluations = _evaluations(model, candidate, texts, references, batch_size, progress)
-        measured[candidate.name] = Row(
-            name=candidate.name,
-            role=candidate.role,
-            bits_per_weight=candidate.bits_per_weight,
-            bytes_on_disk=candidate.bytes_on_disk,
-            decode_tokens_per_second=None if costs is None else costs.decode_tokens_per_second,
-            evaluations=evaluations,
-            costs=costs,
-            seconds=time.perf_counter() - start,
-            parts={} if tokenizer is None else {text: _parts(one, tokenizer) for text, one in evaluations.items()},
-            extras={**candidate.facts, **_taken(extras or {}, model, candidate)},
-            notes=(*candidate.notes, *(f"{candidate.name}: {note}." for note in kept_notes(model))),
-        )
-        del model
+        try:
+            measured[candidate.name] = _measured(
+                candidate, texts, references, batch_size, speed, progress, tokenizer, extras or {}
+            )
+        except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+            if not measured:
+                raise
+            why = f"{candidate.name} could not be measured: {error}"
+            rows = tuple(measured[entry.name] for entry in candidates if entry.name in measured)
+            raise NotMeasured(why, Comparison(rows, environment(), settings or {}, fine_tuned, why)) from error
         gc.collect()
-        log.info("%s: measured in %s", candidate.name, duration(time.perf_counter() - begun))
     rows = tuple(measured[candidate.name] for candidate in candidates)
     return Comparison(rows, environment(), settings or {}, fine_tuned)
+
+
+def _measured(
+    candidate: Candidate,
+    texts: Mapping[str, TokenWindows],
+    references: dict[str, Reference],
+    batch_size: int,
+    speed: bool,
+    progress: ComparisonProgress | None,
+    tokenizer: Any,
+    extras: Mapping[str, Extra],
+) -> Row:
+    """Loads one model and returns what is measured of it; the full-precision one also fills `references`."""
+    begun = time.perf_counter()
+    model, costs = measure_costs(candidate.load, from_files=candidate.from_files) if speed else (candidate.load(), None)
+    start = time.perf_counter()
+    evaluations = _evaluations(model, candidate, texts, references, batch_size, progress)
+    row = Row(
+        name=candidate.name,
+        role=candidate.role,
+        bits_per_weight=candidate.bits_per_weight,
+        bytes_on_disk=candidate.bytes_on_disk,
+        decode_tokens_per_second=None if costs is None else costs.decode_tokens_per_second,
+        evaluations=evaluations,
+        costs=costs,
+        seconds=time.perf_counter() - start,
+        parts={} if tokenizer is None else {text: _parts(one, tokenizer) for text, one in evaluations.items()},
+        extras={**candidate.facts, **_taken(extras, model, candidate)},
+        notes=(*candidate.notes, *(f"{candidate.name}: {note}." for note in kept_notes(model))),
+    )
+    log.info("%s: measured in %s", candidate.name, duration(time.perf_counter() - begun))
+    return row
 
 
 def _taken(extras: Mapping[str, Extra], model: nn.Module, candidate: Candidate) -> dict[str, Any]:

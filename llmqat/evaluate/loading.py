@@ -21,13 +21,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
+from transformers.quantizers import AutoHfQuantizer
 
 from llmqat.data.length import check_length, declared_length
 from llmqat.evaluate.layers import JSON_FILE
 from llmqat.evaluate.speed import disk_usage
 from llmqat.export import load_any
 from llmqat.export.checkpoint import RUN_FILE
-from llmqat.extras import require
+from llmqat.extras import check_all_installed, require
 from llmqat.layers import QuantConfig, convert, prepare
 from llmqat.layers.prepare import CONFIG_KEY
 from llmqat.models import (
@@ -46,6 +47,12 @@ from llmqat.train.adapter import load_adapter
 _BITS_OF_TYPE = re.compile(r"I?Q(\d)")
 PACKED_FORMATS = ("pack-quantized", "int-quantized", None)
 """Formats of compressed-tensors that llmqat's loader takes; None: the configuration does not say."""
+PACKAGES = {
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("accelerate", "gptqmodel"),
+    "bitsandbytes": ("accelerate", "bitsandbytes"),
+}
+"""Method of quantization -> the packages with which transformers reads it; it names one of them at a time."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,28 @@ def load_to_judge(spec: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model.eval()
+
+
+def check_can_be_read(spec: str) -> None:
+    """Raises where what stock transformers needs to read the quantized model `spec` is not here; loads nothing.
+
+    Raises:
+        ImportError: a package is not installed, or too old.
+        ValueError: transformers does not know the method, or it does not run on this machine.
+    """
+    found = _quantization_of_others(spec)
+    if found is None:
+        return
+    method = found.get("quant_method")
+    named = f"model {spec!r}, which {method} has quantized,"
+    check_all_installed(PACKAGES.get(str(method), ()), named)
+    try:
+        quantizer = AutoHfQuantizer.from_config(dict(found), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except ImportError as error:
+        raise ImportError(f"{named} needs a package that is not here: {error}") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{named} cannot be read on this machine: {error}") from error
 
 
 def longest_of(spec: str) -> int | None:
@@ -127,16 +156,27 @@ def _loaded(spec: str, dtype: torch.dtype) -> nn.Module:
         base = load_adapter_base(spec, dtype)
         prepare(base, scheme)
         return convert(load_adapter(base, Path(spec).expanduser()).merge_and_unload(), dtype)
-    source = resolve_spec(spec)
-    found = getattr(read_config(source, spec), "quantization_config", None)
-    method, kind = (found.get(key) for key in ("quant_method", "format")) if isinstance(found, dict) else (None, None)
-    if method is None or (method == "compressed-tensors" and kind in PACKED_FORMATS):
+    found = _quantization_of_others(spec)
+    if found is None:
         return load_any(spec, dtype)[0]
+    check_can_be_read(spec)
+    source, method = resolve_spec(spec), found.get("quant_method")
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"model {spec!r} (quantized by {method}) could not be loaded: {error}") from error
     return model
+
+
+def _quantization_of_others(spec: str) -> dict[str, Any] | None:
+    """Returns the `quantization_config` of a model that stock transformers has to read; None where llmqat reads it."""
+    file = model_file(spec)
+    if file is not None:
+        return None
+    found = getattr(read_config(resolve_spec(spec), spec), "quantization_config", None)
+    method, kind = (found.get(key) for key in ("quant_method", "format")) if isinstance(found, dict) else (None, None)
+    own = method is None or (method == "compressed-tensors" and kind in PACKED_FORMATS)
+    return None if own else found
 
 
 def _scheme_of(folder: Path) -> QuantConfig | None:

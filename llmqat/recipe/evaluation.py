@@ -23,7 +23,7 @@ from llmqat.data.text import hash_file, is_rows, text_config, text_files
 from llmqat.evaluate.compare import Candidate, Comparison, Extra, candidate_from, compare, progress_bar
 from llmqat.evaluate.gate import Rule, check_rules, check_same_texts
 from llmqat.evaluate.layers import weight_errors
-from llmqat.evaluate.loading import check_window, longest_of
+from llmqat.evaluate.loading import check_can_be_read, check_window, longest_of
 from llmqat.evaluate.perplexity import TokenWindows, windows_from_rows
 from llmqat.evaluate.protocols import text_windows
 from llmqat.evaluate.samples import answers, completions
@@ -213,7 +213,8 @@ def compare_models(
     Raises:
         FileNotFoundError: a model or a text is not there.
         ValueError: a model or a text does not do.
-        ImportError: tasks are asked for and lm-eval is not installed.
+        ImportError: tasks are asked for and lm-eval is not installed, or a package that reads a model is not.
+        NotMeasured: one of the models could not be loaded or measured, and others were.
     """
     if reference is None and len(specs) > 1:
         reference = specs[0]
@@ -280,9 +281,10 @@ def check_there(text: str) -> None:
 
 
 def _check_model(spec: str) -> None:
-    """Raises where a model is not there; a file is read when it is loaded."""
+    """Raises where a model is not there, or what reads it is not; a file is read when it is loaded."""
     if model_file(spec) is None:
         read_config(resolve_spec(spec), spec)
+        check_can_be_read(spec)
 
 
 def short_names(specs: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from llmqat.calibrate import calibrate_ranges
 from llmqat.evaluate.compare import (
     Candidate,
     Comparison,
+    NotMeasured,
     Recovered,
     Role,
     Row,
@@ -29,6 +30,7 @@ from llmqat.evaluate.compare import (
     write_json,
 )
 from llmqat.evaluate.perplexity import Evaluation, TokenWindows, windows_from_blocks
+from llmqat.evaluate.report import verdict_on
 from llmqat.export import save
 from llmqat.layers import QuantConfig, prepare
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_tokenizer
@@ -267,6 +269,22 @@ def test_four_models_on_two_texts_one_in_memory_at_a_time() -> None:
     assert len(alive) == 4
     assert list(dict.fromkeys(seen))[:2] == ["original on one", "original on two"]
     assert found.environment["torch"] == torch.__version__
+
+
+def test_what_was_measured_outlives_a_model_that_cannot_be(tmp_path: Path) -> None:
+    def broken() -> nn.Module:
+        raise RuntimeError("out of memory")
+
+    candidates = [Candidate("int3", broken), Candidate("original", tiny_llama, "full precision")]
+    with pytest.raises(NotMeasured, match="int3 could not be measured: out of memory") as caught:
+        compare(candidates, {"one": windows()}, speed=False)
+    verdict = verdict_on(caught.value.comparison)
+    verdict.write(tmp_path / "a.json", None, None, None)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [entry["name"] for entry in found["rows"]] == ["original"]
+    assert found["findings"][0] == {"level": "warning", "text": str(caught.value)}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compare(candidates[:1], {"one": windows()}, speed=False)
 
 
 def test_without_full_precision_there_is_no_divergence() -> None:

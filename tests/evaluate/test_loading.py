@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,3 +168,30 @@ def test_one_model_by_two_paths_is_measured_once(tiny_folder: Path, tmp_path: Pa
     settings = EvaluationSettings(texts=(str(tmp_path / "text.txt"),), window=32, max_windows=2, speed=False)
     (row,) = compare_models([str(tmp_path / "link"), f"{tiny_folder}/"], settings, str(tiny_folder)).rows
     assert row.role == "full precision"
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128},
+            r"other', which gptq has quantized, needs optimum and gptqmodel, which are not installed; "
+            r"run `pip install optimum gptqmodel`",
+        ),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "needs .*gptqmodel"),
+        ({"quant_method": "hqq"}, "other', which hqq has quantized, "),
+        ({"quant_method": "unheard of"}, "other', which unheard of has quantized, .*Unknown quantization type"),
+    ],
+)
+def test_what_a_quantized_model_needs_is_looked_for_before_anything_is_measured(
+    found: dict[str, Any], message: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmqat.recipe.evaluation.compare", None)  # calling it would not be a user's mistake
+    monkeypatch.setattr("llmqat.extras.importlib.util.find_spec", lambda module: None)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "quantization_config": found}))
+    settings = EvaluationSettings(texts=(str(__file__),), window=16, max_windows=1)
+    with pytest.raises((ImportError, ValueError), match=message):
+        compare_models([str(tiny_folder), str(other)], settings)
