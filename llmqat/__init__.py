@@ -13,6 +13,7 @@
 
 What there is, each with its own help():
 
+    models      load_model: model and tokenizer from a hub id, a folder, a .gguf file or package:NAME/FILE.gguf
     scheme      QuantConfig: presets by name (int4, w4a8, int8-g128), and every field of a scheme
     model       prepare, convert; save and load of packed checkpoints; QuantizedCache for generation
     text        synthesize: token blocks that the model writes itself; answer_rows: conversations as labelled rows
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from llmqat.layers.config import QuantConfig
     from llmqat.layers.lora import adopt_adapters, lora_config
     from llmqat.layers.prepare import convert, prepare
+    from llmqat.models import load_model
     from llmqat.train.adapter import load_adapter, save_adapter
     from llmqat.train.arguments import QATArguments
     from llmqat.train.sft import QATSFTConfig, QATSFTTrainer
@@ -68,12 +70,16 @@ _HOMES = {
     "keep_freed_memory": "llmqat.heap",
     "load": "llmqat.export.checkpoint",
     "load_adapter": "llmqat.train.adapter",
+    "load_model": "llmqat.models",
     "lora_config": "llmqat.layers.lora",
     "prepare": "llmqat.layers.prepare",
     "save": "llmqat.export.checkpoint",
     "save_adapter": "llmqat.train.adapter",
     "synthesize": "llmqat.data.synthesis",
 }
+
+_NEEDS = {"llmqat.train.sft": "trl"}
+"""Home -> the optional package without which it cannot be imported."""
 
 __all__ = [
     "QATArguments",
@@ -89,6 +95,7 @@ __all__ = [
     "keep_freed_memory",
     "load",
     "load_adapter",
+    "load_model",
     "lora_config",
     "prepare",
     "save",
@@ -100,12 +107,22 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Returns the public object `name`, importing its home module on first use (PEP 562)."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'llmqat' has no attribute {name!r}; public names are {', '.join(__all__)}")
+        import difflib
+
+        near = difflib.get_close_matches(name, __all__, n=1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise AttributeError(f"module 'llmqat' has no attribute {name!r}; {guess}public names are {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    """Returns the public names, also those that nobody has used yet."""
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+    """Returns the public names, also those that nobody has used yet; not those that need a package that is not there.
+
+    `help(llmqat)` and `inspect.getmembers` import all that are returned.
+    """
+    from llmqat.extras import missing
+
+    lacking = {name for name in _HOMES if _HOMES[name] in _NEEDS and missing(_NEEDS[_HOMES[name]])}
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))} - lacking)

@@ -18,6 +18,7 @@ Source: LoRA (2106.09685) section 4.1, under the quantizer as in LLM-QAT's maste
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,8 @@ with hidden("bitsandbytes"):  # which `import peft` imports, for a helper that n
     from peft.tuners.tuners_utils import check_adapters_to_merge
 peft.import_utils.is_bnb_available.cache_clear()  # it is available, for who asks later
 peft.import_utils.is_bnb_4bit_available.cache_clear()
+# Where it comes later, for an optimizer or a teacher in few bits, it says that it lacks a kernel nothing here calls.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 WEIGHT = "weight"
 """Name of the parameter of a QuantModule that adapters are on."""

@@ -77,6 +77,25 @@ def test_help_lists_every_public_name_and_the_fields_of_a_scheme():
     assert "skip_first (int): Transformer layers at the start that are left alone. (default 0)" in shown
 
 
+def test_help_does_not_ask_for_an_optional_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "llmqat.train.sft", raising=False)
+    for name in ("QATSFTTrainer", "QATSFTConfig"):
+        monkeypatch.delitem(vars(llmqat), name, raising=False)
+    assert "prepare(model" in pydoc.plain(pydoc.render_doc(llmqat))
+    assert "QATTrainer" in dir(llmqat)
+    assert "QATSFTTrainer" not in dir(llmqat)
+    with pytest.raises(ImportError, match=r"needs trl"):
+        _ = llmqat.QATSFTTrainer
+
+
+def test_a_name_that_is_not_there_names_the_nearest():
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'load_modle'; did you mean 'load_model'\? public names are"
+    ):
+        _ = llmqat.load_modle
+
+
 def test_an_example_is_short_and_says_how_it_is_run():
     assert [script.stem for script in SCRIPTS] == ["own_format", "own_loss", "own_scheme", "own_source", "own_stage"]
     for script in SCRIPTS:
