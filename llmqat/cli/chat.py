@@ -32,17 +32,19 @@ def chat(
         llmqat chat HuggingFaceTB/SmolLM2-135M --prompt "Once upon a time" --max-new-tokens 64
     """
     from llmqat.export.commands import command as command_of
+    from llmqat.export.commands import option, original_of
     from llmqat.recipe import Conversation
 
     talk = Conversation.open(model, system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    judge = command_of("llmqat", "eval", model, *option("--reference", original_of(model)))
     if prompt is not None:
         _say(talk, prompt)
-        print_next(command_of("llmqat", "eval", model), aside=True)
+        print_next(judge, aside=True)
         return
     console.print(f"{talk.kind}; an empty line or Ctrl-D ends it, Ctrl-C ends an answer", style="dim")
     while line := _ask():
         _say(talk, line)
-    print_next(command_of("llmqat", "eval", model), aside=True)
+    print_next(judge, aside=True)
 
 
 def _say(talk: Conversation, line: str) -> None:

@@ -96,7 +96,7 @@ def export(
 def _export_adapter(adapter: Path, base: Path, out: Path) -> None:
     """Writes an adapter for servers, and says what it costs that it is not folded, and how to serve it."""
     from llmqat.evaluate.adapters import write_beside
-    from llmqat.export.commands import command as command_of
+    from llmqat.export.commands import vllm_command
 
     done = write_beside(adapter, base, out)
     parts = ", ".join(f"{kind} {size:,}" for kind, size in done.sizes.items())
@@ -106,7 +106,7 @@ def _export_adapter(adapter: Path, base: Path, out: Path) -> None:
         f"most probable token for {done.top1:.1%} of {done.tokens:,}; rounding W + BA is not rounding W",
         soft_wrap=True,
     )
-    print_next(command_of("vllm", "serve", base, "--enable-lora", "--lora-modules", f"{out.name}={out}"))
+    print_next(vllm_command(base, "--enable-lora", "--lora-modules", f"{out.name}={out}"))
 
 
 @command()

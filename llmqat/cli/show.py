@@ -11,14 +11,26 @@ if TYPE_CHECKING:
 
 
 def print_next(*commands: str, aside: bool = False) -> None:
-    """Shows what can be run now, the best first: a line each, which no terminal breaks.
+    """Shows what can be run now, the best first: a line each, which no terminal breaks, and below it what it needs.
 
     Args:
         commands: as `export.commands.command` makes them, or other programs' lines; each is shown once.
         aside: show it on standard error, for commands whose output is data.
     """
+    shown = errors if aside else console
     for line in dict.fromkeys(commands):
-        (errors if aside else console).print(f"next: {line}", soft_wrap=True)
+        shown.print(f"next: {line}", soft_wrap=True)
+        if (lacking := _needs(line)) is not None:
+            shown.print(f"      needs {lacking}", soft_wrap=True, style="dim")
+
+
+def _needs(line: str) -> str | None:
+    """Returns what `line` needs that is not here; llmqat itself, whose lines alone stand in light commands, is."""
+    if line.startswith("llmqat ") and "&&" not in line:
+        return None
+    from llmqat.export.commands import needs
+
+    return needs(line)
 
 
 def print_checkpoint(report: ExportReport, reference: str, *more: str) -> None:
@@ -29,7 +41,7 @@ def print_checkpoint(report: ExportReport, reference: str, *more: str) -> None:
         reference: the original model.
         more: commands to propose beside those that run and judge it.
     """
-    from llmqat.export.commands import command, server_commands
+    from llmqat.export.commands import command, server_commands, why_no_vllm
 
     parts = ", ".join(f"{part} {size:,}" for part, size in report.bytes.items() if size)
     console.print(f"{report.bits_per_weight:.2f} bits a packed weight; bytes: {parts}")
@@ -37,6 +49,8 @@ def print_checkpoint(report: ExportReport, reference: str, *more: str) -> None:
     promised = [f"plain transformers loads it: {report.stock.loader}.from_pretrained({str(report.folder)!r})"]
     for note in report.notes or promised:
         console.print(f"- {note}", soft_wrap=True)
+    if (reason := why_no_vllm(report.served)) is not None:
+        console.print(f"- {reason}", soft_wrap=True)
     print_next(
         command("llmqat", "chat", report.folder),
         command("llmqat", "eval", report.folder, "--reference", reference),

