@@ -567,12 +567,19 @@ def _check_folder(folder: Path, spec: str) -> None:
     raise ValueError(f"model {spec!r} is a folder without config.json, so no model.{hint} Give {ALLOWED_SPECS}")
 
 
+def check_full_precision(spec: str) -> None:
+    """Raises what `load_model` would raise where `spec` is packed or prepared already, from its configuration alone."""
+    if adapter_base(spec) is None:
+        _check_full_precision(read_config(resolve_spec(spec), spec), spec)
+
+
 def _check_full_precision(config: PreTrainedConfig, spec: str) -> None:
     if (quantization := getattr(config, "quantization_config", None)) is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise ValueError(
             f"model {spec!r} is already quantized (quant_method={method!r}), but a full-precision model is needed; "
-            f"give the model it was made from, or use llmqat.load to run a packed one"
+            f"give the model it was made from. A packed model runs as it is: `llmqat chat` talks with it, `llmqat "
+            f"export` writes it in another format, llmqat.load reads it in Python"
         )
     if getattr(config, "llmqat", None) is not None:
         raise ValueError(

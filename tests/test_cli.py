@@ -19,6 +19,7 @@ import llmqat.cli.application as shared
 from llmqat import QuantConfig, cli
 from llmqat.evaluate.documents import DOCUMENTS
 from llmqat.recipe import coverage_of, pipeline
+from llmqat.recipe.quantize import _work_folder
 from tests.tiny import tiny_llama
 
 COMMANDS = [
@@ -168,11 +169,53 @@ def test_traceback_is_shown_when_asked_for(capfd: pytest.CaptureFixture[str]):
 
 
 def test_interruption_has_a_code_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("llmqat.recipe.load_recipe", interrupted)
-    assert call("train", recipe(tmp_path, "m")).exit_code == 130
+    done = call("train", recipe(tmp_path, "m"))
+    assert done.exit_code == 130
+    assert "llmqat train goes on where it stopped when the same command is given again" in " ".join(done.output.split())
+    monkeypatch.setattr("llmqat.recipe.Conversation.open", interrupted)
+    done = call("chat", "m")
+    assert (done.exit_code, done.output.strip()) == (130, "interrupted")
+
+
+def test_a_packed_model_is_not_quantized_again_and_a_refusal_leaves_nothing(tmp_path: Path, packed: Path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    (tmp_path / "there").mkdir()
+    out = tmp_path / "there" / "out"
+    refused = refusal("quantize", str(packed), "--method", "rtn", "--out", str(out))
+    assert "is already quantized" in refused
+    assert "`llmqat chat` talks with it, `llmqat export` writes it" in refused
+    assert "is already quantized" in refusal("sensitivity", str(packed), "--text", str(short))
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_text_that_does_not_do_leaves_nothing(tmp_path: Path, tiny: Path):
+    (tmp_path / "short.txt").write_text("too short")
+    words = ("--text", str(tmp_path / "short.txt"), "--group-size", "32", "--out", str(tmp_path / "there" / "out"))
+    (tmp_path / "there").mkdir()
+    assert "token" in refusal("quantize", str(tiny), *words)
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_what_an_interrupted_calibration_has_finished_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    work = _work_folder(tmp_path / "out", {"seed": 0})
+    (work / "01-ranges").mkdir()
+    (work / "01-ranges" / "report.json").touch()
+    (work / "02-gptq").mkdir()
+    for index in range(12):
+        (work / "02-gptq" / f"block-{index:04}.safetensors").touch()
+    assert _work_folder(tmp_path / "out", {"seed": 0}) == work
+    assert caplog.messages == [
+        f"going on with the interrupted calibration in {work}: ranges done, 12 blocks of gptq done"
+    ]
+    _work_folder(tmp_path / "out", {"seed": 1})
+    assert "(ranges done, 12 blocks of gptq done); it is deleted, and calibration starts" in caplog.messages[-1]
+    assert [path.name for path in work.iterdir()] == ["settings.json"]
 
 
 def test_unknown_key_names_the_nearest(tmp_path: Path, tiny: Path):
@@ -237,7 +280,8 @@ def test_a_scheme_goes_from_quantize_to_audit_to_gguf(tmp_path: Path, tiny: Path
     assert "'awq' is unknown; choose one of compressed-tensors, gguf, gptq, onnx" in refusal(
         "export", str(tmp_path / "out"), "--format", "awq", "--out", str(tmp_path / "awq")
     )
-    assert "no quantized weight" in refusal("export", str(tiny), "--out", str(tmp_path / "other.gguf"))
+    unpacked = refusal("export", str(tiny), "--out", str(tmp_path / "other.gguf"))
+    assert "no quantized weight to write; give a packed checkpoint (`llmqat quantize MODEL --out FOLDER`" in unpacked
 
 
 def test_export_writes_w4a8_for_the_server_that_is_named(tiny: Path, tmp_path: Path) -> None:

@@ -130,9 +130,8 @@ class _Group(typer.core.TyperGroup):
             raise typer.Exit(EXIT_USER) from error
         except KeyboardInterrupt as error:
             stop_bars()
-            errors.print(
-                "interrupted; train, quantize and cache-teacher go on where they stopped: give the same command again"
-            )
+            resumed = f"; llmqat {ctx.invoked_subcommand} goes on where it stopped when the same command is given again"
+            errors.print(f"interrupted{resumed if ctx.invoked_subcommand in COMMANDS_THAT_GO_ON else ''}")
             raise typer.Exit(EXIT_INTERRUPTED) from error
         except Exception as error:
             stop_bars()
@@ -168,6 +167,9 @@ COMMANDS = (
 
 COMMANDS_THAT_TRAIN = ("train", "quantize", "sensitivity", "synthesize", "cache-teacher")
 """They allocate and free the same tensors for minutes."""
+
+COMMANDS_THAT_GO_ON = ("train", "quantize", "synthesize", "cache-teacher")
+"""They keep what is finished of an interrupted run, and begin with it."""
 
 COMMANDS_OF_MANY_PROCESSES = ("train", "plan")
 """All others would do the same thing in each, and write over each other."""

@@ -105,7 +105,10 @@ def check_weights_only(description: ModelDescription, format: str) -> None:
         ValueError: inputs or the KV cache are quantized, or stacked experts are, or nothing is.
     """
     if not description.layers:
-        raise ValueError("the model has no quantized weight to write; give a packed checkpoint, or prepare the model")
+        raise ValueError(
+            "the model has no quantized weight to write; give a packed checkpoint (`llmqat quantize MODEL --out "
+            "FOLDER` makes one), or in Python prepare the model first"
+        )
     for layer in description.layers:
         if layer.scheme.input_activations is not None:
             raise ValueError(

@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,16 +36,17 @@ from llmqat.calibrate import (
     report_layers,
     rotates,
 )
+from llmqat.calibrate.stages import REPORT_FILE
 from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits, open_text
 from llmqat.data.text import text_config
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.export.serving import known_clients
 from llmqat.layers import QuantConfig, lattice_note
-from llmqat.models import load_model, write_whole
+from llmqat.models import check_full_precision, load_model, write_whole
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.config import forward_dtype, scheme_of
 from llmqat.recipe.findings import all_of
-from llmqat.recipe.folder import kept_text
+from llmqat.recipe.folder import BLOCKS_FILES, kept_text
 from llmqat.recipe.pipeline import REPORT_BLOCKS
 from llmqat.recipe.plan import check_spec_served, coverage_of
 from llmqat.terminal import Bar, Stages, progress
@@ -149,6 +151,7 @@ def quantize_model(
             open_text(data)  # says now what is wrong with it
 
     # Now: a scheme that does not do should not cost the text.
+    check_full_precision(spec)
     served = partial(check_spec_served, spec, clients, quant, allocate, rotates(stages))
     int_quantized: bool = all_of([served, check_text, partial(_check_new, folder, overwrite)])[0]
     if needs_text((), quant) and not any(isinstance(stage, RangesStage) for stage in stages):
@@ -186,13 +189,12 @@ def _quantized(
     settings = {**facts, "quant": quant.model_dump(mode="json"), "seed": seed}
     settings["allocate"] = None if allocate is None else allocate.model_dump(mode="json")
     settings["data"] = None if data is None else data.model_dump(mode="json")
-    work = _work_folder(folder, settings)
     # Rotation and smoothing are exact in float32 only; without them a block at a time is raised to it.
     folds = any(isinstance(stage, (RotateStage, SmoothStage)) for stage in stages)
     stage = Stages()
     with stage("load", spec):
         model, tokenizer = load_model(spec, torch.float32 if folds else torch.bfloat16)
-    ids = None
+    work, ids = _work_folder(folder, settings), None
     if data is not None:
 
         def read() -> TextSplits:
@@ -200,7 +202,7 @@ def _quantized(
                 writer = model if not folds else load_model(spec, torch.bfloat16)[0]
                 return load_splits(data, tokenizer, writer, bar.update)
 
-        with stage("text", data.source):
+        with stage("text", data.source), _no_empty_work(work):
             blocks = kept_text(work, read).train
         facts["text"] = blocks.record()
         ids = blocks.rows
@@ -211,7 +213,7 @@ def _quantized(
             plan = planned(work / PLAN_FILE, spec, quant, allocate, ids, seed=seed, dtype=dtype).allocation
         facts["allocation"] = plan.to_dict()
         quant = plan.applied_to(quant)
-    with stage("calibrate", ", ".join(one.stage for one in stages) or "plain rounding"):
+    with stage("calibrate", ", ".join(one.stage for one in stages) or "plain rounding"), _no_empty_work(work):
         reports = calibrate(model, quant, stages, ids, seed=seed, folder=work, dtype=dtype, bar=progress)
     facts["calibration"] = [asdict(report) for report in reports]
     if note := lattice_note(model):
@@ -251,6 +253,7 @@ def sensitivity_of(
     """
     quant = scheme_of(scheme, group_size)
     data = text_source(text, allocate.blocks * block_size, block_size, seed)
+    check_full_precision(spec)
     all_of([partial(coverage_of, spec, quant), *([] if text is None else [partial(open_text, data)])])
     dtype = forward_dtype(processor_has_bf16())
     stage = Stages()
@@ -270,10 +273,38 @@ def _work_folder(folder: Path, settings: dict[str, Any]) -> Path:
     now = json.dumps(settings, indent=2, default=str)
     if work.is_dir():
         if file.is_file() and file.read_text(encoding="utf-8") == now:
-            log.info("going on with the interrupted calibration in %s", work)
+            log.info("going on with the interrupted calibration in %s: %s", work, _finished(work))
             return work
-        log.warning("%s was left by a calibration with other settings, and is begun anew", work)
+        log.warning(
+            "%s holds an unfinished calibration with other settings (%s); it is deleted, and calibration starts from "
+            "the beginning",
+            work,
+            _finished(work),
+        )
         shutil.rmtree(work)
     work.mkdir(parents=True)
     write_whole(file, now)
     return work
+
+
+def _finished(work: Path) -> str:
+    """Returns what an interrupted calibration has finished, in words: "ranges done, 12 blocks of gptq done"."""
+    found = ["text done"] if (work / BLOCKS_FILES["train"]).is_file() else []
+    for stage in sorted(path for path in work.glob("[0-9][0-9]-*") if path.is_dir()):
+        name, blocks = stage.name.partition("-")[2], len(list(stage.glob("block-*.safetensors")))
+        if (stage / REPORT_FILE).is_file():
+            found.append(f"{name} done")
+        elif blocks:
+            found.append(f"{blocks} block{'s' * (blocks > 1)} of {name} done")
+    return ", ".join(found) or "nothing is finished yet"
+
+
+@contextmanager
+def _no_empty_work(work: Path) -> Iterator[None]:
+    """Removes `work` where the block fails, and nothing but the settings lies there."""
+    try:
+        yield
+    except BaseException:
+        if [path.name for path in work.iterdir()] == [SETTINGS_FILE]:
+            shutil.rmtree(work)
+        raise
