@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import time
@@ -27,6 +28,9 @@ SECONDS_BETWEEN_SIGNS = 10.0
 SILENT_SECONDS = 6 * SECONDS_BETWEEN_SIGNS
 """After so long without a sign, a run on another machine is not said to go on."""
 RECIPE_FILE, RESULTS_FILE, TRAINER_FOLDER, CHECKPOINT_FOLDER = "recipe.yaml", "results.json", "checkpoints", "model"
+
+USER_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
+"""What a room raises when the input, the files or the installed packages are not what they must be."""
 
 State = Literal["running", "finished", "interrupted", "failed"]
 Life = Literal["lives", "silent", "gone"]
@@ -51,6 +55,8 @@ class RunStatus:
     step: Mapping[str, Any] | None = None
     """Step, steps, loss, learning rate, tokens a second and seconds left, at the last step that was logged."""
     error: str = ""
+    is_users: bool = False
+    """Whether the error is the user's to mend."""
 
     def to_json(self) -> str:
         """Returns it as the file has it."""
@@ -116,12 +122,14 @@ def look(folder: Path, now: float | None = None) -> Found:
     if life == "lives":
         return Found(folder, "running", (f"{folder}: {_doing(status)}", heard, *_history(status)), status)
     if life == "silent":
-        text = f"{folder}: not heard of for long; it was at {_doing(status)}"
+        text = f"{folder}: not heard of for long; it was at {_TIME_LEFT.sub('', _doing(status))}"
         return Found(folder, "silent", (text, heard, f"if it has ended, {again}"), status)
     ended = "ended without a word (killed, or out of memory)" if status.state == "running" else status.state
     error = (status.error,) if status.error else ()
     resumed = tuple(line for line in (_last_checkpoint(folder), again) if line)
-    lines = (f"{folder}: {ended} at {_doing(status)}", *error, heard, *_history(status), *resumed)
+    if status.is_users:
+        resumed = (*resumed[:-1], f"mend that first, then: {again.partition(': ')[2]} KEY=VALUE ...")
+    lines = (f"{folder}: {ended} at {_TIME_LEFT.sub('', _doing(status))}", *error, heard, *_history(status), *resumed)
     return Found(folder, "killed" if status.state == "running" else status.state, lines, status)
 
 
@@ -142,6 +150,9 @@ def _lives(pid: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
+
+
+_TIME_LEFT = re.compile(r", [^,;]* left(?=;|$)")
 
 
 def _doing(status: RunStatus) -> str:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from llmqat.data.blocks import token_blocks
 from llmqat.layers import QuantConfig, prepare
 from llmqat.recipe import devices_of, load_recipe, plan_run, probe
 from llmqat.recipe.memory import Devices, memory_of, optimizer_bytes, traffic_of
-from llmqat.train import LoraSettings, choose_trained
+from llmqat.recipe.plan import few_steps
+from llmqat.train import LoraSettings, QATArguments, choose_trained
 from tests.flows.small import small
 from tests.tiny import tiny_architecture, tiny_tokenizer
 
@@ -33,6 +35,24 @@ def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     tiny_architecture(request.param).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return request.param, folder
+
+
+@pytest.mark.parametrize(
+    ("chats", "given", "words"),
+    [
+        (36, {"num_train_epochs": 3}, "15 steps (3 epochs over 36 conversations) are few to learn answers; give "
+                                      "train.num_train_epochs=8"),
+        (36, {"num_train_epochs": 8}, None),
+        (4, {"num_train_epochs": 8}, "give train.num_train_epochs=30"),
+        (36, {"max_steps": 7}, "give train.max_steps=40"),
+        (400, {"num_train_epochs": 1}, None),
+    ],
+)  # fmt: skip
+def test_few_steps_are_said(chats: int, given: dict[str, int], words: str | None, tmp_path: Path) -> None:
+    arguments = QATArguments(output_dir=str(tmp_path), per_device_train_batch_size=8, use_cpu=True, **given)  # type: ignore[arg-type]
+    blocks = replace(token_blocks(torch.zeros(chats, 2, dtype=torch.int64), "chats"), documents=torch.arange(chats))
+    said = few_steps(arguments, blocks, 1)
+    assert said is None if words is None else said is not None and words in said
 
 
 METHODS = {"all": (), "lora": ("lora={r: 4}",), "scales": ("train.trainable=scales",)}

@@ -17,7 +17,7 @@ from llmqat.export import save
 from llmqat.layers import QuantConfig, WeightConfig, prepare
 from llmqat.recipe import Recipe, load_recipe, open_run_folder, training_arguments
 from llmqat.recipe.config import apply_override, parse_yaml, recipe_from
-from llmqat.recipe.folder import held_run_folder
+from llmqat.recipe.folder import held_run_folder, what_is_kept
 from llmqat.recipe.pipeline import _watched
 from llmqat.recipe.start import check_packed_start
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -330,18 +330,23 @@ def test_a_run_holds_its_folder_by_what_another_recipe_cannot_use(
     assert load_recipe(recipe.output) == changed
 
 
-def test_a_run_that_has_made_nothing_dear_starts_anew_with_another_recipe(tmp_path: Path):
+def test_a_run_that_has_made_nothing_dear_starts_anew_with_another_recipe(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
     path = written(tmp_path, train={"max_steps": 3}, data={"source": "pydoc"})
     recipe = load_recipe(path)
     assert open_run_folder(recipe) is False
     assert open_run_folder(recipe) is True
     assert open_run_folder(load_recipe(path, ["train.max_steps=4"])) is False
+    assert "train.max_steps: 3 -> 4; it left nothing worth keeping, so the run begins anew" in caplog.text
     made = [recipe.output / name for name in ("blocks.safetensors", "calibration/originals.safetensors")]
     for file in made:
         file.parent.mkdir(exist_ok=True)
         file.write_text("read from a file again in seconds")
     assert open_run_folder(load_recipe(path, ["train.max_steps=4", "quant=int3"])) is True
     assert [file.is_file() for file in made] == [True, False]
+    assert what_is_kept(recipe.output) == "kept: text; training begins at step 1, no checkpoint is there"
     assert open_run_folder(load_recipe(path, ["train.max_steps=4", "quant=int3", "data.block_size=32"])) is False
     assert [file.is_file() for file in made] == [False, False]
 

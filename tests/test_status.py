@@ -81,17 +81,19 @@ def test_a_run_that_was_killed_says_its_checkpoint_and_how_to_go_on(folder: Path
 
 
 @pytest.mark.parametrize(
-    ("error", "state", "words"),
+    ("error", "state", "words", "next_step"),
     [
-        (KeyboardInterrupt(), "interrupted", "interrupted at train"),
+        (KeyboardInterrupt(), "interrupted", "interrupted at train", "to go on with it: {}"),
         (
             ValueError("warmup_steps=9 is\nmore than 4 steps"),
             "failed",
-            "ValueError: warmup_steps=9 is more than 4 steps",
+            "\nwarmup_steps=9 is more than 4 steps\n",
+            "mend that first, then: {} KEY=VALUE ...",
         ),
+        (RuntimeError("out of memory"), "failed", "RuntimeError: out of memory", "to go on with it: {}"),
     ],
 )
-def test_how_a_run_ends_is_kept(error: BaseException, state: str, words: str, folder: Path):
+def test_how_a_run_ends_is_kept(error: BaseException, state: str, words: str, next_step: str, folder: Path):
     record = RunRecord(folder, 1)
 
     def run() -> None:
@@ -105,7 +107,8 @@ def test_how_a_run_ends_is_kept(error: BaseException, state: str, words: str, fo
     found = look(folder)
     assert found.state == state
     assert words in "\n".join(found.lines)
-    assert found.lines[-1] == f"to go on with it: llmqat train '{folder}'"
+    assert found.lines[-1] == next_step.format(f"llmqat train '{folder}'")
+    assert "left" not in found.lines[0]
     assert found.status is not None
     assert found.status.step == STEP.to_dict()
 

@@ -20,12 +20,10 @@ import typer.core
 from llmqat import __version__
 from llmqat.heap import keep_freed_memory
 from llmqat.paths import user_path, user_spec
+from llmqat.status import USER_MISTAKES
 from llmqat.terminal import CommandLog, quiet_libraries, show_any_text, stop_bars
 from llmqat.terminal import console as console  # all commands print to these two
 from llmqat.terminal import errors as errors
-
-USER_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
-"""What a room raises when the input, the files or the installed packages are not what they must be."""
 
 EXIT_USER = 2
 EXIT_GATE = 3

@@ -110,10 +110,32 @@ def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
         if changes.keys:
             kept = any((folder / name).exists() for names in _MADE_BY.values() for name in names)
             goes_on = goes_on and kept
-            log.info("%s: another recipe's run had begun (there -> now): %s", folder, "; ".join(changes.keys))
+            log.info(
+                "%s: an earlier start there had other values (there -> now): %s; %s",
+                folder,
+                "; ".join(changes.keys),
+                "what it made that does not depend on them is used"
+                if kept
+                else "it left nothing worth keeping, so the run begins anew with this recipe",
+            )
     folder.mkdir(parents=True, exist_ok=True)
     _write_recipe(recipe, file)
     return goes_on
+
+
+def what_is_kept(folder: Path) -> str:
+    """Returns in words what of an interrupted run in `folder` is used, and where its training begins."""
+    there = {
+        "text": (folder / BLOCKS_FILES["train"]).is_file(),
+        "bits of layers": (folder / PLAN_FILE).is_file(),
+        "calibration": any((folder / CALIBRATION_FOLDER).rglob("*.safetensors")),
+    }
+    kept = ", ".join(name for name, is_there in there.items() if is_there) or "nothing"
+    last = last_checkpoint(folder / TRAINER_FOLDER)
+    training = (
+        "training begins at step 1, no checkpoint is there" if last is None else f"training goes on from {last.name}"
+    )
+    return f"kept: {kept}; {training}"
 
 
 def check_run_folder(recipe: Recipe, *, overwrite: bool = False) -> Changes | None:

@@ -79,9 +79,10 @@ from llmqat.recipe.folder import (
     held_run_folder,
     kept_text,
     open_run_folder,
+    what_is_kept,
 )
 from llmqat.recipe.machine import remember_run
-from llmqat.recipe.plan import coverage_of, steps_of
+from llmqat.recipe.plan import coverage_of, few_steps, steps_of
 from llmqat.recipe.preflight import Preflight, begin, check_run
 from llmqat.recipe.record import RunRecord
 from llmqat.recipe.start import UNPACKED_ONLY, starts_packed
@@ -166,7 +167,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
             if arguments.process_index == 0:
                 stack.enter_context(held_run_folder(recipe.output))
                 if open_run_folder(recipe, overwrite=overwrite):
-                    log.info("going on with the interrupted run in %s", recipe.output)
+                    log.info("going on with the interrupted run in %s (%s)", recipe.output, what_is_kept(recipe.output))
                 record = stack.enter_context(RunRecord(recipe.output, arguments.world_size))
         return _run(recipe, flight, record)
 
@@ -197,6 +198,9 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         total = steps_of(arguments, len(blocks), arguments.world_size) or 0
         check_lengths(total, arguments.get_warmup_steps(total), arguments.quantization_warmup_steps)
         unlearned = _unlearned_answers(arguments, blocks)
+        learns_answers = arguments.cross_entropy_weight > 0 and blocks.rows.scored is not None
+        if main and learns_answers and (few := few_steps(arguments, blocks, arguments.world_size)):
+            log.warning("%s", few)
         windows = {**held_out_windows(text, recipe.evaluate), **windows}
     if cache is not None:
         check_cached(cache, text)
@@ -250,7 +254,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
                 speed=recipe.evaluate.speed,
                 progress=advance,
                 extras=asked_again(windows, tokenizer),
-                fine_tuned=arguments.cross_entropy_weight > 0 and blocks.rows.scored is not None,
+                fine_tuned=learns_answers,
             )
     result = RunResult(report.folder, comparison, report, training, stage.seconds)
     remember_run(recipe, coverage, arguments.world_size, training, stage.seconds)

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmqat.calibrate import AllocationConfig, RangesStage, rotates, untie
+from llmqat.data import TokenBlocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
 from llmqat.data.length import check_length
 from llmqat.data.text import read_text
@@ -35,6 +36,10 @@ from llmqat.train import LoraSettings, QATArguments, choose_trained
 
 PROPOSED_RANK = 16
 """Of the adapters that are proposed where memory is short."""
+FEW_STEPS = 30
+"""With fewer optimizer steps hardly any answer is learned."""
+FEW_CONVERSATIONS, EPOCHS_OF_FEW = 100, 8
+"""So few conversations want so many epochs, as recipes/chat-lora-int4.yaml was measured with."""
 MOST_USED = 0.9
 """Share of a device's memory that a plan fills at most: allocators leave gaps."""
 
@@ -180,6 +185,21 @@ def steps_of(arguments: QATArguments, blocks: int | None, processes: int) -> int
     if blocks is None:
         return None
     return math.ceil(math.ceil(blocks / samples_of(arguments, processes)) * arguments.num_train_epochs)
+
+
+def few_steps(arguments: QATArguments, blocks: TokenBlocks, processes: int) -> str | None:
+    """Returns a warning where a training on answers is so short that it will hardly learn them, and what to give."""
+    count, conversations = len(blocks), None if blocks.documents is None else len(blocks.documents)
+    steps = steps_of(arguments, count, processes) or 0
+    an_epoch = math.ceil(count / samples_of(arguments, processes))
+    epochs = steps / an_epoch
+    are_few = conversations is not None and conversations < FEW_CONVERSATIONS
+    wanted = max(EPOCHS_OF_FEW if are_few else 1, math.ceil(FEW_STEPS / an_epoch))
+    if steps >= FEW_STEPS and (not are_few or epochs >= EPOCHS_OF_FEW):
+        return None
+    text = "" if conversations is None else f" over {conversations:,} conversations"
+    way = f"train.num_train_epochs={wanted}" if arguments.max_steps < 0 else f"train.max_steps={wanted * an_epoch}"
+    return f"{steps} steps ({epochs:.3g} epochs{text}) are few to learn answers; give {way}"
 
 
 def _trained_by(recipe: Recipe) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from llmqat.models import write_whole
 from llmqat.recipe.training import Step
-from llmqat.status import SECONDS_BETWEEN_SIGNS, STATUS_FILE, RunStatus
+from llmqat.status import SECONDS_BETWEEN_SIGNS, STATUS_FILE, USER_MISTAKES, RunStatus
 from llmqat.terminal.bars import what_bars_say
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,10 @@ class RunRecord:
         elif isinstance(error, KeyboardInterrupt):
             self._say(state="interrupted")
         else:
-            words = " ".join(str(error).split())
-            self._say(state="failed", error=f"{type(error).__name__}: {words}")
+            words, is_users = " ".join(str(error).split()), isinstance(error, USER_MISTAKES)
+            self._say(
+                state="failed", error=words if is_users else f"{type(error).__name__}: {words}", is_users=is_users
+            )
 
     def begin(self, stage: str) -> None:
         """Says that a stage begins."""
