@@ -164,6 +164,8 @@ def sensitivity(
 def _print_plan(plan: BitPlan) -> None:
     console.print(sensitivity_table(plan))
     chosen = plan.allocation
+    if len(set(chosen.bits.values())) > 1:
+        console.print("Bits chosen by layer are not for vLLM and SGLang, which need one scheme for q, k and v.")
     average = f"{chosen.average_bits:.3f} bits a weight (target {chosen.target_bits})"
     console.print(f"{average}, predicted KL {chosen.predicted_kl:.4f}")
 

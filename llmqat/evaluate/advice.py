@@ -1,4 +1,4 @@
-"""What to do with a quantized model: ship it, train it, give it more bits, or measure more before deciding.
+"""What to do with a quantized model: ship it, calibrate it, train it, give it more bits, or measure more first.
 
 What is judged is the KL from the reference, nats a token, on the same windows: perplexity on a text also falls when a
 model learns that text's domain, and its noise is ten times that of the KL. A KL of 0.02 costs about 2 % of perplexity
@@ -7,7 +7,8 @@ model learns that text's domain, and its noise is ten times that of the KL. A KL
 
     interval below the threshold    ship
     interval holds the threshold    measure more: so many windows that it would not, or a longer text
-    interval above it               train, if what training leaves is expected below the threshold; else more bits
+    interval above it               calibrate, if it is rounded plainly; else train, if what training leaves is expected
+                                    below the threshold; else more bits
 
 Of several texts the one on which most is lost decides. Models whose record or figures are the same (a checkpoint and
 its export) are one model and get one advice. A model that was trained on answers is to differ from its
@@ -36,6 +37,8 @@ BYTES_A_PARAMETER = 18
 """Teacher in bfloat16, float32 masters and gradients, AdamW's two moments."""
 LEFT_OF_ROUNDING = 0.25
 """Share of the KL of plain rounding that a recipe (which calibrates first) leaves, measured: 0.21 to 0.29 at 4 bits."""
+LEFT_BY_CALIBRATION = 0.25
+"""Share of the KL of plain rounding that calibration leaves, measured at 4 bits: 0.19 (blockwise), 0.24 (gptq)."""
 LEFT_OF_CALIBRATION = 0.75
 """Share of the KL of a calibrated model that training leaves; measured: 0.6 to 1."""
 KL_A_BIT = 4.0
@@ -46,9 +49,15 @@ MOST_WINDOWS = 50
 ALIKE = {"kl": 0.03, "perplexity": 0.003, "bits_per_weight": 0.15}
 """Shares by which figures of one model in two formats differ at most: scales are rounded, kernels sum differently."""
 
+PLAIN = "plain rounding"
+NOT_SERVED = (
+    "--target-bits chooses bits for each layer, which is not for vLLM and SGLang: these need one scheme for q, k and v "
+    "(there: --scheme {})."
+)
+
 _DIGIT = re.compile(r"\d")
 
-Outcome = Literal["ship", "train", "more bits", "measure more"]
+Outcome = Literal["ship", "calibrate", "train", "more bits", "measure more"]
 
 
 @dataclass(frozen=True)
@@ -260,36 +269,67 @@ class _Adviser:
     def _lost(self, worst: _Judged) -> tuple[Outcome, str, list[str]]:
         bits = self._bits()
         if self.trained:
-            words = "it is trained already: more tokens may help a little, more bits for what is sensitive will."
-            return "more bits", words, self._more_bits(bits, worst)
+            words, commands = self._more_bits(bits, worst)
+            said = "it is trained already: more tokens may help a little, more bits for what is sensitive will."
+            return "more bits", f"{said}{words}", commands
+        if PLAIN in (self.row["role"], self.row.get("method")):
+            return self._calibrate(bits, worst)
         if math.isinf(worst.value):
-            return "more bits", "it needs more bits.", self._more_bits(bits, worst)
-        rounded = self.row["role"] == "plain rounding" or self.row.get("method") in ("", None, "plain rounding")
-        left = worst.value * (LEFT_OF_ROUNDING if rounded and bits <= 4 else LEFT_OF_CALIBRATION)
-        cost = " ".join(self._cost())
-        if left <= worst.threshold or bits >= MOST_BITS:
-            return "train", f"train it. Training usually leaves about {left:.2g} of that; {cost}.", [self._train()]
-        words = (
-            f"it needs more bits. Training at these bits usually leaves about {left:.2g} of that, still more than "
-            f"{worst.threshold:g} ({cost})."
-        )
-        return "more bits", words, [*self._more_bits(bits, worst), self._train()]
+            words, commands = self._more_bits(bits, worst)
+            return "more bits", f"it needs more bits.{words}", commands
+        share = LEFT_OF_CALIBRATION if self.row.get("method") or bits > 4 else LEFT_OF_ROUNDING
+        left = f"Training usually leaves about {100 * share:.0f} % of that, {self._amount(share, worst)}"
+        if share * worst.value <= worst.threshold or bits >= MOST_BITS:
+            return "train", f"train it. {left}; {' '.join(self._cost())}.", [self._train()]
+        words, commands = self._more_bits(bits, worst)
+        return "more bits", f"it needs more bits. {left}, still more than {worst.threshold:g}.{words}", commands
+
+    def _calibrate(self, bits: float, worst: _Judged) -> tuple[Outcome, str, list[str]]:
+        """Advises what costs least for a model that was rounded plainly, and what comes after that."""
+        said = "calibrate it: it was rounded plainly, and a calibrated method, which trains nothing, loses less."
+        first = self._calibration()
+        if bits > 4 or math.isinf(worst.value):  # where nobody has measured what calibration leaves
+            return "calibrate", said, [first]
+        said += f" It usually leaves about {100 * LEFT_BY_CALIBRATION:.0f} % of that"
+        said += f", {self._amount(LEFT_BY_CALIBRATION, worst)}"
+        if LEFT_BY_CALIBRATION * worst.value <= worst.threshold:
+            return "calibrate", f"{said}.", [first]
+        said += f", still more than {worst.threshold:g}"
+        if LEFT_BY_CALIBRATION * LEFT_OF_CALIBRATION * worst.value <= worst.threshold:
+            return "calibrate", f"{said}: train it then; {' '.join(self._cost())}.", [first, self._train()]
+        words, commands = self._more_bits(bits, worst)
+        return "calibrate", f"{said}, as training would: to get there, it needs more bits.{words}", [first, *commands]
+
+    def _calibration(self) -> str:
+        name = f"{name_of_folder(self.row['name'])}-blockwise"
+        words = ("--scheme", self._scheme(), *self._group(), "--method", "blockwise", "--out", name)
+        return command("llmqat", "quantize", self.original, *words)
+
+    @staticmethod
+    def _amount(share: float, worst: _Judged) -> str:
+        left = share * worst.value
+        return f"{left:.2g} nats" if worst.figure == "kl" else f"{left:.1%} of perplexity"
 
     def _bits(self) -> float:
         digit = _DIGIT.search(str((self.row.get("scheme") or {}).get("preset", "")))
         return math.floor(self.row["bits_per_weight"] or 4) if digit is None else float(digit[0])
 
-    def _more_bits(self, bits: float, worst: _Judged) -> list[str]:
+    def _more_bits(self, bits: float, worst: _Judged) -> tuple[str, list[str]]:
+        """Returns the commands that make a model of more bits, and what to know of them."""
         steps = math.log(worst.value / worst.threshold, KL_A_BIT) if worst.threshold else math.inf
         wanted = math.ceil(2 * min(MOST_BITS, max(bits + steps, bits + 0.5))) / 2
         start = ("llmqat", "quantize", self.original)
         name, scheme = name_of_folder(self.row["name"]), self._scheme()
+        eight = _DIGIT.sub("8", scheme, count=1)
+        one = command(*start, "--scheme", eight, "--out", f"{name}-8-bits")
         if wanted >= MOST_BITS:
-            return [command(*start, "--scheme", _DIGIT.sub("8", scheme, count=1), "--out", f"{name}-8-bits")]
+            return "", [one]
+        words = ("--scheme", scheme, *self._group(), "--target-bits", f"{wanted:g}", "--out", f"{name}-{wanted:g}-bits")
+        return f" {NOT_SERVED.format(eight)}", [command(*start, *words), one]
+
+    def _group(self) -> tuple[object, ...]:
         size = (self.row.get("scheme") or {}).get("group_size")
-        group = ("--group-size", size) if size else ()
-        out = f"{name}-{wanted:g}-bits"
-        return [command(*start, "--scheme", scheme, *group, "--target-bits", f"{wanted:g}", "--out", out)]
+        return ("--group-size", size) if size else ()
 
     def _train(self) -> str:
         group = (self.row.get("scheme") or {}).get("group_size")

@@ -269,8 +269,9 @@ class Advised(_Described):
 
     models: list[str]
     """Rows that are one model."""
-    verdict: Literal["ship", "train", "more bits", "measure more"]
-    """ship: as good as the reference. measure more: the interval holds the threshold."""
+    verdict: Literal["ship", "calibrate", "train", "more bits", "measure more"]
+    """ship: as good as the reference. calibrate: it was rounded plainly. measure more: the interval holds the
+    threshold."""
     text: str
     """The text that decided: the one on which most is lost."""
     figure: Literal["kl", "perplexity"]

@@ -69,10 +69,25 @@ def report(*rows: dict[str, Any], windows: int = 40, asked: int | None = 40) -> 
         ({"kl": 0.019}, "measure more", "cannot tell from this text; give more windows (--max-windows 200)"),
         ({"kl": 0.01, "spread": None}, "measure more", "more windows"),
         ({"kl": 0.02}, "measure more", "it is at the limit"),
-        ({"kl": 0.025}, "train", "train it. Training usually leaves about 0.019 of that; 60,000 tokens would take"),
-        ({"kl": 0.07, "method": "plain rounding"}, "train", "about 2 minutes here"),
-        ({"kl": 0.08}, "more bits", "still more than 0.02"),
-        ({"kl": 0.4, "method": ""}, "more bits", "leaves about 0.1"),
+        ({"kl": 0.025}, "train", "Training usually leaves about 75 % of that, 0.019 nats; 60,000 tokens would take"),
+        ({"kl": 0.07, "method": "plain rounding"}, "calibrate", "leaves about 25 % of that, 0.018 nats. Perplexity"),
+        (
+            {"kl": 0.1, "method": "plain rounding"},
+            "calibrate",
+            "train it then; 60,000 tokens would take about 2 minutes",
+        ),
+        (
+            {"kl": 0.4, "role": "plain rounding"},
+            "calibrate",
+            "0.1 nats, still more than 0.02, as training would: to get",
+        ),
+        ({"kl": None, "method": "plain rounding"}, "calibrate", "rounded plainly"),
+        (
+            {"kl": 0.08},
+            "more bits",
+            "0.06 nats, still more than 0.02. --target-bits chooses bits for each layer, which is",
+        ),
+        ({"kl": 0.4, "method": ""}, "more bits", "leaves about 25 % of that, 0.1 nats"),
         ({"kl": 0.08, "method": "trained"}, "more bits", "it is trained already"),
         ({"kl": None, "spread": None}, "more bits", "needs more bits"),
     ],
@@ -101,6 +116,22 @@ def _check_runs(line: str, tmp_path: Path) -> None:
         model.mkdir(exist_ok=True)
         kept = [word if not word.startswith("model=") else f"model={model}" for word in given["overrides"]]
         assert load_recipe(given["recipe"], kept).quant.weights.num_bits == 4
+
+
+def test_each_next_step_is_one_that_the_words_call_for() -> None:
+    def steps(kl: float, **changes: Any) -> list[str]:
+        (one,) = advice(report(row("a", kl, **changes)))
+        return [f"{line.split()[1]} {'mixed' if '--target-bits' in line else 'one'}" for line in one.next]
+
+    plain = {"method": "plain rounding"}
+    assert steps(0.07, **plain) == ["quantize one"]
+    assert steps(0.1, **plain) == ["quantize one", "train one"]
+    assert steps(0.4, **plain) == ["quantize one", "quantize mixed", "quantize one"]
+    assert steps(0.025) == ["train one"]
+    assert steps(0.08) == ["quantize mixed", "quantize one"]
+    (one,) = advice(report(row("a", 0.07, **plain)))
+    words = "--scheme int4 --group-size 64 --method blockwise --out a-blockwise"
+    assert one.next == (f"llmqat quantize {ORIGINAL} {words}",)
 
 
 def test_the_threshold_is_the_users() -> None:
