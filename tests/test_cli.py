@@ -366,7 +366,8 @@ def test_a_scheme_that_the_named_client_does_not_take_is_refused_before_any_work
     message = refusal(*words)
     assert "serve: vllm-cpu (vLLM on CPUs): model.layers.0.self_attn.q_proj, k_proj, v_proj (int8 channel)" in message
     assert "packed weights run in 4 bits only, not in 8" in message
-    assert "the nearest scheme for vllm-cpu is quant: {preset: w8a8}" in message
+    assert "the nearest scheme for vllm-cpu is --scheme w8a8, in a recipe quant: {preset: w8a8}" in message
+    assert "the nearest that does not is --scheme int4" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -449,6 +450,22 @@ def test_sensitivity_plans_bits_and_quantize_takes_them(tiny: Path, tmp_path: Pa
     assert {name: entries[f"{name}.weight"] for name in plan["bits"]} == {
         name: f"int{bits} g32" for name, bits in plan["bits"].items()
     }
+
+
+def test_a_dry_run_of_push_says_what_would_be_sent_and_what_is_missing(packed: Path, tmp_path: Path):
+    to = tmp_path / "card"
+    words = ("push", str(packed), "someone/tiny", "--dry-run")
+    said = " ".join(call(*words, str(to), "--private").output.split())
+    size = sum(path.stat().st_size for path in to.iterdir())
+    assert f"{to}: {len(list(to.iterdir()))} files, {size:,} bytes, would go to someone/tiny, private if new" in said
+    for path in to.iterdir():
+        assert f"{path.name} {path.stat().st_size:,}" in said
+    assert "no license given: --license" in said
+    assert "base model not known: --base-model" in said
+    given = ("--license", "mit", "--base-model", "someone/original", "--revision", "four")
+    said = " ".join(call(*words, str(tmp_path / "all"), *given).output.split())
+    assert "would go to someone/tiny (branch four), public if new" in said
+    assert "missing" not in said
 
 
 def test_sensitivity_refuses_bits_that_no_grid_has(tiny: Path):

@@ -131,6 +131,7 @@ def push(
     """
     from llmqat.export.commands import command as command_of
     from llmqat.export.commands import option, run_commands
+    from llmqat.export.hub import missing_of_card
     from llmqat.export.hub import push as publish
 
     done = publish(
@@ -142,10 +143,22 @@ def push(
         base_model=base_model,
         dry_run=dry_run,
     )
-    console.print(done, soft_wrap=True)
     if dry_run is None:
+        console.print(done, soft_wrap=True)
         print_next(*run_commands(folder, published_as=repository))
     else:
+        files = sorted(dry_run.iterdir())
+        size = sum(path.stat().st_size for path in files)
+        branch = "" if revision is None else f" (branch {revision})"
+        kind = "private" if private else "public"
+        console.print(
+            f"{done}: {len(files)} files, {size:,} bytes, would go to {repository}{branch}, {kind} if new",
+            soft_wrap=True,
+        )
+        for path in files:
+            console.print(f"  {path.name} {path.stat().st_size:,}", soft_wrap=True)
+        for gap in missing_of_card(dry_run):
+            console.print(f"missing in the model card: {gap}", soft_wrap=True)
         asked = (("--revision", revision), ("--license", license), ("--base-model", base_model))
         words = [word for name, value in asked for word in option(name, value)]
         print_next(command_of("llmqat", "push", folder, repository, *words, "--private" if private else None))

@@ -68,6 +68,13 @@ def push(
         return _upload(Path(temporary_name), repository, private, revision)
 
 
+def missing_of_card(folder: Path) -> list[str]:
+    """Returns what the model card in `folder` does not say and its reader looks for, each with the option that does."""
+    data = ModelCard.load(folder / "README.md").data.to_dict()
+    asked = {"license": "no license given: --license", "base_model": "base model not known: --base-model"}
+    return [words for key, words in asked.items() if not data.get(key)]
+
+
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no checkpoint (no config.json); give the folder that llmqat saved")

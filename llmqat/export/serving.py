@@ -345,6 +345,13 @@ class Proposal:
         return QuantConfig.preset(self.preset, **changes)
 
     @property
+    def options(self) -> str:
+        """How the command line says it."""
+        if self.group_size == 0:
+            return f"--scheme {self.preset.removesuffix('-g32')}-channel"
+        return f"--scheme {self.preset}" + (f" --group-size {self.group_size}" if self.group_size else "")
+
+    @property
     def words(self) -> str:
         """How a recipe says it."""
         group = "" if self.group_size is None else f", group_size: {self.group_size}"
@@ -373,7 +380,16 @@ def check_served(description: ModelDescription, clients: Sequence[str], quant: Q
     ]
     nearest = None if quant is None else next(proposals(description, clients, quant), None)
     if nearest is not None:
-        ways = f"the nearest scheme for {' and '.join(clients)} is {nearest.words}"
+        who = " and ".join(clients)
+        ways = f"the nearest scheme for {who} is {nearest.options}, in a recipe {nearest.words}"
+        rounds = nearest.quant.input_activations is not None
+        if quant is not None and quant.input_activations is None and rounds:
+            ways += ", which quantizes the inputs of layers too"
+            others = proposals(description, clients, quant)
+            if alone := next((found for found in others if found.quant.input_activations is None), None):
+                ways += f"; the nearest that does not is {alone.options}, in a recipe {alone.words}"
+            else:
+                ways += f" (with weights alone {who} takes no scheme for this model)"
     else:
         ways = ("a packed model keeps its scheme" if quant is None else "no preset changes that") + (
             "; leave it out of `serve`, or give another model"

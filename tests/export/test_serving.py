@@ -19,6 +19,7 @@ from llmqat.export.description import ModelDescription, describe
 from llmqat.export.serving import CLIENTS, check_served, form_for, proposals, served_by
 from llmqat.layers import PRESETS, ActivationQuantizer
 from llmqat.models import empty_model
+from llmqat.recipe.config import scheme_of
 from tests.tiny import (
     tiny_gpt2,
     tiny_llama,
@@ -80,6 +81,12 @@ def test_the_scheme_that_a_refusal_proposes_is_taken(preset: str, client: str) -
     with pytest.raises(ValueError, match="the nearest scheme for") as refusal:
         check_served(description, [client], quant)
     assert nearest.words in str(refusal.value)
+    assert nearest.options in str(refusal.value)
+    named, _, size = nearest.options.removeprefix("--scheme ").partition(" --group-size ")
+    assert scheme_of(named, int(size) if size else None) == nearest.quant
+    if quant.input_activations is None and nearest.quant.input_activations is not None:
+        alone = [p for p in proposals(description, [client], quant) if p.quant.input_activations is None]
+        assert (alone[0].options if alone else "with weights alone") in str(refusal.value)
     group = {} if nearest.group_size is None else {"group_size": nearest.group_size or None}
     again = described("llama", nearest.preset, **group)
     assert form_for(again, [client]) is not None
