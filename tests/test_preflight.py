@@ -32,13 +32,14 @@ from llmqat.recipe import (
 )
 from llmqat.recipe.findings import PreflightError
 from llmqat.recipe.preflight import begin, check_run
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 BASE: dict[str, Any] = {
     "data": {"source": "text", "path": "train.txt", "tokens": 256, "block_size": 32},
     "train": {"max_steps": 2, "per_device_train_batch_size": 2},
     "evaluate": {"texts": ["other.txt"], "window": 32, "max_windows": 2, "speed": False},
 }
+TOLD = {"role": "assistant", "content": "I."}
 SYNTHETIC = "data={tokens: 256, block_size: 32}"
 WATCHED = "data.validation_share=0.5 train.eval_strategy=steps train.eval_steps=1"
 
@@ -147,6 +148,18 @@ def test_a_broken_recipe_is_refused_before_weights_are_loaded(overrides: str) ->
         run(recipe(*joined(overrides)))
     assert not isinstance(caught.value, PreflightError), "more is said than is wrong"
     assert not Path("run").exists()
+
+
+def test_plain_prompts_under_a_chat_template_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    rows = {"plain": {"prompt": "Who?", "completion": " I."}, "messages": {"prompt": "Who?", "completion": [TOLD]}}
+    for name, row in rows.items():
+        Path(f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        flight = begin(recipe(f"data={{source: dataset, path: {name}.jsonl, chat_template: template.jinja}}"))
+        Path("template.jinja").write_text(CHAT_TEMPLATE)
+        check_run(flight)
+        said = [warning for warning in flight.findings.warnings if "without the chat template" in warning]
+        assert len(said) == (name == "plain"), flight.findings
+        assert all('"completion": [{"role": "assistant", "content": ANSWER}]' in warning for warning in said)
 
 
 def joined(overrides: str) -> list[str]:

@@ -6,6 +6,8 @@ Rows are taken in stored order, each one a document, until enough tokens are the
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +18,8 @@ import numpy as np
 
 from llmqat.data.config import DataConfig
 from llmqat.data.documents import DocumentSource, Piece, encoded
-from llmqat.data.rows import RowReader, row_reader
-from llmqat.data.text import ROW_BUILDERS, read_text, stream_text, suffix_of, text_config
+from llmqat.data.rows import RowReader, row_reader, shortened
+from llmqat.data.text import ROW_BUILDERS, nearest, read_text, stream_text, suffix_of, text_config
 from llmqat.hub import check_dataset_in_reach, looks_like_path
 from llmqat.metrics import IGNORED_LABEL
 
@@ -183,7 +185,9 @@ def open_local(path: Path, split: str, streaming: bool = False) -> Any:
     import datasets
 
     if not path.exists():
-        raise FileNotFoundError(f"no dataset at {path}; give a file of rows, a folder of them, or hub:NAME")
+        raise FileNotFoundError(
+            f"no dataset at {path}{nearest(path)}; give a file of rows, a folder of them, or hub:NAME"
+        )
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         with _named(path, [], opening=True):
             loaded = datasets.load_from_disk(str(path))
@@ -217,7 +221,8 @@ def _with_rows(rows: Any, path: Path) -> Any:
 def _named(where: Path | str, files: Sequence[Path], opening: bool = False) -> Iterator[None]:
     """Inside, what `datasets` and the libraries below it raise becomes a ValueError that names the dataset.
 
-    Of text files the first byte that is not UTF-8 is named. `opening` adds the errors of files that hold no table.
+    Of text files the first byte that is not UTF-8 is named, of lines of JSON the first that is none. `opening` adds the
+    errors of files that hold no table.
     """
     import datasets
     import pyarrow
@@ -226,15 +231,36 @@ def _named(where: Path | str, files: Sequence[Path], opening: bool = False) -> I
         *(datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, UnicodeDecodeError, StopIteration),
         *((ValueError, KeyError, TypeError) if opening else ()),
     )
+    reader = logging.getLogger("datasets.packaged_modules.json.json")  # what it logs is raised as well
+    level = reader.level
     try:
+        reader.setLevel(logging.CRITICAL)
         yield
     except failures as error:
         for file in files:
             if file.suffix in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt"):
                 for _ in stream_text(file):
                     pass
+            if file.suffix in (".jsonl", ".ndjson"):
+                _check_lines(file, error)
         reason = error.__cause__ or error
         raise ValueError(f"{where} could not be read as a dataset: {str(reason) or 'it holds no rows'}") from error
+    finally:
+        reader.setLevel(level)
+
+
+def _check_lines(file: Path, cause: Exception) -> None:
+    """Raises ValueError where a line of `file` is no JSON object, for the first such line."""
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line.strip() or "{}")
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{file} line {number}: not JSON ({error.msg} at column {error.colno}): {shortened(line.strip())}"
+                ) from cause
+            if not isinstance(found, dict):
+                raise ValueError(f"{file} line {number}: not a JSON object, but {shortened(found)}") from cause
 
 
 def _data_files(path: Path) -> list[Path]:

@@ -266,7 +266,7 @@ def _mappings(given: Any, where: str) -> list[dict[str, Any]] | None:
         found = [_from_json(entry, where) for entry in found]
         if all(isinstance(entry, Mapping) for entry in found):
             return [dict(entry) for entry in found]
-    raise ValueError(f"{where} is {_shown(given)}; a list of mappings is needed, or the same as JSON")
+    raise ValueError(f"{where} is {shortened(given)}; a list of mappings is needed, or the same as JSON")
 
 
 def _variables(given: Any, where: str) -> dict[str, Any] | None:
@@ -275,7 +275,7 @@ def _variables(given: Any, where: str) -> dict[str, Any] | None:
     if not found:
         return None
     if not isinstance(found, Mapping):
-        raise ValueError(f"{where} is {_shown(given)}; a mapping is needed, or the same as JSON")
+        raise ValueError(f"{where} is {shortened(given)}; a mapping is needed, or the same as JSON")
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -285,10 +285,11 @@ def _from_json(given: Any, where: str) -> Any:
     try:
         return json.loads(given)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is {_shown(given)}, which is no JSON: {error}") from error
+        raise ValueError(f"{where} is {shortened(given)}, which is no JSON: {error}") from error
 
 
-def _shown(given: Any) -> str:
+def shortened(given: Any) -> str:
+    """Returns the beginning of what was given, for an error."""
     text = repr(given)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

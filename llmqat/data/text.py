@@ -16,7 +16,7 @@ from typing import Any
 
 from llmqat.data.config import HUB_PREFIX, PYDOC, DataConfig, hub_keys
 from llmqat.data.documents import DocumentSource, Piece, document_hash, pieces_of, signed
-from llmqat.paths import user_path
+from llmqat.paths import nearest_name, user_path
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +129,12 @@ def open_source(config: DataConfig) -> DocumentSource:
     return DocumentSource(f"text {path}", pieces, whole.hexdigest(), details=details)
 
 
+def nearest(path: Path) -> str:
+    """Returns words for an error on a path that is not there: the nearest name that is, or nothing."""
+    found = nearest_name(path)
+    return "" if found is None else f" (the nearest name there is {found})"
+
+
 def text_files(path: Path) -> list[Path]:
     """Returns the file `path`, or every .txt and .md file under the folder `path`.
 
@@ -136,7 +142,10 @@ def text_files(path: Path) -> list[Path]:
         FileNotFoundError: when there is no such file, or no such file in the folder.
     """
     if not path.exists():
-        raise FileNotFoundError(f"no text at {path}; give a text file, or a folder of {' and '.join(SUFFIXES)} files")
+        raise FileNotFoundError(
+            f"no text at {path}{nearest(path)}; give a text file, a file of rows ({', '.join(ROW_BUILDERS)}), or a "
+            f"folder of {' and '.join(SUFFIXES)} files or of rows"
+        )
     if is_rows(path):
         raise ValueError(f"{path} holds rows and no prose; give it as data.source=dataset data.path={path}")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)

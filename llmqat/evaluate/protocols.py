@@ -31,7 +31,7 @@ from llmqat.data.hub import open_rows, row_pieces, texts_of
 from llmqat.data.packing import rows_alone
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.rows import RowReader
-from llmqat.data.text import is_rows, read_text, read_texts, text_config
+from llmqat.data.text import is_rows, nearest, read_text, read_texts, text_config
 from llmqat.evaluate.perplexity import TokenWindows, windows_from_rows, windows_from_text
 from llmqat.metrics import IGNORED_LABEL
 
@@ -127,7 +127,8 @@ def read_rows(source: str) -> list[str]:
         return read_documents(source)
     if not Path(source).is_file():
         raise FileNotFoundError(
-            f"no text at {source}; give a text file, or one of rows, or {HUB_PREFIX}NAME:CONFIG:SPLIT"
+            f"no text at {source}{nearest(Path(source))}; give a text file, or one of rows, or "
+            f"{HUB_PREFIX}NAME:CONFIG:SPLIT"
         )
     return [line if line.strip() else "" for line in read_text(Path(source)).splitlines(keepends=True)]
 

@@ -75,7 +75,7 @@ def answer_lines(comparison: Comparison) -> Iterator[str]:
 
 
 def _shortened(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(text.split()) or "(nothing: the answer ends where it begins)"
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 1]}…"
 
 

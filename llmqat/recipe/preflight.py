@@ -24,6 +24,7 @@ from llmqat.calibrate import BlockwiseStage, GPTQStage
 from llmqat.calibrate.blocks import find_blocks
 from llmqat.calibrate.sensitivity import LayerSensitivity, allocate_bits
 from llmqat.data import DataConfig
+from llmqat.data.chat import Completion
 from llmqat.data.config import HUB_PREFIX, MIX
 from llmqat.data.documents import document_hash, encoded
 from llmqat.data.hub import check_name, open_rows, row_pieces, use_chat_template
@@ -77,6 +78,14 @@ from llmqat.train.trial import refused_by_training
 
 MOST_HASHED_BYTES = 100_000_000
 """Of training text that is looked for among the evaluation's before the run; larger texts are when they are read."""
+
+
+PLAIN_PROMPTS = (
+    "{where}: `prompt` and `{column}` are plain text, so they are trained without the chat template of the model, and "
+    "`llmqat chat` and servers use it: the answers may not show there. To train with it give messages: "
+    '"prompt": [{{"role": "user", "content": PROMPT}}], "{column}": [{{"role": "assistant", "content": ANSWER}}]'
+)
+"""A warning."""
 
 
 @dataclass
@@ -309,11 +318,20 @@ def _check_data(flight: Preflight, data: DataConfig, tokenizer: PreTrainedTokeni
         elif data.source == "dataset" and data.name is not None:
             check_name(data.name)
         elif data.path is not None and (data.source == "dataset" or (data.source == "text" and is_rows(data.path))):
-            rows, reader = open_rows(data)
-            if tokenizer is not None:
-                list(encoded(islice(row_pieces(rows, reader), 1), tokenizer))
+            _check_rows(found, data, tokenizer)
         elif data.source == "text" and data.path is not None:
             _check_files(data.path, data.block_size)
+
+
+def _check_rows(found: Findings, data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Looks at the first row of a dataset, and warns where it is trained in another form than it will be asked in."""
+    rows, reader = open_rows(data)
+    first = list(islice(row_pieces(rows, reader), 1))
+    if tokenizer is None:
+        return
+    list(encoded(first, tokenizer))
+    if tokenizer.chat_template and any(isinstance(piece.content, Completion) for piece in first):
+        found.warnings.append(PLAIN_PROMPTS.format(where=reader.where, column=reader.column))
 
 
 def _check_files(path: Path, block_size: int) -> None:

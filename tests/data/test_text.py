@@ -15,7 +15,7 @@ import pytest
 from llmqat.data import DataConfig, load_blocks
 from llmqat.data.hub import BUILDERS, open_local
 from llmqat.data.script import read_prompts
-from llmqat.data.text import ROW_BUILDERS, is_rows, read_text, text_config
+from llmqat.data.text import ROW_BUILDERS, is_rows, read_text, text_config, text_files
 from llmqat.evaluate.protocols import read_documents, text_windows
 from llmqat.recipe import load_recipe
 from llmqat.recipe.evaluation import _documents_of
@@ -191,3 +191,29 @@ def test_a_file_without_usable_rows_is_named(streaming: bool, suffix: str, conte
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"broken\{suffix}"):
         blocks_of(path, source="dataset", streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "a', r"broken\.jsonl line 7: not JSON \(Unterminated string"),
+        ("[1]", "line 7: not a JSON object, but"),
+    ],
+)
+def test_the_first_line_that_is_no_row_is_named(
+    line: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"text": "six words of a row here"}\n' * 6 + f"{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=words):
+        blocks_of(path, source="dataset")
+    assert "Failed to load JSON" not in caplog.text
+
+
+def test_a_text_that_is_not_there_is_answered_with_the_nearest_name_and_kinds(tmp_path: Path):
+    (tmp_path / "heldout.jsonl").write_text("{}")
+    for own in ({"source": "text"}, {"source": "dataset"}):
+        with pytest.raises(FileNotFoundError, match=r"helout\.jsonl \(the nearest name there is .*heldout\.jsonl\)"):
+            blocks_of(tmp_path / "helout.jsonl", **own)
+    with pytest.raises(FileNotFoundError, match=r"a file of rows \(\.json, \.jsonl"):
+        text_files(tmp_path / "absent.txt")
