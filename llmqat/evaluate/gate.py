@@ -31,6 +31,15 @@ COSTS = {
     "energy": ("costs", "joules_per_token"),
 }
 """Figures that do not depend on a text, and where they are in a row."""
+UNITS: dict[str, tuple[float, str, str]] = {
+    **dict.fromkeys(("size", "memory"), (1e-6, ",.1f", " MB")),
+    **dict.fromkeys(("top1", "top5"), (100, ".1f", " %")),
+    **dict.fromkeys(("speed", "batch_speed"), (1, ".1f", " tok/s")),
+    **dict.fromkeys(("first_token", "load"), (1, ".3g", " s")),
+    "bits": (1, ".2f", " bits a weight"),
+    "energy": (1, ".3g", " J a token"),
+}
+"""Figure -> factor, form and unit in which tables show it; the rest are shown as they are."""
 REFERENCE = "full precision"
 
 _RULE = re.compile(r"^(?P<metric>[\w.-]+)\s*(?P<operator><=|>=)\s*(?P<limit>[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*(?P<x>x?)$")
@@ -58,6 +67,7 @@ class Check:
     text: str | None  # None for figures that do not depend on one
     value: float
     bound: float  # in the figure's own unit
+    multiple_of: tuple[str, float] | None = None  # whose figure an x is a multiple of, and that figure
 
     @property
     def passed(self) -> bool:
@@ -69,7 +79,18 @@ class Check:
     def __str__(self) -> str:
         where = "" if self.text is None else f" on {self.text}"
         verdict = "kept" if self.passed else "BROKEN"
-        return f"{verdict}: {self.rule}: {self.model}{where}: {self.value:.6g}, bound {self.bound:.6g}"
+        given = [self.value, self.bound, *([] if self.multiple_of is None else [self.multiple_of[1]])]
+        value, bound, *base = _shown(self.rule.metric, given)
+        whose = "" if self.multiple_of is None else f" (of {base[0]}, {self.multiple_of[0]})"
+        return f"{verdict}: {self.rule}: {self.model}{where}: {value}, bound {bound}{whose}"
+
+
+def _shown(metric: str, figures: Sequence[float]) -> list[str]:
+    """Returns figures as tables show them; with all their digits where these would look alike and are not."""
+    factor, style, unit = UNITS.get(metric, (1, ".6g", ""))
+    shown = [f"{factor * figure:{style}}{unit}" for figure in figures]
+    alike = len(set(shown[:2])) < len(set(figures[:2]))
+    return [f"{factor * figure:.9g}{unit}" for figure in figures] if alike else shown
 
 
 def parse_gate(text: str) -> tuple[Rule, ...]:
@@ -117,9 +138,17 @@ def judge(
             against = _compared_with(row, report, baseline) if rule.relative else None
             for text in report["texts"] if rule.metric in ON_TEXT else (None,):
                 value = _figure(row, rule.metric, text)
-                bound = rule.limit * (1.0 if against is None else _figure(against, rule.metric, text))
-                checks.append(Check(rule, row["name"], text, value, bound))
+                base = None if against is None else _figure(against, rule.metric, text)
+                whose = None if against is None or base is None else (_whose(against, rule.metric, baseline), base)
+                bound = rule.limit * (1.0 if base is None else base)
+                checks.append(Check(rule, row["name"], text, value, bound, whose))
     return tuple(checks)
+
+
+def _whose(against: Mapping[str, Any], metric: str, baseline: Mapping[str, Any] | None) -> str:
+    """Returns whose figure a limit with an x is a multiple of, in words."""
+    what = f"the files of {against['name']}" if metric == "size" else str(against["name"])
+    return what if baseline is None else f"{what} in the baseline"
 
 
 def check_rules(

@@ -94,6 +94,19 @@ def test_rules_by_hand() -> None:
         ("memory<=2e+08", True),
     ]
     assert checks[0].bound == pytest.approx(24.2)
+    assert [str(check) for check in checks] == [
+        "kept: perplexity<=1.1x: four <bits> on prose: 24, bound 24.2 (of 22, original)",
+        "BROKEN: kl<=0.05: four <bits> on prose: 0.1, bound 0.05",
+        "kept: top1>=0.9: four <bits> on prose: 90.0 %, bound 90.0 %",
+        "kept: size<=0.5x: four <bits>: 113.0 MB, bound 134.5 MB (of 269.0 MB, the files of original)",
+        "kept: speed>=1x: four <bits>: 30.0 tok/s, bound 20.0 tok/s (of 20.0 tok/s, original)",
+        "kept: quiz>=0.6: four <bits>: 0.6, bound 0.6",
+        "kept: memory<=2e+08: four <bits>: 200.0 MB, bound 200.0 MB",
+    ]
+    (near,) = judge(parse_gate("size<=112999999"), report())
+    assert str(near) == "BROKEN: size<=1.13e+08: four <bits>: 113 MB, bound 112.999999 MB"
+    (drifted,) = judge(parse_gate("size<=1x"), report(), report())
+    assert str(drifted).endswith("(of 113.0 MB, the files of four <bits> in the baseline)")
     assert {check.model for check in checks} == {"four <bits>"}
     assert not judge(parse_gate("perplexity<=1000"), report(perplexity=float("inf")))[0].passed
 
