@@ -502,6 +502,7 @@ def test_a_gate_has_an_exit_code_of_its_own_and_a_report_is_judged_again(tiny: P
     done = call("compare", str(packed), *words, *options, "--gate", "top1>=0.5, size<=0.9x")
     assert done.exit_code == 0, done.output
     assert "kept: size<=0.9x" in done.output
+    assert f"written: {', '.join(files.values())}" in done.output.replace("\n", "")
     assert "not available" in done.output or "joules" in done.output
     assert all(Path(file).stat().st_size > 100 for file in files.values())
     row = document(files["json"])["rows"][1]

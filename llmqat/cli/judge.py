@@ -30,7 +30,11 @@ from llmqat.cli.options import (
 )
 from llmqat.cli.show import print_next
 
+ReportFiles = tuple[Path | None, Path | None, Path | None, Path | None]
+"""JSON, CSV, Markdown, HTML."""
+
 if TYPE_CHECKING:
+    from llmqat.evaluate.report import Verdict
     from llmqat.evaluate.tasks import TaskSettings
     from llmqat.recipe import EvaluationSettings
 
@@ -159,7 +163,7 @@ def _judge(
     gate: str | None,
     threshold: float,
     tasks: TaskSettings | None,
-    files: tuple[Path | None, Path | None, Path | None, Path | None],
+    files: ReportFiles,
 ) -> None:
     """Measures, shows, writes (JSON, CSV, Markdown, HTML), and exits with 3 where the gate is broken."""
     from llmqat.evaluate.compare import NotMeasured
@@ -183,18 +187,24 @@ def _judge(
         )
     except NotMeasured as error:
         console.print(measured(error.comparison))
-        verdict_on(error.comparison, threshold=threshold).write(*files)
+        _write(verdict_on(error.comparison, threshold=threshold), files)
         raise
     console.print(measured(comparison))  # now: whatever happens to the files, the figures are seen
     try:
         verdict = verdict_on(comparison, rules, before, threshold)
     except ValueError:
-        verdict_on(comparison, threshold=threshold).write(*files)
+        _write(verdict_on(comparison, threshold=threshold), files)
         raise
     console.print(verdict.rendered())
-    verdict.write(*files)
+    _write(verdict, files)
     print_next(*verdict.next)
     if verdict.broken:
         which = ", ".join(dict.fromkeys(f"{check.rule} ({check.model})" for check in verdict.broken))
         errors.print(f"gate broken, {len(verdict.broken)} of {len(verdict.checks)}: {which}", soft_wrap=True)
         raise typer.Exit(EXIT_GATE)
+
+
+def _write(verdict: Verdict, files: ReportFiles) -> None:
+    """Writes the files that are asked for and says which these are."""
+    if written := verdict.write(*files):
+        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True, markup=False)

@@ -139,7 +139,7 @@ class Quality(_Described):
     reverse_kl: float | None
     """Mean KL(model || reference), nats a token."""
     top5: float | None
-    """Share of tokens on which the reference's most probable one is among the five likeliest."""
+    """Overlap: the mean share of the reference's five likeliest tokens that are among the model's five."""
     intervals: dict[str, Bounds]
     """95 % intervals by figure; none where there is one window only."""
     perplexity_lost: Lost | None = None

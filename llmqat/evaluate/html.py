@@ -119,8 +119,17 @@ def _results(report: Report, colours: Mapping[str, int]) -> str:
     tasks = list(dict.fromkeys(name for row in report["rows"] for name in row.get("tasks") or {}))
     found = []
     for name, text in report["texts"].items():
-        headings = ["model", "made by", "bits a<br>weight", "MB", "perplexity", "KL", "reverse<br>KL", "top-1", "top-5"]
-        headings += ["first<br>token ms", "tok/s", "tok/s<br>batch", "load s", "peak<br>MB", "J a<br>token"]
+        headings = ["model", "made by", "bits a<br>weight", "MB", "perplexity", "KL", "reverse<br>KL"]
+        headings += [
+            "top-1",
+            "top-5<br>overlap",
+            "first<br>token ms",
+            "tok/s",
+            "tok/s<br>batch",
+            "load s",
+            "peak<br>MB",
+            "J a<br>token",
+        ]
         headings += [escape(task) for task in tasks]
         rows = [_result_cells(row, row["texts"][name], tasks, colours) for row in report["rows"]]
         cut = f"{text['windows']} windows of {text['window']} tokens"

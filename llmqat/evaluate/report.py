@@ -53,12 +53,13 @@ class Verdict:
         """Commands to run, by the advice; those that lead to one where there is none."""
         return [line for one in self.advice for line in one.next] or first_steps(self.report)
 
-    def write(self, json_file: Path | None, csv: Path | None, markdown: Path | None, html: Path | None) -> None:
-        """Writes the files that are asked for, each whole or not at all, and as many of them as can be.
+    def write(self, json_file: Path | None, csv: Path | None, markdown: Path | None, html: Path | None) -> list[Path]:
+        """Writes the files that are asked for, each whole or not at all, and as many of them as can be; returns them.
 
         Raises:
             OSError: one could not be written, when all the others are.
         """
+        written: list[Path] = []
         failed: list[str] = []
         for file, make in ((json_file, to_json), (csv, to_csv), (markdown, to_markdown), (html, to_html)):
             if file is None:
@@ -66,10 +67,12 @@ class Verdict:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, make(self.report))
+                written.append(file)
             except OSError as error:
                 failed.append(f"{file} could not be written: {error.strerror or error}")
         if failed:
             raise OSError("; ".join(failed))
+        return written
 
 
 def measured(comparison: Comparison) -> RenderableType:

@@ -20,7 +20,7 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Cell]] = {
     "KL ±": lambda _, text: _half_width(text, "kl"),
     "reverse KL": lambda _, text: text.get("reverse_kl"),
     "top-1": lambda _, text: text["top1"],
-    "top-5": lambda _, text: text.get("top5"),
+    "top-5 overlap": lambda _, text: text.get("top5"),
     "decode tok/s": lambda row, _: row["decode_tokens_per_second"],
     "first token ms": lambda row, _: _cost(row, "first_token_seconds", 1e3),
     "batch tok/s": lambda row, _: _cost(row, "batch_tokens_per_second"),

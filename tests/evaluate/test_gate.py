@@ -158,6 +158,7 @@ def test_csv_and_markdown_hold_the_figures() -> None:
     assert rows[1]["made by"] == "ranges, gptq"
     assert float(rows[1]["quiz"]) == 0.6
     assert rows[0]["peak MB"] == ""
+    assert float(rows[1]["top-5 overlap"]) == 0.9
     lines = to_markdown(report()).splitlines()
     assert lines[0].startswith("| text | model | made by |")
     assert "word perplexity" not in lines[0]  # which nobody measured
