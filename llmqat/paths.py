@@ -116,6 +116,19 @@ def check_folder_output(path: Path, what: str) -> None:
     _try_to_write(path if _exists(path, f"{what}={path}") else path.parent, path.name, f"{what}={path}")
 
 
+def check_new(out: Path, what: str, *, overwrite: bool | None = None) -> None:
+    """Raises FileExistsError where an output is there already.
+
+    Args:
+        out: the file or folder.
+        what: the option that names it.
+        overwrite: whether it may be there; None where the command has no `--overwrite`.
+    """
+    if out.exists() and not overwrite:
+        way = "" if overwrite is None else ", or give --overwrite"
+        raise FileExistsError(f"output {out} exists already; choose another {what}{way}")
+
+
 def _try_to_write(folder: Path, name: str, what: str) -> None:
     """Writes a file called about `name` into `folder`, or the nearest folder above that is there, and removes it."""
     place = folder

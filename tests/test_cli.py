@@ -19,7 +19,8 @@ import llmqat.cli.application as shared
 from llmqat import QuantConfig, cli
 from llmqat.evaluate.documents import DOCUMENTS
 from llmqat.recipe import coverage_of, pipeline
-from llmqat.recipe.quantize import _work_folder
+from llmqat.recipe.quantize import METHODS, _work_folder
+from llmqat.schemes import METHODS as METHOD_NAMES
 from tests.tiny import tiny_llama
 
 COMMANDS = [
@@ -116,6 +117,26 @@ def test_versions_are_told_without_importing_torch():
     told = [f"llmqat {llmqat.__version__}", f"Python {platform.python_version()}"]
     told += [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
     assert done.stdout.splitlines() == [*told, "set()"]
+
+
+def test_a_wrong_word_and_an_output_that_is_there_are_refused_without_importing_torch(tmp_path: Path):
+    (tmp_path / "there").touch()
+    new, there = ("--out", str(tmp_path / "new")), str(tmp_path / "there")
+    refused = [
+        ("did you mean 'int5'", ["quantize", "m", "--scheme", "int55", *new]),
+        ("rtn, search, gptq, blockwise", ["quantize", "m", "--method", "magic", *new]),
+        ("exists already", ["quantize", "m", "--out", there]),
+        ("exists already", ["export", "m", "--out", there]),
+        ("exists already", ["push", "m", "someone/m", "--dry-run", there]),
+        ("did you mean 'int5'", ["sensitivity", "m", "--scheme", "int55"]),
+    ]
+    code = (
+        f"import sys; from typer.testing import CliRunner; from llmqat.cli import app\nfor said, words in {refused}:\n"
+        "    done = CliRunner().invoke(app, words)\n    assert done.exit_code == 2, done.output\n"
+        "    assert said in ' '.join(done.output.split()), done.output\n"
+        "heavy = {'torch', 'transformers'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +332,7 @@ def test_group_size_that_does_not_divide_names_layer_and_choices(tiny: Path):
 
 def test_unknown_scheme_method_and_count_name_the_choices(tiny: Path, tmp_path: Path):
     assert "int8, int4, int4-g32, int3, int2" in refusal("audit", str(tiny), "--scheme", "int9")
+    assert tuple(METHODS) == METHOD_NAMES
     assert "rtn, search" in refusal("quantize", str(tiny), "--method", "magic", "--out", str(tmp_path / "o"))
     assert "write 65536, 64k or 1M" in refusal(
         "synthesize", str(tiny), "--tokens", "many", "--out", str(tmp_path / "o")

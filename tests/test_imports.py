@@ -19,6 +19,7 @@ ROOMS = (
         "terminal",
         "status",
         "config",
+        "schemes",
         "hub",
         "grid",
         "kernels",

@@ -12,7 +12,7 @@ from llmqat.cli.application import command, console
 from llmqat.cli.options import ModelArgument
 from llmqat.cli.show import print_next
 from llmqat.extras import check_installed
-from llmqat.paths import check_folder_output
+from llmqat.paths import check_folder_output, check_new
 
 FORMS: dict[tuple[str, str | None], bool] = {
     ("compressed-tensors", "vllm"): False,
@@ -60,9 +60,7 @@ def export(
 
         llmqat export runs/lora-int4/adapter --format peft --base smollm2-int4 --out my-adapter
     """
-    from llmqat.export import CONVERSIONS, PACKAGES, keep_record, load_any, save_again
-    from llmqat.export.commands import run_commands
-
+    check_new(out, "--out")
     check_folder_output(out.parent, "--out")
     if (format == "peft") != (base is not None):
         raise ValueError(
@@ -72,6 +70,10 @@ def export(
     if base is not None:
         _export_adapter(Path(model), base, out)
         return
+
+    from llmqat.export import CONVERSIONS, PACKAGES, keep_record, load_any, save_again
+    from llmqat.export.commands import run_commands
+
     if format not in CONVERSIONS:
         raise ValueError(f"{CONVERSIONS.unknown(format, '--format')}, peft")
     if served_by is not None and (format, served_by) not in FORMS:
@@ -129,6 +131,9 @@ def push(
 
         llmqat push runs/smollm2-135m-int4/model someone/smollm2-135m-int4 --dry-run to-publish
     """
+    if dry_run is not None:
+        check_new(dry_run, "--dry-run")
+
     from llmqat.export.commands import command as command_of
     from llmqat.export.commands import option, run_commands
     from llmqat.export.hub import missing_of_card

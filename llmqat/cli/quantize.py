@@ -19,7 +19,8 @@ from llmqat.cli.options import (
     SeedOption,
 )
 from llmqat.cli.show import print_checkpoint, print_next
-from llmqat.paths import check_folder_output, check_outputs
+from llmqat.paths import check_folder_output, check_new, check_outputs
+from llmqat.schemes import check_method, check_scheme
 from llmqat.terminal import Column, FittedTable
 
 if TYPE_CHECKING:
@@ -85,10 +86,14 @@ def quantize(
 
         llmqat quantize ./model --scheme int4 --serve vllm --serve llama.cpp --out model-int4
     """
+    check_scheme(scheme)
+    check_method(method)
+    check_new(out, "--out", overwrite=overwrite)
+    check_folder_output(out, "--out")
+
     from llmqat.evaluate.layers import check_picture, render_layers, write_layers
     from llmqat.recipe import quantize_model
 
-    check_folder_output(out, "--out")
     if report is not None:
         check_folder_output(report, "--report")
         check_picture()
@@ -143,6 +148,8 @@ def sensitivity(
 
         llmqat sensitivity ./model --scheme int4 --group-size 32 --choices 3 --choices 4 --choices 8 --text notes.txt
     """
+    check_scheme(scheme)
+
     from llmqat.calibrate import AllocationConfig
     from llmqat.export.commands import command as command_of
     from llmqat.export.commands import name_of_folder, option

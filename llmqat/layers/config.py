@@ -9,7 +9,6 @@ linear map of a model: nn.Linear, transformers' Conv1D, and the stacked (3-D) we
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llmqat.config import Config, Registry, UnknownKeyError
 from llmqat.grid import Grid, Levels
+from llmqat.schemes import HIGH_PRECISION, SHIPPED, read_scheme, unknown_scheme
 
 Strategy = Literal["tensor", "channel", "group"]
 ScaleMode = Literal["learned", "fixed", "dynamic"]
@@ -247,21 +247,8 @@ POLICY_WEIGHTS: dict[str, WeightConfig] = {
 }
 """The arithmetic behind a `Policy`: what GGUF's Q8_0 and Q4_0 blocks hold without rounding again."""
 
-_INPUTS_16 = _CACHE_16 = 16
-"""Bits that leave inputs and KV cache in high precision."""
 _CACHES: dict[int, dict[str, Any]] = {8: {"num_bits": 8}, 4: {"num_bits": 4, "symmetric": False, "group_size": 32}}
 """Keys and values by their bits."""
-_BLOCKS = {"q40": "int4-g32", "q80": "int8-g32"}
-"""GGUF's block types that hold codes and one scale, by what their weights are."""
-_NAME = re.compile(
-    r"(?:(?:int|w)(?P<bits>\d+)|(?P<plain_bits>\d+)bits?|(?P<levels>ternary|int2seq))"
-    r"(?:a(?P<inputs>\d+))?(?:kv(?P<cache>\d+))?(?:(?P<extent>channel|tensor)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?"
-)
-SCHEME_NAMES = (
-    "int2 to int8, or w2 to w8; then a8 for inputs, kv8 or kv4 for the KV cache, -g32 or another group size, or "
-    "-channel: int5, w4a16, int8-g128, w4a8kv8-g64"
-)
-"""What `scheme_fields` reads, in words."""
 
 
 def scheme_fields(name: str) -> dict[str, Any]:
@@ -280,29 +267,23 @@ def scheme_fields(name: str) -> dict[str, Any]:
         raise ValueError(f"preset {name!r} is no name of a scheme; give one such as int4")
     if name in PRESETS:
         return dict(PRESETS[name])
-    compact = re.sub(r"[-_ ]", "", name.lower())
-    found = _NAME.fullmatch(_BLOCKS.get(compact, compact).replace("-", ""))
-    bits = int((found and (found["bits"] or found["plain_bits"])) or 2)
-    inputs = int((found and found["inputs"]) or _INPUTS_16)
-    cache = int((found and found["cache"]) or _CACHE_16)
-    known = 2 <= bits <= 8 and (2 <= inputs <= 8 or inputs == _INPUTS_16) and (cache in _CACHES or cache == _CACHE_16)
-    if found is None or not known:
-        raise ValueError(f"{PRESETS.unknown(name)}. A name is also made of {SCHEME_NAMES}")
-    levels = {"ternary": "ternary", "int2seq": "seq"}.get(found["levels"], "integer")
-    extent = "group" if found["group"] else found["extent"] or ("channel" if bits == 8 else "group")
-    group = int(found["group"] or 64) if extent == "group" else None
+    found = read_scheme(name)
+    if found is None:
+        raise ValueError(unknown_scheme(name, PRESETS))
+    levels = {"ternary": "ternary", "int2seq": "seq"}.get(found.levels or "", "integer")
+    extent = "group" if found.group else found.extent or ("channel" if found.num_bits == 8 else "group")
     weights = {
-        "num_bits": bits,
+        "num_bits": found.num_bits,
         "levels": levels,
         "strategy": extent,
-        "group_size": group,
-        "symmetric": not found["asym"],
+        "group_size": (found.group or 64) if extent == "group" else None,
+        "symmetric": found.symmetric,
     }
     fields: dict[str, Any] = {"weights": weights}
-    if inputs != _INPUTS_16:
-        fields["input_activations"] = {"num_bits": inputs}
-    if cache != _CACHE_16:
-        fields["kv_cache"] = {"key": _CACHES[cache], "value": _CACHES[cache]}
+    if found.inputs != HIGH_PRECISION:
+        fields["input_activations"] = {"num_bits": found.inputs}
+    if found.cache != HIGH_PRECISION:
+        fields["kv_cache"] = {"key": _CACHES[found.cache], "value": _CACHES[found.cache]}
     return fields
 
 
@@ -316,8 +297,5 @@ PRESETS: Registry[Any] = Registry("preset", _check_preset)
 `int4-g32` is what Q4_0 blocks of GGUF hold, and what others' INT4 checkpoints from QAT have (Gemma, Kimi K2). One of
 your own is added by `PRESETS.register("name", QuantConfig(...))`.
 """
-for _name in (
-    *("int8", "int4", "int4-g32", "int3", "int2", "int2-seq", "ternary"),
-    *("w8a8", "w4a8", "w4a8kv8", "w4a8kv4"),
-):
+for _name in SHIPPED:
     PRESETS.register(_name, scheme_fields(_name))

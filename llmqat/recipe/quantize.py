@@ -43,12 +43,14 @@ from llmqat.export.checkpoint import ExportReport, save
 from llmqat.export.serving import known_clients
 from llmqat.layers import QuantConfig, lattice_note
 from llmqat.models import check_full_precision, load_model, write_whole
+from llmqat.paths import check_new
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.config import forward_dtype, scheme_of
 from llmqat.recipe.findings import all_of
 from llmqat.recipe.folder import BLOCKS_FILES, kept_text
 from llmqat.recipe.pipeline import REPORT_BLOCKS
 from llmqat.recipe.plan import check_spec_served, coverage_of
+from llmqat.schemes import check_method
 from llmqat.terminal import Bar, Stages, progress
 from llmqat.train import processor_has_bf16
 
@@ -85,8 +87,7 @@ def stages_of(method: str, blocks: int, *, rotate: bool = False, smooth: float |
     Raises:
         ValueError: for an unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"--method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    check_method(method)
     before: list[Stage] = [RotateStage()] if rotate else []
     if smooth is not None:
         before.append(SmoothStage(alpha=smooth, blocks=blocks))
@@ -153,18 +154,12 @@ def quantize_model(
     # Now: a scheme that does not do should not cost the text.
     check_full_precision(spec)
     served = partial(check_spec_served, spec, clients, quant, allocate, rotates(stages))
-    int_quantized: bool = all_of([served, check_text, partial(_check_new, folder, overwrite)])[0]
+    int_quantized: bool = all_of([served, check_text, partial(check_new, folder, "--out", overwrite=overwrite)])[0]
     if needs_text((), quant) and not any(isinstance(stage, RangesStage) for stage in stages):
         # Static input ranges, which plain rounding of weights needs as well.
         stages = (*stages, RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)))
     read = data if needed or allocate else None
     return _quantized(spec, folder, quant, stages, allocate, read, seed, overwrite, int_quantized)
-
-
-def _check_new(folder: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where the output is there already: save would say so too, but after the calibration."""
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"output folder {folder} exists already; choose another --out, or give --overwrite")
 
 
 def text_source(text: str | Path | None, tokens: int, block_size: int, seed: int) -> DataConfig:

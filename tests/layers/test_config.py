@@ -56,7 +56,10 @@ def test_names_that_people_know(name: str, weights: str, inputs: int | None, cac
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("int9", "int8"), ("int1", None), ("in4", "int4"), ("w4a12", "w4a8"), ("int4-g0", "int4-g32"), ("int4kv3", None)],
+    [
+        *(("int9", "int8"), ("int1", None), ("in4", "int4"), ("w4a12", "w4a8"), ("int4-g0", "int4-g32")),
+        *(("int4kv3", None), ("int55", "int5"), ("w4a8kv16kv", "w4a8kv16")),
+    ],
 )
 def test_a_name_of_nothing_is_refused_with_the_nearest_and_the_list(name: str, near: str | None):
     with pytest.raises(ValueError, match=rf"preset '{name}' is unknown; .*int8, .*w4a8kv4\. .* int2 to int8") as caught:

@@ -1,0 +1,92 @@
+"""Names of schemes and methods, read without torch: the command line refuses a wrong one before it imports that.
+
+What the names stand for is in layers/config.py and recipe/quantize.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SHIPPED = (
+    *("int8", "int4", "int4-g32", "int3", "int2", "int2-seq", "ternary"),
+    *("w8a8", "w4a8", "w4a8kv8", "w4a8kv4"),
+)
+"""The presets that llmqat has."""
+METHODS = ("rtn", "search", "gptq", "blockwise")
+"""What `--method` takes."""
+SCHEME_NAMES = (
+    "int2 to int8, or w2 to w8; then a8 for inputs, kv8 or kv4 for the KV cache, -g32 or another group size, or "
+    "-channel: int5, w4a16, int8-g128, w4a8kv8-g64"
+)
+"""What `read_scheme` reads, in words."""
+HIGH_PRECISION = 16
+"""Bits that leave inputs and KV cache in high precision."""
+_CACHES = (4, 8, HIGH_PRECISION)
+_BLOCKS = {"q40": "int4-g32", "q80": "int8-g32"}
+"""GGUF's block types that hold codes and one scale, by what their weights are."""
+_NAME = re.compile(
+    r"(?:(?:int|w)(?P<bits>\d+)|(?P<plain_bits>\d+)bits?|(?P<levels>ternary|int2seq))"
+    r"(?:a(?P<inputs>\d+))?(?:kv(?P<cache>\d+))?(?:(?P<extent>channel|tensor)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?"
+)
+
+
+@dataclass(frozen=True)
+class SchemeName:
+    """What a name of a scheme says.
+
+    Attributes:
+        num_bits: of weights.
+        inputs: bits of inputs, `HIGH_PRECISION` for none.
+        cache: bits of the KV cache, likewise.
+        levels: "ternary", "int2seq", or None for integers.
+        extent: "channel", "tensor" or "group", where it is said.
+        group: weights that share a scale, where it is said.
+        symmetric: without a zero point.
+    """
+
+    num_bits: int
+    inputs: int
+    cache: int
+    levels: str | None
+    extent: str | None
+    group: int | None
+    symmetric: bool
+
+
+def read_scheme(name: str) -> SchemeName | None:
+    """Returns what `name` says, or None where it is no name of a scheme."""
+    compact = re.sub(r"[-_ ]", "", name.lower())
+    found = _NAME.fullmatch(_BLOCKS.get(compact, compact).replace("-", ""))
+    if found is None:
+        return None
+    bits = int(found["bits"] or found["plain_bits"] or 2)
+    inputs, cache = int(found["inputs"] or HIGH_PRECISION), int(found["cache"] or HIGH_PRECISION)
+    if not (2 <= bits <= 8 and (2 <= inputs <= 8 or inputs == HIGH_PRECISION) and cache in _CACHES):
+        return None
+    group = None if found["group"] is None else int(found["group"])
+    return SchemeName(bits, inputs, cache, found["levels"], found["extent"], group, not found["asym"])
+
+
+def unknown_scheme(name: str, presets: Iterable[str] = SHIPPED) -> str:
+    """Returns the error text for a name that is none: the nearest preset or beginning of it that is one, and all."""
+    names = list(presets)
+    beginnings = (name[:end] for end in range(len(name) - 1, 1, -1))
+    begins = next((text for text in beginnings if text[-1].isalnum() and read_scheme(text) is not None), None)
+    near = difflib.get_close_matches(name, dict.fromkeys([*([begins] if begins else []), *names]), n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return f"preset {name!r} is unknown; {guess}choose one of {', '.join(names)}. A name is also made of {SCHEME_NAMES}"
+
+
+def check_scheme(name: str) -> None:
+    """Raises ValueError where the command line's `--scheme` is no name of a scheme."""
+    if name not in SHIPPED and read_scheme(name) is None:
+        raise ValueError(f"--scheme: {unknown_scheme(name)}")
+
+
+def check_method(name: str) -> None:
+    """Raises ValueError where the command line's `--method` is unknown."""
+    if name not in METHODS:
+        raise ValueError(f"--method {name!r} is unknown; choose one of {', '.join(METHODS)}")
