@@ -67,6 +67,27 @@ def test_a_wrong_scheme_is_told_by_its_key(tmp_path: Path, quant: str, message: 
         load_recipe(path, [f"quant={quant}"])
 
 
+def test_all_wrong_keys_are_told_at_once_by_who_gave_them(tmp_path: Path):
+    words = ("lr=1e-4", "batch_size=2", "train.epochs=1", "quant.bits=3", "data.tokns=5")
+    with pytest.raises(ValueError, match="lr") as caught:
+        load_recipe("chat-lora-int4", words)
+    lines = sorted(str(caught.value).split("\n"))
+    begins = [
+        "batch_size=2: unknown key 'batch_size'; write train.per_device_train_batch_size=2",
+        "data.tokns=5: unknown key 'tokns'; did you mean 'tokens'? data.tokens=5; ",
+        "lr=1e-4: unknown key 'lr'; write train.learning_rate=1e-4",
+        "quant.bits=3: unknown key 'bits'; did you mean 'num_bits'? quant.num_bits=3; ",
+        "train.epochs=1: unknown key 'epochs'; did you mean 'num_train_epochs'? train.num_train_epochs=1; ",
+    ]
+    assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)), lines
+    message = refusal(tmp_path, "lr=1e-4", modle="x", train={"num_epochs": 3})
+    assert message.startswith(f"{tmp_path / 'recipe.yaml'}: unknown key 'modle'")
+    assert "\ntrain: unknown key 'num_epochs'; did you mean 'num_train_epochs'? " in message
+    assert message.endswith("\nlr=1e-4: unknown key 'lr'; write train.learning_rate=1e-4")
+    with pytest.raises(ValueError, match=r"^seed=one: Input should be a valid integer"):
+        load_recipe("chat-int4", ["seed=one"])
+
+
 def test_all_shipped_recipes_were_found():
     assert {"lora-int4.yaml", "smollm2-135m-int4.yaml", "smollm2-135m-w4a8kv8.yaml"} <= {path.name for path in RECIPES}
 
@@ -176,7 +197,7 @@ def test_override_through_a_value_is_refused():
 )
 def test_what_is_not_understood_is_refused_with_key_value_and_way_out(tmp_path: Path, override: str, parts: list[str]):
     message = refusal(tmp_path, override, quant={"preset": "int4"})
-    assert "recipe.yaml" in message
+    assert message.startswith((f"{override.partition('=')[0]}=", str(tmp_path / "recipe.yaml")))
     for part in parts:
         assert part in message
     assert "validation error" not in message

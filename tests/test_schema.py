@@ -180,8 +180,8 @@ def test_another_tools_word_at_the_top_is_answered_with_the_key(word: str):
 @pytest.mark.parametrize(
     ("override", "answer"),
     [
-        ("lr=1e-4", "unknown key 'lr'; it is called train.learning_rate here: train.learning_rate=0.0001"),
-        ("bits=3", "it is called quant.num_bits here: quant.num_bits=3"),
+        ("lr=1e-4", "unknown key 'lr'; write train.learning_rate=0.0001"),
+        ("bits=3", "write quant.num_bits=3"),
         ("quant.bits=3", "quant: unknown key 'bits'; did you mean 'num_bits'? quant.num_bits=3; allowed: embeddings"),
         ("quant.kv_cache.key.bits=4", "quant.kv_cache.key: unknown key 'bits'; did you mean 'num_bits'?"),
         (

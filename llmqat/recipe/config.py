@@ -10,11 +10,12 @@ command line as `train.learning_rate=1e-4`. What nobody understands is refused, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
 import yaml
@@ -320,24 +321,27 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: for what is not YAML, for an unknown key, a wrong type, or an override that is not `key=value`.
     """
     file = user_path(path, "recipe")
+    name = None
     if file.is_dir():
         recorded = file / RUN_FILE
         file = recorded if recorded.is_file() and not (file / RECIPE_FILE).is_file() else file / RECIPE_FILE
     elif not file.exists() and len(file.parts) == 1:
-        file = shipped_recipes().get(file.name.removesuffix(".yaml"), file)
+        name = file.name.removesuffix(".yaml")
+        file = shipped_recipes().get(name, file)
     if not file.is_file():
         raise FileNotFoundError(
             f"no recipe at {file}; give a .yaml file, the folder of a run, or the name of a recipe that comes with "
             f"llmqat: {advice(file.name, list(shipped_recipes()))}"
         )
-    values = parse_yaml(read_text(file), str(file))  # of which JSON is a part
+    source = name or str(file)
+    values = parse_yaml(read_text(file), source)  # of which JSON is a part
     if file.name == RUN_FILE and isinstance(values, dict):
         values = _without_defaults((values.get("run") or {}).get("recipe"))
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no recipe: expected `key: value` lines, found {type(values).__name__}")
     for override in overrides:
         apply_override(values, override)
-    return recipe_from(values, str(file))
+    return recipe_from(values, source, overrides)
 
 
 def _without_defaults(recorded: Any) -> Any:
@@ -349,45 +353,111 @@ def _without_defaults(recorded: Any) -> Any:
     return {**recorded, "data": given}
 
 
-def recipe_from(values: Mapping[str, Any], source: str) -> Recipe:
-    """Returns the recipe that `values` describe; errors name `source`, the key, the value and what is allowed.
+def recipe_from(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Returns the recipe that `values` describe; errors name key and value, what is allowed, and who gave it.
+
+    Args:
+        values: of the recipe, overrides applied.
+        source: where they come from, for errors.
+        overrides: `key=value` of the command line that are among them; errors in these name the override.
 
     Raises:
-        ValueError: for an unknown key, a missing one, or a value of the wrong type.
+        ValueError: for unknown keys, all of them at once, a missing one, or a value of the wrong type.
     """
     try:
         return Recipe.model_validate(dict(values))
     except ValidationError as error:
-        raise ValueError(f"{source}: {_explain_all(error)}") from error
+        words = {key: text for key, _, text in (override.partition("=") for override in overrides)}
+        given = {key: text for key, text in words.items() if not text.startswith(("{", "["))}
+        raise ValueError(_told(_all_wrong(values, error, given), source, given)) from error
+
+
+class _Wrong(NamedTuple):
+    """One thing that is wrong in a recipe."""
+
+    place: str
+    """The key, dotted."""
+    head: str
+    """What stands before the message where a file has the key."""
+    message: str
+
+
+def _told(wrong: Sequence[_Wrong], source: str, given: Mapping[str, str]) -> str:
+    """Returns what is wrong, a line a key, those of the file `source` first."""
+    of_file = [one.head + one.message for one in wrong if one.place not in given]
+    of_command = [f"{one.place}={given[one.place]}: {one.message}" for one in wrong if one.place in given]
+    lines = [*([f"{source}: " + "\n".join(of_file)] if of_file else []), *of_command]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _all_wrong(values: Mapping[str, Any], error: ValidationError, given: Mapping[str, str]) -> list[_Wrong]:
+    """Returns what is wrong. A section names one unknown key at a time, so the rest is read without those named."""
+    found, left = _explain_all(error, given), copy.deepcopy(dict(values))
+    while [key for parts, key in _unknown_keys(error) if _remove(left, parts, key)]:
+        try:
+            Recipe.model_validate(left)
+            break
+        except ValidationError as more:
+            error = more
+            unknown_places = {".".join((*parts, key)) for parts, key in _unknown_keys(error)}
+            found += [one for one in _explain_all(error, given) if one.place in unknown_places]
+    return found
+
+
+def _unknown_keys(error: ValidationError, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the place of a section, and a key that it does not have."""
+    for entry in error.errors():
+        parts = (*inside, *_parts_of(entry))
+        cause = entry.get("ctx", {}).get("error")
+        if isinstance(cause, ValidationError):
+            yield from _unknown_keys(cause, parts)
+        elif isinstance(cause, UnknownKeyError):
+            yield parts, cause.key
+
+
+def _remove(values: Any, parts: Sequence[str], key: str) -> bool:
+    """Removes `key` from the section at `parts`; returns whether it was there."""
+    for part in parts:
+        if isinstance(values, list) and part.isdecimal() and int(part) < len(values):
+            values = values[int(part)]
+        elif isinstance(values, dict):
+            values = values.get(part)
+    return isinstance(values, dict) and values.pop(key, values) is not values
 
 
 _ALTERNATIVE = re.compile(r"^(function-\w+\[|literal\[|ActivationConfig$|WeightConfig$)")
 """Part of an error's place that names one of several types of a key, and is no key."""
 
 
-def _explain_all(error: ValidationError, inside: str = "") -> str:
-    """Returns what is wrong, a line a key; of a key that may also be a word, only what is wrong as a section."""
+def _parts_of(entry: Any) -> tuple[str, ...]:
+    return tuple(str(part) for part in entry["loc"] if not _ALTERNATIVE.match(str(part)))
+
+
+def _explain_all(error: ValidationError, given: Mapping[str, str], inside: str = "") -> list[_Wrong]:
+    """Returns what is wrong; of a key that may also be a word, only what is wrong as a section."""
     entries = error.errors()
     sections = [entry for entry in entries if not any(str(part).startswith("literal[") for part in entry["loc"])]
-    return "\n".join(_explain(entry, inside) for entry in sections or entries)
+    return [one for entry in sections or entries for one in _explain(entry, given, inside)]
 
 
-def _explain(entry: Any, inside: str = "") -> str:
-    parts = (str(part) for part in entry["loc"] if not _ALTERNATIVE.match(str(part)))
-    key = ".".join(part for part in (inside, *parts) if part)
+def _explain(entry: Any, given: Mapping[str, str], inside: str = "") -> list[_Wrong]:
+    key = ".".join(part for part in (inside, *_parts_of(entry)) if part)
     cause = entry.get("ctx", {}).get("error")
     if isinstance(cause, ValidationError):  # a preset builds its configuration inside a validator
-        return _explain_all(cause, key)
+        return _explain_all(cause, given, key)
     if isinstance(cause, UnknownKeyError):
         from llmqat.recipe.schema import explain_unknown
 
-        return explain_unknown(key, cause, entry["input"])
+        place = ".".join(part for part in (key, cause.key) if part)
+        values = entry["input"]
+        value = given.get(place, values.get(cause.key) if isinstance(values, Mapping) else None)
+        return [_Wrong(place, f"{key}: " if key else "", explain_unknown(key, cause, value))]
     message = str(entry["msg"]).removeprefix("Value error, ")
     if entry["type"] == "missing":
-        return f"{key} is missing; add it to the recipe or give {key}=VALUE"
+        return [_Wrong(key, "", f"{key} is missing; add it to the recipe or give {key}=VALUE")]
     if entry["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}={entry['input']!r}: {message}"
+        return [_Wrong(key, f"{key}: " if key else "", message)]
+    return [_Wrong(key, f"{key}={entry['input']!r}: ", message)]
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

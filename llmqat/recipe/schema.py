@@ -238,28 +238,26 @@ def _kind(schema: Node, node: Node) -> str:
 # The right place of a misplaced key
 
 
-def explain_unknown(section: str, error: UnknownKeyError, values: Any) -> str:
+def explain_unknown(section: str, error: UnknownKeyError, value: Any) -> str:
     """Returns what to write in place of a key that a section of a recipe does not have.
 
     Args:
         section: its dotted place; empty for the top of the recipe.
         error: names the key and what the section has.
-        values: of the section, as they were given.
+        value: of the key, as it was given.
     """
-    place = f"{section}: " if section else ""
-    value = values.get(error.key) if isinstance(values, Mapping) else None
     keys = recipe_keys(recipe_schema())
     meant = _other_place(error.key, keys)
     alias = ALIASES.get(error.key, "").rpartition(".")[2]
     if meant and alias not in error.allowed:
-        return f"{place}unknown key {error.key!r}; {_told(error.key, meant, keys, value)}"
+        return f"unknown key {error.key!r}; {_told(error.key, meant, keys, value)}"
     near = nearest_key(error.key, error.allowed)
     guess = f"did you mean {near!r}? " if near else ""
     if near and isinstance(value, SCALARS) and not any(key.startswith(f"{near}.") for key in keys):
         guess += f"{'.'.join(part for part in (section, near) if part)}={value}; "
     if len(error.allowed) > MANY_KEYS:
-        return f"{place}unknown key {error.key!r}; {guess}`llmqat schema {section}` lists what it takes"
-    return f"{place}unknown key {error.key!r}; {guess}allowed: {', '.join(error.allowed)}"
+        return f"unknown key {error.key!r}; {guess}`llmqat schema {section}` lists what it takes"
+    return f"unknown key {error.key!r}; {guess}allowed: {', '.join(error.allowed)}"
 
 
 def _other_place(key: str, keys: Iterable[str]) -> list[str]:
@@ -276,7 +274,7 @@ def _told(key: str, meant: list[str], keys: Mapping[str, Node], value: Any) -> s
     if any(place.startswith(f"{first}.") for place in keys):
         return f"it is the section {first} here; see `llmqat schema {first}`"
     if name != key:
-        return f"it is called {first} here: {first}{given}"
+        return f"write {first}{given}" if given else f"it is called {first} here"
     if not section:
         return f"it belongs at the top of the recipe: {first}{given}"
     others = [place for place in meant if place != first]
