@@ -84,7 +84,7 @@ def test_all_wrong_keys_are_told_at_once_by_who_gave_them(tmp_path: Path):
     assert message.startswith(f"{tmp_path / 'recipe.yaml'}: unknown key 'modle'")
     assert "\ntrain: unknown key 'num_epochs'; did you mean 'num_train_epochs'? " in message
     assert message.endswith("\nlr=1e-4: unknown key 'lr'; write train.learning_rate=1e-4")
-    with pytest.raises(ValueError, match=r"^seed=one: Input should be a valid integer"):
+    with pytest.raises(ValueError, match=r"(?m)^seed=one: Input should be a valid integer"):
         load_recipe("chat-int4", ["seed=one"])
 
 
