@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from llmqat.terminal import Column, FittedTable
 
 BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 """The number of a block in the dotted name of a layer."""
+MOST_DECIMALS = 6
+"""Of a share in percent."""
 JSON_FILE = "layers.json"
 PICTURE_FILE = "layers.png"
 
@@ -32,17 +35,17 @@ def kind_of(name: str) -> str:
 
 
 def render_layers(reports: Sequence[LayerReport]) -> FittedTable:
-    """Returns a table with a line a kind of layer: means over blocks, and the block that is worst."""
+    """Returns a table with a line a kind of layer: means over blocks, and the block with the largest output error."""
     columns = (
         Column("layer", 0, "name"),
         Column("scheme", 4, "prose"),
         Column("SQNR dB", 2),
         Column("output error", 1),
-        Column("worst", 3),
+        Column("worst (block)", 3),
         Column("codes moved", 5),
         Column("clip ratio", 6),
     )
-    table = FittedTable(columns, "layers: means over blocks, and the worst block")
+    table = FittedTable(columns, "layers: means over blocks")
     for kind, group in _by_kind(reports).items():
         errors = {report.name: report.output_error for report in group if report.output_error is not None}
         worst = max(errors, key=lambda name: errors[name] or 0.0, default=None)
@@ -50,12 +53,18 @@ def render_layers(reports: Sequence[LayerReport]) -> FittedTable:
             kind,
             ", ".join(sorted({report.scheme for report in group})),
             f"{statistics.fmean(report.sqnr for report in group):.1f}",
-            f"{statistics.fmean(errors.values()):.2%}" if errors else "",
-            "" if worst is None else f"{errors[worst]:.2%} ({_block(worst)})",
+            _percent(statistics.fmean(errors.values())) if errors else "",
+            "" if worst is None else f"{_percent(errors[worst])} ({_block(worst)})",
             f"{statistics.fmean(report.moved for report in group):.1%}",
             f"{statistics.fmean(report.clip_ratio for report in group):.2f}",
         )
     return table
+
+
+def _percent(share: float) -> str:
+    """Returns a share in percent: two decimals, or as many as show two digits of it. Of 8 bits it is 0.0031%."""
+    decimals = 2 if share <= 0 else max(2, 1 - math.floor(math.log10(100 * share)))
+    return f"{share:.{min(decimals, MOST_DECIMALS)}%}"
 
 
 @torch.no_grad()

@@ -100,6 +100,8 @@ def test_table_file_and_picture(tmp_path: Path) -> None:
     assert "mlp.up_proj" in shown
     assert "2.00%" in shown
     assert "3.00% (2)" in shown
+    console.print(render_layers([LayerReport("model.layers.0.mlp", "int8 channel", 50.0, 3.1e-5, 0.0, 1.0)]))
+    assert "0.0031%" in console.export_text()
     files = write_layers({"calibrated": reports, "trained": reports}, tmp_path / "out", picture=True)
     assert [file.name for file in files] == ["layers.json", "layers.png"]
     assert json.loads(files[0].read_text())["trained"][0] == reports[0].to_dict()
