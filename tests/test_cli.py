@@ -17,8 +17,11 @@ from typer.testing import CliRunner
 import llmqat
 import llmqat.cli.application as shared
 from llmqat import QuantConfig, cli
+from llmqat.calibrate import Allocation, LayerSensitivity
+from llmqat.cli.quantize import _print_plan
 from llmqat.evaluate.documents import DOCUMENTS
 from llmqat.recipe import coverage_of, pipeline
+from llmqat.recipe.allocation import BitPlan
 from llmqat.recipe.quantize import METHODS, _work_folder
 from llmqat.schemes import METHODS as METHOD_NAMES
 from tests.tiny import tiny_llama
@@ -460,7 +463,10 @@ def test_sensitivity_plans_bits_and_quantize_takes_them(tiny: Path, tmp_path: Pa
     words = ["--text", str(tmp_path / "text.txt"), "--block-size", "64", "--group-size", "32", "--target-bits", "3.5"]
     done = call("sensitivity", str(tiny), *words, "--blocks", "4", "--json", str(tmp_path / "plan.json"))
     assert done.exit_code == 0, done.output
-    assert "3.500 bits a weight (target 3.5)" in done.output
+    assert done.output.index("3.500 bits a weight (target 3.5), predicted KL") < done.output.index("chosen")
+    counts = re.search(r"; layers: ([^\n]*(\n[^\n]*)?bits)\n", done.output)
+    assert counts is not None
+    assert sum(map(int, re.findall(r"(\d+) of", counts[1]))) == 14
     plan = document(tmp_path / "plan.json")
     assert len(plan["bits"]) == len(plan["sensitivity"]) == 14
     out = tmp_path / "out"
@@ -472,6 +478,23 @@ def test_sensitivity_plans_bits_and_quantize_takes_them(tiny: Path, tmp_path: Pa
     assert {name: entries[f"{name}.weight"] for name in plan["bits"]} == {
         name: f"int{bits} g32" for name, bits in plan["bits"].items()
     }
+
+
+def test_a_terminal_is_shown_the_most_sensitive_layers(capsys: pytest.CaptureFixture[str]):
+    costs = {f"model.layers.{block}.mlp.up_proj": 0.001 * (block * 7 % 30) for block in range(30)}
+    layers = tuple(LayerSensitivity(name, 64, {2: cost, 4: cost / 10}) for name, cost in costs.items())
+    bits = {name: 4 if cost > 0.01 else 2 for name, cost in costs.items()}
+    _print_plan(BitPlan(Allocation(3.5, 3.3, 0.01, bits), layers), every=False)
+    answer, *table = capsys.readouterr().out.splitlines()
+    assert answer.startswith(
+        "3.300 bits a weight (target 3.5), predicted KL 0.0100; layers: 11 of 2 bits, 19 of 4 bits"
+    )
+    shown = [line.split()[:2] for line in table if line.startswith("model.layers")]
+    wanted = sorted(costs, key=lambda name: -costs[name])[:20]
+    assert shown == [[name, f"{costs[name]:.2e}"] for name in wanted]
+    assert "20 of 30 layers; all: the same command with --layers" in table[-1]
+    _print_plan(BitPlan(Allocation(3.5, 3.3, 0.01, bits), layers), every=True)
+    assert capsys.readouterr().out.count("model.layers") == 30
 
 
 def test_a_dry_run_of_push_says_what_would_be_sent_and_what_is_missing(packed: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -136,6 +137,9 @@ def sensitivity(
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of text to look at.")] = 16,
     block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 512,
     seed: SeedOption = 0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show every layer on a terminal too, not only the most sensitive.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Predicts what fewer bits would cost each layer, and finds the best bits for each under an average.
@@ -160,7 +164,7 @@ def sensitivity(
     found = sensitivity_of(
         model, wanted, scheme=scheme, group_size=group_size, text=text, block_size=block_size, seed=seed
     )
-    _print_plan(found)
+    _print_plan(found, every=layers or not console.is_terminal)
     if json_file is not None:
         found.write(json_file)
     words: list[object] = ["--scheme", scheme, *option("--group-size", group_size), *option("--text", text)]
@@ -168,22 +172,32 @@ def sensitivity(
     print_next(command_of("llmqat", "quantize", model, *words))
 
 
-def _print_plan(plan: BitPlan) -> None:
-    console.print(sensitivity_table(plan))
+def _print_plan(plan: BitPlan, *, every: bool) -> None:
+    """Shows the answer, then the layers, `every` one or the most sensitive."""
     chosen = plan.allocation
-    if len(set(chosen.bits.values())) > 1:
-        console.print("Bits chosen by layer are not for vLLM and SGLang, which need one scheme for q, k and v.")
-    average = f"{chosen.average_bits:.3f} bits a weight (target {chosen.target_bits})"
-    console.print(f"{average}, predicted KL {chosen.predicted_kl:.4f}")
+    counts = sorted(Counter(chosen.bits.values()).items())
+    console.print(
+        f"{chosen.average_bits:.3f} bits a weight (target {chosen.target_bits:g}), predicted KL "
+        f"{chosen.predicted_kl:.4f}; layers: {', '.join(f'{count} of {bits} bits' for bits, count in counts)}"
+    )
+    shown = len(plan.layers) if every else min(MOST_SENSITIVE, len(plan.layers))
+    console.print(sensitivity_table(plan, shown))
+    if shown < len(plan.layers):
+        console.print(f"{shown} of {len(plan.layers)} layers; all: the same command with --layers, or in --json")
 
 
-def sensitivity_table(plan: BitPlan) -> FittedTable:
-    """Returns what each layer costs at each number of bits, the most sensitive weights first."""
+MOST_SENSITIVE = 20
+"""Layers that a terminal is shown."""
+
+
+def sensitivity_table(plan: BitPlan, most: int | None = None) -> FittedTable:
+    """Returns what each layer costs at each number of bits: all, or the `most` sensitive, those of most KL first."""
     bits = sorted(plan.layers[0].cost)
     costs = [Column(f"{count} bits", 2) for count in bits]
-    columns = [Column("layer", 0, "name"), Column("weights", 3), *costs, Column("chosen", 1)]
-    table = FittedTable(columns, "predicted KL, nats a token, of quantizing one layer alone")
-    for layer in sorted(plan.layers, key=lambda layer: -layer.cost[bits[0]] / layer.weights):
+    columns = [Column("layer", 0, "name"), *costs, Column("chosen", 1), Column("weights", 3)]
+    title = f"predicted KL, nats a token, of quantizing one layer alone; the most at {bits[0]} bits first"
+    table = FittedTable(columns, title)
+    for layer in sorted(plan.layers, key=lambda layer: -layer.cost[bits[0]])[:most]:
         figures = (f"{layer.cost[count]:.2e}" for count in bits)
-        table.add_row(layer.name, f"{layer.weights:,}", *figures, str(plan.allocation.bits[layer.name]))
+        table.add_row(layer.name, *figures, str(plan.allocation.bits[layer.name]), f"{layer.weights:,}")
     return table
