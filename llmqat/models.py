@@ -77,6 +77,17 @@ TOKENIZER_FILES = (
     *("tekken.json", "sentencepiece.bpe.model"),
 )
 """A tokenizer has one of these files at least."""
+FOLDERS_OF_OTHERS = {
+    "*.onnx": "an ONNX export",
+    "openvino_*.xml": "an OpenVINO export",
+    "onnx/*.onnx": "an ONNX export",
+    "*.mlpackage": "a Core ML export",
+    "*.engine": "a TensorRT engine",
+    "*.tflite": "a TensorFlow Lite export",
+    "*.pte": "an ExecuTorch export",
+    "mlc-chat-config.json": "a model of MLC",
+}
+"""Files by which a folder without safetensors is told -> what it is."""
 MOST_DOCUMENT_DIFFERENCE = 0.05
 """Relative difference of a packed document's hidden states from its own alone that is rounding (bfloat16), no more."""
 LLAMA3_ROPE = {
@@ -455,9 +466,8 @@ def weight_files(folder: Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
         if not single.is_file():
-            raise FileNotFoundError(
-                f"{folder} holds neither {single.name} nor {index.name}: there are no weights in it"
-            )
+            what = _other_folder(folder) or f"holds neither {single.name} nor {index.name}: there are no weights in it"
+            raise FileNotFoundError(f"{folder} {what}")
         return [single]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -564,7 +574,20 @@ def _check_folder(folder: Path, spec: str) -> None:
         hint = f" Give the file in it instead: {folder / found[0]}."
     elif inside := sorted(path.parent for path in folder.glob("*/config.json")):
         hint = f" Give the folder in it instead: {inside[-1]}."
-    raise ValueError(f"model {spec!r} is a folder without config.json, so no model.{hint} Give {ALLOWED_SPECS}")
+    what = _other_folder(folder) or "is a folder without config.json, so no model"
+    raise ValueError(f"model {spec!r} {what}.{hint} Give {ALLOWED_SPECS}")
+
+
+def _other_folder(folder: Path) -> str:
+    """Returns what a folder without a checkpoint is, and what to give in its place; empty where nothing says it."""
+    for pattern, kind in FOLDERS_OF_OTHERS.items():
+        if any(folder.glob(pattern)):
+            return f"is {kind}, which llmqat does not read: give the folder that it was made from"
+    if _has_only_pickles(folder):
+        return "has its weights as pickles (pytorch_model*.bin), which can run code when read; llmqat reads none"
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return "holds a tokenizer and no weights: there is no model in it"
+    return ""
 
 
 def check_full_precision(spec: str) -> None:

@@ -20,6 +20,7 @@ from llmqat import QuantConfig, cli
 from llmqat.calibrate import Allocation, LayerSensitivity
 from llmqat.cli.quantize import _print_plan
 from llmqat.evaluate.documents import DOCUMENTS
+from llmqat.evaluate.loading import Known
 from llmqat.recipe import coverage_of, pipeline
 from llmqat.recipe.allocation import BitPlan
 from llmqat.recipe.quantize import METHODS, _work_folder
@@ -434,8 +435,20 @@ def test_audit_names_every_tensor_once_and_why(tiny: Path, tmp_path: Path):
     assert {entry["treatment"] for entry in written["entries"]} == {"int4 g32", "kept"}
 
 
+def test_audit_says_whether_it_shows_what_is_there_or_what_would_be(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    would = "as --scheme int8 would leave it (nothing is written)"
+    assert call("audit", str(tiny), "--scheme", "int8").output.startswith(f"{would}:")
+    monkeypatch.setattr("llmqat.evaluate.loading.known_of", lambda spec: Known(4.5, 1000))  # as of a GGUF file
+    words = " ".join(call("audit", str(tiny), "--scheme", "int8").output.split())
+    assert words.startswith(f"{tiny} is quantized already, at 4.50 bits a weight")
+    assert would in words
+    assert f"next: llmqat eval {tiny} --reference ORIGINAL" in words
+    assert "next: llmqat quantize" not in words
+
+
 def test_audit_of_a_packed_checkpoint_is_what_lies_there(packed: Path):
     done = call("audit", str(packed))
+    assert "would leave it" not in done.output
     assert done.exit_code == 0
     assert "int8 channel" in done.output
     assert "int4" not in done.output

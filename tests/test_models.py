@@ -465,6 +465,29 @@ def test_a_missing_shard_and_missing_weights_are_named(tmp_path: Path) -> None:
         load_model(str(tmp_path / "model"))
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (("model.onnx", "genai_config.json"), "is an ONNX export, which llmqat does not read: give the folder that"),
+        (("onnx/model.onnx",), "is an ONNX export"),
+        (("openvino_model.xml", "openvino_model.bin"), "is an OpenVINO export"),
+        (("pytorch_model.bin",), "has its weights as pickles"),
+        ((), "holds a tokenizer and no weights"),
+    ],
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_a_folder_without_a_checkpoint_is_called_what_it_is(
+    files: tuple[str, ...], words: str, config: bool, tmp_path: Path
+) -> None:
+    for name in (*files, "tokenizer.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    if config:
+        tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises((FileNotFoundError, ValueError), match=words):
+        load_model(str(tmp_path))
+
+
 def test_a_missing_tokenizer_is_said(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="no readable tokenizer"):

@@ -32,6 +32,10 @@ SERVED_COLUMNS = (
 )
 
 
+UNQUANTIZED_BITS = 16
+"""Bits of a weight on disk from which on nothing has quantized it."""
+
+
 @command()
 def audit(
     model: ModelArgument,
@@ -41,7 +45,7 @@ def audit(
 ) -> None:
     """Lists every parameter tensor: quantized how, or left alone and why; bytes before and after; and who serves it.
 
-    A packed checkpoint is shown as it is; any other model as --scheme would leave it.
+    A packed checkpoint is shown as it is; any other model as --scheme would leave it, and nothing is written.
 
     **Examples**
 
@@ -54,22 +58,30 @@ def audit(
     from llmqat.export import is_packed
     from llmqat.export.commands import command as command_of
     from llmqat.export.commands import name_of_folder, option, run_commands
+    from llmqat.export.prepared import is_prepared
     from llmqat.export.serving import served_by
-    from llmqat.models import write_whole
+    from llmqat.models import model_file, read_config, resolve_spec, write_whole
     from llmqat.recipe import inspect_model, scheme_of
 
     check_outputs({"--json": json_file}, [model])
     found = inspect_model(model, scheme_of(scheme, group_size))
+    on_disk = known_of(model)
+    bits = on_disk.bits_per_weight
+    packed = is_packed(model)
+    quantized = not packed and bits is not None and bits < UNQUANTIZED_BITS
+    if quantized:
+        console.print(
+            f"{model} is quantized already, at {bits:.2f} bits a weight; below is its model, dequantized, as --scheme "
+            f"{scheme} would leave it (nothing is written):",
+            markup=False,
+        )
+    elif not packed and not is_prepared(read_config(resolve_spec(model), model)):
+        console.print(f"as --scheme {scheme} would leave it (nothing is written):")
     served = served_by(found.description) if found.description.layers else {}
     print_audit(found.coverage)
-    on_disk = known_of(model)
     if on_disk.bytes_on_disk is not None:
-        bits = (
-            ""
-            if on_disk.bits_per_weight is None
-            else f", {on_disk.bits_per_weight:.2f} bits a weight of a linear layer"
-        )
-        console.print(f"on disk now: {on_disk.bytes_on_disk:,} bytes of weights{bits}")
+        each = "" if bits is None else f", {bits:.2f} bits a weight of a linear layer"
+        console.print(f"on disk now: {on_disk.bytes_on_disk:,} bytes of weights{each}")
     print_served(served)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,8 +92,11 @@ def audit(
             "served_by": {name: entry.to_dict() for name, entry in served.items()},
         }
         write_whole(json_file, json.dumps(written, indent=2) + "\n")
-    if is_packed(model):
+    if packed:
         print_next(*run_commands(model))
+    elif quantized:
+        runs = run_commands(model) if model_file(model) is None else [command_of("llmqat", "chat", model)]
+        print_next(command_of("llmqat", "eval", model, "--reference", "ORIGINAL"), *runs)
     else:
         words = ("--scheme", scheme, *option("--group-size", group_size), "--out", f"{name_of_folder(model)}-{scheme}")
         print_next(command_of("llmqat", "quantize", model, *words))
