@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ SCHEME_NAMES = (
     "-channel: int5, w4a16, int8-g128, w4a8kv8-g64"
 )
 """What `read_scheme` reads, in words."""
+BITS = "weights have 2 to 8 bits, inputs (a) 2 to 8 or 16, the KV cache (kv) 4, 8 or 16"
+"""What bits `read_scheme` takes, in words."""
 HIGH_PRECISION = 16
 """Bits that leave inputs and KV cache in high precision."""
 _CACHES = (4, 8, HIGH_PRECISION)
@@ -58,8 +61,7 @@ class SchemeName:
 
 def read_scheme(name: str) -> SchemeName | None:
     """Returns what `name` says, or None where it is no name of a scheme."""
-    compact = re.sub(r"[-_ ]", "", name.lower())
-    found = _NAME.fullmatch(_BLOCKS.get(compact, compact).replace("-", ""))
+    found = _parts_of(name)
     if found is None:
         return None
     bits = int(found["bits"] or found["plain_bits"] or 2)
@@ -70,6 +72,11 @@ def read_scheme(name: str) -> SchemeName | None:
     return SchemeName(bits, inputs, cache, found["levels"], found["extent"], group, not found["asym"])
 
 
+def _parts_of(name: str) -> re.Match[str] | None:
+    compact = re.sub(r"[-_ ]", "", name.lower())
+    return _NAME.fullmatch(_BLOCKS.get(compact, compact).replace("-", ""))
+
+
 def unknown_scheme(name: str, presets: Iterable[str] = SHIPPED) -> str:
     """Returns the error text for a name that is none: the nearest preset or beginning of it that is one, and all."""
     names = list(presets)
@@ -77,13 +84,19 @@ def unknown_scheme(name: str, presets: Iterable[str] = SHIPPED) -> str:
     begins = next((text for text in beginnings if text[-1].isalnum() and read_scheme(text) is not None), None)
     near = difflib.get_close_matches(name, dict.fromkeys([*([begins] if begins else []), *names]), n=1)
     guess = f"did you mean {near[0]!r}? " if near else ""
-    return f"preset {name!r} is unknown; {guess}choose one of {', '.join(names)}. A name is also made of {SCHEME_NAMES}"
+    listed = f"{guess}choose one of {', '.join(names)}"
+    if _parts_of(name) is not None:
+        return f"preset {name!r} is unknown: {BITS}; {listed}"
+    own = "or one that your own script registers"
+    return f"preset {name!r} is unknown; {listed}, {own}. A name is also made of {SCHEME_NAMES}"
 
 
 def check_scheme(name: str) -> None:
     """Raises ValueError where the command line's `--scheme` is no name of a scheme."""
-    if name not in SHIPPED and read_scheme(name) is None:
-        raise ValueError(f"--scheme: {unknown_scheme(name)}")
+    layers = sys.modules.get("llmqat.layers.config")  # imported by a script that registers a scheme of its own
+    presets: Iterable[str] = SHIPPED if layers is None else layers.PRESETS
+    if name not in presets and read_scheme(name) is None:
+        raise ValueError(f"--scheme: {unknown_scheme(name, presets)}")
 
 
 def check_method(name: str) -> None:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llmqat.terminal import duration
+from llmqat.terminal import duration, with_program
 
 STATUS_FILE = "status.json"
 SECONDS_BETWEEN_SIGNS = 10.0
@@ -57,6 +57,8 @@ class RunStatus:
     error: str = ""
     is_users: bool = False
     """Whether the error is the user's to mend."""
+    program: str = "llmqat"
+    """What the command line began with that started it: `llmqat`, or `python SCRIPT`."""
 
     def to_json(self) -> str:
         """Returns it as the file has it."""
@@ -111,7 +113,7 @@ def look(folder: Path, now: float | None = None) -> Found:
         raise FileNotFoundError(f"{folder} {what}; give the output folder of `llmqat train`, with its {RECIPE_FILE}")
     now = time.time() if now is None else now
     status = _read(folder / STATUS_FILE)
-    again = _again(folder, 1 if status is None else status.processes)
+    again = _again(folder, status)
     life: Life = "gone" if status is None or status.state != "running" else status.life(now)
     if (folder / RESULTS_FILE).is_file() and life == "gone":
         return Found(folder, "finished", (*_finished(folder, status), *_history(status)), status)
@@ -175,11 +177,19 @@ def _history(status: RunStatus | None) -> tuple[str, ...]:
 
 def _finished(folder: Path, status: RunStatus | None) -> tuple[str, ...]:
     ended = "" if status is None else f", {duration(status.updated - status.started)} after it began"
-    return f"{folder}: finished{ended}", f"next: llmqat chat {shlex.quote(str(folder / CHECKPOINT_FOLDER))}"
+    chat = with_program(f"llmqat chat {shlex.quote(str(folder / CHECKPOINT_FOLDER))}", _program(status))
+    return f"{folder}: finished{ended}", f"next: {chat}"
 
 
-def _again(folder: Path, processes: int) -> str:
-    launched = f"accelerate launch --num_processes {processes} -m llmqat" if processes > 1 else "llmqat"
+def _program(status: RunStatus | None) -> str:
+    return "llmqat" if status is None else status.program
+
+
+def _again(folder: Path, status: RunStatus | None) -> str:
+    launched = _program(status)
+    if status is not None and status.processes > 1:
+        started = launched.removeprefix("python ") if launched.startswith("python ") else f"-m {launched}"
+        launched = f"accelerate launch --num_processes {status.processes} {started}"
     return f"to go on with it: {launched} train {shlex.quote(str(folder))}"
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,10 @@ from llmqat.terminal import (
     progress,
     quiet_libraries,
     show_any_text,
+    with_program,
 )
+from llmqat.terminal.logs import BARS_OFF
+from llmqat.terminal.started import program_started_as
 
 ANY_TEXT = "1.5 ± 0.1, 4×4 – “café” 日本 🔥 \udce9"
 
@@ -187,3 +192,35 @@ def test_libraries_draw_bars_on_a_terminal_of_the_main_process_alone(
     quiet_libraries(main_process=main_process)
     wanted = None if main_process and is_terminal else "1"
     assert [os.environ.get(variable) for variable in variables] == [wanted] * 3
+
+
+def test_a_command_names_the_script_that_it_was_started_by():
+    assert program_started_as("/somewhere/bin/llmqat") == "llmqat"
+    assert program_started_as("/checkout/llmqat/__main__.py") == "llmqat"
+    assert program_started_as("my scripts/own.py") == "python 'my scripts/own.py'"
+    assert with_program("llmqat chat out") == "llmqat chat out"
+    assert with_program("llmqat chat out", "python own.py") == "python own.py chat out"
+    assert with_program("vllm serve llmqat-model", "python own.py") == "vllm serve llmqat-model"
+
+
+@pytest.mark.parametrize("words", [("schema", "--reports"), ("--help",), ("--version",)])
+def test_a_reader_that_leaves_is_no_error(words: tuple[str, ...]):
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-m", "llmqat", *words], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_libraries_that_are_imported_already_draw_no_bars_in_a_file(monkeypatch: pytest.MonkeyPatch):
+    called = []
+    for module, function in BARS_OFF.items():
+        found = importlib.import_module(module)
+        assert callable(getattr(found, function))
+        monkeypatch.setattr(found, function, lambda name=module: called.append(name))
+    monkeypatch.setattr(logging, "captureWarnings", lambda capture: None)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(variable, "1")
+    quiet_libraries(main_process=True)
+    assert called == [*BARS_OFF]

@@ -168,8 +168,9 @@ def _stage_of(entry: Any) -> Any:
     if not isinstance(entry, Mapping):
         return entry
     if str(entry.get("stage")) not in STAGES:
-        given = STAGES.unknown(entry["stage"]) if "stage" in entry else "an entry without the key 'stage'"
-        raise ValueError(f"{given}; write a name, or {{stage: NAME, …}}, with NAME one of {', '.join(STAGES)}")
+        if "stage" in entry:
+            raise ValueError(f"{STAGES.unknown(entry['stage'])}, or one that your own script registers")
+        raise ValueError(f"an entry without the key 'stage'; write {{stage: NAME, …}}, NAME one of {', '.join(STAGES)}")
     return STAGES[str(entry["stage"])].model_validate(dict(entry))
 
 

@@ -9,6 +9,7 @@ import inspect
 import os
 import platform
 import shlex
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,19 +22,21 @@ from llmqat import __version__
 from llmqat.heap import keep_freed_memory
 from llmqat.paths import user_path, user_spec
 from llmqat.status import USER_MISTAKES
-from llmqat.terminal import CommandLog, quiet_libraries, show_any_text, stop_bars
+from llmqat.terminal import CommandLog, drop_output, name_program, quiet_libraries, show_any_text, stop_bars
 from llmqat.terminal import console as console  # all commands print to these two
 from llmqat.terminal import errors as errors
 
 EXIT_USER = 2
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
 EXIT_CODES = {
     0: "done",
     1: "a fault of llmqat, shown with its traceback",
     EXIT_USER: "a mistake in what was given, told in one message (its traceback: llmqat --traceback COMMAND ...)",
     EXIT_GATE: "a gate is broken, what was measured is written all the same",
     EXIT_INTERRUPTED: "interrupted",
+    EXIT_PIPE: "nobody reads any more what is shown, as in llmqat ... | head",
 }
 """Of every command; `llmqat --help` ends with them."""
 
@@ -101,9 +104,15 @@ class _Group(typer.core.TyperGroup):
     """Turns a user's mistake into a message and exit code 2; anything else keeps its traceback and gives 1."""
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """Runs the command line on a terminal of any encoding."""
+        """Runs the command line on a terminal of any encoding, or before a reader that leaves, such as head."""
         show_any_text()
-        return super().main(*args, **options)
+        try:
+            return super().main(*args, **options)
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # click and rich exit with 1
+                drop_output()
+                end.code = EXIT_PIPE
+            raise
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Returns the names of all commands in the order of the help."""
@@ -119,6 +128,9 @@ class _Group(typer.core.TyperGroup):
         try:
             _check_words(ctx.meta[WORDS])
             return super().invoke(ctx)
+        except BrokenPipeError:  # no mistake
+            stop_bars()
+            raise
         except USER_MISTAKES as error:
             stop_bars()
             if ctx.params.get("show_traceback"):
@@ -217,6 +229,7 @@ def _start(
 
 
 def main() -> None:
-    """Runs the command line and exits with its code."""
+    """Runs the command line and exits with its code; also that of a script, which adds something of its own before."""
+    name_program(sys.argv[0])
     quiet_libraries(main_process=_is_main_process())
     app()

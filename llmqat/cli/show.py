@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmqat.cli.application import console, errors
+from llmqat.terminal import with_program
 
 if TYPE_CHECKING:
     from llmqat.export import ExportReport
@@ -13,13 +14,15 @@ if TYPE_CHECKING:
 def print_next(*commands: str, aside: bool = False) -> None:
     """Shows what can be run now, the best first: a line each, which no terminal breaks, and below it what it needs.
 
+    Commands of llmqat begin with the script that this command line was started by, if there is one.
+
     Args:
         commands: as `export.commands.command` makes them, or other programs' lines; each is shown once.
         aside: show it on standard error, for commands whose output is data.
     """
     shown = errors if aside else console
     for line in dict.fromkeys(commands):
-        shown.print(f"next: {line}", soft_wrap=True)
+        shown.print(f"next: {with_program(line)}", soft_wrap=True)
         if (lacking := _needs(line)) is not None:
             shown.print(f"      needs {lacking}", soft_wrap=True, style="dim")
 

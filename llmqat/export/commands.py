@@ -36,6 +36,8 @@ ONNX_RUNNER = (
     "[run.is_done() or run.generate_next_token() for _ in range(64)]; print(tokenizer.decode(run.get_sequence(0)))"
 )
 """A program that lets ONNX Runtime GenAI write on."""
+READ_BY_SOMETHING = ("config.json", "adapter_config.json", "genai_config.json")
+"""Files of which a folder has one that a program named here reads."""
 _GGUF_TYPE = re.compile(r"[-._](I?Q\d(_\w+)?|BF16|F16|F32)$", re.IGNORECASE)
 """How the name of a GGUF file ends: with the type of its weights, which a model made from it does not have."""
 YOUR_TEXT = "YOUR.txt"
@@ -100,6 +102,8 @@ def vllm_command(model: str | Path, *words: object, gpu: bool | None = None) -> 
 def run_commands(model: str | Path, gpu: bool | None = None, *, published_as: str | None = None) -> list[str]:
     """Returns the commands that run what lies in the file or folder `model`, or what the hub has there, the best first.
 
+    There are none for a format of a user's own.
+
     Args:
         model: a checkpoint of any format that llmqat writes, or any other model.
         gpu: whether there is a GPU; asked of torch where not given.
@@ -107,6 +111,8 @@ def run_commands(model: str | Path, gpu: bool | None = None, *, published_as: st
     """
     path = user_path(str(model))
     model = model if published_as is None else published_as
+    if path.exists() and path.suffix != ".gguf" and not any((path / file).is_file() for file in READ_BY_SOMETHING):
+        return []  # a format of a user's own
     if path.suffix == ".gguf":
         return [command("llama-server", "-m", model), command("llama-cli", "-m", model)]
     if (path / "genai_config.json").is_file():

@@ -18,6 +18,7 @@ from typing import Any
 from llmqat.models import write_whole
 from llmqat.recipe.training import Step
 from llmqat.status import SECONDS_BETWEEN_SIGNS, STATUS_FILE, USER_MISTAKES, RunStatus
+from llmqat.terminal import program
 from llmqat.terminal.bars import what_bars_say
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class RunRecord:
         """Takes the run folder, and how many processes run together."""
         now = time.time()
         self.file = folder / STATUS_FILE
-        self.status = RunStatus("running", os.getpid(), socket.gethostname(), processes, now, now)
+        self.status = RunStatus("running", os.getpid(), socket.gethostname(), processes, now, now, program=program())
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="llmqat-status", daemon=True)

@@ -5,14 +5,16 @@ tables.py      tables that leave out columns before they break names
 bars.py        how far something is: a bar on a terminal, else a line a minute
 stages.py      stages of a command, timed
 logs.py        stamped lines, and the file of `--log`
+started.py     what the commands that are proposed begin with
 """
 
 from __future__ import annotations
 
 from llmqat.terminal.bars import Bar, duration, no_bar, progress, stop_bars
-from llmqat.terminal.consoles import PLAIN, console, errors, is_terminal, plain_console, show_any_text
+from llmqat.terminal.consoles import PLAIN, console, drop_output, errors, is_terminal, plain_console, show_any_text
 from llmqat.terminal.logs import CommandLog, quiet_libraries
 from llmqat.terminal.stages import Stages
+from llmqat.terminal.started import name_program, program, with_program
 from llmqat.terminal.tables import Column, FittedTable
 
 __all__ = [
@@ -23,13 +25,17 @@ __all__ = [
     "FittedTable",
     "Stages",
     "console",
+    "drop_output",
     "duration",
     "errors",
     "is_terminal",
+    "name_program",
     "no_bar",
     "plain_console",
+    "program",
     "progress",
     "quiet_libraries",
     "show_any_text",
     "stop_bars",
+    "with_program",
 ]

@@ -10,6 +10,8 @@ A file and a pipe have no width. Rich takes them for 80 columns wide and cuts wh
 from __future__ import annotations
 
 import codecs
+import contextlib
+import os
 import sys
 from typing import IO, Any
 
@@ -88,6 +90,12 @@ def is_terminal(stream: IO[Any]) -> bool:
         return stream.isatty()
     except (AttributeError, ValueError):
         return False
+
+
+def drop_output() -> None:
+    """Lets standard output go nowhere from here on: its reader is gone, and Python would complain at its end."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -28,6 +29,12 @@ from llmqat.terminal.consoles import console, errors, is_terminal, plain_console
 
 LIBRARIES = ("transformers", "datasets", "huggingface_hub", "lm_eval")
 """They give their loggers handlers of their own, which write to standard error."""
+BARS_OFF = {
+    "transformers.utils.logging": "disable_progress_bar",
+    "datasets.utils.tqdm": "disable_progress_bars",
+    "huggingface_hub.utils.tqdm": "disable_progress_bars",
+}
+"""Module -> its function that turns off the bars of a library that is imported already."""
 OWN = "llmqat"
 STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
 
@@ -158,7 +165,7 @@ class _LibraryLogger(logging.Logger):
 
 
 def quiet_libraries(*, main_process: bool) -> None:
-    """Has libraries that are imported later log through ours, and draw bars on a terminal of the main process alone.
+    """Has libraries log through ours, and draw bars on a terminal of the main process alone, imported or not.
 
     For a process of the command line, not for one in which somebody else uses these libraries too.
     """
@@ -167,7 +174,15 @@ def quiet_libraries(*, main_process: bool) -> None:
     for name in LIBRARIES:
         logging.getLogger(name)
     logging.setLoggerClass(usual)
+    for name in LIBRARIES:
+        logger = logging.getLogger(name)
+        if not isinstance(logger, _LibraryLogger):  # imported before, by a script that runs the command line
+            logger.handlers.clear()
+            logger.propagate = True
     logging.captureWarnings(True)
     if not (main_process and is_terminal(errors.file)):
         for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(variable, "1")
+        for module, function in BARS_OFF.items():
+            if module in sys.modules:
+                getattr(sys.modules[module], function)()

@@ -21,6 +21,8 @@ from llmqat.config import Registry
 from llmqat.data import SOURCES
 from llmqat.export import CONVERSIONS
 from llmqat.layers import PRESETS, PackedLinear
+from llmqat.status import look
+from llmqat.terminal import name_program
 from tests.flows.small import small
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +39,7 @@ def _as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     for registry, entries in zip(REGISTRIES, before, strict=True):
         registry.clear()
         registry.update(entries)
+    name_program("llmqat")
 
 
 def with_changes(code: str, changes: Mapping[str, str]) -> str:
@@ -116,9 +119,13 @@ def test_a_loss_of_ones_own(tiny_folder: Path):
     assert llmqat.load("out").generate(torch.tensor([[5, 6]]), max_new_tokens=2, min_new_tokens=2).shape == (1, 4)
 
 
-def test_a_scheme_of_ones_own(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_scheme_of_ones_own(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert run_script("own_scheme.py", "audit", str(tiny_folder), "--scheme", "mine", monkeypatch=monkeypatch) == 0
+    assert f"next: python {SCRIPTS[2]} quantize {tiny_folder} --scheme mine" in capsys.readouterr().out
+    del PRESETS["mine"]
     words = ("quantize", str(tiny_folder), "--scheme", "mine", "--method", "rtn", "--out", "out")
     assert run_script("own_scheme.py", *words, monkeypatch=monkeypatch) == 0
+    assert f"next: python {SCRIPTS[2]} chat " in capsys.readouterr().out
     layers = {name: layer for name, layer in llmqat.load("out").named_modules() if isinstance(layer, PackedLinear)}
     assert layers["model.layers.0.mlp.down_proj"].weights.label == "int8 channel"
     assert layers["model.layers.1.self_attn.q_proj"].weights.label == "int3 g32"
@@ -139,6 +146,7 @@ def test_a_stage_and_a_source_of_ones_own_in_a_recipe(tiny_folder: Path, monkeyp
     ranges, tweaked = results["calibration"]
     assert (ranges["stage"], tweaked["stage"]) == ("ranges", "norm-tweak")
     assert tweaked["kl_after"] < tweaked["kl_before"]
+    assert f"next: python {SCRIPTS[4]} chat run/model" in look(Path("run")).lines
     assert results["text"]["source"].startswith("notebooks in ")
 
 
@@ -148,11 +156,13 @@ def test_a_source_of_ones_own_says_what_it_needs(monkeypatch: pytest.MonkeyPatch
     assert "data.chat_share means nothing for data.source='notebooks'" in capsys.readouterr().err
 
 
-def test_a_format_of_ones_own(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_format_of_ones_own(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     words = ("quantize", str(tiny_folder), "--scheme", "int4-g32", "--method", "rtn", "--out", "packed")
     assert run_script("own_scheme.py", *words, monkeypatch=monkeypatch) == 0
     words = ("export", "packed", "--format", "npz", "--out", "model.npz")
+    capsys.readouterr()
     assert run_script("own_format.py", *words, monkeypatch=monkeypatch) == 0
+    assert "next:" not in capsys.readouterr().out
     model = llmqat.load("packed")
     with np.load("model.npz") as arrays:
         name = "model.layers.1.mlp.down_proj"
