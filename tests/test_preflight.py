@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,12 +249,32 @@ def test_other_commands_tell_all_that_is_wrong_at_once() -> None:
     assert counts == {"quantize": 3, "sensitivity": 2, "eval": 2, "synthesize": 3, "cache-teacher": 2}
 
 
-def test_a_plan_is_shown_with_its_disk_and_with_what_is_wrong() -> None:
+def test_a_plan_is_shown_with_its_disk_or_what_is_wrong() -> None:
     recipe("train.max_steps=2")
     shown = CliRunner().invoke(app, ["plan", "recipe.yaml"])
     assert shown.exit_code == 0
     assert "disk in run: 0.00 GB at most, and " in shown.output
     broken = CliRunner().invoke(app, ["plan", "recipe.yaml", "train.warmup_steps=5", "evaluate.texts=[absent.txt]"])
     assert broken.exit_code == 2
-    for words in ("disk in run", "2 things are wrong", "warmup_steps=5", "no text at absent.txt"):
+    assert "disk in run" not in broken.output
+    for words in ("2 things are wrong", "warmup_steps=5", "no text at absent.txt"):
         assert words in broken.output, words
+
+
+def test_a_plan_reads_small_files_and_so_knows_steps_and_warm_ups(caplog: pytest.LogCaptureFixture) -> None:
+    chats = [{"messages": [{"role": "user", "content": f"Who is {n}?"}, TOLD]} for n in range(12)]
+    Path("many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    Path("template.jinja").write_text(CHAT_TEMPLATE)
+    recipe()
+    data = "{source: dataset, path: many.jsonl, chat_template: template.jinja, packing: whole, block_size: 32}"
+    words = ["plan", "recipe.yaml", f"data={data}", "train={num_train_epochs: 2, cross_entropy_weight: 1.0}"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    found = re.search(r"text: blocks (\d+); training: steps (\d+), tokens", shown.output)
+    assert found is not None, shown.output
+    blocks, steps = map(int, found.groups())
+    assert steps == 2 * math.ceil(blocks / 4)
+    assert "epochs over 12 conversations) are few to learn answers; give train.num_train_epochs=" in caplog.text
+    refused = CliRunner().invoke(app, [*words, "train.warmup_steps=50"])
+    assert refused.exit_code == 2
+    assert f"warmup_steps=50 does not end within the {steps} steps" in refused.output

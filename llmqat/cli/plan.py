@@ -41,6 +41,7 @@ def plan(
 ) -> None:
     """Says whether a recipe's training fits, how long it takes, on what disk, and who serves the result; then details.
 
+    What a run would refuse is told instead. Text in small files is read, to count its blocks and the training's steps.
     The time comes from earlier runs and probes on this machine (machine.json in ~/.cache/llmqat).
 
     **Examples**
@@ -56,7 +57,7 @@ def plan(
     from llmqat.recipe import probe as probed
     from llmqat.recipe.machine import expected_time, remember_probe
     from llmqat.recipe.memory import Devices
-    from llmqat.recipe.preflight import begin, check_run
+    from llmqat.recipe.preflight import begin, check_run, count_blocks
 
     if accelerate_config is not None and processes is not None:
         raise ValueError("--accelerate-config says how many processes there are; leave out --processes")
@@ -66,25 +67,22 @@ def plan(
     loaded = load_recipe(recipe, overrides or ())
     flight = begin(loaded)
     check_run(flight, overwrite=True, elsewhere=devices is not None)  # what lies in the folder is the run's matter
-    if flight.model is None:
-        flight.findings.refuse()
+    processes_planned = flight.arguments.world_size if devices is None else devices.processes
+    blocks = None if flight.findings.errors else count_blocks(flight, processes_planned)
     planned = None
     with flight.findings.noting():
-        planned = plan_run(flight.recipe, devices)
-    if planned is None:
-        flight.findings.refuse()
-        return
+        planned = plan_run(flight.recipe, devices, blocks)
+    flight.findings.refuse()
+    assert planned is not None
     world = flight.arguments.world_size
     here = Devices(processes=world, accelerator=flight.arguments.device.type)
     available = round(memory * 1e9) if memory is not None else available_bytes(planned.devices)
     found = None
-    if probe and not flight.findings.errors:
+    if probe:
         found = probed(loaded)
         remember_probe(loaded, planned.coverage, world, found.tokens_per_second)
     time = expected_time(loaded, planned.coverage, world, planned.tokens) if planned.devices == here else None
-    begins = f"It would be refused, for what is said at the end ({len(flight.findings.errors)}). "
-    said = (begins if flight.findings.errors else "") + answer(planned, available, time)
-    console.print(said, style="bold", soft_wrap=True)
+    console.print(answer(planned, available, time), style="bold", soft_wrap=True)
     _print_plan(planned, available)
     if found is not None:
         _print_probe(planned, found)
@@ -92,18 +90,16 @@ def plan(
     if not layers:
         console.print("every tensor, and why it is kept or quantized: the same command with --layers")
     print_served(planned.served)
-    flight.findings.refuse()
     print_next(command_of("llmqat", "train", recipe, *(overrides or ())))
 
 
 def _print_plan(planned: Plan, available: int | None) -> None:
     if planned.target_bits is not None:
         console.print(f"bits are chosen by layer when the run begins, {planned.target_bits} on average")
-    unknown = "known when the text is read"
-    steps, tokens, blocks = (
-        unknown if count is None else f"{count:,}" for count in (planned.steps, planned.tokens, planned.blocks)
-    )
-    console.print(f"text: blocks {blocks}; training: steps {steps}, tokens {tokens}")
+    text = "text: read when the run begins" if planned.blocks is None else f"text: blocks {planned.blocks:,}"
+    if planned.steps is not None and planned.tokens is not None:
+        text += f"; training: steps {planned.steps:,}, tokens {planned.tokens:,}"
+    console.print(text)
     _print_memory(planned)
     _print_disk(planned)
     if available is not None:

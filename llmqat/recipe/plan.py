@@ -128,12 +128,13 @@ class Plan:
         return {name: memory for name, memory in found.items() if memory.peak <= MOST_USED * available}
 
 
-def plan_run(recipe: Recipe, devices: Devices | None = None) -> Plan:
+def plan_run(recipe: Recipe, devices: Devices | None = None, blocks: int | None = None) -> Plan:
     """Returns what `recipe` would do; no weights are loaded, but a GGUF file is dequantized to the cache once.
 
     Args:
         recipe: from `load_recipe`.
         devices: what it is spread over; the processes there are, each on what is at hand, where not given.
+        blocks: of training text, where they were counted; what the recipe wants where not given.
 
     Raises:
         FileNotFoundError: the model is not there.
@@ -142,7 +143,7 @@ def plan_run(recipe: Recipe, devices: Devices | None = None) -> Plan:
     arguments = training_arguments(recipe)
     here = Devices(processes=arguments.world_size, accelerator=arguments.device.type)
     devices = devices or here
-    blocks = blocks_of(recipe)
+    blocks = blocks or blocks_of(recipe)
     steps = steps_of(arguments, blocks, devices.processes)
     samples = samples_of(arguments, devices.processes)
     model, coverage = prepared_model(recipe)

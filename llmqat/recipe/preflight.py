@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from llmqat.calibrate import BlockwiseStage, GPTQStage
 from llmqat.calibrate.blocks import find_blocks
 from llmqat.calibrate.sensitivity import LayerSensitivity, allocate_bits
-from llmqat.data import DataConfig
+from llmqat.data import DataConfig, load_blocks
 from llmqat.data.chat import Completion
 from llmqat.data.config import HUB_PREFIX, MIX
 from llmqat.data.documents import document_hash, encoded
@@ -33,7 +33,7 @@ from llmqat.data.pydoc import pydoc_text
 from llmqat.data.shards import check_folder
 from llmqat.data.synthesis import Writer
 from llmqat.data.teacher_cache import TeacherCache
-from llmqat.data.text import hash_file, is_rows, text_files
+from llmqat.data.text import COMPRESSED, hash_file, is_rows, text_files
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import record_of
 from llmqat.hub import why_unreachable
@@ -65,13 +65,14 @@ from llmqat.recipe.plan import (
     blocks_of,
     check_plan_served,
     described,
+    few_steps,
     method_of,
     packed_bytes,
     prepared_model,
     steps_of,
 )
 from llmqat.recipe.start import check_packed_start, starts_packed
-from llmqat.train import QATArguments, check_distribution
+from llmqat.train import QATArguments, check_batch, check_distribution
 from llmqat.train.checkpoints import check_resumable, last_checkpoint
 from llmqat.train.stability import check_lengths
 from llmqat.train.trial import refused_by_training
@@ -80,6 +81,8 @@ MOST_HASHED_BYTES = 100_000_000
 """Of training text that is looked for among the evaluation's before the run; larger texts are when they are read."""
 
 
+MOST_READ_BYTES = 20_000_000
+"""Of local text that is tokenized to count its blocks: about ten seconds."""
 PLAIN_PROMPTS = (
     "{where}: `prompt` and `{column}` are plain text, so they are trained without the chat template of the model, and "
     "`llmqat chat` and servers use it: the answers may not show there. To train with it give messages: "
@@ -161,6 +164,38 @@ def check_run(flight: Preflight, *, overwrite: bool = False, elsewhere: bool = F
             found.note(OSError(text))
         else:
             found.warnings.append(text)
+
+
+def count_blocks(flight: Preflight, processes: int) -> int | None:
+    """Returns how many blocks of training text there are, read now where that is quick; None where it is not.
+
+    Notes in `flight` what is wrong with the text, and with a training of so many steps. The run finds the blocks in the
+    cache.
+    """
+    recipe, arguments, found = flight.recipe, flight.arguments, flight.findings
+    size = _local_bytes(recipe.data)
+    if size is None or size > MOST_READ_BYTES:
+        return None
+    with found.noting():
+        tokenizer = load_tokenizer(resolve_spec(recipe.source), recipe.source)
+        use_chat_template(recipe.data, tokenizer)
+        blocks = load_blocks(recipe.data, tokenizer)
+        check_batch(arguments, len(blocks))
+        steps = steps_of(arguments, len(blocks), processes) or 0
+        check_lengths(steps, arguments.get_warmup_steps(steps), arguments.quantization_warmup_steps)
+        learns_answers = arguments.cross_entropy_weight > 0 and blocks.rows.scored is not None
+        if learns_answers and (few := few_steps(arguments, blocks, processes)):
+            found.warnings.append(few)
+        return len(blocks)
+    return None
+
+
+def _local_bytes(data: DataConfig) -> int | None:
+    """Returns the size of the files of a text; None of other text, and of what is compressed."""
+    if data.source not in ("text", "dataset") or data.path is None or not data.path.exists():
+        return None
+    files = [file for file in data.path.rglob("*") if file.is_file()] if data.path.is_dir() else [data.path]
+    return None if any(file.suffix in COMPRESSED for file in files) else sum(file.stat().st_size for file in files)
 
 
 def check_text(recipe: Recipe) -> None:
