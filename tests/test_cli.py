@@ -818,3 +818,18 @@ def test_schema_prints_what_editors_read_and_explains_a_key():
     shown = runner.invoke(cli.app, ["schema", "train.learning_rate"]).stdout
     assert shown.startswith("train.learning_rate: number, default 5e-05\n  The initial learning rate")
     assert "did you mean train.learning_rate?" in refusal("schema", "lr")
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (("train", "chat-int4", "--data", "my chats.jsonl", "--model", "m"), "data.path='my chats.jsonl'"),
+        (("plan", "chat-int4", "--lr=1e-4"), "train.learning_rate=1e-4"),
+        (("train", "chat-int4", "--model"), "model=VALUE"),
+    ],
+)
+def test_an_option_that_is_a_key_of_the_recipe_is_answered_with_the_key(words: tuple[str, ...], key: str):
+    done = call(*words)
+    assert done.exit_code == 2
+    assert f"Keys of the recipe are given without dashes: {key}" in " ".join(done.output.replace("│", " ").split())
+    assert "Keys of the recipe" not in call("chat", "--data", "x").output

@@ -26,6 +26,9 @@ from llmqat.terminal import CommandLog, drop_output, name_program, quiet_librari
 from llmqat.terminal import console as console  # all commands print to these two
 from llmqat.terminal import errors as errors
 
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+"""What click raises for words that it does not take; newer typer has a click of its own."""
+
 EXIT_USER = 2
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
@@ -128,6 +131,9 @@ class _Group(typer.core.TyperGroup):
         try:
             _check_words(ctx.meta[WORDS])
             return super().invoke(ctx)
+        except USAGE_ERROR as error:
+            _say_key_of_recipe(error, ctx.meta[WORDS])
+            raise
         except BrokenPipeError:  # no mistake
             stop_bars()
             raise
@@ -151,6 +157,21 @@ class _Group(typer.core.TyperGroup):
         finally:
             if LOG in ctx.meta:
                 ctx.meta.pop(LOG).end()
+
+
+def _say_key_of_recipe(error: Any, words: list[str]) -> None:
+    """Adds to the error of an option that a command with a recipe does not have how a key of the recipe is given."""
+    option = getattr(error, "option_name", None)
+    if option is None or error.ctx is None or not any(one.name == "overrides" for one in error.ctx.command.params):
+        return
+    from llmqat.config import ALIASES
+
+    name = option.lstrip("-").replace("-", "_")
+    key = {"data": "data.path"}.get(name) or ALIASES.get(name, name)
+    place = next((place for place, word in enumerate(words) if word.partition("=")[0] == option), len(words))
+    given = words[place].partition("=")[2] if place < len(words) else ""
+    value = given or next(iter(words[place + 1 : place + 2]), "VALUE")
+    error.message += f". Keys of the recipe are given without dashes: {key}={shlex.quote(value)}"
 
 
 def _check_words(words: list[str]) -> None:

@@ -109,6 +109,17 @@ class EvaluationSettings(Config):
         own = PROTOCOLS[str(values["protocol"])]
         return {"texts": (own.text,), "window": own.window, "max_windows": own.max_windows, **values}
 
+    @field_validator("texts", mode="before")
+    @classmethod
+    def _refuse_no_text(cls, value: Any) -> Any:
+        if value in ([], ()):
+            raise ValueError(
+                f"at least one text is needed, to see what the model still knows of other text; give [{PYDOC}], "
+                "Python's own manual, which is always there, or paths of your texts, and few windows where it is to be "
+                "quick: evaluate.max_windows=4"
+            )
+        return value
+
     @field_validator("texts")
     @classmethod
     def _take_texts_as_users_give_them(cls, value: tuple[str, ...]) -> tuple[str, ...]:
