@@ -1,7 +1,8 @@
 """What comes with llmqat to be copied: recipes, scripts and configurations of accelerate, found by name.
 
 They lie in recipes/ at the top of the repository, and travel in the wheel as llmqat/recipes. A recipe is called by its
-file's name without the ending (`lora-int4`), everything else by its path in that folder (`accelerate/1-gpu.yaml`).
+file's name without the ending (`lora-int4`), everything else by its path in that folder (`accelerate/1-gpu.yaml`), with
+or without the ending. A folder is called by its name (`python`), and stands for all that is in it.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_shipped(name: str) -> Path:
-    """Returns the shipped file that is called `name`; a recipe's name may end in .yaml.
+    """Returns the shipped file that is called `name`; the ending may be there or not.
 
     Raises:
         FileNotFoundError: nothing is called so; the nearest name is told, or else all.
     """
     files = shipped_files()
-    if (found := files.get(name) or files.get(name.removesuffix(".yaml"))) is None:
+    short = {Path(one).with_suffix("").as_posix(): file for one, file in files.items()}
+    if (found := files.get(name) or files.get(name.removesuffix(".yaml")) or short.get(name)) is None:
         raise FileNotFoundError(f"nothing that llmqat ships is called {name!r}; {advice(name, list(files))}")
     return found
 
@@ -52,20 +54,23 @@ def advice(name: str, names: list[str]) -> str:
     return f"did you mean {near[0]!r}? `llmqat recipes` lists all" if near else f"there are: {', '.join(names)}"
 
 
-def copy_shipped(name: str, folder: Path) -> Path:
-    """Copies the shipped file `name` into `folder`, which is made where it is not there; returns the copy.
+def copy_shipped(name: str, folder: Path) -> list[Path]:
+    """Copies the shipped file or folder `name` into `folder`, which is made where it is not there; returns the copies.
 
     Raises:
         FileNotFoundError: nothing is called so.
-        FileExistsError: a file of this name is in the folder already.
+        FileExistsError: a file of this name is in the folder already; then nothing is copied.
     """
-    source = find_shipped(name)
-    target = folder / source.name
-    if target.exists():
-        raise FileExistsError(f"{target} exists already; remove it, or name another folder")
+    inside = [file for one, file in shipped_files().items() if one.startswith(f"{name.rstrip('/')}/")]
+    sources = inside or [find_shipped(name)]
+    folder = folder / name if inside else folder
+    targets = [folder / source.name for source in sources]
+    if there := [str(target) for target in targets if target.exists()]:
+        raise FileExistsError(f"{', '.join(there)} exists already; remove it, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    return target
+    for source, target in zip(sources, targets, strict=True):
+        shutil.copyfile(source, target)
+    return targets
 
 
 def title(file: Path) -> str:

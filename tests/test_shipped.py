@@ -49,6 +49,17 @@ def test_a_copy_is_exact_and_never_over_a_file(name: str, tmp_path: Path, monkey
     assert copied.read_text() == "changed"
 
 
+def test_an_ending_may_be_left_out_and_a_folder_is_copied_whole_or_not_at_all(tmp_path: Path) -> None:
+    assert find_shipped("python/own_stage") == RECIPES / "python" / "own_stage.py"
+    copied = copy_shipped("python", tmp_path)
+    assert copied == sorted((tmp_path / "python").iterdir())
+    assert len(copied) == 5
+    copied[0].unlink()
+    with pytest.raises(FileExistsError, match=r"own_loss\.py, .*own_stage\.py exists already"):
+        copy_shipped("python", tmp_path)
+    assert not copied[0].exists()
+
+
 def test_a_recipe_is_found_by_name_and_the_users_file_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

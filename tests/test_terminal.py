@@ -194,6 +194,18 @@ def test_libraries_draw_bars_on_a_terminal_of_the_main_process_alone(
     assert [os.environ.get(variable) for variable in variables] == [wanted] * 3
 
 
+def test_what_an_earlier_start_did_does_not_count_for_the_time_left(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
+    with Bar("gptq", "block", total=30, shown=False) as bar:
+        bar.update(25)
+        bar.done_before(25)
+        assert "left" not in bar.said()
+        now[0] = 40.0
+        bar.update(26)
+        assert bar.said() == "26 of 30 blocks, 40 s, about 2.7 min left"
+
+
 def test_a_command_names_the_script_that_it_was_started_by():
     assert program_started_as("/somewhere/bin/llmqat") == "llmqat"
     assert program_started_as("/checkout/llmqat/__main__.py") == "llmqat"

@@ -1,7 +1,7 @@
 """The stages of a calibration: what is done to a model, and how codes and scales are set, before training.
 
 A stage is a class and its name in `STAGES`. One of your own subclasses `CustomStage`, and is added by
-`@STAGES.register("name")`.
+`@STAGES.register("name")`, which fills in its field `stage`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic.fields import FieldInfo
 
 from llmqat.config import Config, Registry
 
@@ -30,9 +31,21 @@ def _check_stage(name: str, kind: type[Stage]) -> None:
     base = Stage if getattr(kind, "__module__", None) == __name__ else CustomStage
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ValueError(f"stage {name!r} is {kind!r}; give a subclass of CustomStage")
+    if kind.model_fields["stage"].is_required() and issubclass(kind, CustomStage):
+        _name_stage(kind, name)
     if kind.model_fields["stage"].default != name:
         raise ValueError(f"stage {name!r}: give {kind.__name__} the field `stage: Literal[{name!r}] = {name!r}`")
 
+
+def _name_stage(kind: type[CustomStage], name: str) -> None:
+    """Gives `kind` the field `stage: Literal[name] = name`."""
+    annotation: Any = Literal[name]
+    kind.__pydantic_fields__["stage"] = FieldInfo(annotation=annotation, default=name, description=_STAGE_SAID)
+    kind.__pydantic_init_subclass__()  # describes the fields
+    kind.model_rebuild(force=True)
+
+
+_STAGE_SAID = "This stage's name."
 
 STAGES: Registry[type[Stage]] = Registry("stage", _check_stage)
 """Stages by their names."""

@@ -213,7 +213,8 @@ def calibrate(
         seed: of rotation and block-wise training.
         folder: keeps what is finished, for another start; nothing is kept where not given.
         dtype: what forwards compute in.
-        bar: progress bars.
+        bar: `llmqat.terminal.progress` shows how far each stage is: a bar on a terminal, else a line a minute, where
+            the log level of "llmqat" is INFO; nothing is shown where not given.
         processes: share the work, each with the same model, text and folder, and end with the same bits. Sums over
             text are then taken in another order than by one process, and differ from its in their last digits.
 
@@ -370,6 +371,8 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
     done = processes.agreed([file.is_file() for file in files])
     if all(done):
         return 0.0, {name: _read_block(module, file) for (name, module), file in zip(inner.items(), files, strict=True)}
+    if any(done):
+        log.info("%s: %d of %d blocks were done already", stage.stage, sum(done), len(done))
     facts: dict[str, Any] = {}
     earlier = 0.0
     memory = stage.hidden_memory * 1e9
@@ -383,6 +386,7 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
             if done[block.index]:
                 found = _read_block(block.module, file)
                 earlier += found["seconds"]
+                bar.done_before(block.index + 1)
             else:
                 start = time.perf_counter()
                 with in_float32(block), fusing():
@@ -408,7 +412,8 @@ def _train_in_block(block: Block, walk: Walk, stage: BlockwiseStage, run: _Calib
 
 
 def _apply(run: _Calibration, stage: CustomStage, place: Path) -> _Done:
-    with torch.random.fork_rng():
+    log.info("%s: begins", stage.stage)
+    with torch.random.fork_rng(), run.bar(stage.stage, "stage")((stage,)):  # which a run's status reads
         torch.manual_seed(run.seed)
         facts = stage.apply(run.model, rows_of(run.text(stage)))
     run.processes.copy((*run.model.parameters(), *run.model.buffers()))

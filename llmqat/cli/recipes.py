@@ -53,15 +53,18 @@ def copy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `llmqat recipes` lists it.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; made where it is not there.")] = Path("."),
 ) -> None:
-    """Copies a recipe, script or configuration into a folder; never over a file that is there.
+    """Copies a recipe, a script, a configuration or a folder of them into a folder; never over a file that is there.
 
     **Examples**
 
         llmqat recipes copy lora-int4
 
         llmqat recipes copy accelerate/8-gpus-fsdp2.yaml configs
+
+        llmqat recipes copy python
     """
     copied = copy_shipped(name, user_path(folder, "FOLDER"))
-    console.print(f"{copied}", soft_wrap=True)
+    for file in copied:
+        console.print(f"{file}", soft_wrap=True)
     if name.removesuffix(".yaml") in shipped_recipes():
-        print_next(shlex.join(["llmqat", "plan", str(copied)]))
+        print_next(shlex.join(["llmqat", "plan", str(copied[0])]))

@@ -85,15 +85,15 @@ class EvaluationSettings(Config):
     """What the comparison at the end measures. Where nothing is said, the protocol's own text and windows stand."""
 
     protocol: str = "windows"
-    """`windows`, `wikitext2` (as in GPTQ's papers) or `wikitext` (as lm-eval): evaluate/protocols.py."""
+    """`windows`, `wikitext2` (as in GPTQ's papers) or `wikitext` (as lm-eval)."""
     texts: tuple[str, ...] = Field(default=(PYDOC,), min_length=1)
     """Texts to score: `pydoc`, UTF-8 files or folders, files of rows (.jsonl, .parquet), hub:NAME:CONFIG:SPLIT."""
     window: int | None = Field(default=512, ge=2)
-    """Tokens in a window; nothing outside a window is seen when its tokens are scored. None: the model's longest."""
+    """Tokens in a window; nothing outside a window is seen when its tokens are scored. null: the model's longest."""
     stride: int | None = Field(default=None, ge=1)
-    """Tokens from the start of one window to the next; None means `window`, windows that do not overlap."""
+    """Tokens from the start of one window to the next; null: as many as `window`, so that windows do not overlap."""
     max_windows: int | None = Field(default=40, ge=1)
-    """Windows scored in each text, from its start; None scores all of it."""
+    """Windows scored in each text, from its start; null: all of it."""
     batch_size: int = Field(default=4, ge=1)
     """Windows in one forward pass."""
     speed: bool = True

@@ -75,6 +75,7 @@ class TrainingLines(TrainerCallback):
         self._start, self._steps_before = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             self._bar = Bar("train", "step", total=state.max_steps, logged=False).__enter__()
+            self._bar.done_before(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Moves the bar."""

@@ -62,11 +62,12 @@ class Bar:
         self._shown = log.isEnabledFor(logging.INFO) if shown is None else shown
         self._logged = logged
         self._task: TaskID | None = None
-        self._start = time.monotonic()
+        self._start = self._resumed = time.monotonic()
+        self._earlier = 0
 
     def __enter__(self) -> Bar:
         """Shows the bar."""
-        self._start = time.monotonic()
+        self._start = self._resumed = time.monotonic()
         Bar._entered.append(self)
         Bar._last_line = max(Bar._last_line, self._start - SECONDS_BETWEEN_LINES / 2)
         if self._shown and bars_move():
@@ -99,6 +100,10 @@ class Bar:
         if self._logged and self._shown and is_line_due():
             log.info("%s: %s", self.what, self.said(), extra=BESIDE_BAR)
 
+    def done_before(self, done: int) -> None:
+        """Says that an earlier start did the first `done`, so that they do not count for the time left."""
+        self._earlier, self._resumed = done, time.monotonic()
+
     def said(self) -> str:
         """Returns how far it is: '12 of 30 blocks, 3.1 min, about 4.6 min left'."""
         seconds = time.monotonic() - self._start
@@ -107,8 +112,10 @@ class Bar:
         if self.unit == "token" and self.done:
             parts.append(f"{self.done / max(seconds, 1e-9):,.0f} tokens/s")
         parts.append(duration(seconds))
-        if self.total and 0 < self.done < self.total:
-            parts.append(f"about {duration(seconds * (self.total - self.done) / self.done)} left")
+        now_done = self.done - self._earlier
+        if self.total and now_done > 0 and self.done < self.total:
+            each = (time.monotonic() - self._resumed) / now_done
+            parts.append(f"about {duration(each * (self.total - self.done))} left")
         return ", ".join(parts)
 
 

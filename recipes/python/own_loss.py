@@ -1,8 +1,8 @@
 """A loss of your own: a subclass of QATTrainer that trains with reverse KL.
 
-    python own_loss.py MODEL OUT
+    python own_loss.py MODEL OUT [STEPS [BATCH]]
 
-Only `compute_loss` is written. Quantizers, learning rates of scales, checkpoints and resuming stay QATTrainer's.
+By default a try of minutes: 20 steps of 512 tokens. Only `compute_loss` is written; the rest is QATTrainer's.
 """
 
 import sys
@@ -35,15 +35,16 @@ class ReverseKLTrainer(llmqat.QATTrainer):
         return loss
 
 
-def main(name: str, out: str) -> None:
+def main(name: str, out: str, steps: int = 20, batch: int = 2) -> None:
     """Trains `name` at int4 and packs it to `out`."""
     (model, tokenizer), (teacher, _) = load_model(name, torch.float32), load_model(name)
-    text = load_blocks(DataConfig(source="pydoc", tokens=65_536, block_size=512), tokenizer)
+    text = load_blocks(DataConfig(source="pydoc", tokens=16_384, block_size=256), tokenizer)
     llmqat.prepare(model, llmqat.QuantConfig.preset("int4", group_size=64))
-    args = llmqat.QATArguments(output_dir=f"{out}-run", max_steps=60, learning_rate=1e-4)
+    size = {"max_steps": steps, "per_device_train_batch_size": batch, "logging_steps": 1}
+    args = llmqat.QATArguments(output_dir=f"{out}-run", learning_rate=1e-4, **size)
     ReverseKLTrainer(model=model, teacher=teacher, args=args, train_dataset=text.dataset()).train()
     llmqat.save(model, out, tokenizer)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))

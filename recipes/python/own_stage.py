@@ -6,8 +6,6 @@ This script is the command line of llmqat with one stage more. The fields of the
 Source: Norm Tweaking (2309.02784), with one loss on the logits in place of one in each block.
 """
 
-from typing import Literal
-
 import torch
 
 from llmqat.calibrate import STAGES, CustomStage
@@ -19,8 +17,6 @@ from llmqat.layers import quantizers_off
 class NormTweakStage(CustomStage):
     """Trains the norms of the quantized model against its outputs in full precision."""
 
-    stage: Literal["norm-tweak"] = "norm-tweak"
-    """This stage's name."""
     steps: int = 20
     """Steps of Adam, each on `batch_size` token blocks."""
     learning_rate: float = 1e-4

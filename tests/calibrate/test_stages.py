@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -269,8 +269,6 @@ def test_a_stage_of_ones_own_runs_among_the_others_by_the_seed_and_again_when_a_
     class JitterStage(CustomStage):
         """Moves every weight a little."""
 
-        stage: Literal["jitter"] = "jitter"
-        """This stage's name."""
         amount: float = 1e-3
         """Standard deviation of what is added."""
 
@@ -298,6 +296,9 @@ def test_a_stage_of_ones_own_runs_among_the_others_by_the_seed_and_again_when_a_
         )
         with pytest.raises(ValueError, match="did you mean 'amount'"):
             stages({"stage": "jitter", "amuont": 1})
+        assert JitterStage().stage == "jitter"
+        assert "stage ('jitter'): This stage's name. (default 'jitter')" in (JitterStage.__doc__ or "")
+        assert JitterStage.model_json_schema()["properties"]["stage"]["const"] == "jitter"
         with pytest.raises(ValueError, match="stage 'jitter' is there already"):
             STAGES.register("jitter", JitterStage)
         with pytest.raises(ValueError, match="stage 'shake': give JitterStage the field `stage: Literal"):
