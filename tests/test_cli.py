@@ -130,6 +130,8 @@ def test_a_wrong_word_and_an_output_that_is_there_are_refused_without_importing_
         ("did you mean 'int5'", ["quantize", "m", "--scheme", "int55", *new]),
         ("rtn, search, gptq, blockwise", ["quantize", "m", "--method", "magic", *new]),
         ("exists already", ["quantize", "m", "--out", there]),
+        ("no text at", ["quantize", "m", "--text", f"{tmp_path}/absent.txt", *new]),
+        ("no text at", ["sensitivity", "m", "--text", f"{tmp_path}/absent.txt"]),
         ("exists already", ["export", "m", "--out", there]),
         ("exists already", ["push", "m", "someone/m", "--dry-run", there]),
         ("did you mean 'int5'", ["sensitivity", "m", "--scheme", "int55"]),

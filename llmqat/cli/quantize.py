@@ -20,7 +20,7 @@ from llmqat.cli.options import (
     SeedOption,
 )
 from llmqat.cli.show import print_checkpoint, print_next
-from llmqat.paths import check_folder_output, check_new, check_outputs
+from llmqat.paths import check_folder_output, check_new, check_outputs, nearest_name
 from llmqat.schemes import check_method, check_scheme
 from llmqat.terminal import Column, FittedTable
 
@@ -89,6 +89,7 @@ def quantize(
     """
     check_scheme(scheme)
     check_method(method)
+    _check_text(text)
     check_new(out, "--out", overwrite=overwrite)
     check_folder_output(out, "--out")
 
@@ -153,6 +154,7 @@ def sensitivity(
         llmqat sensitivity ./model --scheme int4 --group-size 32 --choices 3 --choices 4 --choices 8 --text notes.txt
     """
     check_scheme(scheme)
+    _check_text(text)
 
     from llmqat.calibrate import AllocationConfig
     from llmqat.export.commands import command as command_of
@@ -170,6 +172,17 @@ def sensitivity(
     words: list[object] = ["--scheme", scheme, *option("--group-size", group_size), *option("--text", text)]
     words += ["--target-bits", f"{target_bits:g}", "--out", f"{name_of_folder(model)}-{target_bits:g}-bits"]
     print_next(command_of("llmqat", "quantize", model, *words))
+
+
+def _check_text(text: str | None) -> None:
+    """Raises FileNotFoundError where the text that `--text` names is no file or folder that is there."""
+    if text is None or text == "pydoc" or text.startswith("hub:") or Path(text).exists():
+        return
+    found = nearest_name(Path(text))
+    near = "" if found is None else f" (the nearest name there is {found})"
+    raise FileNotFoundError(
+        f"--text: no text at {text}{near}; give a text file, a file of rows, a folder of them, hub:NAME or pydoc"
+    )
 
 
 def _print_plan(plan: BitPlan, *, every: bool) -> None:
