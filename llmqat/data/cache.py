@@ -28,7 +28,7 @@ from llmqat.models import cache_folder, folder_in_progress, rename_unless_there
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the same text, tokenizer and settings give other blocks."""
 
 

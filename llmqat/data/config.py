@@ -110,9 +110,10 @@ class DataConfig(SynthesisConfig):
     """Share of the documents, chosen by their hash and the seed, that is calibrated on and not trained on. 0: the first
     blocks of the training text are calibrated on. Not for synthetic text."""
     validation_share: float = Field(0.0, ge=0, lt=1)
-    """Share of the documents, chosen likewise, that is held out: the trainer's evaluation loss is measured on it, at
-    the end and as train.eval_strategy says. Held-out answers are also a text of the table at the end, with examples of
-    what the model answered before and answers now. Not for synthetic text."""
+    """Share of the documents, chosen likewise, that is held out; of up to a thousand conversations just this share, two
+    at least. The trainer's evaluation loss is measured on it, at the end and as train.eval_strategy says. Held-out
+    answers are also a text of the table at the end, with examples of what the model answered before and answers now.
+    Not for synthetic text."""
     mix: tuple[MixedSource, ...] | None = None
     """Several sources, each a mapping with its own keys and a `weight`; `source: mix` need not be said."""
 

@@ -1,8 +1,9 @@
-"""Pieces of documents packed to blocks in files, as they come; nothing but the block that is being filled is held.
+"""Pieces of documents packed to blocks in files, as they come; only the block being filled, and few chats, are held.
 
-Each document goes to one split, by its hash and the seed alone: training, calibration or validation. So the same text
-never lies in two of them, in whatever file or order it comes. What fills no last block of a split is left out, and so
-is a block in which nothing is a label.
+Each document goes to one split, by its hash and the seed: training, calibration or validation. So the same text never
+lies in two of them, in whatever file or order it comes. Of few conversations those with the smallest hashes are taken,
+as many as the share says, where a draw for each might hold out one of forty, or none. What fills no last block of a
+split is left out, and so is a block in which nothing is a label.
 
 Two splits are filled in another way: with `packing: whole` a document that does not fit into the rest of a block begins
 a new one, and held-out answers have a row for each conversation. Rests are filled by repeating what is in the block
@@ -65,13 +66,53 @@ class TextSplits:
         return {"text" if name == TRAIN else f"{name}_text": blocks.record() for name, blocks in self.given().items()}
 
 
+FEW_DOCUMENTS, FEW_TOKENS = 1000, 1 << 20
+"""Up to so many conversations, of so many tokens together, are counted before they are split."""
+LEAST_HELD_OUT = 2
+"""Conversations: of one, no interval can be given."""
+
+
 def split_of(document: int, seed: int, calibration: float, validation: float) -> str:
     """Returns the split that a document of this hash belongs to, given the shares of the other two splits."""
-    digest = hashlib.sha256(f"{seed}:{document}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
+    place = _place(document, seed)
     if place < validation:
         return VALIDATION
     return CALIBRATION if place < validation + calibration else TRAIN
+
+
+def _place(document: int, seed: int) -> float:
+    digest = hashlib.sha256(f"{seed}:{document}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def splits_of_few(documents: Iterable[int], seed: int, calibration: float, validation: float) -> dict[int, str]:
+    """Returns the split of each of few documents, such that every split has its share of them, as near as can be."""
+    ordered = sorted(set(documents), key=lambda document: _place(document, seed))
+    count = len(ordered)
+    held_out = min(max(round(validation * count), LEAST_HELD_OUT if validation else 0), max(count - 1, 0))
+    calibrated = min(max(round(calibration * count), 1 if calibration else 0), max(count - 1 - held_out, 0))
+    names = [VALIDATION] * held_out + [CALIBRATION] * calibrated
+    return dict(zip(ordered, names + [TRAIN] * (count - len(names)), strict=True))
+
+
+def _with_splits(pieces: Iterable[Encoded], config: DataConfig, labelled: bool) -> Iterator[tuple[Encoded, str]]:
+    """Yields each piece with its split; of conversations, the first are held until it is known whether they are few."""
+    shares = shares_as_arguments(config)
+    waiting: list[Encoded] = []
+    tokens, counts = 0, labelled and any(shares.values())
+    for piece in pieces:
+        if counts:
+            waiting.append(piece)
+            tokens += len(piece.ids)
+            counts = len(waiting) <= FEW_DOCUMENTS and tokens <= FEW_TOKENS
+            if counts:
+                continue
+        for one in waiting or [piece]:
+            yield one, split_of(one.document, config.seed, **shares)
+        waiting = []
+    found = splits_of_few((one.document for one in waiting), config.seed, **shares)
+    for one in waiting:
+        yield one, found[one.document]
 
 
 def pack(
@@ -104,8 +145,8 @@ def pack(
             for name in splits
         }
         done = 0
-        for piece in encoded(source.pieces(), tokenizer, config.num_proc):
-            name = split_of(piece.document, config.seed, **shares_as_arguments(config))
+        pieces = encoded(source.pieces(), tokenizer, config.num_proc)
+        for piece, name in _with_splits(pieces, config, source.labelled):
             packers[name].add(piece, most if name == TRAIN else None)
             done += len(piece.ids)
             if progress is not None:

@@ -687,14 +687,15 @@ def _number(value: float | None, style: str) -> str:
 
 
 def _describe(name: str, entry: Evaluation) -> str:
+    windows = "1 window" if entry.windows == 1 else f"{entry.windows} windows"
     if entry.answers:
         return (
-            f"{name}: {entry.windows} windows, each of one conversation, {entry.tokens:,} tokens of answers scored, "
+            f"{name}: {windows}, each of one conversation, {entry.tokens:,} tokens of answers scored, "
             f"sha256 {entry.text_sha256[:12]}"
         )
     overlap = "no overlap" if entry.stride >= entry.window - 1 else f"stride {entry.stride}"
     return (
-        f"{name}: {entry.windows} windows of {entry.window}, {overlap}, {entry.tokens:,} tokens scored, "
+        f"{name}: {windows} of {entry.window}, {overlap}, {entry.tokens:,} tokens scored, "
         f"sha256 {entry.text_sha256[:12]}"
     )
 

@@ -17,7 +17,7 @@ from llmqat.data import documents as documents_module
 from llmqat.data.blocks import hash_text, sha256_of_rows
 from llmqat.data.cache import blocks_folder, read_documents
 from llmqat.data.documents import DocumentSource, Piece, document_hash, encoded, pieces_of
-from llmqat.data.packing import rows_alone
+from llmqat.data.packing import FEW_DOCUMENTS, rows_alone, splits_of_few
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
 TEXTS = [f"document {i} " + "says something " * (1 + i % 3) for i in range(60)]
@@ -184,6 +184,27 @@ class TestSplits:
         for name, blocks in splits.given().items():
             others = {*map(int, turned.given()[name].documents)} | {document_hash("one more")}
             assert len({*map(int, blocks.documents)} - others) <= 1  # what fills no last block is left out
+
+    @pytest.mark.parametrize("count", [3, 40, 300, 1200])
+    @pytest.mark.parametrize("seed", range(2))
+    def test_of_few_conversations_just_the_share_is_held_out(self, seed: int, count: int, tmp_path: Path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps({"prompt": "say", "completion": f" it {n}"}) + "\n" for n in range(count)))
+        config = DataConfig(
+            source="dataset", path=path, block_size=16, packing="whole", seed=seed, validation_share=0.1
+        )
+        held_out = load_splits(config, tiny_tokenizer()).validation
+        assert held_out is not None
+        if count <= FEW_DOCUMENTS:
+            assert len(held_out.documents) == max(2, round(0.1 * count))
+        else:
+            assert 0.06 * count < len(held_out.documents) < 0.14 * count
+
+    def test_shares_of_few_leave_something_to_train_on(self):
+        for count in range(1, 6):
+            found = [*splits_of_few(range(count), 0, calibration=0.3, validation=0.6).values()]
+            assert found.count("train") >= 1
+            assert len(found) == count
 
     def test_the_seed_chooses(self):
         first, second = (splits_of(TEXTS, seed=seed, **SHARES) for seed in (0, 1))
