@@ -61,7 +61,8 @@ def check_schema(found: Mapping[str, Any], path: Path) -> None:
 def document_schema() -> dict[str, Any]:
     """Returns the JSON Schema of all documents; `kind` tells which."""
     schema = _Document.model_json_schema(by_alias=True)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Documents of llmqat", **schema}
+    said = {"title": "Documents of llmqat", "description": "What llmqat writes as JSON; `kind` tells which."}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, **said}
 
 
 class _Described(BaseModel):

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from llmqat.calibrate import STAGES
 from llmqat.config import ALIASES, ATTRIBUTES, UnknownKeyError, nearest_key
 from llmqat.data.config import MIX, SOURCES
+from llmqat.evaluate.documents import DOCUMENTS, document_schema
 from llmqat.evaluate.protocols import PROTOCOLS
 from llmqat.export.serving import CLIENTS
 from llmqat.layers import PRESETS
@@ -194,11 +195,68 @@ def describe_key(key: str) -> str:
     keys = recipe_keys(schema)
     if key not in keys:
         raise ValueError(f"a recipe has no key {key!r}; {_way_out(key, keys)}")
-    inside = [name for name in keys if name.startswith(f"{key}.") and "." not in name[len(key) + 1 :]]
+    return _described(schema, keys, key)
+
+
+def _inside(keys: Mapping[str, Node], key: str) -> list[str]:
+    return [name for name in keys if name.startswith(f"{key}.") and "." not in name[len(key) + 1 :]]
+
+
+def _described(schema: Node, keys: Mapping[str, Node], key: str) -> str:
     lines = [_headline(schema, key, keys[key]), _wrapped(keys[key].get("description", ""), 2)]
-    for name in inside:
+    for name in _inside(keys, key):
         lines += ["", _headline(schema, name, keys[name]), _wrapped(keys[name].get("description", ""), 2)]
     return "\n".join(lines)
+
+
+def describe_report(key: str) -> str:
+    """Returns what a field of a JSON report means, its type, and the fields inside it, as text.
+
+    Args:
+        key: a kind of report (comparison, audit, sensitivity, run), or a field by its dotted place in one; the kind and
+            what stands before may be left out: run.training, training, rows.kl.
+
+    Raises:
+        ValueError: no report has such a field; the nearest is named.
+    """
+    schema = document_schema()
+    parts = {name: _by_name_as_section(part) for name, part in schema["$defs"].items()}
+    kinds = {kind: {"$ref": f"#/$defs/{model.__name__}"} for kind, model in DOCUMENTS.items()}
+    described = {
+        kind: {**node, "description": parts[DOCUMENTS[kind].__name__]["description"]} for kind, node in kinds.items()
+    }
+    schema = {"properties": described, "$defs": parts}
+    keys = recipe_keys(schema)
+    place = _place_in_reports(key, keys)
+    above = key.rpartition(".")[0]
+    if place is not None:
+        return _described(schema, keys, place)
+    if above and (place := _place_in_reports(above, keys)) is not None and not _inside(keys, place):
+        return f"{key} is not described by itself; it is in\n\n{_described(schema, keys, place)}"
+    near = difflib.get_close_matches(key, [*keys, *(place.rpartition(".")[2] for place in keys)], n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(
+        f"no JSON report has a field {key!r}; {guess}give one of {', '.join(DOCUMENTS)}, or a field of one"
+    )
+
+
+def _place_in_reports(key: str, keys: Mapping[str, Node]) -> str | None:
+    found = [place for place in keys if f".{place}".endswith(f".{key}")]
+    return min(found, key=lambda place: place.count("."), default=None)
+
+
+def _by_name_as_section(node: Any) -> Any:
+    """Returns a schema in which entries of one form, by name, are that form."""
+    if isinstance(node, list):
+        return [_by_name_as_section(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    found = {key: _by_name_as_section(value) for key, value in node.items()}
+    entry = found.get("additionalProperties")
+    if isinstance(entry, dict) and "$ref" in entry:
+        found.pop("additionalProperties")
+        found["anyOf"] = [entry]
+    return found
 
 
 def _wrapped(text: str, indent: int) -> str:

@@ -58,7 +58,27 @@ def test_one_schema_holds_all_kinds() -> None:
     assert not described(schema)
     printed = CliRunner().invoke(app, ["schema", "--reports"])
     assert json.loads(printed.stdout) == schema
-    assert CliRunner().invoke(app, ["schema", "quant", "--reports"]).exit_code == 2
+    assert schema["title"] == "Documents of llmqat"
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("run", "run.training: section\n  Steps, tokens,"),
+        ("rows.kl", "comparison.rows.kl: number or null\n  Mean KL(reference || model), nats a token"),
+        ("rows.texts.kl", "comparison.rows.texts.kl: number or null\n"),
+        ("training.loss", "training.loss is not described by itself; it is in\n\nrun.training: section"),
+    ],
+)
+def test_a_field_is_described_as_text(key: str, shown: str) -> None:
+    assert shown in CliRunner().invoke(app, ["schema", "--reports", key]).stdout
+
+
+def test_a_field_that_no_report_has_names_the_nearest() -> None:
+    refused = CliRunner().invoke(app, ["schema", "--reports", "perplexty"])
+    assert refused.exit_code == 2
+    assert "no JSON report has a field 'perplexty'; did you mean perplexity?" in refused.output
+    assert "give one of comparison, audit, sensitivity, run" in refused.output
 
 
 def test_a_report_says_what_wrote_it_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
