@@ -20,11 +20,11 @@ from llmqat.terminal import (
     console,
     duration,
     errors,
-    no_bar,
     plain_console,
     progress,
     quiet_libraries,
     show_any_text,
+    terminal_bar,
     with_program,
 )
 from llmqat.terminal.logs import BARS_OFF
@@ -122,15 +122,26 @@ def test_on_a_terminal_bars_stand_below_each_other_and_go_away(
     assert "50 of 100 tokens, half" in sys.stderr.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_call_from_python_has_a_bar_on_a_terminal_and_no_lines(
+    is_terminal: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stderr", Screen() if is_terminal else io.StringIO())
+    monkeypatch.setattr(errors, "_environ", {"TERM": "xterm"})
+    monkeypatch.setattr(errors, "is_interactive", True)
+    monkeypatch.setattr(Bar, "_last_line", -1e9)
+    for _ in terminal_bar("gptq", "block")(range(3)):
+        assert (bars._progress is not None) == is_terminal
+    assert not caplog.records
+    assert ("gptq" in sys.stderr.getvalue()) == is_terminal  # type: ignore[attr-defined]
+
+
 def test_nothing_is_shown_where_nothing_is_logged(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, minutes: Callable[[float], None]
 ):
     monkeypatch.setattr(sys, "stderr", Screen())
     with caplog.at_level(logging.WARNING, "llmqat"):
         for _ in progress("gptq", "block")(range(3)):
-            minutes(2)
-    with caplog.at_level(logging.INFO, "llmqat"):
-        for _ in no_bar("gptq", "block")(range(3)):
             minutes(2)
     assert not caplog.records
     assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]

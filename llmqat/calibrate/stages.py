@@ -74,7 +74,7 @@ from llmqat.layers import (
     short_attention,
 )
 from llmqat.models import cast_parameters, save_whole, write_whole
-from llmqat.terminal import Bar, duration, no_bar
+from llmqat.terminal import Bar, duration, terminal_bar
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def calibrate(
     seed: int = 0,
     folder: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    bar: Bars = no_bar,
+    bar: Bars = terminal_bar,
     processes: Processes = ALONE,
 ) -> list[StageReport]:
     """Prepares a full-precision `model` in place and takes it through `stages`; returns what each did.
@@ -213,8 +213,8 @@ def calibrate(
         seed: of rotation and block-wise training.
         folder: keeps what is finished, for another start; nothing is kept where not given.
         dtype: what forwards compute in.
-        bar: `llmqat.terminal.progress` shows how far each stage is: a bar on a terminal, else a line a minute, where
-            the log level of "llmqat" is INFO; nothing is shown where not given.
+        bar: shows how far each stage is; where not given, a bar on a terminal and nothing elsewhere.
+            `llmqat.terminal.progress` also logs a line a minute, where the log level of "llmqat" is INFO.
         processes: share the work, each with the same model, text and folder, and end with the same bits. Sums over
             text are then taken in another order than by one process, and differ from its in their last digits.
 

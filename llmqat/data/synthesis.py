@@ -43,6 +43,7 @@ from llmqat.data.strategy import SynthesisConfig
 from llmqat.layers import dequantized_once
 from llmqat.models import check_next_token, name_of
 from llmqat.paths import user_path
+from llmqat.terminal import terminal_bar
 
 WRITER_VERSION = 2
 """Raised whenever the same model, settings and seed come to give another text."""
@@ -96,7 +97,7 @@ def synthesize(
         tokenizer: of the model.
         tokens: wanted, rounded up to whole blocks.
         folder: keeps the text as shards; those it holds already are not written again (see `shards.write_shards`).
-        progress: called with (tokens written, tokens to write) after each step.
+        progress: called with (tokens written, tokens to write) after each step; where not given, a bar on a terminal.
         processes: write it together; all get the whole text, which is that of one process.
         settings: fields of `SynthesisConfig`: block_size, seed, batch_size, strategy, chat_share, temperature, ….
 
@@ -106,6 +107,11 @@ def synthesize(
             degenerate, or when `folder` was written by another model or with other settings.
     """
     config = SynthesisConfig(**settings)
+    if progress is None and processes.is_first:
+        with terminal_bar("text", "token")(()) as bar:
+            return synthesize(
+                model, tokenizer, tokens, folder=folder, progress=bar.update, processes=processes, **settings
+            )
     if folder is not None:
         from llmqat.data.shards import write_shards
 

@@ -10,7 +10,7 @@ started.py     what the commands that are proposed begin with
 
 from __future__ import annotations
 
-from llmqat.terminal.bars import Bar, duration, no_bar, progress, stop_bars
+from llmqat.terminal.bars import Bar, duration, progress, stop_bars, terminal_bar
 from llmqat.terminal.consoles import PLAIN, console, drop_output, errors, is_terminal, plain_console, show_any_text
 from llmqat.terminal.logs import CommandLog, quiet_libraries
 from llmqat.terminal.stages import Stages
@@ -30,12 +30,12 @@ __all__ = [
     "errors",
     "is_terminal",
     "name_program",
-    "no_bar",
     "plain_console",
     "program",
     "progress",
     "quiet_libraries",
     "show_any_text",
     "stop_bars",
+    "terminal_bar",
     "with_program",
 ]

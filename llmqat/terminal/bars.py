@@ -124,9 +124,9 @@ def progress(what: str, unit: str) -> Callable[[Iterable[Any]], Bar]:
     return partial(Bar, what, unit)
 
 
-def no_bar(what: str, unit: str) -> Callable[[Iterable[Any]], Bar]:
-    """Returns a wrapper of an iterable that shows nothing."""
-    return partial(Bar, what, unit, shown=False)
+def terminal_bar(what: str, unit: str) -> Callable[[Iterable[Any]], Bar]:
+    """Returns a wrapper of an iterable that shows a bar on a terminal and nothing elsewhere, for calls from Python."""
+    return partial(Bar, what, unit, shown=bars_move() and log.isEnabledFor(logging.WARNING), logged=False)
 
 
 def is_line_due() -> bool:
