@@ -191,7 +191,7 @@ def test_a_log_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("main_process", "is_terminal"), [(True, True), (True, False), (False, True)])
-def test_libraries_draw_bars_on_a_terminal_of_the_main_process_alone(
+def test_downloads_alone_draw_bars_of_their_own_and_on_a_terminal_of_the_main_process(
     main_process: bool, is_terminal: bool, monkeypatch: pytest.MonkeyPatch
 ):
     variables = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -202,7 +202,7 @@ def test_libraries_draw_bars_on_a_terminal_of_the_main_process_alone(
     monkeypatch.setattr(logging, "captureWarnings", lambda capture: None)
     quiet_libraries(main_process=main_process)
     wanted = None if main_process and is_terminal else "1"
-    assert [os.environ.get(variable) for variable in variables] == [wanted] * 3
+    assert [os.environ.get(variable) for variable in variables] == ["1", wanted, wanted]
 
 
 def test_what_an_earlier_start_did_does_not_count_for_the_time_left(monkeypatch: pytest.MonkeyPatch):
@@ -247,3 +247,28 @@ def test_libraries_that_are_imported_already_draw_no_bars_in_a_file(monkeypatch:
         monkeypatch.setenv(variable, "1")
     quiet_libraries(main_process=True)
     assert called == [*BARS_OFF]
+
+
+DRAWN = """
+import io, sys
+class Screen(io.StringIO):
+    isatty = lambda self: True
+sys.stderr = Screen()
+from llmqat.terminal import quiet_libraries
+quiet_libraries(main_process=True)
+from huggingface_hub.utils.tqdm import is_tqdm_disabled, tqdm as downloads
+from transformers.utils.logging import tqdm as loading
+for _ in loading(range(3), desc="Loading weights"):
+    pass
+with downloads(desc="model.safetensors", total=3, disable=is_tqdm_disabled(20)) as bar:  # as a download makes its own
+    bar.update(3)
+sys.stdout.write(sys.stderr.getvalue())
+"""
+
+
+def test_what_a_download_draws_is_seen_and_what_transformers_draws_is_not():
+    environment = {name: value for name, value in os.environ.items() if not name.endswith(("_BARS", "TQDM_DISABLE"))}
+    command = [sys.executable, "-c", DRAWN]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "model.safetensors" in output
+    assert "Loading weights" not in output

@@ -165,8 +165,9 @@ class _LibraryLogger(logging.Logger):
 
 
 def quiet_libraries(*, main_process: bool) -> None:
-    """Has libraries log through ours, and draw bars on a terminal of the main process alone, imported or not.
+    """Has libraries log through ours, imported or not, and draw no bars beside ours.
 
+    Downloads keep theirs, on a terminal of the main process alone: nothing of ours shows how far they are.
     For a process of the command line, not for one in which somebody else uses these libraries too.
     """
     usual = logging.getLoggerClass()
@@ -180,8 +181,9 @@ def quiet_libraries(*, main_process: bool) -> None:
             logger.handlers.clear()
             logger.propagate = True
     logging.captureWarnings(True)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the hub's bars do not ask it
     if not (main_process and is_terminal(errors.file)):
-        for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(variable, "1")
         for module, function in BARS_OFF.items():
             if module in sys.modules:
