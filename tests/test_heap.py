@@ -51,6 +51,20 @@ print(resident("VmRSS") - start)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="trims glibc's heap")
+def test_a_peak_is_counted_from_what_is_held_and_not_from_what_was_freed() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS_OF_THE_USER)}
+    script = GIVEN_BACK.replace("give_back_freed_memory()", "forget_peak()").replace(
+        "from llmqat.evaluate.memory import resident", "from llmqat.evaluate.memory import forget_peak, resident"
+    )
+    script = script.replace("import give_back_freed_memory, ", "import ")
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    kept, left = map(int, output)
+    assert kept > 90_000_000
+    assert left < 10_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="trims glibc's heap")
 def test_kept_memory_is_given_back_when_asked() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS_OF_THE_USER)}
     command = [sys.executable, "-c", GIVEN_BACK]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from llmqat.heap import give_back_freed_memory
+
 
 def forget_peak() -> int | None:
     """Makes kernel and torch forget how much memory this process has held at most; returns what it holds now, in bytes.
 
+    What was freed is given back first: else a model that fits into the memory of the one before it seems to need none.
     On a machine with a GPU it is the GPU's memory that is counted.
     """
-    gc.collect()
+    give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
