@@ -149,6 +149,7 @@ class CommandLog:
     def end(self) -> None:
         """Ends it."""
         console.copy = errors.copy = None
+        console.quiet = False
         for handler in self._handlers:
             logging.getLogger().removeHandler(handler)
         if self.file is not None:
