@@ -35,19 +35,26 @@ DISTRIBUTIONS = {"lm_eval": "lm-eval", "mlflow": "mlflow-skinny", "optimi": "tor
 """Module -> its name on PyPI, where that is another one."""
 
 
+def installation(module: str) -> str:
+    """Returns the command that installs `module`."""
+    name = DISTRIBUTIONS.get(module, module)
+    return f"pip install '{f'llmqat[{EXTRAS[module]}]' if module in EXTRAS else name}'"
+
+
 def missing(module: str) -> str | None:
     """Returns why `module` cannot be used, with what to install; None where it can. Nothing is imported."""
     name = DISTRIBUTIONS.get(module, module)
-    install = f"llmqat[{EXTRAS[module]}]" if module in EXTRAS else name
+    install = installation(module)
     if importlib.util.find_spec(module) is None:
-        return f"{name}, which is not installed; run `pip install '{install}'`"
+        return f"{name}, which is not installed; run `{install}`"
     try:
         version = Version(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:  # brought by another distribution, such as mlflow
         return None
     lowest = _lowest(name)
     if lowest is not None and version < lowest:
-        return f"{name} {lowest} or newer, and {version} is installed; run `pip install --upgrade '{install}'`"
+        upgrade = install.replace("install", "install --upgrade", 1)
+        return f"{name} {lowest} or newer, and {version} is installed; run `{upgrade}`"
     return None
 
 

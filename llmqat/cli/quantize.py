@@ -68,7 +68,7 @@ def quantize(
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Quantizes a model without training it as a whole, and saves a proved packed checkpoint.
+    """Quantizes a model without training it as a whole, and saves a packed checkpoint that is proved on disk.
 
     Weights that are codes times a scale already (the "unquantized" models of quantization-aware training, such as
     Gemma's for Q4_0: --scheme int4-g32) keep their codes with every method; it is said how many groups do.

@@ -21,7 +21,7 @@ import torch
 from transformers.utils.import_utils import is_serve_available
 
 from llmqat.export.serving import Verdict
-from llmqat.extras import missing
+from llmqat.extras import installation, missing
 from llmqat.paths import user_path
 
 _VLLM_SERVER = "vllm.entrypoints.openai.api_server"
@@ -78,7 +78,7 @@ def needs(line: str) -> str | None:
     words = shlex.split(line)
     lacks = []
     if "--format" in words and "gguf" in words and missing("gguf") is not None:
-        lacks.append("pip install 'llmqat[gguf]'")
+        lacks.append(installation("gguf"))
     if any(program in words and shutil.which(program) is None for program in ("llama-server", "llama-cli")):
         lacks.append("llama.cpp (brew install llama.cpp, or https://github.com/ggml-org/llama.cpp/releases)")
     if words[:2] == ["transformers", "serve"] and not is_serve_available():
