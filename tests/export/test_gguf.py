@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmqat import QuantConfig, load, prepare, save
@@ -28,6 +29,9 @@ from tests.tiny import (
     tiny_qwen3,
     tiny_tokenizer,
 )
+
+# As models.py does where it reads GGUF files: Python 3.10 does not find out which distribution gguf is of.
+getattr(transformers.utils.import_utils, "PACKAGE_DISTRIBUTION_MAPPING", {}).setdefault("gguf", ["gguf"])
 
 MODELS = {
     "llama tied": tiny_llama,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import CompressedTensorsConfig, PreTrainedModel
 
 from llmqat.export import ExportReport, load, save
 from llmqat.export.stock import ONLY_HERE, try_stock
@@ -84,7 +85,10 @@ def test_llama4_is_not_left_random_in_silence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["falcon", "t5"])
 def test_a_model_that_reads_weights_while_it_is_built_is_dequantized_at_loading(name: str, tmp_path: Path) -> None:
     report = saved(name, tmp_path / "out")
-    assert (report.stock.loads, report.stock.dequantized) == (True, True)
+    # Transformers 5.13 cannot dequantize at loading, and is said not to load it.
+    can = "dequantize" in inspect.signature(CompressedTensorsConfig.__init__).parameters
+    assert (report.stock.loads, report.stock.dequantized) == (can, can)
+    assert can or report.notes
 
 
 def test_what_transformers_computes_otherwise_is_found_by_its_logits(tmp_path: Path) -> None:
