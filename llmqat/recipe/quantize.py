@@ -151,10 +151,12 @@ def quantize_model(
         if text is not None:
             open_text(data)  # says now what is wrong with it
 
+    def check_model() -> bool:
+        check_full_precision(spec)
+        return check_spec_served(spec, clients, quant, allocate, rotates(stages))
+
     # Now: a scheme that does not do should not cost the text.
-    check_full_precision(spec)
-    served = partial(check_spec_served, spec, clients, quant, allocate, rotates(stages))
-    int_quantized: bool = all_of([served, check_text, partial(check_new, folder, "--out", overwrite=overwrite)])[0]
+    int_quantized: bool = all_of([check_model, check_text, partial(check_new, folder, "--out", overwrite=overwrite)])[0]
     if needs_text((), quant) and not any(isinstance(stage, RangesStage) for stage in stages):
         # Static input ranges, which plain rounding of weights needs as well.
         stages = (*stages, RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)))
@@ -248,8 +250,12 @@ def sensitivity_of(
     """
     quant = scheme_of(scheme, group_size)
     data = text_source(text, allocate.blocks * block_size, block_size, seed)
-    check_full_precision(spec)
-    all_of([partial(coverage_of, spec, quant), *([] if text is None else [partial(open_text, data)])])
+
+    def check_model() -> None:
+        check_full_precision(spec)
+        coverage_of(spec, quant)
+
+    all_of([check_model, *([] if text is None else [partial(open_text, data)])])
     dtype = forward_dtype(processor_has_bf16())
     stage = Stages()
     with stage("load", spec):

@@ -62,7 +62,7 @@ def test_names_that_people_know(name: str, weights: str, inputs: int | None, cac
     ],
 )
 def test_a_name_of_nothing_is_refused_with_the_nearest_and_the_list(name: str, near: str | None):
-    with pytest.raises(ValueError, match=rf"preset '{name}' is unknown; .*int8, .*w4a8kv4\. .* int2 to int8") as caught:
+    with pytest.raises(ValueError, match=rf"preset '{name}' is unknown[;:] .*int8, .*w4a8kv4") as caught:
         QuantConfig.preset(name)
     assert near is None or f"did you mean {near!r}" in str(caught.value)
 
