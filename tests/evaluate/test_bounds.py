@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
+RESULTS = EVAL / "results" / "bounds.json"
 sys.path.insert(0, str(EVAL))
 
 bounds = importlib.import_module("bounds")
@@ -58,3 +61,11 @@ def test_the_oldest_and_the_newest_python_are_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bounds, "_version_of", lambda path: versions[str(path)])
     assert bounds.found_python(oldest=True) == Path("/d")
     assert bounds.found_python(oldest=False) == Path("/e")
+
+
+def test_the_stored_result_is_of_the_bounds_of_now() -> None:
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    lowest = results["environments"]["lowest"]
+    assert set(lowest["versions"]) == set(bounds.declared())
+    assert bounds.unreached(lowest["versions"]) == {}
+    assert RESULTS.with_suffix(".md").read_text(encoding="utf-8") == bounds.render(results)
