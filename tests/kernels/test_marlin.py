@@ -223,6 +223,6 @@ def test_the_kernel_is_asked_for_by_repository_and_version(monkeypatch: pytest.M
     asked: list[tuple[Any, ...]] = []
     package = SimpleNamespace(get_kernel=lambda *args, **options: asked.append((args, options)))
     monkeypatch.undo()
-    monkeypatch.setattr(marlin.importlib, "import_module", lambda name: {"kernels": package}[name])
+    monkeypatch.setattr(marlin, "require", lambda module, purpose: {"kernels": package}[module])
     marlin.load_marlin.__wrapped__()
     assert asked == [(("kernels-community/vllm-quantization",), {"version": 0})]
