@@ -189,6 +189,7 @@ def test_a_log_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path)
         CommandLog(main_process=True, path=tmp_path, heading="")
     CommandLog(main_process=False, path=tmp_path, heading="").end()  # other processes write none
     assert not console.quiet
+    assert logging.getLogger("llmqat").level != logging.ERROR
 
 
 @pytest.mark.parametrize(("main_process", "is_terminal"), [(True, True), (True, False), (False, True)])

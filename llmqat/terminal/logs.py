@@ -138,6 +138,7 @@ class CommandLog:
             console.copy = errors.copy = plain_console(file=self.file)
         for handler in self._handlers:
             root.addHandler(handler)
+        self._level_before = logging.getLogger(OWN).level
         logging.getLogger(OWN).setLevel(logging.INFO if main_process else logging.ERROR)
         console.quiet = not main_process
 
@@ -150,6 +151,7 @@ class CommandLog:
         """Ends it."""
         console.copy = errors.copy = None
         console.quiet = False
+        logging.getLogger(OWN).setLevel(self._level_before)
         for handler in self._handlers:
             logging.getLogger().removeHandler(handler)
         if self.file is not None:
