@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers.utils.import_utils import is_serve_available
 
+from llmqat.export.checkpoint import record_of
 from llmqat.export.serving import Verdict
 from llmqat.extras import installation, missing
 from llmqat.paths import user_path
@@ -64,7 +65,7 @@ def name_of_folder(model: str | Path) -> str:
 
 def original_of(model: str | Path) -> str | None:
     """Returns the model that the checkpoint `model` was made from, as it records it; None where it records none."""
-    run = _json(user_path(str(model)) / "llmqat.json").get("run") or {}
+    run = record_of(str(model))
     found: str | None = run.get("model") or (run.get("recipe") or {}).get("model")
     return found
 

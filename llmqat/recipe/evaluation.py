@@ -56,17 +56,24 @@ def evaluation_windows(
         ValueError: a text cannot be read, or is shorter than a window.
     """
     return {
-        name: text_windows(
-            settings.protocol,
-            source,
-            tokenizer,
-            window=settings.window,
-            stride=settings.stride,
-            max_windows=settings.max_windows,
-            model_length=model_length,
-        )
+        name: source_windows(settings, source, tokenizer, model_length)
         for name, source in text_names(settings.texts).items()
     }
+
+
+def source_windows(
+    settings: EvaluationSettings, source: str, tokenizer: PreTrainedTokenizerBase, model_length: int | None = None
+) -> TokenWindows:
+    """Returns the windows of one text, as `evaluation_windows` does of all."""
+    return text_windows(
+        settings.protocol,
+        source,
+        tokenizer,
+        window=settings.window,
+        stride=settings.stride,
+        max_windows=settings.max_windows,
+        model_length=model_length,
+    )
 
 
 HELD_OUT = "held-out answers"

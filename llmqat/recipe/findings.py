@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmqat.status import USER_MISTAKES
+
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +38,7 @@ class Findings:
         """Inside, an error that is the user's to mend is noted, and ends the block."""
         try:
             yield
-        except (ValueError, OSError, ImportError) as error:
+        except USER_MISTAKES as error:
             self.note(error)
 
     def note(self, error: Exception) -> None:

@@ -82,7 +82,7 @@ from llmqat.recipe.folder import (
     what_is_kept,
 )
 from llmqat.recipe.machine import remember_run
-from llmqat.recipe.plan import coverage_of, few_steps, steps_of
+from llmqat.recipe.plan import check_blocks, coverage_of, learns_answers
 from llmqat.recipe.preflight import Preflight, begin, check_run
 from llmqat.recipe.record import RunRecord
 from llmqat.recipe.start import UNPACKED_ONLY, starts_packed
@@ -94,13 +94,11 @@ from llmqat.train import (
     QATArguments,
     QATTrainer,
     QuantizationMonitor,
-    check_batch,
     is_own_teacher,
     whole_model,
 )
 from llmqat.train.adapter import save_adapter
 from llmqat.train.checkpoints import last_checkpoint
-from llmqat.train.stability import check_lengths
 
 log = logging.getLogger(__name__)
 
@@ -194,13 +192,10 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         earlier = texts_seen(record_of(recipe.model))
         check_untrained(recipe.evaluate, documents_learned(text), "this recipe")
         check_untrained(recipe.evaluate, documents_recorded({EARLIER_TEXTS: earlier}), recipe.model)
-        check_batch(arguments, len(blocks))
-        total = steps_of(arguments, len(blocks), arguments.world_size) or 0
-        check_lengths(total, arguments.get_warmup_steps(total), arguments.quantization_warmup_steps)
-        unlearned = _unlearned_answers(arguments, blocks)
-        learns_answers = arguments.cross_entropy_weight > 0 and blocks.rows.scored is not None
-        if main and learns_answers and (few := few_steps(arguments, blocks, arguments.world_size)):
+        few = check_blocks(arguments, blocks, arguments.world_size)
+        if main and few:
             log.warning("%s", few)
+        unlearned = _unlearned_answers(arguments, blocks)
         windows = {**held_out_windows(text, recipe.evaluate), **windows}
     if cache is not None:
         check_cached(cache, text)
@@ -254,7 +249,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
                 speed=recipe.evaluate.speed,
                 progress=advance,
                 extras=asked_again(windows, tokenizer),
-                fine_tuned=learns_answers,
+                fine_tuned=learns_answers(arguments, blocks),
             )
     result = RunResult(report.folder, comparison, report, training, stage.seconds)
     remember_run(recipe, coverage, arguments.world_size, training, stage.seconds)

@@ -32,7 +32,8 @@ from llmqat.recipe.config import Recipe, folds_weights, parse_yaml, training_arg
 from llmqat.recipe.disk import Disk, disk_of
 from llmqat.recipe.memory import Devices, Memory, Method, ModelSize, memory_of, optimizer_bytes, size_of
 from llmqat.recipe.start import starts_packed
-from llmqat.train import LoraSettings, QATArguments, choose_trained
+from llmqat.train import LoraSettings, QATArguments, check_batch, choose_trained
+from llmqat.train.stability import check_lengths
 
 PROPOSED_RANK = 16
 """Of the adapters that are proposed where memory is short."""
@@ -186,6 +187,22 @@ def steps_of(arguments: QATArguments, blocks: int | None, processes: int) -> int
     if blocks is None:
         return None
     return math.ceil(math.ceil(blocks / samples_of(arguments, processes)) * arguments.num_train_epochs)
+
+
+def learns_answers(arguments: QATArguments, blocks: TokenBlocks) -> bool:
+    """Returns whether the loss sees the answers that the text tells from the rest."""
+    return arguments.cross_entropy_weight > 0 and blocks.rows.scored is not None
+
+
+def check_blocks(arguments: QATArguments, blocks: TokenBlocks, processes: int) -> str | None:
+    """Returns a warning where a training on `blocks` is too short to learn their answers; None where it is not.
+
+    Raises:
+        ValueError: the blocks fill no batch, or a warm-up does not end within the training.
+    """
+    check_batch(arguments, len(blocks))
+    check_lengths(steps_of(arguments, len(blocks), processes) or 0, arguments)
+    return few_steps(arguments, blocks, processes) if learns_answers(arguments, blocks) else None
 
 
 def few_steps(arguments: QATArguments, blocks: TokenBlocks, processes: int) -> str | None:

@@ -54,7 +54,7 @@ from llmqat.recipe.evaluation import (
     check_there,
     check_untrained,
     documents_recorded,
-    evaluation_windows,
+    source_windows,
     text_names,
     texts_seen,
 )
@@ -63,16 +63,17 @@ from llmqat.recipe.folder import check_run_folder
 from llmqat.recipe.memory import size_of
 from llmqat.recipe.plan import (
     blocks_of,
+    check_blocks,
     check_plan_served,
     described,
-    few_steps,
     method_of,
     packed_bytes,
     prepared_model,
     steps_of,
 )
 from llmqat.recipe.start import check_packed_start, starts_packed
-from llmqat.train import QATArguments, check_batch, check_distribution
+from llmqat.status import USER_MISTAKES
+from llmqat.train import QATArguments, check_distribution
 from llmqat.train.checkpoints import check_resumable, last_checkpoint
 from llmqat.train.stability import check_lengths
 from llmqat.train.trial import refused_by_training
@@ -104,6 +105,8 @@ class Preflight:
     coverage: CoverageAudit | None = None
     int_quantized: bool = False
     """Whether W4A8 has to be written as `int-quantized`."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """With the chat template of the recipe."""
     windows: Mapping[str, TokenWindows] = field(default_factory=dict)
     """Of the evaluation."""
     disk: Disk | None = None
@@ -145,16 +148,15 @@ def check_run(flight: Preflight, *, overwrite: bool = False, elsewhere: bool = F
         with found.noting():
             _check_hub(arguments)
     with found.noting():
-        steps = steps_of(arguments, blocks_of(recipe), arguments.world_size) or 0
-        check_lengths(steps, arguments.get_warmup_steps(steps), arguments.quantization_warmup_steps)
+        check_lengths(steps_of(arguments, blocks_of(recipe), arguments.world_size) or 0, arguments)
     _check_model(flight)
-    tokenizer = _check_texts(flight)
-    _check_data(flight, recipe.data, tokenizer)
+    _check_texts(flight)
+    _check_data(flight, recipe.data)
     with found.noting():
         _check_seen(recipe)
     if recipe.teacher_cache is not None:
         with found.noting():
-            _check_cache(recipe, flight.model, tokenizer)
+            _check_cache(recipe, flight.model, flight.tokenizer)
     if recipe.teacher_bits is not None:
         with found.noting():
             check_few_bits(recipe.source, recipe.teacher_bits)
@@ -174,17 +176,11 @@ def count_blocks(flight: Preflight, processes: int) -> int | None:
     """
     recipe, arguments, found = flight.recipe, flight.arguments, flight.findings
     size = _local_bytes(recipe.data)
-    if size is None or size > MOST_READ_BYTES:
+    if size is None or size > MOST_READ_BYTES or flight.tokenizer is None:
         return None
     with found.noting():
-        tokenizer = load_tokenizer(resolve_spec(recipe.source), recipe.source)
-        use_chat_template(recipe.data, tokenizer)
-        blocks = load_blocks(recipe.data, tokenizer)
-        check_batch(arguments, len(blocks))
-        steps = steps_of(arguments, len(blocks), processes) or 0
-        check_lengths(steps, arguments.get_warmup_steps(steps), arguments.quantization_warmup_steps)
-        learns_answers = arguments.cross_entropy_weight > 0 and blocks.rows.scored is not None
-        if learns_answers and (few := few_steps(arguments, blocks, processes)):
+        blocks = load_blocks(recipe.data, flight.tokenizer)
+        if few := check_blocks(arguments, blocks, processes):
             found.warnings.append(few)
         return len(blocks)
     return None
@@ -205,10 +201,8 @@ def check_text(recipe: Recipe) -> None:
         Exception: as `Findings.refuse`.
     """
     flight = begin(recipe)
-    tokenizer = None
-    with flight.findings.noting():
-        tokenizer = load_tokenizer(resolve_spec(recipe.source), recipe.source)
-    _check_data(flight, recipe.data, tokenizer)
+    _load_tokenizer(flight)
+    _check_data(flight, recipe.data)
     flight.findings.refuse()
 
 
@@ -220,7 +214,7 @@ def _arguments(recipe: Recipe, found: Findings) -> tuple[Recipe, QATArguments]:
     while True:
         try:
             return recipe, training_arguments(recipe)
-        except (ValueError, OSError, ImportError) as error:
+        except USER_MISTAKES as error:
             found.note(error)
             unset_hf_deepspeed_config()  # transformers keeps what it has half made of a field that it refuses
             named = [key for key in recipe.train if re.search(rf"\b{key}\b", str(error))]
@@ -312,36 +306,39 @@ def _check_allocation(recipe: Recipe, model: PreTrainedModel) -> None:
 # Texts
 
 
-def _check_texts(flight: Preflight) -> PreTrainedTokenizerBase | None:
-    """Cuts the evaluation's texts into windows; returns the tokenizer, None where there is none."""
+def _load_tokenizer(flight: Preflight) -> None:
+    with flight.findings.noting():
+        flight.tokenizer = load_tokenizer(resolve_spec(flight.recipe.source), flight.recipe.source)
+
+
+def _check_texts(flight: Preflight) -> None:
+    """Loads the tokenizer, and cuts the evaluation's texts into windows."""
     recipe, found = flight.recipe, flight.findings
-    tokenizer = None
-    with found.noting():
-        tokenizer = load_tokenizer(resolve_spec(recipe.source), recipe.source)
-    if tokenizer is None:
+    _load_tokenizer(flight)
+    if flight.tokenizer is None:
         for text in recipe.evaluate.texts:
             with found.noting():
                 check_there(text)
-        return None
+        return
     with found.noting():
-        use_chat_template(recipe.data, tokenizer)
+        use_chat_template(recipe.data, flight.tokenizer)
     longest = None if flight.model is None else declared_length(flight.model.config)
-    for text in recipe.evaluate.texts:  # of several, each that does not do is named
+    windows: dict[str, TokenWindows] = {}
+    for name, source in text_names(recipe.evaluate.texts).items():  # of several, each that does not do is named
         with found.noting():
-            evaluation_windows(recipe.evaluate.model_copy(update={"texts": (text,)}), tokenizer, longest)
+            windows[name] = source_windows(recipe.evaluate, source, flight.tokenizer, longest)
     if not found.errors:
-        flight.windows = evaluation_windows(recipe.evaluate, tokenizer, longest)
+        flight.windows = windows
         if flight.model is not None:
             with found.noting():
-                check_length(flight.model, max(cut.read_length for cut in flight.windows.values()), "evaluate.window")
-    return tokenizer
+                check_length(flight.model, max(cut.read_length for cut in windows.values()), "evaluate.window")
 
 
-def _check_data(flight: Preflight, data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    found = flight.findings
+def _check_data(flight: Preflight, data: DataConfig) -> None:
+    found, tokenizer = flight.findings, flight.tokenizer
     if data.source == MIX:
         for one in data.mix or ():
-            _check_data(flight, one.model_copy(update={"block_size": data.block_size}), tokenizer)
+            _check_data(flight, one.model_copy(update={"block_size": data.block_size}))
         return
     with found.noting():
         if data.source == "synthetic":

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from llmqat.train.checkpoints import last_checkpoint
 
@@ -98,15 +99,18 @@ def not_finite_error(step: int, what: str, where: str, folder: Path) -> Floating
     )
 
 
-def check_lengths(total: int, warmup: int, quantization_warmup: int) -> None:
+def check_lengths(total: int, arguments: TrainingArguments) -> None:
     """Raises ValueError where a warm-up does not end before training does; of no steps at all there is no warm-up.
 
     Args:
         total: optimizer steps of the training.
-        warmup: steps in which learning rates rise.
-        quantization_warmup: steps in which weights are quantized in part.
+        arguments: say in how many steps learning rates rise, and (QATArguments) weights are quantized in part.
     """
-    for name, steps in (("warmup_steps", warmup), ("quantization_warmup_steps", quantization_warmup)):
+    warmups = {
+        "warmup_steps": arguments.get_warmup_steps(total),
+        "quantization_warmup_steps": getattr(arguments, "quantization_warmup_steps", 0),
+    }
+    for name, steps in warmups.items():
         if steps and 0 < total <= steps:
             raise ValueError(
                 f"{name}={steps} does not end within the {total} steps of the training; give fewer, or train longer"

@@ -346,8 +346,7 @@ class QATTrainer(Trainer):
         Raises:
             ValueError: a warm-up does not end within the training.
         """
-        quantization_warmup = getattr(self.args, "quantization_warmup_steps", 0)
-        check_lengths(num_training_steps, self.args.get_warmup_steps(num_training_steps), quantization_warmup)
+        check_lengths(num_training_steps, self.args)
         if self.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             # Trainer waits for a smaller metric, whatever greater_is_better says.
             mode = "max" if self.args.greater_is_better else "min"

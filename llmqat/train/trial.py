@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from llmqat.data.blocks import token_blocks
+from llmqat.status import USER_MISTAKES
 from llmqat.train.arguments import QATArguments
 from llmqat.train.trainer import QATTrainer
 
@@ -68,7 +69,7 @@ def _note(found: list[Exception], make: Callable[[], T]) -> T | None:
     """Returns what `make` makes; None where it raises what the user has to mend, which goes to `found`."""
     try:
         return make()
-    except (ValueError, OSError, ImportError) as error:
+    except USER_MISTAKES as error:
         found.append(error)
     except TypeError as error:  # of a keyword that a schedule does not take, or needs
         found.append(ValueError(f"train: {error}"))
