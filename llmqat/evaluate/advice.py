@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from llmqat.evaluate.bootstrap import Interval
 from llmqat.evaluate.gate import REFERENCE
-from llmqat.export.commands import YOUR_TEXT, command, name_of_folder, run_commands
+from llmqat.export.commands import YOUR_TEXT, command, name_of_folder, original_in, run_commands
 
 THRESHOLD = 0.02
 """KL from the reference, nats a token, up to which a model is as good as it."""
@@ -211,29 +211,25 @@ class _Adviser:
 
     def _judged(self, text: str) -> _Judged:
         figures = self.row["texts"][text]
-        before = self.reference["texts"][text]["perplexity"]
         if _learned_answers(self.row):
-            lost = figures.get("perplexity_lost")
-            apart = (
-                None if lost is None or lost["high"] is None else Interval(lost["low"] / before, lost["high"] / before)
-            )
-            share = (figures["perplexity"] or math.inf) / before - 1
-            return _Judged(text, "perplexity", share, apart, math.exp(self.threshold) - 1)
+            share = (figures["perplexity"] or math.inf) / self.reference["texts"][text]["perplexity"] - 1
+            return _Judged(text, "perplexity", share, self._share_lost(text), math.exp(self.threshold) - 1)
         found = figures.get("intervals", {}).get("kl")
         apart = None if found is None else Interval(found["low"], found["high"])
         kl = math.inf if figures["kl"] is None else figures["kl"]
         return _Judged(text, "kl", kl, apart, self.threshold)
 
+    def _share_lost(self, text: str) -> Interval | None:
+        """Returns the interval of the perplexity that is lost, as a share of the reference's."""
+        lost, before = self.row["texts"][text].get("perplexity_lost"), self.reference["texts"][text]["perplexity"]
+        return None if lost is None or lost["high"] is None else Interval(lost["low"] / before, lost["high"] / before)
+
     def _perplexity(self, text: str) -> str:
         figures, before = self.row["texts"][text], self.reference["texts"][text]["perplexity"]
         if figures["perplexity"] is None:
             return "Its perplexity is infinite."
-        lost = figures.get("perplexity_lost")
-        spread = (
-            ""
-            if lost is None or lost["high"] is None
-            else f" ({lost['low'] / before:+.1%} to {lost['high'] / before:+.1%})"
-        )
+        lost = self._share_lost(text)
+        spread = "" if lost is None else f" ({lost.low:+.1%} to {lost.high:+.1%})"
         return f"Perplexity {figures['perplexity']:.4g}, {figures['perplexity'] / before - 1:+.1%}{spread}."
 
     # What to do
@@ -384,7 +380,7 @@ def first_steps(report: Mapping[str, Any]) -> list[str]:
     """Returns what to run after a comparison that has no reference: its like with one, or quantization of the model."""
     row = report["rows"][0]
     spec, run = str(row.get("spec") or row["name"]), row.get("run") or {}
-    original = run.get("model") or (run.get("recipe") or {}).get("model")
+    original = original_in(run)
     if original is None and not row.get("scheme"):
         return [command("llmqat", "quantize", spec, "--scheme", "int4", "--out", f"{name_of_folder(row['name'])}-int4")]
     return [command("llmqat", "eval", spec, "--reference", original or "ORIGINAL")]

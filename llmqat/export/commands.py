@@ -65,7 +65,11 @@ def name_of_folder(model: str | Path) -> str:
 
 def original_of(model: str | Path) -> str | None:
     """Returns the model that the checkpoint `model` was made from, as it records it; None where it records none."""
-    run = record_of(str(model))
+    return original_in(record_of(str(model)))
+
+
+def original_in(run: Mapping[str, Any]) -> str | None:
+    """Returns the model that a run, whose facts are `run`, has quantized; None where they do not say."""
     found: str | None = run.get("model") or (run.get("recipe") or {}).get("model")
     return found
 
