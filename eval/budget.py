@@ -1,0 +1,505 @@
+"""What more training tokens buy: KL after distillation on 40 thousand to a million tokens, from a calibrated start.
+
+A cell is a scheme, a text, a budget of tokens and a seed, such as int4:own:40k:0. Each is a training of its own by
+QATTrainer, with the settings of recipes/smollm2-135m-SCHEME.yaml and a schedule that ends with its budget. It is scored
+as packed, saved and reloaded, on the windows of every `--eval` text. The text is `own`, written by the model itself, or
+a file. Seed 0 takes the first blocks of a text, on which the start is calibrated as well; each further seed takes the
+blocks after those of the seed before, in an order of its own. Budget 0 is the start itself.
+
+What cells share is made once and kept in `--work`: the text, the teacher's likeliest tokens at each of its positions,
+and the calibrated start of a scheme on a text. The same command continues: a finished cell is not done again, and one
+that was killed resumes from its last checkpoint. Several processes may work in one folder at the same time; each skips
+the cells that another is doing (`--only` gives each its own). The report holds every finished cell in `--work`.
+
+Intervals are those of llmqat/evaluate/bootstrap.py; changes from the start are paired by windows. The last lines are
+the headline, `name: number`.
+
+    python eval/budget.py --texts own wikitext-2/valid.txt --eval wikitext-2/test.txt pydoc own --work runs/budget \
+        --only int4:own int3:valid:40k --threads 1 --json eval/results/budget-smollm2-135m.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import math
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import llmqat
+from llmqat.calibrate import calibrate
+from llmqat.data import TokenBlocks, load_blocks, read_blocks, save_blocks, token_blocks
+from llmqat.data.config import SynthesisConfig
+from llmqat.data.synthesis import synthesize
+from llmqat.data.teacher_cache import DEFAULT_TOP_K, HEADER_FILE, TeacherCache, cache_teacher
+from llmqat.data.text import text_config
+from llmqat.evaluate.bootstrap import mean_difference, mean_interval
+from llmqat.evaluate.compare import environment, write_report
+from llmqat.evaluate.loading import load_to_judge
+from llmqat.evaluate.perplexity import (
+    Evaluation,
+    Reference,
+    TokenWindows,
+    evaluate,
+    keep_reference,
+    windows_from_blocks,
+)
+from llmqat.heap import give_back_freed_memory
+from llmqat.models import load_model, load_tokenizer, resolve_spec, write_whole
+from llmqat.paths import check_outputs, same_place, user_path, user_spec
+from llmqat.recipe import load_recipe
+from llmqat.recipe.config import TRAINER_FOLDER, EvaluationSettings, Recipe, forward_dtype, training_arguments
+from llmqat.recipe.evaluation import source_windows
+from llmqat.recipe.training import TrainingLines
+from llmqat.terminal import plain_console, show_any_text
+from llmqat.train import QATTrainer
+from llmqat.train.checkpoints import last_checkpoint
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+OWN = "own"
+"""The text that the model writes itself; among `--eval`, some of it that nothing is trained on."""
+SETTINGS_FILE = "settings.json"
+RESULT_FILE = "result.json"
+BLOCKS_FILE = "blocks.safetensors"
+PIECE = 128
+"""Blocks of its own text that the model writes with one seed, so that the text depends on no order of the cells."""
+HELD_OUT_SEED = 1_000_003
+SCRIPT_S_KEYS = ("output", "seed", "train.max_steps", "train.save_steps", "data.tokens")
+"""Keys of a recipe that the script sets itself."""
+
+Maker = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], TokenBlocks]
+"""Makes text with the full-precision model, in a folder that it may use."""
+
+log = logging.getLogger("llmqat.eval.budget")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training, or with no tokens the start of several."""
+
+    scheme: str
+    text: str
+    tokens: int  # asked for; whole steps are trained
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.scheme}-{self.text}-{self.tokens}-{self.seed}"
+
+    def is_meant(self, pattern: str) -> bool:
+        """Returns whether SCHEME:TEXT:TOKENS:SEED, of which parts may be * or left out at the end, means this cell."""
+        own = (self.scheme, self.text, str(self.tokens), str(self.seed))
+        given = pattern.split(":")
+        if len(given) > 2 and given[2] != "*":
+            given[2] = str(amount(given[2]))
+        return len(given) <= len(own) and all(part in ("*", name) for part, name in zip(given, own, strict=False))
+
+
+def main() -> None:
+    """Does the cells that are missing, prints the table, then the headline."""
+    show_any_text()
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("llmqat").setLevel(logging.INFO)
+    options = parse_options()
+    check_outputs({"--json": options.json}, [text for text in (*options.texts.values(), *options.eval) if text != OWN])
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bench = Bench(options)
+    bench.begin()
+    for cell in options.cells:
+        bench.do(cell)
+    report = bench.report()
+    plain_console(width=options.width).print(table(report["rows"]))
+    for row in report["rows"]:
+        for text, figures in row["texts"].items():
+            print(f"{row['scheme']}, {row['text']}, {row['tokens']} tokens, seed {row['seed']}, {text} kl", end="")
+            print(f": {figures['kl']:.5g}")
+
+
+def parse_options() -> argparse.Namespace:
+    """Returns the command line's options, and the cells that are meant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=user_spec, help="another model than the recipes'")
+    parser.add_argument("--schemes", nargs="+", default=["int4", "int3", "int2"], help="each with a recipe")
+    parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
+    parser.add_argument("--texts", nargs="+", default=[OWN], help="texts to train on: own, or UTF-8 files")
+    parser.add_argument("--tokens", nargs="+", type=amount, default=[0, 40_000, 100_000, 300_000, 1_000_000])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the blocks and their order")
+    parser.add_argument("--only", nargs="+", metavar="CELL", help="SCHEME:TEXT:TOKENS:SEED, later parts may be missing")
+    parser.add_argument("--calibrate", default="[ranges, gptq]", help="stages before training, as in a recipe")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes in all recipes")
+    parser.add_argument(
+        "--top-k", type=int, default=DEFAULT_TOP_K, help="likeliest tokens of the teacher that are kept"
+    )
+    parser.add_argument("--eval", nargs="+", required=True, help="texts to score: UTF-8 files, pydoc, own")
+    parser.add_argument("--window", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--max-windows", type=int, default=40, help="windows scored, from each text's start")
+    parser.add_argument("--save-steps", type=int, default=200, help="optimizer steps between checkpoints")
+    parser.add_argument("--threads", type=int, help="of this process; as many as there are cores where not given")
+    parser.add_argument(
+        "--work", type=user_path, required=True, help="folder of the cells, gone on with if it is there"
+    )
+    parser.add_argument("--json", type=user_path, help="file for the results")
+    parser.add_argument("--width", type=int, default=150, help="of the table, in characters")
+    options = parser.parse_args()
+    trained, scored = ({short_name(text): text for text in given} for given in (options.texts, options.eval))
+    for option, given, names in (("--texts", options.texts, trained), ("--eval", options.eval, scored)):
+        if len(names) < len(given):
+            parser.error(f"{option}: two texts have the name of one file; give each a name of its own")
+    for text in options.texts:
+        if any(text != OWN and same_place(text, other) for other in options.eval):
+            parser.error(f"--texts {text} is scored as well (--eval); train on other text")
+    for key in (change.partition("=")[0] for change in options.set):
+        if key in SCRIPT_S_KEYS:
+            parser.error(f"--set {key}: this script sets it; use its own options")
+    options.texts, options.eval = trained, scored
+    seeds = sorted(set(options.seeds))
+    budgets = [(tokens, seed) for tokens in sorted(set(options.tokens)) for seed in (seeds if tokens else [0])]
+    cells = [Cell(scheme, text, *budget) for budget, text, scheme in product(budgets, trained, options.schemes)]
+    for pattern in options.only or ():
+        if not any(cell.is_meant(pattern) for cell in cells):
+            parser.error(f"--only {pattern} means no cell of --schemes, --texts, --tokens and --seeds")
+    options.cells = [cell for cell in cells if not options.only or any(map(cell.is_meant, options.only))]
+    return options
+
+
+def amount(text: str) -> int:
+    """Returns the number that 300000, 300k or 0.3M stands for."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write 300000, 300k or 0.3M")
+    return round(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6}[found[2]])
+
+
+def short_name(text: str) -> str:
+    """Returns what a text is called in the names of cells, and in the table."""
+    return Path(text).stem
+
+
+@contextmanager
+def held(file: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Yields whether this process alone holds the lock `file` inside; a process that has ended holds none."""
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+class Bench:
+    """The work folder, and what the cells in it share."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.work = options, Path(options.work)
+        self.recipes = {scheme: self._recipe(scheme) for scheme in options.schemes}
+        self.model = options.model or next(iter(self.recipes.values())).model
+
+    def _recipe(self, scheme: str) -> Recipe:
+        """Returns the scheme's recipe with what the options change in it."""
+        changes = [f"calibrate={self.options.calibrate}", f"quant.group_size={self.options.group_size}"]
+        if self.options.model:
+            changes.append(f"model={self.options.model}")
+        return load_recipe(RECIPES / f"smollm2-135m-{scheme}.yaml", [*changes, *self.options.set])
+
+    def begin(self) -> None:
+        """Writes down what the cells have in common, or sees that it is what the folder was begun with.
+
+        Raises:
+            SystemExit: it is not.
+        """
+        options = self.options
+        now: dict[str, Any] = {"model": self.model, "top_k": options.top_k, "eval": options.eval}
+        now |= {"window": options.window, "max_windows": options.max_windows}
+        now |= {f"text {name}": text for name, text in options.texts.items()}
+        sections = {"quant", "calibrate", "train", "data"}
+        now |= {name: one.model_dump(mode="json", include=sections) for name, one in self.recipes.items()}
+        self.work.mkdir(parents=True, exist_ok=True)
+        file = self.work / SETTINGS_FILE
+        with held(self.work / "settings.lock"):
+            before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if differing := [key for key, value in now.items() if key in before and before[key] != value]:
+                raise SystemExit(
+                    f"{self.work} was begun with other settings ({file}): {', '.join(differing)}; give the same, or "
+                    "another --work"
+                )
+            write_whole(file, json.dumps({**before, **now}, indent=2) + "\n")
+
+    # Cells
+
+    def do(self, cell: Cell) -> None:
+        """Does a cell, unless it is done or another process is at it; then puts it into the report."""
+        folder = self.work / cell.name
+        folder.mkdir(exist_ok=True)
+        with held(folder / "lock", wait=False) as mine:
+            if (folder / RESULT_FILE).is_file():
+                return
+            if not mine:
+                log.info("%s: another process is at it", cell.name)
+                return
+            log.info("%s: begins", cell.name)
+            result = self._trained(cell, folder)
+            write_whole(folder / RESULT_FILE, json.dumps(result) + "\n")
+            for part in (TRAINER_FOLDER, "model"):  # gigabytes
+                shutil.rmtree(folder / part, ignore_errors=True)
+        log.info(
+            "%s: %s", cell.name, ", ".join(f"{text} KL {found['kl']:.4f}" for text, found in result["texts"].items())
+        )
+        self.report()
+
+    def _trained(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        """Returns what is known of a cell once it is trained, packed and scored."""
+        recipe, count = self.budgeted(cell, folder)
+        blocks = self.blocks(cell, recipe, count)
+        model, calibration = self.start(cell, recipe)
+        training = self.train(cell, model, blocks, recipe) if cell.tokens else None
+        tokenizer = load_tokenizer(resolve_spec(self.model), self.model)
+        saved = llmqat.save(model, folder / "model", tokenizer, overwrite=True)
+        del model
+        give_back_freed_memory()
+        packed = load_to_judge(str(folder / "model"))
+        found = {name: evaluate(packed, one.windows, one) for name, one in self.references.items()}
+        return {
+            **asdict(cell),
+            "asked_tokens": cell.tokens,
+            "tokens": training["tokens"] if training else 0,
+            "text_sha256": blocks.sha256 if training else None,
+            "bits_per_weight": saved.bits_per_weight,
+            "calibration": calibration,
+            "training": training,
+            "texts": {name: figures(entry) for name, entry in found.items()},
+            "environment": environment(),
+        }
+
+    def budgeted(self, cell: Cell, folder: Path) -> tuple[Recipe, int]:
+        """Returns the cell's recipe, whose schedule ends with its budget, and how many blocks its steps take."""
+        recipe = self.recipes[cell.scheme]
+        own = training_arguments(recipe)
+        samples = own.per_device_train_batch_size * own.gradient_accumulation_steps
+        steps = math.ceil(cell.tokens / (samples * recipe.data.block_size))
+        changes = {
+            "max_steps": max(steps, 1),
+            "warmup_steps": round(own.warmup_steps / own.max_steps * steps),
+            "save_steps": self.options.save_steps,
+        }
+        train = {**recipe.train, **changes}
+        return recipe.model_copy(update={"train": train, "seed": cell.seed, "output": folder}), steps * samples
+
+    def train(self, cell: Cell, model: nn.Module, blocks: TokenBlocks, recipe: Recipe) -> dict[str, Any]:
+        """Trains `model` in place, from the cell's last checkpoint if there is one; returns the facts of it."""
+        arguments = training_arguments(recipe)
+        teacher = self.teacher(cell.text, blocks)
+        trainer = QATTrainer(model=model, teacher=teacher, args=arguments, train_dataset=blocks.dataset())
+        TrainingLines.attach(trainer)
+        last = last_checkpoint(Path(arguments.output_dir))
+        give_back_freed_memory()
+        output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        tokens, now = trainer.tokens_trained()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return {
+            "steps": trainer.state.global_step,
+            "tokens": tokens,
+            "tokens_per_second": now / output.metrics["train_runtime"],
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "resumed_from": None if last is None else last.name,
+        }
+
+    # What cells share
+
+    def blocks(self, cell: Cell, recipe: Recipe, count: int) -> TokenBlocks:
+        """Returns the blocks that a cell is trained on: `count`, or all of its text where that has fewer."""
+        text = self.text(cell.text, (cell.seed + 1) * count)
+        size = min(count, len(text))
+        places = (cell.seed * count + torch.arange(size)) % len(text)
+        return token_blocks(text.ids[places], text.source)
+
+    def text(self, name: str, count: int) -> TokenBlocks:
+        """Returns a text to train on: of the model's own, `count` blocks at least, which are written if need be."""
+        count = max(count, *(getattr(stage, "blocks", 0) for one in self.recipes.values() for stage in one.calibrate))
+        data = next(iter(self.recipes.values())).data
+        if name == OWN:
+            pieces = range(math.ceil(count / PIECE))
+            parts = [self._written(f"{OWN}/{n:03}", PIECE, data.block_size, data.seed + n) for n in pieces]
+            return token_blocks(torch.cat([part.ids for part in parts]), parts[0].source)
+        source = text_config(self.options.texts[name], labels="all", block_size=data.block_size)
+        return self._kept(name, lambda model, tokenizer, _: load_blocks(source, tokenizer, model))
+
+    def _written(self, name: str, count: int, size: int, seed: int) -> TokenBlocks:
+        """Returns `count` blocks of `size` tokens that the model has written."""
+        data = next(iter(self.recipes.values())).data
+        own = {"block_size": size, "seed": seed}
+        settings = {**{key: getattr(data, key) for key in SynthesisConfig.model_fields}, **own}
+
+        def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> TokenBlocks:
+            log.info("%s: the model writes %d tokens", name, count * size)
+            return synthesize(model, tokenizer, count * size, folder=folder / "shards", **settings)
+
+        return self._kept(name, write)
+
+    def _kept(self, name: str, make: Maker) -> TokenBlocks:
+        """Returns the blocks in the folder `name`, made if they are not there."""
+        folder = self._folder(name)
+        file = folder / BLOCKS_FILE
+        with held(folder / "lock"):
+            if not file.is_file():
+                model, tokenizer = load_model(self.model, torch.bfloat16)
+                save_blocks(make(model.to(self._device), tokenizer, folder), file)
+        return read_blocks(file)
+
+    def teacher(self, text: str, blocks: TokenBlocks) -> TeacherCache:
+        """Returns what the full-precision model predicts for `blocks`; it runs over those that it has not seen."""
+        folder = self._folder(text) / "teacher"
+        if (found := _cache_of(folder, blocks)) is not None:
+            return found
+        with held(self._folder(text) / "teacher.lock"):
+            if (found := _cache_of(folder, blocks)) is not None:
+                return found
+            model, tokenizer = load_model(self.model, torch.bfloat16)
+            model.to(self._device)
+            log.info("%s: the teacher reads %d blocks", text, len(blocks))
+            return cache_teacher(model, tokenizer, blocks.rows, folder, top_k=self.options.top_k)
+
+    def start(self, cell: Cell, recipe: Recipe) -> tuple[nn.Module, list[dict[str, Any]]]:
+        """Returns the calibrated model that the cells of a scheme on a text begin with, and what each stage did."""
+        folder = self._folder(f"start-{cell.scheme}-{cell.text}")
+        rows = self.text(cell.text, 0).rows
+        arguments = training_arguments(recipe)
+        with held(folder / "lock"):
+            model, _ = load_model(self.model, torch.float32)
+            model.to(arguments.device)
+            dtype = forward_dtype(arguments.bf16)
+            found = calibrate(model, recipe.quant, recipe.calibrate, rows, folder=folder, dtype=dtype)
+        return model, [{"stage": one.stage, "seconds": one.seconds, "kl_after": one.kl_after} for one in found]
+
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        """Full precision on every `--eval` text, by name."""
+        model = load_to_judge(self.model)
+        return {name: keep_reference(model, self._windows(source)) for name, source in self.options.eval.items()}
+
+    def _windows(self, source: str) -> TokenWindows:
+        options = self.options
+        if source == OWN:
+            blocks = self._written("held-out", options.max_windows, options.window, HELD_OUT_SEED)
+            return windows_from_blocks(blocks.ids, "own text, held out")
+        settings = EvaluationSettings(texts=(source,), window=options.window, max_windows=options.max_windows)
+        return source_windows(settings, source, load_tokenizer(resolve_spec(self.model), self.model))
+
+    def _folder(self, name: str) -> Path:
+        folder = self.work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def _device(self) -> torch.device:
+        return training_arguments(next(iter(self.recipes.values()))).device
+
+    # The report
+
+    def report(self) -> dict[str, Any]:
+        """Returns what all cells in the folder have found, and writes it to `--json` if that is given."""
+        with held(self.work / "report.lock"):
+            found = [json.loads(file.read_text(encoding="utf-8")) for file in self.work.glob(f"*/{RESULT_FILE}")]
+            report = {
+                "command": shlex.join(["python", "eval/budget.py", *sys.argv[1:]]),
+                "settings": json.loads((self.work / SETTINGS_FILE).read_text(encoding="utf-8")),
+                "llmqat": llmqat.__version__,
+                "date": time.strftime("%Y-%m-%d"),
+                "rows": rows_of(found),
+            }
+            if self.options.json:
+                write_report(report, self.options.json)
+        return report
+
+
+def _cache_of(folder: Path, blocks: TokenBlocks) -> TeacherCache | None:
+    """Returns the teacher's cache in `folder`; None where it is not there, or lacks some of `blocks`."""
+    if not (folder / HEADER_FILE).is_file() or not any(folder.glob("shard-*.safetensors")):
+        return None
+    found = TeacherCache(folder)
+    return None if found.missing(blocks.rows) else found
+
+
+def figures(found: Evaluation) -> dict[str, Any]:
+    """Returns what a model scored on one text, and the KL of each window."""
+    scored = found.scored
+    assert scored is not None
+    assert scored.scores.kl is not None
+    tokens = torch.bincount(scored.unit)
+    sums = torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, scored.unit, scored.scores.kl.double())
+    kept = ("kl", "perplexity", "top1", "tokens", "windows", "window", "text_sha256")
+    return {
+        **{name: getattr(found, name) for name in kept},
+        "window_kl": [round(kl, 6) for kl in (sums / tokens).tolist()],
+    }
+
+
+def rows_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the cells in order, each with the interval of its KL and how far it is from its start."""
+    starts = {(row["scheme"], row["text"]): row["texts"] for row in found if not row["tokens"]}
+    rows = []
+    for row in sorted(found, key=lambda row: (row["scheme"], row["text"], row["tokens"], row["seed"])):
+        start = starts.get((row["scheme"], row["text"])) if row["tokens"] else None
+        texts = {}
+        for name, entry in row["texts"].items():
+            extra: dict[str, Any] = {"interval": mean_interval(entry["window_kl"]).to_dict()}
+            if start is not None:
+                before = start[name]
+                apart = mean_difference(entry["window_kl"], before["window_kl"])
+                extra["from_start"] = {"kl": entry["kl"] - before["kl"], **apart.to_dict()}
+            texts[name] = {**entry, **extra}
+        rows.append({**row, "texts": texts})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Returns the figures, a line for the seeds of a budget together: KL, its change from the start, and the rest."""
+    shown = Table("scheme", "text", "tokens", "seeds")
+    for text in rows[0]["texts"] if rows else ():
+        for heading in (f"{text},\nKL", "from the start", "perplexity", "top-1"):
+            shown.add_column(heading)
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["scheme"], row["text"], row["tokens"]), []).append(row)
+    for (scheme, text, tokens), group in groups.items():
+        cells = [scheme, text, f"{tokens:,}", str(len(group))]
+        for name in group[0]["texts"]:
+            cells += _cells([row["texts"][name] for row in group])
+        shown.add_row(*cells)
+    return shown
+
+
+def _cells(entries: list[dict[str, Any]]) -> list[str]:
+    """Returns means over seeds; of the change, the widest interval."""
+    apart = [entry["from_start"] for entry in entries if "from_start" in entry]
+    change = "–"
+    if apart:
+        half = max((one["high"] - one["low"]) / 2 for one in apart)
+        change = f"{fmean(one['kl'] for one in apart):+.4f} ±{half:.2g}"
+    kl, perplexity, top1 = (fmean(entry[name] for entry in entries) for name in ("kl", "perplexity", "top1"))
+    return [f"{kl:.4f}", change, f"{perplexity:.2f}", f"{top1:.1%}"]
+
+
+if __name__ == "__main__":
+    main()
