@@ -11,6 +11,9 @@ and the calibrated start of a scheme on a text. The same command continues: a fi
 that was killed resumes from its last checkpoint. Several processes may work in one folder at the same time; each skips
 the cells that another is doing (`--only` gives each its own). The report holds every finished cell in `--work`.
 
+From three budgets on, a law of KL against tokens is fitted to the cells of a scheme on a text (budget_law.py).
+`--law` writes it where llmqat reads it, `--plot` draws it, `--report` does both from what the folder has.
+
 Intervals are those of llmqat/evaluate/bootstrap.py; changes from the start are paired by windows. The last lines are
 the headline, `name: number`.
 
@@ -40,6 +43,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from budget_law import document, draw, laws_of, sentence
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +56,8 @@ from llmqat.data.synthesis import synthesize
 from llmqat.data.teacher_cache import DEFAULT_TOP_K, HEADER_FILE, TeacherCache, cache_teacher
 from llmqat.data.text import text_config
 from llmqat.evaluate.bootstrap import mean_difference, mean_interval
+from llmqat.evaluate.budget import OWN_TEXT as OWN
+from llmqat.evaluate.budget import Law
 from llmqat.evaluate.compare import environment, write_report
 from llmqat.evaluate.loading import load_to_judge
 from llmqat.evaluate.perplexity import (
@@ -62,8 +68,17 @@ from llmqat.evaluate.perplexity import (
     keep_reference,
     windows_from_blocks,
 )
+from llmqat.extras import check_installed
 from llmqat.heap import give_back_freed_memory
-from llmqat.models import load_model, load_tokenizer, resolve_spec, write_whole
+from llmqat.models import (
+    empty_model,
+    load_model,
+    load_tokenizer,
+    read_config,
+    resolve_spec,
+    token_model_class,
+    write_whole,
+)
 from llmqat.paths import check_outputs, same_place, user_path, user_spec
 from llmqat.recipe import load_recipe
 from llmqat.recipe.config import TRAINER_FOLDER, EvaluationSettings, Recipe, forward_dtype, training_arguments
@@ -74,8 +89,6 @@ from llmqat.train import QATTrainer
 from llmqat.train.checkpoints import last_checkpoint
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-OWN = "own"
-"""The text that the model writes itself; among `--eval`, some of it that nothing is trained on."""
 SETTINGS_FILE = "settings.json"
 RESULT_FILE = "result.json"
 BLOCKS_FILE = "blocks.safetensors"
@@ -120,15 +133,23 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("llmqat").setLevel(logging.INFO)
     options = parse_options()
-    check_outputs({"--json": options.json}, [text for text in (*options.texts.values(), *options.eval) if text != OWN])
+    outputs = {"--json": options.json, "--law": options.law, "--plot": options.plot}
+    check_outputs(outputs, [text for text in (*options.texts.values(), *options.eval) if text != OWN])
     if options.threads:
         torch.set_num_threads(options.threads)
     bench = Bench(options)
     bench.begin()
-    for cell in options.cells:
+    for cell in () if options.report else options.cells:
         bench.do(cell)
     report = bench.report()
+    laws = [Law.model_validate(law) for law in report["laws"]]
+    if options.law and laws:
+        write_whole(options.law, json.dumps(document(laws, report["command"]), indent=2) + "\n")
+    if options.plot:
+        draw(report["rows"], laws, options.plot)
     plain_console(width=options.width).print(table(report["rows"]))
+    for law in laws:
+        print(sentence(law))
     for row in report["rows"]:
         for text, figures in row["texts"].items():
             print(f"{row['scheme']}, {row['text']}, {row['tokens']} tokens, seed {row['seed']}, {text} kl", end="")
@@ -150,7 +171,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--top-k", type=int, default=DEFAULT_TOP_K, help="likeliest tokens of the teacher that are kept"
     )
-    parser.add_argument("--eval", nargs="+", required=True, help="texts to score: UTF-8 files, pydoc, own")
+    parser.add_argument("--eval", nargs="+", required=True, help="texts to score: UTF-8 files, pydoc, own (held out)")
     parser.add_argument("--window", type=int, default=512, help="tokens in a window")
     parser.add_argument("--max-windows", type=int, default=40, help="windows scored, from each text's start")
     parser.add_argument("--save-steps", type=int, default=200, help="optimizer steps between checkpoints")
@@ -158,7 +179,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=user_path, required=True, help="folder of the cells, gone on with if it is there"
     )
+    parser.add_argument("--report", action="store_true", help="do no cell, report those that the folder has")
     parser.add_argument("--json", type=user_path, help="file for the results")
+    parser.add_argument("--law", type=user_path, help="file for the laws: llmqat/evaluate/budget.json")
+    parser.add_argument("--plot", type=user_path, help="file for a plot (.png, .svg)")
     parser.add_argument("--width", type=int, default=150, help="of the table, in characters")
     options = parser.parse_args()
     trained, scored = ({short_name(text): text for text in given} for given in (options.texts, options.eval))
@@ -171,6 +195,8 @@ def parse_options() -> argparse.Namespace:
     for key in (change.partition("=")[0] for change in options.set):
         if key in SCRIPT_S_KEYS:
             parser.error(f"--set {key}: this script sets it; use its own options")
+    if options.plot:
+        check_installed("matplotlib", "--plot")
     options.texts, options.eval = trained, scored
     seeds = sorted(set(options.seeds))
     budgets = [(tokens, seed) for tokens in sorted(set(options.tokens)) for seed in (seeds if tokens else [0])]
@@ -398,6 +424,14 @@ class Bench:
         model = load_to_judge(self.model)
         return {name: keep_reference(model, self._windows(source)) for name, source in self.options.eval.items()}
 
+    @cached_property
+    def parameters(self) -> int:
+        """How many parameters the model has."""
+        config = read_config(resolve_spec(self.model), self.model)
+        with torch.device("meta"):
+            model = empty_model(token_model_class(config, self.model), config)
+        return sum(one.numel() for one in model.parameters())
+
     def _windows(self, source: str) -> TokenWindows:
         options = self.options
         if source == OWN:
@@ -428,6 +462,10 @@ class Bench:
                 "date": time.strftime("%Y-%m-%d"),
                 "rows": rows_of(found),
             }
+            stages = [stage.stage for stage in next(iter(self.recipes.values())).calibrate]
+            facts = {"model": self.model, "parameters": self.parameters, "group_size": self.options.group_size}
+            laws = laws_of(report["rows"], {**facts, "stages": stages})
+            report["laws"] = [law.model_dump(mode="json") for law in laws]
             if self.options.json:
                 write_report(report, self.options.json)
         return report

@@ -100,6 +100,8 @@ def _print_plan(planned: Plan, available: int | None) -> None:
     if planned.steps is not None and planned.tokens is not None:
         text += f"; training: steps {planned.steps:,}, tokens {planned.tokens:,}"
     console.print(text)
+    if planned.law is not None and planned.tokens is not None:
+        console.print(f"tokens: {planned.law.worth(planned.tokens)}")
     _print_memory(planned)
     _print_disk(planned)
     if available is not None:

@@ -4,6 +4,7 @@ perplexity.py  windows of a text, perplexity, KL and agreement with a reference
 speed.py       decoded tokens a second, bytes on disk by part
 compare.py     one table and one JSON over several models
 advice.py      what to do with a model, by its KL
+budget.py      what training tokens buy, as it was measured
 documents.py   every field of what is written as JSON
 
 This package and the public function `llmqat.evaluate` share a name, and Python puts the package under it as soon as any

@@ -13,6 +13,8 @@ model learns that text's domain, and its noise is ten times that of the KL. A KL
 Of several texts the one on which most is lost decides. Models whose record or figures are the same (a checkpoint and
 its export) are one model and get one advice. A model that was trained on answers is to differ from its
 reference, so it is judged by the perplexity that it loses; perplexity alone never says to ship it.
+
+What training leaves, and on how many tokens, says the law of the scheme (budget.py) where one was measured.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from llmqat.evaluate.bootstrap import Interval
+from llmqat.evaluate.budget import Law, law_of
 from llmqat.evaluate.gate import REFERENCE
 from llmqat.export.commands import YOUR_TEXT, command, name_of_folder, original_in, run_commands
 
 THRESHOLD = 0.02
 """KL from the reference, nats a token, up to which a model is as good as it."""
 TRAINING_TOKENS = 60_000
-"""A short distillation, as in recipes/smollm2-135m-int4.yaml."""
+"""A short distillation, where no law says how many tokens it takes."""
+STEP_TOKENS = 1024
+"""Tokens of an optimizer step in the recipes with which the laws were measured."""
 STEP_COST = 10
 """Forwards that a distillation step costs: teacher, student, backward and optimizer (measured: 8 to 12 on a CPU)."""
 BYTES_A_PARAMETER = 18
@@ -40,7 +45,7 @@ LEFT_OF_ROUNDING = 0.25
 LEFT_BY_CALIBRATION = 0.25
 """Share of the KL of plain rounding that calibration leaves, measured at 4 bits: 0.19 (blockwise), 0.24 (gptq)."""
 LEFT_OF_CALIBRATION = 0.75
-"""Share of the KL of a calibrated model that training leaves; measured: 0.6 to 1."""
+"""Share of the KL of a calibrated model that training leaves, where no law says it; measured: 0.6 to 1."""
 KL_A_BIT = 4.0
 """What a bit more divides the KL by: the error of a weight is halved, and the KL grows with its square."""
 MOST_BITS = 8
@@ -155,6 +160,28 @@ def _near(values: Sequence[float | None], share: float) -> bool:
         return False
     low, high = sorted(value for value in values if value is not None)
     return math.isfinite(high) and high - low <= share * high
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What a training leaves of what is lost, on how many tokens, and the law that says so, if any."""
+
+    left: float
+    tokens: int
+    law: Law | None = None
+
+    def words(self, amount: str) -> str:
+        """Returns it in words; `amount` is what is left."""
+        share = f"{100 * self.left:.0f} %"
+        if self.law is None:
+            return f"Training usually leaves about {share} of that, {amount}"
+        where = f"of {self.law.model}, the one model that was measured, training on {self.tokens:,} tokens left about"
+        return f"With the same scheme {where} {share}: here {amount}"
+
+    @property
+    def enough(self) -> str:
+        """When calibration is as good, as a sentence; nothing where that is not known."""
+        return "" if self.law is None else f" {self.law.enough()}"
 
 
 @dataclass(frozen=True)
@@ -273,10 +300,12 @@ class _Adviser:
         if math.isinf(worst.value):
             words, commands = self._more_bits(bits, worst)
             return "more bits", f"it needs more bits.{words}", commands
-        share = LEFT_OF_CALIBRATION if self.row.get("method") or bits > 4 else LEFT_OF_ROUNDING
-        left = f"Training usually leaves about {100 * share:.0f} % of that, {self._amount(share, worst)}"
-        if share * worst.value <= worst.threshold or bits >= MOST_BITS:
-            return "train", f"train it. {left}; {' '.join(self._cost())}.", [self._train()]
+        is_calibrated = self.row.get("method") or bits > 4
+        training = self._training(worst) if is_calibrated else _Training(LEFT_OF_ROUNDING, TRAINING_TOKENS)
+        left = training.words(self._amount(training.left, worst))
+        if training.left * worst.value <= worst.threshold or bits >= MOST_BITS:
+            words = f"train it. {left}; {' '.join(self._cost(training))}.{training.enough}"
+            return "train", words, [self._train(training)]
         words, commands = self._more_bits(bits, worst)
         return "more bits", f"it needs more bits. {left}, still more than {worst.threshold:g}.{words}", commands
 
@@ -291,8 +320,10 @@ class _Adviser:
         if LEFT_BY_CALIBRATION * worst.value <= worst.threshold:
             return "calibrate", f"{said}.", [first]
         said += f", still more than {worst.threshold:g}"
-        if LEFT_BY_CALIBRATION * LEFT_OF_CALIBRATION * worst.value <= worst.threshold:
-            return "calibrate", f"{said}: train it then; {' '.join(self._cost())}.", [first, self._train()]
+        training = self._training(worst, LEFT_BY_CALIBRATION)
+        if LEFT_BY_CALIBRATION * training.left * worst.value <= worst.threshold:
+            words = f"{said}: train it then; {' '.join(self._cost(training))}.{training.enough}"
+            return "calibrate", words, [first, self._train(training)]
         words, commands = self._more_bits(bits, worst)
         return "calibrate", f"{said}, as training would: to get there, it needs more bits.{words}", [first, *commands]
 
@@ -300,6 +331,21 @@ class _Adviser:
         name = f"{name_of_folder(self.row['name'])}-blockwise"
         words = ("--scheme", self._scheme(), *self._group(), "--method", "blockwise", "--out", name)
         return command("llmqat", "quantize", self.original, *words)
+
+    def _training(self, worst: _Judged, calibrated: float = 1.0) -> _Training:
+        """Returns what a training leaves: of just the tokens that get to the limit, or of the most that were measured.
+
+        Args:
+            worst: what is lost.
+            calibrated: share of it that calibration leaves, before training.
+        """
+        scheme = self.row.get("scheme") or {}
+        law = law_of(str(scheme.get("preset")), scheme.get("group_size"), own_text=True)
+        if law is None or worst.figure != "kl":
+            return _Training(LEFT_OF_CALIBRATION, TRAINING_TOKENS)
+        tokens = law.tokens_for(worst.threshold / (calibrated * worst.value))
+        tokens = law.most if tokens is None else max(tokens, law.least)
+        return _Training(law.left(tokens), tokens, law)
 
     @staticmethod
     def _amount(share: float, worst: _Judged) -> str:
@@ -327,11 +373,16 @@ class _Adviser:
         size = (self.row.get("scheme") or {}).get("group_size")
         return ("--group-size", size) if size else ()
 
-    def _train(self) -> str:
+    def _train(self, training: _Training) -> str:
         group = (self.row.get("scheme") or {}).get("group_size")
         quant = f"{{preset: {self._scheme()}" + (f", group_size: {group}}}" if group else "}")
         out = f"output=runs/{name_of_folder(self.row['name'])}"
-        return command("llmqat", "train", "smollm2-135m-int4", f"model={self.original}", f"quant={quant}", out)
+        law, given = training.law, (f"model={self.original}", f"quant={quant}", out)
+        if law is None:
+            return command("llmqat", "train", "smollm2-135m-int4", *given)
+        stages, steps = ", ".join(law.stages), math.ceil(training.tokens / STEP_TOKENS)
+        length = (f"calibrate=[{stages}]", f"data.tokens={steps * STEP_TOKENS}", f"train.max_steps={steps}")
+        return command("llmqat", "train", f"smollm2-135m-{law.scheme}", *given, *length)
 
     def _scheme(self) -> str:
         return str((self.row.get("scheme") or {}).get("preset") or f"int{min(8, max(2, round(self._bits())))}")
@@ -347,11 +398,11 @@ class _Adviser:
         count = ["--max-windows", f"{windows:.0f}"]
         return command("llmqat", "eval", self.spec, "--reference", self.original, *given, *named, *cut, *count)
 
-    def _cost(self) -> Iterator[str]:
+    def _cost(self, training: _Training) -> Iterator[str]:
         tokens = sum(text["tokens"] for text in self.report["texts"].values())
-        yield f"{TRAINING_TOKENS:,} tokens would take"
+        yield f"{training.tokens:,} tokens would take"
         if self.reference.get("seconds"):
-            minutes = TRAINING_TOKENS * STEP_COST / (tokens / self.reference["seconds"]) / 60
+            minutes = training.tokens * STEP_COST / (tokens / self.reference["seconds"]) / 60
             yield f"about {max(1, minutes):.0f} minutes here and"
         yield (
             "for their memory see `llmqat plan`"

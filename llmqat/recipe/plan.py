@@ -20,6 +20,7 @@ from llmqat.data import TokenBlocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
 from llmqat.data.length import check_length
 from llmqat.data.text import read_text
+from llmqat.evaluate.budget import OWN_TEXT, Law, laws
 from llmqat.export import is_packed, load
 from llmqat.export.compressed_tensors import quantized_layers, try_unwritten
 from llmqat.export.description import ModelDescription, describe
@@ -73,6 +74,8 @@ class Plan:
     """Bytes that the run writes into its folder."""
     output: Path
     """The folder."""
+    law: Law | None
+    """What its tokens were worth where the like was measured; None where it was not."""
 
     @property
     def memory(self) -> Memory:
@@ -166,7 +169,24 @@ def plan_run(recipe: Recipe, devices: Devices | None = None, blocks: int | None 
         trained_by=_trained_by(recipe),
         disk=disk_of(recipe, arguments, coverage, size, method, blocks, steps),
         output=recipe.output,
+        law=law_of_recipe(recipe, arguments),
     )
+
+
+def law_of_recipe(recipe: Recipe, arguments: QATArguments) -> Law | None:
+    """Returns the law of KL against tokens that was measured with the scheme, stages and kind of text of `recipe`.
+
+    None where none was, and for a training of adapters or scales, or of answers.
+    """
+    learns = arguments.cross_entropy_weight > 0 or arguments.kl_weight == 0
+    if learns or recipe.lora is not None or recipe.allocate is not None or arguments.trainable != "all":
+        return None
+    stages, own_text = {stage.stage for stage in recipe.calibrate}, recipe.data.source == "synthetic"
+    for law in laws():
+        is_alike = (law.text == OWN_TEXT) == own_text and stages.issuperset(law.stages)
+        if is_alike and recipe.quant == QuantConfig.preset(law.scheme, group_size=law.group_size):
+            return law
+    return None
 
 
 def blocks_of(recipe: Recipe) -> int | None:

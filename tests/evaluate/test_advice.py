@@ -11,11 +11,18 @@ import pytest
 import typer
 
 from llmqat.cli import app
+from llmqat.evaluate import budget
 from llmqat.evaluate.advice import advice, first_steps
 from llmqat.evaluate.documents import ComparisonDocument, head
 from llmqat.recipe import load_recipe
 
 ORIGINAL = "someone/original"
+
+
+@pytest.fixture(autouse=True)
+def _no_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes with llmqat is measured anew now and then; test_budget.py has laws of its own."""
+    monkeypatch.setattr(budget, "FILE", tmp_path / "missing.json")
 
 
 def texts(perplexity: float, kl: float | None, spread: float | None, lost: float | None) -> dict[str, Any]:

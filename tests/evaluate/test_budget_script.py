@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from llmqat.evaluate.budget import read_laws
 from llmqat.train import QATTrainer
 from tests.evaluate.test_scripts import SCRIPTS, headline, run
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -23,7 +24,8 @@ HOLD = (
 
 
 @pytest.fixture(autouse=True)
-def _level() -> Iterator[None]:
+def _script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(SCRIPTS)  # as Python does for a script
     logger = logging.getLogger("llmqat")
     level = logger.level
     yield
@@ -40,7 +42,7 @@ def words(tmp_path: Path) -> list[str]:
     small = ["data.block_size=32", "train.logging_steps=1", "train.learning_rate=1e-4"]
     return [
         *("--model", str(tmp_path / "original"), "--schemes", "int3", "--texts", "own", str(text)),
-        *("--tokens", "0", "0.32k", "640", "--eval", str(other), "own", "--window", "32", "--max-windows", "4"),
+        *("--tokens", "0", "64", "0.32k", "640", "--eval", str(other), "own", "--window", "32", "--max-windows", "4"),
         *("--calibrate", "[{stage: ranges, blocks: 4}]", "--set", *small),
         *("--top-k", "384", "--save-steps", "2", "--json", str(tmp_path / "out.json")),
     ]
@@ -55,21 +57,30 @@ def test_cells(
 ) -> None:
     out, work = tmp_path / "out.json", tmp_path / "work"
     words += ["--work", str(work)]
-    run(monkeypatch, "budget.py", *words, "--only", "int3:own")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: plots)")
+    files = ["--law", str(tmp_path / "law.json"), "--plot", str(tmp_path / "plot.png")]
+    run(monkeypatch, "budget.py", *words, "--only", "int3:own", *files)
     found = headline(capsys.readouterr().out)
     assert list(found)[-1] == "int3, own, 640 tokens, seed 0, own kl"
     whole = json.loads(out.read_text())
-    assert {cell: len(texts) for cell, texts in cells(whole).items()} == {("own", n, 0): 2 for n in (0, 320, 640)}
+    assert {cell: len(texts) for cell, texts in cells(whole).items()} == {("own", n, 0): 2 for n in (0, 64, 320, 640)}
     start, trained = (cells(whole)["own", tokens, 0]["own"] for tokens in (0, 640))
     assert trained["kl"] == pytest.approx(sum(trained["window_kl"]) / 4, rel=1e-3)
     assert trained["from_start"]["kl"] == pytest.approx(trained["kl"] - start["kl"])
     assert trained["from_start"]["low"] <= trained["from_start"]["kl"] <= trained["from_start"]["high"] < 0
     assert not any((work / "int3-own-640-0" / part).exists() for part in ("model", "checkpoints"))
 
+    (law,) = read_laws(tmp_path / "law.json")
+    assert (law.scheme, law.text, law.judged_on, law.least, law.most) == ("int3", "own", ("other",), 64, 640)
+    assert law.parameters == sum(parameter.numel() for parameter in tiny_llama().parameters())
+    assert law.points[0] == (0, pytest.approx(cells(whole)["own", 0, 0]["other"]["kl"], abs=1e-6))
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
     # A finished cell is not run again: nothing is trained or scored, and the report holds all cells.
     with monkeypatch.context() as context:
         context.setattr(QATTrainer, "train", None)
         run(monkeypatch, "budget.py", *words, "--only", "int3:own:640")
+        run(monkeypatch, "budget.py", *words, "--report")  # and none of those that are missing
     assert json.loads(out.read_text())["rows"] == whole["rows"]
 
     # A training that is killed goes on from its checkpoint, to the same figures.
