@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
+from llmqat.layers import kv_scheme
+
 log = logging.getLogger(__name__)
 
 PIECE = 32
@@ -72,6 +74,17 @@ class LockstepCache:
     def store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Puts key and value [B, N, 1, D] of the open position in place; returns all of the layer's [B*N, L, D]."""
         return self._written((layer, "key"), key.flatten(0, 2)), self._written((layer, "value"), value.flatten(0, 2))
+
+    def keep(self, rows: Tensor) -> None:
+        """Keeps only the rows [B'] of the cache, in that order."""
+        before, held = len(self.bias), _whole_pieces(self.length)
+        self.bias = self.bias[rows]
+        self._left.clear()
+        for name, memory in self._memory.items():
+            states = memory[: memory.numel() // self._most * held].view(before, -1)[rows].flatten()
+            kept = memory[: memory.numel() // before * len(rows)]
+            kept[: len(states)] = states
+            self._memory[name] = kept
 
     @property
     def layers(self) -> int:
@@ -226,6 +239,8 @@ def lockstep_attention_in(model: PreTrainedModel) -> Iterator[None]:
 
 def lockstep_obstacle(model: PreTrainedModel, length: int) -> str | None:
     """Returns why `lockstep_attention` would not give `model`'s own logits on rows of `length` tokens, or None."""
+    if kv_scheme(model) is not None:
+        return "its keys and values are quantized"
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)

@@ -11,6 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 
 from llmqat.data import decode
 from llmqat.data.decode import LockstepDecoder, StockDecoder, lockstep_attention_in, open_decoder
+from llmqat.layers import QuantConfig, prepare
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_qwen3
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -69,6 +70,25 @@ def test_a_document_does_not_see_what_lies_before_it_in_its_row(kind: type[Locks
 
 
 @torch.no_grad()
+def test_rows_that_are_kept_go_on_as_before():
+    model, ids = tiny_llama(), random_ids(5, 19)
+    rows, found = torch.arange(5), []
+    with lockstep_attention_in(model):
+        decoder = LockstepDecoder(model, ids.shape[1])
+        for position in range(ids.shape[1]):
+            for at, kept in ((6, [4, 0, 2]), (9, [0, 2]), (12, [1])):  # PIECE is 4: within a piece, and between two
+                if position == at:
+                    decoder.cache.keep(torch.tensor(kept))
+                    rows = rows[kept]
+            logits = decoder.step(ids[rows, position], torch.zeros(len(rows), dtype=torch.int64))
+            found += [(int(row), position, one) for row, one in zip(rows, logits, strict=True)]
+    assert rows.tolist() == [2]
+    expected = model(ids).logits
+    for row, position, one in found:
+        torch.testing.assert_close(one, expected[row, position], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_bfloat16_logits_are_as_near_to_float32_as_stock_ones():
     exact, model, ids = tiny_llama(), tiny_llama().to(torch.bfloat16), random_ids(4, 33)
     expected = exact(ids).logits
@@ -117,6 +137,12 @@ def test_other_attention_falls_back_and_says_why(
 def test_a_long_enough_window_is_no_obstacle():
     with open_decoder(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64)).eval(), 16) as decoder:
         assert isinstance(decoder, LockstepDecoder)
+
+
+def test_quantized_keys_and_values_are_not_left_out():
+    model = tiny_llama().to(torch.bfloat16)
+    prepare(model, QuantConfig.preset("w8a8kv8"))
+    assert decode.lockstep_obstacle(model, 16) == "its keys and values are quantized"
 
 
 def test_an_unaware_attention_is_reported():
