@@ -83,13 +83,18 @@ class Completion(NamedTuple):
         return len(self.prompt) + len(self.completion)
 
 
-def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+def check_messages(messages: Any, where: str, *, answered: bool = True) -> list[dict[str, Any]]:
     """Returns `messages` as a list of mappings with `role`, without fields that are None.
 
     `from` and `value`, as in ShareGPT's data, become `role` and `content`.
 
+    Args:
+        messages: of one conversation.
+        where: names it in errors.
+        answered: whether one of them must be the assistant's.
+
     Raises:
-        ValueError: when they are no list of mappings with a role, one says nothing, or none is the assistant's.
+        ValueError: when they are no list of mappings with a role, one says nothing, or an answer is missing.
     """
     given = isinstance(messages, Sequence) and not isinstance(messages, str)
     if not given or not all(isinstance(message, Mapping) for message in messages):
@@ -107,7 +112,7 @@ def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
                     f"{where}: message {number} has {name}={message[name]!r}, which llmqat does not read: all that the "
                     "assistant says is learned; leave the field out, or give rows with `prompt` and `completion`"
                 )
-    if not any(message["role"] == ASSISTANT for message in kept):
+    if answered and not any(message["role"] == ASSISTANT for message in kept):
         roles = ", ".join(str(message["role"]) for message in kept) or "none"
         raise ValueError(f"{where} has no message of the role {ASSISTANT!r} to learn from; its roles: {roles}")
     return kept
@@ -152,6 +157,30 @@ def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: when there is no chat template, or it does not take all of the conversation.
     """
     return _opened(chat, tokenizer)[1]
+
+
+def encode_asked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids of a conversation and of the template's opening of the answer, where the model goes on.
+
+    Raises:
+        ValueError: when there is no chat template, or it does not take all of the conversation.
+    """
+    chat, _ = _opened(chat, tokenizer)
+    text = _rendered(chat.messages, chat, tokenizer, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def around_words(tokenizer: Any) -> tuple[str, str, str]:
+    """Returns what a chat template puts before a user's first words, before later ones, and before the answer."""
+    turns = [("user", "FIRSTWORDS"), (ASSISTANT, "ANSWERWORDS"), ("user", "LASTWORDS")]
+    messages = [{"role": role, "content": words} for role, words in turns]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception:  # there is none, or it takes no such conversation: templates may fail in any way
+        return "", "", ""
+    before, _, rest = text.partition("FIRSTWORDS")
+    between, _, after = rest.partition("ANSWERWORDS")[2].partition("LASTWORDS")
+    return before, between, after
 
 
 def _opened(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, str]:

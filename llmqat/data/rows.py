@@ -74,7 +74,7 @@ class RowReader:
             ValueError: when the row is not what its format says.
         """
         if self.filled:
-            row = {**row, **{name: _without_nulls(row[name]) for name in self.filled}}
+            row = {**row, **{name: without_nulls(row[name]) for name in self.filled}}
         found = _READERS[self.format](row, self, f"row {number} of dataset {self.where}, column {self.column}")
         return (piece._replace(all_labels=True) for piece in found) if self.all_labels else found
 
@@ -303,14 +303,14 @@ def _is_filled(feature: Any) -> bool:
     return _is_filled(feature.feature) if hasattr(feature, "feature") else False
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Returns a nested value without the entries of mappings that are None.
 
     Source: trl.trainer.utils.remove_none_values. Columns that `datasets` reads as JSON keep theirs.
     """
     if isinstance(value, Mapping):
-        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 # Which format, which column

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data.blocks import leading_ids
-from llmqat.data.hub import open_local
+from llmqat.data.chat import Chat, Completion
+from llmqat.data.prompts import Prompt, read_prompts
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.text import check_prose, is_rows, read_text
 
 MOST_GREEDY_TOKENS = 4
 FEWEST_GREEDY_TOKENS = 2
@@ -77,7 +74,7 @@ def read_script(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     size = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
     user, answer = _openings(tokenizer, config)
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     if answer and answer[0] in special:
         ends |= {answer[0]}
     before = leading_ids(tokenizer)
@@ -121,7 +118,8 @@ def _chat_openings(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return first, last
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the ids that end a text, by tokenizer and model."""
     ends = {tokenizer.eos_token_id}
     for config in (model.config, model.generation_config):
         found = getattr(config, "eos_token_id", None)
@@ -134,7 +132,7 @@ def _prompt_ids(
 ) -> list[list[int]]:
     assert config.prompts is not None
     first, last = (user, answer) if config.prompt_turns else (before, [])
-    texts = read_prompts(config.prompts)
+    texts = [_words_of(prompt) for prompt in read_prompts(config.prompts)]
     ids = [first + list(tokenizer(text, add_special_tokens=False)["input_ids"]) + last for text in texts]
     for text, prompt in zip(texts, ids, strict=True):
         if len(prompt) >= config.block_size:
@@ -145,37 +143,10 @@ def _prompt_ids(
     return ids
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Returns the prompts in a file: its lines, or in files of rows what their `prompt` or `text` says.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line of a .jsonl file is something else, or there is no prompt.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompts at {path}; give a text file with a prompt a line, or a .jsonl file")
-    if is_rows(path) and path.suffix not in (".jsonl", ".ndjson"):
-        return [_prompt_of(row, json.dumps(row, default=str), path) for row in open_local(path, "train")]
-    lines = [line for line in read_text(path).split("\n") if line.strip()]
-    if is_rows(path):
-        lines = [_prompt_in(line, path) for line in lines]
-    else:
-        check_prose(path)
-    if not lines:
-        raise ValueError(f"{path} holds no prompt")
-    return lines
-
-
-def _prompt_in(line: str, path: Path) -> str:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has a line that is no JSON: {line[:60]!r} ({error})") from error
-    return _prompt_of(found, line, path)
-
-
-def _prompt_of(found: Any, line: str, path: Path) -> str:
-    text = found.get("prompt", found.get("text")) if isinstance(found, dict) else found
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{path} has a line without a prompt: {line[:60]!r}; write a string or {{"prompt": "..."}}')
-    return text
+def _words_of(prompt: Prompt) -> str:
+    if isinstance(prompt, Chat):
+        raise ValueError(
+            f"{prompt.where} is a conversation, and prompts that documents begin with are words; give the words of one "
+            "turn as `prompt`"
+        )
+    return prompt.prompt if isinstance(prompt, Completion) else prompt

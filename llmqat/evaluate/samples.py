@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmqat.data.chat import around_words
 from llmqat.data.length import table_length
 from llmqat.evaluate.compare import Comparison
 from llmqat.evaluate.perplexity import TokenWindows
@@ -88,25 +89,12 @@ def _first_answer(labels: Tensor) -> tuple[int, int]:
 
 def _question(prompt: str, tokenizer: Any) -> str:
     """Returns the last words of the user in a rendered prompt; all of it where that cannot be told."""
-    before, between, after = _around_words(tokenizer)
+    before, between, after = around_words(tokenizer)
     if after and prompt.endswith(after):
         for opening in (between, before):
             if opening and opening in prompt:
                 return prompt.rpartition(opening)[2].removesuffix(after).strip()
     return prompt.strip()
-
-
-def _around_words(tokenizer: Any) -> tuple[str, str, str]:
-    """Returns what a chat template puts before a user's first words, before later ones, and before the answer."""
-    turns = [("user", "FIRSTWORDS"), ("assistant", "ANSWERWORDS"), ("user", "LASTWORDS")]
-    messages = [{"role": role, "content": words} for role, words in turns]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception:  # there is none, or it takes no such conversation: templates may fail in any way
-        return "", "", ""
-    before, _, rest = text.partition("FIRSTWORDS")
-    between, _, after = rest.partition("ANSWERWORDS")[2].partition("LASTWORDS")
-    return before, between, after
 
 
 @torch.no_grad()

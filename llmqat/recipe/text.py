@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llmqat.data.script import read_prompts
+from llmqat.data.prompts import read_prompts
 from llmqat.data.shards import WrittenFolder, check_folder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.export.checkpoint import load_any

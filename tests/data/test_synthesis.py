@@ -249,7 +249,7 @@ def test_prompts_that_do_not_do(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no prompts at"):
         written(strategy="prompts", chat_share=None, prompts=path)
     path.write_text('{"question": "?"}\n')
-    with pytest.raises(ValueError, match="has a line without a prompt"):
+    with pytest.raises(ValueError, match="line 1 has no prompt"):
         written(strategy="prompts", chat_share=None, prompts=path)
     path.write_text('"' + "long " * 40 + '"\n')
     with pytest.raises(ValueError, match=r"leaves no room in a document of block_size=32"):

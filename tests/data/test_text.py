@@ -14,7 +14,7 @@ import pytest
 
 from llmqat.data import DataConfig, load_blocks
 from llmqat.data.hub import BUILDERS, open_local
-from llmqat.data.script import read_prompts
+from llmqat.data.prompts import read_prompts
 from llmqat.data.text import ROW_BUILDERS, is_rows, read_text, text_config, text_files
 from llmqat.evaluate.protocols import read_documents, text_windows
 from llmqat.recipe import load_recipe
