@@ -15,8 +15,11 @@ from llmqat.cli.options import (
     GateOption,
     JsonOption,
     MarkdownOption,
+    MaxNewTokensOption,
+    MaxPromptsOption,
     MaxWindowsOption,
     ModelsArgument,
+    PromptsOption,
     ProtocolOption,
     ReferenceOption,
     StrideOption,
@@ -32,6 +35,11 @@ from llmqat.cli.show import print_next
 
 ReportFiles = tuple[Path | None, Path | None, Path | None, Path | None]
 """JSON, CSV, Markdown, HTML."""
+KEPT_OF_BASELINE = (
+    *("protocol", "texts", "window", "stride", "max_windows"),
+    *("prompts", "max_prompts", "max_new_tokens"),
+)
+"""Settings of a baseline that stand where nothing else is asked for."""
 
 if TYPE_CHECKING:
     from llmqat.evaluate.report import Verdict
@@ -52,6 +60,9 @@ def evaluate(
     tasks: TasksOption = None,
     task_folder: TaskFolderOption = None,
     task_limit: TaskLimitOption = None,
+    prompts: PromptsOption = None,
+    max_prompts: MaxPromptsOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
     gate: GateOption = None,
     baseline: BaselineOption = None,
     threshold: ThresholdOption = 0.02,
@@ -77,7 +88,16 @@ def evaluate(
         llmqat eval runs/a/model --baseline last-week.json --gate "perplexity<=1.01x"
     """
     settings = _asked(
-        text, protocol, window, stride, max_windows, batch_size, baseline, allow_trained_text, speed=False
+        text,
+        protocol,
+        window,
+        stride,
+        max_windows,
+        batch_size,
+        (prompts, max_prompts, max_new_tokens),
+        baseline,
+        allow_trained_text,
+        speed=False,
     )
     chosen = _tasks(tasks, task_folder, task_limit)
     _judge(models, settings, reference, baseline, gate, threshold, chosen, (json_file, csv_file, markdown, None))
@@ -96,6 +116,9 @@ def compare(
     tasks: TasksOption = None,
     task_folder: TaskFolderOption = None,
     task_limit: TaskLimitOption = None,
+    prompts: PromptsOption = None,
+    max_prompts: MaxPromptsOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
     gate: GateOption = None,
     baseline: BaselineOption = None,
     threshold: ThresholdOption = 0.02,
@@ -105,7 +128,7 @@ def compare(
     csv_file: CsvOption = None,
     markdown: MarkdownOption = None,
 ) -> None:
-    """Puts models beside a reference: quality as `eval` does, size, speed, memory, energy, and an HTML report.
+    """Puts models beside a reference: quality as `eval` does, size, speed, memory, energy; HTML.
 
     Exit code 3 means that a gate is broken.
 
@@ -114,8 +137,21 @@ def compare(
         llmqat compare runs/a/model runs/b/model --reference HuggingFaceTB/SmolLM2-135M --html ab.html --json ab.json
 
         llmqat compare runs/a/model --reference ./original --gate "perplexity<=1.02x, top1>=0.95, size<=0.3x"
+
+        llmqat compare runs/a/model --reference ./original --prompts instructions --gate "not_ended<=0.1, length<=1.1x"
     """
-    settings = _asked(text, protocol, window, stride, max_windows, batch_size, baseline, allow_trained_text, speed=True)
+    settings = _asked(
+        text,
+        protocol,
+        window,
+        stride,
+        max_windows,
+        batch_size,
+        (prompts, max_prompts, max_new_tokens),
+        baseline,
+        allow_trained_text,
+        speed=True,
+    )
     chosen = _tasks(tasks, task_folder, task_limit)
     _judge(models, settings, reference, baseline, gate, threshold, chosen, (json_file, csv_file, markdown, html))
 
@@ -127,6 +163,7 @@ def _asked(
     stride: int | None,
     max_windows: int | None,
     batch_size: int,
+    prompts: tuple[str | None, int | None, int | None],
     baseline: Path | None,
     allow_trained_text: bool,
     speed: bool,
@@ -135,13 +172,23 @@ def _asked(
     from llmqat.evaluate.gate import read_report
     from llmqat.recipe import EvaluationSettings
 
-    given: dict[str, Any] = {"protocol": protocol, "texts": texts and tuple(texts), "window": window, "stride": stride}
+    source, max_prompts, max_new_tokens = prompts
+    given: dict[str, Any] = {
+        "protocol": protocol,
+        "texts": texts and tuple(texts),
+        "window": window,
+        "stride": stride,
+        "prompts": source,
+        "max_new_tokens": max_new_tokens,
+    }
     asked = {key: value for key, value in given.items() if value is not None}
     if max_windows is not None:
         asked["max_windows"] = max_windows or None
+    if max_prompts is not None:
+        asked["max_prompts"] = max_prompts or None
     if baseline is not None:
         before = read_report(baseline)["settings"]
-        kept = {key: before[key] for key in ("protocol", "texts", "window", "stride", "max_windows") if key in before}
+        kept = {key: before[key] for key in KEPT_OF_BASELINE if key in before}
         asked = {**kept, **{key: value for key, value in asked.items() if key != "protocol"}}
     return EvaluationSettings(**asked, batch_size=batch_size, speed=speed, allow_trained_text=allow_trained_text)
 
@@ -175,7 +222,7 @@ def _judge(
     before = None if baseline is None else read_report(baseline)
     if reference is None and before is not None:
         reference = before["settings"].get("reference")
-    read: list[str | Path | None] = [*models, reference, *settings.texts, baseline]
+    read: list[str | Path | None] = [*models, reference, *settings.texts, settings.prompts, baseline]
     if tasks is not None:
         read.append(tasks.folder)
     outputs = dict(zip(("--json", "--csv", "--markdown", "--html"), files, strict=True))

@@ -87,6 +87,21 @@ MaxWindowsOption = Annotated[
     int | None, typer.Option(min=0, help="Windows scored in each text, from its start; 0 for all.")
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Windows in one forward pass.")]
+PromptsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompts that each model answers, to see whether answers end, how long they are and how much they repeat: "
+        "instructions (64 that come with llmqat), a text file with one a line, rows with prompt or messages, or "
+        "hub:NAME:CONFIG:SPLIT."
+    ),
+]
+MaxPromptsOption = Annotated[
+    int | None, typer.Option(min=0, help="Prompts that are answered, from the first on: 64; 0 for all.")
+]
+MaxNewTokensOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens of an answer at most: 256; one that has not ended by then counts as not ended."),
+]
 TrainedTextOption = Annotated[
     bool, typer.Option("--allow-trained-text", help="Score a text that a model was calibrated or trained on.")
 ]

@@ -68,6 +68,13 @@ def mean_difference(values: Sequence[float], others: Sequence[float], *, seed: i
     return _percentiles(_counts(len(paired), seed) @ paired / len(paired))
 
 
+def ratio_of_means(values: Sequence[float], others: Sequence[float], *, seed: int = 0) -> Interval:
+    """Returns the interval of the mean of `values` over that of `others`, which are positive, both drawn alike."""
+    counts = _counts(len(values), seed)
+    above, below = (counts @ torch.tensor(given, dtype=torch.float64) for given in (values, others))
+    return _percentiles(above / below)
+
+
 def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
     """Returns the interval of a mean."""
     return mean_difference(values, [0.0] * len(values), seed=seed)

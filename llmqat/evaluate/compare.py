@@ -42,6 +42,8 @@ from torch import nn
 from llmqat.evaluate.bootstrap import METRICS, difference, interval
 from llmqat.evaluate.breakdown import Part, by_kind, by_position
 from llmqat.evaluate.documents import head
+from llmqat.evaluate.generations import HEADINGS as WRITTEN_HEADINGS
+from llmqat.evaluate.generations import apart, described, is_worse, said, table_cells
 from llmqat.evaluate.loading import known_of, load_to_judge
 from llmqat.evaluate.perplexity import Evaluation, Reference, TokenWindows, evaluate, keep_reference
 from llmqat.evaluate.speed import Costs, measure_costs
@@ -173,6 +175,7 @@ class Comparison:
                 found += [finding for text in self.texts for finding in self._judge(row, text)]
         for text in self.texts:
             found += [*self._adapter_loss(text), *self._alike(text)]
+        found += [finding for row in self.rows for finding in self._judge_written(row)]
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,7 +214,16 @@ class Comparison:
             "seconds": row.seconds,
             "texts": by_text,
             **row.extras,
+            **self._written_dict(row),
         }
+
+    def _written_dict(self, row: Row) -> dict[str, Any]:
+        """Returns what is said of what `row` writes, with how far it is from what the reference writes."""
+        full, own = self.row("full precision"), row.extras.get("generations")
+        if own is None or full is None or full is row or "generations" not in full.extras:
+            return {}
+        found = apart(own, full.extras["generations"])
+        return {"generations": {**own, "from_reference": {name: one.to_dict() for name, one in found.items()}}}
 
     def _text_dict(self, row: Row, text: str) -> dict[str, Any]:
         entry, recovered = row.evaluations[text], self.recovered(row, text)
@@ -300,6 +312,18 @@ class Comparison:
                     "it smaller.",
                 )
                 return
+
+    def _judge_written(self, row: Row) -> Iterator[Finding]:
+        """Yields how `row` writes otherwise than the reference does, beyond noise."""
+        full, own = self.row("full precision"), row.extras.get("generations")
+        if own is None or full is None or full is row or "generations" not in full.extras:
+            return
+        reference = full.extras["generations"]
+        words = said(row.name, own, full.name, reference)
+        if words is None:
+            return
+        rambles = is_worse(apart(own, reference)) and not self.fine_tuned
+        yield Finding("warning" if rambles else "note", words)
 
     def _alike(self, text: str) -> Iterator[Finding]:
         """Yields a note for each two rows, neighbours in rank, whose difference is no more than the text's noise."""
@@ -477,7 +501,7 @@ def render(comparison: Comparison, title: str | None = None) -> RenderableType:
     colours = {"warning": "bold red", "note": "yellow"}
     lines += [Text(finding.text, style=colours[finding.level]) for finding in comparison.findings()]
     costs = [_costs_table(comparison)] if any(row.costs for row in comparison.rows) else []
-    return Group(table, *lines, *costs)
+    return Group(table, *lines, *costs, *_written_table(comparison))
 
 
 def render_parts(comparison: Comparison) -> RenderableType:
@@ -525,6 +549,21 @@ def _costs_table(comparison: Comparison) -> FittedTable:
                 "not available" if costs.joules_per_token is None else f"{costs.joules_per_token:.3g}",
             )
     return table
+
+
+def _written_table(comparison: Comparison) -> Iterator[RenderableType]:
+    """Yields the table of what models write, and what was asked, where they were asked."""
+    rows = [(row, row.extras["generations"]) for row in comparison.rows if "generations" in row.extras]
+    if not rows:
+        return
+    full = comparison.row("full precision")
+    reference = None if full is None else full.extras.get("generations")
+    columns = [Column(heading, rank) for heading, rank in zip(WRITTEN_HEADINGS, (1, 4, 2, 3, 5, 6), strict=True)]
+    table = FittedTable([Column("model", 0, "name"), *columns])
+    for row, own in rows:
+        table.add_row(row.name, *table_cells(own, reference))
+    yield table
+    yield Text(described(rows[0][1]["prompts"]), style="dim")
 
 
 def _losses(comparison: Comparison) -> Iterator[str]:

@@ -170,6 +170,66 @@ class CostFigures(_Described):
     """Of the processor's package, or the GPU's board."""
 
 
+class PromptFacts(_Described):
+    """Prompts that models answered."""
+
+    source: str
+    """Where they come from; `instructions` are those of llmqat."""
+    sha256: str
+    """Of the prompts as the models read them."""
+    number: int
+    """How many."""
+    max_new_tokens: int
+    """Tokens after which an answer is cut."""
+    chat_template: bool
+    """Whether the tokenizer has one, so that words were a user's turn; else they began a text."""
+
+
+class Beside(_Described):
+    """How far a figure is from the reference's, paired by prompt."""
+
+    value: float
+    """Of `length` the share that it is longer by, else the difference."""
+    low: float | None
+    """Lower end of its 95 % interval by bootstrap over prompts; null where there is one prompt only."""
+    high: float | None
+    """Upper end of its 95 % interval; null as for `low`."""
+    noise: bool
+    """Whether the interval holds 0, or there is none."""
+
+
+class AnswerFigures(_Described):
+    """Of each answer, in the order of the prompts."""
+
+    not_ended: list[float]
+    """1 where it does not end within `max_new_tokens`, else 0."""
+    length: list[float]
+    """Its tokens, the one that ends it included."""
+    repeated: list[float]
+    """Share of its 4-grams of tokens that have occurred in it before."""
+
+
+class Generations(_Described):
+    """What a model writes after prompts, the most probable token each time."""
+
+    prompts: PromptFacts
+    """What was asked."""
+    not_ended: float
+    """Share of answers that do not end within `max_new_tokens`."""
+    length: float
+    """Mean number of tokens of an answer, the one that ends it included."""
+    repeated: float
+    """Mean share of an answer's 4-grams of tokens that have occurred in it before."""
+    intervals: dict[str, Bounds] = {}
+    """95 % intervals by figure, by bootstrap over prompts; none where there is one prompt only."""
+    from_reference: dict[str, Beside] = {}
+    """By figure; none without a reference, and for the reference itself."""
+    samples: AnswerFigures
+    """The figures of each answer."""
+    answers: list[dict[str, str]]
+    """Each `prompt`, as the model reads it, and its `completion`."""
+
+
 class RowFigures(Quality):
     """One model; its own figures of quality are those on the first text."""
 
@@ -205,6 +265,8 @@ class RowFigures(Quality):
     """Each `prompt` and its greedy `completion`; with --html."""
     answers: list[dict[str, str]] | None = None
     """Conversations of the first text of chats: `prompt`, `question`, the `own` answer, and the `written` one."""
+    generations: Generations | None = None
+    """What it writes after prompts; with --prompts."""
     coverage: AuditFigures | None = None
     """What was quantized; with --html."""
     weight_errors: dict[str, float] | None = None

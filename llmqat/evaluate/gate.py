@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmqat.evaluate.documents import check_schema
+from llmqat.evaluate.generations import FIGURES, SAME
 
 ON_TEXT = ("perplexity", "word_perplexity", "kl", "reverse_kl", "top1", "top5")
 COSTS = {
@@ -31,9 +32,13 @@ COSTS = {
     "energy": ("costs", "joules_per_token"),
 }
 """Figures that do not depend on a text, and where they are in a row."""
+WRITTEN = {name: ("generations", name) for name in FIGURES}
+"""Figures of what models write after prompts, and where they are in a row."""
+OF_MODEL = {**COSTS, **WRITTEN}
 UNITS: dict[str, tuple[float, str, str]] = {
     **dict.fromkeys(("size", "memory"), (1e-6, ",.1f", " MB")),
-    **dict.fromkeys(("top1", "top5"), (100, ".1f", " %")),
+    **dict.fromkeys(("top1", "top5", "not_ended", "repeated"), (100, ".1f", " %")),
+    "length": (1, ".1f", " tokens an answer"),
     **dict.fromkeys(("speed", "batch_speed"), (1, ".1f", " tok/s")),
     **dict.fromkeys(("first_token", "load"), (1, ".3g", " s")),
     "bits": (1, ".2f", " bits a weight"),
@@ -106,7 +111,7 @@ def parse_gate(text: str) -> tuple[Rule, ...]:
     for part in parts:
         found = _RULE.match(part)
         if found is None:
-            known = ", ".join((*ON_TEXT, *COSTS))
+            known = ", ".join((*ON_TEXT, *OF_MODEL))
             raise ValueError(
                 f"{part!r} is no rule of a gate; write FIGURE<=LIMIT or FIGURE>=LIMIT, an x behind the limit for a "
                 f"multiple of the reference; figures: {known}, or the name of a task"
@@ -136,6 +141,8 @@ def judge(
     for row in rows:
         for rule in rules:
             against = _compared_with(row, report, baseline) if rule.relative else None
+            if against is not None and rule.metric in WRITTEN and "generations" in row:
+                check_same_prompts(row["generations"]["prompts"], against)
             for text in report["texts"] if rule.metric in ON_TEXT else (None,):
                 value = _figure(row, rule.metric, text)
                 base = None if against is None else _figure(against, rule.metric, text)
@@ -159,6 +166,7 @@ def check_rules(
     *,
     speed: bool,
     words: bool,
+    prompts: bool,
     tasks: Sequence[str],
 ) -> None:
     """Raises ValueError where a rule asks for what will not be measured; before hours of work.
@@ -170,17 +178,19 @@ def check_rules(
         baseline: an earlier report, which relative limits are multiples of.
         speed: whether speed, memory and energy are measured.
         words: whether perplexity is counted by words too.
+        prompts: whether models write answers to prompts.
         tasks: names of the tasks that are run.
     """
     unmeasured = set() if words else {"word_perplexity"}
     unmeasured |= set() if reference is not None else set(ON_TEXT) - {"perplexity", "word_perplexity"}
     unmeasured |= set() if speed else {*COSTS} - {"size", "bits"}
+    unmeasured |= set() if prompts else {*WRITTEN}
     for rule in rules:
-        if rule.metric in tasks and rule.metric in (*ON_TEXT, *COSTS):
+        if rule.metric in tasks and rule.metric in (*ON_TEXT, *OF_MODEL):
             raise ValueError(f"{rule.metric} in the gate is a figure and a task; rename the file of the task")
         if rule.metric in unmeasured:
             raise _not_measured(rule.metric, ", ".join(models))
-        if rule.metric not in (*ON_TEXT, *COSTS) and not tasks:
+        if rule.metric not in (*ON_TEXT, *OF_MODEL) and not tasks:
             raise _no_figure(rule.metric, ())
         for name in [name for name in models if name != reference] or models:
             if rule.relative:
@@ -243,15 +253,28 @@ def check_same_texts(texts: Mapping[str, Mapping[str, Any]], baseline: Mapping[s
             )
 
 
+def check_same_prompts(prompts: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    """Raises ValueError where `row` of a report has answered other prompts than `prompts`, as a report describes them.
+
+    A row that has answered none is let through: nothing is compared with it.
+    """
+    before = (row.get("generations") or {}).get("prompts")
+    if before is not None and any(prompts[key] != before[key] for key in SAME):
+        raise ValueError(
+            f"{row['name']} in the baseline has answered other prompts, or up to another number of tokens, than "
+            f"{prompts['source']}; leave --prompts, --max-prompts and --max-new-tokens out to ask what it was asked"
+        )
+
+
 def _figure(row: Mapping[str, Any], metric: str, text: str | None) -> float:
     if text is not None:
         value = row["texts"].get(text, {}).get(metric)
         measured = metric in row["texts"].get(text, {})
         # An infinite perplexity is null in JSON.
         value = math.inf if value is None and measured and metric.endswith("perplexity") else value
-    elif metric in COSTS:
+    elif metric in OF_MODEL:
         value = row
-        for key in COSTS[metric]:
+        for key in OF_MODEL[metric]:
             value = None if value is None else value.get(key)
     else:
         task = (row.get("tasks") or {}).get(metric)
@@ -264,12 +287,13 @@ def _figure(row: Mapping[str, Any], metric: str, text: str | None) -> float:
 
 
 def _no_figure(metric: str, tasks: Iterable[str]) -> ValueError:
-    known = ", ".join((*ON_TEXT, *COSTS, *tasks))
+    known = ", ".join((*ON_TEXT, *OF_MODEL, *tasks))
     return ValueError(f"the gate asks for {metric!r}, which is no figure of the report; figures: {known}")
 
 
 def _not_measured(metric: str, name: str) -> ValueError:
     return ValueError(
         f"the gate asks for {metric!r} of {name}, which was not measured (KL and agreement need --reference, speed and "
-        "memory `llmqat compare`, word perplexity --protocol wikitext, energy a machine that counts it)"
+        "memory `llmqat compare`, word perplexity --protocol wikitext, what models write --prompts, energy a machine "
+        "that counts it)"
     )

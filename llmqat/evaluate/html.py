@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from llmqat.evaluate.gate import REFERENCE
+from llmqat.evaluate.generations import HEADINGS, described, table_cells
 from llmqat.evaluate.layers import BLOCK_NUMBER, kind_of
 from llmqat.evaluate.pictures import COLOURS, Point, bars, heat_map, lines, scatter
 from llmqat.evaluate.tables import accuracy
@@ -22,6 +23,7 @@ Report = Mapping[str, Any]
 Cell = str | tuple[str, float]
 """A cell's HTML, and perhaps how deep its colour is, 0 to 1."""
 
+SHOWN_ANSWERS = 6
 LONG_TITLE = 60
 """Letters from which the models' names are too many for a heading."""
 STYLE = """
@@ -135,7 +137,19 @@ def _results(report: Report, colours: Mapping[str, int]) -> str:
         cut = f"{text['windows']} windows of {text['window']} tokens"
         words = f"{name}: {cut}; ± half of the 95 % interval by bootstrap over windows"
         found.append(f'<p class="soft">{escape(words)}</p>{_table(headings, rows)}')
-    return "".join(found)
+    return "".join(found) + _written(report, colours)
+
+
+def _written(report: Report, colours: Mapping[str, int]) -> str:
+    """Returns the table of what models write after prompts; nothing where they were not asked."""
+    asked = {row["name"]: row["generations"] for row in report["rows"] if row.get("generations")}
+    if not asked:
+        return ""
+    reference = next((asked[row["name"]] for row in report["rows"] if row["role"] == REFERENCE), None)
+    headings = ["model", *(heading.replace("\n", "<br>") for heading in HEADINGS)]
+    rows = [[_name(name, colours), *table_cells(own, reference)] for name, own in asked.items()]
+    words = f"{described(next(iter(asked.values()))['prompts'])}; 95 % intervals by bootstrap, paired by prompt"
+    return f'<p class="soft">{escape(words)}</p>{_table(headings, rows)}'
 
 
 def _result_cells(row: Report, text: Report, tasks: Sequence[str], colours: Mapping[str, int]) -> list[str]:
@@ -298,17 +312,41 @@ def _curves_of(histories: Iterable[Sequence[Report]]) -> dict[str, tuple[str, st
 
 
 def _samples(report: Report, colours: Mapping[str, int]) -> str:
-    rows = [row for row in report["rows"] if row.get("samples")]
-    if not rows:
-        return ""
-    found = ['<p class="soft">The most probable token each time.</p>']
-    for index, sample in enumerate(rows[0]["samples"]):
-        cards = "".join(
-            f'<div class="card"><p>{_name(row["name"], colours)}</p><pre>{escape(text)}</pre></div>'
-            for row, text in ((row, row["samples"][index]["completion"]) for row in rows)
-        )
-        found.append(f'<h3><pre>{escape(sample["prompt"].strip())}</pre></h3><div class="grid">{cards}</div>')
+    beginnings = {row["name"]: row["samples"] for row in report["rows"] if row.get("samples")}
+    answers = {row["name"]: row["generations"]["answers"] for row in report["rows"] if row.get("generations")}
+    found = []
+    if beginnings:
+        count = len(next(iter(beginnings.values())))
+        found += [
+            '<p class="soft">The most probable token each time.</p>',
+            _completions(beginnings, range(count), colours),
+        ]
+    if answers:
+        said = f"Prompts whose answers differ most in length ({SHOWN_ANSWERS} at most)."
+        found += [f'<p class="soft">{said}</p>', _completions(answers, _most_apart(report), colours)]
     return "".join(found)
+
+
+def _completions(
+    found: Mapping[str, Sequence[Mapping[str, str]]], places: Iterable[int], colours: Mapping[str, int]
+) -> str:
+    """Returns some prompts, and side by side what each model of `found` writes after them."""
+    shown = []
+    for place in places:
+        cards = "".join(
+            f'<div class="card"><p>{_name(name, colours)}</p><pre>{escape(entries[place]["completion"])}</pre></div>'
+            for name, entries in found.items()
+        )
+        prompt = next(iter(found.values()))[place]["prompt"]
+        shown.append(f'<h3><pre>{escape(prompt.strip())}</pre></h3><div class="grid">{cards}</div>')
+    return "".join(shown)
+
+
+def _most_apart(report: Report) -> list[int]:
+    """Returns the numbers of the prompts whose answers differ most in length between models."""
+    lengths = [row["generations"]["samples"]["length"] for row in report["rows"] if row.get("generations")]
+    spread = [max(entries) - min(entries) for entries in zip(*lengths, strict=True)]
+    return sorted(range(len(spread)), key=lambda place: -spread[place])[:SHOWN_ANSWERS]
 
 
 def _coverage(report: Report, colours: Mapping[str, int]) -> str:

@@ -115,8 +115,13 @@ def longest_of(spec: str) -> int | None:
     return declared_length(read_config(resolve_spec(spec), spec))
 
 
-def check_window(spec: str, window: int) -> None:
+def check_window(spec: str, window: int, key: str = "window") -> None:
     """Checks before anything is loaded that the model which `spec` names has learned so many positions.
+
+    Args:
+        spec: names it.
+        window: tokens that it is to read at once.
+        key: what the user calls them.
 
     Raises:
         ValueError: when it has not.
@@ -125,7 +130,7 @@ def check_window(spec: str, window: int) -> None:
     declared = declared_length(config)
     if declared is not None and window > declared:
         with torch.device("meta"), no_init_weights():
-            check_length(empty_model(token_model_class(config, spec), config), window, "window")
+            check_length(empty_model(token_model_class(config, spec), config), window, key)
 
 
 def known_of(spec: str) -> Known:

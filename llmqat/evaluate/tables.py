@@ -27,6 +27,9 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Cell]] = {
     "load s": lambda row, _: _cost(row, "load_seconds"),
     "peak MB": lambda row, _: _cost(row, "peak_bytes", 1e-6),
     "J a token": lambda row, _: _cost(row, "joules_per_token"),
+    "not ended": lambda row, _: _written(row, "not_ended"),
+    "tokens an answer": lambda row, _: _written(row, "length"),
+    "repeated 4-grams": lambda row, _: _written(row, "repeated"),
 }
 """Heading -> the cell of a row and one of its texts."""
 
@@ -84,6 +87,11 @@ def _half_width(text: Mapping[str, Any], metric: str) -> float | None:
 def _cost(row: Mapping[str, Any], name: str, factor: float = 1.0) -> float | None:
     value = (row.get("costs") or {}).get(name)
     return None if value is None else value * factor
+
+
+def _written(row: Mapping[str, Any], name: str) -> float | None:
+    value: float | None = (row.get("generations") or {}).get(name)
+    return value
 
 
 def _shown(cell: Cell) -> str:

@@ -98,6 +98,14 @@ class EvaluationSettings(Config):
     """Windows in one forward pass."""
     speed: bool = True
     """Whether speed, memory and energy of decoding are measured as well."""
+    prompts: str | None = None
+    """Prompts that each model answers, greedily, to see whether answers end, how long they are and how much they repeat
+    themselves: `instructions` (64 plain ones of llmqat), a text file with a prompt a line, or rows (.jsonl, .parquet,
+    hub:NAME:CONFIG:SPLIT) with `prompt` or `messages`; null: none."""
+    max_prompts: int | None = Field(default=64, ge=1)
+    """Prompts that are answered, from the first on; null: all of them."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of an answer at most; one that has not ended by then counts as not ended."""
     allow_trained_text: bool = False
     """Whether text may be scored that a model was calibrated or trained on; its figures say nothing of other text."""
 
@@ -124,6 +132,22 @@ class EvaluationSettings(Config):
     @classmethod
     def _take_texts_as_users_give_them(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(user_spec(text, "texts") for text in value)
+
+    @model_validator(mode="after")
+    def _refuse_amounts_of_no_prompts(self) -> EvaluationSettings:
+        for name in ("max_prompts", "max_new_tokens"):
+            value = getattr(self, name)
+            if self.prompts is None and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}={value} means nothing without prompts; give prompts=instructions, which come with llmqat, "
+                    "or a file of yours (--prompts)"
+                )
+        return self
+
+    @field_validator("prompts")
+    @classmethod
+    def _take_prompts_as_users_give_them(cls, value: str | None) -> str | None:
+        return None if value is None else user_spec(value, "prompts")
 
     @field_validator("protocol")
     @classmethod

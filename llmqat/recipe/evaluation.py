@@ -20,8 +20,17 @@ from llmqat.data.documents import document_hash
 from llmqat.data.hub import check_name
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.text import hash_file, is_rows, text_config, text_files
-from llmqat.evaluate.compare import Candidate, Comparison, Extra, candidate_from, compare, progress_bar
-from llmqat.evaluate.gate import Rule, check_rules, check_same_texts
+from llmqat.evaluate.compare import (
+    Candidate,
+    Comparison,
+    ComparisonProgress,
+    Extra,
+    candidate_from,
+    compare,
+    progress_bar,
+)
+from llmqat.evaluate.gate import Rule, check_rules, check_same_prompts, check_same_texts
+from llmqat.evaluate.generations import Prompts, answered, open_prompts
 from llmqat.evaluate.layers import weight_errors
 from llmqat.evaluate.loading import check_can_be_read, check_window, longest_of
 from llmqat.evaluate.perplexity import TokenWindows, windows_from_rows
@@ -103,6 +112,35 @@ def asked_again(windows: Mapping[str, TokenWindows], tokenizer: PreTrainedTokeni
         return answers(model, tokenizer, chats) if candidate.role in ("full precision", "trained") else None
 
     return {"answers": take}
+
+
+ANSWERED = "longest prompt + max_new_tokens"
+"""What errors call the most tokens that a model reads when it answers."""
+
+
+def evaluation_prompts(settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase) -> Prompts | None:
+    """Returns the prompts that models are to answer; None for none.
+
+    Raises:
+        FileNotFoundError: they are not there.
+        ValueError: one cannot be read.
+    """
+    if settings.prompts is None:
+        return None
+    return open_prompts(settings.prompts, tokenizer, settings.max_prompts, settings.max_new_tokens)
+
+
+def asked(
+    prompts: Prompts | None, tokenizer: PreTrainedTokenizerBase, progress: ComparisonProgress
+) -> dict[str, Extra]:
+    """Returns what lets every model of a comparison answer `prompts`, if any."""
+    if prompts is None:
+        return {}
+
+    def take(model: Any, candidate: Candidate) -> dict[str, Any]:
+        return answered(model, tokenizer, prompts, partial(progress, f"{candidate.name} writing"))
+
+    return {"generations": take}
 
 
 def text_names(sources: Sequence[str]) -> dict[str, str]:
@@ -252,7 +290,8 @@ def compare_models(
         check_same_texts({name: windows.described() for name, windows in shared.windows.items()}, baseline)
     for spec in listed:
         check_window(spec, max(cut.read_length for cut in shared.windows.values()))
-    asked = {**settings.model_dump(mode="json"), "reference": reference, "models": list(specs)}
+    prompts = _opened_prompts(settings, tokenizer, listed, baseline)
+    given_settings = {**settings.model_dump(mode="json"), "reference": reference, "models": list(specs)}
     extras = _details(tokenizer, reference) if details else {}
     with ExitStack() as stack:
         ready = None if tasks is None else stack.enter_context(opened_tasks(tasks))
@@ -262,21 +301,41 @@ def compare_models(
             None if reference is None else next(iter(models)),
             baseline,
             speed=settings.speed,
+            prompts=prompts is not None,
             words=any(windows.words is not None for windows in shared.windows.values()),
             tasks=() if ready is None else ready.names,
         )
         if ready is not None:
             extras["tasks"] = lambda model, _: ready.run(model, tokenizer)
+        progress = stack.enter_context(progress_bar())
         return compare(
             candidates,
             shared.windows,
             batch_size=settings.batch_size,
             speed=settings.speed,
-            progress=stack.enter_context(progress_bar()),
+            progress=progress,
             tokenizer=tokenizer,
-            extras=extras,
-            settings=asked,
+            extras={**extras, **asked(prompts, tokenizer, progress)},
+            settings=given_settings,
         )
+
+
+def _opened_prompts(
+    settings: EvaluationSettings, tokenizer: Any, specs: Sequence[str], baseline: Mapping[str, Any] | None
+) -> Prompts | None:
+    """Returns the prompts that the models `specs` are to answer; None for none.
+
+    Raises:
+        FileNotFoundError: they are not there.
+        ValueError: one cannot be read, a model does not take it, or the baseline's models have answered others.
+    """
+    prompts = evaluation_prompts(settings, tokenizer)
+    if prompts is not None:
+        for spec in specs:
+            check_window(spec, prompts.longest, ANSWERED)
+        for row in () if baseline is None else baseline["rows"]:
+            check_same_prompts(prompts.described(), row)
+    return prompts
 
 
 def check_there(text: str) -> None:

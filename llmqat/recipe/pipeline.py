@@ -63,7 +63,9 @@ from llmqat.models import (
 from llmqat.recipe.allocation import PLAN_FILE, planned
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype
 from llmqat.recipe.evaluation import (
+    ANSWERED,
     EARLIER_TEXTS,
+    asked,
     asked_again,
     check_untrained,
     documents_learned,
@@ -181,6 +183,8 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         teacher.to(arguments.device)
         # Now: what needs weights to be known should not cost the text.
         check_length(teacher, max(cut.read_length for cut in windows.values()), "evaluate.window")
+        if flight.prompts is not None:
+            check_length(teacher, flight.prompts.longest, ANSWERED)
         check_documents_apart(teacher, recipe.data)
         check_folds(teacher, recipe.calibrate)
         cache = teacher_cache_of(recipe, teacher, tokenizer)
@@ -248,7 +252,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
                 batch_size=recipe.evaluate.batch_size,
                 speed=recipe.evaluate.speed,
                 progress=advance,
-                extras=asked_again(windows, tokenizer),
+                extras={**asked_again(windows, tokenizer), **asked(flight.prompts, tokenizer, advance)},
                 fine_tuned=learns_answers(arguments, blocks),
             )
     result = RunResult(report.folder, comparison, report, training, stage.seconds)

@@ -29,11 +29,13 @@ from llmqat.data.config import HUB_PREFIX, MIX
 from llmqat.data.documents import document_hash, encoded
 from llmqat.data.hub import check_name, open_rows, row_pieces, use_chat_template
 from llmqat.data.length import check_length, declared_length
+from llmqat.data.prompts import read_prompts
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.shards import check_folder
 from llmqat.data.synthesis import Writer
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.data.text import COMPRESSED, hash_file, is_rows, text_files
+from llmqat.evaluate.generations import Prompts
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import record_of
 from llmqat.hub import why_unreachable
@@ -50,10 +52,12 @@ from llmqat.paths import check_folder_output
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, training_arguments
 from llmqat.recipe.disk import Disk, disk_of, disk_problem
 from llmqat.recipe.evaluation import (
+    ANSWERED,
     EARLIER_TEXTS,
     check_there,
     check_untrained,
     documents_recorded,
+    evaluation_prompts,
     source_windows,
     text_names,
     texts_seen,
@@ -109,6 +113,8 @@ class Preflight:
     """With the chat template of the recipe."""
     windows: Mapping[str, TokenWindows] = field(default_factory=dict)
     """Of the evaluation."""
+    prompts: Prompts | None = None
+    """Of the evaluation, where it asks models to write."""
     disk: Disk | None = None
 
     def covered(self) -> CoverageAudit:
@@ -312,13 +318,16 @@ def _load_tokenizer(flight: Preflight) -> None:
 
 
 def _check_texts(flight: Preflight) -> None:
-    """Loads the tokenizer, and cuts the evaluation's texts into windows."""
+    """Loads the tokenizer, cuts the evaluation's texts into windows, and reads its prompts."""
     recipe, found = flight.recipe, flight.findings
     _load_tokenizer(flight)
     if flight.tokenizer is None:
         for text in recipe.evaluate.texts:
             with found.noting():
                 check_there(text)
+        with found.noting():
+            if recipe.evaluate.prompts is not None:
+                read_prompts(recipe.evaluate.prompts, recipe.evaluate.max_prompts)
         return
     with found.noting():
         use_chat_template(recipe.data, flight.tokenizer)
@@ -327,6 +336,10 @@ def _check_texts(flight: Preflight) -> None:
     for name, source in text_names(recipe.evaluate.texts).items():  # of several, each that does not do is named
         with found.noting():
             windows[name] = source_windows(recipe.evaluate, source, flight.tokenizer, longest)
+    with found.noting():
+        flight.prompts = evaluation_prompts(recipe.evaluate, flight.tokenizer)
+        if flight.prompts is not None and flight.model is not None:
+            check_length(flight.model, flight.prompts.longest, ANSWERED)
     if not found.errors:
         flight.windows = windows
         if flight.model is not None:

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from llmqat.evaluate.compare import Comparison, Row, write_report
-from llmqat.evaluate.gate import COSTS, ON_TEXT, check_rules, judge, parse_gate, read_report
+from llmqat.evaluate.gate import OF_MODEL, ON_TEXT, check_rules, judge, parse_gate, read_report
 from llmqat.evaluate.html import to_html
 from llmqat.evaluate.perplexity import Evaluation
 from llmqat.evaluate.report import check_files, verdict_on
@@ -197,11 +197,11 @@ def test_the_page_of_a_bare_report_leaves_sections_out() -> None:
     assert "<h2>Layers</h2>" not in page
 
 
-ASKED: dict[str, Any] = {"speed": True, "words": True, "tasks": ("quiz",)}
+ASKED: dict[str, Any] = {"speed": True, "words": True, "prompts": True, "tasks": ("quiz",)}
 
 
 def test_a_gate_that_asks_for_what_is_not_measured_is_refused_before() -> None:
-    every = parse_gate(", ".join(f"{figure}<=1x" for figure in (*ON_TEXT, *COSTS, "quiz")))
+    every = parse_gate(", ".join(f"{figure}<=1x" for figure in (*ON_TEXT, *OF_MODEL, "quiz")))
     check_rules(every, ["full", "int4"], "full", **ASKED)
     refused = {
         "kl<=0.1": ({"reference": None}, "kl"),
@@ -210,6 +210,7 @@ def test_a_gate_that_asks_for_what_is_not_measured_is_refused_before() -> None:
         "word_perplexity<=30": ({"words": False}, "word perplexity"),
         "speed>=10": ({"speed": False}, "speed"),
         "energy<=10": ({"speed": False}, "energy"),
+        "not_ended<=0.1": ({"prompts": False}, "what models write --prompts"),
         "quiz>=0.5": ({"tasks": ()}, "no figure of the report"),
         "kl<=0.2": ({"tasks": ("kl",)}, "is a figure and a task"),
     }

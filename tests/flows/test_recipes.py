@@ -114,6 +114,18 @@ def test_perplexity_is_watched_on_the_windows_of_the_table(tiny_folder: Path, tm
         assert seen[-1] == pytest.approx(result.comparison.rows[-1].evaluations[text].perplexity, rel=2e-3)
 
 
+def test_what_models_write_is_judged_at_the_end_of_a_run(tiny_folder: Path, tmp_path: Path):
+    asked = ("evaluate.prompts=instructions", "evaluate.max_prompts=3", "evaluate.max_new_tokens=4")
+    run_small(RECIPE, tiny_folder, tmp_path / "run", *asked, "evaluate.speed=false")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    RunDocument.model_validate(results)
+    written = [row["generations"] for row in results["comparison"]["rows"]]
+    assert len(written) == len(ROLES)
+    assert {entry["prompts"]["number"] for entry in written} == {3}
+    assert all(len(entry["samples"]["length"]) == 3 for entry in written)
+    assert ["from_reference" in entry for entry in written] == [False, True, True, True]
+
+
 def _reported(recipe: Recipe) -> tuple[str, ...]:
     """When layers are reported on; where only scales trained, codes are what calibration left."""
     return ("calibrated",) if recipe.train.get("trainable") == "scales" else ("calibrated", "trained")
@@ -453,6 +465,8 @@ def test_bad_input_costs_no_training(tiny_folder: Path, tmp_path: Path):
         run_small(RECIPE, tiny_folder, tmp_path / "a", "quant.group_size=96")
     with pytest.raises(FileNotFoundError, match="no text at"):
         run_small(RECIPE, tiny_folder, tmp_path / "b", "evaluate.texts=[absent.txt]")
+    with pytest.raises(FileNotFoundError, match=r"no prompts at absent\.jsonl"):
+        run_small(RECIPE, tiny_folder, tmp_path / "b", "evaluate.prompts=absent.jsonl")
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(ValueError, match="fewer than one window"):
         run_small(RECIPE, tiny_folder, tmp_path / "c", f"evaluate.texts=[{tmp_path}/short.txt]")
