@@ -258,8 +258,7 @@ class Bench:
         now: dict[str, Any] = {"model": self.model, "top_k": options.top_k, "eval": options.eval}
         now |= {"window": options.window, "max_windows": options.max_windows}
         now |= {f"text {name}": text for name, text in options.texts.items()}
-        sections = {"quant", "calibrate", "train", "data"}
-        now |= {name: one.model_dump(mode="json", include=sections) for name, one in self.recipes.items()}
+        now |= {scheme: self._settings(scheme) for scheme in self.recipes}
         self.work.mkdir(parents=True, exist_ok=True)
         file = self.work / SETTINGS_FILE
         with held(self.work / "settings.lock"):
@@ -270,6 +269,14 @@ class Bench:
                     "another --work"
                 )
             write_whole(file, json.dumps({**before, **now}, indent=2) + "\n")
+
+    def _settings(self, scheme: str) -> dict[str, Any]:
+        """Returns what of a scheme's recipe the cells depend on: not its own number of steps and tokens."""
+        recipe = self.recipes[scheme].model_dump(mode="json", include={"quant", "calibrate", "train", "data"})
+        steps, warmup = (recipe["train"].pop(key) for key in ("max_steps", "warmup_steps"))
+        train = {key: value for key, value in recipe["train"].items() if key not in ("save_steps", "logging_steps")}
+        data = {key: recipe["data"][key] for key in SynthesisConfig.model_fields}
+        return {**recipe, "train": {**train, "warm-up share": round(warmup / steps, 4)}, "data": data}
 
     # Cells
 
@@ -309,6 +316,7 @@ class Bench:
             **asdict(cell),
             "asked_tokens": cell.tokens,
             "tokens": training["tokens"] if training else 0,
+            "blocks": len(blocks) if training else 0,
             "text_sha256": blocks.sha256 if training else None,
             "bits_per_weight": saved.bits_per_weight,
             "calibration": calibration,
@@ -325,7 +333,7 @@ class Bench:
         steps = math.ceil(cell.tokens / (samples * recipe.data.block_size))
         changes = {
             "max_steps": max(steps, 1),
-            "warmup_steps": round(own.warmup_steps / own.max_steps * steps),
+            "warmup_steps": round(recipe.train["warmup_steps"] / recipe.train["max_steps"] * steps),
             "save_steps": self.options.save_steps,
         }
         train = {**recipe.train, **changes}

@@ -108,19 +108,19 @@ def _kill_at(step: int, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> No
 
 def test_a_cell_has_one_process(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
-    words += ["--work", str(work), "--seeds", "0", "1", "--only", "int3:domain:320"]
-    held = work / "int3-domain-320-0" / "lock"
+    words += ["--work", str(work), "--seeds", "0", "1", "--only", "int3:domain:64"]
+    held = work / "int3-domain-64-0" / "lock"
     held.parent.mkdir(parents=True)
     with subprocess.Popen([sys.executable, "-c", HOLD, held], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
         run(monkeypatch, "budget.py", *words)
-        assert set(cells(json.loads((tmp_path / "out.json").read_text()))) == {("domain", 320, 1)}
+        assert set(cells(json.loads((tmp_path / "out.json").read_text()))) == {("domain", 64, 1)}
         other.kill()
     run(monkeypatch, "budget.py", *words)
     found = cells(json.loads((tmp_path / "out.json").read_text()))
-    assert set(found) == {("domain", 320, 0), ("domain", 320, 1)}
-    one, two = (found["domain", 320, seed]["other"]["kl"] for seed in (0, 1))
+    assert set(found) == {("domain", 64, 0), ("domain", 64, 1)}
+    one, two = (found["domain", 64, seed]["other"]["kl"] for seed in (0, 1))
     assert one != two
     with pytest.raises(SystemExit, match=r"begun with other settings .*: top_k, int3"):
         run(monkeypatch, "budget.py", *words, "--top-k", "8", "--group-size", "32")
