@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -80,8 +81,10 @@ def law_of(rows: Rows, judged_on: tuple[str, ...], facts: Mapping[str, Any]) -> 
         enough_below=None,
         points=tuple((tokens, round(kl, 6)) for tokens, kl in points),
     )
-    paying = law.tokens_at(law.start - noise(windows[0][0], windows[budgets[1]]))
-    return law if paying > law.most else law.model_copy(update={"enough_below": rounded_up(paying)})
+    change = noise(windows[0][0], windows[budgets[1]])
+    in_vain = takewhile(lambda point: law.start - point[1] <= change, points[1:])
+    paying = max([law.tokens_at(law.start - change), *(tokens for tokens, _ in in_vain)])
+    return law if paying >= law.most else law.model_copy(update={"enough_below": rounded_up(paying)})
 
 
 def pooled(row: Mapping[str, Any], names: Sequence[str]) -> list[float]:

@@ -95,11 +95,11 @@ class Law(Config):
         """Returns in words what a training on `tokens` is worth, and from how many training pays."""
         text = "text of its own" if self.text == OWN_TEXT else "text of a domain"
         what = f"{self.model}, {self.scheme} in groups of {self.group_size}, {text}"
-        said = f"measured on {what}: KL {self.start:.2g} after {' and '.join(self.stages)}"
+        said = f"measured on {what}: KL {self.start:.3g} after {' and '.join(self.stages)}"
         if tokens <= self.most:
-            said += f", about {self.kl(tokens):.2g} after training on {tokens:,} tokens"
+            said += f", about {self._predicted(tokens)} after training on {tokens:,} tokens"
         if tokens != self.most:
-            said += f", about {self.kl(self.most):.2g} on {self.most:,}, the most that was measured"
+            said += f", about {self._predicted(self.most)} on {self.most:,}, the most that was measured"
         size = f"{self.parameters / 1e6:,.0f}M"
         return f"{said}. {self.enough()} This is one model, of {size} parameters; others differ."
 
@@ -107,7 +107,15 @@ class Law(Config):
         """Returns in words when calibration is enough."""
         if self.enough_below is None:
             return f"{self._bits()}: calibration was as good as any training up to {self.most:,} tokens."
-        return f"{self._bits()}: below about {self.enough_below:,} tokens calibration is as good."
+        said = f"below about {self.enough_below:,} tokens calibration is as good"
+        if self.enough_below < self.least:
+            said = (
+                f"{self.least:,} tokens, the fewest that were measured, do better than calibration; by the fit, {said}"
+            )
+        return f"{self._bits()}: {said}."
+
+    def _predicted(self, tokens: int) -> str:
+        return f"{self.kl(tokens):.2g} (±{100 * self.error:.2g} %)"
 
     def _bits(self) -> str:
         digits = "".join(letter for letter in self.scheme if letter.isdigit())
