@@ -244,13 +244,38 @@ def test_every_row_of_schemes_is_a_recipe() -> None:
     assert set(PRESETS) <= set(schemes)
 
 
-def test_finetuning(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--steps", "20", "--block-size", "32", "--max-windows", "8", "--group-size", "32", "--rank", "8"]
-    run(monkeypatch, "finetuning.py", "--model", str(folder), "--learning-rate", "1e-2", "--stages", "gptq", *small)
-    found = headline(capsys.readouterr().out)
-    assert set(found) == {"differing codes", "LoRA, rounded", "LoRA, calibrated", "inside"}
-    assert found["differing codes"] == 0
-    assert 0.5 < found["inside"] < 1.5
+def test_finetuning(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--steps", "20", "--tokens", "1280", "--block-size", "32", "--max-windows", "6", "--group-size", "32"]
+    small += ["--rank", "8", "--learning-rate", "1e-2", "--scheme", "int3", "--json", str(tmp_path / "found.json")]
+    small += ["--arms", "LoRA", "LoRA, rounded", "LoRA, calibrated", "LoRA, distilled", "LoRA inside"]
+    run(monkeypatch, "finetuning.py", "--model", str(folder), *small)
+    output = capsys.readouterr().out
+    found = headline(output)
+    assert found.pop("differing codes") == 0
+    ways = ["LoRA", "LoRA, rounded", "LoRA, calibrated", "LoRA, distilled", "LoRA inside"]
+    assert list(found) == [f"int3, {way}" for way in ways]
+    assert found["int3, LoRA"] == 1
+    assert found["int3, LoRA, rounded"] < found["int3, LoRA, distilled"] < 1.2
+    runs = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["runs"]
+    assert {name: run["steps"] for name, run in runs.items()} == {
+        "base": {},
+        "LoRA, seed 0": {"LoRA": 20},
+        "int3, LoRA, rounded, seed 0": {"LoRA": 20},
+        "int3, LoRA, calibrated, seed 0": {"LoRA": 20},
+        "int3, LoRA, distilled, seed 0": {"LoRA": 20, "inside": 6},
+        "int3, LoRA inside, seed 0": {"inside": 20},
+    }
+    small += ["--table", str(tmp_path / "found.txt")]
+    run(monkeypatch, "finetuning.py", "--model", str(folder), *small)  # all of it is there
+    again = capsys.readouterr().out
+    assert "(validation)" in output
+    assert "(validation)" not in again
+    assert headline(again) == {**found, "differing codes": 0}
+    assert again.endswith((tmp_path / "found.txt").read_text(encoding="utf-8"))
+    with pytest.raises(SystemExit, match="give another --json"):
+        run(monkeypatch, "finetuning.py", "--model", str(folder), *small, "--steps", "10")
 
 
 def test_training_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
