@@ -9,15 +9,23 @@ features is free. A block of columns is worked in cache; the rest of the matrix 
 When the codes are known, the scales that suit them best solve a small linear system a row: with Ŵ = sum_g s_g C_g the
 error is quadratic in the scales. Codes and scales are found in turn.
 
+A layer gets inputs y that the layers before it have already distorted. With `target="clean"` it is to give from them
+what the original layer gave from the original inputs x: the codes minimize E|y Ŵ^T - x W^T|^2. That is the same problem
+with another weight, W + W E[(x - y)^T y] H^-1, H = E[y^T y], the least-squares solution without rounding. A ridge on H
+keeps it near W in directions that the text says little about.
+
 The master weight is then moved to the point nearest to where it was that rounds to its code, so that training goes on
 from these very codes.
 
 Letters: O out features, I in features, G scales per row, g weights per scale.
-Source: GPTQ (2210.17323) section 3.3, algorithm 1; the refit of scales is ordinary least squares.
+Source: GPTQ (2210.17323) section 3.3, algorithm 1; the refit of scales is ordinary least squares. The clean target: the
+corrected weight of QEP (2504.09629), its strength being 1; GPTAQ (2504.02692) and Qronos (2505.11695) solve the same
+problem column by column. Deviation: a ridge in place of a lower strength.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +34,17 @@ from torch import Tensor, nn
 from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import GPTQStage
+from llmqat.calibrate.masters import holding
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import Grid, of_each_weight, quantize, snap_scale
-from llmqat.layers import QuantLinear
+from llmqat.layers import QuantLinear, quantizers_off
 
 COLUMNS = 64
 """Columns worked before the rest of the matrix follows."""
 SYMMETRIC = 384
 """Columns of the matrix of second moments that are taken at once, each with those after it."""
+PIECE = 2
+"""Batches whose original inputs are kept until those that quantization has changed come to meet them."""
 CELL = 0.49
 """How far from its code, in codes, a master weight may lie: below a half, for the rounding of the division."""
 
@@ -245,7 +256,22 @@ class LayerRounding:
     after: float
 
 
-def gptq_block(block: Block, chain: Chain, stage: GPTQStage, processes: Processes = ALONE) -> dict[str, LayerRounding]:
+@dataclass(frozen=True)
+class Clean:
+    """The original block, and the text that no quantization has touched.
+
+    Attributes:
+        chain: the full-precision chain, which has reached the block.
+        weights: the original parameters of the block, by name inside it.
+    """
+
+    chain: Chain
+    weights: Mapping[str, Tensor]
+
+
+def gptq_block(
+    block: Block, chain: Chain, stage: GPTQStage, processes: Processes = ALONE, clean: Clean | None = None
+) -> dict[str, LayerRounding]:
     """Finds codes and scales of every linear layer of `block` in place, in the order they run; returns what it gained.
 
     A layer sees the inputs that it gets from the layers before it with their new codes. Layers that text does not
@@ -256,20 +282,40 @@ def gptq_block(block: Block, chain: Chain, stage: GPTQStage, processes: Processe
         chain: the quantized chain, which has reached the block.
         stage: damping and rounds.
         processes: share the batches of the chain; all find the same codes and scales.
+        clean: what each layer is to give is taken from there; None: what it gives in full precision from the inputs
+            that it gets. A layer that does not see every token, such as an expert, has no such target.
     """
     found: dict[str, LayerRounding] = {}
     for group in layers_by_input(block, chain):
-        moments = second_moments(block, next(iter(group.layers.values())), chain, group.calls, processes)
-        if moments is None:
+        seen = second_moments(block, next(iter(group.layers.values())), chain, group.calls, processes, clean)
+        if seen is None:
             continue
-        curvature = Curvature.of(damped(moments, stage.damping))
+        curvature = Curvature.of(damped(seen.moments, stage.damping))
         for name, layer in group.layers.items():
-            found[f"{block.name}.{name}"] = gptq_layer(layer, curvature, stage.rounds)
+            target = None
+            if clean is not None and seen.missing is not None:
+                with holding(block, clean.weights):
+                    original = layer.matrix().float()
+                target = corrected_weight(original, damped(seen.moments, stage.target_damping), seen.missing)
+            found[f"{block.name}.{name}"] = gptq_layer(layer, curvature, stage.rounds, target)
     return found
 
 
 @torch.no_grad()
-def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int) -> LayerRounding:
+def corrected_weight(weight: Tensor, hessian: Tensor, missing: Tensor) -> Tensor:
+    """Returns the weight [O, I] whose product with the inputs is nearest to that of `weight` with the clean inputs.
+
+    Args:
+        weight: [O, I] float32.
+        hessian: [I, I] float32, damped E[x^T x]: the more damping, the nearer to `weight`.
+        missing: [I, I] float32, E[(c - x)^T x] of inputs x and clean inputs c.
+    """
+    step = torch.cholesky_solve((weight @ missing).t(), torch.linalg.cholesky(hessian))
+    return weight + step.t()
+
+
+@torch.no_grad()
+def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int, target: Tensor | None = None) -> LayerRounding:
     """Finds the codes of `layer` by GPTQ and the scales that suit them, in turn, and puts both in place.
 
     Groups that lay on the lattice of the scheme before keep their codes and scales: there is no error to undo.
@@ -278,6 +324,7 @@ def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int) -> LayerRound
         layer: its weight is float32; its scales, as they are, are the start.
         inputs: of the layer.
         rounds: times that codes are found.
+        target: the weight [O, I] float32 that the codes are to stand for; None: the layer's own.
     """
     weight, hessian = layer.matrix().float(), inputs.hessian
     scale, zero_point = layer.scale_and_zero_point()
@@ -286,6 +333,9 @@ def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int) -> LayerRound
     kept = layer.kept_groups()
     if kept is not None and bool(kept.all()):
         return LayerRounding(float(before / size), float(before / size))
+    if target is not None:
+        weight = target if kept is None else torch.where(of_each_weight(kept, *weight.shape), weight, target)
+        before = output_error(weight, hessian, layer.codes(), scale, zero_point, layer.grid)
     for _ in range(rounds):
         codes = round_by_gptq(weight, inputs, scale, zero_point, layer.grid, kept)
         found = refit_scales(weight, hessian, codes, scale, zero_point, layer.grid)
@@ -349,11 +399,30 @@ _Place = tuple[int, torch.Size, tuple[int, ...], int]
 """Where a tensor lies, and how often it has been written to."""
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What the text says of a layer's inputs.
+
+    Attributes:
+        moments: E[x^T x], [I, I] float32.
+        missing: E[(c - x)^T x], [I, I] float32, c being the inputs of the original model; None where there are none, or
+            not one for each.
+    """
+
+    moments: Tensor
+    missing: Tensor | None = None
+
+
 @torch.no_grad()
 def second_moments(
-    block: Block, layer: QuantLinear, chain: Chain, calls: int = 1, processes: Processes = ALONE
-) -> Tensor | None:
-    """Returns E[x^T x] [I, I] float32 of the inputs of `layer`, quantized where it quantizes them; None without inputs.
+    block: Block,
+    layer: QuantLinear,
+    chain: Chain,
+    calls: int = 1,
+    processes: Processes = ALONE,
+    clean: Clean | None = None,
+) -> Moments | None:
+    """Returns the second moments of the inputs of `layer`, quantized where it quantizes them; None without inputs.
 
     Args:
         block: that the layer is in.
@@ -361,22 +430,47 @@ def second_moments(
         chain: that has reached the block.
         calls: of the layer in a forward of the block; 0 where that depends on the text.
         processes: share the batches of the chain.
+        clean: where the original inputs come from, if they are asked for.
     """
-    total = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+    size, device = layer.in_features, layer.weight.device
+    total = torch.zeros(size, size, device=device)
     count = torch.zeros((), dtype=torch.int64)
+    paired = clean is not None and calls > 0 and _sees_every_token(block, layer, chain)
+    missing = torch.zeros(size, size, device=device) if paired else None
+    wanted: list[Tensor] = []
 
     def record(module: nn.Module, x: Tensor) -> None:
         x = x if layer.input_quantizer is None else layer.input_quantizer(x)
         rows = x.reshape(-1, x.shape[-1]).float()
-        for start in range(0, layer.in_features, SYMMETRIC):  # the matrix is symmetric: its upper part is enough
+        for start in range(0, size, SYMMETRIC):  # the matrix is symmetric: its upper part is enough
             columns = slice(start, start + SYMMETRIC)
             total[columns, start:].addmm_(rows[:, columns].t(), rows[:, start:])
+        if missing is not None:
+            missing.addmm_((wanted.pop(0).reshape(rows.shape).float() - rows).t(), rows)
         count.add_(len(rows))
 
-    block.watch([layer], record, chain, processes.share(chain.batches), calls)
+    own = list(processes.share(chain.batches))
+    step = PIECE if paired else max(len(own), 1)
+    for piece in (own[start : start + step] for start in range(0, len(own), step)):
+        if clean is not None and paired:
+            with holding(block, clean.weights), quantizers_off(block.module):
+                block.watch([layer], lambda _, x: wanted.append(x), clean.chain, piece, calls)
+        block.watch([layer], record, chain, piece, calls)
     processes.add(total)
+    if missing is not None:
+        processes.add(missing)
     seen = int(processes.add(count))
     if seen == 0:
         return None
     upper = total.triu_()
-    return (upper + upper.t().tril(-1)) / seen
+    return Moments((upper + upper.t().tril(-1)) / seen, None if missing is None else missing / seen)
+
+
+def _sees_every_token(block: Block, layer: QuantLinear, chain: Chain) -> bool:
+    """Returns whether `layer` is given the hidden states of all tokens, in their order, as the block is."""
+    rows = chain.batches[0]
+    seen: list[Tensor] = []
+    block.watch([layer], lambda _, x: seen.append(x), chain, [rows])
+    args, options = chain.call(block, rows)
+    hidden = next(x for x in (*args, *options.values()) if isinstance(x, Tensor) and x.is_floating_point())
+    return all(x.shape[:-1].numel() == hidden.shape[:-1].numel() for x in seen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,16 +52,23 @@ class Originals:
     @contextmanager
     def in_place(self, block: Block) -> Iterator[None]:
         """Inside, the parameters of `block` are the original ones."""
-        moved: dict[str, Tensor] = {}
-        try:
-            for name, original in self.of(block).items():
-                parameter = block.module.get_parameter(name)
-                moved[name] = parameter.data
-                parameter.data = original.to(parameter.device)
+        with holding(block, self.of(block)):
             yield
-        finally:
-            for name, own in moved.items():
-                block.module.get_parameter(name).data = own
+
+
+@contextmanager
+def holding(block: Block, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the parameters of `block` have the values of `tensors`, by name inside it."""
+    moved: dict[str, Tensor] = {}
+    try:
+        for name, value in tensors.items():
+            parameter = block.module.get_parameter(name)
+            moved[name] = parameter.data
+            parameter.data = value.to(parameter.device)
+        yield
+    finally:
+        for name, own in moved.items():
+            block.module.get_parameter(name).data = own
 
 
 @contextmanager

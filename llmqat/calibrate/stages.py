@@ -3,7 +3,7 @@
     rotate, smooth   change the full-precision model, not what it computes
     (prepare)
     ranges           scales from the weights and E[x^2]
-    gptq             codes that make each other's errors good, and scales refitted to them
+    gptq             codes whose errors cancel in the layer's output, and scales refitted to them
     blockwise        each block trained to give what it gave in full precision
 
 Each stage leaves in a folder what it did, ranges as a whole, gptq and blockwise block by block, each file written aside
@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from llmqat.calibrate.activations import calibrate_activations, static_layers
 from llmqat.calibrate.blocks import Block, find_blocks, has_blocks
 from llmqat.calibrate.blockwise import train_block
+from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import (
     BlockStage,
     BlockwiseStage,
@@ -49,7 +50,7 @@ from llmqat.calibrate.config import (
     TextStage,
     WeightStage,
 )
-from llmqat.calibrate.gptq import gptq_block
+from llmqat.calibrate.gptq import Clean, gptq_block
 from llmqat.calibrate.masters import Originals, in_float32
 from llmqat.calibrate.moments import collect_moments
 from llmqat.calibrate.probe import Probe
@@ -380,9 +381,10 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
         bar = run.bar(stage.stage, "block")(walk.blocks)
         for block in bar:
             file = files[block.index]
-            if not isinstance(stage, GPTQStage):  # which asks for nothing but its own inputs
-                with originals.in_place(block):
-                    block.run_full(walk.full if stage.target == "clean" else walk.quantized, walk.full, processes)
+            if isinstance(stage, BlockwiseStage):  # which asks for what the block gave; GPTQ, for what its layers got
+                _run_original(
+                    block, originals, walk.full if stage.target == "clean" else walk.quantized, walk, processes
+                )
             if done[block.index]:
                 found = _read_block(block.module, file)
                 earlier += found["seconds"]
@@ -390,21 +392,36 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
             else:
                 start = time.perf_counter()
                 with in_float32(block), fusing():
-                    found = _IN_BLOCK[type(stage)](block, walk, stage, run, bar)
+                    found = _IN_BLOCK[type(stage)](block, walk, stage, run, bar, originals)
                     processes.copy((*block.module.parameters(), *block.module.buffers()))
                 found["seconds"] = time.perf_counter() - start
                 if processes.is_first:
                     _write_block(block, file, found)
             facts[block.name] = found
+            if isinstance(stage, GPTQStage) and stage.target == "clean":
+                _run_original(block, originals, walk.full, walk, processes)
             block.run(walk.quantized, walk.quantized, processes)
     return earlier, facts
 
 
-def _gptq_in_block(block: Block, walk: Walk, stage: GPTQStage, run: _Calibration, bar: Any) -> dict[str, Any]:
-    return {name: asdict(found) for name, found in gptq_block(block, walk.quantized, stage, run.processes).items()}
+def _run_original(block: Block, originals: Originals, chain: Chain, walk: Walk, processes: Processes) -> None:
+    """Leaves what `block` gave in full precision, from the inputs of `chain`, in the full-precision chain."""
+    with originals.in_place(block):
+        block.run_full(chain, walk.full, processes)
 
 
-def _train_in_block(block: Block, walk: Walk, stage: BlockwiseStage, run: _Calibration, bar: Any) -> dict[str, Any]:
+def _gptq_in_block(
+    block: Block, walk: Walk, stage: GPTQStage, run: _Calibration, bar: Any, originals: Originals
+) -> dict[str, Any]:
+    clean = Clean(walk.full, originals.of(block)) if stage.target == "clean" else None
+    return {
+        name: asdict(found) for name, found in gptq_block(block, walk.quantized, stage, run.processes, clean).items()
+    }
+
+
+def _train_in_block(
+    block: Block, walk: Walk, stage: BlockwiseStage, run: _Calibration, bar: Any, originals: Originals
+) -> dict[str, Any]:
     def show(iteration: int, loss: float) -> None:
         bar.update(bar.done, note=f"iteration {iteration} of {stage.iterations}, loss {loss:.3g}")
 
@@ -427,7 +444,7 @@ _DO: dict[type[Any], Callable[[_Calibration, Any, Path], _Done]] = {
     GPTQStage: _block_by_block,
     BlockwiseStage: _block_by_block,
 }
-_IN_BLOCK: dict[type[Any], Callable[[Block, Walk, Any, _Calibration, Any], dict[str, Any]]] = {
+_IN_BLOCK: dict[type[Any], Callable[[Block, Walk, Any, _Calibration, Any, Originals], dict[str, Any]]] = {
     GPTQStage: _gptq_in_block,
     BlockwiseStage: _train_in_block,
 }

@@ -7,14 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from llmqat import QuantConfig, prepare
 from llmqat.calibrate import gptq as gptq_module
 from llmqat.calibrate import open_walk
+from llmqat.calibrate.blocks import Block
+from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import GPTQStage
 from llmqat.calibrate.gptq import (
     COLUMNS,
+    Clean,
     Curvature,
+    corrected_weight,
     damped,
     gptq_block,
     gptq_layer,
@@ -24,8 +29,9 @@ from llmqat.calibrate.gptq import (
     round_by_gptq,
     second_moments,
 )
+from llmqat.calibrate.walk import Walk
 from llmqat.grid import Grid, quantize, search_scale
-from llmqat.layers import QuantLinear, WeightConfig
+from llmqat.layers import QuantLinear, WeightConfig, quantizers_off
 from tests.tiny import tiny_llama
 
 GRIDS = {
@@ -167,8 +173,80 @@ def test_second_moments_are_those_of_the_inputs(columns: int, monkeypatch: pytes
     x = layer.input_quantizer(torch.cat(seen)).flatten(0, 1).float()
     found = second_moments(block, layer, chain)
     assert found is not None
-    assert torch.allclose(found, x.t() @ x / 80, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found, found.t())
+    assert torch.allclose(found.moments, x.t() @ x / 80, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.moments, found.moments.t())
+    assert found.missing is None
+
+
+def test_the_clean_target_is_the_least_squares_solution_without_rounding() -> None:
+    torch.manual_seed(0)
+    clean, weight = torch.randn(64, 12), torch.randn(5, 12)
+    x = clean + 0.3 * torch.randn(64, 12)
+    hessian, missing = x.t() @ x / 64, (clean - x).t() @ x / 64
+    found = corrected_weight(weight, hessian, missing)
+    torch.testing.assert_close(found, torch.linalg.lstsq(x, clean @ weight.t()).solution.t(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(corrected_weight(weight, hessian, torch.zeros(12, 12)), weight)
+    stayed = [(corrected_weight(weight, damped(hessian, ridge), missing) - weight).norm() for ridge in (0.1, 10.0)]
+    assert stayed[1] < 0.2 * stayed[0]
+
+
+def walk_of(model: PreTrainedModel, quant: QuantConfig, blocks: int = 6) -> tuple[Walk, Clean]:
+    """Returns a walk of `model`, prepared here, over text, and what its first block was."""
+    before = {name: value.clone() for name, value in model.model.layers[0].named_parameters()}
+    prepare(model, quant)
+    torch.manual_seed(1)
+    walk = open_walk(model, torch.randint(2, 258, (blocks, 16)), 2, dtype=torch.float32)
+    return walk, Clean(walk.full, before)
+
+
+def test_the_missing_part_is_that_of_the_inputs_of_the_original() -> None:
+    walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32))
+    block = walk.blocks[0]
+    down = block.module.mlp.down_proj
+    seen: dict[str, list[Tensor]] = {"own": [], "clean": []}
+    block.watch([down], lambda _, x: seen["own"].append(x), walk.quantized, walk.quantized.batches)
+    with quantizers_off(block.module):
+        block.watch([down], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
+    own, wanted = (torch.cat(found).flatten(0, 1) for found in seen.values())
+    found = second_moments(block, down, walk.quantized, 1, clean=clean)
+    assert found is not None
+    assert found.missing is not None
+    torch.testing.assert_close(found.missing, (wanted - own).t() @ own / len(own), rtol=1e-3, atol=1e-5)
+    first = second_moments(block, block.module.self_attn.q_proj, walk.quantized, 1, clean=clean)
+    assert first is not None  # which nothing quantized precedes
+    assert first.missing is not None
+    assert not first.missing.any()
+
+
+def test_a_clean_target_brings_a_block_nearer_to_what_it_gave() -> None:
+    errors = {}
+    for target in ("clean", "quantized"):
+        torch.manual_seed(0)
+        walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32), blocks=32)
+        block, stage = walk.blocks[0], GPTQStage(batch_size=2, target_damping=0.01)
+        expected = [block_output(block, walk.full, rows) for rows in walk.full.batches]
+        gptq_block(block, walk.quantized, stage, clean=clean if target == "clean" else None)
+        found = [block(walk.quantized, rows) for rows in walk.quantized.batches]
+        errors[target] = float((torch.cat(found) - torch.cat(expected)).square().sum().detach())
+    assert errors["clean"] < 0.95 * errors["quantized"]
+
+
+def block_output(block: Block, chain: Chain, rows: slice) -> Tensor:
+    """Returns what `block` gives with its quantizers off."""
+    with quantizers_off(block.module):
+        return block(chain, rows).detach()
+
+
+def test_a_layer_that_sees_a_part_of_the_tokens_has_no_clean_target() -> None:
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: own(x) + torch.nn.functional.pad(own(x[:, 1:]), (0, 0, 1, 0))
+    walk, clean = walk_of(model, QuantConfig.preset("int4", group_size=32))
+    block = walk.blocks[0]
+    found = second_moments(block, block.module.mlp.down_proj, walk.quantized, 2, clean=clean)
+    assert found is not None
+    assert found.missing is None
 
 
 def test_a_layer_sees_what_the_layers_before_it_make_of_their_new_codes() -> None:
