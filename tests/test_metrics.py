@@ -20,6 +20,7 @@ from llmqat.metrics import (
     TopProbabilities,
     token_loss,
     token_scores,
+    top_of_,
     top_probabilities,
 )
 from llmqat.metrics import _argmax as fast_argmax
@@ -260,6 +261,19 @@ def test_the_likeliest_tokens_and_the_rest_are_a_distribution_and_bound_the_exac
     )
     with pytest.raises(ValueError, match="top_k=301 of a vocabulary of 300 tokens; choose 1 to 300"):
         top_probabilities(logits, 301)
+
+
+@pytest.mark.parametrize(("vocabulary", "top_k"), [(1536, 5), (4096, 16), (4096, 256), (4096, 4096), (999, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the second has many equals
+def test_the_likeliest_are_found_among_the_maxima_of_parts(vocabulary: int, top_k: int, dtype: torch.dtype) -> None:
+    logits = 3 * torch.randn(20, vocabulary, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, wanted = top_probabilities(logits, top_k), F.log_softmax(logits.float(), -1)
+    assert torch.equal(found.log_probs, wanted.topk(top_k).values)
+    assert torch.equal(wanted.gather(-1, found.indices), found.log_probs)
+    assert all(len(set(row)) == top_k for row in found.indices.tolist())
+    same = top_of_(torch.softmax(logits.float(), -1), top_k)
+    torch.testing.assert_close(same.log_probs, found.log_probs)
+    torch.testing.assert_close(same.log_rest, found.log_rest)
 
 
 def test_a_student_sure_of_the_teachers_tokens_takes_a_finite_step() -> None:

@@ -400,8 +400,9 @@ def _block_keys(blocks: Tensor | Rows) -> Iterator[bytes]:
 @torch.no_grad()
 def _top_of(hidden: Tensor, predictor: Predictor, top_k: int) -> TopProbabilities:
     """Returns the likeliest tokens at hidden states [T, D], with the logits of CHUNK_TOKENS positions at once."""
-    parts = [top_probabilities(predictor.logits(chunk), top_k) for chunk in hidden.split(CHUNK_TOKENS)]
-    return TopProbabilities(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TopProbabilities)))
+    return TopProbabilities.joined(
+        [top_probabilities(predictor.logits(chunk), top_k) for chunk in hidden.split(CHUNK_TOKENS)]
+    )
 
 
 def read_header(folder: Path) -> CacheHeader:

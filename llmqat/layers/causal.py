@@ -23,18 +23,31 @@ LONGEST = 1024
 _REPLACED = "sdpa"
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Returns softmax(scaling q k^T, of the past only) v as [B, H, L, E], in the dtype of the query.
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor | None = None
+) -> Tensor:
+    """Returns softmax(scaling q k^T, of what is visible only) v as [B, H, L, E], in the dtype of the query.
 
     Args:
         query: [B, H, L, D].
         key: [B, K, L, D]; H / K heads of queries share each.
         value: [B, K, L, E].
         scaling: of the scores.
+        visible: bool [B, 1, L, L], what each position sees, such as the past of its own document; None: all its past.
     """
+    batch, length = query.shape[0], query.shape[2]
+    mask = torch.full((length, length), float("-inf"), dtype=query.dtype, device=query.device)
+    if visible is not None:  # one sample at a time: the products of all would want the mask once a head
+        masks = mask.masked_fill(visible.squeeze(1), 0)
+        samples = (slice(row, row + 1) for row in range(batch))
+        return torch.cat([_mixed(query[s], key[s], value[s], scaling, masks[s].squeeze(0)) for s in samples])
+    return _mixed(query, key, value, scaling, mask.triu_(1))
+
+
+def _mixed(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor) -> Tensor:
+    """Returns the attention output [B, H, L, E] with `mask` [L, L], 0 or -inf, added to all scores."""
     batch, heads, length, size = query.shape
     shared = key.shape[1]
-    mask = torch.full((length, length), float("-inf"), dtype=query.dtype, device=query.device).triu_(1)
     rows = query.reshape(batch * shared, -1, size)  # the queries of heads that share keys, one below the other
     scores = torch.baddbmm(
         mask.repeat(heads // shared, 1).expand(batch * shared, -1, -1),
@@ -60,11 +73,12 @@ def short_attention() -> Iterator[None]:
         *args: Any,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if attention_mask is not None or args or not _serves(module, query, key, options):
+        if args or not (_serves(module, query, key, options) and _is_visibility(attention_mask, query)):
             found: tuple[Tensor, Tensor | None] = original(module, query, key, value, attention_mask, *args, **options)
             return found
         scaling = options.get("scaling")
-        mixed = causal_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mixed = causal_attention(query, key, value, scaling, attention_mask)
         return mixed.transpose(1, 2).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS[_REPLACED] = attention
@@ -72,6 +86,18 @@ def short_attention() -> Iterator[None]:
         yield
     finally:
         ALL_ATTENTION_FUNCTIONS[_REPLACED] = original
+
+
+def _is_visibility(mask: Tensor | None, query: Tensor) -> bool:
+    """Returns whether `mask` is none, or says of each sample what its positions see, themselves at least."""
+    if mask is None:
+        return True
+    length = query.shape[2]
+    return (
+        mask.dtype == torch.bool
+        and mask.shape == (query.shape[0], 1, length, length)
+        and bool(mask.diagonal(dim1=-2, dim2=-1).all())
+    )
 
 
 def _serves(module: nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:

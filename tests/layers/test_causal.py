@@ -33,8 +33,28 @@ def test_outputs_and_gradients_are_those_of_torch(shared: int, sizes: tuple[int,
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
 
 
+def _documents(length: int = 37) -> torch.Tensor:
+    """What each position sees in three samples of two documents, of which the second begins at 1, 20 and nowhere."""
+    own = torch.stack([torch.arange(length) >= begin for begin in (1, 20, length)])
+    return (own[:, None, :, None] == own[:, None, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("shared", [6, 2])
+def test_documents_apart_are_those_of_torch(shared: int) -> None:
+    states, visible = _states(shared=shared), _documents()
+    wide = [state.repeat_interleave(6 // state.shape[1], 1) for state in states]
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=visible, scale=0.3)
+    mixed = causal_attention(*states, 0.3, visible)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(mixed, states, gradient)
+    wanted = torch.autograd.grad(expected, states, gradient)
+    assert torch.allclose(mixed, expected, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "gpt_neox", "opt"])
-def test_a_model_computes_the_same_inside(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_computes_the_same_inside(model_type: str, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def counted(*states: Any) -> torch.Tensor:
@@ -44,10 +64,13 @@ def test_a_model_computes_the_same_inside(model_type: str, monkeypatch: pytest.M
     monkeypatch.setattr("llmqat.layers.causal.causal_attention", counted)
     model = tiny_architecture(model_type).to(torch.bfloat16).eval()
     ids = torch.randint(2, 200, (2, 40), generator=torch.Generator().manual_seed(2))
+    inputs = {"input_ids": ids}
+    if apart:
+        inputs["position_ids"] = torch.cat([torch.arange(13), torch.arange(27)]).repeat(2, 1)
     with torch.no_grad():
-        outside = model(ids).logits.float()
+        outside = model(**inputs).logits.float()
         with short_attention():
-            inside = model(ids).logits.float()
+            inside = model(**inputs).logits.float()
     assert len(calls) == model.config.num_hidden_layers
     # Scores rounded to bfloat16: three significant digits.
     assert (inside - outside).norm() < 0.02 * outside.norm()
@@ -55,7 +78,11 @@ def test_a_model_computes_the_same_inside(model_type: str, monkeypatch: pytest.M
 
 CASES: dict[str, dict[str, Any]] = {
     "float32": {"dtype": torch.float32},
-    "a mask": {"mask": torch.ones(1, 1, 37, 37, dtype=torch.bool).tril()},
+    "a bias": {"mask": torch.zeros(3, 1, 37, 37, dtype=torch.bfloat16)},
+    "a mask of all samples": {"mask": torch.ones(1, 1, 37, 37, dtype=torch.bool).tril()},
+    "padding at the beginning": {
+        "mask": torch.ones(37, 37, dtype=torch.bool).tril().repeat(3, 1, 1, 1).tril(0) & (torch.arange(37) > 3)
+    },
     "too long": {"length": LONGEST + 1},
     "dropout": {"dropout": 0.0001},
     "not causal": {"is_causal": False},
