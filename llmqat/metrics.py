@@ -198,9 +198,25 @@ class TopProbabilities:
         """Returns those of some tokens."""
         return TopProbabilities(self.indices[rows], self.log_probs[rows], self.log_rest[rows])
 
+    def of_row(self, row: int) -> TopProbabilities:
+        """Returns those of one row, [T, K], where this is [B, T, K]."""
+        return TopProbabilities(self.indices[row], self.log_probs[row], self.log_rest[row])
+
     def to(self, device: torch.device) -> TopProbabilities:
         """Returns the same on a device."""
         return TopProbabilities(self.indices.to(device), self.log_probs.to(device), self.log_rest.to(device))
+
+    @staticmethod
+    def empty(positions: tuple[int, ...], top_k: int) -> TopProbabilities:
+        """Returns room on the CPU for those of many positions, in half the bits: int32 and float16."""
+        indices, log_probs = (torch.empty(*positions, top_k, dtype=dtype) for dtype in (torch.int32, torch.float16))
+        return TopProbabilities(indices, log_probs, torch.empty(positions, dtype=torch.float16))
+
+    def put(self, column: int, top: TopProbabilities) -> None:
+        """Writes those of one position of all rows, [B, K], where this is [B, T, K]."""
+        self.indices[:, column] = top.indices.to("cpu", self.indices.dtype)
+        self.log_probs[:, column] = top.log_probs.to("cpu", self.log_probs.dtype)
+        self.log_rest[:, column] = top.log_rest.to("cpu", self.log_rest.dtype)
 
     @staticmethod
     def joined(parts: Sequence[TopProbabilities]) -> TopProbabilities:

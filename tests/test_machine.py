@@ -30,9 +30,10 @@ def test_a_run_tells_the_time_of_the_next_one(recipe: Any, tmp_path: Path) -> No
     assert probed is not None
     assert (probed.seconds, probed.whole, probed.measured.by) == (100.0, False, "a probe")
     assert "training takes about 1.7 min on this machine, as a probe of" in answer(planned, 10**12, probed)
-    training = {"tokens_per_second": 128.0, "resumed_from": None}
+    training = {"tokens_per_second": 128.0, "resumed_from": None, "teacher_cache": {"top_k": 256}}
     seconds = {"text": 20.0, "train": 50.0, "evaluate": 30.0}
-    remember_run(*asked[:3], {**training, "resumed_from": "checkpoint-1"}, seconds)
+    for other_way in ({"resumed_from": "checkpoint-1"}, {"teacher_cache": None}):  # the teacher ran
+        remember_run(*asked[:3], {**training, **other_way}, seconds)
     assert expected_time(*asked) == probed
     remember_run(*asked[:3], training, seconds)
     remember_probe(*asked[:3], 1.0)  # says less than a run
@@ -44,7 +45,7 @@ def test_a_run_tells_the_time_of_the_next_one(recipe: Any, tmp_path: Path) -> No
     found = expected_time(other, *asked[1:])
     assert found is not None
     assert (found.seconds, found.whole) == (50.0, False)
-    for changes in ({"lora": {"r": 4}}, {"quant": recipe.quant.preset("int8")}):
+    for changes in ({"lora": {"r": 4}}, {"quant": recipe.quant.preset("int8")}, {"teacher_top_k": None}):
         assert expected_time(recipe.model_copy(update=changes), *asked[1:]) is None
     assert expected_time(recipe, planned.coverage, 2, planned.tokens) is None
 

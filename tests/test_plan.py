@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from llmqat.data.blocks import token_blocks
+from llmqat.data.teacher_cache import TeacherCache
 from llmqat.layers import QuantConfig, prepare
 from llmqat.recipe import devices_of, load_recipe, plan_run, probe
 from llmqat.recipe.memory import Devices, memory_of, optimizer_bytes, traffic_of
 from llmqat.recipe.plan import few_steps
-from llmqat.train import LoraSettings, QATArguments, choose_trained
+from llmqat.train import LoraSettings, QATArguments, QATTrainer, choose_trained
 from tests.flows.small import small
 from tests.tiny import tiny_architecture, tiny_tokenizer
 
@@ -170,6 +171,24 @@ def test_a_probe_trains_and_leaves_nothing(tiny_llama_folder: Path, trains: str)
     assert sorted(tiny_llama_folder.rglob("*")) == before
     with pytest.raises(ValueError, match="random tokens, which teacher_cache=x knows nothing of"):
         probe(load_recipe(RECIPE, small(tiny_llama_folder, tiny_llama_folder / "run", "teacher_cache=x")))
+
+
+def test_a_probe_of_text_that_the_model_will_write_has_no_teacher(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    train = QATTrainer.train
+
+    def spy(trainer: QATTrainer, *args: Any) -> Any:
+        seen.append((trainer.teacher, trainer.train_dataset[0]["position_ids"]))
+        return train(trainer, *args)
+
+    monkeypatch.setattr(QATTrainer, "train", spy)
+    words = small(tiny_llama_folder, tiny_llama_folder / "run", QUANT, "data={source: synthetic, block_size: 32}")
+    assert probe(load_recipe(RECIPE, words)).step_seconds > 0
+    ((teacher, positions),) = seen
+    assert isinstance(teacher, TeacherCache)
+    assert positions.tolist() == [*range(16), *range(16)]
 
 
 def test_a_probe_counts_what_was_held_above_what_was_there(

@@ -102,6 +102,7 @@ def _print_plan(planned: Plan, available: int | None) -> None:
     console.print(text)
     if planned.law is not None and planned.tokens is not None:
         console.print(f"tokens: {planned.law.worth(planned.tokens)}")
+    console.print(f"teacher: {planned.teacher}", soft_wrap=True)
     _print_memory(planned)
     _print_disk(planned)
     if available is not None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmqat.data.documents import DocumentSource
+    from llmqat.data.teacher_cache import CachePlace
 
 __all__ = [
     "SOURCES",
@@ -73,6 +74,7 @@ def load_splits(
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
     processes: Processes = ALONE,
+    cache: CachePlace | None = None,
 ) -> TextSplits:
     """Returns the text that `config` describes as token blocks, split as it says.
 
@@ -82,6 +84,7 @@ def load_splits(
         model: writes the text if the source is `synthetic`; of other text it must be able to read a block.
         progress: called with (tokens done, tokens in all) by sources that take long.
         processes: write together what the model writes, unless it is part of a mix; other text each makes by itself.
+        cache: a teacher cache that gets what the model predicts for the text that it writes; of no other source.
 
     Raises:
         FileNotFoundError: when the text is not where `config` says.
@@ -101,4 +104,4 @@ def load_splits(
         from llmqat.data.cache import read_documents
 
         return read_documents(open_text(config), config, tokenizer, progress)
-    return TextSplits(cast(TokenBlocks, module.load(config, tokenizer, model, progress, processes)))
+    return TextSplits(cast(TokenBlocks, module.load(config, tokenizer, model, progress, processes, cache)))

@@ -172,9 +172,9 @@ class _BlockDataset(Dataset[dict[str, Tensor]]):
         return {name: tensor[0] for name, tensor in {**row.inputs(), "labels": row.labels()}.items()}
 
 
-def token_blocks(ids: Tensor, source: str, details: Mapping[str, Any] | None = None) -> TokenBlocks:
-    """Returns `ids` [N, L] as TokenBlocks, with their hash."""
-    rows = Rows(ids.contiguous())
+def token_blocks(blocks: Tensor | Rows, source: str, details: Mapping[str, Any] | None = None) -> TokenBlocks:
+    """Returns `blocks`, or ids [N, L], as TokenBlocks, with their hash."""
+    rows = rows_of(blocks.contiguous() if isinstance(blocks, Tensor) else blocks)
     return TokenBlocks(rows, source, sha256_of_rows(rows), dict(details or {}))
 
 

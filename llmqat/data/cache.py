@@ -53,7 +53,7 @@ def read_documents(
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "block_size": config.block_size,
             "tokens": config.tokens,
-            "packing": config.packing,
+            "packing": config.packing or "concatenate",
             "splits": [config.calibration_share, config.validation_share],
             "seed": config.seed if config.calibration_share or config.validation_share else None,
         }

@@ -33,7 +33,7 @@ _COMMON = {"source", "tokens", "block_size", "seed"}
 _DOCUMENTS = {"packing", "num_proc", "calibration_share", "validation_share"}
 """What holds for every source that gives documents."""
 _OWN = {
-    "synthetic": {*SynthesisConfig.model_fields, "path"},
+    "synthetic": {*SynthesisConfig.model_fields, "path", "packing"},
     "text": {"path"} | _DOCUMENTS,
     "pydoc": _DOCUMENTS,
     "dataset": {
@@ -99,11 +99,12 @@ class DataConfig(SynthesisConfig):
     streaming: bool = False
     """Source dataset: read rows as they arrive, without downloading or converting the dataset as a whole first. Its
     blocks are made anew by each run, since what it holds is not known before it is read."""
-    packing: Literal["concatenate", "documents", "whole"] = "concatenate"
+    packing: Literal["concatenate", "documents", "whole"] | None = None
     """`concatenate`: a block is one text. `documents`: position ids begin anew with each document in it, and attention
     stays within documents; models that cannot do this are refused by name. `whole`: as `documents`, and a document that
     fits a block is never cut: what is left of a block is filled with text that is no label, so no document is left out,
-    however few there are. Not for synthetic text."""
+    however few there are; not for synthetic text. None: `documents` for synthetic text, whose writer saw each document
+    alone, if the model can do it; else `concatenate`. Calibration reads a block of synthetic text as one text."""
     num_proc: int = Field(1, ge=1)
     """Processes that tokenize; the blocks do not depend on it. Not for synthetic text."""
     calibration_share: float = Field(0.0, ge=0, lt=1)
@@ -116,6 +117,11 @@ class DataConfig(SynthesisConfig):
     Not for synthetic text."""
     mix: tuple[MixedSource, ...] | None = None
     """Several sources, each a mapping with its own keys and a `weight`; `source: mix` need not be said."""
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether documents of a block are kept apart because this says so; synthetic text may be without it."""
+        return self.packing in ("documents", "whole")
 
     @property
     def wanted_blocks(self) -> int | None:
@@ -156,6 +162,10 @@ class DataConfig(SynthesisConfig):
             raise ValueError(
                 f"data.calibration_share={self.calibration_share} and data.validation_share={self.validation_share} "
                 "leave nothing to train on; together they must be below 1"
+            )
+        if self.source == "synthetic" and self.packing == "whole":
+            raise ValueError(
+                "data.packing=whole: synthetic text fills its blocks by itself; give documents, or concatenate"
             )
         if self.source == MIX and len(self.mix or ()) < 2:
             raise ValueError("data.mix needs at least two sources, such as [{source: pydoc}, {source: text, path: F}]")

@@ -57,7 +57,9 @@ def component_config(config: DataConfig, one: MixedSource) -> DataConfig:
     """Returns what one source of a mix is read with: its own keys, and the mix's for all others."""
     own = one.model_dump(include=one.model_fields_set - {"weight"})
     shared = {key: getattr(config, key) for key in ("block_size", "seed")}
-    if one.source != "synthetic":
+    if one.source == "synthetic":
+        shared["packing"] = "documents" if config.keeps_apart else "concatenate"
+    else:
         shared |= {
             key: getattr(config, key) for key in ("packing", "num_proc", "calibration_share", "validation_share")
         }

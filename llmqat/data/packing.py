@@ -135,7 +135,7 @@ def pack(
     with ExitStack() as stack:
         scratch = stack.enter_context(folder_in_progress(folder / "scratch"))
         dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-        apart = config.packing != "concatenate"
+        apart = config.keeps_apart
         packers = {
             name: stack.enter_context(
                 BlockWriter(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmqat.metrics import TopProbabilities, top_of_
+
 _ROWS_AT_ONCE = 16
 _BUCKET = 256
 """Vocabulary entries summed together in the first level."""
@@ -33,28 +35,47 @@ class Sampling:
     """Only so many of the most likely tokens are drawn; None: all."""
 
 
-def choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Returns one token a row, int64 [B], and its log-probability in softmax(logits), in nats, float32 [B].
+@dataclass(frozen=True)
+class Chosen:
+    """What was drawn, a token a row."""
+
+    tokens: Tensor
+    """int64 [B]."""
+    log_probs: Tensor
+    """Of them in softmax(logits), in nats, float32 [B]."""
+    top: TopProbabilities | None = None
+    """The likeliest tokens in softmax(logits), [B, K], where they were asked for."""
+
+
+def choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling, top_k: int | None = None) -> Chosen:
+    """Returns one token a row, and what the model itself says of it: temperature 1, and all tokens.
 
     Args:
         logits: [B, V], any floating dtype.
         uniforms: float64 [B] in [0, 1).
         greedy: bool [B]: rows that take the most likely token instead.
         sampling: how the others are drawn.
+        top_k: K, how many of the likeliest tokens are wanted; None: none.
     """
     parts = zip(logits.split(_ROWS_AT_ONCE), uniforms.split(_ROWS_AT_ONCE), greedy.split(_ROWS_AT_ONCE), strict=True)
-    tokens, log_probs = zip(*(_choose(*part, sampling) for part in parts), strict=True)
-    return torch.cat(tokens), torch.cat(log_probs)
+    found = [_choose(*part, sampling, top_k) for part in parts]
+    top = [part.top for part in found if part.top is not None]
+    return Chosen(
+        torch.cat([part.tokens for part in found]),
+        torch.cat([part.log_probs for part in found]),
+        TopProbabilities.joined(top) if top else None,
+    )
 
 
-def _choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def _choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling, top_k: int | None) -> Chosen:
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
     scaled = weights if sampling.temperature == 1 else torch.softmax(logits.float() / sampling.temperature, dim=-1)
     tokens = _drawn(scaled, uniforms, sampling)
     if greedy.any():
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
     chosen = weights.gather(1, tokens[:, None]).squeeze(1)
-    return tokens, chosen.clamp(min=torch.finfo(chosen.dtype).tiny).log()
+    log_probs = chosen.clamp(min=torch.finfo(chosen.dtype).tiny).log()
+    return Chosen(tokens, log_probs, None if top_k is None else top_of_(weights, top_k))
 
 
 def _drawn(weights: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:

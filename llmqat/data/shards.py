@@ -1,6 +1,7 @@
 """A folder of text that a model has written: shards, what made them, and what they are like.
 
-    shard-00000.parquet   blocks of the first shard: columns `input_ids` and `text`
+    shard-00000.parquet   blocks of the first shard: columns `input_ids`, `seq_lengths` (of the documents in it, as TRL
+                          packs them) and `text`
     llmqat.json           the manifest: model, settings, a line a shard with rows, hash and counts; the report
     teacher/              on demand: what the writer predicts at every position (see `teacher_cache.py`)
     README.md             the same for people, with samples to read; its head makes `datasets.load_dataset(FOLDER)` work
@@ -19,20 +20,20 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmqat.data.blocks import Progress, token_blocks
+from llmqat.data.blocks import Progress, Rows, sha256_of_rows
 from llmqat.data.hub import MANIFEST_FILE
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import distinct_shares, merged, summary
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.synthesis import WRITER_VERSION, Shard, Writer
-from llmqat.data.teacher_cache import cache_teacher, model_fingerprint, tokenizer_fingerprint
+from llmqat.data.synthesis import WRITER_VERSION, Keeper, Shard, Writer
+from llmqat.data.teacher_cache import HEADER_FILE, model_fingerprint, tokenizer_fingerprint
 from llmqat.models import name_of, write_whole
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class WrittenFolder:
     def shards(self) -> Iterator[Shard]:
         """Yields the shards as they lie on disk."""
         for line in self.manifest.shards:
-            yield _shard_of(line, _read_ids(self.path / line["file"]))
+            yield _shard_of(line, _read_blocks(self.path / line["file"]))
 
 
 def write_shards(
@@ -113,7 +114,7 @@ def write_shards(
     folder: Path,
     config: SynthesisConfig,
     progress: Progress | None = None,
-    teacher_top_k: int | None = None,
+    keeper: Keeper | None = None,
     processes: Processes = ALONE,
 ) -> WrittenFolder:
     """Fills `folder` with shards until they hold `tokens`; those that it holds already are kept.
@@ -125,9 +126,7 @@ def write_shards(
         folder: made, or begun by an earlier call.
         config: what makes the text.
         progress: called with (tokens written, tokens to write).
-        teacher_top_k: whether the model's likeliest tokens are kept for training, in `folder`/teacher, and how many a
-            position. They come from one pass over each finished shard: steps of writing see a document alone, and a
-            block may hold several.
+        keeper: takes what the model predicts while it writes.
         processes: write the shards together, the first one to disk; what lies there is what one would write.
 
     Raises:
@@ -135,7 +134,7 @@ def write_shards(
         ValueError: it was written by another model or with other settings; says which. And as `Writer`.
     """
     check_folder(folder)
-    writer = Writer(model, tokenizer, config)
+    writer = Writer(model, tokenizer, config, None if keeper is None else keeper.cache.top_k)
     manifest = Manifest.of(model, tokenizer, config, writer.most_rows)
     done: dict[int, Shard] = {}
     if processes.is_first:
@@ -154,13 +153,13 @@ def write_shards(
         lines.append(_line_of(shard))
         if not processes.is_first:
             continue
+        if keeper is not None:  # first: a shard that counts is never written again
+            keeper.keep(shard)
         if shard.number not in done:
-            _write_parquet(shard.ids, tokenizer, folder / lines[-1]["file"])
+            _write_parquet(shard.blocks, tokenizer, folder / lines[-1]["file"])
             # What lies behind an unfinished shard was finished before it was damaged: it is kept.
             later = [line for line in manifest.shards if line["number"] > shard.number and line["number"] in done]
             _write_manifest(Manifest(manifest.made_with, manifest.facts, [*lines, *later]), folder)
-        if teacher_top_k is not None:
-            cache_teacher(model, tokenizer, shard.ids, folder / TEACHER_FOLDER, top_k=teacher_top_k)
     kept = [line for line in manifest.shards if line["number"] >= len(lines) and line["number"] in done]
     manifest = Manifest(manifest.made_with, manifest.facts, [*lines, *kept])
     if processes.is_first:
@@ -193,7 +192,9 @@ def remove_shards(folder: Path) -> None:
 
 def _holds_shards(folder: Path) -> bool:
     """Whether there is a manifest of ours, or only what a run leaves that was killed before it wrote one."""
-    left_over = ("shard-*.parquet", *_LEFT_OVERS)
+    left_over = ["shard-*.parquet", *_LEFT_OVERS]
+    if (folder / TEACHER_FOLDER / HEADER_FILE).is_file():
+        left_over.append(TEACHER_FOLDER)
     others = (path for path in folder.iterdir() if not any(path.match(pattern) for pattern in left_over))
     return (folder / MANIFEST_FILE).is_file() or not any(others)
 
@@ -239,14 +240,14 @@ def _line_of(shard: Shard) -> dict[str, Any]:
         "number": shard.number,
         "file": f"shard-{shard.number:05d}.parquet",
         "rows": shard.rows,
-        "blocks": len(shard.ids),
-        "sha256": token_blocks(shard.ids, "").sha256,
+        "blocks": len(shard.blocks),
+        "sha256": sha256_of_rows(shard.blocks),
         "facts": dict(shard.facts),
     }
 
 
-def _shard_of(line: dict[str, Any], ids: Tensor) -> Shard:
-    return Shard(line["number"], line["rows"], ids, line["facts"])
+def _shard_of(line: dict[str, Any], blocks: Rows) -> Shard:
+    return Shard(line["number"], line["rows"], blocks, line["facts"])
 
 
 def _finished(manifest: Manifest, folder: Path) -> Iterator[Shard]:
@@ -255,30 +256,41 @@ def _finished(manifest: Manifest, folder: Path) -> Iterator[Shard]:
     for line in manifest.shards:
         path = folder / line["file"]
         try:
-            ids = _read_ids(path).view(-1, size)
+            blocks = _read_blocks(path)
         except (OSError, ValueError, RuntimeError) as error:
             log.warning("%s is missing or damaged and is written again: %s", path, error)
             continue
-        if token_blocks(ids, "").sha256 == line["sha256"]:
-            yield _shard_of(line, ids)
+        if blocks.stored.shape[1:] == (size,) and sha256_of_rows(blocks) == line["sha256"]:
+            yield _shard_of(line, blocks)
         else:
             log.warning("%s does not hold what the manifest says, and is written again", path)
 
 
-def _write_parquet(ids: Tensor, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def _write_parquet(blocks: Rows, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     from datasets import Dataset
 
-    rows = {"input_ids": ids.tolist(), "text": tokenizer.batch_decode(ids)}
+    ids, size = blocks.stored, blocks.stored.shape[1]
+    assert blocks.starts is not None
+    begins = [[*row.nonzero().squeeze(1).tolist(), size] for row in blocks.starts]
+    lengths = [[after - before for before, after in pairwise(row)] for row in begins]
+    rows = {"input_ids": ids.tolist(), "seq_lengths": lengths, "text": tokenizer.batch_decode(ids)}
     temporary = path.with_name(f".{path.name}.tmp")
     Dataset.from_dict(rows).to_parquet(temporary)
     temporary.replace(path)
 
 
-def _read_ids(path: Path) -> Tensor:
+def _read_blocks(path: Path) -> Rows:
     import pyarrow.parquet as parquet
 
-    column = parquet.read_table(path, columns=["input_ids"])["input_ids"].combine_chunks()
-    return torch.tensor(column.values.to_numpy(), dtype=torch.int64).view(len(column), -1)
+    table = parquet.read_table(path)
+    column = table["input_ids"].combine_chunks()
+    ids = torch.tensor(column.values.to_numpy(), dtype=torch.int64).view(len(column), -1)
+    if "seq_lengths" not in table.column_names:  # written by an earlier version
+        return Rows(ids)
+    lengths = torch.tensor(table["seq_lengths"].combine_chunks().values.to_numpy(), dtype=torch.int64)
+    starts = torch.zeros(ids.numel(), dtype=torch.uint8)
+    starts[lengths.cumsum(0) - lengths] = 1  # lengths of a block add up to it
+    return Rows(ids, starts=starts.view_as(ids))
 
 
 def _write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -291,7 +303,7 @@ def _write_manifest(manifest: Manifest, folder: Path) -> None:
 
 def _reported(written: WrittenFolder, tokenizer: PreTrainedTokenizerBase) -> WrittenFolder:
     """Returns the folder with its report, which is put into the manifest and the card."""
-    manifest, ids = written.manifest, torch.cat([shard.ids for shard in written.shards()])
+    manifest, ids = written.manifest, torch.cat([shard.blocks.stored for shard in written.shards()])
     report = {
         "blocks": len(ids),
         "tokens_kept": ids.numel(),

@@ -7,7 +7,12 @@ is put in, and it writes the answer.
 Rows of the batch are *tapes* as long as a block. When a document ends, the next one begins on the same tape; it does
 not see what lies before it (see `decode.py`). So every step of every row writes text, and a tape is a block. Documents
 that end at once, repeat themselves or each other are dropped; tapes without a loss are blocks as they are, and what is
-left of the others is joined and cut anew.
+left of the others is joined and cut anew. Blocks say where their documents begin, so that who trains on them sees each
+document alone, as its writer did.
+
+Where asked for, the writer's likeliest tokens at every position go into a teacher cache (see `teacher_cache.py`): of a
+tape without a loss they are what the model would predict for the block, and it need not be asked again. They are those
+of the model itself, whatever temperature or truncation the text is drawn with. The model runs over the other blocks.
 
 A *shard* is what one batch of tapes gives. It depends on the model, the settings, its number and its rows alone: tapes
 start empty, and all that is drawn comes from the seed and the number. So shards that an interrupted run has finished
@@ -20,18 +25,19 @@ Letters: B rows, L tokens a tape, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmqat.data.blocks import Progress, TokenBlocks, token_blocks
+from llmqat.data.blocks import Progress, Rows, TokenBlocks, positions, token_blocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS, DataConfig
 from llmqat.data.decode import open_decoder
 from llmqat.data.length import declared_length, table_length
@@ -40,10 +46,14 @@ from llmqat.data.quality import Document, distinct_shares, judged, merged, refus
 from llmqat.data.sampling import Sampling, choose
 from llmqat.data.script import Script, read_script
 from llmqat.data.strategy import SynthesisConfig
+from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCacheWriter, cache_teacher
 from llmqat.layers import dequantized_once
-from llmqat.models import check_next_token, name_of
+from llmqat.metrics import TopProbabilities
+from llmqat.models import check_next_token, keeps_documents_apart, name_of
 from llmqat.paths import user_path
 from llmqat.terminal import terminal_bar
+
+log = logging.getLogger(__name__)
 
 WRITER_VERSION = 2
 """Raised whenever the same model, settings and seed come to give another text."""
@@ -65,6 +75,7 @@ def load(
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
     processes: Processes = ALONE,
+    cache: CachePlace | None = None,
 ) -> TokenBlocks:
     """Returns blocks that `model` has written, as `config` says; with `config.path` they are kept there as shards.
 
@@ -74,8 +85,17 @@ def load(
     if model is None:
         raise ValueError("data.source='synthetic' needs the model that writes the text; pass model=")
     settings = {name: getattr(config, name) for name in SynthesisConfig.model_fields}
-    tokens = config.tokens or DEFAULT_SYNTHETIC_TOKENS
-    return synthesize(model, tokenizer, tokens, folder=config.path, progress=progress, processes=processes, **settings)
+    return synthesize(
+        model,
+        tokenizer,
+        config.tokens or DEFAULT_SYNTHETIC_TOKENS,
+        folder=config.path,
+        packing=None if config.packing is None else "documents" if config.keeps_apart else "concatenate",
+        cache=cache,
+        progress=progress,
+        processes=processes,
+        **settings,
+    )
 
 
 def synthesize(
@@ -84,6 +104,8 @@ def synthesize(
     tokens: int,
     *,
     folder: Path | None = None,
+    packing: Literal["documents", "concatenate"] | None = None,
+    cache: CachePlace | None = None,
     progress: Progress | None = None,
     processes: Processes = ALONE,
     **settings: Any,
@@ -97,6 +119,9 @@ def synthesize(
         tokenizer: of the model.
         tokens: wanted, rounded up to whole blocks.
         folder: keeps the text as shards; those it holds already are not written again (see `shards.write_shards`).
+        packing: `documents`: the blocks say where their documents begin. `concatenate`: a block is one text. None: the
+            first where the model can keep documents apart.
+        cache: a teacher cache that is to hold what the model predicts for every block.
         progress: called with (tokens written, tokens to write) after each step; where not given, a bar on a terminal.
         processes: write it together; all get the whole text, which is that of one process.
         settings: fields of `SynthesisConfig`: block_size, seed, batch_size, strategy, chat_share, temperature, ….
@@ -104,23 +129,50 @@ def synthesize(
     Raises:
         FileExistsError: `folder` holds something else.
         ValueError: for unknown settings, when the model cannot hold block_size tokens, when all it writes is
-            degenerate, or when `folder` was written by another model or with other settings.
+            degenerate, when `folder` was written by another model or with other settings, or `cache` made so; or when
+            documents are to be kept apart by a model that cannot do so.
     """
     config = SynthesisConfig(**settings)
     if progress is None and processes.is_first:
         with terminal_bar("text", "token")(()) as bar:
-            return synthesize(
-                model, tokenizer, tokens, folder=folder, progress=bar.update, processes=processes, **settings
-            )
+            settings |= {"folder": folder, "packing": packing, "cache": cache, "processes": processes}
+            return synthesize(model, tokenizer, tokens, progress=bar.update, **settings)
+    apart = is_kept_apart(model, packing)
+    keeper = None if cache is None else Keeper(model, tokenizer, cache, apart)
     if folder is not None:
         from llmqat.data.shards import write_shards
 
         folder = user_path(folder, "folder")
-        written = write_shards(model, tokenizer, tokens, folder, config, progress, processes=processes)
+        written = write_shards(model, tokenizer, tokens, folder, config, progress, keeper, processes)
         shards = list(written.shards())
     else:
-        shards = list(Writer(model, tokenizer, config).shards(tokens, progress=progress, processes=processes))
-    return _as_blocks(model, config, tokens, shards)
+        shards = []
+        writer = Writer(model, tokenizer, config, None if cache is None else cache.top_k)
+        for shard in writer.shards(tokens, progress=progress, processes=processes):
+            if keeper is not None and processes.is_first:
+                keeper.keep(shard)
+            shards.append(replace(shard, top=None))
+    text = _as_blocks(model, config, tokens, shards, apart)
+    if keeper is not None and processes.is_first:
+        keeper.complete(text.rows)
+    return text
+
+
+def is_kept_apart(model: PreTrainedModel, packing: str | None = None) -> bool:
+    """Returns whether blocks of the model's own text say where their documents begin; `packing` as in `synthesize`.
+
+    Raises:
+        ValueError: they are to, and `model` cannot keep documents apart.
+    """
+    if packing == "concatenate":
+        return False
+    if keeps_documents_apart(model):
+        return True
+    said = f"{type(model).__name__} attends beyond the documents that position ids begin"
+    if packing == "documents":
+        raise ValueError(f"packing: {said}; use packing=concatenate")
+    log.info("%s, so a block of its own text is one text", said)
+    return False
 
 
 @dataclass(frozen=True)
@@ -130,17 +182,51 @@ class Shard:
     number: int
     rows: int
     """Tapes."""
-    ids: Tensor
-    """Blocks, int64 [N, L]."""
+    blocks: Rows
+    """N blocks, and where their documents begin; tapes without a loss first."""
     facts: Mapping[str, Any]
     """What `quality.tally` counts of the documents, and the seconds it took."""
+    top: TopProbabilities | None = None
+    """What the writer predicted for the first M blocks, which are tapes: [M, L - 1, K]; None where nobody asked."""
+
+
+class Keeper:
+    """Puts what a model predicts for the blocks that it has written into a teacher cache."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: CachePlace, apart: bool
+    ) -> None:
+        """Takes the writer, the cache, and whether documents of a block are kept apart."""
+        self.model, self.tokenizer, self.cache, self.apart = model, tokenizer, cache, apart
+        self.header = CacheHeader.of(model, tokenizer, cache.top_k)
+
+    def keep(self, shard: Shard) -> None:
+        """Takes what the writer of `shard` knew of its blocks; nothing where it did not see what they show."""
+        if shard.top is None or not self.apart:
+            return
+        assert shard.blocks.starts is not None
+        own = positions(shard.blocks.starts)
+        with TeacherCacheWriter(self.cache.folder, self.header) as writer:
+            for block in range(len(shard.top.log_rest)):
+                writer.add(shard.blocks.stored[block], shard.top.of_row(block), own[block])
+
+    def complete(self, blocks: Rows) -> None:
+        """Runs the model over those of `blocks` of which its predictions are not known."""
+        top_k, folder = self.cache.top_k, self.cache.folder
+        cache_teacher(self.model, self.tokenizer, blocks, folder, top_k=top_k, header=self.header)
 
 
 class Writer:
     """Writes shards with one model; made once for all of them."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SynthesisConfig) -> None:
-        """Checks that `model` can write what `config` asks for.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SynthesisConfig,
+        top_k: int | None = None,
+    ) -> None:
+        """Checks that `model` can write what `config` asks for; of `top_k` tokens the probabilities are kept.
 
         Raises:
             FileNotFoundError: as `read_script`.
@@ -151,7 +237,7 @@ class Writer:
         size = config.block_size
         if longest is not None and size > longest:
             raise ValueError(f"data.block_size={size} is more than the model's context of {longest} tokens")
-        self.model, self.config = model, config
+        self.model, self.config, self.top_k = model, config, top_k
         self.script = read_script(model, tokenizer, config)
         self.most_rows = min(config.batch_size, max(CACHE_BYTES // (cache_bytes_per_token(model) * size), 1))
 
@@ -189,7 +275,7 @@ class Writer:
                     )
                 yield shard
                 facts.append(shard.facts)
-                blocks, tapes, number = blocks + len(shard.ids), tapes + shard.rows, number + 1
+                blocks, tapes, number = blocks + len(shard.blocks), tapes + shard.rows, number + 1
                 if blocks >= wanted:
                     break
 
@@ -213,14 +299,15 @@ class Writer:
         begun = time.perf_counter()
         draw = random.Random(f"{self.config.seed}/{number}")
         tapes = _Tapes(self.script.shuffled(draw), rows, self.config.block_size, draw)
-        _write_tapes(
-            self.model, tapes, self.config.sampling, torch.Generator().manual_seed(draw.getrandbits(62)), watch
-        )
+        generator = torch.Generator().manual_seed(draw.getrandbits(62))
+        top = _write_tapes(self.model, tapes, self.config.sampling, generator, self.top_k, watch)
         documents = tapes.finished()
-        ids = _assemble(documents, self.config.block_size)
+        blocks, whole = _assemble(documents, self.config.block_size)
+        if top is not None:
+            top = TopProbabilities(top.indices[whole], top.log_probs[whole], top.log_rest[whole])
         seconds = round(time.perf_counter() - begun, 2)
         facts = {**tally(documents), "tokens_written": rows * self.config.block_size, "seconds": seconds}
-        return Shard(number, rows, ids, facts)
+        return Shard(number, rows, blocks, facts, top)
 
 
 def rows_of_shards(blocks: int, most_rows: int) -> list[int]:
@@ -249,13 +336,18 @@ def described(config: SynthesisConfig) -> str:
     return ", ".join(parts)
 
 
-def _as_blocks(model: PreTrainedModel, config: SynthesisConfig, tokens: int, shards: Iterable[Shard]) -> TokenBlocks:
-    shards = list(shards)
-    blocks = torch.cat([shard.ids for shard in shards])[: -(-tokens // config.block_size)]
+def _as_blocks(
+    model: PreTrainedModel, config: SynthesisConfig, tokens: int, shards: Sequence[Shard], apart: bool
+) -> TokenBlocks:
+    count = -(-tokens // config.block_size)
+    blocks = torch.cat([shard.blocks.ids for shard in shards])[:count]
+    begin = [shard.blocks.starts for shard in shards if shard.blocks.starts is not None]
+    apart = apart and len(begin) == len(shards)
+    text = Rows(blocks, starts=torch.cat(begin)[:count] if apart else None)
     rows = "+".join(str(shard.rows) for shard in shards)
     source = f"synthesized by {name_of(model)}: {tokens} tokens, seed {config.seed}, rows {rows}, {described(config)}"
     details = {**summary(merged([shard.facts for shard in shards])), "tokens_kept": blocks.numel()}
-    return token_blocks(blocks, source, {**details, "distinct_ngram_shares": distinct_shares(blocks)})
+    return token_blocks(text, source, {**details, "distinct_ngram_shares": distinct_shares(blocks)})
 
 
 @dataclass(frozen=True)
@@ -365,11 +457,17 @@ class _Tapes:
 
 
 def _write_tapes(
-    model: PreTrainedModel, tapes: _Tapes, sampling: Sampling, generator: torch.Generator, watch: Progress | None
-) -> None:
-    """Fills the tapes, one position of all of them at a time."""
+    model: PreTrainedModel,
+    tapes: _Tapes,
+    sampling: Sampling,
+    generator: torch.Generator,
+    top_k: int | None,
+    watch: Progress | None,
+) -> TopProbabilities | None:
+    """Fills the tapes, one position of all of them at a time; returns the likeliest `top_k` tokens [B, L - 1, K]."""
     rows, length = tapes.ids.shape
     device = model.device
+    kept = None if top_k is None else TopProbabilities.empty((rows, length - 1), top_k)
     training = model.training
     model.eval()
     try:
@@ -382,19 +480,29 @@ def _write_tapes(
                 logits = decoder.step(tapes.ids[:, position].to(device), tapes.starts[:, position].to(device))
                 uniforms = torch.rand(rows, dtype=torch.float64, generator=generator)
                 greedy = tapes.greedy(position + 1)
-                chosen, log_probs = choose(logits, uniforms.to(device), greedy.to(device), sampling)
-                tapes.write(position + 1, chosen.cpu(), log_probs.cpu())
+                chosen = choose(logits, uniforms.to(device), greedy.to(device), sampling, top_k)
+                tapes.write(position + 1, chosen.tokens.cpu(), chosen.log_probs.cpu())
+                if kept is not None and chosen.top is not None:
+                    kept.put(position, chosen.top)
                 if watch is not None:
                     watch((position + 2) * rows, length * rows)
     finally:
         model.train(training)
+    return kept
 
 
-def _assemble(documents: Sequence[Document], block_size: int) -> Tensor:
-    """Returns the kept documents as blocks [N, L]: tapes without a loss whole, then the rest joined and cut."""
+def _assemble(documents: Sequence[Document], block_size: int) -> tuple[Rows, list[int]]:
+    """Returns the kept documents as blocks, and which tapes the first of these are: those without a loss.
+
+    After them the rest is joined and cut. A block begins a document, if only what is left of one.
+    """
     spoiled = {document.tape for document in documents if document.fault}
-    whole = [i for document in documents if document.tape not in spoiled for i in document.ids]
-    rest = [i for document in documents if document.tape in spoiled and not document.fault for i in document.ids]
-    stream = whole + rest
-    count = len(stream) // block_size
-    return torch.tensor(stream[: count * block_size], dtype=torch.int64).view(count, block_size)
+    whole = [document for document in documents if document.tape not in spoiled]
+    rest = [document for document in documents if document.tape in spoiled and not document.fault]
+    ids = torch.tensor([i for document in whole + rest for i in document.ids], dtype=torch.int64)
+    starts = torch.zeros(len(ids), dtype=torch.uint8)
+    starts[torch.tensor([0, *(len(document.ids) for document in (whole + rest)[:-1])]).cumsum(0)[: len(ids)]] = 1
+    count = len(ids) // block_size
+    ids, starts = (part[: count * block_size].view(count, block_size) for part in (ids, starts))
+    starts[:, 0] = 1
+    return Rows(ids, starts=starts), list(dict.fromkeys(document.tape for document in whole))

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data.blocks import Progress, Rows, rows_of
 from llmqat.layers.source import checksum
-from llmqat.metrics import Predictor, TopProbabilities, predictor_of, top_probabilities
+from llmqat.metrics import Predictor, TopProbabilities, predictor_of, token_loss, top_probabilities
 from llmqat.models import capture_hidden, model_device, name_of, save_whole, vocabulary_size, write_whole
 from llmqat.paths import user_path
 
@@ -89,6 +89,15 @@ class CacheHeader:
             dtype=str(model.dtype).removeprefix("torch."),
             model=name_of(model),
         )
+
+
+@dataclass(frozen=True)
+class CachePlace:
+    """Where what a model predicts is to be kept, and how much of it."""
+
+    folder: Path
+    top_k: int
+    """Tokens kept a position."""
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -160,7 +169,7 @@ class TeacherCacheWriter:
         return key in self._written
 
     def add(self, ids: Tensor, top: TopProbabilities, positions: Tensor | None = None) -> None:
-        """Takes the teacher's answers for one block; writes a shard when there are enough.
+        """Takes the teacher's answers for one block; writes a shard when there are enough. Known blocks are left out.
 
         Args:
             ids: int64 [L].
@@ -175,7 +184,10 @@ class TeacherCacheWriter:
                 f"top has shape {tuple(top.indices.shape)}; a block of {len(ids)} tokens in a cache of top_k="
                 f"{self.header.top_k} has ({len(ids) - 1}, {self.header.top_k})"
             )
-        self._waiting.append((block_key(ids, positions), top.to(torch.device("cpu"))))
+        key = block_key(ids, positions)
+        if key in self:
+            return
+        self._waiting.append((key, top.to(torch.device("cpu"))))
         if len(self._waiting) >= self.blocks_per_shard:
             self.flush()
 
@@ -280,6 +292,20 @@ class TeacherCache:
                 "data, or `llmqat cache-teacher` with this recipe and the same --out, which adds what is missing"
             )
 
+    def divergence(self, model: PreTrainedModel, blocks: Tensor | Rows) -> float:
+        """Returns the KL, nats a token, from what the cache says of `blocks` to what `model` predicts for them now."""
+        inputs = rows_of(blocks).inputs()
+        training = model.training
+        model.eval()
+        try:
+            hidden = hidden_states(model, **inputs)[:, :-1].flatten(0, 1)
+        finally:
+            model.train(training)
+        known = self.lookup(**inputs).to(hidden.device)
+        weights = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
+        with torch.no_grad():
+            return float(token_loss(hidden, predictor_of(model), weights, known))
+
     def missing(self, blocks: Tensor | Rows) -> list[int]:
         """Returns the places of the blocks, ids int64 [N, L] or rows, that are not in the cache."""
         return [place for place, key in enumerate(_block_keys(blocks)) if key not in self._places]
@@ -339,6 +365,7 @@ def cache_teacher(
     top_k: int = DEFAULT_TOP_K,
     batch_size: int = 4,
     progress: Progress | None = None,
+    header: CacheHeader | None = None,
 ) -> TeacherCache:
     """Runs `model` over `blocks` once, writes what it predicts to `folder`, and returns the cache.
 
@@ -352,12 +379,13 @@ def cache_teacher(
         top_k: K, tokens kept a position.
         batch_size: blocks in one forward pass.
         progress: called with (tokens done, tokens in all) after each batch.
+        header: of the cache, where the caller has made it already: the model's weights are hashed for it.
 
     Raises:
         FileExistsError: `folder` holds something else.
         ValueError: it holds the cache of another model, tokenizer or `top_k`; or `top_k` is out of range.
     """
-    with TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k)) as writer:
+    with TeacherCacheWriter(folder, header or CacheHeader.of(model, tokenizer, top_k)) as writer:
         rows = rows_of(blocks)
         wanted = {key: place for place, key in enumerate(_block_keys(rows)) if key not in writer}
         predictor, training = predictor_of(model), model.training

@@ -15,7 +15,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import torch
 import yaml
@@ -207,6 +207,10 @@ class Recipe(Config):
     """The full-precision model that a packed `model` is to be like; any other model is its own teacher."""
     teacher_cache: Path | None = None
     """Folder made by `llmqat cache-teacher` from this model and text: stands in for the teacher while training."""
+    teacher_top_k: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
+    """Of text that the model writes itself: so many of its likeliest tokens are kept at each position while it writes,
+    and stand in for the teacher while training, as a teacher_cache does. `auto`: 256, wherever they can; null: the
+    teacher runs at each step."""
     teacher_bits: Literal[4, 8] | None = None
     """Holds the teacher's linear layers in 8 or 4 bits (bitsandbytes) while training; bfloat16 where not given."""
     train: dict[str, Any] = Field(default_factory=dict)
@@ -255,6 +259,8 @@ class Recipe(Config):
         for key in ("teacher_cache", "teacher_bits"):
             if getattr(self, key) is not None and self.train.get("kl_weight", 1.0) == 0:
                 raise ValueError(f"{key}={getattr(self, key)} is not used with train.kl_weight=0; leave out either")
+        if isinstance(self.teacher_top_k, int) and (obstacle := teacher_obstacle(self)) is not None:
+            raise ValueError(f"teacher_top_k={self.teacher_top_k}: {obstacle}; leave teacher_top_k out")
         if self.teacher_cache is not None and self.teacher_bits is not None:
             raise ValueError(f"teacher_bits={self.teacher_bits}: a teacher_cache holds no model; leave out either")
         return self
@@ -299,6 +305,34 @@ class Recipe(Config):
     @classmethod
     def _check_training_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
         return check_training_fields(value)
+
+
+KEPT_TOP_K = 256
+"""Likeliest tokens that a writer keeps where a recipe does not say how many."""
+
+
+def teacher_obstacle(recipe: Recipe) -> str | None:
+    """Returns why what a model predicts while it writes the recipe's text cannot be its teacher; None where it can."""
+    if recipe.data.source != "synthetic":
+        return f"data.source={recipe.data.source} is not written by the model, which has to read it"
+    if recipe.teacher_cache is not None:
+        return f"teacher_cache={recipe.teacher_cache} is the teacher"
+    if recipe.data.packing == "concatenate":
+        return "data.packing=concatenate trains on blocks as one text, and their writer saw each document alone"
+    if recipe.train.get("kl_weight", 1.0) == 0:
+        return "train.kl_weight=0 learns from no teacher"
+    if recipe.teacher_bits is not None:
+        return f"teacher_bits={recipe.teacher_bits} asks for a teacher in memory"
+    if recipe.train.get("eval_strategy", "no") != "no":
+        return f"train.eval_strategy={recipe.train['eval_strategy']} needs the teacher for evaluate.texts"
+    return None
+
+
+def kept_top_k(recipe: Recipe) -> int | None:
+    """Returns how many of its likeliest tokens the writer of the recipe's text keeps; None where the teacher runs."""
+    if recipe.teacher_top_k is None or teacher_obstacle(recipe) is not None:
+        return None
+    return KEPT_TOP_K if recipe.teacher_top_k == "auto" else recipe.teacher_top_k
 
 
 def scheme_of(preset: str, group_size: int | None = None) -> QuantConfig:

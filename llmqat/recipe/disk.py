@@ -1,13 +1,16 @@
 """The disk that a run takes, by arithmetic, and what is free where it writes.
 
     text           token ids of all splits, 2 or 4 bytes each
+    teacher        what the model predicts for text that it wrote: for each token kept of a position its id, 2 or 4
+                   bytes, and 2 of its logarithm
     calibration    the original weights of the blocks in bfloat16; for each stage that trains or codes blocks, these in
                    the masters' dtype; scales for each stage `ranges`
     checkpoints    what trains in float32 with its optimizer, as many times as are kept, and once more while one is
                    written
     model          the packed checkpoint
 
-All of it lies there at once when the last checkpoint is written; the first three are removed when the run has finished.
+All of it lies there at once when the last checkpoint is written; all but text and model are removed when the run has
+finished.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 
 from llmqat.calibrate import BlockwiseStage, GPTQStage, RangesStage
 from llmqat.layers import CoverageAudit
-from llmqat.recipe.config import Recipe, master_dtype
+from llmqat.recipe.config import Recipe, kept_top_k, master_dtype
 from llmqat.recipe.memory import Method, ModelSize
 from llmqat.train import QATArguments
 
@@ -34,6 +37,7 @@ class Disk:
     """Bytes that a run writes into its folder."""
 
     text: float
+    teacher: float
     calibration: float
     checkpoint: float
     """One of the trainer's."""
@@ -44,17 +48,18 @@ class Disk:
     @property
     def peak(self) -> float:
         """All of it."""
-        return self.text + self.calibration + self.checkpoints * self.checkpoint + self.model
+        return self.text + self.teacher + self.calibration + self.checkpoints * self.checkpoint + self.model
 
     @property
     def least(self) -> float:
         """What no run does without: one checkpoint, where any is written, and the packed one."""
-        return self.text + self.calibration + min(self.checkpoints, 1) * self.checkpoint + self.model
+        return self.text + self.teacher + self.calibration + min(self.checkpoints, 1) * self.checkpoint + self.model
 
     def parts(self) -> dict[str, float]:
         """Returns the bytes of each part at most."""
         return {
             "text": self.text,
+            "teacher": self.teacher,
             "calibration": self.calibration,
             "checkpoints": self.checkpoints * self.checkpoint,
             "model": self.model,
@@ -72,8 +77,10 @@ def disk_of(
 ) -> Disk:
     """Returns the disk that `recipe` takes; text of an unknown amount is not counted."""
     ids = 0 if blocks is None else blocks * recipe.data.block_size
+    width = 2 if size.vocabulary <= 2**16 else 4
     return Disk(
-        text=float(ids * (2 if size.vocabulary <= 2**16 else 4)),
+        text=float(ids * width),
+        teacher=float(ids * ((width + 2) * (kept_top_k(recipe) or 0))),
         calibration=_calibration_bytes(recipe, size),
         checkpoint=_checkpoint_bytes(arguments, size, method),
         checkpoints=_checkpoints(arguments, steps),

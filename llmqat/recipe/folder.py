@@ -3,6 +3,7 @@
     recipe.yaml          the recipe, overrides included
     blocks.safetensors   the text that was trained on, and calibrated on where it has no text of its own
     calibration.safetensors, validation.safetensors      text of the other splits, where there are any
+    teacher/             what the model predicts for text that it wrote, removed when the run has finished
     calibration/         what the stages of the calibration have done, removed when the run has finished
     checkpoints/         the trainer's own, removed when the run has finished
     model/               the packed checkpoint
@@ -33,11 +34,13 @@ import yaml
 from llmqat.calibrate import RotateStage, SmoothStage
 from llmqat.data import TextSplits, read_blocks, save_blocks
 from llmqat.data.processes import ALONE, Processes
+from llmqat.data.shards import TEACHER_FOLDER
+from llmqat.data.teacher_cache import HEADER_FILE, CachePlace, read_header
 from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
 from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
 from llmqat.models import write_whole
 from llmqat.recipe.allocation import PLAN_FILE
-from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, load_recipe
+from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, kept_top_k, load_recipe
 from llmqat.train.checkpoints import last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,7 @@ _MADE_BY: dict[str, tuple[str, ...]] = {
     "text": tuple(BLOCKS_FILES.values()),
     "allocate": (PLAN_FILE,),
     "calibrate": (CALIBRATION_FOLDER,),
+    "teacher": (TEACHER_FOLDER,),
     "train": (TRAINER_FOLDER, CHECKPOINT_FOLDER, ADAPTER_FOLDER, LAYERS_FILE, LAYERS_PICTURE),
     "evaluate": (RESULTS_FILE,),
 }
@@ -71,6 +75,7 @@ _FIRST_CHANGED = {
     "train.use_cpu": "allocate",
     "train": "train",
     "monitor": "train",
+    "teacher_top_k": "teacher",
     "teacher_bits": "train",
     "teacher_cache": "train",  # whether it fits the text is checked when the text is there
     "lora": "calibrate",  # in other masters
@@ -129,6 +134,7 @@ def what_is_kept(folder: Path) -> str:
         "text": (folder / BLOCKS_FILES["train"]).is_file(),
         "bits of layers": (folder / PLAN_FILE).is_file(),
         "calibration": any((folder / CALIBRATION_FOLDER).rglob("*.safetensors")),
+        "teacher": any((folder / TEACHER_FOLDER).glob("*.safetensors")),
     }
     kept = ", ".join(name for name, is_there in there.items() if is_there) or "nothing"
     last = last_checkpoint(folder / TRAINER_FOLDER)
@@ -324,6 +330,21 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def kept_place(recipe: Recipe) -> CachePlace | None:
+    """Returns where the writer of the recipe's text keeps what it predicts: with the text; None where it does not.
+
+    Raises:
+        ValueError: what lies there is damaged.
+    """
+    top_k = kept_top_k(recipe)
+    if top_k is None:
+        return None
+    folder = (recipe.data.path or recipe.output) / TEACHER_FOLDER
+    if recipe.teacher_top_k == "auto" and (folder / HEADER_FILE).is_file():  # of `llmqat synthesize`, or an earlier run
+        top_k = read_header(folder).top_k
+    return CachePlace(folder, top_k)
 
 
 def kept_text(folder: Path, make: Callable[[], TextSplits], processes: Processes = ALONE) -> TextSplits:

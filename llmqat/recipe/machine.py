@@ -21,7 +21,7 @@ import torch
 
 from llmqat.layers import CoverageAudit
 from llmqat.models import cache_folder, write_whole
-from llmqat.recipe.config import Recipe
+from llmqat.recipe.config import Recipe, kept_top_k
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ def remember_run(
     """
     if training["tokens_per_second"] is None or training["resumed_from"] is not None:
         return
+    if kept_top_k(recipe) is not None and training["teacher_cache"] is None:  # the model could not keep it after all
+        return
     others = sum(value for stage, value in seconds.items() if stage != TRAINING)
     measured = Measured(training["tokens_per_second"], others, _others(recipe), _today(), "a run")
     _keep(_key(recipe, coverage, processes), measured)
@@ -97,9 +99,10 @@ def expected_time(recipe: Recipe, coverage: CoverageAudit, processes: int, token
 def _key(recipe: Recipe, coverage: CoverageAudit, processes: int) -> str:
     parameters = sum(entry.numel for entry in coverage.entries)
     trains = "adapters" if recipe.lora is not None else recipe.train.get("trainable", "all")
+    no_teacher = recipe.teacher_cache is not None or kept_top_k(recipe) is not None  # a quarter faster
     return (
         f"{_machine()}, processes {processes}: {parameters} parameters, {recipe.quant.weights.label}, trains {trains}, "
-        f"samples of {recipe.data.block_size}"
+        f"samples of {recipe.data.block_size}" + (", from a cache" if no_teacher else "")
     )
 
 

@@ -42,6 +42,7 @@ from llmqat.data import DataConfig, Rows, TextSplits, TokenBlocks
 from llmqat.data.hub import use_chat_template
 from llmqat.data.length import check_length
 from llmqat.data.processes import ALONE, Processes
+from llmqat.data.shards import TEACHER_FOLDER
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.evaluate.compare import Candidate, Comparison, compare, progress_bar
 from llmqat.evaluate.documents import head
@@ -88,7 +89,7 @@ from llmqat.recipe.plan import check_blocks, coverage_of, learns_answers
 from llmqat.recipe.preflight import Preflight, begin, check_run
 from llmqat.recipe.record import RunRecord
 from llmqat.recipe.start import UNPACKED_ONLY, starts_packed
-from llmqat.recipe.teacher import check_cached, teacher_cache_of, text_of
+from llmqat.recipe.teacher import cache_while_writing, check_cached, teacher_cache_of, text_of, written_cache
 from llmqat.recipe.training import TrainingLines
 from llmqat.terminal import Stages, progress
 from llmqat.train import (
@@ -188,11 +189,12 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         check_documents_apart(teacher, recipe.data)
         check_folds(teacher, recipe.calibrate)
         cache = teacher_cache_of(recipe, teacher, tokenizer)
+        place = cache_while_writing(recipe, teacher)
     together = recipe.data.source == "synthetic"
     with stage("text", recipe.data.source), nullcontext() if together else arguments.main_process_first(local=False):
         writers = Processes.all() if together else ALONE
-        text = kept_text(recipe.output, partial(text_of, recipe, tokenizer, teacher, writers), writers)
-        blocks, calibration_rows = text.train, text.calibrated_on.rows
+        text = kept_text(recipe.output, partial(text_of, recipe, tokenizer, teacher, writers, place), writers)
+        blocks, calibration_rows = text.train, calibration_rows_of(recipe, text)
         earlier = texts_seen(record_of(recipe.model))
         check_untrained(recipe.evaluate, documents_learned(text), "this recipe")
         check_untrained(recipe.evaluate, documents_recorded({EARLIER_TEXTS: earlier}), recipe.model)
@@ -201,8 +203,10 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
             log.warning("%s", few)
         unlearned = _unlearned_answers(arguments, blocks)
         windows = {**held_out_windows(text, recipe.evaluate), **windows}
-    if cache is not None:
-        check_cached(cache, text)
+    if place is not None:
+        with stage("teacher", f"its {place.top_k} likeliest tokens, kept while it wrote"):
+            cache = written_cache(place, teacher, tokenizer, text, Processes.all())
+    check_cached(cache, text)
     if cache is not None or recipe.teacher_bits is not None:
         del teacher  # loaded again for the comparison
         teacher = None
@@ -287,7 +291,7 @@ def _taught_by(
 
 def check_documents_apart(model: PreTrainedModel, data: DataConfig) -> None:
     """Raises ValueError where documents are to be kept apart and `model` cannot do so."""
-    if data.packing != "concatenate" and not keeps_documents_apart(model):
+    if data.keeps_apart and not keeps_documents_apart(model):
         raise ValueError(
             f"data.packing: {type(model).__name__} attends beyond the documents that position ids begin; "
             "use data.packing=concatenate"
@@ -306,6 +310,15 @@ def _unlearned_answers(arguments: QATArguments, blocks: TokenBlocks) -> str | No
     if arguments.process_index == 0:
         log.warning("%s", said)
     return said
+
+
+def calibration_rows_of(recipe: Recipe, text: TextSplits) -> Rows:
+    """Returns the blocks that are calibrated on; of text that the model wrote each is one text.
+
+    Its documents apart would want a mask for each block, found by a pass over the text.
+    """
+    rows = text.calibrated_on.rows
+    return Rows(rows.stored) if recipe.data.source == "synthetic" else rows
 
 
 def with_planned_bits(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> Recipe:
@@ -544,5 +557,5 @@ def _write_results(recipe: Recipe, result: RunResult, facts: Mapping[str, Any]) 
     write_whole(run_file, json.dumps(recorded, indent=2, ensure_ascii=False) + "\n")
     everything = {**head("run"), **facts, **results, "checkpoint": result.report.to_dict()}
     write_whole(recipe.output / RESULTS_FILE, json.dumps(everything, indent=2, ensure_ascii=False) + "\n")
-    for folder in (TRAINER_FOLDER, CALIBRATION_FOLDER):  # several times the model's size
+    for folder in (TRAINER_FOLDER, CALIBRATION_FOLDER, TEACHER_FOLDER):  # several times the size of model and text
         shutil.rmtree(recipe.output / folder, ignore_errors=True)

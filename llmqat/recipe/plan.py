@@ -29,7 +29,7 @@ from llmqat.export.serving import NEED_ONE_SCHEME, Verdict, check_served, served
 from llmqat.export.stock import try_stock
 from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
 from llmqat.models import empty_model, read_config, resolve_spec, token_model_class
-from llmqat.recipe.config import Recipe, folds_weights, parse_yaml, training_arguments
+from llmqat.recipe.config import Recipe, folds_weights, kept_top_k, parse_yaml, teacher_obstacle, training_arguments
 from llmqat.recipe.disk import Disk, disk_of
 from llmqat.recipe.memory import Devices, Memory, Method, ModelSize, memory_of, optimizer_bytes, size_of
 from llmqat.recipe.start import starts_packed
@@ -70,6 +70,8 @@ class Plan:
     """Which clients would serve the checkpoint."""
     trained_by: Mapping[str, int]
     """Parameters that would train by other methods, `lora` (of rank 16) and `scales`, where the scheme allows them."""
+    teacher: str
+    """Who teaches, in words."""
     disk: Disk
     """Bytes that the run writes into its folder."""
     output: Path
@@ -167,6 +169,7 @@ def plan_run(recipe: Recipe, devices: Devices | None = None, blocks: int | None 
         devices=devices,
         served=served_by(description),
         trained_by=_trained_by(recipe),
+        teacher=_teacher_in_words(recipe, method),
         disk=disk_of(recipe, arguments, coverage, size, method, blocks, steps),
         output=recipe.output,
         law=law_of_recipe(recipe, arguments),
@@ -303,9 +306,24 @@ def _head_trains(model: PreTrainedModel) -> bool:
 def _teacher(recipe: Recipe, arguments: QATArguments) -> float:
     """Returns the bytes of one of the teacher's linear weights while training; 0 where no second model is held."""
     own = recipe.lora is not None and all(isinstance(stage, RangesStage) for stage in recipe.calibrate)
-    if own or recipe.teacher_cache is not None or arguments.kl_weight == 0:
+    if own or recipe.teacher_cache is not None or kept_top_k(recipe) is not None or arguments.kl_weight == 0:
         return 0.0
     return 2.0 if recipe.teacher_bits is None else recipe.teacher_bits / 8
+
+
+def _teacher_in_words(recipe: Recipe, method: Method) -> str:
+    if recipe.teacher_cache is not None:
+        return f"the cache in {recipe.teacher_cache}; no model is in memory"
+    if (top_k := kept_top_k(recipe)) is not None:
+        return (
+            f"the {top_k} likeliest tokens that the model keeps while it writes its text (teacher_top_k); no second "
+            "model is in memory or runs"
+        )
+    if recipe.train.get("kl_weight", 1.0) == 0:
+        return "none"
+    who = "the model itself, its quantizers and adapters off" if method.teacher == 0 else "a second model in memory"
+    reason = "teacher_top_k is null" if recipe.teacher_top_k is None else teacher_obstacle(recipe)
+    return f"{who}, which runs at each step" + (f" ({reason})" if recipe.data.source == "synthetic" else "")
 
 
 # Devices

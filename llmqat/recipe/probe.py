@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from llmqat.data.blocks import token_blocks
+from llmqat.data.blocks import Rows, token_blocks
+from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter
 from llmqat.evaluate.memory import forget_peak, peak
 from llmqat.export import load
 from llmqat.heap import give_back_freed_memory
-from llmqat.layers import prepare
+from llmqat.layers import prepare, without_adapters
+from llmqat.metrics import TopProbabilities
 from llmqat.models import load_model, load_with_few_bits, vocabulary_size
-from llmqat.recipe.config import Recipe, master_dtype, training_arguments
+from llmqat.recipe.config import Recipe, kept_top_k, master_dtype, training_arguments
 from llmqat.recipe.pipeline import trainable_model
 from llmqat.recipe.start import starts_packed
 from llmqat.train import QATTrainer, is_own_teacher
@@ -105,11 +108,14 @@ def probe(recipe: Recipe) -> Probe:
         samples = PROBE_STEPS * arguments.train_batch_size * arguments.gradient_accumulation_steps
         generator = torch.Generator().manual_seed(recipe.seed)
         ids = torch.randint(vocabulary_size(model), (samples, recipe.data.block_size), generator=generator)
+        starts = (torch.arange(recipe.data.block_size) % max(recipe.data.block_size // 2, 1) == 0).to(torch.uint8)
+        top_k = kept_top_k(recipe)
+        rows = Rows(ids, starts=None if top_k is None else starts.repeat(samples, 1))
         trainer = QATTrainer(
             model=student,
-            teacher=_teacher(recipe, student),
+            teacher=_teacher(recipe, student) if top_k is None else _random_cache(rows, student, top_k, Path(folder)),
             args=arguments,
-            train_dataset=token_blocks(ids, "random").dataset(),
+            train_dataset=token_blocks(rows, "random").dataset(),
             callbacks=[clock],
         )
         give_back_freed_memory()
@@ -120,6 +126,20 @@ def probe(recipe: Recipe) -> Probe:
     tokens = samples // PROBE_STEPS * recipe.data.block_size * arguments.world_size
     step = median(seconds[1:])
     return Probe(step, seconds[0], tokens / step, None if highest is None else highest - before)
+
+
+def _random_cache(rows: Rows, student: Any, top_k: int, folder: Path) -> TeacherCache:
+    """Returns a cache that says of every position of `rows` that some tokens are equally likely, and others as well."""
+    vocabulary = vocabulary_size(without_adapters(student))
+    header = CacheHeader("", "", vocabulary, min(top_k, vocabulary), "bfloat16")
+    count = rows.stored.shape[1] - 1
+    indices = torch.arange(header.top_k).repeat(count, 1)
+    even = torch.full(indices.shape, -math.log(header.top_k + 1))
+    inputs = rows.inputs()
+    with TeacherCacheWriter(folder / "teacher", header) as writer:
+        for block, positions in zip(inputs["input_ids"], inputs["position_ids"], strict=True):
+            writer.add(block, TopProbabilities(indices, even, even[:, 0]), positions)
+    return TeacherCache(folder / "teacher")
 
 
 def _teacher(recipe: Recipe, student: Any) -> PreTrainedModel | None:

@@ -167,7 +167,7 @@ def quantize_model(
 def text_source(text: str | Path | None, tokens: int, block_size: int, seed: int) -> DataConfig:
     """Returns where calibration text comes from: what a command names in a word, or the model itself without one."""
     if text is None:
-        return DataConfig(tokens=tokens, block_size=block_size, seed=seed)
+        return DataConfig(tokens=tokens, block_size=block_size, seed=seed, packing="concatenate")
     return text_config(str(text), labels="all", tokens=tokens, block_size=block_size, seed=seed)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,11 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmqat.data import DataConfig, Rows, TextSplits, load_splits, read_blocks, save_blocks
 from llmqat.data.packing import CALIBRATION
 from llmqat.data.processes import ALONE, Processes
-from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
-from llmqat.models import load_model
-from llmqat.recipe.config import Recipe, training_arguments
+from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCache, TeacherCacheWriter, cache_teacher
+from llmqat.models import keeps_documents_apart, load_model
+from llmqat.recipe.config import Recipe, teacher_obstacle, training_arguments
+from llmqat.recipe.folder import kept_place
 from llmqat.recipe.preflight import check_text
 from llmqat.terminal import Bar, Stages
+
+log = logging.getLogger(__name__)
+
+COMPARED_BLOCKS = 2
+MOST_DIVERGENCE = 0.01
+"""Nats a token between what a model predicts while it writes and for the whole block: rounding, and no more."""
 
 
 def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: int) -> TeacherCache:
@@ -43,7 +52,8 @@ def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: in
         model.to(training_arguments(recipe).device)
     TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k))  # now: a folder that does not do costs no text
     with stage("text", recipe.data.source):
-        text = _kept_where_written(recipe, folder, partial(text_of, recipe, tokenizer, model))
+        place = CachePlace(folder, top_k)
+        text = _kept_where_written(recipe, folder, partial(text_of, recipe, tokenizer, model, cache=place))
     cache = None
     with stage("teacher", f"its {top_k} likeliest tokens"), Bar("teacher", "token") as bar:
         for rows in _taught(text):
@@ -69,10 +79,11 @@ def _taught(text: TextSplits) -> list[Rows]:
     return [blocks.rows for name, blocks in text.given().items() if name != CALIBRATION]
 
 
-def check_cached(cache: TeacherCache, text: TextSplits) -> None:
-    """Raises ValueError where `cache` lacks a block that is trained or validated on."""
-    for rows in _taught(text):
-        cache.check(blocks=rows)
+def check_cached(cache: TeacherCache | None, text: TextSplits) -> None:
+    """Raises ValueError where there is a `cache` and it lacks a block that is trained or validated on."""
+    if cache is not None:
+        for rows in _taught(text):
+            cache.check(blocks=rows)
 
 
 def teacher_cache_of(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TeacherCache | None:
@@ -90,17 +101,72 @@ def teacher_cache_of(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrain
 
 
 def text_of(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, processes: Processes = ALONE
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    processes: Processes = ALONE,
+    cache: CachePlace | None = None,
 ) -> TextSplits:
     """Returns the recipe's text: where `model` has written it for the teacher's cache already, from there.
 
-    `processes` write together what the model writes now.
+    `processes` write together what the model writes now, and leave in `cache` what it predicts for that.
     """
     kept = None if recipe.teacher_cache is None else recipe.teacher_cache / text_file(recipe.data)
     if kept is not None and kept.is_file():
         return TextSplits(read_blocks(kept))
     with Bar("text", "token") as bar:
-        return load_splits(recipe.data, tokenizer, model, bar.update, processes)
+        return load_splits(recipe.data, tokenizer, model, bar.update, processes, cache)
+
+
+def cache_while_writing(recipe: Recipe, model: PreTrainedModel) -> CachePlace | None:
+    """Returns where `model` keeps what it predicts for the text that it writes; None, and the log says why, if not."""
+    place = kept_place(recipe)
+    if recipe.data.source != "synthetic" or recipe.teacher_cache is not None:
+        return None
+    reason = "teacher_top_k is null" if recipe.teacher_top_k is None else teacher_obstacle(recipe)
+    if place is not None and not keeps_documents_apart(model):
+        reason = f"{type(model).__name__} attends beyond the documents of a block, and wrote each of them alone"
+        if isinstance(recipe.teacher_top_k, int):
+            raise ValueError(f"teacher_top_k={recipe.teacher_top_k}: {reason}; leave teacher_top_k out")
+    if reason is None:
+        return place
+    log.info("the teacher runs at each step of training: %s", reason)
+    return None
+
+
+def written_cache(
+    place: CachePlace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSplits,
+    processes: Processes = ALONE,
+) -> TeacherCache:
+    """Returns what `model` predicts for the text that it wrote; it runs over blocks of which that is not known.
+
+    What it kept while it wrote is compared with a pass over some blocks, and made anew where the two differ.
+
+    Args:
+        place: of the cache; `synthesize` has filled it, or not all of it in a run that was interrupted.
+        model: the writer.
+        tokenizer: of the text.
+        text: that was written.
+        processes: the first one looks after the cache, and all get it from the same folder.
+    """
+    if processes.is_first:
+        rows = text.train.rows
+        with Bar("teacher", "token") as bar:
+            make = partial(cache_teacher, model, tokenizer, rows, place.folder, top_k=place.top_k, progress=bar.update)
+            off = make().divergence(model, rows[:COMPARED_BLOCKS])
+            if off > MOST_DIVERGENCE:
+                log.warning(
+                    "what the model predicted while it wrote is KL %.3g from what it predicts for whole blocks, so it "
+                    "reads them all: its forward is not the same one token at a time",
+                    off,
+                )
+                shutil.rmtree(place.folder)
+                make()
+    processes.agreed(None)
+    return TeacherCache(place.folder)
 
 
 def text_file(data: DataConfig) -> str:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 
+from llmqat.data.blocks import Rows
 from llmqat.data.prompts import read_prompts
-from llmqat.data.shards import WrittenFolder, check_folder, remove_shards, write_shards
+from llmqat.data.shards import TEACHER_FOLDER, WrittenFolder, check_folder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
+from llmqat.data.synthesis import Keeper, is_kept_apart
+from llmqat.data.teacher_cache import CachePlace
 from llmqat.export.checkpoint import load_any
 from llmqat.models import read_config, resolve_spec
 from llmqat.recipe.findings import all_of
@@ -32,7 +35,8 @@ def synthesize_to(
         folder: receives the shards.
         tokens: to write, rounded up to whole blocks.
         config: strategy, seed, rows, block size.
-        teacher_top_k: as `write_shards`.
+        teacher_top_k: whether the model's likeliest tokens are kept for training, in `folder`/teacher, and how many a
+            position.
         overwrite: whether text written earlier is deleted first.
 
     Raises:
@@ -49,5 +53,13 @@ def synthesize_to(
         model, tokenizer = load_any(spec, torch.bfloat16)
     if overwrite:
         remove_shards(folder)
+    keeper = None
+    if teacher_top_k is not None:
+        keeper = Keeper(model, tokenizer, CachePlace(folder / TEACHER_FOLDER, teacher_top_k), is_kept_apart(model))
     with stage("text", f"{tokens:,} tokens"), Bar("text", "token") as bar:
-        return write_shards(model, tokenizer, tokens, folder, config, bar.update, teacher_top_k)
+        written = write_shards(model, tokenizer, tokens, folder, config, bar.update, keeper)
+    if keeper is not None:
+        with stage("teacher", f"its {teacher_top_k} likeliest tokens"):
+            for shard in written.shards():
+                keeper.complete(shard.blocks if keeper.apart else Rows(shard.blocks.stored))
+    return written

@@ -16,6 +16,8 @@ from llmqat.calibrate import BlockwiseStage, GPTQStage, RangesStage, calibrate
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.shards import write_shards
 from llmqat.data.strategy import SynthesisConfig
+from llmqat.data.synthesis import Keeper
+from llmqat.data.teacher_cache import CachePlace, TeacherCache
 from llmqat.layers import QuantModule
 from tests.calibrate.carrying import carrying
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -58,10 +60,18 @@ def carried(processes: Processes) -> str:
 
 
 def written(processes: Processes, folder: Path) -> str:
-    """Lets a tiny model write three shards; returns the digest of what lies in the folder."""
-    config = SynthesisConfig(block_size=32, batch_size=2, seed=3)
-    found = write_shards(tiny_llama(), tiny_tokenizer(), 160, folder, config, processes=processes)
-    return digest({str(shard.number): shard.ids for shard in found.shards()})
+    """Lets a tiny model write three shards and keep what it knows; returns the digest of what lies in the folder."""
+    model, tokenizer, config = tiny_llama(), tiny_tokenizer(), SynthesisConfig(block_size=32, batch_size=2, seed=3)
+    keeper = Keeper(model, tokenizer, CachePlace(folder / "teacher", 8), apart=True)
+    found = write_shards(model, tokenizer, 160, folder, config, keeper=keeper, processes=processes)
+    cache, tensors = TeacherCache(folder / "teacher"), {}
+    for shard in found.shards():
+        assert shard.blocks.starts is not None
+        tensors |= {f"{shard.number} ids": shard.blocks.stored, f"{shard.number} starts": shard.blocks.starts}
+        known = sorted({*range(len(shard.blocks))} - {*cache.missing(shard.blocks)})
+        assert known
+        tensors[f"{shard.number} known"] = cache.lookup(**shard.blocks[torch.tensor(known)].inputs()).log_probs
+    return digest(tensors)
 
 
 def main() -> None:

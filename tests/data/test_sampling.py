@@ -17,9 +17,9 @@ def drawn_shares(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         choose(logits.expand(len(part), -1), part, torch.zeros(len(part), dtype=torch.bool), sampling)
         for part in uniforms.split(2000)
     ]
-    drawn = torch.cat([tokens for tokens, _ in parts])
+    drawn = torch.cat([part.tokens for part in parts])
     expected = torch.log_softmax(logits[0], -1)[drawn]
-    torch.testing.assert_close(torch.cat([log_probs for _, log_probs in parts]), expected)
+    torch.testing.assert_close(torch.cat([part.log_probs for part in parts]), expected)
     return torch.bincount(drawn, minlength=logits.shape[1]) / COUNT, drawn
 
 
@@ -63,7 +63,7 @@ def test_sampling_never_draws_the_impossible():
     for uniform in (0.0, 0.5, 1 - 2**-53):
         for sampling in (Sampling(), Sampling(top_p=0.9), Sampling(top_k=3)):
             uniforms = torch.full((3,), uniform, dtype=torch.float64)
-            drawn, _ = choose(logits, uniforms, torch.zeros(3, dtype=torch.bool), sampling)
+            drawn = choose(logits, uniforms, torch.zeros(3, dtype=torch.bool), sampling).tokens
             assert drawn[:2].tolist() == [5, 599]
             assert drawn[2] in (0, 300)
 
@@ -71,6 +71,19 @@ def test_sampling_never_draws_the_impossible():
 def test_greedy_rows_take_the_most_likely_token():
     logits = random_logits(300).repeat(40, 1).to(torch.bfloat16)
     greedy = torch.arange(40) % 3 == 0
-    drawn, _ = choose(logits, torch.full((40,), 0.999, dtype=torch.float64), greedy, Sampling())
+    drawn = choose(logits, torch.full((40,), 0.999, dtype=torch.float64), greedy, Sampling()).tokens
     assert (drawn[greedy] == logits[0].argmax()).all()
     assert (drawn[~greedy] != logits[0].argmax()).all()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=2.0, top_p=0.5), Sampling(top_k=1)], ids=str)
+def test_the_likeliest_tokens_are_the_models_own_however_it_is_drawn(sampling: Sampling):
+    logits = torch.randn(40, 512, generator=torch.Generator().manual_seed(1))
+    uniforms, greedy = torch.rand(40, dtype=torch.float64), torch.arange(40) % 7 == 0
+    found, without = (choose(logits, uniforms, greedy, sampling, top_k) for top_k in (9, None))
+    assert torch.equal(found.tokens, without.tokens)
+    assert without.top is None
+    wanted = torch.log_softmax(logits, -1).topk(9)
+    assert torch.equal(found.top.indices, wanted.indices)
+    torch.testing.assert_close(found.top.log_probs, wanted.values)
+    torch.testing.assert_close(found.top.log_rest.exp(), 1 - wanted.values.exp().sum(-1))

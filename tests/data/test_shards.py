@@ -13,11 +13,12 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from llmqat.data import DataConfig, load_blocks
+from llmqat.data import DataConfig, load_blocks, shards
+from llmqat.data.blocks import token_blocks
 from llmqat.data.shards import WrittenFolder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.synthesis import WRITER_VERSION, Writer, synthesize
-from llmqat.data.teacher_cache import TeacherCache
+from llmqat.data.synthesis import WRITER_VERSION, Keeper, Writer, synthesize
+from llmqat.data.teacher_cache import CachePlace, TeacherCache
 from tests.children import Moment, die_at
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -79,19 +80,22 @@ def test_a_shard_depends_on_number_and_rows_alone(undisturbed: Path):
     lines = json.loads((undisturbed / "llmqat.json").read_text())["shards"]
     last = Writer(tiny_llama(), tiny_tokenizer(), config).write(lines[-1]["number"], lines[-1]["rows"])
     rows = load_dataset("parquet", data_files=str(undisturbed / lines[-1]["file"]), split="train")
-    assert rows["input_ids"][:] == last.ids.tolist()
+    assert rows["input_ids"][:] == last.blocks.ids.tolist()
 
 
-def test_datasets_and_recipes_read_it(undisturbed: Path):
+def test_datasets_and_recipes_read_it(undisturbed: Path, tmp_path: Path):
     tokenizer = tiny_tokenizer()
-    rows = load_dataset(str(undisturbed), split="train")
-    assert set(rows.column_names) == {"input_ids", "text"}
+    rows = load_dataset(str(undisturbed), split="train", cache_dir=str(tmp_path))  # else that of any folder "text"
+    assert set(rows.column_names) == {"input_ids", "seq_lengths", "text"}
     assert rows[0]["text"] == tokenizer.decode(rows[0]["input_ids"])
     config = DataConfig(source="dataset", path=undisturbed, block_size=16)
     assert len(load_blocks(config, tokenizer)) > 8
     again = DataConfig(path=undisturbed, tokens=480, block_size=48, batch_size=4)
     blocks = load_blocks(again, tokenizer, tiny_llama())
     assert blocks.ids.tolist() == rows["input_ids"][:10]
+    assert blocks.rows.inputs()["position_ids"].tolist() == [
+        [place for length in lengths for place in range(length)] for lengths in rows["seq_lengths"][:10]
+    ]
     in_memory = synthesize(tiny_llama(), tokenizer, TOKENS, block_size=48, batch_size=4)
     assert in_memory.ids.tolist() == rows["input_ids"][: len(in_memory)]
 
@@ -140,6 +144,44 @@ def test_text_of_an_earlier_way_of_writing_is_not_added_to(tmp_path: Path):
         fill(tmp_path, tokens=700)
 
 
+def test_what_a_writer_knew_of_a_shard_is_there_before_the_shard_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, tokenizer, config = tiny_llama(), tiny_tokenizer(), SynthesisConfig(block_size=48, batch_size=4)
+    keeper = Keeper(model, tokenizer, CachePlace(tmp_path / "teacher", 8), apart=True)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as inside:
+        inside.setattr(shards, "_write_parquet", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(model, tokenizer, 200, tmp_path, config, keeper=keeper)
+    known = len(TeacherCache(tmp_path / "teacher"))
+    assert known > 0
+    written = write_shards(model, tokenizer, 200, tmp_path, config, keeper=keeper)
+    rows = [shard.blocks for shard in written.shards()]
+    cache = TeacherCache(tmp_path / "teacher")
+    assert len(cache) >= known
+    assert any(len(cache.missing(blocks)) < len(blocks) for blocks in rows)
+
+
+def test_shards_that_do_not_say_where_documents_begin_are_read_as_one_text(tmp_path: Path):
+    folder, settings = tmp_path / "text", {"block_size": 48, "batch_size": 4, "folder": tmp_path / "text"}
+    fill(folder, tokens=200)
+    manifest = json.loads((folder / "llmqat.json").read_text())
+    for line in manifest["shards"]:  # as an earlier version has written them
+        file = folder / line["file"]
+        rows = load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+        rows.remove_columns("seq_lengths").to_parquet(file)
+        line["sha256"] = token_blocks(torch.tensor(rows["input_ids"][:]), "").sha256
+    (folder / "llmqat.json").write_text(json.dumps(manifest))
+    before = contents(folder)
+    blocks = synthesize(tiny_llama(), tiny_tokenizer(), 200, **settings)
+    assert contents(folder) == before
+    assert blocks.rows.starts is None
+
+
 def test_other_files_are_left_alone(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds no written text"):
@@ -162,13 +204,17 @@ def test_the_report_tells_what_the_text_is_like(undisturbed: Path):
 def test_the_teachers_likeliest_tokens_are_kept_for_every_block(tmp_path: Path):
     model, tokenizer, config = tiny_llama(), tiny_tokenizer(), SynthesisConfig(block_size=48, batch_size=4)
     write_shards(model, tokenizer, 200, tmp_path, config)
-    written = write_shards(model, tokenizer, 500, tmp_path, config, teacher_top_k=8)  # also what lay there before
-    blocks = torch.cat([shard.ids for shard in written.shards()])
-    cache = TeacherCache(tmp_path / "teacher")
-    cache.check(model, tokenizer, blocks)
-    with torch.no_grad():
-        expected = model(blocks).logits[:, :-1].log_softmax(-1).flatten(0, 1).topk(8).values
-    torch.testing.assert_close(cache.lookup(blocks).log_probs, expected, atol=0.01, rtol=0.002)
+    keeper = Keeper(model, tokenizer, CachePlace(tmp_path / "teacher", 8), apart=True)
+    written = write_shards(model, tokenizer, 500, tmp_path, config, keeper=keeper)  # also what lay there before
+    for shard in written.shards():
+        keeper.complete(shard.blocks)
+        cache = TeacherCache(tmp_path / "teacher")
+        cache.check(model, tokenizer, shard.blocks)
+        inputs = shard.blocks.inputs()
+        with torch.no_grad():
+            expected = model(**inputs, use_cache=False).logits[:, :-1].log_softmax(-1).flatten(0, 1).topk(8).values
+        found = cache.lookup(inputs["input_ids"], position_ids=inputs["position_ids"])
+        torch.testing.assert_close(found.log_probs, expected, atol=0.01, rtol=0.002)
     assert len(load_blocks(DataConfig(source="dataset", path=tmp_path, block_size=16), tokenizer)) > 8
     remove_shards(tmp_path)
     assert not list(tmp_path.iterdir())

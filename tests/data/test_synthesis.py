@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmqat.data import synthesis
+from llmqat.data import synthesis, teacher_cache
 from llmqat.data.quality import repeated_share
-from llmqat.data.sampling import Sampling
+from llmqat.data.sampling import Chosen, Sampling
 from llmqat.data.synthesis import synthesize
+from llmqat.data.teacher_cache import CachePlace, TeacherCache
 from llmqat.layers import PackedModule, QuantConfig, convert, prepare
-from tests.tiny import tiny_llama, tiny_tokenizer
+from llmqat.metrics import top_probabilities
+from tests.tiny import tiny_architecture, tiny_llama, tiny_tokenizer
 
 EOS = 1
 
@@ -95,10 +97,13 @@ class Scripted:
     def __init__(self, after: list[int], token: int | None = None) -> None:
         self.after, self.token, self.draws = after, token, 0
 
-    def __call__(self, logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling, top_k: int | None = None
+    ) -> Chosen:
         self.draws += 1
         drawn = torch.tensor([self.drawn(row) for row in range(len(logits))])
-        return torch.where(greedy, logits.argmax(-1), drawn), torch.full((len(logits),), -1.0)
+        top = None if top_k is None else top_probabilities(logits, top_k)
+        return Chosen(torch.where(greedy, logits.argmax(-1), drawn), torch.full((len(logits),), -1.0), top)
 
     def drawn(self, row: int) -> int:
         filler = 10 + 80 * row + self.draws if self.token is None else self.token
@@ -261,3 +266,56 @@ def test_a_tokenizer_without_a_template_gives_plain_documents():
     tokenizer.chat_template = None
     blocks = synthesize(tiny_llama(), tokenizer, 64, block_size=32, chat_share=1.0)
     assert set(blocks.details["documents_by_kind"]) == {"plain"}
+
+
+KEPT: dict[str, tuple[torch.dtype, bool, dict[str, Any]]] = {
+    "float32": (torch.float32, True, {}),
+    "bfloat16, drawn otherwise": (torch.bfloat16, True, {"temperature": 1.5, "top_p": 0.7}),
+    "its own attention": (torch.float32, False, {"top_k": 40}),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_what_the_writer_knew_is_what_it_predicts_for_the_block(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    dtype, in_lockstep, drawing = KEPT[case]
+    model = tiny_llama().to(dtype)
+    model.generation_config.eos_token_id = list(range(10, 26))  # so tapes hold several documents, and some are dropped
+    if not in_lockstep:
+        monkeypatch.setattr("llmqat.data.decode.lockstep_obstacle", lambda *_: "a test")
+    read: list[int] = []
+    states = teacher_cache.hidden_states
+
+    def counted(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        read.append(len(input_ids))
+        return states(model, input_ids, position_ids)
+
+    monkeypatch.setattr(teacher_cache, "hidden_states", counted)
+    settings = {"block_size": 64, "chat_share": 0.5, "batch_size": 16, **drawing}
+    place = CachePlace(tmp_path / "teacher", 16)
+    blocks = synthesize(model, tiny_tokenizer(), 64 * 24, cache=place, **settings)
+    assert synthesize(model, tiny_tokenizer(), 64 * 24, **settings).sha256 == blocks.sha256
+    cache, inputs = TeacherCache(place.folder), blocks.rows.inputs()
+    assert 0 < sum(read) < len(blocks) - 8  # what was cut anew alone
+    assert set(blocks.details["documents_by_kind"]) == {"chat", "plain"}
+    assert (inputs["position_ids"][:, 1:] == 0).sum() > len(blocks)
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+    found = cache.lookup(**inputs)
+    atol = 0.004 if dtype == torch.float32 else 0.06  # float16 of logarithms; bfloat16 rounds by the number of rows
+    torch.testing.assert_close(found.log_probs, expected.topk(16).values, atol=atol, rtol=0)
+    torch.testing.assert_close(found.log_probs, expected.gather(-1, found.indices), atol=atol, rtol=0)
+    torch.testing.assert_close(found.log_rest.exp(), 1 - found.log_probs.exp().sum(-1), atol=1e-3, rtol=0)
+
+
+def test_a_model_that_sees_beyond_documents_is_taught_by_a_pass_over_its_blocks(tmp_path: Path):
+    model = tiny_architecture("opt")
+    with pytest.raises(ValueError, match="packing: OPTForCausalLM attends beyond the documents"):
+        synthesize(model, tiny_tokenizer(), 64, block_size=32, packing="documents")
+    blocks = synthesize(model, tiny_tokenizer(), 64, block_size=32, cache=CachePlace(tmp_path, 8))
+    assert blocks.rows.starts is None
+    TeacherCache(tmp_path).check(model, tiny_tokenizer(), blocks.rows)
+    with torch.no_grad():
+        expected = model(blocks.ids).logits[:, :-1].log_softmax(-1).flatten(0, 1).topk(8).values
+    torch.testing.assert_close(TeacherCache(tmp_path).lookup(blocks.ids).log_probs, expected, atol=0.01, rtol=0.002)
