@@ -2,7 +2,10 @@
 
 First the cache alone: for each K the share of the teacher's probability that the K likeliest tokens have, bytes a
 token, and the KL from teacher to a calibrated, untrained student on the same blocks: exact, and as the cache gives it,
-read back from its files. The cache leaves out how the rest is spread, so its KL is the lower one.
+read back from its files. The cache leaves out how the rest is spread, so its KL is the lower one. Beside it, how far
+the loss's gradient at the student's final hidden states is from the exact one: |g - exact| / |exact| over all tokens.
+Without --text the model writes the text, and "while writing" is the KL from what it knew then to what it predicts for
+the finished blocks.
 
 With --train two students of one start are distilled on the same blocks in one process by QATTrainer, a step each in
 turn, so that a busy machine slows both: one from the live model, one from a cache of --train-top-k tokens. The median
@@ -32,9 +35,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from llmqat.calibrate import RangesStage, calibrate
-from llmqat.data import DataConfig, load_blocks
+from llmqat.data import DataConfig, Rows, load_splits
 from llmqat.data.blocks import token_blocks
-from llmqat.data.teacher_cache import TeacherCache, cache_teacher, hidden_states
+from llmqat.data.teacher_cache import CachePlace, TeacherCache, cache_teacher, hidden_states
 from llmqat.evaluate.perplexity import Evaluation, evaluate, keep_reference, windows_from_text
 from llmqat.layers import QuantConfig
 from llmqat.metrics import Predictor, Teacher, TopProbabilities, predictor_of, token_loss
@@ -54,15 +57,17 @@ def main() -> None:
     dtype = torch.bfloat16 if processor_has_bf16() else torch.float32
     teacher, tokenizer = load_model(options.model, dtype)
     wanted = max(options.blocks, options.steps * options.batch_size if options.train else 0)
-    data = DataConfig(
-        source="text", path=options.text, tokens=wanted * options.block_size, block_size=options.block_size
-    )
-    blocks = load_blocks(data, tokenizer).ids
-    student, _ = load_model(options.model, torch.float32)
-    quant = QuantConfig.preset(options.preset, group_size=options.group_size)
-    calibrate(student, quant, [RangesStage(blocks=options.blocks)], blocks, dtype=dtype)
+    source = {"source": "synthetic"} if options.text is None else {"source": "text", "path": options.text}
+    data = DataConfig(**source, tokens=wanted * options.block_size, block_size=options.block_size)
     headline: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
+        place = CachePlace(Path(folder) / "written", max(options.top_k))
+        blocks = load_splits(data, tokenizer, teacher, cache=place).train.rows
+        if options.text is None:
+            headline["kl while writing"] = TeacherCache(place.folder).divergence(teacher, blocks[: options.blocks])
+        student, _ = load_model(options.model, torch.float32)
+        quant = QuantConfig.preset(options.preset, group_size=options.group_size)
+        calibrate(student, quant, [RangesStage(blocks=options.blocks)], Rows(blocks.stored), dtype=dtype)
         compare_divergences(options, student, teacher, tokenizer, blocks[: options.blocks], Path(folder), headline)
         if options.train:
             cache = cache_teacher(teacher, tokenizer, blocks, Path(folder) / "train", top_k=options.train_top_k)
@@ -75,8 +80,8 @@ def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, hub id or GGUF file")
-    parser.add_argument("--text", type=user_path, required=True, help="UTF-8 text to cache, calibrate and train on")
-    parser.add_argument("--top-k", type=int, nargs="+", default=[16, 64, 256], help="tokens kept a position")
+    parser.add_argument("--text", type=user_path, help="UTF-8 text to cache, calibrate and train on; else the model's")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[64, 128, 256, 512], help="tokens kept a position")
     parser.add_argument("--blocks", type=int, default=4, help="blocks that divergences are measured on")
     parser.add_argument("--block-size", type=int, default=512, help="tokens in a block")
     parser.add_argument("--preset", default="int4", help="what the linears are quantized to")
@@ -96,41 +101,55 @@ def compare_divergences(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: Tensor,
+    blocks: Rows,
     folder: Path,
     headline: dict[str, float],
 ) -> None:
-    """Prints mass, bytes and KL of caches of the first `blocks`, and adds them to the headline."""
-    exact = mean_kl(student, blocks, lambda ids: Teacher(_predicting(teacher, ids), predictor_of(teacher)))
-    shown = Table("tokens kept", "probability", "bytes a token", "KL", "of the exact KL", title_justify="left")
+    """Prints mass, bytes, KL and gradient of caches of the first `blocks`, and adds them to the headline."""
+
+    def live(inputs: dict[str, Tensor]) -> Teacher:
+        return Teacher(_predicting(teacher, inputs), predictor_of(teacher))
+
+    exact, wanted = divergence(student, blocks, live)
+    shown = Table(
+        "tokens kept", "probability", "bytes a token", "KL", "of the exact KL", "gradient off", title_justify="left"
+    )
     headline["exact kl"] = exact
     for top_k in options.top_k:
         cache = cache_teacher(teacher, tokenizer, blocks, folder / str(top_k), top_k=top_k)
-        found = mean_kl(student, blocks, cache.lookup)
-        size = cache.disk_bytes / blocks.numel()
-        shown.add_row(str(top_k), f"{cache.mass():.2%}", f"{size:.0f}", f"{found:.4f}", f"{found / exact:.1%}")
-        headline |= {f"mass of {top_k}": cache.mass(), f"kl of {top_k}": found}
-    shown.add_row("all", "100 %", f"{2 * cache.header.vocabulary:,}", f"{exact:.4f}", "100 %", end_section=True)
+        found, gradient = divergence(student, blocks, lambda inputs, cache=cache: cache.lookup(**inputs))
+        off = float((gradient - wanted).norm() / wanted.norm())
+        size = cache.disk_bytes / blocks.stored.numel()
+        shares = f"{cache.mass():.2%}", f"{size:.0f}", f"{found:.4f}", f"{found / exact:.1%}", f"{off:.1%}"
+        shown.add_row(str(top_k), *shares)
+        headline |= {f"mass of {top_k}": cache.mass(), f"kl of {top_k}": found, f"gradient of {top_k} off": off}
+    shown.add_row("all", "100 %", f"{2 * cache.header.vocabulary:,}", f"{exact:.4f}", "100 %", "0 %", end_section=True)
     plain_console().print(shown)
 
 
-@torch.no_grad()
-def mean_kl(student: PreTrainedModel, blocks: Tensor, taught: Callable[[Tensor], Teacher | TopProbabilities]) -> float:
-    """Returns the KL, nats a token, from what `taught` gives for a block to the student as its checkpoint will be."""
-    total = 0.0
+def divergence(
+    student: PreTrainedModel, blocks: Rows, taught: Callable[[dict[str, Tensor]], Teacher | TopProbabilities]
+) -> tuple[float, Tensor]:
+    """Returns the KL, nats a token, from what `taught` gives for a block to the student as its checkpoint will be.
+
+    And its gradient at the student's final hidden states, [T, D].
+    """
+    total, gradients = 0.0, []
     with cast_parameters(student, torch.bfloat16):
         own = predictor_of(student)
-        own = Predictor(own.head.clone(), own.bias, own.transform)
-        for ids in blocks.split(1):
-            hidden = _predicting(student, ids)
-            weights = torch.ones(len(hidden), device=hidden.device)
-            total += float(token_loss(hidden, own, weights, taught(ids.to(hidden.device))))
-    return total / (blocks.numel() - len(blocks))
+        own = Predictor(own.head.detach().clone(), own.bias, own.transform)
+        for block in range(len(blocks)):
+            inputs = blocks[block : block + 1].inputs(student.device)
+            hidden = _predicting(student, inputs).detach().float().requires_grad_()
+            loss = token_loss(hidden, own, torch.ones(len(hidden), device=hidden.device), taught(inputs))
+            gradients += torch.autograd.grad(loss, hidden)
+            total += float(loss.detach())
+    return total / (blocks.stored.numel() - len(blocks)), torch.cat(gradients)
 
 
-def _predicting(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def _predicting(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Returns the hidden states [B (L - 1), D] at the positions that have a next token."""
-    return hidden_states(model.eval(), ids)[:, :-1].flatten(0, 1)
+    return hidden_states(model.eval(), **inputs)[:, :-1].flatten(0, 1)
 
 
 class Turn(TrainerCallback):
@@ -157,7 +176,7 @@ def compare_training(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: Tensor,
+    blocks: Rows,
     cache: TeacherCache,
     headline: dict[str, float],
 ) -> None:

@@ -328,6 +328,17 @@ def test_teacher_cache(
     assert list(found)[-1] == "speed against live"
 
 
+def test_teacher_cache_of_own_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--top-k", "4", "64", "--blocks", "2", "--block-size", "32", "--group-size", "32"]
+    run(monkeypatch, "teacher_cache.py", "--model", str(folder), *arguments)
+    found = headline(capsys.readouterr().out)
+    assert 0 <= found["kl while writing"] < 0.01
+    assert 0 < found["kl of 4"] < found["kl of 64"] < found["exact kl"]
+    assert 0 < found["gradient of 64 off"] < found["gradient of 4 off"] < 1
+
+
 def test_tokenize_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run(monkeypatch, "tokenize_folder.py", "--model", str(folder), "--megabytes", "0.3", "--num-proc", "2")
     found = headline(capsys.readouterr().out)
