@@ -55,7 +55,7 @@ LogOption = Annotated[
     ),
 ]
 
-SPECS = ("model", "models", "reference", "text")
+SPECS = ("model", "models", "reference", "text", "prompts")
 """Parameters of commands that name models and texts: a path, or else a hub id and the like."""
 
 
