@@ -123,14 +123,14 @@ class GPTQStage(WeightStage):
     """This stage's name."""
     damping: float = Field(0.01, gt=0)
     """Share of the mean of the diagonal of E[x^T x] that is added to it."""
-    rounds: int = Field(2, ge=1)
+    rounds: int = Field(10, ge=1)
     """Times that codes are found; between and after them scales are refitted."""
     target: Literal["clean", "quantized"] = "clean"
     """What a layer is to give: what the original layer gave from inputs that no quantization has touched, so that it
     also undoes what the layers before it have done; or what it gives in full precision from the inputs that it gets."""
-    target_damping: float = Field(0.1, gt=0)
+    target_damping: float | None = Field(None, gt=0)
     """Share of the mean of the diagonal of E[x^T x] that is added to it where the clean target is solved for: the more,
-    the nearer a layer stays to its original weight, as it should with little text."""
+    the nearer a layer stays to its original weight. Where not given, it is cross-validated on halves of the text."""
     hidden_memory: float = Field(4.0, ge=0)
     """Gigabytes of hidden states kept in memory; above that they lie in temporary files."""
 

@@ -12,7 +12,9 @@ error is quadratic in the scales. Codes and scales are found in turn.
 A layer gets inputs y that the layers before it have already distorted. With `target="clean"` it is to give from them
 what the original layer gave from the original inputs x: the codes minimize E|y Ŵ^T - x W^T|^2. That is the same problem
 with another weight, W + W E[(x - y)^T y] H^-1, H = E[y^T y], the least-squares solution without rounding. A ridge on H
-keeps it near W in directions that the text says little about.
+keeps it near W in directions that the text says little about; how large it is, is cross-validated: what is found on one
+half of the text has to fit the other. A layer whose output is added to a residual stream r also makes up for what the
+stream lacks: its target is x W^T plus the stream of the original model less the present one.
 
 The master weight is then moved to the point nearest to where it was that rounds to its code, so that training goes on
 from these very codes.
@@ -20,29 +22,36 @@ from these very codes.
 Letters: O out features, I in features, G scales per row, g weights per scale.
 Source: GPTQ (2210.17323) section 3.3, algorithm 1; the refit of scales is ordinary least squares. The clean target: the
 corrected weight of QEP (2504.09629), its strength being 1; GPTAQ (2504.02692) and Qronos (2505.11695) solve the same
-problem column by column. Deviation: a ridge in place of a lower strength.
+problem column by column. Deviations: a cross-validated ridge in place of a lower strength, and the residual stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmqat.calibrate.blocks import Block
-from llmqat.calibrate.chains import Chain
+from llmqat.calibrate.chains import Chain, Some
 from llmqat.calibrate.config import GPTQStage
 from llmqat.calibrate.masters import holding
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import Grid, of_each_weight, quantize, snap_scale
-from llmqat.layers import QuantLinear, quantizers_off
+from llmqat.layers import QuantLinear, quantized_once, quantizers_off
 
 COLUMNS = 64
 """Columns worked before the rest of the matrix follows."""
 SYMMETRIC = 384
 """Columns of the matrix of second moments that are taken at once, each with those after it."""
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
+"""Shares of the mean diagonal of the second moments that a clean target is tried with."""
+SAMPLED_ROWS = 128
+"""Rows of a weight that the trials are made with."""
 PIECE = 2
 """Batches whose original inputs are kept until those that quantization has changed come to meet them."""
 CELL = 0.49
@@ -291,27 +300,58 @@ def gptq_block(
         if seen is None:
             continue
         curvature = Curvature.of(damped(seen.moments, stage.damping))
+        targets: dict[str, Tensor] = {}
+        if clean is not None and seen.missing is not None:
+            with holding(block, clean.weights):
+                originals = {name: layer.matrix().float() for name, layer in group.layers.items()}
+            ridge = stage.target_damping
+            if ridge is None:
+                ridge = cross_validated(torch.cat(list(originals.values())), seen.halves)
+            if ridge is not None:
+                hessian = damped(seen.moments, ridge)
+                targets = {name: own + correction(own, hessian, seen) for name, own in originals.items()}
         for name, layer in group.layers.items():
-            target = None
-            if clean is not None and seen.missing is not None:
-                with holding(block, clean.weights):
-                    original = layer.matrix().float()
-                target = corrected_weight(original, damped(seen.moments, stage.target_damping), seen.missing)
-            found[f"{block.name}.{name}"] = gptq_layer(layer, curvature, stage.rounds, target)
+            found[f"{block.name}.{name}"] = gptq_layer(layer, curvature, stage.rounds, targets.get(name))
     return found
 
 
 @torch.no_grad()
-def corrected_weight(weight: Tensor, hessian: Tensor, missing: Tensor) -> Tensor:
-    """Returns the weight [O, I] whose product with the inputs is nearest to that of `weight` with the clean inputs.
+def cross_validated(weight: Tensor, halves: Sequence[Moments]) -> float | None:
+    """Returns the ridge of `RIDGES` whose correction, found on one half of the text, fits the other half best.
 
     Args:
         weight: [O, I] float32.
-        hessian: [I, I] float32, damped E[x^T x]: the more damping, the nearer to `weight`.
-        missing: [I, I] float32, E[(c - x)^T x] of inputs x and clean inputs c.
+        halves: what each half of the text says of the inputs.
+
+    Returns:
+        A share of the mean diagonal of the second moments; None where the weight as it is fits best. The largest where
+        there is no second half.
     """
-    step = torch.cholesky_solve((weight @ missing).t(), torch.linalg.cholesky(hessian))
-    return weight + step.t()
+    if len(halves) < 2:
+        return max(RIDGES)
+    rows = slice(None, None, max(1, len(weight) // SAMPLED_ROWS))
+    errors = dict.fromkeys(RIDGES, 0.0)
+    for fitted, other in permutations(halves, 2):
+        wanted = other.lacking(weight, rows)
+        for ridge in RIDGES:
+            step = correction(weight, damped(fitted.moments, ridge), fitted, rows)
+            errors[ridge] += float(((step @ other.moments - 2 * wanted) * step).sum())
+    best = min(RIDGES, key=errors.__getitem__)
+    return best if errors[best] < 0 else None
+
+
+@torch.no_grad()
+def correction(weight: Tensor, hessian: Tensor, seen: Moments, rows: slice = slice(None)) -> Tensor:
+    """Returns what to add to `weight` so that its product with the inputs is nearest to the clean target, [O, I].
+
+    Args:
+        weight: [O, I] float32, the original one.
+        hessian: [I, I] float32, damped E[x^T x]: the more damping, the smaller the correction.
+        seen: what text says of the inputs.
+        rows: of the weight; those of others are left out.
+    """
+    wanted = seen.lacking(weight, rows)
+    return torch.cholesky_solve(wanted.t(), torch.linalg.cholesky(hessian)).t()
 
 
 @torch.no_grad()
@@ -401,16 +441,27 @@ _Place = tuple[int, torch.Size, tuple[int, ...], int]
 
 @dataclass(frozen=True)
 class Moments:
-    """What the text says of a layer's inputs.
+    """What text says of a layer's inputs.
 
     Attributes:
         moments: E[x^T x], [I, I] float32.
         missing: E[(c - x)^T x], [I, I] float32, c being the inputs of the original model; None where there are none, or
             not one for each.
+        stream: E[(r' - r)^T x], [O, I] float32, r being the residual stream that the layer's output is added to, and r'
+            that of the original model; None where it is added to none.
+        halves: the same of each half of the text, where `missing` is known and there are two.
     """
 
     moments: Tensor
     missing: Tensor | None = None
+    stream: Tensor | None = None
+    halves: tuple[Moments, ...] = ()
+
+    def lacking(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Returns E[e^T x] of some rows of `weight`, [O, I], e being what its output lacks of the clean target."""
+        assert self.missing is not None
+        found = weight[rows] @ self.missing
+        return found if self.stream is None else found + self.stream[rows]
 
 
 @torch.no_grad()
@@ -432,38 +483,134 @@ def second_moments(
         processes: share the batches of the chain.
         clean: where the original inputs come from, if they are asked for.
     """
-    size, device = layer.in_features, layer.weight.device
-    total = torch.zeros(size, size, device=device)
-    count = torch.zeros((), dtype=torch.int64)
     paired = clean is not None and calls > 0 and _sees_every_token(block, layer, chain)
-    missing = torch.zeros(size, size, device=device) if paired else None
-    wanted: list[Tensor] = []
-
-    def record(module: nn.Module, x: Tensor) -> None:
-        x = x if layer.input_quantizer is None else layer.input_quantizer(x)
-        rows = x.reshape(-1, x.shape[-1]).float()
-        for start in range(0, size, SYMMETRIC):  # the matrix is symmetric: its upper part is enough
-            columns = slice(start, start + SYMMETRIC)
-            total[columns, start:].addmm_(rows[:, columns].t(), rows[:, start:])
-        if missing is not None:
-            missing.addmm_((wanted.pop(0).reshape(rows.shape).float() - rows).t(), rows)
-        count.add_(len(rows))
-
+    before = stream_of(block, layer, chain) if paired and calls == 1 else None
+    watched = [layer] if before is None else [before, layer]
+    sums = _Sums(layer, paired, before)
     own = list(processes.share(chain.batches))
     step = PIECE if paired else max(len(own), 1)
     for piece in (own[start : start + step] for start in range(0, len(own), step)):
+        sums.coming = [rows for rows in piece for _ in range(calls)]
         if clean is not None and paired:
             with holding(block, clean.weights), quantizers_off(block.module):
-                block.watch([layer], lambda _, x: wanted.append(x), clean.chain, piece, calls)
-        block.watch([layer], record, chain, piece, calls)
-    processes.add(total)
-    if missing is not None:
-        processes.add(missing)
-    seen = int(processes.add(count))
-    if seen == 0:
+                block.watch(watched, sums.record_clean, clean.chain, piece, len(watched) * calls)
+        block.watch(watched, sums.record, chain, piece, len(watched) * calls)
+    sums.join(processes)
+    return sums.means()
+
+
+class _Sums:
+    """What `Moments` are means of, while text goes by: of even and of odd token blocks where there is a clean chain."""
+
+    def __init__(self, layer: QuantLinear, paired: bool, before: nn.Module | None) -> None:
+        size, device = layer.in_features, layer.weight.device
+        halves = 2 if paired else 1
+        self.layer, self.before, self.paired = layer, before, paired
+        self.coming: list[Some] = []
+        self.total = torch.zeros(halves, size, size, device=device)
+        self.missing = torch.zeros(halves, size, size, device=device) if paired else None
+        self.stream = None if before is None else torch.zeros(halves, layer.out_features, size, device=device)
+        self.count = torch.zeros(halves, dtype=torch.int64)
+        self._clean: list[Tensor] = []
+        self._lack: Tensor | None = None
+
+    def record_clean(self, module: nn.Module, x: Tensor) -> None:
+        """Keeps inputs of the original model until those that quantization has changed come."""
+        self._clean.append(x.reshape(-1, x.shape[-1]).float())
+
+    def record(self, module: nn.Module, x: Tensor) -> None:
+        """Adds the inputs of a call."""
+        if module is self.before:
+            self._lack = self._clean.pop(0) - x.reshape(-1, x.shape[-1]).float()
+            return
+        x = x if self.layer.input_quantizer is None else self.layer.input_quantizer(x)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if not self.paired:
+            self._add(0, rows, None, None)
+            return
+        lack, clean = self._lack, self._clean.pop(0)
+        batch = self.coming.pop(0)
+        for half, mine in enumerate(_halves(batch, len(rows))):
+            if len(mine):
+                self._add(half, rows[mine], clean[mine], None if lack is None else lack[mine])
+
+    def _add(self, half: int, rows: Tensor, clean: Tensor | None, lack: Tensor | None) -> None:
+        for start in range(0, rows.shape[1], SYMMETRIC):  # the matrix is symmetric: its upper part is enough
+            columns = slice(start, start + SYMMETRIC)
+            self.total[half, columns, start:].addmm_(rows[:, columns].t(), rows[:, start:])
+        if self.missing is not None and clean is not None:
+            self.missing[half].addmm_((clean - rows).t(), rows)
+        if self.stream is not None and lack is not None:
+            self.stream[half].addmm_(lack.t(), rows)
+        self.count[half] += len(rows)
+
+    def join(self, processes: Processes) -> None:
+        """Adds what other processes have seen."""
+        for total in (self.total, self.missing, self.stream, self.count):
+            if total is not None:
+                processes.add(total)
+
+    def means(self) -> Moments | None:
+        """Returns the means over all rows seen; None where there were none."""
+        if not self.count.any():
+            return None
+        found = [self._means(slice(half, half + 1)) for half in range(len(self.count)) if self.count[half]]
+        if len(found) == 1:
+            return found[0]
+        return dataclasses.replace(self._means(slice(None)), halves=tuple(found))
+
+    def _means(self, halves: slice) -> Moments:
+        count = int(self.count[halves].sum())
+        upper = self.total[halves].sum(0).triu_()
+        missing, stream = (None if t is None else t[halves].sum(0) / count for t in (self.missing, self.stream))
+        return Moments((upper + upper.t().tril(-1)) / count, missing, stream)
+
+
+def _halves(batch: Some, rows: int) -> tuple[Tensor, Tensor]:
+    """Returns which of the `rows` of a batch belong to even and to odd token blocks: its size does not matter then."""
+    blocks = torch.arange(batch.start, batch.stop) if isinstance(batch, slice) else batch
+    odd = (blocks % 2).repeat_interleave(rows // len(blocks))
+    return (odd == 0).nonzero().squeeze(1), odd.nonzero().squeeze(1)
+
+
+@torch.no_grad()
+def stream_of(block: Block, layer: QuantLinear, chain: Chain) -> nn.Module | None:
+    """Returns a module of `block` whose input is what the output of `layer` is added to; None where there is none.
+
+    Found by running the first batch: what comes after the layer, another module's input or the block's output, is
+    exactly the sum. Models that normalize or scale the output first have no such module.
+    """
+    rows = chain.batches[0]
+    read: list[list[tuple[nn.Module, Tensor]]] = [[], []]  # before the layer ran, and after
+    outputs: list[Tensor] = []
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        for x in (*inputs, *options.values()):
+            if isinstance(x, Tensor):
+                read[bool(outputs)].append((module, x))
+                break
+
+    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in block.module.modules()]
+    handles.append(layer.register_forward_hook(leave))
+    try:
+        with block.cast(), quantized_once(block.module):
+            sums = [block(chain, rows)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(outputs) != 1:
         return None
-    upper = total.triu_()
-    return Moments((upper + upper.t().tril(-1)) / seen, None if missing is None else missing / seen)
+    sums += [x for _, x in read[1]]
+    calls = [module for module, _ in read[0]]
+    for module, x in reversed(read[0]):
+        if x.shape == outputs[0].shape and calls.count(module) == 1:
+            wanted = x + outputs[0]
+            if any(found.shape == wanted.shape and torch.equal(found, wanted) for found in sums):
+                return module
+    return None
 
 
 def _sees_every_token(block: Block, layer: QuantLinear, chain: Chain) -> bool:

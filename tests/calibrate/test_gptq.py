@@ -17,9 +17,12 @@ from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import GPTQStage
 from llmqat.calibrate.gptq import (
     COLUMNS,
+    RIDGES,
     Clean,
     Curvature,
-    corrected_weight,
+    Moments,
+    correction,
+    cross_validated,
     damped,
     gptq_block,
     gptq_layer,
@@ -28,6 +31,7 @@ from llmqat.calibrate.gptq import (
     refit_scales,
     round_by_gptq,
     second_moments,
+    stream_of,
 )
 from llmqat.calibrate.walk import Walk
 from llmqat.grid import Grid, quantize, search_scale
@@ -183,11 +187,47 @@ def test_the_clean_target_is_the_least_squares_solution_without_rounding() -> No
     clean, weight = torch.randn(64, 12), torch.randn(5, 12)
     x = clean + 0.3 * torch.randn(64, 12)
     hessian, missing = x.t() @ x / 64, (clean - x).t() @ x / 64
-    found = corrected_weight(weight, hessian, missing)
+    found = weight + correction(weight, hessian, Moments(hessian, missing))
     torch.testing.assert_close(found, torch.linalg.lstsq(x, clean @ weight.t()).solution.t(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(corrected_weight(weight, hessian, torch.zeros(12, 12)), weight)
-    stayed = [(corrected_weight(weight, damped(hessian, ridge), missing) - weight).norm() for ridge in (0.1, 10.0)]
-    assert stayed[1] < 0.2 * stayed[0]
+    assert not correction(weight, hessian, Moments(hessian, torch.zeros(12, 12))).any()
+    steps = [correction(weight, damped(hessian, ridge), Moments(hessian, missing)).norm() for ridge in (0.1, 10.0)]
+    assert steps[1] < 0.2 * steps[0]
+    lack = torch.randn(64, 5)  # of the residual stream
+    seen = Moments(hessian, missing, lack.t() @ x / 64)
+    expected = torch.linalg.lstsq(x, clean @ weight.t() + lack).solution.t()
+    torch.testing.assert_close(weight + correction(weight, hessian, seen), expected, rtol=1e-4, atol=1e-4)
+    part = correction(weight, hessian, seen, slice(None, None, 2))
+    torch.testing.assert_close(part, correction(weight, hessian, seen)[::2])
+
+
+def test_the_ridge_is_the_one_that_fits_the_other_half_best() -> None:
+    torch.manual_seed(0)
+    weight, mixing = torch.randn(5, 12), torch.eye(12) + 0.2 * torch.randn(12, 12)
+
+    def half(tokens: int, noise: float) -> tuple[Tensor, Tensor, Moments]:
+        clean = torch.randn(tokens, 12)
+        x = clean @ mixing + noise * torch.randn(tokens, 12)
+        return x, clean @ weight.t(), Moments(x.t() @ x / tokens, (clean - x).t() @ x / tokens)
+
+    def expected(halves: list[tuple[Tensor, Tensor, Moments]]) -> float:
+        errors = {}
+        for ridge in RIDGES:
+            errors[ridge] = 0.0
+            for (_, _, fitted), (x, wanted, _) in ((halves[0], halves[1]), (halves[1], halves[0])):
+                found = weight + correction(weight, damped(fitted.moments, ridge), fitted)
+                errors[ridge] += float((x @ found.t() - wanted).square().sum() / len(x))
+        return min(errors, key=errors.__getitem__)
+
+    chosen = []
+    for tokens, noise in ((2000, 0.1), (14, 0.5), (40, 0.5)):
+        halves = [half(tokens, noise), half(tokens, noise)]
+        chosen.append(cross_validated(weight, [moments for *_, moments in halves]))
+        assert chosen[-1] == expected(halves)
+    assert chosen[0] < chosen[1]  # the more text, the smaller
+    unlike = [half(2000, 0.1)[2], half(2000, 0.1)[2]]
+    unlike[1] = Moments(unlike[1].moments, -unlike[1].missing)
+    assert cross_validated(weight, unlike) is None
+    assert cross_validated(weight, []) == max(RIDGES)
 
 
 def walk_of(model: PreTrainedModel, quant: QuantConfig, blocks: int = 6) -> tuple[Walk, Clean]:
@@ -212,10 +252,49 @@ def test_the_missing_part_is_that_of_the_inputs_of_the_original() -> None:
     assert found is not None
     assert found.missing is not None
     torch.testing.assert_close(found.missing, (wanted - own).t() @ own / len(own), rtol=1e-3, atol=1e-5)
+    even, odd = found.halves  # token blocks in turn
+    part = own.view(-1, 16, own.shape[1])[::2].flatten(0, 1)
+    torch.testing.assert_close(even.moments, part.t() @ part / len(part), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close((even.missing + odd.missing) / 2, found.missing, rtol=1e-3, atol=1e-5)
     first = second_moments(block, block.module.self_attn.q_proj, walk.quantized, 1, clean=clean)
     assert first is not None  # which nothing quantized precedes
     assert first.missing is not None
     assert not first.missing.any()
+
+
+def test_the_stream_that_a_layer_adds_to_is_found() -> None:
+    walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32))
+    block = walk.blocks[0]
+    attention, mlp = block.module.self_attn, block.module.mlp
+    found = {name: stream_of(block, layer, walk.quantized) for name, layer in block.quantized().items()}
+    assert {name.rpartition(".")[2]: module for name, module in found.items() if module is not None} == {
+        "o_proj": block.module.input_layernorm,
+        "down_proj": block.module.post_attention_layernorm,
+    }
+    seen: dict[str, list[Tensor]] = {"own": [], "clean": [], "input": []}
+    norm = block.module.post_attention_layernorm
+    block.watch([norm], lambda _, x: seen["own"].append(x), walk.quantized, walk.quantized.batches)
+    block.watch([mlp.down_proj], lambda _, x: seen["input"].append(x), walk.quantized, walk.quantized.batches)
+    with quantizers_off(block.module):
+        block.watch([norm], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
+    own, wanted, x = (torch.cat(states).flatten(0, 1) for states in seen.values())
+    moments = second_moments(block, mlp.down_proj, walk.quantized, 1, clean=clean)
+    assert moments is not None
+    assert moments.stream is not None
+    torch.testing.assert_close(moments.stream, (wanted - own).t() @ x / len(x), rtol=1e-3, atol=1e-5)
+    first = second_moments(block, attention.o_proj, walk.quantized, 1, clean=clean)
+    assert first is not None
+    assert first.stream is not None
+    assert not first.stream.any()  # nothing quantized precedes the block
+
+
+def test_a_scaled_output_is_added_to_no_stream() -> None:
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: 0.5 * own(x)
+    walk, _ = walk_of(model, QuantConfig.preset("int4", group_size=32))
+    assert stream_of(walk.blocks[0], mlp.down_proj, walk.quantized) is None
 
 
 def test_a_clean_target_brings_a_block_nearer_to_what_it_gave() -> None:
