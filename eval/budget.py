@@ -100,6 +100,8 @@ SCRIPT_S_KEYS = ("output", "seed", "train.max_steps", "train.save_steps", "data.
 
 Maker = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], TokenBlocks]
 """Makes text with the full-precision model, in a folder that it may use."""
+TrainerMaker = Callable[..., QATTrainer]
+"""QATTrainer, or what takes the same arguments and makes another trainer."""
 
 log = logging.getLogger("llmqat.eval.budget")
 
@@ -159,13 +161,35 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options, and the cells that are meant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=user_spec, help="another model than the recipes'")
-    parser.add_argument("--schemes", nargs="+", default=["int4", "int3", "int2"], help="each with a recipe")
-    parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
+    add_bench_options(parser)
     parser.add_argument("--texts", nargs="+", default=[OWN], help="texts to train on: own, or UTF-8 files")
     parser.add_argument("--tokens", nargs="+", type=amount, default=[0, 40_000, 100_000, 300_000, 1_000_000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the blocks and their order")
     parser.add_argument("--only", nargs="+", metavar="CELL", help="SCHEME:TEXT:TOKENS:SEED, later parts may be missing")
+    parser.add_argument("--save-steps", type=int, default=200, help="optimizer steps between checkpoints")
+    parser.add_argument("--law", type=user_path, help="file for the laws: llmqat/evaluate/budget.json")
+    parser.add_argument("--plot", type=user_path, help="file for a plot (.png, .svg)")
+    parser.add_argument("--width", type=int, default=150, help="of the table, in characters")
+    options = parser.parse_args()
+    name_texts(parser, options)
+    if options.plot:
+        check_installed("matplotlib", "--plot")
+    trained = options.texts
+    seeds = sorted(set(options.seeds))
+    budgets = [(tokens, seed) for tokens in sorted(set(options.tokens)) for seed in (seeds if tokens else [0])]
+    cells = [Cell(scheme, text, *budget) for budget, text, scheme in product(budgets, trained, options.schemes)]
+    for pattern in options.only or ():
+        if not any(cell.is_meant(pattern) for cell in cells):
+            parser.error(f"--only {pattern} means no cell of --schemes, --texts, --tokens and --seeds")
+    options.cells = [cell for cell in cells if not options.only or any(map(cell.is_meant, options.only))]
+    return options
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `Bench` reads, but for the texts that are trained on."""
+    parser.add_argument("--model", type=user_spec, help="another model than the recipes'")
+    parser.add_argument("--schemes", nargs="+", default=["int4", "int3", "int2"], help="each with a recipe")
+    parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
     parser.add_argument("--calibrate", default="[ranges, gptq]", help="stages before training, as in a recipe")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes in all recipes")
     parser.add_argument(
@@ -174,17 +198,16 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--eval", nargs="+", required=True, help="texts to score: UTF-8 files, pydoc, own (held out)")
     parser.add_argument("--window", type=int, default=512, help="tokens in a window")
     parser.add_argument("--max-windows", type=int, default=40, help="windows scored, from each text's start")
-    parser.add_argument("--save-steps", type=int, default=200, help="optimizer steps between checkpoints")
     parser.add_argument("--threads", type=int, help="of this process; as many as there are cores where not given")
     parser.add_argument(
         "--work", type=user_path, required=True, help="folder of the cells, gone on with if it is there"
     )
     parser.add_argument("--report", action="store_true", help="do no cell, report those that the folder has")
     parser.add_argument("--json", type=user_path, help="file for the results")
-    parser.add_argument("--law", type=user_path, help="file for the laws: llmqat/evaluate/budget.json")
-    parser.add_argument("--plot", type=user_path, help="file for a plot (.png, .svg)")
-    parser.add_argument("--width", type=int, default=150, help="of the table, in characters")
-    options = parser.parse_args()
+
+
+def name_texts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Makes `options.texts` and `options.eval` mappings from short names to texts; ends where they will not do."""
     trained, scored = ({short_name(text): text for text in given} for given in (options.texts, options.eval))
     for option, given, names in (("--texts", options.texts, trained), ("--eval", options.eval, scored)):
         if len(names) < len(given):
@@ -195,17 +218,7 @@ def parse_options() -> argparse.Namespace:
     for key in (change.partition("=")[0] for change in options.set):
         if key in SCRIPT_S_KEYS:
             parser.error(f"--set {key}: this script sets it; use its own options")
-    if options.plot:
-        check_installed("matplotlib", "--plot")
     options.texts, options.eval = trained, scored
-    seeds = sorted(set(options.seeds))
-    budgets = [(tokens, seed) for tokens in sorted(set(options.tokens)) for seed in (seeds if tokens else [0])]
-    cells = [Cell(scheme, text, *budget) for budget, text, scheme in product(budgets, trained, options.schemes)]
-    for pattern in options.only or ():
-        if not any(cell.is_meant(pattern) for cell in cells):
-            parser.error(f"--only {pattern} means no cell of --schemes, --texts, --tokens and --seeds")
-    options.cells = [cell for cell in cells if not options.only or any(map(cell.is_meant, options.only))]
-    return options
 
 
 def amount(text: str) -> int:
@@ -236,6 +249,9 @@ def held(file: Path, *, wait: bool = True) -> Iterator[bool]:
 class Bench:
     """The work folder, and what the cells in it share."""
 
+    result_file = RESULT_FILE
+    """File in its folder that says what a cell has found."""
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.work = options, Path(options.work)
         self.recipes = {scheme: self._recipe(scheme) for scheme in options.schemes}
@@ -254,11 +270,7 @@ class Bench:
         Raises:
             SystemExit: it is not.
         """
-        options = self.options
-        now: dict[str, Any] = {"model": self.model, "top_k": options.top_k, "eval": options.eval}
-        now |= {"window": options.window, "max_windows": options.max_windows}
-        now |= {f"text {name}": text for name, text in options.texts.items()}
-        now |= {scheme: self._settings(scheme) for scheme in self.recipes}
+        now = self.settings()
         self.work.mkdir(parents=True, exist_ok=True)
         file = self.work / SETTINGS_FILE
         with held(self.work / "settings.lock"):
@@ -270,6 +282,14 @@ class Bench:
                 )
             write_whole(file, json.dumps({**before, **now}, indent=2) + "\n")
 
+    def settings(self) -> dict[str, Any]:
+        """Returns what the cells have in common."""
+        options = self.options
+        common: dict[str, Any] = {"model": self.model, "top_k": options.top_k, "eval": options.eval}
+        common |= {"window": options.window, "max_windows": options.max_windows}
+        common |= {f"text {name}": text for name, text in options.texts.items()}
+        return common | {scheme: self._settings(scheme) for scheme in self.recipes}
+
     def _settings(self, scheme: str) -> dict[str, Any]:
         """Returns what of a scheme's recipe the cells depend on: not its own number of steps and tokens."""
         recipe = self.recipes[scheme].model_dump(mode="json", include={"quant", "calibrate", "train", "data"})
@@ -280,19 +300,19 @@ class Bench:
 
     # Cells
 
-    def do(self, cell: Cell) -> None:
+    def do(self, cell: Any) -> None:
         """Does a cell, unless it is done or another process is at it; then puts it into the report."""
         folder = self.work / cell.name
         folder.mkdir(exist_ok=True)
         with held(folder / "lock", wait=False) as mine:
-            if (folder / RESULT_FILE).is_file():
+            if (folder / self.result_file).is_file():
                 return
             if not mine:
                 log.info("%s: another process is at it", cell.name)
                 return
             log.info("%s: begins", cell.name)
-            result = self._trained(cell, folder)
-            write_whole(folder / RESULT_FILE, json.dumps(result) + "\n")
+            result = self.found(cell, folder)
+            write_whole(folder / self.result_file, json.dumps(result) + "\n")
             for part in (TRAINER_FOLDER, "model"):  # gigabytes
                 shutil.rmtree(folder / part, ignore_errors=True)
         log.info(
@@ -300,30 +320,37 @@ class Bench:
         )
         self.report()
 
-    def _trained(self, cell: Cell, folder: Path) -> dict[str, Any]:
+    def found(self, cell: Any, folder: Path) -> dict[str, Any]:
         """Returns what is known of a cell once it is trained, packed and scored."""
         recipe, count = self.budgeted(cell, folder)
         blocks = self.blocks(cell, recipe, count)
-        model, calibration = self.start(cell, recipe)
-        training = self.train(cell, model, blocks, recipe) if cell.tokens else None
-        tokenizer = load_tokenizer(resolve_spec(self.model), self.model)
-        saved = llmqat.save(model, folder / "model", tokenizer, overwrite=True)
+        model, calibration = self.start(f"start-{cell.scheme}-{cell.text}", cell.text, recipe)
+        training = self.train(cell.text, model, blocks, recipe) if cell.tokens else None
+        saved = self.saved(model, folder)
         del model
         give_back_freed_memory()
-        packed = load_to_judge(str(folder / "model"))
-        found = {name: evaluate(packed, one.windows, one) for name, one in self.references.items()}
         return {
             **asdict(cell),
             "asked_tokens": cell.tokens,
             "tokens": training["tokens"] if training else 0,
             "blocks": len(blocks) if training else 0,
             "text_sha256": blocks.sha256 if training else None,
-            "bits_per_weight": saved.bits_per_weight,
             "calibration": calibration,
             "training": training,
-            "texts": {name: figures(entry) for name, entry in found.items()},
-            "environment": environment(),
+            **saved,
+            **self.scored(folder),
         }
+
+    def saved(self, model: nn.Module, folder: Path) -> dict[str, Any]:
+        """Packs `model` and saves it in a cell's folder; returns its bits a weight."""
+        tokenizer = load_tokenizer(resolve_spec(self.model), self.model)
+        return {"bits_per_weight": llmqat.save(model, folder / "model", tokenizer, overwrite=True).bits_per_weight}
+
+    def scored(self, folder: Path) -> dict[str, Any]:
+        """Returns what the saved model of a cell scores on every `--eval` text, and where."""
+        packed = load_to_judge(str(folder / "model"))
+        found = {name: evaluate(packed, one.windows, one) for name, one in self.references.items()}
+        return {"texts": {name: figures(entry) for name, entry in found.items()}, "environment": environment()}
 
     def budgeted(self, cell: Cell, folder: Path) -> tuple[Recipe, int]:
         """Returns the cell's recipe, whose schedule ends with its budget, and how many blocks its steps take."""
@@ -339,11 +366,21 @@ class Bench:
         train = {**recipe.train, **changes}
         return recipe.model_copy(update={"train": train, "seed": cell.seed, "output": folder}), steps * samples
 
-    def train(self, cell: Cell, model: nn.Module, blocks: TokenBlocks, recipe: Recipe) -> dict[str, Any]:
-        """Trains `model` in place, from the cell's last checkpoint if there is one; returns the facts of it."""
+    def train(
+        self, text: str, model: nn.Module, blocks: TokenBlocks, recipe: Recipe, make: TrainerMaker = QATTrainer
+    ) -> dict[str, Any]:
+        """Trains `model` in place, from the run's last checkpoint if there is one; returns the facts of it.
+
+        Args:
+            text: that `blocks` are of.
+            model: calibrated.
+            blocks: to train on.
+            recipe: its settings.
+            make: makes the trainer.
+        """
         arguments = training_arguments(recipe)
-        teacher = self.teacher(cell.text, blocks)
-        trainer = QATTrainer(model=model, teacher=teacher, args=arguments, train_dataset=blocks.dataset())
+        teacher = self.teacher(text, blocks)
+        trainer = make(model=model, teacher=teacher, args=arguments, train_dataset=blocks.dataset())
         TrainingLines.attach(trainer)
         last = last_checkpoint(Path(arguments.output_dir))
         give_back_freed_memory()
@@ -370,7 +407,7 @@ class Bench:
 
     def text(self, name: str, count: int) -> TokenBlocks:
         """Returns a text to train on: of the model's own, `count` blocks at least, which are written if need be."""
-        count = max(count, *(getattr(stage, "blocks", 0) for one in self.recipes.values() for stage in one.calibrate))
+        count = max(count, self.calibration_blocks)
         data = next(iter(self.recipes.values())).data
         if name == OWN:
             pieces = range(math.ceil(count / PIECE))
@@ -378,6 +415,12 @@ class Bench:
             return token_blocks(torch.cat([part.ids for part in parts]), parts[0].source)
         source = text_config(self.options.texts[name], labels="all", block_size=data.block_size)
         return self._kept(name, lambda model, tokenizer, _: load_blocks(source, tokenizer, model))
+
+    @property
+    def calibration_blocks(self) -> int:
+        """How many blocks of a text the stages before training look at, from its start."""
+        stages = [stage for one in self.recipes.values() for stage in one.calibrate]
+        return max((getattr(stage, "blocks", 0) for stage in stages), default=0)
 
     def _written(self, name: str, count: int, size: int, seed: int) -> TokenBlocks:
         """Returns `count` blocks of `size` tokens that the model has written."""
@@ -414,10 +457,16 @@ class Bench:
             log.info("%s: the teacher reads %d blocks", text, len(blocks))
             return cache_teacher(model, tokenizer, blocks.rows, folder, top_k=self.options.top_k)
 
-    def start(self, cell: Cell, recipe: Recipe) -> tuple[nn.Module, list[dict[str, Any]]]:
-        """Returns the calibrated model that the cells of a scheme on a text begin with, and what each stage did."""
-        folder = self._folder(f"start-{cell.scheme}-{cell.text}")
-        rows = self.text(cell.text, 0).rows
+    def start(self, name: str, text: str, recipe: Recipe) -> tuple[nn.Module, list[dict[str, Any]]]:
+        """Returns a calibrated model that several cells begin with, and what each stage did.
+
+        Args:
+            name: of the folder that keeps what the stages did.
+            text: that they look at.
+            recipe: the scheme and its stages.
+        """
+        folder = self._folder(name)
+        rows = self.text(text, 0).rows
         arguments = training_arguments(recipe)
         with held(folder / "lock"):
             model, _ = load_model(self.model, torch.float32)
@@ -459,10 +508,14 @@ class Bench:
 
     # The report
 
+    def results(self) -> list[dict[str, Any]]:
+        """Returns what all finished cells in the folder have found."""
+        return [json.loads(file.read_text(encoding="utf-8")) for file in self.work.glob(f"*/{self.result_file}")]
+
     def report(self) -> dict[str, Any]:
         """Returns what all cells in the folder have found, and writes it to `--json` if that is given."""
         with held(self.work / "report.lock"):
-            found = [json.loads(file.read_text(encoding="utf-8")) for file in self.work.glob(f"*/{RESULT_FILE}")]
+            found = self.results()
             report = {
                 "command": shlex.join(["python", "eval/budget.py", *sys.argv[1:]]),
                 "settings": json.loads((self.work / SETTINGS_FILE).read_text(encoding="utf-8")),
