@@ -71,7 +71,7 @@ def read_script(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conf
         ValueError: the tokenizer has no chat template where one is needed, a prompt is empty or as long as a block,
             or there is no token to begin with.
     """
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special = special_ids(tokenizer)
     size = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
     user, answer = _openings(tokenizer, config)
     ends = end_ids(model, tokenizer)
@@ -116,6 +116,12 @@ def _chat_openings(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
         raise ValueError("the chat template does not enclose the user's words; set data.chat_share=0")
     first, last = (list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
     return first, last
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the ids of all tokens that are no words: those of the tokenizer, and those added to it as special."""
+    added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset({*tokenizer.all_special_ids, *added})
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

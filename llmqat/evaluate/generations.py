@@ -20,19 +20,20 @@ Letters: B rows, P prompts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmqat.data.blocks import Progress
 from llmqat.data.chat import around_words
 from llmqat.data.decode import LockstepDecoder, lockstep_attention_in, lockstep_obstacle
 from llmqat.data.prompts import encode_prompt, read_prompts
 from llmqat.data.quality import NGRAM, repeated_share
-from llmqat.data.script import end_ids
+from llmqat.data.script import end_ids, special_ids
 from llmqat.data.synthesis import CACHE_BYTES, FEW_ROWS, WEIGHT_BYTES, cache_bytes_per_token
 from llmqat.data.text import sha256_of_texts
 from llmqat.evaluate.bootstrap import Interval, mean_difference, mean_interval, ratio_of_means
@@ -47,9 +48,6 @@ KEPT_ROWS = 0.75
 """Rows that still write are moved together when they are no more than this share of those in the cache."""
 SAME = ("sha256", "number", "max_new_tokens")
 """Of `Prompts.described()`: what must be alike where figures are compared."""
-
-Progress = Callable[[int, int], None]
-"""Called with tokens written and tokens to write at most."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,7 @@ def _turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Returns the special token that the chat template puts behind an answer, where there is one."""
     between = around_words(tokenizer)[1].lstrip()
     first = list(tokenizer(between, add_special_tokens=False)["input_ids"])[:1]
-    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    return frozenset(first) & special
+    return frozenset(first) & special_ids(tokenizer)
 
 
 def answered(
@@ -224,31 +221,49 @@ def _by_generate(
     model: PreTrainedModel, prompts: list[list[int]], most: int, ends: frozenset[int], watch: _Watch
 ) -> list[list[int]]:
     """Writes with transformers' own loop, prompts of one length together, so that none is padded."""
-    generate: Any = model.generate
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(index)
     found: dict[int, list[int]] = {}
-    for length, group in by_length.items():
+    for group in by_length.values():
         ids = torch.tensor([prompts[index] for index in group], device=model.device)
-        output: Tensor = generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=most,
-            do_sample=False,
-            repetition_penalty=1.0,
-            past_key_values=new_cache(model),
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=min(ends, default=0),
-        )
-        for index, row in zip(group, output[:, length:].tolist(), strict=True):
+        for index, row in zip(group, most_probable(model, ids, most, ends).tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
             found[index] = row[: end + 1]
         watch(len(found) / len(prompts))
     return [found[index] for index in range(len(prompts))]
 
 
-# Beside the reference
+def most_probable(model: PreTrainedModel, ids: Tensor, most: int, ends: frozenset[int]) -> Tensor:
+    """Returns what `generate` writes after ids [B, L], the most probable token each time: at most `most` tokens [B, T].
+
+    Penalties, least lengths, forbidden tokens and the like in the model's generation_config do not count. A row that
+    has ended is filled up.
+
+    Args:
+        model: a causal language model.
+        ids: [B, L], on its device, without padding.
+        most: tokens that are written at most.
+        ends: ids that end a row.
+    """
+    writer: Any = model
+    own, writer.generation_config = writer.generation_config, GenerationConfig()
+    try:
+        output: Tensor = writer.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=most,
+            do_sample=False,
+            past_key_values=new_cache(model),
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(ends, default=0),
+        )
+    finally:
+        writer.generation_config = own
+    return output[:, ids.shape[1] :]
+
+
+# Compared with the reference
 
 
 @dataclass(frozen=True)

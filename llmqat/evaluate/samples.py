@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from llmqat.data.chat import around_words
 from llmqat.data.length import table_length
+from llmqat.data.script import end_ids
 from llmqat.evaluate.compare import Comparison
+from llmqat.evaluate.generations import most_probable
 from llmqat.evaluate.perplexity import TokenWindows
-from llmqat.layers import new_cache
 from llmqat.metrics import IGNORED_LABEL
 from llmqat.models import model_device
 
@@ -98,16 +99,9 @@ def _question(prompt: str, tokenizer: Any) -> str:
 
 
 @torch.no_grad()
-def _written(model: nn.Module, tokenizer: Any, ids: Tensor, tokens: int) -> str:
+def _written(model: Any, tokenizer: Any, ids: Tensor, tokens: int) -> str:
     """Returns how `model` goes on after `ids` [1, L], the most probable token each time."""
-    most, device = table_length(model), model_device(model)
-    generate: Any = model.generate
-    output = generate(
-        input_ids=ids.to(device),
-        attention_mask=torch.ones_like(ids, device=device),
-        max_new_tokens=tokens if most is None else min(tokens, most - ids.shape[1]),
-        do_sample=False,
-        past_key_values=new_cache(model),
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    longest = table_length(model)
+    most = tokens if longest is None else min(tokens, longest - ids.shape[1])
+    written = most_probable(model, ids.to(model_device(model)), most, end_ids(model, tokenizer))
+    return str(tokenizer.decode(written[0], skip_special_tokens=True))

@@ -118,7 +118,10 @@ def test_answers_are_those_of_generate_however_many_are_written_together(rows: i
     found = write_answers(model, prompts, 40, frozenset({END}), lambda done, total: seen.append((done, total)))
     assert [len(answer) for answer in found] == [3 * i + 2 for i in range(12)]  # the longest is beyond a piece
     monkeypatch.setattr(generations, "lockstep_obstacle", lambda *_: "a test")
+    own = model.generation_config
+    own.update(repetition_penalty=9.0, min_new_tokens=30, suppress_tokens=[FREE + 39])  # as some models ask for
     assert found == write_answers(model, prompts, 40, frozenset({END}))
+    assert model.generation_config is own
     assert seen == sorted(seen)
     assert seen[-1] == (12 * 43, 12 * 43)
 
