@@ -128,7 +128,7 @@ def compare(
     csv_file: CsvOption = None,
     markdown: MarkdownOption = None,
 ) -> None:
-    """Puts models beside a reference: quality as `eval` does, size, speed, memory, energy; HTML.
+    """Compares models with a reference: quality as `eval` does, size, speed, memory, energy; with an HTML report.
 
     Exit code 3 means that a gate is broken.
 

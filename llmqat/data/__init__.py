@@ -6,7 +6,7 @@ hub.py        the `datasets` library                 blocks.py     blocks, their
 pydoc.py      Python's own manual                    cache.py      blocks that have been made before
 synthesis.py  text that the model writes             mix.py        several sources by weight
 rows.py       what a row is, and its columns mean    chat.py       conversations, and whose words count
-length.py     how long a text a model reads          prompts.py    what a model is asked to go on from
+length.py     how long a text a model reads          prompts.py    prompts that a model answers
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_asked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the ids of a conversation and of the template's opening of the answer, where the model goes on.
+    """Returns the ids of a conversation, and of what the template puts before the answer that the model is to write.
 
     Raises:
         ValueError: when there is no chat template, or it does not take all of the conversation.

@@ -1,4 +1,4 @@
-"""Prompts that a model goes on from: words, the beginning of a text, or a conversation that waits for an answer.
+"""Prompts that a model answers or continues: words, the beginning of a text, or messages that wait for an answer.
 
     a text file                 a prompt a line
     rows (.jsonl, ...), hub:    `prompt` (words, or messages), `messages` up to the first answer, or `text`;
@@ -52,7 +52,7 @@ def read_prompts(source: str | Path, most: int | None = None) -> list[Prompt]:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the ids of `prompt`, by the chat template where the tokenizer has one, up to where the model goes on.
+    """Returns the ids of `prompt`, by the chat template where the tokenizer has one, up to where the model writes.
 
     Raises:
         ValueError: it is a conversation, and there is no chat template or it does not take it.

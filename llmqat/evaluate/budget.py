@@ -99,7 +99,7 @@ class Law(Config):
         if tokens <= self.most:
             said += f", about {self._predicted(tokens)} after training on {tokens:,} tokens"
         if tokens != self.most:
-            said += f", about {self._predicted(self.most)} on {self.most:,}, the most that was measured"
+            said += f", about {self._predicted(self.most)} after {self.most:,} tokens, the most that was measured"
         size = f"{self.parameters / 1e6:,.0f}M"
         return f"{said}. {self.enough()} This is one model, of {size} parameters; others differ."
 

@@ -262,7 +262,7 @@ def check_same_prompts(prompts: Mapping[str, Any], row: Mapping[str, Any]) -> No
     if before is not None and any(prompts[key] != before[key] for key in SAME):
         raise ValueError(
             f"{row['name']} in the baseline has answered other prompts, or up to another number of tokens, than "
-            f"{prompts['source']}; leave --prompts, --max-prompts and --max-new-tokens out to ask what it was asked"
+            f"{prompts['source']}; leave out --prompts, --max-prompts and --max-new-tokens to use those of the baseline"
         )
 
 

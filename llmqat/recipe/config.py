@@ -208,9 +208,9 @@ class Recipe(Config):
     teacher_cache: Path | None = None
     """Folder made by `llmqat cache-teacher` from this model and text: stands in for the teacher while training."""
     teacher_top_k: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
-    """Of text that the model writes itself: so many of its likeliest tokens are kept at each position while it writes,
-    and stand in for the teacher while training, as a teacher_cache does. `auto`: 256, wherever they can; null: the
-    teacher runs at each step."""
+    """How many of its likeliest tokens the model keeps at each position of text that it writes itself. In training they
+    replace the teacher, as a teacher_cache does. `auto`: 256, where that is possible; null: the teacher runs at each
+    step."""
     teacher_bits: Literal[4, 8] | None = None
     """Holds the teacher's linear layers in 8 or 4 bits (bitsandbytes) while training; bfloat16 where not given."""
     train: dict[str, Any] = Field(default_factory=dict)
@@ -314,7 +314,7 @@ KEPT_TOP_K = 256
 def teacher_obstacle(recipe: Recipe) -> str | None:
     """Returns why what a model predicts while it writes the recipe's text cannot be its teacher; None where it can."""
     if recipe.data.source != "synthetic":
-        return f"data.source={recipe.data.source} is not written by the model, which has to read it"
+        return f"data.source={recipe.data.source} is not written by the model, so the teacher has to read it"
     if recipe.teacher_cache is not None:
         return f"teacher_cache={recipe.teacher_cache} is the teacher"
     if recipe.data.packing == "concatenate":

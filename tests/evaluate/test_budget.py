@@ -141,7 +141,7 @@ def test_plan_says_what_tokens_are_worth(known: tuple[Law, ...], tmp_path: Path)
         "training: steps 640, tokens 40,960 tokens: measured on SmolLM2-135M, int4 in groups of 64, text of its" in said
     )
     assert (
-        "KL 0.1 after ranges and gptq, about 0.079 (±2 %) after training on 40,960 tokens, about 0.037 (±2 %) on"
+        "KL 0.1 after ranges and gptq, about 0.079 (±2 %) after training on 40,960 tokens, about 0.037 (±2 %) after"
         in said
     )
     assert "4 bits: below about 60,000 tokens calibration is as good. This is one model, of 135M parameters" in said
@@ -156,7 +156,7 @@ def test_worth_of_more_than_was_measured_is_not_guessed() -> None:
     assert early in law(enough_below=900).worth(1000)
     said = law().worth(5_000_000)
     assert "5,000,000" not in said
-    assert "KL 0.1 after ranges and gptq, about 0.037 (±2 %) on 1,000,448, the most that was measured" in said
+    assert "KL 0.1 after ranges and gptq, about 0.037 (±2 %) after 1,000,448 tokens, the most that was measured" in said
 
 
 def test_advice_says_how_many_tokens(known: tuple[Law, ...]) -> None:
