@@ -46,7 +46,7 @@ from llmqat.data.quality import Document, distinct_shares, judged, merged, refus
 from llmqat.data.sampling import Sampling, choose
 from llmqat.data.script import Script, read_script
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCacheWriter, cache_teacher
+from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCache, TeacherCacheWriter, cache_teacher
 from llmqat.layers import dequantized_once
 from llmqat.metrics import TopProbabilities
 from llmqat.models import check_next_token, keeps_documents_apart, name_of
@@ -67,6 +67,9 @@ WEIGHT_BYTES = 4 * 2**30
 """Weights of a packed writer are dequantized once a shard where they take no more, and else at every position."""
 FEW_ROWS = 8
 """So few rows are faster on the kernels that read packed weights."""
+COMPARED_BLOCKS = 2
+MOST_DIVERGENCE = 0.01
+"""Nats a token between what a model predicts while it writes and for the whole block: rounding, and no more."""
 
 
 def load(
@@ -211,8 +214,22 @@ class Keeper:
                 writer.add(shard.blocks.stored[block], shard.top.of_row(block), own[block])
 
     def complete(self, blocks: Rows) -> None:
-        """Runs the model over those of `blocks` of which its predictions are not known."""
+        """Runs the model over those of `blocks` of which its predictions are not known.
+
+        Some that are known are compared with such a run. Where they differ, it runs over all blocks.
+        """
         top_k, folder = self.cache.top_k, self.cache.folder
+        known = TeacherCacheWriter(folder, self.header).known(blocks)[:COMPARED_BLOCKS]
+        if known:
+            cache = TeacherCache(folder)
+            off = cache.divergence(self.model, blocks[torch.tensor(known)])
+            if not off <= MOST_DIVERGENCE:
+                log.warning(
+                    "what the model predicted while it wrote is KL %.3g from what it predicts for whole blocks, so it "
+                    "reads them all: its forward gives something else one token at a time",
+                    off,
+                )
+                cache.remove_shards()
         cache_teacher(self.model, self.tokenizer, blocks, folder, top_k=top_k, header=self.header)
 
 

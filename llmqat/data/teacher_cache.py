@@ -168,6 +168,10 @@ class TeacherCacheWriter:
         """Whether the block of this key is on disk."""
         return key in self._written
 
+    def known(self, blocks: Tensor | Rows) -> list[int]:
+        """Returns the places of the blocks, ids int64 [N, L] or rows, that are on disk."""
+        return [place for place, key in enumerate(_block_keys(blocks)) if key in self]
+
     def add(self, ids: Tensor, top: TopProbabilities, positions: Tensor | None = None) -> None:
         """Takes the teacher's answers for one block; writes a shard when there are enough. Known blocks are left out.
 
@@ -247,6 +251,12 @@ class TeacherCache:
     def disk_bytes(self) -> int:
         """Bytes of the shards on disk."""
         return sum(path.stat().st_size for path in self.folder.glob(_SHARDS))
+
+    def remove_shards(self) -> None:
+        """Deletes what the cache holds; its header stays, so that it can be made anew."""
+        self._places = {}
+        for path in self.folder.glob(_SHARDS):
+            path.unlink()
 
     def mass(self) -> float:
         """Returns the share of the teacher's probability that its kept tokens have, on average over positions."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,10 +22,6 @@ from llmqat.recipe.preflight import check_text
 from llmqat.terminal import Bar, Stages
 
 log = logging.getLogger(__name__)
-
-COMPARED_BLOCKS = 2
-MOST_DIVERGENCE = 0.01
-"""Nats a token between what a model predicts while it writes and for the whole block: rounding, and no more."""
 
 
 def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: int) -> TeacherCache:
@@ -143,28 +138,16 @@ def written_cache(
 ) -> TeacherCache:
     """Returns what `model` predicts for the text that it wrote; it runs over blocks of which that is not known.
 
-    What it kept while it wrote is compared with a pass over some blocks, and made anew where the two differ.
-
     Args:
-        place: of the cache; `synthesize` has filled it, or not all of it in a run that was interrupted.
+        place: of the cache; `synthesize` has filled it, unless an earlier start wrote the text and kept none.
         model: the writer.
         tokenizer: of the text.
         text: that was written.
         processes: the first one looks after the cache, and all get it from the same folder.
     """
     if processes.is_first:
-        rows = text.train.rows
         with Bar("teacher", "token") as bar:
-            make = partial(cache_teacher, model, tokenizer, rows, place.folder, top_k=place.top_k, progress=bar.update)
-            off = make().divergence(model, rows[:COMPARED_BLOCKS])
-            if off > MOST_DIVERGENCE:
-                log.warning(
-                    "what the model predicted while it wrote is KL %.3g from what it predicts for whole blocks, so it "
-                    "reads them all: its forward is not the same one token at a time",
-                    off,
-                )
-                shutil.rmtree(place.folder)
-                make()
+            cache_teacher(model, tokenizer, text.train.rows, place.folder, top_k=place.top_k, progress=bar.update)
     processes.agreed(None)
     return TeacherCache(place.folder)
 
