@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from llmqat.data import DataConfig, Rows, TextSplits, load_splits, read_blocks, 
 from llmqat.data.packing import CALIBRATION
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCache, TeacherCacheWriter, cache_teacher
-from llmqat.models import keeps_documents_apart, load_model
+from llmqat.models import keeps_documents_apart, load_model, vocabulary_size
 from llmqat.recipe.config import Recipe, teacher_obstacle, training_arguments
 from llmqat.recipe.folder import kept_place
 from llmqat.recipe.preflight import check_text
@@ -123,8 +124,9 @@ def cache_while_writing(recipe: Recipe, model: PreTrainedModel) -> CachePlace | 
         reason = f"{type(model).__name__} attends beyond the documents of a block, and wrote each of them alone"
         if isinstance(recipe.teacher_top_k, int):
             raise ValueError(f"teacher_top_k={recipe.teacher_top_k}: {reason}; leave teacher_top_k out")
-    if reason is None:
-        return place
+    if reason is None and place is not None:
+        every = vocabulary_size(model)
+        return replace(place, top_k=min(place.top_k, every)) if recipe.teacher_top_k == "auto" else place
     log.info("the teacher runs at each step of training: %s", reason)
     return None
 

@@ -214,6 +214,12 @@ def test_documents_that_cannot_be_kept_apart_mean_a_teacher_that_runs(
         cache_while_writing(load_recipe(RECIPE, [*words, "teacher_top_k=16"]), model)
 
 
+def test_a_small_vocabulary_is_kept_whole(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, small(tiny_folder, tmp_path / "run", WRITTEN))
+    place = cache_while_writing(recipe, tiny_architecture("llama", vocab_size=100))
+    assert place == CachePlace(tmp_path / "run" / "teacher", 100)
+
+
 def test_another_text_or_model_is_refused_before_anything_is_calibrated(tiny_folder: Path, tmp_path: Path) -> None:
     cache, words = tmp_path / "cache", small(tiny_folder, tmp_path / "run")
     command("cache-teacher", str(RECIPE), *words, "--top-k", "16", "--out", str(cache))
