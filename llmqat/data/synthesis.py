@@ -133,7 +133,8 @@ def synthesize(
         FileExistsError: `folder` holds something else.
         ValueError: for unknown settings, when the model cannot hold block_size tokens, when all it writes is
             degenerate, when `folder` was written by another model or with other settings, or `cache` made so; or when
-            documents are to be kept apart by a model that cannot do so.
+            documents are to be kept apart by a model that cannot do so, or of a folder that does not say where they
+            begin.
     """
     config = SynthesisConfig(**settings)
     if progress is None and processes.is_first:
@@ -155,6 +156,12 @@ def synthesize(
             if keeper is not None and processes.is_first:
                 keeper.keep(shard)
             shards.append(replace(shard, top=None))
+    if apart and any(shard.blocks.starts is None for shard in shards):
+        said = f"{folder} was written by an earlier version, which did not keep where documents begin"
+        if packing == "documents":
+            raise ValueError(f"packing=documents: {said}; use packing=concatenate, or another folder")
+        log.warning("%s, so a block of it is one text; write another folder to train on documents apart", said)
+        apart = False
     text = _as_blocks(model, config, tokens, shards, apart)
     if keeper is not None and processes.is_first:
         keeper.complete(text.rows)
@@ -358,8 +365,7 @@ def _as_blocks(
 ) -> TokenBlocks:
     count = -(-tokens // config.block_size)
     blocks = torch.cat([shard.blocks.ids for shard in shards])[:count]
-    begin = [shard.blocks.starts for shard in shards if shard.blocks.starts is not None]
-    apart = apart and len(begin) == len(shards)
+    begin = [shard.blocks.starts for shard in shards if shard.blocks.starts is not None] if apart else []
     text = Rows(blocks, starts=torch.cat(begin)[:count] if apart else None)
     rows = "+".join(str(shard.rows) for shard in shards)
     source = f"synthesized by {name_of(model)}: {tokens} tokens, seed {config.seed}, rows {rows}, {described(config)}"

@@ -166,7 +166,9 @@ def test_what_a_writer_knew_of_a_shard_is_there_before_the_shard_counts(
     assert any(len(cache.missing(blocks)) < len(blocks) for blocks in rows)
 
 
-def test_shards_that_do_not_say_where_documents_begin_are_read_as_one_text(tmp_path: Path):
+def test_shards_that_do_not_say_where_documents_begin_are_read_as_one_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     folder, settings = tmp_path / "text", {"block_size": 48, "batch_size": 4, "folder": tmp_path / "text"}
     fill(folder, tokens=200)
     manifest = json.loads((folder / "llmqat.json").read_text())
@@ -180,6 +182,9 @@ def test_shards_that_do_not_say_where_documents_begin_are_read_as_one_text(tmp_p
     blocks = synthesize(tiny_llama(), tiny_tokenizer(), 200, **settings)
     assert contents(folder) == before
     assert blocks.rows.starts is None
+    assert "so a block of it is one text" in caplog.text
+    with pytest.raises(ValueError, match=r"packing=documents: .* did not keep where documents begin"):
+        synthesize(tiny_llama(), tiny_tokenizer(), 200, packing="documents", **settings)
 
 
 def test_other_files_are_left_alone(tmp_path: Path):
