@@ -50,6 +50,22 @@ def comparison() -> Comparison:
     return Comparison(tuple(replace(row, costs=costs, parts={"prose": parts}) for row in rows))
 
 
+def answered() -> Comparison:
+    prompts = {"number": 2, "source": "instructions", "chat_template": True, "max_new_tokens": 256, "sha256": "0" * 64}
+    original = {
+        "prompts": prompts,
+        "not_ended": 0.5,
+        "length": 133.5,
+        "repeated": 0.2,
+        "samples": {"not_ended": [1.0, 0.0], "length": [256.0, 11.0], "repeated": [0.3, 0.1]},
+    }
+    longer = {**original, "length": 166.5, "samples": {**original["samples"], "length": [256.0, 77.0]}}  # type: ignore[dict-item]
+    made = comparison()
+    extras = ({"generations": original}, *[{"generations": longer}] * 2)
+    rows = [replace(row, extras=extra) for row, extra in zip(made.rows, extras, strict=True)]
+    return replace(made, rows=tuple(rows))
+
+
 def audit() -> FittedTable:
     entry = AuditEntry("model.layers.0.mlp.down_proj.weight", (576, 1536), "int4 g64", "", 1_769_472, 470_016)
     entries = [replace(entry, name=f"model.layers.{block}.mlp.down_proj.weight") for block in range(30)]
@@ -87,6 +103,7 @@ TABLES: dict[str, tuple[Callable[[], RenderableType], list[str]]] = {
     ),
     "render": (lambda: render(comparison()), MODELS),
     "_costs_table": (lambda: render(comparison()), MODELS),
+    "_written_table": (lambda: render(answered()), MODELS),
     "render_parts": (lambda: render_parts(comparison()), MODELS[1:]),
 }
 """Function that makes a table -> an example of it, and the names in it."""
