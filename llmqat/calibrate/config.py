@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
 
 from llmqat.config import Config, Registry
@@ -124,7 +124,7 @@ class GPTQStage(WeightStage):
     damping: float = Field(0.01, gt=0)
     """Share of the mean of the diagonal of E[x^T x] that is added to it."""
     rounds: int = Field(10, ge=1)
-    """Times that codes are found; between and after them scales are refitted."""
+    """Times that codes are found; scales are refitted after each. At 2 bits the error falls most."""
     target: Literal["clean", "quantized"] = "clean"
     """What a layer is to give: what the original layer gave from inputs that no quantization has touched, so that it
     also undoes what the layers before it have done; or what it gives in full precision from the inputs that it gets."""
@@ -133,6 +133,15 @@ class GPTQStage(WeightStage):
     the nearer a layer stays to its original weight. Where not given, it is cross-validated on halves of the text."""
     hidden_memory: float = Field(4.0, ge=0)
     """Gigabytes of hidden states kept in memory; above that they lie in temporary files."""
+
+    @model_validator(mode="after")
+    def _refuse_a_damping_of_nothing(self) -> GPTQStage:
+        if self.target_damping is not None and self.target == "quantized":
+            raise ValueError(
+                f"target_damping={self.target_damping} means nothing with target=quantized; leave it out, or give "
+                "target=clean"
+            )
+        return self
 
 
 @STAGES.register("blockwise")

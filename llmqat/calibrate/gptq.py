@@ -1,4 +1,4 @@
-"""GPTQ: rounding a layer's weights one input feature after another, errors made good by the features still to come.
+"""GPTQ: rounds a layer's weights one input feature after another; later features compensate the errors of earlier ones.
 
 Plain rounding takes each weight's nearest code. What matters, though, is the error x (W - Ŵ)^T of the layer's output:
 its mean square over the inputs that occur is (w - ŵ) H (w - ŵ)^T for each row, with H = E[x^T x]. GPTQ goes through the
@@ -53,7 +53,7 @@ RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 SAMPLED_ROWS = 128
 """Rows of a weight that the trials are made with."""
 PIECE = 2
-"""Batches whose original inputs are kept until those that quantization has changed come to meet them."""
+"""Batches whose original inputs are held in memory until the quantized chain has run on the same text."""
 CELL = 0.49
 """How far from its code, in codes, a master weight may lie: below a half, for the rounding of the division."""
 
@@ -296,7 +296,8 @@ def gptq_block(
     """
     found: dict[str, LayerRounding] = {}
     for group in layers_by_input(block, chain):
-        seen = second_moments(block, next(iter(group.layers.values())), chain, group.calls, processes, clean)
+        layer, *others = group.layers.values()
+        seen = second_moments(block, layer, chain, group.calls, processes, clean, adds=not others)
         if seen is None:
             continue
         curvature = Curvature.of(damped(seen.moments, stage.damping))
@@ -472,6 +473,7 @@ def second_moments(
     calls: int = 1,
     processes: Processes = ALONE,
     clean: Clean | None = None,
+    adds: bool = True,
 ) -> Moments | None:
     """Returns the second moments of the inputs of `layer`, quantized where it quantizes them; None without inputs.
 
@@ -482,9 +484,10 @@ def second_moments(
         calls: of the layer in a forward of the block; 0 where that depends on the text.
         processes: share the batches of the chain.
         clean: where the original inputs come from, if they are asked for.
+        adds: whether the residual stream that the output of `layer` is added to is looked for.
     """
     paired = clean is not None and calls > 0 and _sees_every_token(block, layer, chain)
-    before = stream_of(block, layer, chain) if paired and calls == 1 else None
+    before = stream_of(block, layer, chain) if paired and adds and calls == 1 else None
     watched = [layer] if before is None else [before, layer]
     sums = _Sums(layer, paired, before)
     own = list(processes.share(chain.batches))
@@ -511,6 +514,7 @@ class _Sums:
         self.missing = torch.zeros(halves, size, size, device=device) if paired else None
         self.stream = None if before is None else torch.zeros(halves, layer.out_features, size, device=device)
         self.count = torch.zeros(halves, dtype=torch.int64)
+        self.unlike = False
         self._clean: list[Tensor] = []
         self._lack: Tensor | None = None
 
@@ -528,8 +532,11 @@ class _Sums:
         if not self.paired:
             self._add(0, rows, None, None)
             return
-        lack, clean = self._lack, self._clean.pop(0)
-        batch = self.coming.pop(0)
+        lack, clean, batch = self._lack, self._clean.pop(0), self.coming.pop(0)
+        if len(clean) != len(rows):  # a layer that is given a part of the tokens after all
+            self.unlike = True
+            self._add(0, rows, None, None)
+            return
         for half, mine in enumerate(_halves(batch, len(rows))):
             if len(mine):
                 self._add(half, rows[mine], clean[mine], None if lack is None else lack[mine])
@@ -549,11 +556,14 @@ class _Sums:
         for total in (self.total, self.missing, self.stream, self.count):
             if total is not None:
                 processes.add(total)
+        self.unlike = bool(processes.add(torch.tensor(float(self.unlike))))
 
     def means(self) -> Moments | None:
         """Returns the means over all rows seen; None where there were none."""
         if not self.count.any():
             return None
+        if self.unlike:
+            return Moments(self._means(slice(None)).moments)
         found = [self._means(slice(half, half + 1)) for half in range(len(self.count)) if self.count[half]]
         if len(found) == 1:
             return found[0]
@@ -619,5 +629,6 @@ def _sees_every_token(block: Block, layer: QuantLinear, chain: Chain) -> bool:
     seen: list[Tensor] = []
     block.watch([layer], lambda _, x: seen.append(x), chain, [rows])
     args, options = chain.call(block, rows)
-    hidden = next(x for x in (*args, *options.values()) if isinstance(x, Tensor) and x.is_floating_point())
+    states = [x for x in (*args, *options.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+    hidden = options.get("hidden_states", states[0])
     return all(x.shape[:-1].numel() == hidden.shape[:-1].numel() for x in seen)

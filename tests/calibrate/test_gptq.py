@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ from llmqat.calibrate.gptq import (
     damped,
     gptq_block,
     gptq_layer,
+    layers_by_input,
     output_error,
     placed_weight,
     refit_scales,
@@ -316,16 +319,51 @@ def block_output(block: Block, chain: Chain, rows: slice) -> Tensor:
         return block(chain, rows).detach()
 
 
-def test_a_layer_that_sees_a_part_of_the_tokens_has_no_clean_target() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_sees_a_part_of_the_tokens_has_no_clean_target(first: bool) -> None:
     model = tiny_llama()
     mlp = model.model.layers[0].mlp
     own = mlp.forward
     mlp.forward = lambda x: own(x) + torch.nn.functional.pad(own(x[:, 1:]), (0, 0, 1, 0))
+    calls = 2
+    if not first:  # the quantized chain alone, and all tokens in the first batch, as of an expert
+        calls, seen = 1, [0]
+
+        def forward(x: Tensor) -> Tensor:
+            seen[0] += mlp.down_proj.enabled
+            few = mlp.down_proj.enabled and seen[0] > 2
+            return own(x) if not few else torch.nn.functional.pad(own(x[:, 1:]), (0, 0, 1, 0))
+
+        mlp.forward = forward
     walk, clean = walk_of(model, QuantConfig.preset("int4", group_size=32))
     block = walk.blocks[0]
-    found = second_moments(block, block.module.mlp.down_proj, walk.quantized, 2, clean=clean)
+    if not first:
+        seen[0] = 0
+    found = second_moments(block, block.module.mlp.down_proj, walk.quantized, calls, clean=clean)
     assert found is not None
-    assert found.missing is None
+    assert (found.missing, found.halves) == (None, ())
+
+
+def test_layers_that_read_the_same_have_no_stream_of_one_of_them() -> None:
+    model = tiny_llama()
+    layer = model.model.layers[0]
+    twin = copy.deepcopy(layer.mlp.down_proj)
+    layer.mlp.add_module("twin", twin)
+    own = layer.mlp
+    own.forward = lambda x: own.down_proj(h := own.act_fn(own.gate_proj(x)) * own.up_proj(x)) + 0.0 * own.twin(h)
+    walk, clean = walk_of(model, QuantConfig.preset("int2", group_size=32))
+    block, before = walk.blocks[0], layer.mlp.twin.codes()
+    group = next(group for group in layers_by_input(block, walk.quantized) if "mlp.twin" in group.layers)
+    assert set(group.layers) == {"mlp.down_proj", "mlp.twin"}
+    assert stream_of(block, layer.mlp.down_proj, walk.quantized) is not None
+    gptq_block(block, walk.quantized, GPTQStage(batch_size=2, rounds=1), clean=clean)
+    assert torch.equal(layer.mlp.twin.codes(), layer.mlp.down_proj.codes())
+    assert not torch.equal(layer.mlp.twin.codes(), before)
+
+
+def test_a_damping_of_no_target_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"target_damping=0\.1 means nothing with target=quantized"):
+        GPTQStage(target="quantized", target_damping=0.1)
 
 
 def test_a_layer_sees_what_the_layers_before_it_make_of_their_new_codes() -> None:
