@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import shlex
 import shutil
 import sys
@@ -62,7 +61,19 @@ from ablation_levers import (
     feature_order,
     rotated_heads,
 )
-from budget import OWN, Bench, add_bench_options, amount, held, name_texts
+from budget import (
+    OWN,
+    Bench,
+    add_bench_options,
+    amount,
+    files_read,
+    held,
+    name_texts,
+    reported,
+    samples_of,
+    schedule,
+    steps_for,
+)
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -74,12 +85,10 @@ from llmqat.evaluate.compare import write_report
 from llmqat.heap import give_back_freed_memory
 from llmqat.models import load_model, write_whole
 from llmqat.paths import check_outputs, user_path
-from llmqat.recipe import load_recipe
 from llmqat.recipe.config import Recipe, training_arguments
 from llmqat.terminal import show_any_text
 from llmqat.train import QATTrainer
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 BASELINE = "baseline"
 CPU_FILE = "cpu.json"
 AS_FAST = frozenset(
@@ -276,18 +285,9 @@ class Cell:
 def main() -> None:
     """Does the cells that are missing, prints the tables, then the headline."""
     show_any_text()
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("llmqat").setLevel(logging.INFO)
     options = parse_options()
-    inputs = [text for text in (*options.texts.values(), *options.eval.values()) if text != OWN]
-    check_outputs({"--json": options.json, "--table": options.table}, inputs)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    bench = Ablations(options)
-    bench.begin()
-    for cell in () if options.report else options.cells:
-        bench.do(cell)
-    report = bench.report()
+    check_outputs({"--json": options.json, "--table": options.table}, files_read(options))
+    report = reported(Ablations, options)
     print(markdown(report))
     for row in report["rows"]:
         for text, found in row["texts"].items():
@@ -400,9 +400,7 @@ class Ablations(Bench):
             ValueError: a stage looks at text that training is to have for itself.
         """
         arm = arm_of(name)
-        stages = self.options.calibrate if arm.calibrate is None else arm.calibrate
-        changes = [f"calibrate={stages}", f"quant.group_size={self.options.group_size}", f"model={self.model}"]
-        recipe = load_recipe(RECIPES / f"smollm2-135m-{scheme}.yaml", [*changes, *self.options.set])
+        recipe = self.recipe_of(scheme, arm.calibrate)
         recipe = recipe.model_copy(update={"calibrate": (*recipe.calibrate, *arm.then)})
         looked = max((getattr(stage, "blocks", 0) for stage in recipe.calibrate), default=0)
         if looked > self.options.reserved:
@@ -412,8 +410,7 @@ class Ablations(Bench):
             **recipe.train,
             **arm.train,
             **{key: factor * getattr(defaults, key) for key, factor in arm.times.items()},
-            "max_steps": max(steps, 1),
-            "warmup_steps": round(recipe.train["warmup_steps"] / recipe.train["max_steps"] * steps),
+            **schedule(recipe, steps),
             "logging_steps": min(defaults.logging_steps, max(steps // 4, 1)),
             "save_strategy": "no",
         }
@@ -421,8 +418,7 @@ class Ablations(Bench):
 
     def baseline_steps(self, scheme: str) -> int:
         """Returns how many steps the baseline makes."""
-        recipe = self.recipes[scheme]
-        return math.ceil(self.options.tokens / (_samples(recipe) * recipe.data.block_size))
+        return steps_for(self.options.tokens, self.recipes[scheme])
 
     def blocks(self, seed: int, recipe: Recipe) -> TokenBlocks:
         """Returns the blocks of a training: the first of its seed, all of which it goes over again where it needs more.
@@ -432,7 +428,7 @@ class Ablations(Bench):
         Raises:
             ValueError: the text has no block beside those for calibration.
         """
-        own = max(self.baseline_steps(scheme) * _samples(one) for scheme, one in self.recipes.items())
+        own = max(self.baseline_steps(scheme) * samples_of(one) for scheme, one in self.recipes.items())
         region = own + own // 4
         first = self.options.reserved if self.options.train_on == "fresh" else 0
         text = self.text(self.options.text, first + (seed + 1) * region)
@@ -441,7 +437,7 @@ class Ablations(Bench):
                 f"{self.options.text} has {len(text)} blocks, of which --reserved {first} are for calibration; give "
                 "more text, or --train-on calibrated"
             )
-        wanted = recipe.train["max_steps"] * _samples(recipe)
+        wanted = recipe.train["max_steps"] * samples_of(recipe)
         places = first + (seed * region + torch.arange(min(wanted, region))) % (len(text) - first)
         return token_blocks(text.ids[places.unique()], text.source)
 
@@ -497,7 +493,7 @@ class Ablations(Bench):
         """Returns the CPU seconds of a step, by a training of a few."""
         clock = Clock()
         one = self.recipe(scheme, name, 1, 0, self.work)
-        steps = 1 + max(round(self.options.probe_steps * _samples(self.recipes[scheme]) / _samples(one)), 1)
+        steps = 1 + max(round(self.options.probe_steps * samples_of(self.recipes[scheme]) / samples_of(one)), 1)
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             recipe = self.recipe(scheme, name, steps, 0, Path(folder))
             model = self.begun(scheme, name)[0]
@@ -553,12 +549,6 @@ def _inside(context: Callable[[], AbstractContextManager[None]] | None) -> Itera
         if context is not None:
             stack.enter_context(context())
         yield
-
-
-def _samples(recipe: Recipe) -> int:
-    """Returns the token blocks of an optimizer step."""
-    arguments = training_arguments(recipe)
-    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
 
 
 def rows_of(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

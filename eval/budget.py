@@ -132,18 +132,10 @@ class Cell:
 def main() -> None:
     """Does the cells that are missing, prints the table, then the headline."""
     show_any_text()
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("llmqat").setLevel(logging.INFO)
     options = parse_options()
     outputs = {"--json": options.json, "--law": options.law, "--plot": options.plot}
-    check_outputs(outputs, [text for text in (*options.texts.values(), *options.eval) if text != OWN])
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    bench = Bench(options)
-    bench.begin()
-    for cell in () if options.report else options.cells:
-        bench.do(cell)
-    report = bench.report()
+    check_outputs(outputs, files_read(options))
+    report = reported(Bench, options)
     laws = [Law.model_validate(law) for law in report["laws"]]
     if options.law and laws:
         write_whole(options.law, json.dumps(document(laws, report["command"]), indent=2) + "\n")
@@ -156,6 +148,24 @@ def main() -> None:
         for text, figures in row["texts"].items():
             print(f"{row['scheme']}, {row['text']}, {row['tokens']} tokens, seed {row['seed']}, {text} kl", end="")
             print(f": {figures['kl']:.5g}")
+
+
+def files_read(options: argparse.Namespace) -> list[str]:
+    """Returns the files of text that are trained on or scored."""
+    return [text for text in (*options.texts.values(), *options.eval.values()) if text != OWN]
+
+
+def reported(kind: type[Bench], options: argparse.Namespace) -> dict[str, Any]:
+    """Does the cells of `options` that are missing, on a bench of `kind`; returns the report of all in its folder."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("llmqat").setLevel(logging.INFO)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bench = kind(options)
+    bench.begin()
+    for cell in () if options.report else options.cells:
+        bench.do(cell)
+    return bench.report()
 
 
 def parse_options() -> argparse.Namespace:
@@ -254,12 +264,13 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.work = options, Path(options.work)
-        self.recipes = {scheme: self._recipe(scheme) for scheme in options.schemes}
+        self.recipes = {scheme: self.recipe_of(scheme) for scheme in options.schemes}
         self.model = options.model or next(iter(self.recipes.values())).model
 
-    def _recipe(self, scheme: str) -> Recipe:
-        """Returns the scheme's recipe with what the options change in it."""
-        changes = [f"calibrate={self.options.calibrate}", f"quant.group_size={self.options.group_size}"]
+    def recipe_of(self, scheme: str, calibrate: str | None = None) -> Recipe:
+        """Returns the scheme's recipe with what the options change in it, or with other stages than theirs."""
+        stages = self.options.calibrate if calibrate is None else calibrate
+        changes = [f"calibrate={stages}", f"quant.group_size={self.options.group_size}"]
         if self.options.model:
             changes.append(f"model={self.options.model}")
         return load_recipe(RECIPES / f"smollm2-135m-{scheme}.yaml", [*changes, *self.options.set])
@@ -355,16 +366,10 @@ class Bench:
     def budgeted(self, cell: Cell, folder: Path) -> tuple[Recipe, int]:
         """Returns the cell's recipe, whose schedule ends with its budget, and how many blocks its steps take."""
         recipe = self.recipes[cell.scheme]
-        own = training_arguments(recipe)
-        samples = own.per_device_train_batch_size * own.gradient_accumulation_steps
-        steps = math.ceil(cell.tokens / (samples * recipe.data.block_size))
-        changes = {
-            "max_steps": max(steps, 1),
-            "warmup_steps": round(recipe.train["warmup_steps"] / recipe.train["max_steps"] * steps),
-            "save_steps": self.options.save_steps,
-        }
-        train = {**recipe.train, **changes}
-        return recipe.model_copy(update={"train": train, "seed": cell.seed, "output": folder}), steps * samples
+        steps = steps_for(cell.tokens, recipe)
+        train = {**recipe.train, **schedule(recipe, steps), "save_steps": self.options.save_steps}
+        budgeted = recipe.model_copy(update={"train": train, "seed": cell.seed, "output": folder})
+        return budgeted, steps * samples_of(recipe)
 
     def train(
         self, text: str, model: nn.Module, blocks: TokenBlocks, recipe: Recipe, make: TrainerMaker = QATTrainer
@@ -530,6 +535,23 @@ class Bench:
             if self.options.json:
                 write_report(report, self.options.json)
         return report
+
+
+def samples_of(recipe: Recipe) -> int:
+    """Returns the blocks of an optimizer step."""
+    own = training_arguments(recipe)
+    return int(own.per_device_train_batch_size * own.gradient_accumulation_steps)
+
+
+def steps_for(tokens: int, recipe: Recipe) -> int:
+    """Returns the optimizer steps that train at least `tokens`."""
+    return math.ceil(tokens / (samples_of(recipe) * recipe.data.block_size))
+
+
+def schedule(recipe: Recipe, steps: int) -> dict[str, int]:
+    """Returns the settings under `train` of a schedule that ends after `steps`; its warm-up has the recipe's share."""
+    warmup = recipe.train["warmup_steps"] / recipe.train["max_steps"]
+    return {"max_steps": max(steps, 1), "warmup_steps": round(warmup * steps)}
 
 
 def _cache_of(folder: Path, blocks: TokenBlocks) -> TeacherCache | None:
