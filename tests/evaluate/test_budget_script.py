@@ -149,6 +149,17 @@ def test_what_means_nothing_is_refused(
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize("option", ["--json", "--law"])
+def test_a_text_that_is_scored_is_not_overwritten(
+    words: list[str], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "other.txt"
+    before = text.read_text()
+    with pytest.raises(ValueError, match="would replace what is read"):
+        run(monkeypatch, "budget.py", *words, "--work", str(tmp_path / "work"), option, str(text))
+    assert text.read_text() == before
+
+
 def test_the_shipped_recipes_give_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = runpy.run_path(str(SCRIPTS / "budget.py"))
     monkeypatch.setattr(sys, "argv", ["budget.py", "--eval", "pydoc", "--work", str(tmp_path)])
