@@ -37,8 +37,9 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.calibrate.blocks import Block
-from llmqat.calibrate.chains import Chain, Some
+from llmqat.calibrate.chains import Call, Chain, Some
 from llmqat.calibrate.config import GPTQStage
+from llmqat.calibrate.forward import input_of
 from llmqat.calibrate.masters import holding
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import Grid, of_each_weight, quantize, snap_scale
@@ -296,8 +297,7 @@ def gptq_block(
     """
     found: dict[str, LayerRounding] = {}
     for group in layers_by_input(block, chain):
-        layer, *others = group.layers.values()
-        seen = second_moments(block, layer, chain, group.calls, processes, clean, adds=not others)
+        seen = second_moments(block, group, chain, processes, clean)
         if seen is None:
             continue
         curvature = Curvature.of(damped(seen.moments, stage.damping))
@@ -396,10 +396,12 @@ class LayerGroup:
     Attributes:
         layers: by name in the block.
         calls: of each in a forward of the block; 0 where that depends on the text.
+        whole: whether each call reads the hidden states of all tokens.
     """
 
     layers: dict[str, QuantLinear]
     calls: int
+    whole: bool
 
 
 def layers_by_input(block: Block, chain: Chain) -> list[LayerGroup]:
@@ -424,16 +426,26 @@ def layers_by_input(block: Block, chain: Chain) -> list[LayerGroup]:
             read.setdefault(names[module], []).append((x.data_ptr(), x.shape, x.stride(), x._version))
 
         block.watch(layers.values(), note, chain, [rows])
+        tokens = _tokens(chain.call(block, rows))
         by_input: dict[tuple[_Place, ...], list[str]] = {}
         for name, places in read.items():
             if name not in reached:
                 by_input.setdefault(tuple(places), []).append(name)
         for read_by_all, together in by_input.items():
-            found[tuple(together)] = LayerGroup({name: layers[name] for name in together}, len(read_by_all))
+            whole = all(shape[:-1].numel() == tokens for _, shape, *_ in read_by_all)
+            found[tuple(together)] = LayerGroup({name: layers[name] for name in together}, len(read_by_all), whole)
         reached |= read.keys()
         if len(reached) == len(layers):
             break
     return list(found.values())
+
+
+def _tokens(call: Call) -> int:
+    """Returns of how many tokens a block is given the hidden states."""
+    args, options = call
+    given = (options.get("hidden_states"), *args, *options.values())
+    states = (x for x in given if isinstance(x, Tensor) and x.is_floating_point())
+    return next((x.shape[:-1].numel() for x in states), 0)
 
 
 _Place = tuple[int, torch.Size, tuple[int, ...], int]
@@ -467,27 +479,20 @@ class Moments:
 
 @torch.no_grad()
 def second_moments(
-    block: Block,
-    layer: QuantLinear,
-    chain: Chain,
-    calls: int = 1,
-    processes: Processes = ALONE,
-    clean: Clean | None = None,
-    adds: bool = True,
+    block: Block, group: LayerGroup, chain: Chain, processes: Processes = ALONE, clean: Clean | None = None
 ) -> Moments | None:
-    """Returns the second moments of the inputs of `layer`, quantized where it quantizes them; None without inputs.
+    """Returns the second moments of what the layers of `group` read, quantized where they do; None without inputs.
 
     Args:
-        block: that the layer is in.
-        layer: a linear layer.
+        block: that the layers are in.
+        group: of `layers_by_input`.
         chain: that has reached the block.
-        calls: of the layer in a forward of the block; 0 where that depends on the text.
         processes: share the batches of the chain.
         clean: where the original inputs come from, if they are asked for.
-        adds: whether the residual stream that the output of `layer` is added to is looked for.
     """
-    paired = clean is not None and calls > 0 and _sees_every_token(block, layer, chain)
-    before = stream_of(block, layer, chain) if paired and adds and calls == 1 else None
+    layer, calls = next(iter(group.layers.values())), group.calls
+    paired = clean is not None and calls > 0 and group.whole
+    before = stream_of(block, layer, chain) if paired and calls == len(group.layers) == 1 else None
     watched = [layer] if before is None else [before, layer]
     sums = _Sums(layer, paired, before)
     own = list(processes.share(chain.batches))
@@ -595,10 +600,8 @@ def stream_of(block: Block, layer: QuantLinear, chain: Chain) -> nn.Module | Non
     outputs: list[Tensor] = []
 
     def enter(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        for x in (*inputs, *options.values()):
-            if isinstance(x, Tensor):
-                read[bool(outputs)].append((module, x))
-                break
+        if (inputs or options) and isinstance(x := input_of(inputs, options), Tensor):
+            read[bool(outputs)].append((module, x))
 
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         outputs.append(output)
@@ -621,14 +624,3 @@ def stream_of(block: Block, layer: QuantLinear, chain: Chain) -> nn.Module | Non
             if any(found.shape == wanted.shape and torch.equal(found, wanted) for found in sums):
                 return module
     return None
-
-
-def _sees_every_token(block: Block, layer: QuantLinear, chain: Chain) -> bool:
-    """Returns whether `layer` is given the hidden states of all tokens, in their order, as the block is."""
-    rows = chain.batches[0]
-    seen: list[Tensor] = []
-    block.watch([layer], lambda _, x: seen.append(x), chain, [rows])
-    args, options = chain.call(block, rows)
-    states = [x for x in (*args, *options.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-    hidden = options.get("hidden_states", states[0])
-    return all(x.shape[:-1].numel() == hidden.shape[:-1].numel() for x in seen)

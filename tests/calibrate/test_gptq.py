@@ -22,6 +22,7 @@ from llmqat.calibrate.gptq import (
     RIDGES,
     Clean,
     Curvature,
+    LayerGroup,
     Moments,
     correction,
     cross_validated,
@@ -49,6 +50,11 @@ GRIDS = {
     "seq": Grid(2, levels="seq"),
     "int8": Grid(8),
 }
+
+
+def group_of(block: Block, layer: QuantLinear, chain: Chain) -> LayerGroup:
+    """Returns the layers that read what `layer` does."""
+    return next(group for group in layers_by_input(block, chain) if layer in group.layers.values())
 
 
 def problem(
@@ -178,7 +184,7 @@ def test_second_moments_are_those_of_the_inputs(columns: int, monkeypatch: pytes
     seen: list[Tensor] = []
     block.watch([layer], lambda _, x: seen.append(x), chain, chain.batches)
     x = layer.input_quantizer(torch.cat(seen)).flatten(0, 1).float()
-    found = second_moments(block, layer, chain)
+    found = second_moments(block, group_of(block, layer, chain), chain)
     assert found is not None
     assert torch.allclose(found.moments, x.t() @ x / 80, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.moments, found.moments.t())
@@ -251,7 +257,7 @@ def test_the_missing_part_is_that_of_the_inputs_of_the_original() -> None:
     with quantizers_off(block.module):
         block.watch([down], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
     own, wanted = (torch.cat(found).flatten(0, 1) for found in seen.values())
-    found = second_moments(block, down, walk.quantized, 1, clean=clean)
+    found = second_moments(block, group_of(block, down, walk.quantized), walk.quantized, clean=clean)
     assert found is not None
     assert found.missing is not None
     torch.testing.assert_close(found.missing, (wanted - own).t() @ own / len(own), rtol=1e-3, atol=1e-5)
@@ -259,7 +265,9 @@ def test_the_missing_part_is_that_of_the_inputs_of_the_original() -> None:
     part = own.view(-1, 16, own.shape[1])[::2].flatten(0, 1)
     torch.testing.assert_close(even.moments, part.t() @ part / len(part), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close((even.missing + odd.missing) / 2, found.missing, rtol=1e-3, atol=1e-5)
-    first = second_moments(block, block.module.self_attn.q_proj, walk.quantized, 1, clean=clean)
+    first = second_moments(
+        block, group_of(block, block.module.self_attn.q_proj, walk.quantized), walk.quantized, clean=clean
+    )
     assert first is not None  # which nothing quantized precedes
     assert first.missing is not None
     assert not first.missing.any()
@@ -281,11 +289,11 @@ def test_the_stream_that_a_layer_adds_to_is_found() -> None:
     with quantizers_off(block.module):
         block.watch([norm], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
     own, wanted, x = (torch.cat(states).flatten(0, 1) for states in seen.values())
-    moments = second_moments(block, mlp.down_proj, walk.quantized, 1, clean=clean)
+    moments = second_moments(block, group_of(block, mlp.down_proj, walk.quantized), walk.quantized, clean=clean)
     assert moments is not None
     assert moments.stream is not None
     torch.testing.assert_close(moments.stream, (wanted - own).t() @ x / len(x), rtol=1e-3, atol=1e-5)
-    first = second_moments(block, attention.o_proj, walk.quantized, 1, clean=clean)
+    first = second_moments(block, group_of(block, attention.o_proj, walk.quantized), walk.quantized, clean=clean)
     assert first is not None
     assert first.stream is not None
     assert not first.stream.any()  # nothing quantized precedes the block
@@ -337,9 +345,11 @@ def test_a_layer_that_sees_a_part_of_the_tokens_has_no_clean_target(first: bool)
         mlp.forward = forward
     walk, clean = walk_of(model, QuantConfig.preset("int4", group_size=32))
     block = walk.blocks[0]
+    group = group_of(block, mlp.down_proj, walk.quantized)
+    assert group.calls == calls
     if not first:
         seen[0] = 0
-    found = second_moments(block, block.module.mlp.down_proj, walk.quantized, calls, clean=clean)
+    found = second_moments(block, group, walk.quantized, clean=clean)
     assert found is not None
     assert (found.missing, found.halves) == (None, ())
 
