@@ -237,7 +237,8 @@ class Keeper:
                     off,
                 )
                 cache.remove_shards()
-        cache_teacher(self.model, self.tokenizer, blocks, folder, top_k=top_k, header=self.header)
+        size = self.cache.batch_size
+        cache_teacher(self.model, self.tokenizer, blocks, folder, top_k=top_k, batch_size=size, header=self.header)
 
 
 class Writer:

@@ -98,6 +98,8 @@ class CachePlace:
     folder: Path
     top_k: int
     """Tokens kept a position."""
+    batch_size: int = 4
+    """Blocks in a forward pass over those that the model did not write as they are."""
 
 
 def model_fingerprint(model: nn.Module) -> str:

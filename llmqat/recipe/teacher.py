@@ -48,7 +48,7 @@ def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: in
         model.to(training_arguments(recipe).device)
     TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k))  # now: a folder that does not do costs no text
     with stage("text", recipe.data.source):
-        place = CachePlace(folder, top_k)
+        place = CachePlace(folder, top_k, batch_size)
         text = _kept_where_written(recipe, folder, partial(text_of, recipe, tokenizer, model, cache=place))
     cache = None
     with stage("teacher", f"its {top_k} likeliest tokens"), Bar("teacher", "token") as bar:

@@ -268,6 +268,22 @@ def test_a_tokenizer_without_a_template_gives_plain_documents():
     assert set(blocks.details["documents_by_kind"]) == {"plain"}
 
 
+def test_the_model_reads_what_it_did_not_write_so_in_batches_of_the_size_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[int] = []
+    states = teacher_cache.hidden_states
+
+    def counted(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        read.append(len(input_ids))
+        return states(model, input_ids, position_ids)
+
+    monkeypatch.setattr(teacher_cache, "hidden_states", counted)
+    place = CachePlace(tmp_path, 8, batch_size=3)
+    synthesize(tiny_llama(), tiny_tokenizer(), 32 * 7, block_size=32, packing="concatenate", cache=place)
+    assert read == [3, 3, 1]
+
+
 KEPT: dict[str, tuple[torch.dtype, bool, dict[str, Any]]] = {
     "float32": (torch.float32, True, {}),
     "bfloat16, drawn otherwise": (torch.bfloat16, True, {"temperature": 1.5, "top_p": 0.7}),
