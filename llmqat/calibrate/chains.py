@@ -101,6 +101,10 @@ class Chain(ABC):
         """Returns what `block`, the next one, gets for `rows`; it may write to it."""
 
     @abstractmethod
+    def batches_of(self, processes: Processes) -> Sequence[slice]:
+        """Returns the batches that this one of `processes` runs, in their order, where they share a run."""
+
+    @abstractmethod
     def run(self, block: Block, into: Chain, processes: Processes = ALONE) -> None:
         """Runs `block` on all token blocks, and leaves what it gives in `into`.
 
@@ -172,10 +176,14 @@ class RecordedChain(Chain):
         """Returns what `block` gets for `rows`."""
         return self.calls[block.index].call(self.hidden[rows].to(model_device(block.module)), rows)
 
+    def batches_of(self, processes: Processes) -> Sequence[slice]:
+        """Returns the share of this one of `processes`."""
+        return processes.share(self.batches)
+
     def run(self, block: Block, into: Chain, processes: Processes = ALONE) -> None:
         """Runs `block` on all token blocks; `processes` share the batches."""
         assert isinstance(into, RecordedChain)
-        for rows in processes.share(self.batches):
+        for rows in self.batches_of(processes):
             into.hidden[rows] = block(self, rows).to(into.hidden.device)
         for index, rows in enumerate(self.batches):
             processes.copy([into.hidden[rows]], processes.owner(index))
@@ -242,6 +250,10 @@ class PausedChain(Chain):
         args, options = self._forward_of(block, self.batches.index(rows)).arguments
         kept: dict[int, Any] = {}
         return _copied(args, kept), _copied(options, kept)
+
+    def batches_of(self, processes: Processes) -> Sequence[slice]:
+        """Returns all of them."""
+        return self.batches
 
     def run(self, block: Block, into: Chain, processes: Processes = ALONE) -> None:
         """Runs `block` on all token blocks; every process does all of them, since each holds its own forwards."""

@@ -28,6 +28,7 @@ problem column by column. Deviations: a cross-validated ridge in place of a lowe
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -178,9 +179,21 @@ def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Returns all as one, row after row; None where there are none."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(given) if given else None
+
+
 @torch.no_grad()
 def refit_scales(
-    weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: Grid,
+    product: Tensor | None = None,
 ) -> Tensor:
     """Returns the scales [O, G] with the least output error for given codes, snapped.
 
@@ -193,6 +206,7 @@ def refit_scales(
         scale: [O, G] float32, as the codes were found; one scale for all rows, [1, 1], is returned as it is.
         zero_point: [O, G] or None.
         grid: the code range.
+        product: weight @ hessian, where it is known.
     """
     if scale.shape[0] != weight.shape[0]:
         return scale
@@ -203,9 +217,10 @@ def refit_scales(
     matrix = torch.empty(rows, groups, groups, device=weight.device)
     size = flat.shape[1] // groups
     for g in range(groups):
-        product = level[:, g] @ hessian[g * size : (g + 1) * size]
-        matrix[:, g] = (product * flat).view(rows, groups, size).sum(-1)
-    target = ((weight @ hessian) * flat).view(rows, groups, size).sum(-1)
+        part = level[:, g] @ hessian[g * size : (g + 1) * size]
+        matrix[:, g] = (part * flat).view(rows, groups, size).sum(-1)
+    product = weight @ hessian if product is None else product
+    target = (product * flat).view(rows, groups, size).sum(-1)
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     # A little of the old scale keeps a row solvable whose group has no code but zero.
     ridge = 1e-4 * diagonal.mean(-1, keepdim=True).clamp(min=1e-12).expand_as(diagonal)
@@ -266,17 +281,56 @@ class LayerRounding:
     after: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Clean:
     """The original block, and the text that no quantization has touched.
 
     Attributes:
         chain: the full-precision chain, which has reached the block.
         weights: the original parameters of the block, by name inside it.
+        inputs: of the modules that are asked for, by module and then by call, in the batches that this process runs;
+            None while the chain has not passed the block.
     """
 
     chain: Chain
     weights: Mapping[str, Tensor]
+    inputs: Mapping[nn.Module, Sequence[Tensor]] | None = None
+
+    def meet(
+        self, block: Block, groups: Sequence[LayerGroup], chain: Chain, memory_limit: float, processes: Processes
+    ) -> None:
+        """Finds what the layers of each group add to; where all inputs fit `memory_limit` bytes, passes the block."""
+        paired = [group for group in groups if group.has_pairs]
+        for group in paired:
+            if group.calls == len(group.layers) == 1:
+                group.stream = stream_of(block, group.first, chain)
+        rows = chain.batches[0]
+        tokens = _tokens(chain.call(block, rows)) * len(chain) // (rows.stop - rows.start)
+        size = sum(group.calls * group.first.in_features for group in paired)
+        size += sum(group.first.out_features for group in paired if group.stream is not None)
+        if tokens * size * block.dtype.itemsize <= memory_limit:
+            self._pass(block, [module for group in paired for module in group.watched], processes)
+
+    def leave(self, block: Block, processes: Processes) -> None:
+        """Passes the block, unless that is done."""
+        if self.inputs is None:
+            self._pass(block, [], processes)
+
+    def _pass(self, block: Block, modules: Sequence[nn.Module], processes: Processes) -> None:
+        inputs: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
+
+        def hook(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            x = input_of(args, options)
+            inputs[module].append(x.detach().reshape(-1, x.shape[-1]).clone())
+
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in inputs]
+        try:
+            with holding(block, self.weights):
+                block.run_full(self.chain, self.chain, processes)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.inputs = inputs
 
 
 def gptq_block(
@@ -292,11 +346,15 @@ def gptq_block(
         chain: the quantized chain, which has reached the block.
         stage: damping and rounds.
         processes: share the batches of the chain; all find the same codes and scales.
-        clean: what each layer is to give is taken from there; None: what it gives in full precision from the inputs
-            that it gets. A layer that does not see every token, such as an expert, has no such target.
+        clean: what each layer is to give is taken from there, and its chain passes the block. None: what a layer gives
+            in full precision from the inputs that it gets. A layer that does not see every token, such as an expert,
+            has no clean target.
     """
     found: dict[str, LayerRounding] = {}
-    for group in layers_by_input(block, chain):
+    groups = layers_by_input(block, chain)
+    if clean is not None:
+        clean.meet(block, groups, chain, stage.hidden_memory * 1e9, processes)
+    for group in groups:
         seen = second_moments(block, group, chain, processes, clean)
         if seen is None:
             continue
@@ -311,8 +369,10 @@ def gptq_block(
             if ridge is not None:
                 hessian = damped(seen.moments, ridge)
                 targets = {name: own + correction(own, hessian, seen) for name, own in originals.items()}
-        for name, layer in group.layers.items():
-            found[f"{block.name}.{name}"] = gptq_layer(layer, curvature, stage.rounds, targets.get(name))
+        rounded = gptq_layers(group.layers, curvature, stage.rounds, targets)
+        found |= {f"{block.name}.{name}": rounding for name, rounding in rounded.items()}
+    if clean is not None:
+        clean.leave(block, processes)
     return found
 
 
@@ -367,26 +427,92 @@ def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int, target: Tenso
         rounds: times that codes are found.
         target: the weight [O, I] float32 that the codes are to stand for; None: the layer's own.
     """
-    weight, hessian = layer.matrix().float(), inputs.hessian
-    scale, zero_point = layer.scale_and_zero_point()
-    size = ((weight @ hessian) * weight).sum()
-    before = output_error(weight, hessian, layer.codes(), scale, zero_point, layer.grid)
-    kept = layer.kept_groups()
-    if kept is not None and bool(kept.all()):
-        return LayerRounding(float(before / size), float(before / size))
-    if target is not None:
-        weight = target if kept is None else torch.where(of_each_weight(kept, *weight.shape), weight, target)
+    return gptq_layers({"": layer}, inputs, rounds, {} if target is None else {"": target})[""]
+
+
+@torch.no_grad()
+def gptq_layers(
+    layers: Mapping[str, QuantLinear], inputs: Curvature, rounds: int, targets: Mapping[str, Tensor]
+) -> dict[str, LayerRounding]:
+    """Does what `gptq_layer` does for layers that read the same; those of one scheme are worked as one matrix.
+
+    The rows of a weight do not know of each other, so that this is the same, in fewer and larger steps.
+    """
+    found: dict[str, LayerRounding] = {}
+    together: dict[Any, dict[str, _Problem]] = {}
+    for name, layer in layers.items():
+        problem = _Problem.of(layer, inputs.hessian, targets.get(name))
+        if problem.kept is not None and bool(problem.kept.all()):
+            found[name] = LayerRounding(problem.share(problem.before), problem.share(problem.before))
+        else:
+            kind = layer.grid, problem.scale.shape[1], problem.kept is None, problem.rows_alike or name
+            together.setdefault(kind, {})[name] = problem
+    for problems in together.values():
+        grid = next(iter(problems.values())).layer.grid
+        weight, scale = (torch.cat([getattr(p, name) for p in problems.values()]) for name in ("weight", "scale"))
+        zero_point, kept = (_joined([getattr(p, name) for p in problems.values()]) for name in ("zero_point", "kept"))
+        product = weight @ inputs.hessian
+        for _ in range(rounds):
+            codes = round_by_gptq(weight, inputs, scale, zero_point, grid, kept)
+            better = refit_scales(weight, inputs.hessian, codes, scale, zero_point, grid, product)
+            # The scales of a row suit each other, so those of a row with a group that is kept stay as they are.
+            scale = better if kept is None else torch.where(kept.any(-1, keepdim=True), scale, better)
+        sizes = [len(p.weight) for p in problems.values()]
+        parts = codes.split(sizes), scale.split([len(p.scale) for p in problems.values()])
+        for (name, problem), own_codes, own_scale in zip(problems.items(), *parts, strict=True):
+            found[name] = problem.placed(own_codes, own_scale, inputs.hessian)
+    return {name: found[name] for name in layers}
+
+
+@dataclass
+class _Problem:
+    """A layer whose codes and scales are to be found.
+
+    Attributes:
+        layer: it.
+        weight: what the codes are to stand for, [O, I] float32.
+        scale: the start, [O, G], [O, 1] or [1, 1] float32.
+        zero_point: of the scale's shape, or None.
+        kept: of the scale's shape, groups that keep their codes; None for none.
+        size: mean square of the output, a scalar.
+        before: error of the output with the codes that are there, a scalar.
+    """
+
+    layer: QuantLinear
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    kept: Tensor | None
+    size: Tensor
+    before: Tensor
+
+    @classmethod
+    def of(cls, layer: QuantLinear, hessian: Tensor, target: Tensor | None) -> _Problem:
+        """Returns that of `layer`, whose weight is float32."""
+        weight, kept = layer.matrix().float(), layer.kept_groups()
+        scale, zero_point = layer.scale_and_zero_point()
+        size = ((weight @ hessian) * weight).sum()
+        if target is not None:
+            weight = target if kept is None else torch.where(of_each_weight(kept, *weight.shape), weight, target)
         before = output_error(weight, hessian, layer.codes(), scale, zero_point, layer.grid)
-    for _ in range(rounds):
-        codes = round_by_gptq(weight, inputs, scale, zero_point, layer.grid, kept)
-        found = refit_scales(weight, hessian, codes, scale, zero_point, layer.grid)
-        # The scales of a row suit each other, so those of a row with a group that is kept stay as they are.
-        scale = found if kept is None else torch.where(kept.any(-1, keepdim=True), scale, found)
-    after = output_error(weight, hessian, codes, scale, zero_point, layer.grid)
-    layer.set_scale(scale, zero_point)
-    placed = placed_weight(weight, codes, *layer.scale_and_zero_point(), layer.grid)
-    layer.weight.copy_(layer.restored(placed))
-    return LayerRounding(float(before / size), float(after / size))
+        return cls(layer, weight, scale, zero_point, kept, size, before)
+
+    @property
+    def rows_alike(self) -> bool:
+        """Whether each row has scales of its own."""
+        return len(self.scale) == len(self.weight)
+
+    def share(self, error: Tensor) -> float:
+        """Returns an error of the output as a share of it."""
+        return float(error / self.size)
+
+    def placed(self, codes: Tensor, scale: Tensor, hessian: Tensor) -> LayerRounding:
+        """Puts codes and scales into the layer; returns what that gained."""
+        after = output_error(self.weight, hessian, codes, scale, self.zero_point, self.layer.grid)
+        self.layer.set_scale(scale, self.zero_point)
+        placed = placed_weight(self.weight, codes, *self.layer.scale_and_zero_point(), self.layer.grid)
+        self.layer.weight.copy_(self.layer.restored(placed))
+        return LayerRounding(self.share(self.before), self.share(after))
 
 
 @dataclass
@@ -397,11 +523,29 @@ class LayerGroup:
         layers: by name in the block.
         calls: of each in a forward of the block; 0 where that depends on the text.
         whole: whether each call reads the hidden states of all tokens.
+        stream: a module whose input is what the output of the only layer is added to, by `stream_of`; None where there
+            is none, or nobody asked.
     """
 
     layers: dict[str, QuantLinear]
     calls: int
     whole: bool
+    stream: nn.Module | None = None
+
+    @property
+    def first(self) -> QuantLinear:
+        """One of the layers."""
+        return next(iter(self.layers.values()))
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether each input has its fellow in the original model."""
+        return self.calls > 0 and self.whole
+
+    @property
+    def watched(self) -> list[nn.Module]:
+        """The modules whose inputs are asked for, in the order they run."""
+        return [self.first] if self.stream is None else [self.stream, self.first]
 
 
 def layers_by_input(block: Block, chain: Chain) -> list[LayerGroup]:
@@ -488,21 +632,28 @@ def second_moments(
         group: of `layers_by_input`.
         chain: that has reached the block.
         processes: share the batches of the chain.
-        clean: where the original inputs come from, if they are asked for.
+        clean: where the original inputs come from, if they are asked for; it has met the block.
     """
-    layer, calls = next(iter(group.layers.values())), group.calls
-    paired = clean is not None and calls > 0 and group.whole
-    before = stream_of(block, layer, chain) if paired and calls == len(group.layers) == 1 else None
-    watched = [layer] if before is None else [before, layer]
-    sums = _Sums(layer, paired, before)
     own = list(processes.share(chain.batches))
-    step = PIECE if paired else max(len(own), 1)
+    kept = None if clean is None else clean.inputs
+    paired = clean is not None and group.has_pairs
+    ran = [] if clean is None else clean.chain.batches_of(processes)
+    if paired and kept is not None:
+        paired = all(len(kept[module]) == len(ran) * group.calls for module in group.watched)
+    sums = _Sums(group, paired)
+    if paired and kept is not None:
+        for index, rows in enumerate(ran):
+            if rows in own:
+                for module in group.watched:
+                    sums.clean[module] += kept[module][index * group.calls : (index + 1) * group.calls]
+    calls = len(group.watched) * group.calls
+    step = PIECE if paired and kept is None else max(len(own), 1)
     for piece in (own[start : start + step] for start in range(0, len(own), step)):
-        sums.coming = [rows for rows in piece for _ in range(calls)]
-        if clean is not None and paired:
+        sums.coming = [rows for rows in piece for _ in range(group.calls)]
+        if clean is not None and paired and kept is None:
             with holding(block, clean.weights), quantizers_off(block.module):
-                block.watch(watched, sums.record_clean, clean.chain, piece, len(watched) * calls)
-        block.watch(watched, sums.record, chain, piece, len(watched) * calls)
+                block.watch(group.watched, sums.record_clean, clean.chain, piece, calls)
+        block.watch(group.watched, sums.record, chain, piece, calls)
     sums.join(processes)
     return sums.means()
 
@@ -510,34 +661,35 @@ def second_moments(
 class _Sums:
     """What `Moments` are means of, while text goes by: of even and of odd token blocks where there is a clean chain."""
 
-    def __init__(self, layer: QuantLinear, paired: bool, before: nn.Module | None) -> None:
+    def __init__(self, group: LayerGroup, paired: bool) -> None:
+        layer = group.first
         size, device = layer.in_features, layer.weight.device
         halves = 2 if paired else 1
-        self.layer, self.before, self.paired = layer, before, paired
+        self.layer, self.before, self.paired = layer, group.stream if paired else None, paired
+        self.clean: dict[nn.Module, deque[Tensor]] = {module: deque() for module in group.watched}  # not met yet
         self.coming: list[Some] = []
         self.total = torch.zeros(halves, size, size, device=device)
         self.missing = torch.zeros(halves, size, size, device=device) if paired else None
-        self.stream = None if before is None else torch.zeros(halves, layer.out_features, size, device=device)
+        self.stream = None if self.before is None else torch.zeros(halves, layer.out_features, size, device=device)
         self.count = torch.zeros(halves, dtype=torch.int64)
         self.unlike = False
-        self._clean: list[Tensor] = []
         self._lack: Tensor | None = None
 
     def record_clean(self, module: nn.Module, x: Tensor) -> None:
         """Keeps inputs of the original model until those that quantization has changed come."""
-        self._clean.append(x.reshape(-1, x.shape[-1]).float())
+        self.clean[module].append(x.reshape(-1, x.shape[-1]))
 
     def record(self, module: nn.Module, x: Tensor) -> None:
         """Adds the inputs of a call."""
         if module is self.before:
-            self._lack = self._clean.pop(0) - x.reshape(-1, x.shape[-1]).float()
+            self._lack = self.clean[module].popleft().float() - x.reshape(-1, x.shape[-1]).float()
             return
         x = x if self.layer.input_quantizer is None else self.layer.input_quantizer(x)
         rows = x.reshape(-1, x.shape[-1]).float()
         if not self.paired:
             self._add(0, rows, None, None)
             return
-        lack, clean, batch = self._lack, self._clean.pop(0), self.coming.pop(0)
+        lack, clean, batch = self._lack, self.clean[module].popleft(), self.coming.pop(0)
         if len(clean) != len(rows):  # a layer that is given a part of the tokens after all
             self.unlike = True
             self._add(0, rows, None, None)
@@ -547,14 +699,14 @@ class _Sums:
                 self._add(half, rows[mine], clean[mine], None if lack is None else lack[mine])
 
     def _add(self, half: int, rows: Tensor, clean: Tensor | None, lack: Tensor | None) -> None:
+        self.count[half] += len(rows)
         for start in range(0, rows.shape[1], SYMMETRIC):  # the matrix is symmetric: its upper part is enough
             columns = slice(start, start + SYMMETRIC)
             self.total[half, columns, start:].addmm_(rows[:, columns].t(), rows[:, start:])
         if self.missing is not None and clean is not None:
-            self.missing[half].addmm_((clean - rows).t(), rows)
-        if self.stream is not None and lack is not None:
-            self.stream[half].addmm_(lack.t(), rows)
-        self.count[half] += len(rows)
+            self.missing[half] += _product(clean.float() - rows, rows, clean.dtype)
+            if self.stream is not None and lack is not None:
+                self.stream[half] += _product(lack, rows, clean.dtype)
 
     def join(self, processes: Processes) -> None:
         """Adds what other processes have seen."""
@@ -579,6 +731,15 @@ class _Sums:
         upper = self.total[halves].sum(0).triu_()
         missing, stream = (None if t is None else t[halves].sum(0) / count for t in (self.missing, self.stream))
         return Moments((upper + upper.t().tril(-1)) / count, missing, stream)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns left^T right, summed in float32 and rounded to `dtype`, that of the forward.
+
+    In bfloat16 it takes less than half the time. Its rounding is far below the noise of some ten thousand tokens. The
+    second moments do not bear it: they are inverted, and of features that nearly agree only the difference counts.
+    """
+    return left.to(dtype).t() @ right.to(dtype)
 
 
 def _halves(batch: Some, rows: int) -> tuple[Tensor, Tensor]:

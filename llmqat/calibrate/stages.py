@@ -381,7 +381,8 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
         bar = run.bar(stage.stage, "block")(walk.blocks)
         for block in bar:
             file = files[block.index]
-            if isinstance(stage, BlockwiseStage):  # which asks for what the block gave; GPTQ, for what its layers got
+            runs_original = isinstance(stage, BlockwiseStage) or (done[block.index] and stage.target == "clean")
+            if runs_original:  # GPTQ runs it itself, as it asks what its layers got
                 _run_original(
                     block, originals, walk.full if stage.target == "clean" else walk.quantized, walk, processes
                 )
@@ -398,8 +399,6 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
                 if processes.is_first:
                     _write_block(block, file, found)
             facts[block.name] = found
-            if isinstance(stage, GPTQStage) and stage.target == "clean":
-                _run_original(block, originals, walk.full, walk, processes)
             block.run(walk.quantized, walk.quantized, processes)
     return earlier, facts
 

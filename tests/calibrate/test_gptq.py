@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from llmqat.calibrate.gptq import (
     damped,
     gptq_block,
     gptq_layer,
+    gptq_layers,
     layers_by_input,
     output_error,
     placed_weight,
@@ -38,6 +41,7 @@ from llmqat.calibrate.gptq import (
     stream_of,
 )
 from llmqat.calibrate.walk import Walk
+from llmqat.data.processes import ALONE
 from llmqat.grid import Grid, quantize, search_scale
 from llmqat.layers import QuantLinear, WeightConfig, quantizers_off
 from tests.tiny import tiny_llama
@@ -166,6 +170,27 @@ def test_a_layer_keeps_its_codes_after_gptq() -> None:
     )
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_layers_worked_together_are_as_each_by_itself(name: str) -> None:
+    grid = GRIDS[name]
+    weights = WeightConfig(num_bits=grid.num_bits, symmetric=grid.symmetric, levels=grid.levels, group_size=16)
+    other = WeightConfig(num_bits=grid.num_bits, symmetric=grid.symmetric, levels=grid.levels, strategy="channel")
+    _, hessian, _, _ = problem(8, 64, grid, 16)
+    layers = {
+        number: QuantLinear(torch.nn.Parameter(problem(rows, 64, grid, 16, seed)[0]), None, scheme)
+        for number, (seed, (rows, scheme)) in enumerate([(1, (24, weights)), (2, (8, other)), (3, (40, weights))])
+    }
+    layers = {f"layer {number}": layer for number, layer in layers.items()}
+    alone = copy.deepcopy(layers)
+    target = {"layer 2": layers["layer 2"].matrix().detach() * 1.01}
+    found = gptq_layers(layers, Curvature.of(hessian), 3, target)
+    assert list(found) == list(layers)
+    for key, layer in alone.items():
+        own = gptq_layer(layer, Curvature.of(hessian), 3, target.get(key))
+        assert found[key].after == pytest.approx(own.after, rel=0.02)
+        assert (layers[key].codes() == layer.codes()).float().mean() > 0.99  # sums in another order
+
+
 def test_features_never_seen_and_broken_moments() -> None:
     hessian = torch.zeros(4, 4)
     assert torch.equal(damped(hessian, 0.01), torch.eye(4))
@@ -248,7 +273,17 @@ def walk_of(model: PreTrainedModel, quant: QuantConfig, blocks: int = 6) -> tupl
     return walk, Clean(walk.full, before)
 
 
-def test_the_missing_part_is_that_of_the_inputs_of_the_original() -> None:
+def moments_of(block: Block, layer: QuantLinear, walk: Walk, clean: Clean, memory_limit: float) -> Moments | None:
+    """What text says of the inputs of `layer`; the original inputs are kept where the limit allows, else made anew."""
+    group = group_of(block, layer, walk.quantized)
+    clean = replace(clean)
+    clean.meet(block, [group], walk.quantized, memory_limit, ALONE)
+    assert (clean.inputs is None) == (memory_limit == 0)
+    return second_moments(block, group, walk.quantized, clean=clean)
+
+
+@pytest.mark.parametrize("memory_limit", [0, math.inf])
+def test_the_missing_part_is_that_of_the_inputs_of_the_original(memory_limit: float) -> None:
     walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32))
     block = walk.blocks[0]
     down = block.module.mlp.down_proj
@@ -257,7 +292,7 @@ def test_the_missing_part_is_that_of_the_inputs_of_the_original() -> None:
     with quantizers_off(block.module):
         block.watch([down], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
     own, wanted = (torch.cat(found).flatten(0, 1) for found in seen.values())
-    found = second_moments(block, group_of(block, down, walk.quantized), walk.quantized, clean=clean)
+    found = moments_of(block, down, walk, clean, memory_limit)
     assert found is not None
     assert found.missing is not None
     torch.testing.assert_close(found.missing, (wanted - own).t() @ own / len(own), rtol=1e-3, atol=1e-5)
@@ -265,18 +300,19 @@ def test_the_missing_part_is_that_of_the_inputs_of_the_original() -> None:
     part = own.view(-1, 16, own.shape[1])[::2].flatten(0, 1)
     torch.testing.assert_close(even.moments, part.t() @ part / len(part), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close((even.missing + odd.missing) / 2, found.missing, rtol=1e-3, atol=1e-5)
-    first = second_moments(
-        block, group_of(block, block.module.self_attn.q_proj, walk.quantized), walk.quantized, clean=clean
-    )
+    walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32))
+    block = walk.blocks[0]
+    first = moments_of(block, block.module.self_attn.q_proj, walk, clean, memory_limit)
     assert first is not None  # which nothing quantized precedes
     assert first.missing is not None
     assert not first.missing.any()
 
 
-def test_the_stream_that_a_layer_adds_to_is_found() -> None:
+@pytest.mark.parametrize("memory_limit", [0, math.inf])
+def test_the_stream_that_a_layer_adds_to_is_found(memory_limit: float) -> None:
     walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32))
     block = walk.blocks[0]
-    attention, mlp = block.module.self_attn, block.module.mlp
+    mlp = block.module.mlp
     found = {name: stream_of(block, layer, walk.quantized) for name, layer in block.quantized().items()}
     assert {name.rpartition(".")[2]: module for name, module in found.items() if module is not None} == {
         "o_proj": block.module.input_layernorm,
@@ -289,11 +325,13 @@ def test_the_stream_that_a_layer_adds_to_is_found() -> None:
     with quantizers_off(block.module):
         block.watch([norm], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
     own, wanted, x = (torch.cat(states).flatten(0, 1) for states in seen.values())
-    moments = second_moments(block, group_of(block, mlp.down_proj, walk.quantized), walk.quantized, clean=clean)
+    moments = moments_of(block, mlp.down_proj, walk, clean, memory_limit)
     assert moments is not None
     assert moments.stream is not None
     torch.testing.assert_close(moments.stream, (wanted - own).t() @ x / len(x), rtol=1e-3, atol=1e-5)
-    first = second_moments(block, group_of(block, attention.o_proj, walk.quantized), walk.quantized, clean=clean)
+    walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32))
+    block = walk.blocks[0]
+    first = moments_of(block, block.module.self_attn.o_proj, walk, clean, memory_limit)
     assert first is not None
     assert first.stream is not None
     assert not first.stream.any()  # nothing quantized precedes the block
@@ -319,6 +357,18 @@ def test_a_clean_target_brings_a_block_nearer_to_what_it_gave() -> None:
         found = [block(walk.quantized, rows) for rows in walk.quantized.batches]
         errors[target] = float((torch.cat(found) - torch.cat(expected)).square().sum().detach())
     assert errors["clean"] < 0.95 * errors["quantized"]
+
+
+def test_original_inputs_that_fit_no_memory_are_made_anew() -> None:
+    found = {}
+    for memory in (0.0, 4.0):
+        walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int3", group_size=32))
+        block = walk.blocks[0]
+        expected = torch.cat([block_output(block, walk.full, rows) for rows in walk.full.batches])
+        gptq_block(block, walk.quantized, GPTQStage(hidden_memory=memory), clean=clean)
+        assert torch.equal(walk.full[slice(0, len(walk.full))], expected)  # the block is behind it
+        found[memory] = torch.cat([layer.codes().flatten() for layer in block.quantized().values()])
+    assert torch.equal(*found.values())
 
 
 def block_output(block: Block, chain: Chain, rows: slice) -> Tensor:
