@@ -14,7 +14,9 @@ what the original layer gave from the original inputs x: the codes minimize E|y 
 with another weight, W + W E[(x - y)^T y] H^-1, H = E[y^T y], the least-squares solution without rounding. A ridge on H
 keeps it near W in directions that the text says little about; how large it is, is cross-validated: what is found on one
 half of the text has to fit the other. A layer whose output is added to a residual stream r also makes up for what the
-stream lacks: its target is x W^T plus the stream of the original model less the present one.
+stream lacks: its target is x W^T plus the stream of the original model less the present one. There the error of a token
+counts by the rms of its stream, which the next norm divides by: else the few tokens whose stream is a hundred times
+longer than that of others (massive activations, 2402.17762) would decide alone.
 
 The master weight is then moved to the point nearest to where it was that rounds to its code, so that training goes on
 from these very codes.
@@ -22,7 +24,8 @@ from these very codes.
 Letters: O out features, I in features, G scales per row, g weights per scale.
 Source: GPTQ (2210.17323) section 3.3, algorithm 1; the refit of scales is ordinary least squares. The clean target: the
 corrected weight of QEP (2504.09629), its strength being 1; GPTAQ (2504.02692) and Qronos (2505.11695) solve the same
-problem column by column. Deviations: a cross-validated ridge in place of a lower strength, and the residual stream.
+problem column by column. Deviations: a cross-validated ridge in place of a lower strength, the residual stream, and by
+what tokens count.
 """
 
 from __future__ import annotations
@@ -605,7 +608,8 @@ class Moments:
         missing: E[(c - x)^T x], [I, I] float32, c being the inputs of the original model; None where there are none, or
             not one for each.
         stream: E[(r' - r)^T x], [O, I] float32, r being the residual stream that the layer's output is added to, and r'
-            that of the original model; None where it is added to none.
+            that of the original model; None where it is added to none. Where it is known, all means are weighted: a
+            token counts by 1 / mean(r'^2).
         halves: the same of each half of the text, where `missing` is known and there are two.
     """
 
@@ -674,6 +678,7 @@ class _Sums:
         self.count = torch.zeros(halves, dtype=torch.int64)
         self.unlike = False
         self._lack: Tensor | None = None
+        self._share: Tensor | None = None
 
     def record_clean(self, module: nn.Module, x: Tensor) -> None:
         """Keeps inputs of the original model until those that quantization has changed come."""
@@ -682,31 +687,43 @@ class _Sums:
     def record(self, module: nn.Module, x: Tensor) -> None:
         """Adds the inputs of a call."""
         if module is self.before:
-            self._lack = self.clean[module].popleft().float() - x.reshape(-1, x.shape[-1]).float()
+            stream = self.clean[module].popleft().float()
+            self._share = _shares(stream)
+            self._lack = (stream - x.reshape(-1, x.shape[-1]).float()) * self._share
             return
         x = x if self.layer.input_quantizer is None else self.layer.input_quantizer(x)
         rows = x.reshape(-1, x.shape[-1]).float()
         if not self.paired:
-            self._add(0, rows, None, None)
+            self._add(0, rows)
             return
-        lack, clean, batch = self._lack, self.clean[module].popleft(), self.coming.pop(0)
+        lack, share, clean, batch = self._lack, self._share, self.clean[module].popleft(), self.coming.pop(0)
         if len(clean) != len(rows):  # a layer that is given a part of the tokens after all
             self.unlike = True
-            self._add(0, rows, None, None)
+            self._add(0, rows)
             return
+        missing = clean.float() - rows
+        if share is not None:
+            rows, missing = rows * share, missing * share
         for half, mine in enumerate(_halves(batch, len(rows))):
             if len(mine):
-                self._add(half, rows[mine], clean[mine], None if lack is None else lack[mine])
+                self._add(half, rows[mine], missing[mine], None if lack is None else lack[mine], clean.dtype)
 
-    def _add(self, half: int, rows: Tensor, clean: Tensor | None, lack: Tensor | None) -> None:
+    def _add(
+        self,
+        half: int,
+        rows: Tensor,
+        missing: Tensor | None = None,
+        lack: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.count[half] += len(rows)
         for start in range(0, rows.shape[1], SYMMETRIC):  # the matrix is symmetric: its upper part is enough
             columns = slice(start, start + SYMMETRIC)
             self.total[half, columns, start:].addmm_(rows[:, columns].t(), rows[:, start:])
-        if self.missing is not None and clean is not None:
-            self.missing[half] += _product(clean.float() - rows, rows, clean.dtype)
-            if self.stream is not None and lack is not None:
-                self.stream[half] += _product(lack, rows, clean.dtype)
+        if self.missing is not None and missing is not None:
+            self.missing[half] += _product(missing, rows, dtype)
+        if self.stream is not None and lack is not None:
+            self.stream[half] += _product(lack, rows, dtype)
 
     def join(self, processes: Processes) -> None:
         """Adds what other processes have seen."""
@@ -731,6 +748,16 @@ class _Sums:
         upper = self.total[halves].sum(0).triu_()
         missing, stream = (None if t is None else t[halves].sum(0) / count for t in (self.missing, self.stream))
         return Moments((upper + upper.t().tril(-1)) / count, missing, stream)
+
+
+def _shares(stream: Tensor) -> Tensor:
+    """Returns by what the errors of tokens count, [T, 1], mean square 1: the next norm divides each by its rms.
+
+    Args:
+        stream: [T, D] float32, the residual stream of the original model.
+    """
+    shares = stream.square().mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+    return shares / shares.square().mean().sqrt()
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -286,13 +286,13 @@ def moments_of(block: Block, layer: QuantLinear, walk: Walk, clean: Clean, memor
 def test_the_missing_part_is_that_of_the_inputs_of_the_original(memory_limit: float) -> None:
     walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32))
     block = walk.blocks[0]
-    down = block.module.mlp.down_proj
+    gate = block.module.mlp.gate_proj
     seen: dict[str, list[Tensor]] = {"own": [], "clean": []}
-    block.watch([down], lambda _, x: seen["own"].append(x), walk.quantized, walk.quantized.batches)
+    block.watch([gate], lambda _, x: seen["own"].append(x), walk.quantized, walk.quantized.batches)
     with quantizers_off(block.module):
-        block.watch([down], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
+        block.watch([gate], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
     own, wanted = (torch.cat(found).flatten(0, 1) for found in seen.values())
-    found = moments_of(block, down, walk, clean, memory_limit)
+    found = moments_of(block, gate, walk, clean, memory_limit)
     assert found is not None
     assert found.missing is not None
     torch.testing.assert_close(found.missing, (wanted - own).t() @ own / len(own), rtol=1e-3, atol=1e-5)
@@ -324,11 +324,17 @@ def test_the_stream_that_a_layer_adds_to_is_found(memory_limit: float) -> None:
     block.watch([mlp.down_proj], lambda _, x: seen["input"].append(x), walk.quantized, walk.quantized.batches)
     with quantizers_off(block.module):
         block.watch([norm], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
-    own, wanted, x = (torch.cat(states).flatten(0, 1) for states in seen.values())
     moments = moments_of(block, mlp.down_proj, walk, clean, memory_limit)
     assert moments is not None
     assert moments.stream is not None
-    torch.testing.assert_close(moments.stream, (wanted - own).t() @ x / len(x), rtol=1e-3, atol=1e-5)
+    expected = []
+    for own, wanted, x in zip(*seen.values(), strict=True):
+        share = 1 / wanted.norm(dim=-1, keepdim=True)  # what the next norm divides by
+        share = (share / share.square().mean().sqrt()).flatten(0, 1)
+        own, wanted, x = (states.flatten(0, 1) * share for states in (own, wanted, x))
+        expected.append(((wanted - own).t() @ x / len(x), x.t() @ x / len(x)))
+    torch.testing.assert_close(moments.stream, sum(s for s, _ in expected) / len(expected), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(moments.moments, sum(m for _, m in expected) / len(expected), rtol=1e-3, atol=1e-5)
     walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32))
     block = walk.blocks[0]
     first = moments_of(block, block.module.self_attn.o_proj, walk, clean, memory_limit)
