@@ -132,7 +132,8 @@ class GPTQStage(WeightStage):
     """Share of the mean of the diagonal of E[x^T x] that is added to it where the clean target is solved for: the more,
     the nearer a layer stays to its original weight. Where not given, it is cross-validated on halves of the text."""
     hidden_memory: float = Field(4.0, ge=0)
-    """Gigabytes of hidden states kept in memory; above that they lie in temporary files."""
+    """Gigabytes of hidden states kept in memory; above that they lie in temporary files. The original inputs of one
+    block's layers may take as much again; where they need more, they are computed for each layer anew."""
 
     @model_validator(mode="after")
     def _refuse_a_damping_of_nothing(self) -> GPTQStage:

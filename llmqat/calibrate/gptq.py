@@ -291,8 +291,8 @@ class Clean:
     Attributes:
         chain: the full-precision chain, which has reached the block.
         weights: the original parameters of the block, by name inside it.
-        inputs: of the modules that are asked for, by module and then by call, in the batches that this process runs;
-            None while the chain has not passed the block.
+        inputs: of the modules that are asked for, by module and then by call, in the batches that this process runs, on
+            the CPU; None while the chain has not passed the block.
     """
 
     chain: Chain
@@ -324,7 +324,7 @@ class Clean:
 
         def hook(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
             x = input_of(args, options)
-            inputs[module].append(x.detach().reshape(-1, x.shape[-1]).clone())
+            inputs[module].append(x.detach().reshape(-1, x.shape[-1]).to("cpu", copy=True))
 
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in inputs]
         try:
@@ -687,7 +687,7 @@ class _Sums:
     def record(self, module: nn.Module, x: Tensor) -> None:
         """Adds the inputs of a call."""
         if module is self.before:
-            stream = self.clean[module].popleft().float()
+            stream = self.clean[module].popleft().to(x.device).float()
             self._share = _shares(stream)
             self._lack = (stream - x.reshape(-1, x.shape[-1]).float()) * self._share
             return
@@ -696,7 +696,8 @@ class _Sums:
         if not self.paired:
             self._add(0, rows)
             return
-        lack, share, clean, batch = self._lack, self._share, self.clean[module].popleft(), self.coming.pop(0)
+        clean, batch = self.clean[module].popleft().to(x.device), self.coming.pop(0)
+        lack, share = self._lack, self._share
         if len(clean) != len(rows):  # a layer that is given a part of the tokens after all
             self.unlike = True
             self._add(0, rows)
