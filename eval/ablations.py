@@ -140,6 +140,7 @@ class Arm:
 ARMS: dict[str, Arm] = {
     BASELINE: Arm("the recipe's settings after --calibrate"),
     "average": Arm("means of weights, scales and norms over the last third (SWA, 1803.05407)", levers=(Averaged,)),
+    "lr-0.25": Arm("a quarter of the learning rate of weights", times={"learning_rate": 0.25}),
     "lr-0.5": Arm("half the learning rate of weights", times={"learning_rate": 0.5}),
     "lr-2": Arm("twice the learning rate of weights", times={"learning_rate": 2}),
     "lr-4": Arm("four times the learning rate of weights", times={"learning_rate": 4}),
