@@ -171,7 +171,10 @@ SCHEMES = {
         "overrides: {'re:.*down_proj': {weights: {num_bits: 8, strategy: channel}, layers: [0]}}}",
     ),
     "gptq, blockwise": ("calibrate=[ranges, gptq, {stage: blockwise, blocks: 4, iterations: 4}]",),
-    "dynamic scales": ("quant={preset: int4, group_size: 32, scales: dynamic}",),
+    "dynamic scales": (
+        "quant={preset: int4, group_size: 32, scales: dynamic}",
+        "train.scale_learning_rate=1e-3",  # the default: the recipe's own would be refused, as no scale trains
+    ),
 }
 
 
