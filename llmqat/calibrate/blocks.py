@@ -8,8 +8,8 @@ Letters: N token blocks, L length, B token blocks in a batch, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,22 +110,30 @@ class Block:
         """
         left = [0]
 
-        def hook(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-            record(module, input_of(inputs, options))
+        def show(module: nn.Module, x: Tensor) -> None:
+            record(module, x)
             left[0] -= 1
             if left[0] == 0:
                 raise Stopped
 
-        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
-        try:
-            with self.cast(), quantized_once(self.module):
-                for rows in batches:
-                    left[0] = calls
-                    with suppress(Stopped):
-                        self(chain, rows)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with showing_inputs(layers, show), self.cast(), quantized_once(self.module):
+            for rows in batches:
+                left[0] = calls
+                with suppress(Stopped):
+                    self(chain, rows)
+
+
+@contextmanager
+def showing_inputs(modules: Iterable[nn.Module], record: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Inside, each of `modules` shows `record` its input whenever it is called."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        record(module, input_of(inputs, options))
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

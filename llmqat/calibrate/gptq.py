@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmqat.calibrate.blocks import Block
+from llmqat.calibrate.blocks import Block, showing_inputs
 from llmqat.calibrate.chains import Call, Chain, Some
 from llmqat.calibrate.config import GPTQStage
 from llmqat.calibrate.forward import input_of
@@ -314,6 +314,14 @@ class Clean:
         if tokens * size * block.dtype.itemsize <= memory_limit:
             self._pass(block, [module for group in paired for module in group.watched], processes)
 
+    def kept(self, module: nn.Module, batches: Sequence[Some], calls: int, processes: Processes) -> list[Tensor]:
+        """Returns the inputs of `module` in some batches, `calls` in each; none where it was called another number."""
+        assert self.inputs is not None
+        found, ran = self.inputs[module], self.chain.batches_of(processes)
+        if len(found) != len(ran) * calls:
+            return []
+        return [x for index, rows in enumerate(ran) if rows in batches for x in found[index * calls :][:calls]]
+
     def leave(self, block: Block, processes: Processes) -> None:
         """Passes the block, unless that is done."""
         if self.inputs is None:
@@ -322,17 +330,11 @@ class Clean:
     def _pass(self, block: Block, modules: Sequence[nn.Module], processes: Processes) -> None:
         inputs: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
 
-        def hook(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            x = input_of(args, options)
+        def keep(module: nn.Module, x: Tensor) -> None:
             inputs[module].append(x.detach().reshape(-1, x.shape[-1]).to("cpu", copy=True))
 
-        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in inputs]
-        try:
-            with holding(block, self.weights):
-                block.run_full(self.chain, self.chain, processes)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with showing_inputs(inputs, keep), holding(block, self.weights):
+            block.run_full(self.chain, self.chain, processes)
         self.inputs = inputs
 
 
@@ -639,25 +641,21 @@ def second_moments(
         clean: where the original inputs come from, if they are asked for; it has met the block.
     """
     own = list(processes.share(chain.batches))
-    kept = None if clean is None else clean.inputs
     paired = clean is not None and group.has_pairs
-    ran = [] if clean is None else clean.chain.batches_of(processes)
-    if paired and kept is not None:
-        paired = all(len(kept[module]) == len(ran) * group.calls for module in group.watched)
+    watched = group.watched if paired else [group.first]
     sums = _Sums(group, paired)
-    if paired and kept is not None:
-        for index, rows in enumerate(ran):
-            if rows in own:
-                for module in group.watched:
-                    sums.clean[module] += kept[module][index * group.calls : (index + 1) * group.calls]
-    calls = len(group.watched) * group.calls
-    step = PIECE if paired and kept is None else max(len(own), 1)
+    step = PIECE if clean is not None and paired and clean.inputs is None else max(len(own), 1)
     for piece in (own[start : start + step] for start in range(0, len(own), step)):
         sums.coming = [rows for rows in piece for _ in range(group.calls)]
-        if clean is not None and paired and kept is None:
-            with holding(block, clean.weights), quantizers_off(block.module):
-                block.watch(group.watched, sums.record_clean, clean.chain, piece, calls)
-        block.watch(group.watched, sums.record, chain, piece, calls)
+        if clean is not None and paired:
+            if clean.inputs is not None:
+                for module in watched:
+                    sums.clean[module] += clean.kept(module, piece, group.calls, processes)
+            else:
+                with holding(block, clean.weights), quantizers_off(block.module):
+                    block.watch(watched, sums.record_clean, clean.chain, piece, len(watched) * group.calls)
+            sums.unlike |= any(len(sums.clean[module]) != len(sums.coming) for module in watched)
+        block.watch(watched, sums.record, chain, piece, len(watched) * group.calls)
     sums.join(processes)
     return sums.means()
 
@@ -687,13 +685,15 @@ class _Sums:
     def record(self, module: nn.Module, x: Tensor) -> None:
         """Adds the inputs of a call."""
         if module is self.before:
+            if self.unlike:
+                return
             stream = self.clean[module].popleft().to(x.device).float()
             self._share = _shares(stream)
             self._lack = (stream - x.reshape(-1, x.shape[-1]).float()) * self._share
             return
         x = x if self.layer.input_quantizer is None else self.layer.input_quantizer(x)
         rows = x.reshape(-1, x.shape[-1]).float()
-        if not self.paired:
+        if not self.paired or self.unlike:
             self._add(0, rows)
             return
         clean, batch = self.clean[module].popleft().to(x.device), self.coming.pop(0)

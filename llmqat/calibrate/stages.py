@@ -37,7 +37,6 @@ from transformers import PreTrainedModel
 from llmqat.calibrate.activations import calibrate_activations, static_layers
 from llmqat.calibrate.blocks import Block, find_blocks, has_blocks
 from llmqat.calibrate.blockwise import train_block
-from llmqat.calibrate.chains import Chain
 from llmqat.calibrate.config import (
     BlockStage,
     BlockwiseStage,
@@ -381,11 +380,9 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
         bar = run.bar(stage.stage, "block")(walk.blocks)
         for block in bar:
             file = files[block.index]
-            runs_original = isinstance(stage, BlockwiseStage) or (done[block.index] and stage.target == "clean")
-            if runs_original:  # GPTQ runs it itself, as it asks what its layers got
-                _run_original(
-                    block, originals, walk.full if stage.target == "clean" else walk.quantized, walk, processes
-                )
+            if isinstance(stage, BlockwiseStage) or (done[block.index] and stage.target == "clean"):
+                with originals.in_place(block):  # GPTQ runs it itself, as it asks what its layers got
+                    block.run_full(walk.full if stage.target == "clean" else walk.quantized, walk.full, processes)
             if done[block.index]:
                 found = _read_block(block.module, file)
                 earlier += found["seconds"]
@@ -401,12 +398,6 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
             facts[block.name] = found
             block.run(walk.quantized, walk.quantized, processes)
     return earlier, facts
-
-
-def _run_original(block: Block, originals: Originals, chain: Chain, walk: Walk, processes: Processes) -> None:
-    """Leaves what `block` gave in full precision, from the inputs of `chain`, in the full-precision chain."""
-    with originals.in_place(block):
-        block.run_full(chain, walk.full, processes)
 
 
 def _gptq_in_block(

@@ -410,6 +410,30 @@ def test_a_layer_that_sees_a_part_of_the_tokens_has_no_clean_target(first: bool)
     assert (found.missing, found.halves) == (None, ())
 
 
+@pytest.mark.parametrize("memory_limit", [0, math.inf])
+def test_a_layer_that_the_original_calls_less_often_has_no_clean_target(memory_limit: float) -> None:
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+    own, seen = mlp.forward, [-math.inf]
+
+    def forward(x: Tensor) -> Tensor:
+        seen[0] += not mlp.down_proj.enabled
+        return own(x) if mlp.down_proj.enabled or seen[0] != 2 else x  # one batch of the original goes around it
+
+    mlp.forward = forward
+    walk, clean = walk_of(model, QuantConfig.preset("int4", group_size=32))
+    block = walk.blocks[0]
+    inputs: list[Tensor] = []
+    block.watch([mlp.down_proj], lambda _, x: inputs.append(x), walk.quantized, walk.quantized.batches)
+    seen[0] = 0
+    found = moments_of(block, mlp.down_proj, walk, clean, memory_limit)
+    assert found is not None
+    assert (found.missing, found.halves) == (None, ())
+    if memory_limit:  # known before any input counts: all count alike
+        x = torch.cat(inputs).flatten(0, 1)
+        torch.testing.assert_close(found.moments, x.t() @ x / len(x), rtol=1e-3, atol=1e-5)
+
+
 def test_layers_that_read_the_same_have_no_stream_of_one_of_them() -> None:
     model = tiny_llama()
     layer = model.model.layers[0]
