@@ -268,9 +268,8 @@ def test_a_tokenizer_without_a_template_gives_plain_documents():
     assert set(blocks.details["documents_by_kind"]) == {"plain"}
 
 
-def test_the_model_reads_what_it_did_not_write_so_in_batches_of_the_size_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list that gets the number of blocks in each batch that a teacher reads from now on."""
     read: list[int] = []
     states = teacher_cache.hidden_states
 
@@ -279,6 +278,13 @@ def test_the_model_reads_what_it_did_not_write_so_in_batches_of_the_size_asked_f
         return states(model, input_ids, position_ids)
 
     monkeypatch.setattr(teacher_cache, "hidden_states", counted)
+    return read
+
+
+def test_the_model_reads_what_it_did_not_write_so_in_batches_of_the_size_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read = batches_read(monkeypatch)
     place = CachePlace(tmp_path, 8, batch_size=3)
     synthesize(tiny_llama(), tiny_tokenizer(), 32 * 7, block_size=32, packing="concatenate", cache=place)
     assert read == [3, 3, 1]
@@ -300,14 +306,7 @@ def test_what_the_writer_knew_is_what_it_predicts_for_the_block(
     model.generation_config.eos_token_id = list(range(10, 26))  # so tapes hold several documents, and some are dropped
     if not in_lockstep:
         monkeypatch.setattr("llmqat.data.decode.lockstep_obstacle", lambda *_: "a test")
-    read: list[int] = []
-    states = teacher_cache.hidden_states
-
-    def counted(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        read.append(len(input_ids))
-        return states(model, input_ids, position_ids)
-
-    monkeypatch.setattr(teacher_cache, "hidden_states", counted)
+    read = batches_read(monkeypatch)
     settings = {"block_size": 64, "chat_share": 0.5, "batch_size": 16, **drawing}
     place = CachePlace(tmp_path / "teacher", 16)
     blocks = synthesize(model, tiny_tokenizer(), 64 * 24, cache=place, **settings)
