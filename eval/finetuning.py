@@ -95,7 +95,7 @@ ARMS = {
     "LoRA, rounded": Arm(lora=1, stages="rounding"),
     BASELINE: Arm(lora=1, stages="blockwise"),
     "LoRA for longer, calibrated": Arm(lora=1.5, stages="blockwise"),
-    "LoRA, distilled": Arm(lora=1, stages="gptq", trained="all", steps=0.3, kl=1, cross_entropy=0.5, rate=5e-5),
+    "LoRA, distilled": Arm(lora=1, stages="gptq", trained="all", steps=0.3, kl=1, cross_entropy=0.5, rate=2.5e-5),
     "LoRA inside": Arm(lora=0, stages="blockwise", trained="lora", steps=1, cross_entropy=1, rate=5e-4),
 }
 """Name -> way."""
@@ -109,12 +109,17 @@ def main() -> None:
     with ExitStack() as stack:
         options.work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         report = Report.opened(options)
-        bench = Bench(options)
-        for scheme in options.scheme:
-            for seed in options.seeds:
-                for name in ("base", *options.arms):
-                    if key(scheme, seed, name) not in report.runs:
-                        report.add(key(scheme, seed, name), bench.run(scheme, seed, name))
+        ways = {
+            key(scheme, seed, name): (scheme, seed, name)
+            for scheme in options.scheme
+            for seed in options.seeds
+            for name in ("base", *options.arms)
+        }
+        missing = [name for name in ways if name not in report.runs]
+        if missing:
+            bench = Bench(options)
+            for name in missing:
+                report.add(name, bench.run(*ways[name]))
     text = shown(report.runs, options)
     print(text, end="")
     if options.table is not None:
@@ -383,7 +388,7 @@ def arguments(options: argparse.Namespace, folder: str, steps: int, rate: float,
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         learning_rate=rate,
-        scale_learning_rate=1e-3,
+        scale_learning_rate=1e-4,
         kl_weight=0.0,
         cross_entropy_weight=1.0,
         lr_scheduler_type="cosine",
