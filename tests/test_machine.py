@@ -30,12 +30,12 @@ def test_a_run_tells_the_time_of_the_next_one(recipe: Any, tmp_path: Path) -> No
     assert probed is not None
     assert (probed.seconds, probed.whole, probed.measured.by) == (100.0, False, "a probe")
     assert "training takes about 1.7 min on this machine, as a probe of" in answer(planned, 10**12, probed)
-    training = {"tokens_per_second": 128.0, "resumed_from": None, "teacher_cache": {"top_k": 256}}
+    training = {"tokens_per_second": 128.0, "teacher_cache": {"top_k": 256}}
     seconds = {"text": 20.0, "train": 50.0, "evaluate": 30.0}
-    for other_way in ({"resumed_from": "checkpoint-1"}, {"teacher_cache": None}):  # the teacher ran
-        remember_run(*asked[:3], {**training, **other_way}, seconds)
+    remember_run(*asked[:3], {**training, "teacher_cache": None}, seconds, False)  # the teacher ran
+    remember_run(*asked[:3], training, seconds, True)
     assert expected_time(*asked) == probed
-    remember_run(*asked[:3], training, seconds)
+    remember_run(*asked[:3], training, seconds, False)
     remember_probe(*asked[:3], 1.0)  # says less than a run
     run = expected_time(*asked)
     assert run is not None

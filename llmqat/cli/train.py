@@ -187,7 +187,8 @@ def _print_run(result: RunResult, recipe: Recipe) -> None:
 
     _print_comparison(result.comparison)
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
-    console.print(f"seconds: {seconds}; in all {sum(result.seconds.values()):.0f}")
+    since = " since the interrupted run went on" if result.goes_on else ""
+    console.print(f"seconds{since}: {seconds}; in all {sum(result.seconds.values()):.0f}")
     training = result.training
     rate = training["tokens_per_second"]  # None where an earlier start had made the last step
     speed = "" if rate is None else f", {rate:.0f} tokens/s"

@@ -536,7 +536,9 @@ class RunDocument(Head):
     comparison: ComparisonFigures
     """The table at the end."""
     seconds: dict[str, float]
-    """Wall-clock time of each stage."""
+    """Wall-clock time of each stage, since the run has begun or gone on."""
+    goes_on: bool = False
+    """Whether an interrupted run has gone on, so that `seconds` are not those of whole stages."""
     checkpoint: CheckpointFacts
     """The packed checkpoint, as it lies on disk."""
 

@@ -57,7 +57,12 @@ class Expected:
 
 
 def remember_run(
-    recipe: Recipe, coverage: CoverageAudit, processes: int, training: Mapping[str, Any], seconds: Mapping[str, float]
+    recipe: Recipe,
+    coverage: CoverageAudit,
+    processes: int,
+    training: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    goes_on: bool,
 ) -> None:
     """Keeps what a finished run took; nothing of one that was interrupted, whose stages were not timed whole.
 
@@ -67,8 +72,9 @@ def remember_run(
         processes: that trained.
         training: the facts of its training.
         seconds: wall-clock time of each stage.
+        goes_on: whether it was interrupted and went on.
     """
-    if training["tokens_per_second"] is None or training["resumed_from"] is not None:
+    if goes_on:
         return
     if kept_top_k(recipe) is not None and training["teacher_cache"] is None:  # the model could not keep it after all
         return

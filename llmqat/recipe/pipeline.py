@@ -122,7 +122,9 @@ class RunResult:
     training: dict[str, Any]
     """Steps, tokens, tokens a second, first and last loss, of what was done."""
     seconds: dict[str, float]
-    """Wall-clock time of each stage."""
+    """Wall-clock time of each stage, since the run has begun or gone on."""
+    goes_on: bool = False
+    """Whether an interrupted run has gone on, so that `seconds` are not those of whole stages."""
 
 
 class ResultsNotWrittenError(OSError):
@@ -167,9 +169,9 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
         with arguments.main_process_first(local=False):
             if arguments.process_index == 0:
                 stack.enter_context(held_run_folder(recipe.output))
-                if open_run_folder(recipe, overwrite=overwrite):
+                if goes_on := open_run_folder(recipe, overwrite=overwrite):
                     log.info("going on with the interrupted run in %s (%s)", recipe.output, what_is_kept(recipe.output))
-                record = stack.enter_context(RunRecord(recipe.output, arguments.world_size))
+                record = stack.enter_context(RunRecord(recipe.output, arguments.world_size, goes_on))
         return _run(recipe, flight, record)
 
 
@@ -259,8 +261,9 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
                 extras={**asked_again(windows, tokenizer), **asked(flight.prompts, tokenizer, advance)},
                 fine_tuned=learns_answers(arguments, blocks),
             )
-    result = RunResult(report.folder, comparison, report, training, stage.seconds)
-    remember_run(recipe, coverage, arguments.world_size, training, stage.seconds)
+    goes_on = record is not None and record.goes_on
+    result = RunResult(report.folder, comparison, report, training, stage.seconds, goes_on)
+    remember_run(recipe, coverage, arguments.world_size, training, stage.seconds, goes_on)
     _keep_results(recipe, result, facts)
     _register(recipe, result, stage)
     return result
@@ -550,7 +553,7 @@ def _keep_results(recipe: Recipe, result: RunResult, facts: Mapping[str, Any]) -
 
 def _write_results(recipe: Recipe, result: RunResult, facts: Mapping[str, Any]) -> None:
     """Puts the measured figures into the checkpoint's llmqat.json, then marks the run as finished with results.json."""
-    results = {"comparison": result.comparison.to_dict(), "seconds": result.seconds}
+    results = {"comparison": result.comparison.to_dict(), "seconds": result.seconds, "goes_on": result.goes_on}
     run_file = result.checkpoint / RUN_FILE
     recorded = json.loads(run_file.read_text(encoding="utf-8"))
     recorded["run"]["results"] = results

@@ -27,9 +27,10 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes the status of a run while it is entered, and how it ended."""
 
-    def __init__(self, folder: Path, processes: int) -> None:
-        """Takes the run folder, and how many processes run together."""
+    def __init__(self, folder: Path, processes: int, goes_on: bool = False) -> None:
+        """Takes the run folder, how many processes run together, and whether an interrupted run goes on."""
         now = time.time()
+        self.goes_on = goes_on
         self.file = folder / STATUS_FILE
         self.status = RunStatus("running", os.getpid(), socket.gethostname(), processes, now, now, program=program())
         self._lock = threading.Lock()

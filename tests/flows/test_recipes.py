@@ -223,6 +223,26 @@ def test_bits_are_chosen_by_layer_and_kept(tiny_folder: Path, tmp_path: Path):
     }
 
 
+def test_a_run_that_went_on_tells_no_other_its_time(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told: list[str] = []
+    monkeypatch.setattr("llmqat.recipe.machine._keep", lambda key, measured: told.append(measured.by))
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmqat.recipe.pipeline._train", fail)  # calibrated, and no step is made yet
+        with pytest.raises(Interrupted):
+            run_small(RECIPE, tiny_folder, tmp_path / "run")
+    result = run_small(RECIPE, tiny_folder, tmp_path / "run")
+    assert result.training["resumed_from"] is None
+    assert result.goes_on
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["goes_on"]
+    assert not told
+    assert not run_small(RECIPE, tiny_folder, tmp_path / "other").goes_on
+    assert told == ["a run"]
+
+
 def test_adapters_are_folded_and_resumed(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lora = ("lora={r: 4, targets: [q_proj, down_proj]}", "train.max_steps=4", "train.learning_rate=1e-2")
     whole = run_small(RECIPE, tiny_folder, tmp_path / "whole", *lora)
@@ -238,6 +258,7 @@ def test_adapters_are_folded_and_resumed(tiny_folder: Path, tmp_path: Path, monk
             run_small(RECIPE, tiny_folder, tmp_path / "run", *lora)
     resumed = run_small(RECIPE, tiny_folder, tmp_path / "run", *lora)
     assert resumed.training["resumed_from"] == "checkpoint-4"
+    assert (whole.goes_on, resumed.goes_on) == (False, True)
     expected, found = (load_file(result.checkpoint / "model.safetensors") for result in (whole, resumed))
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
