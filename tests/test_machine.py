@@ -32,10 +32,10 @@ def test_a_run_tells_the_time_of_the_next_one(recipe: Any, tmp_path: Path) -> No
     assert "training takes about 1.7 min on this machine, as a probe of" in answer(planned, 10**12, probed)
     training = {"tokens_per_second": 128.0, "teacher_cache": {"top_k": 256}}
     seconds = {"text": 20.0, "train": 50.0, "evaluate": 30.0}
-    remember_run(*asked[:3], {**training, "teacher_cache": None}, seconds, False)  # the teacher ran
-    remember_run(*asked[:3], training, seconds, True)
+    remember_run(*asked[:3], {**training, "teacher_cache": None}, seconds, goes_on=False)  # the teacher ran
+    remember_run(*asked[:3], training, seconds, goes_on=True)
     assert expected_time(*asked) == probed
-    remember_run(*asked[:3], training, seconds, False)
+    remember_run(*asked[:3], training, seconds, goes_on=False)
     remember_probe(*asked[:3], 1.0)  # says less than a run
     run = expected_time(*asked)
     assert run is not None

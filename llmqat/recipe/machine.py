@@ -62,6 +62,7 @@ def remember_run(
     processes: int,
     training: Mapping[str, Any],
     seconds: Mapping[str, float],
+    *,
     goes_on: bool,
 ) -> None:
     """Keeps what a finished run took; nothing of one that was interrupted, whose stages were not timed whole.

@@ -263,7 +263,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
             )
     goes_on = record is not None and record.goes_on
     result = RunResult(report.folder, comparison, report, training, stage.seconds, goes_on)
-    remember_run(recipe, coverage, arguments.world_size, training, stage.seconds, goes_on)
+    remember_run(recipe, coverage, arguments.world_size, training, stage.seconds, goes_on=goes_on)
     _keep_results(recipe, result, facts)
     _register(recipe, result, stage)
     return result
