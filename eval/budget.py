@@ -386,10 +386,10 @@ class Bench:
         arguments = training_arguments(recipe)
         teacher = self.teacher(text, blocks)
         trainer = make(model=model, teacher=teacher, args=arguments, train_dataset=blocks.dataset())
-        TrainingLines.attach(trainer)
         last = last_checkpoint(Path(arguments.output_dir))
         give_back_freed_memory()
-        output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        with TrainingLines.of(trainer):
+            output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
         tokens, now = trainer.tokens_trained()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return {

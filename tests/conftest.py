@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.models import cache_folder, load_model
+from llmqat.terminal.bars import what_bars_say
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 _dequantized = cache_folder() / "gguf"
@@ -55,3 +57,10 @@ def forkserver() -> ForkServerContext:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_bar_is_left() -> Iterator[None]:
+    """Whatever a test does, and however what it calls ends, no bar goes on saying how far that is."""
+    yield
+    assert what_bars_say() == ""

@@ -438,14 +438,14 @@ def _train(
     )
     if monitor is not None and any(isinstance(module, QuantModule) for module in model.modules()):  # not packed ones
         QuantizationMonitor(monitor).attach(trainer)
-    TrainingLines.attach(trainer, None if record is None else record.tell)
     last = last_checkpoint(Path(arguments.output_dir))
     if last is not None:
         log.info("going on from %s", last)
     give_back_freed_memory()
-    output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    tokens, tokens_now = trainer.tokens_trained()
-    validated = {} if text.validation is None else trainer.evaluate()
+    with TrainingLines.of(trainer, None if record is None else record.tell):
+        output = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        tokens, tokens_now = trainer.tokens_trained()
+        validated = {} if text.validation is None else trainer.evaluate()
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = whole_model(trainer, anew)
     if isinstance(trained, PeftModel):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,11 +65,24 @@ class TrainingLines(TrainerCallback):
         self._start, self._steps_before, self._said = 0.0, 0, -SECONDS_BETWEEN_LINES
 
     @classmethod
-    def attach(cls, trainer: QATTrainer, tell: Callable[[Step], None] | None = None) -> None:
-        """Puts one into `trainer`, in place of what prints there."""
+    @contextmanager
+    def of(cls, trainer: QATTrainer, tell: Callable[[Step], None] | None = None) -> Iterator[None]:
+        """Puts one into `trainer`, in place of what prints there; takes its bars away at the end and after errors."""
         for other in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(other)
-        trainer.add_callback(cls(trainer, tell))
+        lines = cls(trainer, tell)
+        trainer.add_callback(lines)
+        try:
+            yield
+        finally:
+            lines.close()
+
+    def close(self) -> None:
+        """Takes the bars away that are left."""
+        for bar in (self._bar, self._evaluation):
+            if bar is not None:
+                bar.__exit__(None, None, None)
+        self._bar = self._evaluation = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Shows the bar."""

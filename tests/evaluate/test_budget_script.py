@@ -171,5 +171,5 @@ def test_the_shipped_recipes_give_the_settings(monkeypatch: pytest.MonkeyPatch, 
         assert recipe.train["learning_rate"] == bench.recipes[cell.scheme].train["learning_rate"]
         shares[cell.scheme, cell.tokens] = (recipe.train["max_steps"], recipe.train["warmup_steps"], blocks)
     assert shares["int4", 40_000] == (40, 4, 80)
-    assert shares["int2", 1_000_000] == (977, 49, 1954)
+    assert shares["int2", 1_000_000] == (977, 98, 1954)
     assert len(options.cells) == 15
