@@ -17,7 +17,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 EXTRAS = {
+    "gemlite": "gemlite",
     "gguf": "gguf",
+    "humming": "humming",
     "kernels": "marlin",
     "lm_eval": "eval",
     "matplotlib": "plots",
@@ -31,7 +33,13 @@ EXTRAS = {
 }
 """Module -> the extra of llmqat that brings it."""
 
-DISTRIBUTIONS = {"lm_eval": "lm-eval", "mlflow": "mlflow-skinny", "optimi": "torch-optimi", "pynvml": "nvidia-ml-py"}
+DISTRIBUTIONS = {
+    "humming": "humming-kernels",
+    "lm_eval": "lm-eval",
+    "mlflow": "mlflow-skinny",
+    "optimi": "torch-optimi",
+    "pynvml": "nvidia-ml-py",
+}
 """Module -> its name on PyPI, where that is another one."""
 
 

@@ -49,6 +49,7 @@ class CpuInt4Kernel:
     """torch's int4 weight-only product; 3 to 3.8 times a bf16 linear at one row."""
 
     name = "cpu-int4"
+    differentiable = False
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why torch's int4 kernel cannot take this product, or None."""
@@ -81,6 +82,7 @@ class CpuInt8Kernel:
     """torch's int8 weight-only product, one scale a channel; 2.6 times a bf16 linear at one row of a large matrix."""
 
     name = "cpu-int8"
+    differentiable = False
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why torch's int8 kernel cannot take this product, or None."""
@@ -115,6 +117,7 @@ class CpuIntegerKernel:
     """
 
     name = "cpu-integer"
+    differentiable = False
 
     def declines(self, x: QuantizedInput, weight: PackedWeight) -> str | None:
         """Returns why inputs and weight cannot be multiplied as integers here, or None."""
@@ -149,6 +152,7 @@ class CpuDequantizeKernel:
     """Dequantize a slice of output rows, multiply, next slice: no whole dequantized weight of a large layer exists."""
 
     name = "cpu-dequantize"
+    differentiable = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why it cannot run here, or None."""
@@ -174,8 +178,7 @@ def _slices(weight: PackedWeight) -> Iterator[tuple[int, PackedWeight]]:
     most = max(16, _CHUNK_ELEMENTS // weight.in_features // 16 * 16)
     first = 0
     if len(weight.parts) > 1 and weight.out_features <= most:
-        words = torch.cat([part.packed for part in weight.parts])
-        yield 0, PackedWeight(words, weight.scale, weight.zero_point, weight.grid, weight.in_features)
+        yield 0, PackedWeight(weight.words(), weight.scale, weight.zero_point, weight.grid, weight.in_features)
         return
     for part in weight.parts:
         pieces = -(-part.out_features // most)
@@ -267,7 +270,7 @@ def _int4_layout(weight: PackedWeight, group_size: int) -> tuple[Tensor, Tensor]
     # What stays is allocated before what goes: the other way round, the heap is left full of holes.
     blob = torch.empty(weight.out_features, weight.in_features // 2, dtype=torch.uint8)
     scales_and_zeros = native_scales(weight, group_size)
-    words = weight.packed if len(weight.parts) == 1 else torch.cat([part.packed for part in weight.parts])
+    words = weight.words()
     rows = max(1, _PACKED_ELEMENTS // (_BLOCK_ROWS * weight.in_features)) * _BLOCK_ROWS
     known = weight.grid.num_bits == 4 and weight.out_features % _BLOCK_ROWS == 0 and _interleaves()
     for packed, some in zip(blob.split(rows), words.split(rows), strict=True):

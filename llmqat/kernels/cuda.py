@@ -22,6 +22,7 @@ class CudaInt4Kernel:
     """torch's int4 weight-only product for few rows."""
 
     name = "cuda-int4"
+    differentiable = False
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why torch's int4 kernel cannot take this product, or None."""
@@ -29,7 +30,6 @@ class CudaInt4Kernel:
             (x.device.type == "cuda", f"it runs on NVIDIA GPUs, not on {x.device.type}"),
             (x.dtype == torch.bfloat16, f"it needs bfloat16 activations, not {x.dtype}"),
             (weight.grid.symmetric and weight.grid.num_bits <= 4, "it needs a symmetric grid of at most 4 bits"),
-            (len(weight.parts) == 1, "it takes one weight at a time"),
             (weight.out_features % 8 == 0, f"out_features={weight.out_features} is not a multiple of 8"),
             (_tiles(weight) is not None, f"in_features={weight.in_features} is not a multiple of 32"),
             (native_group(weight) is not None, f"group size {weight.group_size} does not fit"),

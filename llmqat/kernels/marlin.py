@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llmqat.extras import missing, require
 from llmqat.grid import Grid, pack_int32
 from llmqat.kernels.reference import PackedWeight
+from llmqat.kernels.trial import TRIAL_FEATURES, refusal
 
 REPOSITORY, VERSION = "kernels-community/vllm-quantization", 0
 MIN_CAPABILITY = (8, 0)
@@ -42,6 +42,7 @@ class MarlinKernel:
     """Marlin's product for any number of rows; grids of 2 and 3 bits run on it as 4 bits, of 5 to 7 as 8."""
 
     name = "marlin"
+    differentiable = False
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why Marlin cannot take this product, or None."""
@@ -51,14 +52,18 @@ class MarlinKernel:
             return f"it needs activations and scales of one 16-bit dtype, not {x.dtype}, {weight.parts[0].scale.dtype}"
         if not weight.grid.symmetric:
             return "it needs a symmetric grid"
-        if len(weight.parts) > 1:
-            return "it takes one weight at a time"
         rows, columns = weight.out_features, weight.in_features
         if not any(rows % o == 0 and columns % i == 0 for o, i in _TILES):
             return f"{rows} x {columns} features are not multiples of 64 x 128 or 128 x 64"
         if marlin_group(weight) is None:
             return f"group size {weight.group_size} does not fit"
-        return refusal(x.device, x.dtype, marlin_bits(weight.grid))
+        if (lacking := missing("kernels")) is not None:
+            return f"it needs {lacking}"
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < MIN_CAPABILITY:
+            return f"it needs a GPU of compute capability 8.0, not {capability[0]}.{capability[1]}"
+        grid = Grid(marlin_bits(weight.grid))
+        return refusal(self, REPOSITORY, x.device, x.dtype, grid, (32, TRIAL_FEATURES))
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias; Marlin's own layout is built at the first call and kept with the weight."""
@@ -134,35 +139,3 @@ def load_marlin() -> Any:
         Exception: of any kind, where it cannot be had here.
     """
     return require("kernels", "Marlin").get_kernel(REPOSITORY, version=VERSION)
-
-
-@functools.cache
-def refusal(device: torch.device, dtype: torch.dtype, bits: int) -> str | None:
-    """Returns why Marlin cannot be used on `device` for weights of `bits`, or None; loads it, and tries it out."""
-    if (lacking := missing("kernels")) is not None:
-        return f"it needs {lacking}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"it needs a GPU of compute capability 8.0, not {capability[0]}.{capability[1]}"
-    try:
-        wrong = [group for group in (32, 128) if not trial_agrees(device, dtype, bits, group)]
-    except Exception as error:  # a download, a build or a signature can fail in any way; there are other kernels
-        return f"{REPOSITORY} could not be used: {error}"
-    return f"{REPOSITORY} gave other numbers than the reference" if wrong else None
-
-
-def trial_agrees(device: torch.device, dtype: torch.dtype, bits: int, group_size: int) -> bool:
-    """Returns whether Marlin's product of random values of 128 features, scaled in groups, is what it should be."""
-    generator = torch.Generator().manual_seed(0)
-    grid = Grid(bits)
-    codes = torch.randint(grid.qmin, grid.qmax + 1, (128, 128), generator=generator)
-    scale = torch.randn(128, 128 // group_size, generator=generator).to(dtype)
-    packed = pack_int32(codes, grid).to(device)
-    weight = PackedWeight(packed, scale.to(device), None, grid, 128)
-    x = torch.randn(17, 128, generator=generator).to(device, dtype)
-    dequantized = weight.dequantized(dtype).float()
-    exact = F.linear(x.float(), dequantized)
-    # One rounding of the output, and one of each weight where the scale is applied to sums instead: a unit each.
-    bound = torch.finfo(dtype).eps * (exact.abs() + F.linear(x.float().abs(), dequantized.abs()))
-    got = MarlinKernel().linear(x, weight, None).float()
-    return bool(((got - exact).abs() <= bound).all())

@@ -52,6 +52,7 @@ class PackedWeight:
         in_features: I.
         layouts: what a kernel made of it once, by the kernel's name; dropped with the weight.
         chosen: the kernel that was chosen for a number of rows, a dtype and a device.
+        kept: the dequantized weight [O, I], where it is kept beside the packed one (`layers.keep_dequantized`).
         release: called by a kernel that has read `packed` and `scale` and will not soon again; gives memory back where
             it can.
     """
@@ -61,8 +62,9 @@ class PackedWeight:
     zero_point: Tensor | None
     grid: Grid
     in_features: int
-    layouts: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    layouts: dict[str, Any] = field(default_factory=dict)
     chosen: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    kept: Tensor | None = None
     release: Callable[[], None] | None = None
 
     @property
@@ -79,6 +81,10 @@ class PackedWeight:
     def parts(self) -> Sequence[PackedWeight]:
         """The weights that it is made of, one's rows below another's; for a plain weight, itself."""
         return (self,)
+
+    def words(self) -> Tensor:
+        """Returns the words of all rows: `packed`, or those of the parts in one tensor, made anew each time."""
+        return self.packed if len(self.parts) == 1 else torch.cat([part.packed for part in self.parts])
 
     def rows(self, index: Tensor | slice) -> PackedWeight:
         """Returns the packed weight of the rows `index`."""
@@ -109,7 +115,8 @@ class JoinedWeight(PackedWeight):
     def __init__(self, members: Sequence[PackedWeight]) -> None:
         first = members[0]
         self.packed, self.grid, self.in_features = first.packed, first.grid, first.in_features
-        self.members, self.layouts, self.chosen, self.release = tuple(members), {}, {}, None
+        self.members, self.layouts, self.chosen = tuple(members), {}, {}
+        self.kept, self.release = None, None
 
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
@@ -164,6 +171,7 @@ class ReferenceKernel:
     """Dequantize and multiply, for every scheme, dtype and device."""
 
     name = "reference"
+    differentiable = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns None: it always can."""

@@ -1,16 +1,25 @@
-"""The kernels of llmqat in order of preference, and the choice among them by shape, dtype and device."""
+"""The kernels of llmqat in order of preference, and the choice among them by shape, dtype and device.
+
+On a CPU the first kernel that accepts a product is used. On a GPU all that accept it are timed, once for each shape and
+class of rows, and the fastest is used (trial.py). Where gradients of the activations are wanted, only kernels whose
+product torch can differentiate are asked.
+"""
 
 from __future__ import annotations
 
 import logging
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from llmqat.kernels.cpu import CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel, CpuIntegerKernel
 from llmqat.kernels.cuda import CudaInt4Kernel
+from llmqat.kernels.gemlite import GemliteKernel
+from llmqat.kernels.humming import HummingKernel
 from llmqat.kernels.marlin import MarlinKernel
 from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, QuantizedInput, ReferenceKernel
+from llmqat.kernels.trial import fastest, may_time, rows_class
 from llmqat.kernels.triton import TritonKernel
 
 logger = logging.getLogger(__name__)
@@ -21,9 +30,11 @@ class Kernel(Protocol):
 
     Attributes:
         name: what a user passes as `kernel=`.
+        differentiable: whether autograd gives gradients of the activations.
     """
 
     name: str
+    differentiable: bool
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why this kernel cannot run here, or None when it can."""
@@ -36,7 +47,9 @@ _IN_ORDER: tuple[Kernel, ...] = (
     CpuInt4Kernel(),
     CpuInt8Kernel(),
     CpuDequantizeKernel(),
+    HummingKernel(),
     MarlinKernel(),
+    GemliteKernel(),
     CudaInt4Kernel(),
     TritonKernel(),
     ReferenceKernel(),
@@ -67,28 +80,41 @@ def packed_linear(
         x = x.values()
     if kernel != "auto":
         return _named(kernel, x, weight).linear(x, weight, bias)
-    rows = min(x.numel() // weight.in_features, MAX_DECODE_ROWS + 1)
-    key = rows, x.dtype, x.device.type
+    wants_gradient = x.requires_grad and torch.is_grad_enabled()
+    key = rows_class(x.numel() // weight.in_features), x.dtype, x.device.type, wants_gradient
     if key not in weight.chosen:
-        weight.chosen[key] = _first_that_accepts(x, weight)
+        weight.chosen[key] = _choice(x, weight, wants_gradient)
     chosen: Kernel = weight.chosen[key]
     return chosen.linear(x, weight, bias)
 
 
-def _first_that_accepts(x: Tensor, weight: PackedWeight) -> Kernel:
+def _choice(x: Tensor, weight: PackedWeight, wants_gradient: bool) -> Kernel:
+    """Returns the kernel for products like that of `x`: the fastest on a GPU, else the first to accept."""
+    timed = may_time(x.device)
+    accepted: list[Kernel] = []
     for candidate in KERNELS.values():
         reason = candidate.declines(x, weight)
+        if reason is None and wants_gradient and not candidate.differentiable:
+            reason = "torch has no gradient of its product"
         if reason is None:
-            return candidate
-        if x.numel() <= MAX_DECODE_ROWS * weight.in_features:  # with more rows no decode kernel is wanted anyway
+            accepted.append(candidate)
+            if not timed:
+                break
+        elif x.numel() <= MAX_DECODE_ROWS * weight.in_features:  # with more rows no decode kernel is wanted anyway
             _log_once(f"kernel {candidate.name} is not used: {reason}")
-    raise AssertionError("unreachable: the reference kernel accepts everything")
+    others = [kernel for kernel in accepted if kernel.name != ReferenceKernel.name]
+    if len(others) < 2:
+        return accepted[0]
+    name = fastest(others, rows_class(x.numel() // weight.in_features), x.dtype, weight).name
+    return KERNELS[name]
 
 
 def _named(kernel: str, x: Tensor, weight: PackedWeight) -> Kernel:
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} is unknown; choose auto, {', '.join(KERNELS)}")
     reason = KERNELS[kernel].declines(x, weight)
+    if reason is None and x.requires_grad and torch.is_grad_enabled() and not KERNELS[kernel].differentiable:
+        reason = "torch has no gradient of its product"
     if reason is not None:
         raise ValueError(f"kernel={kernel!r} cannot run here: {reason}; choose 'auto' or 'reference'")
     return KERNELS[kernel]

@@ -27,6 +27,7 @@ class TritonKernel:
     """Unpacks the checkpoint's own words, 2 to 8 bits, any shape, and multiplies by torch."""
 
     name = "triton"
+    differentiable = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why it cannot run here, or None."""
@@ -35,8 +36,6 @@ class TritonKernel:
             return f"it runs on a GPU, not on {x.device.type}"
         if (lacking := missing("triton")) is not None:
             return f"it needs {lacking}"
-        if len(weight.parts) > 1:
-            return "it takes one weight at a time"
         if weight.packed.dtype != torch.int32:
             return "the codes are not packed"
         return None if x.dtype in _DTYPES else f"it has no weights of {x.dtype}"
@@ -53,7 +52,7 @@ def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.packed.device)
     tiles = -(-weight.out_features // _TILE[0]), -(-weight.in_features // _TILE[1])
     unpacked_weight[tiles](
-        weight.packed.contiguous(),
+        weight.words().contiguous(),
         weight.scale.contiguous(),
         None if weight.zero_point is None else weight.zero_point.to(torch.int32).contiguous(),
         out,

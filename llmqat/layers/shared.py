@@ -3,8 +3,8 @@
 One product with all their rows costs less than several with few: fewer calls, and enough rows for every core. The
 layers stay what they are (names, state dict, codes on disk); the first one that is called computes for all and keeps
 the others' part until they come with the very same input tensor. A layer that comes with another input computes by
-itself, so an architecture in which the inputs differ is slower, never wrong. Scales in training, a kernel asked for
-by name, and devices other than the CPU are not shared.
+itself, so an architecture in which the inputs differ is slower, never wrong. Scales in training and a kernel asked for
+by name are not shared.
 
 Letters: I in features, O out features of all members together.
 """
@@ -62,9 +62,7 @@ class SharedProduct:
 
     def _usable(self, x: Tensor) -> bool:
         # Parameters are looked up where modules keep them: this is asked for every token.
-        return x.device.type == "cpu" and all(
-            member._parameters["log_scale"] is None and member.kernel == "auto" for member in self.members
-        )
+        return all(member._parameters["log_scale"] is None and member.kernel == "auto" for member in self.members)
 
     def _product(self, x: Tensor) -> Sequence[Tensor]:
         dtype, first = compute_dtype(x), self.members[0]

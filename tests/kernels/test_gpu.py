@@ -36,6 +36,15 @@ def test_triton_unpacks_the_weights_of_the_reference(interpreted: bool) -> None:
     assert int(done.stdout.splitlines()[-1]) == 5 * 4 * 2 * 3
 
 
+@pytest.mark.skipif(importlib.util.find_spec("gemlite") is None, reason="gemlite is not installed: kernel not tested")
+def test_gemlite_agrees_with_the_reference_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "tests.kernels.interpreted_gemlite"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.splitlines()[-1]) == 4 * 3 * 2 * 4 + 4 - 2 * 2
+
+
 def test_a_gpu_kernel_asked_for_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     weight = packed_layer(WeightConfig(num_bits=4, group_size=64)).packed_weight()

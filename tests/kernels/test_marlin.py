@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llmqat.kernels import JoinedWeight, PackedWeight, marlin, packed_linear, registry
+from llmqat.kernels import JoinedWeight, PackedWeight, marlin, packed_linear, registry, trial
 from llmqat.kernels.marlin import MarlinKernel
 from llmqat.layers import WeightConfig
 from tests.kernels.test_kernels import packed_layer
@@ -103,9 +103,9 @@ def stand_in(**changes: Any) -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(marlin, "load_marlin", stand_in)
-    marlin.refusal.cache_clear()
+    trial.refusal.cache_clear()
     yield
-    marlin.refusal.cache_clear()
+    trial.refusal.cache_clear()
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A machine with `kernels` and a GPU of capability 8.6, whose trials run on the CPU."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    trial = marlin.trial_agrees
-    monkeypatch.setattr(marlin, "trial_agrees", lambda device, *rest: trial(torch.device("cpu"), *rest))
+    agrees = trial.agrees
+    monkeypatch.setattr(trial, "agrees", lambda kernel, _, *rest: agrees(kernel, torch.device("cpu"), *rest))
     return torch.device("cuda", 0)
 
 
@@ -145,7 +145,7 @@ def test_the_layout_is_the_one_that_marlin_reads(bits: int, group: int | None, s
 def test_marlin_is_chosen_on_a_gpu_where_it_was_loaded_and_gave_the_right_numbers(gpu: torch.device) -> None:
     weight = packed_layer(WeightConfig(num_bits=4, group_size=64)).packed_weight()
     for rows in (1, 200):
-        assert registry._first_that_accepts(on(gpu, rows), weight).name == "marlin"
+        assert registry._choice(on(gpu, rows), weight, wants_gradient=False).name == "marlin"
     assert MarlinKernel().declines(on(gpu, dtype=torch.float16), half(weight)) is None
 
 
@@ -165,12 +165,18 @@ def test_what_marlin_does_not_take_is_declined(
     assert reason in str(MarlinKernel().declines(on(gpu, 1, shape[1]), weight))
 
 
-def test_other_dtypes_and_several_weights_at_once_are_declined(gpu: torch.device) -> None:
+def test_joined_weights_are_one_to_marlin() -> None:
+    members = [packed_layer(WeightConfig(num_bits=4, group_size=64), rows).packed_weight() for rows in (64, 128)]
+    joined, x = JoinedWeight(members), torch.randn(2, 384).bfloat16()
+    expected = torch.cat([packed_linear(x, member, None, "reference") for member in members], dim=-1)
+    torch.testing.assert_close(MarlinKernel().linear(x, joined, None), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_other_dtypes_are_declined(gpu: torch.device) -> None:
     weight = packed_layer(WeightConfig(num_bits=4, group_size=64)).packed_weight()
     for dtype in (torch.float32, torch.float16):
         reason = MarlinKernel().declines(on(gpu, dtype=dtype), weight)
         assert reason == f"it needs activations and scales of one 16-bit dtype, not {dtype}, torch.bfloat16"
-    assert "one weight at a time" in str(MarlinKernel().declines(on(gpu), JoinedWeight([weight, weight])))
     with pytest.raises(ValueError, match="kernel='marlin' cannot run here: it runs on NVIDIA GPUs, not on cpu"):
         packed_linear(torch.randn(1, 384).bfloat16(), weight, kernel="marlin")
 
@@ -196,7 +202,7 @@ def test_a_marlin_that_fails_its_trial_leaves_the_product_to_the_next(
     monkeypatch.setattr(marlin, "load_marlin", lambda: stand_in(gptq_marlin_gemm=product))
     weight = packed_layer(WeightConfig(num_bits=4, group_size=64), in_features=384).packed_weight()
     assert reason in str(MarlinKernel().declines(on(gpu), weight))
-    assert registry._first_that_accepts(on(gpu), weight).name == "cuda-int4"
+    assert registry._choice(on(gpu), weight, wants_gradient=False).name == "cuda-int4"
 
 
 def test_without_the_package_a_build_or_a_recent_gpu_the_reason_says_so(
@@ -205,7 +211,7 @@ def test_without_the_package_a_build_or_a_recent_gpu_the_reason_says_so(
     weight = packed_layer(WeightConfig(num_bits=8, strategy="channel"), in_features=384).packed_weight()
 
     def refused(message: str) -> None:
-        marlin.refusal.cache_clear()
+        trial.refusal.cache_clear()
         assert message in str(MarlinKernel().declines(on(gpu), weight))
 
     def no_build() -> None:
