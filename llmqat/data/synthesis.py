@@ -48,6 +48,7 @@ from llmqat.data.script import Script, read_script
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCache, TeacherCacheWriter, cache_teacher
 from llmqat.layers import dequantized_once
+from llmqat.layers.packed import FEW_ROWS
 from llmqat.metrics import TopProbabilities
 from llmqat.models import check_next_token, keeps_documents_apart, name_of
 from llmqat.paths import user_path
@@ -65,8 +66,6 @@ CACHE_BYTES = 6 * 2**30
 
 WEIGHT_BYTES = 4 * 2**30
 """Weights of a packed writer are dequantized once a shard where they take no more, and else at every position."""
-FEW_ROWS = 8
-"""So few rows are faster on the kernels that read packed weights."""
 COMPARED_BLOCKS = 2
 MOST_DIVERGENCE = 0.01
 """Nats a token between what a model predicts while it writes and for the whole block: rounding, and no more."""

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ from llmqat.layers import (
     convert,
     decode_in_groups,
     is_checked,
+    keep_dequantized,
     kv_scheme,
     products,
     share_products,
@@ -593,9 +595,14 @@ def _reference_kernel(model: nn.Module) -> Iterator[None]:
 
 
 def load(
-    folder: str | Path, dtype: torch.dtype | None = None, kernel: str = "auto", compile: bool = False
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    kernel: str = "auto",
+    compile: bool = False,
+    device: str | torch.device = "cpu",
+    memory: int | str = 0,
 ) -> PreTrainedModel:
-    """Returns the packed model in `folder`, ready to generate, on the CPU in evaluation mode.
+    """Returns the packed model in `folder`, ready to generate, on `device` in evaluation mode.
 
     A prepared checkpoint, which a Trainer or `save_pretrained` has written of a model in training, gives the prepared
     model as it was, to be trained on or saved; it takes no other argument.
@@ -606,14 +613,20 @@ def load(
         dtype: of scales and high-precision parameters; the checkpoint's own where not given.
         kernel: "auto" for the fastest that fits, or a name in `llmqat.kernels.KERNELS`.
         compile: let `generate` use a static cache and compile the decoding step, which takes a minute at the first
-            call and again when a longer cache is needed; needs a C++ compiler on the CPU.
+            call and again when a longer cache is needed; needs a C++ compiler on the CPU. On a GPU the step is one CUDA
+            graph, of kernels that are timed here, before it is made.
+        device: where it is to run.
+        memory: that dequantized weights may take beside the packed ones, in bytes or as "400MB": layers, from the first
+            one on, keep theirs as long as they fit. More than eight rows are multiplied with these, so that prompts and
+            batches run as fast as with the full-precision model; single tokens read the packed weights.
 
     Raises:
         FileNotFoundError: there is no such folder or hub repository, or a weights file is missing.
-        ValueError: it is no packed checkpoint, or is damaged; names file and tensor.
+        ValueError: it is no packed checkpoint, or is damaged; names file and tensor. Or `device` is not there.
     """
     if kernel != "auto" and kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} is unknown; choose auto, {', '.join(KERNELS)}")
+    place, most_bytes = _device(device), _bytes(memory)
     spec = str(folder)
     _check_not_beside(spec)
     source = resolve_spec(spec)
@@ -623,7 +636,8 @@ def load(
         raise ValueError(_not_packed(config, spec))
     local = source if isinstance(source, Path) else _downloaded(source)
     if format is None:
-        return _load_prepared(local, config, spec, dtype is None and kernel == "auto" and not compile)
+        plainly = dtype is None and kernel == "auto" and not compile and place.type == "cpu" and not most_bytes
+        return _load_prepared(local, config, spec, plainly)
     model = format.read(local, config, dtype or _dtype_of(config))
     model.config.name_or_path = spec
     for module in model.modules():
@@ -632,16 +646,48 @@ def load(
     if (local / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(local)
     share_products(model)
+    model.to(place)
+    keep_dequantized(model, most_bytes)
     if compile:
         _compile_decoding(model)
     return model
 
 
+def _bytes(memory: int | str) -> int:
+    """Returns the bytes that are meant.
+
+    Raises:
+        ValueError: it is no amount of memory.
+    """
+    try:
+        found = convert_file_size_to_int(memory)
+    except ValueError:
+        found = -1
+    if found < 0:
+        raise ValueError(f"memory={memory!r} is no amount of memory; give bytes, or text as '400MB' or '2GiB'")
+    return int(found)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """Returns the device that is meant.
+
+    Raises:
+        ValueError: torch knows no such device, or none is here.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(device)!r} cannot be used: {reason}; choose 'cpu'") from error
+    return place
+
+
 def _load_prepared(folder: Path, config: PreTrainedConfig, spec: str, plainly: bool) -> PreTrainedModel:
     if not plainly:
         raise ValueError(
-            f"{spec} is prepared for training, not packed (its config.json has the key 'llmqat'), so dtype, kernel and "
-            f"compile mean nothing for it; load it without them, or save it packed: "
+            f"{spec} is prepared for training, not packed (its config.json has the key 'llmqat'), so dtype, kernel, "
+            f"compile, device and memory mean nothing for it; load it without them, or save it packed: "
             f"llmqat.save(llmqat.load({spec!r}), folder)"
         )
     model = read_prepared(folder, config)
@@ -682,13 +728,14 @@ def _compile_decoding(model: PreTrainedModel) -> None:
     """Sets `generate` of `model` up to compile; what kernels make at their first call is made now, not in a graph."""
     for product in products(model):
         first = product if isinstance(product, PackedLinear) else product.members[0]
-        x = torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype)
+        x = torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype, device=first.weight_scale.device)
         if isinstance(product, PackedLinear):
             product(x)
         else:
             packed_linear(first.inputs(x, x.dtype), product.weight())
     decode_in_groups(model)
-    settings = CompileConfig(mode=None, fullgraph=False, options={"guard_filter_fn": is_checked})
+    options = {"guard_filter_fn": is_checked, "triton.cudagraphs": model.device.type == "cuda"}
+    settings = CompileConfig(mode=None, fullgraph=False, options=options)
     settings._compile_all_devices = True  # transformers leaves the CPU out unless asked so
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = settings

@@ -32,7 +32,7 @@ from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
 from llmqat.layers.finite import check_held, check_packable, check_parameters
 from llmqat.layers.linear import QuantLinear
-from llmqat.layers.packed import PackedLinear, PackedModule, dequantized_once
+from llmqat.layers.packed import PackedLinear, PackedModule, dequantized_once, keep_dequantized
 from llmqat.layers.prepare import (
     LinearMap,
     changed_since_prepared,
@@ -98,6 +98,7 @@ __all__ = [
     "dequantized_once",
     "install",
     "is_checked",
+    "keep_dequantized",
     "kept_in_float32",
     "kv_scheme",
     "lattice_note",

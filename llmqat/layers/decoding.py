@@ -31,7 +31,7 @@ GROUPED = "sdpa_in_groups"
 _OWN = "sdpa"
 _MODULES = re.compile(r"\._modules\[")
 _KINDS = ("TENSOR_MATCH", "DUPLICATE_INPUT")
-_CHANGING = re.compile(r"(\.kernel|\.enabled|\.training|\._held|\._runtime|\['log_scale'\])$")
+_CHANGING = re.compile(r"(\.kernel|\.enabled|\.training|\._runtime|\['log_scale'\])$")
 
 
 def grouped_attention(

@@ -30,6 +30,9 @@ from llmqat.layers.quantized import QuantModule, compute_dtype
 if TYPE_CHECKING:
     from llmqat.layers.shared import SharedProduct
 
+FEW_ROWS = 8
+"""So few rows are faster on the kernels that read packed weights than on dequantized ones."""
+
 
 class PackedModule(nn.Module):
     """A matrix [O, I] of packed codes.
@@ -82,7 +85,6 @@ class PackedModule(nn.Module):
         self.register_parameter("log_scale", None)
         self._runtime: PackedWeight | None = None
         self._pages: FilePages | None = None
-        self._held: Tensor | None = None
 
     def hold_int8(self) -> None:
         """Makes room for int8 codes that are not packed, in the place of the words of an empty matrix of 8 bits."""
@@ -172,12 +174,20 @@ class PackedModule(nn.Module):
 
     def product(self, x: Tensor | QuantizedInput, bias: Tensor | None, kernel: str) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in x's dtype."""
-        if self._held is not None and self._held.dtype == (values := _values(x)).dtype:
-            return F.linear(values, self._held, bias)
+        codes = x.codes if isinstance(x, QuantizedInput) else x
+        if (kept := self.kept_for(codes)) is not None and kept.dtype == (values := _values(x)).dtype:
+            return F.linear(values, kept, bias)
         if self.log_scale is None:
             return packed_linear(x, self.packed_weight(), bias, kernel)
         output: Tensor = _Product.apply(_values(x), self.scale(), bias, self.packed_weight())  # type: ignore[no-untyped-call]
         return output
+
+    def kept_for(self, x: Tensor) -> Tensor | None:
+        """Returns the dequantized weight [O, I] where it is kept and is faster for `x` [*, I], else None."""
+        weight = self._runtime
+        if weight is None or weight.kept is None or x.numel() <= FEW_ROWS * self.columns:
+            return None
+        return weight.kept if self.log_scale is None and weight.packed is self.weight_packed else None
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
@@ -190,22 +200,46 @@ def _values(x: Tensor | QuantizedInput) -> Tensor:
 
 @contextmanager
 def dequantized_once(model: nn.Module, most_bytes: int) -> Iterator[None]:
-    """Inside, packed layers of `model` hold their dequantized weights, where all together take at most `most_bytes`.
+    """Inside, packed layers of `model` keep their dequantized weights, where all together take at most `most_bytes`.
 
     For many products with some dozens of rows each, such as decoding in a large batch: there a kernel spends more time
     on dequantizing than on multiplying. Weights must not change inside.
     """
-    layers = [module for module in model.modules() if isinstance(module, PackedModule)]
-    wanted = sum(layer.rows * layer.columns * layer.weight_scale.element_size() for layer in layers)
-    held = layers if wanted <= most_bytes else []
+    wanted = sum(map(_dequantized_bytes, _packed_modules(model)))
+    kept = keep_dequantized(model, most_bytes) if wanted <= most_bytes else []
     try:
-        for layer in held:
-            layer._held = layer.dequantized_weight(layer.weight_scale.dtype)
-            layer.packed_weight().read()
         yield
     finally:
-        for layer in held:
-            layer._held = None
+        for weight in kept:
+            weight.kept = None
+
+
+@torch.no_grad()
+def keep_dequantized(model: nn.Module, most_bytes: int) -> list[PackedWeight]:
+    """Keeps the dequantized weights of packed layers beside the packed ones, as many as take at most `most_bytes`.
+
+    They are used for more than `FEW_ROWS` rows. A layer that is changed, moved or cast afterwards keeps none.
+
+    Returns:
+        Those that are kept now and were not before, in the order of the layers.
+    """
+    kept = []
+    for module in _packed_modules(model):
+        weight, size = module.packed_weight(), _dequantized_bytes(module)
+        if weight.kept is None and size <= most_bytes:
+            weight.kept = module.dequantized_weight(module.weight_scale.dtype)
+            weight.read()
+            kept.append(weight)
+            most_bytes -= size
+    return kept
+
+
+def _packed_modules(model: nn.Module) -> list[PackedModule]:
+    return [module for module in model.modules() if isinstance(module, PackedModule)]
+
+
+def _dequantized_bytes(module: PackedModule) -> int:
+    return module.rows * module.columns * module.weight_scale.element_size()
 
 
 def _with_scale(weight: PackedWeight, scale: Tensor) -> PackedWeight:
@@ -311,7 +345,8 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in the autocast dtype or else x's."""
-        if self.shared is not None and self._held is None and (part := self.shared.take(self, x)) is not None:
+        shared = self.shared if self.kept_for(x) is None else None
+        if shared is not None and (part := shared.take(self, x)) is not None:
             return part
         dtype = compute_dtype(x)
         return self.product(self.inputs(x, dtype), None if self.bias is None else self.bias.to(dtype), self.kernel)

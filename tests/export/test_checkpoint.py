@@ -31,6 +31,7 @@ from llmqat.layers import (
     KVCacheConfig,
     KVTensorConfig,
     PackedLinear,
+    PackedModule,
     QuantConfig,
     QuantLinear,
     WeightConfig,
@@ -738,6 +739,36 @@ def test_full_precision_folder_and_unknown_kernel_are_refused(good: Path, tmp_pa
         load(good, kernel="fastest")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load(tmp_path / "nowhere" / "at" / "all")
+
+
+@pytest.mark.parametrize("memory", ["much", -1, "12 apples"])
+def test_what_is_no_amount_of_memory_is_refused_before_anything_is_read(memory: int | str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"memory={memory!r} is no amount of memory; give bytes, or text as '400MB'"):
+        load(tmp_path / "nothing", memory=memory)
+
+
+def test_memory_for_dequantized_weights_is_used_layer_after_layer(tmp_path: Path) -> None:
+    save(prepared(tiny_llama()), tmp_path / "out")
+    kept = {}
+    for memory in (0, "20KB", 20_000, "1GB"):
+        packed = [
+            module for module in load(tmp_path / "out", memory=memory).modules() if isinstance(module, PackedModule)
+        ]
+        kept[memory] = [module.packed_weight().kept is not None for module in packed]
+        assert sum(2 * m.rows * m.columns for m, has in zip(packed, kept[memory], strict=True) if has) <= 20_000 or (
+            memory == "1GB"
+        )
+    assert not any(kept[0])
+    assert kept["20KB"] == kept[20_000]
+    assert any(kept[20_000])
+    assert not all(kept[20_000])
+    assert all(kept["1GB"])
+
+
+@pytest.mark.parametrize("device", ["nowhere", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_is_not_here_is_named_before_anything_is_read(device: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"device='{device}' cannot be used: .*; choose 'cpu'"):
+        load(tmp_path / "nothing", device=device)
 
 
 def test_generation_compiles_in_one_graph_and_gives_the_same_logits(tmp_path: Path) -> None:

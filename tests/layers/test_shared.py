@@ -17,6 +17,7 @@ from llmqat.layers import (
     WeightConfig,
     convert,
     dequantized_once,
+    keep_dequantized,
     prepare,
     products,
 )
@@ -137,5 +138,26 @@ def test_weights_that_are_held_give_the_reference_kernels_numbers(embeddings: st
     packed = [module for module in model.modules() if isinstance(module, PackedModule)]
     assert len(packed) == 14 + (embeddings == "int8")
     with dequantized_once(model, sum(2 * module.rows * module.columns for module in packed) - 1):
-        assert all(module._held is None for module in packed)
+        assert all(module.packed_weight().kept is None for module in packed)
         assert torch.equal(model(ids()).logits, before)
+
+
+@torch.no_grad()
+def test_weights_are_kept_as_far_as_memory_goes_and_dropped_with_the_layer() -> None:
+    model = packed_model().bfloat16()
+    share_products(model)
+    packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+    sizes = [2 * module.rows * module.columns for module in packed]
+    one, many = ids(4), ids(60)
+    before = model(one).logits, model(many).logits
+    assert len(keep_dequantized(model, sum(sizes[:3]))) == 3
+    assert [module.packed_weight().kept is not None for module in packed[:4]] == [True, True, True, False]
+    assert torch.equal(model(one).logits, before[0])  # few rows read the packed weights
+    torch.testing.assert_close(model(many).logits, before[1], rtol=2**-5, atol=2**-5)
+    for module in packed[:3]:
+        weight = module.packed_weight()
+        weight.kept.zero_()
+    assert not torch.equal(model(many).logits, before[1])  # they are used
+    model.float().bfloat16()
+    assert all(module.packed_weight().kept is None for module in packed)
+    torch.testing.assert_close(model(many).logits, before[1], rtol=2**-5, atol=2**-5)
