@@ -17,9 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 EXTRAS = {
-    "gemlite": "gemlite",
     "gguf": "gguf",
-    "humming": "humming",
     "kernels": "marlin",
     "lm_eval": "eval",
     "matplotlib": "plots",

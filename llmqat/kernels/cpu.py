@@ -50,6 +50,7 @@ class CpuInt4Kernel:
 
     name = "cpu-int4"
     differentiable = False
+    exact = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why torch's int4 kernel cannot take this product, or None."""
@@ -83,6 +84,7 @@ class CpuInt8Kernel:
 
     name = "cpu-int8"
     differentiable = False
+    exact = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why torch's int8 kernel cannot take this product, or None."""
@@ -118,6 +120,7 @@ class CpuIntegerKernel:
 
     name = "cpu-integer"
     differentiable = False
+    exact = True
 
     def declines(self, x: QuantizedInput, weight: PackedWeight) -> str | None:
         """Returns why inputs and weight cannot be multiplied as integers here, or None."""
@@ -153,6 +156,7 @@ class CpuDequantizeKernel:
 
     name = "cpu-dequantize"
     differentiable = True
+    exact = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why it cannot run here, or None."""

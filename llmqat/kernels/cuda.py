@@ -23,6 +23,7 @@ class CudaInt4Kernel:
 
     name = "cuda-int4"
     differentiable = False
+    exact = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why torch's int4 kernel cannot take this product, or None."""

@@ -40,6 +40,7 @@ class GemliteKernel:
 
     name = "gemlite"
     differentiable = False
+    exact = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why gemlite cannot take this product, or None."""

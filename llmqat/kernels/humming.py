@@ -1,8 +1,8 @@
 """Humming: products of 16-bit activations with weights of 2 to 8 bits on NVIDIA GPUs, of the package humming-kernels.
 
 It reads the checkpoint's own words, scales and zero points, and makes tiles of its own of them. Its kernels are
-compiled at run time for each shape, by NVRTC or nvcc and with the headers of torch's CUDA version, which take
-`pip install "humming-kernels[cu12]"` or `[cu13]`.
+compiled at run time for each shape, by NVRTC or nvcc and with the headers of torch's CUDA version, which the extras
+cu12 and cu13 of that package bring.
 
 Written from the sources of humming-kernels 0.1.20; it was never run, since no GPU was at hand. So it is used only where
 it gives the right numbers in a trial on the device. Tested is what is handed to it.
@@ -33,6 +33,7 @@ class HummingKernel:
 
     name = "humming"
     differentiable = False
+    exact = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why Humming cannot take this product, or None."""

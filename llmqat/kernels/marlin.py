@@ -43,6 +43,7 @@ class MarlinKernel:
 
     name = "marlin"
     differentiable = False
+    exact = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why Marlin cannot take this product, or None."""

@@ -172,6 +172,7 @@ class ReferenceKernel:
 
     name = "reference"
     differentiable = True
+    exact = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns None: it always can."""

@@ -21,6 +21,7 @@ from llmqat.kernels.marlin import MarlinKernel
 from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, QuantizedInput, ReferenceKernel
 from llmqat.kernels.trial import fastest, may_time, rows_class
 from llmqat.kernels.triton import TritonKernel
+from llmqat.kernels.zentorch import ZentorchKernel
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,12 @@ class Kernel(Protocol):
     Attributes:
         name: what a user passes as `kernel=`.
         differentiable: whether autograd gives gradients of the activations.
+        exact: whether it multiplies the activations that it is given; another one has to be asked for by name.
     """
 
     name: str
     differentiable: bool
+    exact: bool
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why this kernel cannot run here, or None when it can."""
@@ -53,6 +56,7 @@ _IN_ORDER: tuple[Kernel, ...] = (
     CudaInt4Kernel(),
     TritonKernel(),
     ReferenceKernel(),
+    ZentorchKernel(),
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _IN_ORDER}
 INTEGERS = CpuIntegerKernel()
@@ -92,7 +96,7 @@ def _choice(x: Tensor, weight: PackedWeight, wants_gradient: bool) -> Kernel:
     """Returns the kernel for products like that of `x`: the fastest on a GPU, else the first to accept."""
     timed = may_time(x.device)
     accepted: list[Kernel] = []
-    for candidate in KERNELS.values():
+    for candidate in (kernel for kernel in KERNELS.values() if kernel.exact):
         reason = candidate.declines(x, weight)
         if reason is None and wants_gradient and not candidate.differentiable:
             reason = "torch has no gradient of its product"

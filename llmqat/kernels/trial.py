@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ def refusal(
     dtype: torch.dtype,
     grid: Grid,
     groups: tuple[int, ...],
+    multiplied: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> str | None:
     """Returns why `kernel` is not used on `device`, or None; tries it with weights of random codes.
 
@@ -58,16 +59,24 @@ def refusal(
         dtype: of activations and scales.
         grid: of the weights.
         groups: group sizes to try; `TRIAL_FEATURES` stands for one scale a channel.
+        multiplied: gives the activations, in float32, that the kernel multiplies in place of those that it is given.
     """
     try:
-        wrong = [group for group in groups if not agrees(kernel, device, dtype, grid, group)]
+        wrong = [group for group in groups if not agrees(kernel, device, dtype, grid, group, multiplied)]
     except Exception as error:  # a download, a build or a signature can fail in any way; there are other kernels
         return f"{source} could not be used: {error}"
     return f"{source} gave other numbers than the reference" if wrong else None
 
 
 @torch.no_grad()
-def agrees(kernel: TriedKernel, device: torch.device, dtype: torch.dtype, grid: Grid, group_size: int) -> bool:
+def agrees(
+    kernel: TriedKernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    grid: Grid,
+    group_size: int,
+    multiplied: Callable[[Tensor], Tensor] = Tensor.float,
+) -> bool:
     """Returns whether the products of 1, 17 and 128 rows with a random weight are what they should be.
 
     A product may be off by a unit of `dtype` of itself, and of each weight, since a scale may multiply sums instead.
@@ -78,9 +87,10 @@ def agrees(kernel: TriedKernel, device: torch.device, dtype: torch.dtype, grid: 
     values = weight.dequantized(dtype).float()
     for rows in (1, 17, 128):
         x = torch.randn(rows, TRIAL_FEATURES, generator=generator).to(device, dtype)
-        exact = F.linear(x.float(), values)
+        taken = multiplied(x)
+        exact = F.linear(taken, values)
         unit = max(torch.finfo(dtype).eps, 2**-20)  # sums are float32
-        bound = unit * (exact.abs() + F.linear(x.float().abs(), values.abs()))
+        bound = unit * (exact.abs() + F.linear(taken.abs(), values.abs()))
         error = kernel.linear(x, weight, None).float() - exact
         if not (error.abs() <= bound).all() or error.norm() > unit * exact.norm():
             return False

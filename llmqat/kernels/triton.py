@@ -28,6 +28,7 @@ class TritonKernel:
 
     name = "triton"
     differentiable = True
+    exact = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why it cannot run here, or None."""
