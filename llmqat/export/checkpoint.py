@@ -646,6 +646,7 @@ def load(
     if (local / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(local)
     share_products(model)
+    decode_in_groups(model)
     model.to(place)
     keep_dequantized(model, most_bytes)
     if compile:
@@ -733,7 +734,6 @@ def _compile_decoding(model: PreTrainedModel) -> None:
             product(x)
         else:
             packed_linear(first.inputs(x, x.dtype), product.weight())
-    decode_in_groups(model)
     options = {"guard_filter_fn": is_checked, "triton.cudagraphs": model.device.type == "cuda"}
     settings = CompileConfig(mode=None, fullgraph=False, options=options)
     settings._compile_all_devices = True  # transformers leaves the CPU out unless asked so
