@@ -44,7 +44,7 @@ from llmqat.export.serving import Verdict, served_by
 from llmqat.export.stock import Expected, StockTrial, loader_of, try_stock
 from llmqat.export.tensors import stored_dtype
 from llmqat.hub import may_be_hub_id, why_unreachable
-from llmqat.kernels import KERNELS, packed_linear
+from llmqat.kernels import KERNELS
 from llmqat.layers import (
     PackedEmbedding,
     PackedLinear,
@@ -633,7 +633,7 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(local)
     share_products(model)
     if compile:
-        _compile_decoding(model)
+        compile_decoding(model)
     return model
 
 
@@ -678,15 +678,17 @@ def _not_packed(config: PreTrainedConfig, spec: str) -> str:
 
 
 @torch.no_grad()
-def _compile_decoding(model: PreTrainedModel) -> None:
-    """Sets `generate` of `model` up to compile; what kernels make at their first call is made now, not in a graph."""
+def compile_decoding(model: PreTrainedModel) -> None:
+    """Sets `generate` of a packed `model` up to compile, where it lies now.
+
+    What kernels make at their first call is made here, not in a graph.
+    """
     for product in products(model):
-        first = product if isinstance(product, PackedLinear) else product.members[0]
-        x = torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype)
-        if isinstance(product, PackedLinear):
-            product(x)
-        else:
-            packed_linear(first.inputs(x, x.dtype), product.weight())
+        members = (product,) if isinstance(product, PackedLinear) else product.members
+        scale = members[0].weight_scale
+        x = torch.zeros(1, members[0].in_features, dtype=scale.dtype, device=scale.device)
+        for member in members:
+            member(x)
     decode_in_groups(model)
     settings = CompileConfig(mode=None, fullgraph=False, options={"guard_filter_fn": is_checked})
     settings._compile_all_devices = True  # transformers leaves the CPU out unless asked so
