@@ -108,6 +108,8 @@ class Sizes:
     text_blocks: int
     """Blocks that the model writes at once."""
     calibration_blocks: int
+    schemes: tuple[str, ...]
+    """Presets that have a recipe, trained on every budget."""
     budgets: tuple[int, ...]
     """Tokens of training."""
     budget_batch: int
@@ -134,6 +136,7 @@ FULL = Sizes(
     small_llama="135M",
     text_blocks=2048,
     calibration_blocks=64,
+    schemes=("int4", "int3", "int2"),
     budgets=(0, 1_000_000, 5_000_000, 20_000_000, 50_000_000, 100_000_000),
     budget_batch=32,
     windows=40,
@@ -156,6 +159,7 @@ SMALL = Sizes(
     small_llama="tiny",
     text_blocks=8,
     calibration_blocks=4,
+    schemes=("int4", "int2"),
     budgets=(0, 128),
     budget_batch=2,
     windows=4,

@@ -41,7 +41,6 @@ from llmqat.recipe.config import Recipe, forward_dtype
 from llmqat.recipe.memory import Devices, Method, memory_of, size_of
 from llmqat.train import LoraSettings, processor_has_bf16
 
-SCHEMES = ("int4", "int3", "int2")
 RANK = 16
 """Of adapters."""
 RECIPE_BATCH = 2
@@ -50,8 +49,8 @@ ROUNDS = 2
 """Of GPTQ before a budget is trained; the ten of the recipes would take most of the time that there is."""
 TEXT_RATE, TRAINING_RATE = 60_000, 60_000
 """Tokens a second that a budget expects before one was measured."""
-CELL_SECONDS = 15.0
-"""What a budget takes beside text and training: loading, saving, scoring."""
+CELL_SECONDS, START_SECONDS = 12.0, 15.0
+"""What a budget takes beside text and training: loading, saving and scoring; and calibration, the first of a scheme."""
 
 
 @dataclass(frozen=True)
@@ -344,9 +343,9 @@ def budget_parts(context: Context) -> Iterator[Part]:
     obstacle = "" if context.model is not None else "a model with random weights has nothing to learn; give --model"
     with tempfile.TemporaryDirectory() as temporary:
         cells = Cells(context, context.work or Path(temporary))
-        for tokens, scheme in product(context.sizes.budgets, SCHEMES):
+        for tokens, scheme in product(context.sizes.budgets, context.sizes.schemes):
             measure = partial(cells.cell, scheme, tokens)
-            yield Part(f"{scheme}, {tokens} tokens", cells.expected(tokens), measure, obstacle)
+            yield Part(f"{scheme}, {tokens} tokens", cells.expected(scheme, tokens), measure, obstacle)
 
 
 class Cells:
@@ -354,6 +353,9 @@ class Cells:
 
     def __init__(self, context: Context, work: Path) -> None:
         self.context, self.work = context, work
+        self._piece = context.sizes.text_blocks * context.sizes.block_size
+        self._pieces = 0  # of text that this process has written, or read
+        self._started: set[str] = set()
 
     @cached_property
     def bench(self) -> GpuBench:
@@ -364,7 +366,7 @@ class Cells:
         words = ["--eval", "pydoc", budget.OWN, "--work", str(self.work), "--model", str(self.context.model)]
         blocks = sizes.calibration_blocks
         stages = f"[{{stage: ranges, blocks: {blocks}}}, {{stage: gptq, blocks: {blocks}, rounds: {ROUNDS}}}]"
-        words += ["--schemes", *SCHEMES, "--calibrate", stages, "--group-size", str(sizes.group_size)]
+        words += ["--schemes", *sizes.schemes, "--calibrate", stages, "--group-size", str(sizes.group_size)]
         words += ["--window", str(sizes.block_size), "--max-windows", str(sizes.windows), "--set"]
         changes = [f"data.block_size={sizes.block_size}", f"data.batch_size={sizes.text_blocks * 17 // 16}"]
         options = parser.parse_args([*words, *changes])
@@ -374,17 +376,16 @@ class Cells:
         bench.begin()
         return bench
 
-    def expected(self, tokens: int) -> float:
-        """Returns the seconds that a budget is expected to take, by what those before it took."""
-        seconds = CELL_SECONDS
-        if tokens:
-            rates = [one["training"]["tokens_per_second"] for one in self.context.found.values() if one["training"]]
-            seconds += tokens / (min(rates) if rates else TRAINING_RATE)
-            piece = self.context.sizes.text_blocks * self.context.sizes.block_size
-            most = max((one["tokens"] for one in self.context.found.values()), default=0)
-            missing_text = (math.ceil(tokens / piece) - math.ceil(most / piece)) * piece
-            seconds += max(missing_text, 0) / TEXT_RATE
-        return seconds
+    def expected(self, scheme: str, tokens: int) -> float:
+        """Returns the seconds that a budget is expected to take, by what was measured before."""
+        known = [one["training"]["tokens_per_second"] for one in self.context.found.values() if one["training"]]
+        text = max(self._pieces_of(tokens) - self._pieces, 0) * self._piece
+        start = 0.0 if scheme in self._started else START_SECONDS
+        return CELL_SECONDS + start + text / TEXT_RATE + tokens / min(known, default=TRAINING_RATE)
+
+    def _pieces_of(self, tokens: int) -> int:
+        """Returns how many pieces of text a budget takes; the start looks at the first."""
+        return max(math.ceil(tokens / self._piece), 1)
 
     def cell(self, scheme: str, tokens: int) -> dict[str, Any]:
         """Returns KL, perplexity and agreement after a budget, by text."""
@@ -395,6 +396,8 @@ class Cells:
             found = self.bench.found(cell, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        self._pieces = max(self._pieces, self._pieces_of(tokens))
+        self._started.add(scheme)
         kept = ("scheme", "tokens", "calibration", "training", "bits_per_weight")
         texts = {
             name: {key: entry[key] for key in ("kl", "perplexity", "top1")} for name, entry in found["texts"].items()

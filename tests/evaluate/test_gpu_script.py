@@ -58,6 +58,7 @@ def steps_in(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())["steps"]
 
 
+@pytest.mark.slow
 def test_every_step(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_process_that_ends_leaves_an_error(over_time: bool, tmp_path: Path, mo
         plain_console().print(line)
 
 
+@pytest.mark.slow
 def test_a_step_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "gpu.json"
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--json", str(file), "--steps", "kernels"])
