@@ -261,6 +261,8 @@ class Bench:
 
     result_file = RESULT_FILE
     """File in its folder that says what a cell has found."""
+    piece = PIECE
+    """Blocks of its own text that the model writes with one seed."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.work = options, Path(options.work)
@@ -415,8 +417,8 @@ class Bench:
         count = max(count, self.calibration_blocks)
         data = next(iter(self.recipes.values())).data
         if name == OWN:
-            pieces = range(math.ceil(count / PIECE))
-            parts = [self._written(f"{OWN}/{n:03}", PIECE, data.block_size, data.seed + n) for n in pieces]
+            pieces = range(math.ceil(count / self.piece))
+            parts = [self._written(f"{OWN}/{n:03}", self.piece, data.block_size, data.seed + n) for n in pieces]
             return token_blocks(torch.cat([part.ids for part in parts]), parts[0].source)
         source = text_config(self.options.texts[name], labels="all", block_size=data.block_size)
         return self._kept(name, lambda model, tokenizer, _: load_blocks(source, tokenizer, model))

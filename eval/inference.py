@@ -211,25 +211,30 @@ def load(name: str, folder: Path, compiled: bool = False) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
-def transformers_turn(model: Any, options: argparse.Namespace) -> Turn:
-    """Returns the turn of a transformers model."""
+def transformers_turn(model: Any, options: argparse.Namespace, batch_size: int = 1) -> Turn:
+    """Returns the turn of a transformers model, of `batch_size` prompts side by side."""
     import torch
     from transformers import StoppingCriteria
+
+    from llmqat.evaluate.speed import Clock
+
+    clock = Clock(model.device)
 
     class Stamps(StoppingCriteria):  # called after each token
         def __init__(self) -> None:
             self.times: list[float] = []
 
         def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            self.times.append(time.perf_counter())
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+            self.times.append(clock.now())
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (1, options.prompt_tokens), generator=generator)
+    prompt = torch.randint(model.config.vocab_size, (batch_size, options.prompt_tokens), generator=generator)
+    prompt = prompt.to(model.device)
     model.generation_config.eos_token_id = None
 
     def turn() -> tuple[float, float]:
-        stamps, start = Stamps(), time.perf_counter()
+        stamps, start = Stamps(), clock.now()
         arguments = {"do_sample": False, "max_new_tokens": options.new_tokens, "pad_token_id": 0}
         model.generate(prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=[stamps], **arguments)
         steps = [after - before for before, after in zip(stamps.times, stamps.times[1:], strict=False)]

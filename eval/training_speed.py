@@ -82,9 +82,12 @@ class StepClock:
 
 
 class PlainStep:
-    """A training step without llmqat: distillation with a teacher, else cross-entropy."""
+    """A training step without llmqat: distillation with a teacher, else cross-entropy.
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, clock: StepClock) -> None:
+    The teacher is a model on the student's device, or what is called as one.
+    """
+
+    def __init__(self, student: nn.Module, teacher: Callable[..., Any] | None, clock: StepClock) -> None:
         self.student, self.teacher, self.clock = student.train(), teacher, clock
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, fused=True)
         self.device = next(student.parameters()).device
@@ -195,25 +198,45 @@ def main() -> None:
 def other_student(options: argparse.Namespace) -> PreTrainedModel:
     """Returns the model that is trained without llmqat, in float32."""
     model, _ = load_model(options.model, torch.float32)
+    if torch.accelerator.is_available():  # where the trainer puts llmqat's student and the teacher
+        model.to(torch.accelerator.current_accelerator())
     if options.against == "torchao":
-        from torchao.quantization import IntxWeightOnlyConfig, quantize_
-        from torchao.quantization.granularity import PerGroup
-        from torchao.quantization.qat import QATConfig
-
-        base = IntxWeightOnlyConfig(torch.int4, granularity=PerGroup(options.group_size))
-        quantize_(model, QATConfig(base, step="prepare"))
+        prepare_by_torchao(model, options.group_size)
     return model
 
 
+def prepare_by_torchao(model: nn.Module, group_size: int) -> None:
+    """Puts torchao's int4 weight-only quantizers into the linears of `model`, in place."""
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+    from torchao.quantization.qat import QATConfig
+
+    base = IntxWeightOnlyConfig(torch.int4, granularity=PerGroup(group_size))
+    quantize_(model, QATConfig(base, step="prepare"))
+
+
 def train(
-    student: PreTrainedModel,
+    student: nn.Module,
     teacher: PreTrainedModel | None,
     batches: Tensor,
     clocks: Sequence[StepClock],
     between: Callable[[int], None],
+    gradient_checkpointing: bool = False,
+    own_teacher: bool = False,
 ) -> None:
-    """Runs QATTrainer over micro-batches [steps, accumulation, B, L], a clock a step in turn, then calls `between`."""
+    """Runs QATTrainer over micro-batches [steps, accumulation, B, L], a clock a step in turn, then calls `between`.
+
+    Args:
+        student: prepared.
+        teacher: without one the loss is cross-entropy, unless `own_teacher`.
+        batches: token ids.
+        clocks: the first clocks steps with quantizers, others those with quantizers off.
+        between: called with the number of rounds that were done before, after each round over the clocks.
+        gradient_checkpointing: whether activations are computed again in the backward pass.
+        own_teacher: the student has adapters, and without them and its quantizers is the teacher.
+    """
     steps, accumulation, batch_size, _ = batches.shape
+    distilled = teacher is not None or own_teacher
     with tempfile.TemporaryDirectory() as folder:
         args = QATArguments(
             output_dir=folder,
@@ -222,8 +245,9 @@ def train(
             gradient_accumulation_steps=accumulation,
             max_steps=steps,
             learning_rate=LEARNING_RATE,
-            kl_weight=0.0 if teacher is None else 1.0,
-            cross_entropy_weight=1.0 if teacher is None else 0.0,
+            gradient_checkpointing=gradient_checkpointing,
+            kl_weight=float(distilled),
+            cross_entropy_weight=float(not distilled),
             save_strategy="no",
             report_to="none",
             logging_strategy="no",

@@ -57,7 +57,8 @@ def choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling,
         sampling: how the others are drawn.
         top_k: K, how many of the likeliest tokens are wanted; None: none.
     """
-    parts = zip(logits.split(_ROWS_AT_ONCE), uniforms.split(_ROWS_AT_ONCE), greedy.split(_ROWS_AT_ONCE), strict=True)
+    at_once = _ROWS_AT_ONCE if logits.device.type == "cpu" else max(len(logits), 1)  # a GPU waits for each part's start
+    parts = zip(logits.split(at_once), uniforms.split(at_once), greedy.split(at_once), strict=True)
     found = [_choose(*part, sampling, top_k) for part in parts]
     top = [part.top for part in found if part.top is not None]
     return Chosen(

@@ -650,7 +650,7 @@ def load(
     model.to(place)
     keep_dequantized(model, most_bytes)
     if compile:
-        _compile_decoding(model)
+        compile_decoding(model)
     return model
 
 
@@ -725,8 +725,11 @@ def _not_packed(config: PreTrainedConfig, spec: str) -> str:
 
 
 @torch.no_grad()
-def _compile_decoding(model: PreTrainedModel) -> None:
-    """Sets `generate` of `model` up to compile; what kernels make at their first call is made now, not in a graph."""
+def compile_decoding(model: PreTrainedModel) -> None:
+    """Sets `generate` of a packed `model` up to compile, where it lies now.
+
+    What kernels make at their first call is made here, not in a graph.
+    """
     for product in products(model):
         first = product if isinstance(product, PackedLinear) else product.members[0]
         x = torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype, device=first.weight_scale.device)
