@@ -232,9 +232,21 @@ def _dequantized_planes(weight: PackedWeight, planes: int) -> Tensor:
     out.transpose(0, 1).copy_(codes)
     grouped = out.view(rows, planes, groups, -1)
     if zero_point is not None:
-        grouped.sub_((zero_point.to(torch.bfloat16) * unit)[:, None, :, None])
-    grouped.mul_((scale / unit)[:, None, :, None])
+        grouped.sub_(_spread(zero_point.to(torch.bfloat16) * unit, grouped))
+    grouped.mul_(_spread(scale / unit, grouped))
     return out.view(rows, -1)
+
+
+def _spread(values: Tensor, grouped: Tensor) -> Tensor:
+    """Returns `values` [O, G] as [O, 1, G, g / n], to be multiplied with the planes [O, n, G, g / n] of a weight.
+
+    A plane has few columns of a group, and torch's loops over so few take most of the time: with 2 bits in groups of
+    64, 1.9 of 2.2 ns a weight. So the values of a plane are written out once; all planes are alike.
+    """
+    rows, planes, *shape = grouped.shape
+    if planes == 1:
+        return values[:, None, :, None]
+    return _scratch("spread", (rows, 1, *shape), values.dtype).copy_(values[:, None, :, None])
 
 
 def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
