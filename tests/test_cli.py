@@ -624,6 +624,7 @@ def test_chat_answers_a_prompt_and_a_conversation(tiny: Path, packed: Path):
     for model in (tiny, packed):
         done = call("chat", str(model), "--prompt", "hello", "--max-new-tokens", "4", "--temperature", "0")
         assert done.exit_code == 0, done.output
+        assert re.search(r"\d s for \d+ tokens of prompt", done.output)
     done = call("chat", str(tiny), "--max-new-tokens", "2", input="one\ntwo\n\n")
     assert done.exit_code == 0, done.output
     assert "chat; an empty line" in done.output
@@ -650,6 +651,17 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(packed: Path, monkeypatc
     talk.say("two")
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
     assert talk.messages[1]["content"] == whole
+
+
+def test_the_speed_of_an_answer_is_that_of_prompt_and_tokens(packed: Path, monkeypatch: pytest.MonkeyPatch):
+    from llmqat.recipe import Conversation, chat
+
+    talk = Conversation.open(str(packed), max_new_tokens=3, temperature=0.0, seed=0)
+    seconds = iter([10.0, 10.5, 10.6, 10.7])
+    monkeypatch.setattr(chat, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    talk.say("one")
+    length = talk.tokenizer.apply_chat_template(talk.messages[:1], add_generation_prompt=True, return_dict=True)
+    assert talk.speed() == f"0.5 s for {len(length['input_ids'])} tokens of prompt, then 10 tokens/s (3 tokens)"
 
 
 def test_chat_without_a_template_completes(tiny: Path):

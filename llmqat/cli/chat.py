@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmqat.cli.application import command, console
+from llmqat.cli.application import command, console, errors
 from llmqat.cli.options import ModelArgument, SeedOption
 from llmqat.cli.show import print_next
 
@@ -51,6 +51,8 @@ def _say(talk: Conversation, line: str) -> None:
     """Has the model answer, word by word on the screen."""
     console.note(f"> {line}", soft_wrap=True)
     console.note(talk.say(line), soft_wrap=True)
+    if speed := talk.speed():
+        errors.print(speed, style="dim")
 
 
 def _ask() -> str:

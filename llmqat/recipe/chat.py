@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from llmqat.data.length import table_length
 from llmqat.export import load_any
 from llmqat.layers import new_cache
+from llmqat.terminal import duration
 
 
 class _Shown(TextStreamer):
-    """Shows text as it comes, and remembers what it has shown of this answer."""
+    """Shows text as it comes; remembers what it has shown of this answer, and when the prompt and each token came."""
 
     text = ""
+    prompt_tokens = 0
+
+    def begin(self, prompt_tokens: int) -> None:
+        """Begins an answer to a prompt of so many tokens."""
+        self.text, self.prompt_tokens = "", prompt_tokens
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt, then each token."""
+        self.times.append(time.monotonic())
+        super().put(value)
+
+    def speed(self) -> str:
+        """Returns how fast the answer was written, in words; empty where there is none."""
+        if len(self.times) < 2:
+            return ""
+        prompt, first, *_ = self.times
+        tokens, said = len(self.times) - 1, f"{duration(first - prompt)} for {self.prompt_tokens:,} tokens of prompt"
+        if tokens == 1 or self.times[-1] == first:
+            return said
+        return f"{said}, then {(tokens - 1) / (self.times[-1] - first):.3g} tokens/s ({tokens:,} tokens)"
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Shows `text`."""
@@ -65,7 +89,7 @@ class Conversation:
     def say(self, line: str) -> str:
         """Shows the model's answer to `line` as it is written, and returns it; Ctrl-C ends it where it is."""
         inputs = self._inputs(line).to(self.model.device)
-        self.streamer.text = ""
+        self.streamer.begin(inputs["input_ids"].shape[1])
         settings = {**self.settings, "max_new_tokens": self._room(inputs["input_ids"].shape[1])}
         try:
             self.model.generate(
@@ -81,6 +105,10 @@ class Conversation:
         if self.kind == "chat":
             self.messages.append({"role": "assistant", "content": answer})
         return answer
+
+    def speed(self) -> str:
+        """Returns how fast the last answer was written, in words; empty where there is none."""
+        return self.streamer.speed()
 
     def _room(self, length: int) -> int:
         """Returns how many tokens an answer to `length` tokens may have."""
