@@ -108,6 +108,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in a turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each model, after one that is not counted")
     parser.add_argument("--compile", action="store_true", help="the packed model, compiled, takes turns as well")
+    parser.add_argument("--kernel", nargs="*", default=[], help="the packed model with these kernels takes turns too")
+    parser.add_argument("--memory", nargs="*", default=[], help="and with so much for dequantized weights, as 400MB")
     parser.add_argument("--no-memory", action="store_true", help="leave load time and memory out")
     parser.add_argument("--child", choices=[STOCK, PACKED], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -184,8 +186,8 @@ def round_to(stock: Path, packed: Path, scheme: str, group_size: int) -> None:
 def take_turns(options: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Times]:
     """Returns the times of all models, a turn each in turn."""
     turns = {name: transformers_turn(load(name, folder), options) for name, folder in folders.items()}
-    if options.compile:
-        turns[COMPILED] = transformers_turn(load(PACKED, folders[PACKED], compiled=True), options)
+    for name, ways in variants(options).items():
+        turns[name] = transformers_turn(load(PACKED, folders[PACKED], **ways), options)
     if importlib.util.find_spec("llama_cpp") is None:
         print("llama.cpp: skipped, llama_cpp cannot be imported (pip install llama-cpp-python)")
     else:
@@ -199,15 +201,27 @@ def take_turns(options: argparse.Namespace, folders: dict[str, Path]) -> dict[st
     return times
 
 
-def load(name: str, folder: Path, compiled: bool = False) -> Any:
-    """Returns a model in evaluation mode."""
+def variants(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns other ways to load the packed model that take turns as well: name -> arguments of `llmqat.load`."""
+    found: dict[str, dict[str, Any]] = {}
+    if options.compile:
+        found[COMPILED] = {"compile": True}
+    for kernel in options.kernel:
+        found[f"{PACKED}, {kernel}"] = {"kernel": kernel}
+    for memory in options.memory:
+        found[f"{PACKED}, memory={memory}"] = {"memory": memory}
+    return found
+
+
+def load(name: str, folder: Path, **ways: Any) -> Any:
+    """Returns a model in evaluation mode; `ways` are arguments of `llmqat.load`."""
     import torch
     from transformers import AutoModelForCausalLM
 
     import llmqat
 
     if name == PACKED:
-        return llmqat.load(folder, compile=compiled)
+        return llmqat.load(folder, **ways)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 

@@ -380,10 +380,12 @@ def test_processes(
 
 def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--prompt-tokens", "40", "--new-tokens", "4", "--repeats", "2", "--group-size", "32", "--no-memory"]
-    run(monkeypatch, "inference.py", "--random-llama", "tiny", "--work", str(tmp_path), *short)
+    ways = ["--kernel", "reference", "--memory", "1MB"]
+    run(monkeypatch, "inference.py", "--random-llama", "tiny", "--work", str(tmp_path), *short, *ways)
     output = capsys.readouterr().out
     found = headline(output)
     assert list(found)[:2] == ["decode of llmqat against bf16", "prefill of llmqat against bf16"]
+    assert {"decode of llmqat, reference against bf16", "prefill of llmqat, memory=1MB against bf16"} <= set(found)
     assert all(value > 0 for value in found.values())
     assert "llama.cpp" in output
     run(monkeypatch, "inference.py", "--child", "llmqat", "--folder", str(tmp_path / "llama-tiny-int4"))
