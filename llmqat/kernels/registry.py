@@ -82,12 +82,11 @@ def packed_linear(
         if kernel == "auto" and INTEGERS.declines(x, weight) is None:
             return INTEGERS.linear(x, weight, bias)
         x = x.values()
-    if kernel != "auto":
-        return _named(kernel, x, weight).linear(x, weight, bias)
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
-    key = rows_class(x.numel() // weight.in_features), x.dtype, x.device.type, wants_gradient
+    key = kernel, rows_class(x.numel() // weight.in_features), x.dtype, x.device.type, wants_gradient
     if key not in weight.chosen:
-        weight.chosen[key] = _choice(x, weight, wants_gradient)
+        named = kernel != "auto"
+        weight.chosen[key] = _named(kernel, x, weight) if named else _choice(x, weight, wants_gradient)
     chosen: Kernel = weight.chosen[key]
     return chosen.linear(x, weight, bias)
 

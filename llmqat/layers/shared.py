@@ -3,8 +3,8 @@
 One product with all their rows costs less than several with few: fewer calls, and enough rows for every core. The
 layers stay what they are (names, state dict, codes on disk); the first one that is called computes for all and keeps
 the others' part until they come with the very same input tensor. A layer that comes with another input computes by
-itself, so an architecture in which the inputs differ is slower, never wrong. Scales in training and a kernel asked for
-by name are not shared.
+itself, so an architecture in which the inputs differ is slower, never wrong. Products of scales in training, and of
+layers that are to run on different kernels, are not shared.
 
 Letters: I in features, O out features of all members together.
 """
@@ -62,14 +62,15 @@ class SharedProduct:
 
     def _usable(self, x: Tensor) -> bool:
         # Parameters are looked up where modules keep them: this is asked for every token.
-        return all(member._parameters["log_scale"] is None and member.kernel == "auto" for member in self.members)
+        kernel = self.members[0].kernel
+        return all(member._parameters["log_scale"] is None and member.kernel == kernel for member in self.members)
 
     def _product(self, x: Tensor) -> Sequence[Tensor]:
         dtype, first = compute_dtype(x), self.members[0]
         bias = None
         if first.bias is not None:
             bias = torch.cat([member.bias for member in self.members if member.bias is not None]).to(dtype)
-        out = packed_linear(first.inputs(x, dtype), self.weight(), bias)
+        out = packed_linear(first.inputs(x, dtype), self.weight(), bias, first.kernel)
         return torch.split_with_sizes(out, self._rows, dim=-1)
 
     def weight(self) -> JoinedWeight:

@@ -70,10 +70,10 @@ def test_the_fastest_kernel_of_a_shape_is_found_once(times: dict[str, float], mo
     packed_linear(torch.randn(2, 2, 384).bfloat16(), second)  # 4 rows, as 3: of one class
     assert (one.calls, two.calls) == (1, 3)
     packed_linear(torch.randn(200, 384).bfloat16(), second)  # of another class, in which it is another
-    assert {key[0]: kernel.name for key, kernel in second.chosen.items()} == {4: "two", 256: "one"}
+    assert {key[1]: kernel.name for key, kernel in second.chosen.items()} == {4: "two", 256: "one"}
     del times["two"]  # fails
     packed_linear(torch.randn(1, 384).bfloat16(), first)
-    assert first.chosen[1, torch.bfloat16, "cpu", False].name == "one"
+    assert first.chosen["auto", 1, torch.bfloat16, "cpu", False].name == "one"
 
 
 def test_the_classes_of_rows_are_powers_of_two() -> None:

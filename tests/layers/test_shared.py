@@ -143,6 +143,23 @@ def test_weights_that_are_held_give_the_reference_kernels_numbers(embeddings: st
 
 
 @torch.no_grad()
+def test_products_on_a_kernel_that_was_asked_for_are_shared_where_all_ask_for_it() -> None:
+    model = packed_model().bfloat16()
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for layer in layers:
+        layer.kernel = "reference"
+    expected = model(ids()).logits
+    share_products(model)
+    torch.testing.assert_close(model(ids()).logits, expected, rtol=2**-5, atol=2**-5)
+    asked = [layer.shared for layer in layers if layer.shared is not None]
+    assert asked
+    assert {name for shared in asked for name, *_ in shared.weight().chosen} == {"reference"}
+    layers[0].kernel = "auto"  # of one layer alone: its siblings do not follow it
+    torch.testing.assert_close(model(ids()).logits, expected, rtol=2**-5, atol=2**-5)
+    assert layers[0].packed_weight().chosen
+
+
+@torch.no_grad()
 def test_weights_are_kept_as_far_as_memory_goes_and_dropped_with_the_layer() -> None:
     model = packed_model().bfloat16()
     share_products(model)
