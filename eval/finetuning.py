@@ -93,10 +93,11 @@ class Arm:
 ARMS = {
     "LoRA": Arm(lora=1),
     "LoRA, rounded": Arm(lora=1, stages="rounding"),
-    BASELINE: Arm(lora=1, stages="blockwise"),
-    "LoRA for longer, calibrated": Arm(lora=1.5, stages="blockwise"),
+    BASELINE: Arm(lora=1, stages="gptq"),
+    "LoRA, block by block": Arm(lora=1, stages="blockwise"),
+    "LoRA for longer, calibrated": Arm(lora=1.5, stages="gptq"),
     "LoRA, distilled": Arm(lora=1, stages="gptq", trained="all", steps=0.3, kl=1, cross_entropy=0.5, rate=2.5e-5),
-    "LoRA inside": Arm(lora=0, stages="blockwise", trained="lora", steps=1, cross_entropy=1, rate=5e-4),
+    "LoRA inside": Arm(lora=0, stages="gptq", trained="lora", steps=1, cross_entropy=1, rate=5e-4),
 }
 """Name -> way."""
 
