@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmqat.models import head_weight, logit_transform
+from llmqat.models import head_weight, logit_transform, uploaded
 
 LogitTransform = Callable[[Tensor], Tensor]
 """What a model does to its logits after the head (soft-capping, scaling); same shape in and out."""
@@ -94,7 +94,7 @@ def token_scores(
     Args:
         hidden: [T, D], the input of the model's head at the position that predicts the label.
         model: the model's head.
-        labels: int64 [T], the next token; -100 is not scored.
+        labels: int64 [T], the next token; -100 is not scored. On the CPU they spare a GPU a wait.
         reference_hidden: [T, D'], of the reference model at the same positions.
         reference: the reference model's head.
         chunk_tokens: tokens whose logits (in the head's dtype) exist at once.
@@ -102,6 +102,28 @@ def token_scores(
     Raises:
         ValueError: if only half of the reference is given, or the vocabularies differ.
     """
+    found = _scores_of_labelled(hidden, model, labels, reference_hidden, reference, chunk_tokens).cpu()
+    return TokenScores(*found[: 1 if reference is None else 5])
+
+
+@torch.no_grad()
+def token_nll(hidden: Tensor, model: Predictor, labels: Tensor, chunk_tokens: int = 512) -> Tensor:
+    """Returns the negative log-likelihood of each labelled token in nats, float32 [S], on the device of `hidden`.
+
+    Arguments are those of `token_scores`.
+    """
+    return _scores_of_labelled(hidden, model, labels, None, None, chunk_tokens)[0]
+
+
+def _scores_of_labelled(
+    hidden: Tensor,
+    model: Predictor,
+    labels: Tensor,
+    reference_hidden: Tensor | None,
+    reference: Predictor | None,
+    chunk_tokens: int,
+) -> Tensor:
+    """Returns the fields of `TokenScores` as [5, S] on the device of `hidden`; without a reference only the first."""
     if (reference_hidden is None) != (reference is None):
         raise ValueError("reference_hidden and reference go together; give both or neither")
     if reference is not None and reference.head.shape[0] != model.head.shape[0]:
@@ -109,20 +131,19 @@ def token_scores(
             f"the model has a vocabulary of {model.head.shape[0]} and its reference one of {reference.head.shape[0]}; "
             "a divergence needs models that share a vocabulary"
         )
-    scored = labels.ne(IGNORED_LABEL).nonzero().squeeze(-1)
-    if scored.numel() == 0:
-        return TokenScores(*[torch.zeros(0)] * (1 if reference is None else 5))
-    parts = []
+    scored = labels.ne(IGNORED_LABEL).nonzero().squeeze(-1)  # which waits for a GPU if the labels are there
+    scored, labels = (uploaded(part, hidden.device) for part in (scored, labels))
+    parts = [torch.zeros(5, 0, device=hidden.device)]
     for rows in scored.split(chunk_tokens):
         targets = None
         if reference is not None and reference_hidden is not None:
             targets = reference.logits(reference_hidden[rows])
         parts.append(_logit_scores(model.logits(hidden[rows]), labels[rows], targets))
-    return TokenScores.joined(parts)
+    return torch.cat(parts, -1)
 
 
-def _logit_scores(logits: Tensor, labels: Tensor, reference_logits: Tensor | None) -> TokenScores:
-    """Returns the scores of logits [T, V] in any dtype; worked in blocks of rows that stay in a core's cache."""
+def _logit_scores(logits: Tensor, labels: Tensor, reference_logits: Tensor | None) -> Tensor:
+    """Returns the scores [5, T] of logits [T, V] in any dtype, in blocks of rows that stay in a core's cache."""
     found = torch.zeros(5, logits.shape[0], device=logits.device)
     for rows in _row_blocks(logits):
         wide = logits[rows].float()
@@ -138,8 +159,7 @@ def _logit_scores(logits: Tensor, labels: Tensor, reference_logits: Tensor | Non
         difference = reference.sub_(log_probs)
         found[1, rows] = torch.linalg.vecdot(probs, difference)
         found[2, rows] = -torch.linalg.vecdot(log_probs.exp_(), difference)
-    nll, *others = found.cpu()
-    return TokenScores(nll) if reference_logits is None else TokenScores(nll, *others)
+    return found
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -204,19 +224,20 @@ class TopProbabilities:
 
     def to(self, device: torch.device) -> TopProbabilities:
         """Returns the same on a device."""
-        return TopProbabilities(self.indices.to(device), self.log_probs.to(device), self.log_rest.to(device))
+        return TopProbabilities(*(uploaded(getattr(self, f.name), device) for f in fields(TopProbabilities)))
 
     @staticmethod
-    def empty(positions: tuple[int, ...], top_k: int) -> TopProbabilities:
-        """Returns room on the CPU for those of many positions, in half the bits: int32 and float16."""
-        indices, log_probs = (torch.empty(*positions, top_k, dtype=dtype) for dtype in (torch.int32, torch.float16))
-        return TopProbabilities(indices, log_probs, torch.empty(positions, dtype=torch.float16))
+    def empty(positions: tuple[int, ...], top_k: int, device: torch.device) -> TopProbabilities:
+        """Returns room on a device for those of many positions, in half the bits: int32 and float16."""
+        indices = torch.empty(*positions, top_k, dtype=torch.int32, device=device)
+        log_probs = torch.empty(*positions, top_k, dtype=torch.float16, device=device)
+        return TopProbabilities(indices, log_probs, torch.empty(positions, dtype=torch.float16, device=device))
 
     def put(self, column: int, top: TopProbabilities) -> None:
         """Writes those of one position of all rows, [B, K], where this is [B, T, K]."""
-        self.indices[:, column] = top.indices.to("cpu", self.indices.dtype)
-        self.log_probs[:, column] = top.log_probs.to("cpu", self.log_probs.dtype)
-        self.log_rest[:, column] = top.log_rest.to("cpu", self.log_rest.dtype)
+        self.indices[:, column] = top.indices
+        self.log_probs[:, column] = top.log_probs
+        self.log_rest[:, column] = top.log_rest
 
     @staticmethod
     def joined(parts: Sequence[TopProbabilities]) -> TopProbabilities:
@@ -297,10 +318,8 @@ def token_loss(
             f"the student has a vocabulary of {student.head.shape[0]} and the teacher one of "
             f"{teacher.predictor.head.shape[0]}; distillation needs a teacher with the student's vocabulary"
         )
-    weights = token_weights.float()[:, None] * torch.tensor(
-        [0.0 if teacher is None else kl_weight, 0.0 if labels is None else cross_entropy_weight],
-        device=token_weights.device,
-    )
+    shares = 0.0 if teacher is None else kl_weight, 0.0 if labels is None else cross_entropy_weight
+    weights = torch.stack([token_weights.float() * share for share in shares], -1)
     if not torch.is_grad_enabled():
         student = student.detached()  # no product is made for a gradient that nobody takes
     loss: Tensor = _TokenLoss.apply(  # type: ignore[no-untyped-call]

@@ -1177,6 +1177,15 @@ def model_device(model: nn.Module) -> torch.device:
     return next(tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
 
 
+def uploaded(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns `tensor` on `device`, and in `dtype` where it is given; from ordinary memory CUDA is not waited for.
+
+    CUDA has read ordinary memory when this returns, so that it may be written to at once; pinned memory it has not.
+    """
+    at_once = tensor.device.type == "cpu" and torch.device(device).type in ("cpu", "cuda") and not tensor.is_pinned()
+    return tensor.to(device, dtype or tensor.dtype, non_blocking=at_once)
+
+
 @torch.no_grad()
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
     """Returns whether position ids that begin anew separate documents: the second gives what it gives alone.

@@ -74,21 +74,22 @@ def _config(layer: QuantLinear) -> ActivationConfig:
 def _full_ranges(
     model: nn.Module, layers: dict[str, QuantLinear], blocks: Tensor | Rows, batch_size: int, wrap: Wrap
 ) -> dict[str, Range]:
-    found: dict[str, Range] = {}
+    kept: dict[str, Tensor] = {}  # [2] float64: the ends stay on the device until the text is at its end
 
     def record(name: str, x: Tensor) -> None:
-        low, high = (float(extreme) for extreme in torch.aminmax(x))
-        if name not in found:
-            found[name] = low, high
+        new = torch.stack(torch.aminmax(x)).double()
+        if name not in kept:
+            kept[name] = new
             return
-        old = found[name]
+        old = kept[name]
         if _config(layers[name]).observer == "moving_average":
-            found[name] = old[0] + MOMENTUM * (low - old[0]), old[1] + MOMENTUM * (high - old[1])
+            kept[name] = old + MOMENTUM * (new - old)
         else:
-            found[name] = min(low, old[0]), max(high, old[1])
+            kept[name] = torch.stack([torch.minimum(new[0], old[0]), torch.maximum(new[1], old[1])])
 
     observe_inputs(model, layers, record, blocks, batch_size, wrap)
-    check_seen({name: name in found for name in layers})
+    check_seen({name: name in kept for name in layers})
+    found: dict[str, Range] = {name: tuple(ends.tolist()) for name, ends in kept.items()}
     check_finite({name: all(abs(end) < float("inf") for end in ends) for name, ends in found.items()})
     return found
 
@@ -101,14 +102,14 @@ def _histograms(
     batch_size: int,
     wrap: Wrap,
 ) -> dict[str, Tensor]:
-    counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in layers}
+    counts: dict[str, Tensor] = {}
 
     def record(name: str, x: Tensor) -> None:
-        low, high = ranges[name]
-        counts[name] += torch.histc(x.float(), BINS, low, high).double().cpu()
+        new = torch.histc(x.float(), BINS, *ranges[name]).double()
+        counts[name] = counts[name].add_(new) if name in counts else new
 
     observe_inputs(model, layers, record, blocks, batch_size, wrap)
-    return counts
+    return {name: counts[name].cpu() for name in layers}
 
 
 def _from_histogram(config: ActivationConfig, full: Range, counts: Tensor) -> Range:

@@ -33,7 +33,7 @@ from llmqat.calibrate.config import BlockwiseStage
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import of_each_weight
 from llmqat.layers import ActivationQuantizer, KVQuantizer, quantized_once
-from llmqat.models import model_device
+from llmqat.models import model_device, uploaded
 
 FLOOR = 0.05
 """Share of the learning rate that is left at the end."""
@@ -231,7 +231,7 @@ def _iteration(
 ) -> float:
     """Takes a step on the token blocks of `units` together, of which each process does some; returns the loss."""
     device, own = model_device(block.module), inputs.parts(units[processes.rank :: processes.count])
-    wanted = [targets[rows].to(device) for rows in own]
+    wanted = [uploaded(targets[rows], device) for rows in own]
     size = processes.add(sum((target.float().square().sum() for target in wanted), torch.zeros((), device=device)))
     loss = torch.zeros((), device=device)
     with block.cast():
@@ -245,7 +245,7 @@ def _iteration(
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return float(processes.add(loss))
+    return float(processes.add(loss))  # the one wait of an iteration: the first loss that is not finite ends training
 
 
 @torch.no_grad()
@@ -257,7 +257,7 @@ def _check(block: Block, inputs: Chain, targets: Chain, size: int, processes: Pr
     with block.cast(), quantized_once(block.module):
         for number in processes.share(range(len(parts))):
             rows = parts[number]
-            errors[number] = relative_error(block(inputs, rows), targets[rows].to(device))
+            errors[number] = relative_error(block(inputs, rows), uploaded(targets[rows], device))
     return float(processes.add(errors).mean())
 
 

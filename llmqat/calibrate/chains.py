@@ -36,7 +36,7 @@ from transformers import PreTrainedConfig
 from llmqat.data.blocks import Rows
 from llmqat.data.processes import ALONE, Processes
 from llmqat.layers import model_kind, quantizers_off
-from llmqat.models import cast_parameters, model_device
+from llmqat.models import cast_parameters, model_device, uploaded
 
 if TYPE_CHECKING:
     from llmqat.calibrate.blocks import Block
@@ -174,7 +174,7 @@ class RecordedChain(Chain):
 
     def call(self, block: Block, rows: Some) -> Call:
         """Returns what `block` gets for `rows`."""
-        return self.calls[block.index].call(self.hidden[rows].to(model_device(block.module)), rows)
+        return self.calls[block.index].call(uploaded(self.hidden[rows], model_device(block.module)), rows)
 
     def batches_of(self, processes: Processes) -> Sequence[slice]:
         """Returns the share of this one of `processes`."""

@@ -48,6 +48,7 @@ from llmqat.calibrate.masters import holding
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import Grid, of_each_weight, quantize, snap_scale
 from llmqat.layers import QuantLinear, quantized_once, quantizers_off
+from llmqat.models import uploaded
 
 COLUMNS = 64
 """Columns worked before the rest of the matrix follows."""
@@ -59,6 +60,8 @@ SAMPLED_ROWS = 128
 """Rows of a weight that the trials are made with."""
 PIECE = 2
 """Batches whose original inputs are held in memory until the quantized chain has run on the same text."""
+COMPARED = 4096
+"""Entries of a residual stream that are looked at first."""
 CELL = 0.49
 """How far from its code, in codes, a master weight may lie: below a half, for the rounding of the division."""
 
@@ -71,6 +74,11 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("the second moments of a layer's inputs hold NaN or infinity; check the model in float32")
+    return _damped(hessian, damping)
+
+
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    """Returns what `damped` does, of moments that are known to be finite."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
@@ -158,9 +166,9 @@ def _round_rows(
     Where `known` [n, O] is a number, that is the code.
     """
     errors = torch.empty_like(left)
-    inverse_diagonal = factor.diagonal().reciprocal().tolist()
-    rows = zip(left.unbind(), codes.unbind(), errors.unbind(), scales.unbind(), strict=True)
-    for row, (w, q, error, s) in enumerate(rows):
+    inverse_diagonal = factor.diagonal().reciprocal().unbind()  # tensors: as numbers they would be waited for
+    rows = zip(left.unbind(), codes.unbind(), errors.unbind(), scales.unbind(), inverse_diagonal, strict=True)
+    for row, (w, q, error, s, inverse) in enumerate(rows):
         torch.div(w, s, out=q)
         if grid.offset:
             q.sub_(grid.offset)
@@ -172,7 +180,7 @@ def _round_rows(
             torch.where(known[row].isnan(), q, known[row], out=q)
         level = q if zeros is None else q - zeros[row]
         torch.addcmul(w, level + grid.offset if grid.offset else level, s, value=-1, out=error)
-        error.mul_(inverse_diagonal[row])
+        error.mul_(inverse)
         if row + 1 < left.shape[0]:
             left[row + 1 :].addr_(factor[row, row + 1 :], error, alpha=-1)
     return errors
@@ -200,7 +208,7 @@ def refit_scales(
 ) -> Tensor:
     """Returns the scales [O, G] with the least output error for given codes, snapped.
 
-    A row that would gain nothing keeps its own.
+    A row that would gain nothing keeps its own, and so does one whose system is singular.
 
     Args:
         weight: [O, I] float32, what the layer is to compute.
@@ -227,7 +235,7 @@ def refit_scales(
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     # A little of the old scale keeps a row solvable whose group has no code but zero.
     ridge = 1e-4 * diagonal.mean(-1, keepdim=True).clamp(min=1e-12).expand_as(diagonal)
-    solved = torch.linalg.solve(matrix + torch.diag_embed(ridge), target + ridge * scale)
+    solved, _ = torch.linalg.solve_ex(matrix + torch.diag_embed(ridge), target + ridge * scale)  # waits for no device
     found = snap_scale(torch.where(torch.isfinite(solved), solved, scale))
     # The error is s A s - 2 b s and what no scale changes; so this is its change from the old scales to those found.
     step, both = found - scale, (found + scale).unsqueeze(-1)
@@ -372,7 +380,7 @@ def gptq_block(
             if ridge is None:
                 ridge = cross_validated(torch.cat(list(originals.values())), seen.halves)
             if ridge is not None:
-                hessian = damped(seen.moments, ridge)
+                hessian = _damped(seen.moments, ridge)
                 targets = {name: own + correction(own, hessian, seen) for name, own in originals.items()}
         rounded = gptq_layers(group.layers, curvature, stage.rounds, targets)
         found |= {f"{block.name}.{name}": rounding for name, rounding in rounded.items()}
@@ -392,16 +400,25 @@ def cross_validated(weight: Tensor, halves: Sequence[Moments]) -> float | None:
     Returns:
         A share of the mean diagonal of the second moments; None where the weight as it is fits best. The largest where
         there is no second half.
+
+    Raises:
+        torch.linalg.LinAlgError: damped second moments are not positive definite.
     """
     if len(halves) < 2:
         return max(RIDGES)
     rows = slice(None, None, max(1, len(weight) // SAMPLED_ROWS))
-    errors = dict.fromkeys(RIDGES, 0.0)
+    device = weight.device
+    sums = torch.zeros(len(RIDGES), dtype=torch.float64, device=device)
+    faults = torch.zeros(len(RIDGES), dtype=torch.float64, device=device)
     for fitted, other in permutations(halves, 2):
         wanted = other.lacking(weight, rows)
-        for ridge in RIDGES:
-            step = correction(weight, damped(fitted.moments, ridge), fitted, rows)
-            errors[ridge] += float(((step @ other.moments - 2 * wanted) * step).sum())
+        for number, ridge in enumerate(RIDGES):
+            step, fault = _correction(weight, _damped(fitted.moments, ridge), fitted, rows)
+            sums[number] += ((step @ other.moments - 2 * wanted) * step).sum()
+            faults[number] += fault
+    found, failed = torch.stack([sums, faults]).tolist()  # the one wait for the device
+    _check_definite(not any(failed))
+    errors = dict(zip(RIDGES, found, strict=True))
     best = min(RIDGES, key=errors.__getitem__)
     return best if errors[best] < 0 else None
 
@@ -415,9 +432,26 @@ def correction(weight: Tensor, hessian: Tensor, seen: Moments, rows: slice = sli
         hessian: [I, I] float32, damped E[x^T x]: the more damping, the smaller the correction.
         seen: what text says of the inputs.
         rows: of the weight; those of others are left out.
+
+    Raises:
+        torch.linalg.LinAlgError: `hessian` is not positive definite.
     """
-    wanted = seen.lacking(weight, rows)
-    return torch.cholesky_solve(wanted.t(), torch.linalg.cholesky(hessian)).t()
+    found, fault = _correction(weight, hessian, seen, rows)
+    _check_definite(not bool(fault))
+    return found
+
+
+def _check_definite(is_definite: bool) -> None:
+    if not is_definite:
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            "the damped second moments of a layer's inputs are not positive definite; raise target_damping of the stage"
+        )
+
+
+def _correction(weight: Tensor, hessian: Tensor, seen: Moments, rows: slice) -> tuple[Tensor, Tensor]:
+    """Returns what `correction` does, and a number that is not 0 where `hessian` is not positive definite."""
+    factor, fault = torch.linalg.cholesky_ex(hessian)
+    return torch.cholesky_solve(seen.lacking(weight, rows).t(), factor).t(), fault
 
 
 @torch.no_grad()
@@ -443,14 +477,14 @@ def gptq_layers(
 
     The rows of a weight do not know of each other, so that this is the same, in fewer and larger steps.
     """
-    found: dict[str, LayerRounding] = {}
+    all_problems = {name: _Problem.of(layer, inputs.hessian, targets.get(name)) for name, layer in layers.items()}
+    after: dict[str, Tensor] = {}
     together: dict[Any, dict[str, _Problem]] = {}
-    for name, layer in layers.items():
-        problem = _Problem.of(layer, inputs.hessian, targets.get(name))
-        if problem.kept is not None and bool(problem.kept.all()):
-            found[name] = LayerRounding(problem.share(problem.before), problem.share(problem.before))
+    for name, problem in all_problems.items():
+        if problem.is_kept:
+            after[name] = problem.before
         else:
-            kind = layer.grid, problem.scale.shape[1], problem.kept is None, problem.rows_alike or name
+            kind = problem.layer.grid, problem.scale.shape[1], problem.kept is None, problem.rows_alike or name
             together.setdefault(kind, {})[name] = problem
     for problems in together.values():
         grid = next(iter(problems.values())).layer.grid
@@ -465,8 +499,10 @@ def gptq_layers(
         sizes = [len(p.weight) for p in problems.values()]
         parts = codes.split(sizes), scale.split([len(p.scale) for p in problems.values()])
         for (name, problem), own_codes, own_scale in zip(problems.items(), *parts, strict=True):
-            found[name] = problem.placed(own_codes, own_scale, inputs.hessian)
-    return {name: found[name] for name in layers}
+            after[name] = problem.place(own_codes, own_scale, inputs.hessian)
+    shares = [torch.stack([p.before, after[name]]) / p.size for name, p in all_problems.items()]
+    found = torch.stack(shares).tolist()  # of all layers at once, so that the device is waited for once
+    return {name: LayerRounding(*pair) for name, pair in zip(layers, found, strict=True)}
 
 
 @dataclass
@@ -507,17 +543,18 @@ class _Problem:
         """Whether each row has scales of its own."""
         return len(self.scale) == len(self.weight)
 
-    def share(self, error: Tensor) -> float:
-        """Returns an error of the output as a share of it."""
-        return float(error / self.size)
+    @property
+    def is_kept(self) -> bool:
+        """Whether all groups keep their codes."""
+        return self.kept is not None and bool(self.kept.all())
 
-    def placed(self, codes: Tensor, scale: Tensor, hessian: Tensor) -> LayerRounding:
-        """Puts codes and scales into the layer; returns what that gained."""
+    def place(self, codes: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+        """Puts codes and scales into the layer; returns the error of the output with them, a scalar."""
         after = output_error(self.weight, hessian, codes, scale, self.zero_point, self.layer.grid)
         self.layer.set_scale(scale, self.zero_point)
         placed = placed_weight(self.weight, codes, *self.layer.scale_and_zero_point(), self.layer.grid)
         self.layer.weight.copy_(self.layer.restored(placed))
-        return LayerRounding(self.share(self.before), self.share(after))
+        return after
 
 
 @dataclass
@@ -669,7 +706,7 @@ class _Sums:
         halves = 2 if paired else 1
         self.layer, self.before, self.paired = layer, group.stream if paired else None, paired
         self.clean: dict[nn.Module, deque[Tensor]] = {module: deque() for module in group.watched}  # not met yet
-        self.coming: list[Some] = []
+        self.coming: list[slice] = []
         self.total = torch.zeros(halves, size, size, device=device)
         self.missing = torch.zeros(halves, size, size, device=device) if paired else None
         self.stream = None if self.before is None else torch.zeros(halves, layer.out_features, size, device=device)
@@ -687,7 +724,7 @@ class _Sums:
         if module is self.before:
             if self.unlike:
                 return
-            stream = self.clean[module].popleft().to(x.device).float()
+            stream = uploaded(self.clean[module].popleft(), x.device).float()
             self._share = _shares(stream)
             self._lack = (stream - x.reshape(-1, x.shape[-1]).float()) * self._share
             return
@@ -696,7 +733,7 @@ class _Sums:
         if not self.paired or self.unlike:
             self._add(0, rows)
             return
-        clean, batch = self.clean[module].popleft().to(x.device), self.coming.pop(0)
+        clean, batch = uploaded(self.clean[module].popleft(), x.device), self.coming.pop(0)
         lack, share = self._lack, self._share
         if len(clean) != len(rows):  # a layer that is given a part of the tokens after all
             self.unlike = True
@@ -705,9 +742,11 @@ class _Sums:
         missing = clean.float() - rows
         if share is not None:
             rows, missing = rows * share, missing * share
-        for half, mine in enumerate(_halves(batch, len(rows))):
-            if len(mine):
-                self._add(half, rows[mine], missing[mine], None if lack is None else lack[mine], clean.dtype)
+        for half in range(2):
+            own = _of_half(rows, batch, half)
+            if len(own):
+                behind = None if lack is None else _of_half(lack, batch, half)
+                self._add(half, own, _of_half(missing, batch, half), behind, clean.dtype)
 
     def _add(
         self,
@@ -770,11 +809,11 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left.to(dtype).t() @ right.to(dtype)
 
 
-def _halves(batch: Some, rows: int) -> tuple[Tensor, Tensor]:
-    """Returns which of the `rows` of a batch belong to even and to odd token blocks: its size does not matter then."""
-    blocks = torch.arange(batch.start, batch.stop) if isinstance(batch, slice) else batch
-    odd = (blocks % 2).repeat_interleave(rows // len(blocks))
-    return (odd == 0).nonzero().squeeze(1), odd.nonzero().squeeze(1)
+def _of_half(rows: Tensor, batch: slice, half: int) -> Tensor:
+    """Returns the rows of a batch that belong to even (0) or odd (1) token blocks: its size does not matter then."""
+    count = batch.stop - batch.start
+    size = len(rows) // count
+    return rows[: count * size].view(count, size, -1)[(half - batch.start) % 2 :: 2].flatten(0, 1)
 
 
 @torch.no_grad()
@@ -807,9 +846,18 @@ def stream_of(block: Block, layer: QuantLinear, chain: Chain) -> nn.Module | Non
         return None
     sums += [x for _, x in read[1]]
     calls = [module for module, _ in read[0]]
-    for module, x in reversed(read[0]):
-        if x.shape == outputs[0].shape and calls.count(module) == 1:
-            wanted = x + outputs[0]
-            if any(found.shape == wanted.shape and torch.equal(found, wanted) for found in sums):
-                return module
+    shape = outputs[0].shape
+    sums = [found for found in sums if found.shape == shape]
+    streams = [(module, x) for module, x in reversed(read[0]) if x.shape == shape and calls.count(module) == 1]
+    begin = [_beginning(x) + _beginning(outputs[0]) for _, x in streams]
+    # Which can be equal is seen at their beginnings, all at once: each comparison of its own waits for a GPU.
+    alike = [torch.stack([(_beginning(found) == wanted).all() for found in sums]) for wanted in begin]
+    for (module, x), may_be in zip(streams, torch.stack(alike).tolist() if alike else [], strict=True):
+        candidates = [found for found, same in zip(sums, may_be, strict=True) if same]
+        if candidates and any(torch.equal(found, x + outputs[0]) for found in candidates):
+            return module
     return None
+
+
+def _beginning(x: Tensor) -> Tensor:
+    return x.reshape(-1)[:COMPARED]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmqat.calibrate.blocks import Block, find_blocks
 from llmqat.grid import quantize
 from llmqat.layers import QuantModule, kept_in_float32
-from llmqat.models import save_whole
+from llmqat.models import save_whole, uploaded
 
 
 class Originals:
@@ -64,7 +64,7 @@ def holding(block: Block, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         for name, value in tensors.items():
             parameter = block.module.get_parameter(name)
             moved[name] = parameter.data
-            parameter.data = value.to(parameter.device)
+            parameter.data = uploaded(value, parameter.device)
         yield
     finally:
         for name, own in moved.items():

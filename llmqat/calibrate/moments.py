@@ -1,7 +1,8 @@
 """E[x^2] of every input feature of every quantized linear, in one streaming pass over token blocks.
 
 Nothing is stored but one float64 sum per input feature: a forward pre-hook on each layer squares what comes in, adds
-it up, and lets it go. The pass runs with quantizers off, so the moments are the full-precision model's.
+it up where it lies, and lets it go, so that a GPU is not waited for before the text ends. The pass runs with quantizers
+off, so the moments are the full-precision model's.
 
 Letters: N blocks, L length, I in features.
 """
@@ -39,14 +40,19 @@ def collect_moments(
     if not any(isinstance(module, (QuantModule, KVQuantizer)) for module in model.modules()):
         raise ValueError("the model has no QuantLinear to calibrate; call llmqat.prepare(model, config) first")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
+    found: dict[str, Tensor] = {}
     counts = {name: torch.zeros((), dtype=torch.int64) for name in layers}
 
     def record(name: str, x: Tensor) -> None:
-        sums[name] += x.float().square().sum(0).cpu()
+        new = x.float().square().sum(0).double()
+        found[name] = found[name].add_(new) if name in found else new
         counts[name] += x.shape[0]
 
     observe_inputs(model, layers, record, blocks, batch_size, wrap, processes=processes)
+    sums = {
+        name: found[name].cpu() if name in found else torch.zeros(layer.in_features, dtype=torch.float64)
+        for name, layer in layers.items()
+    }
     for total in (*sums.values(), *counts.values()):
         processes.add(total)
     check_seen({name: bool(count > 0) for name, count in counts.items()})

@@ -22,7 +22,7 @@ class Probe:
     def divergence(self, model: PreTrainedModel) -> float:
         """Returns KL(full precision || model) a token on the probe, nats."""
         hidden, predictor = self._forward(model)
-        labels = self.rows.ids[:, 1:].flatten().to(hidden.device)
+        labels = self.rows.ids[:, 1:].flatten()
         found = token_scores(hidden, predictor, labels, self.hidden, self.predictor)
         assert found.kl is not None
         return float(found.kl.mean(dtype=torch.float64))

@@ -57,7 +57,7 @@ def smooth(model: nn.Module, blocks: Tensor | Rows, alpha: float = 0.5, batch_si
     reach: dict[str, Tensor] = {}
 
     def record(name: str, x: Tensor) -> None:
-        top = x.abs().amax(0).float().cpu()
+        top = x.abs().amax(0).float()
         reach[name] = torch.maximum(reach[name], top) if name in reach else top
 
     observe_inputs(model, first, record, blocks, batch_size, wrap)

@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llmqat.metrics import IGNORED_LABEL
-from llmqat.models import save_whole
+from llmqat.models import save_whole, uploaded
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
@@ -70,9 +70,9 @@ class Rows:
 
     def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Returns what the forward takes: "input_ids", and "position_ids" where documents are kept apart; int64."""
-        inputs = {"input_ids": self.stored.to(device, torch.int64)}
+        inputs = {"input_ids": uploaded(self.stored, device, torch.int64)}
         if self.starts is not None:
-            inputs["position_ids"] = positions(self.starts.to(device))
+            inputs["position_ids"] = positions(uploaded(self.starts, device))
         return inputs
 
     def labels(self) -> Tensor:

@@ -2,7 +2,8 @@
 
 One uniform number a row is enough: it inverts the distribution function, in two levels, where drawing by exponentials
 would need a random number for each of the B x V probabilities. A few rows at a time are worked on, so that their
-probabilities in float32 stay in the processor's cache and never lie in memory for all rows.
+probabilities in float32 stay in the processor's cache and never lie in memory for all rows; on a GPU all of them are,
+since it wants few and large operations.
 
 Letters: B rows, V vocabulary, K candidates.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.metrics import TopProbabilities, top_of_
+from llmqat.models import uploaded
 
 _ROWS_AT_ONCE = 16
 _BUCKET = 256
@@ -53,12 +55,12 @@ def choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling,
     Args:
         logits: [B, V], any floating dtype.
         uniforms: float64 [B] in [0, 1).
-        greedy: bool [B]: rows that take the most likely token instead.
+        greedy: bool [B] on the CPU: rows that take the most likely token instead.
         sampling: how the others are drawn.
         top_k: K, how many of the likeliest tokens are wanted; None: none.
     """
-    at_once = _ROWS_AT_ONCE if logits.device.type == "cpu" else max(len(logits), 1)  # a GPU waits for each part's start
-    parts = zip(logits.split(at_once), uniforms.split(at_once), greedy.split(at_once), strict=True)
+    rows = _ROWS_AT_ONCE if logits.device.type == "cpu" else max(len(logits), 1)
+    parts = zip(logits.split(rows), uniforms.split(rows), greedy.split(rows), strict=True)
     found = [_choose(*part, sampling, top_k) for part in parts]
     top = [part.top for part in found if part.top is not None]
     return Chosen(
@@ -73,7 +75,7 @@ def _choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling
     scaled = weights if sampling.temperature == 1 else torch.softmax(logits.float() / sampling.temperature, dim=-1)
     tokens = _drawn(scaled, uniforms, sampling)
     if greedy.any():
-        tokens = torch.where(greedy, logits.argmax(-1), tokens)
+        tokens = torch.where(uploaded(greedy, logits.device), logits.argmax(-1), tokens)
     chosen = weights.gather(1, tokens[:, None]).squeeze(1)
     log_probs = chosen.clamp(min=torch.finfo(chosen.dtype).tiny).log()
     return Chosen(tokens, log_probs, None if top_k is None else top_of_(weights, top_k))
@@ -87,6 +89,7 @@ def _drawn(weights: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     first = count if sampling.top_k else min(_CANDIDATES, count)
     kept, candidates = weights.topk(first)
     tokens = _among(kept, candidates, uniforms, sampling)
+    # This waits for a GPU; sorting all rows whole, which would not, takes longer.
     rows = (kept.sum(-1) < sampling.top_p).nonzero().squeeze(1) if first < count else None
     if rows is not None and len(rows) > 0:
         tokens[rows] = _among(*weights[rows].topk(count), uniforms[rows], sampling)

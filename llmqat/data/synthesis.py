@@ -50,7 +50,7 @@ from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCache, Tea
 from llmqat.layers import dequantized_once
 from llmqat.layers.packed import FEW_ROWS
 from llmqat.metrics import TopProbabilities
-from llmqat.models import check_next_token, keeps_documents_apart, name_of
+from llmqat.models import check_next_token, keeps_documents_apart, name_of, uploaded
 from llmqat.paths import user_path
 from llmqat.terminal import terminal_bar
 
@@ -490,7 +490,7 @@ def _write_tapes(
     """Fills the tapes, one position of all of them at a time; returns the likeliest `top_k` tokens [B, L - 1, K]."""
     rows, length = tapes.ids.shape
     device = model.device
-    kept = None if top_k is None else TopProbabilities.empty((rows, length - 1), top_k)
+    kept = None if top_k is None else TopProbabilities.empty((rows, length - 1), top_k, device)
     training = model.training
     model.eval()
     try:
@@ -500,18 +500,20 @@ def _write_tapes(
             open_decoder(model, length) as decoder,
         ):
             for position in range(length - 1):
-                logits = decoder.step(tapes.ids[:, position].to(device), tapes.starts[:, position].to(device))
+                here = (uploaded(part[:, position], device) for part in (tapes.ids, tapes.starts))
+                logits = decoder.step(*here)
                 uniforms = torch.rand(rows, dtype=torch.float64, generator=generator)
-                greedy = tapes.greedy(position + 1)
-                chosen = choose(logits, uniforms.to(device), greedy.to(device), sampling, top_k)
-                tapes.write(position + 1, chosen.tokens.cpu(), chosen.log_probs.cpu())
+                chosen = choose(logits, uploaded(uniforms, device), tapes.greedy(position + 1), sampling, top_k)
                 if kept is not None and chosen.top is not None:
                     kept.put(position, chosen.top)
+                # The one wait a position: what comes next depends on which documents end. float64 holds both exactly.
+                tokens, log_probs = torch.stack([chosen.tokens.double(), chosen.log_probs.double()]).cpu()
+                tapes.write(position + 1, tokens.long(), log_probs.float())
                 if watch is not None:
                     watch((position + 2) * rows, length * rows)
     finally:
         model.train(training)
-    return kept
+    return None if kept is None else kept.to(torch.device("cpu"))
 
 
 def _assemble(documents: Sequence[Document], block_size: int) -> tuple[Rows, list[int]]:

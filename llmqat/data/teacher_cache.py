@@ -338,9 +338,8 @@ class TeacherCache:
         Raises:
             ValueError: when a row is not in the cache, or is padded at its beginning.
         """
-        ids = input_ids.cpu()
-        lengths = _lengths(ids, attention_mask)
-        positions = None if position_ids is None else position_ids.cpu().expand_as(ids)
+        ids, mask, positions = _on_the_cpu(input_ids, attention_mask, position_ids)
+        lengths = _lengths(ids, mask)
         rows, width = len(ids), ids.shape[1] - 1
         indices = torch.zeros(rows, width, self.header.top_k, dtype=torch.int64)
         indices[:] = torch.arange(self.header.top_k)  # padding: any distinct tokens will do
@@ -478,11 +477,20 @@ def _check_same(theirs: CacheHeader, ours: CacheHeader, folder: Path, way_out: s
         )
 
 
+def _on_the_cpu(
+    ids: Tensor, mask: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns the three as int64 [B, L] on the CPU, in one move: a GPU is waited for once."""
+    given = [part for part in (mask, positions) if part is not None]
+    together = torch.stack([ids, *(part.to(ids.dtype).expand_as(ids) for part in given)]).cpu()
+    return together[0], None if mask is None else together[1], None if positions is None else together[-1]
+
+
 def _lengths(ids: Tensor, attention_mask: Tensor | None) -> list[int]:
     """Returns the tokens of each row that are no padding."""
     if attention_mask is None:
         return [ids.shape[1]] * len(ids)
-    mask = attention_mask.cpu().bool()
+    mask = attention_mask.bool()
     lengths: list[int] = mask.sum(-1).tolist()
     if not all(bool(mask[row, :length].all()) for row, length in enumerate(lengths)):
         raise ValueError("a teacher cache needs rows padded at their end; set the tokenizer's padding_side='right'")

@@ -33,8 +33,8 @@ from torch.utils.data import Dataset, StackDataset
 
 from llmqat.data.blocks import Rows, sha256_of_rows
 from llmqat.data.length import check_length
-from llmqat.metrics import IGNORED_LABEL, Predictor, TokenScores, predictor_of, token_scores
-from llmqat.models import capture_hidden, cast_parameters, model_device
+from llmqat.metrics import IGNORED_LABEL, Predictor, TokenScores, predictor_of, token_nll, token_scores
+from llmqat.models import capture_hidden, cast_parameters, model_device, uploaded
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the tokens done and the tokens in all."""
@@ -289,13 +289,13 @@ def keep_reference(
 ) -> Reference:
     """Returns what later comparisons with `model` on `windows` need; the model itself may then be let go."""
     kept: list[Tensor] = []
-    parts: list[TokenScores] = []
+    parts: list[Tensor] = []
     with _deployed(model, None):
         predictor = predictor_of(model).detached()
         for hidden, labels in _predicting_states(model, windows, batch_size, progress):
+            parts.append(token_nll(hidden, predictor, labels))
             kept.append(hidden.cpu())
-            parts.append(_scores(predictor, hidden, labels, None, slice(0)))
-    nll = torch.cat([part.nll for part in parts])
+    nll = torch.cat(parts).cpu()
     zeros, ones = torch.zeros_like(nll), torch.ones_like(nll)
     own = TokenScores(nll, kl=zeros, reverse_kl=zeros, top1=ones, top5=ones)
     return Reference(windows=windows, hidden=torch.cat(kept), predictor=predictor, evaluation=_evaluation(own, windows))
@@ -321,7 +321,10 @@ def _check_shape(window: int, body: int, stride: int | None, max_windows: int | 
 def _predicting_states(
     model: nn.Module, windows: TokenWindows, batch_size: int, progress: Progress | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields, a batch of windows at a time, the scored tokens [s] and the final hidden states [s, D] before them."""
+    """Yields, a batch of windows at a time, final hidden states [s, D] and the tokens [s] that they are to predict.
+
+    The tokens are on the CPU, where it is known which are scored, so that a GPU need not be asked.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} evaluates nothing; choose at least 1")
     check_length(model, windows.read_length, "window")
@@ -332,11 +335,14 @@ def _predicting_states(
             rows = slice(start, min(start + batch_size, len(windows)))
             lengths = windows.tokens_in(rows)
             # Padding lies behind the tokens, which a causal model does not see from there: no mask is needed.
-            ids, labels = (side[rows, : max(lengths)].to(device) for side in (windows.ids, windows.labels))
+            ids, labels = (side[rows, : max(lengths)] for side in (windows.ids, windows.labels))
+            ids = uploaded(ids, device)
             model(input_ids=ids if windows.lengths is None else ids[:, :-1], use_cache=False)
             next_labels = labels[:, 1:]
-            scored = next_labels.ne(IGNORED_LABEL)
-            yield captured.take()[:, : next_labels.shape[1]][scored], next_labels[scored]
+            window, position = next_labels.ne(IGNORED_LABEL).nonzero(as_tuple=True)
+            hidden = captured.take()
+            places = uploaded(window * hidden.shape[1] + position, hidden.device)
+            yield hidden.flatten(0, 1)[places], next_labels[window, position]
             done += sum(lengths)
             if progress is not None:
                 progress(done, total)
@@ -360,7 +366,7 @@ def _scores(
     """Returns the scores of one batch: hidden [s, D] predicts labels [s]; `rows` of the reference's states do too."""
     if reference is None:
         return token_scores(hidden, predictor, labels)
-    states = reference.hidden[rows].to(hidden.device)
+    states = uploaded(reference.hidden[rows], hidden.device)
     return token_scores(hidden, predictor, labels, states, _on(reference.predictor, hidden.device))
 
 

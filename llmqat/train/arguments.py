@@ -131,7 +131,10 @@ class QATArguments(TrainingArguments):
                 )
             self.greater_is_better = False
         check_arguments(self)
+        given = self.accelerator_config
         super().__post_init__()
+        if given is None and self.dataloader_pin_memory and not self.use_cpu and self.device.type == "cuda":
+            self.accelerator_config.non_blocking = True  # batches do not wait for the GPU
 
 
 Check = Callable[[TrainingArguments], str | None]

@@ -42,6 +42,8 @@ from llmqat.train.trainer import group_of
 
 log = logging.getLogger(__name__)
 
+_Key = tuple[str, ...]
+"""What a number is of: its kind, and perhaps the layer and more."""
 LOOKS = 3
 """Steps in a row whose codes are compared."""
 LOSSES = 20
@@ -75,6 +77,7 @@ class QuantizationMonitor(TrainerCallback):
         self._gradients: dict[str, float] = {}
         self._losses: deque[float] = deque(maxlen=LOSSES)
         self._warned: set[tuple[str, str]] = set()
+        self._groups: dict[str, int] = {}  # looked at, by layer
 
     def attach(self, trainer: Trainer) -> QuantizationMonitor:
         """Makes `trainer` call this and takes its `log`, which reaches every tracker; returns itself.
@@ -146,50 +149,69 @@ class QuantizationMonitor(TrainerCallback):
             )
         self._losses.append(loss)
 
-    def _dead_share(self, step: int) -> float:
-        """Returns the share of dead groups in the layers looked at, and warns of each cause once a layer."""
-        moved = [
-            None if now is None or start is None else now != start
-            for now, start in zip(map(_log_scale, self._layers.values()), self._starts, strict=True)
-        ]
-        any_moved = any(
-            bool(mask.any()) for mask in moved if mask is not None
-        )  # else rates are still 0, or it is fixed
-        dead, groups = 0, 0
-        for (name, layer), mask in zip(self._layers.items(), moved, strict=True):
-            causes = dead_groups(layer, self.settings.weights)
-            if any_moved and mask is not None:
-                causes["unmoved since training began"] = ~mask[: len(causes[FLOOR])]
-            for cause, found in causes.items():
-                if bool(found.any()) and (name, cause) not in self._warned:
-                    self._warned.add((name, cause))
-                    count = int(found.sum())
-                    log.warning("step %d: %s: %d of %d scales: %s", step, name, count, found.numel(), cause)
-            together = torch.stack(list(causes.values())).any(dim=0)
-            dead, groups = dead + int(together.sum()), groups + together.numel()
-        return dead / groups
-
     def _is_due(self, step: int) -> bool:
         return step % self.settings.every == 0
 
     def _figures(self, step: int, by_layer: bool) -> dict[str, float]:
+        asked = {**self._flips(step), **self._of_scales()}
+        clipped = {name: _clipped(layer, self.settings.weights) for name, layer in self._layers.items()}
+        asked |= {("clipped", name): share for name, share in clipped.items()}
+        found = _numbers(asked)
+        figures = {
+            f"quantization/{kind}": sum(of_kind) / (1 if kind in ("flipped", "oscillating") else len(of_kind))
+            for kind in ("flipped", "oscillating", "scale_drift")
+            if (of_kind := [number for key, number in found.items() if key[0] == kind])
+        }
+        figures["quantization/dead_scales"] = self._dead_share(step, found)
+        shares = {name: found["clipped", name] for name in clipped}
+        figures["quantization/clipped"] = sum(shares.values()) / len(shares)
+        if by_layer:
+            figures |= {f"quantization/clipped/{name}": share for name, share in shares.items()}
+        return figures
+
+    def _flips(self, step: int) -> dict[_Key, Tensor]:
+        """Returns the shares of codes that the last step changed, and changed back, of the steps that are known."""
         now, before, earlier = (self._codes.get(step - back) for back in range(LOOKS))
-        figures: dict[str, float] = {}
+        asked: dict[_Key, Tensor] = {}
         if before is not None:
             changed = [new != old for new, old in zip(now or (), before, strict=True)]
-            figures["quantization/flipped"] = _share(changed)
+            asked["flipped",] = _share(changed)
             if earlier is not None:
                 back = [c & (new == old) for c, new, old in zip(changed, now or (), earlier, strict=True)]
-                figures["quantization/oscillating"] = _share(back)
-        drifts = [_drift(layer, start) for layer, start in zip(self._layers.values(), self._starts, strict=True)]
-        if known := [drift for drift in drifts if drift is not None]:
-            figures["quantization/scale_drift"] = sum(known) / len(known)
-        figures["quantization/dead_scales"] = self._dead_share(step)
-        clipped = {name: clipped_share(layer, self.settings.weights) for name, layer in self._layers.items()}
-        figures["quantization/clipped"] = sum(clipped.values()) / len(clipped)
-        if by_layer:
-            figures |= {f"quantization/clipped/{name}": share for name, share in clipped.items()}
-        return figures
+                asked["oscillating",] = _share(back)
+        return asked
+
+    def _of_scales(self) -> dict[_Key, Tensor]:
+        """Returns by layer how far learned scales have drifted, whether any has moved, and how many groups are dead."""
+        asked: dict[_Key, Tensor] = {}
+        for (name, layer), start in zip(self._layers.items(), self._starts, strict=True):
+            causes = dead_groups(layer, self.settings.weights)
+            asked["dead", name] = torch.stack(list(causes.values())).any(dim=0).sum()
+            now = _log_scale(layer)
+            if now is not None and start is not None:
+                start = start.to(now.device)
+                asked["scale_drift", name] = (now - start).abs().mean()
+                asked["moved", name] = (now != start).any()
+                causes[UNMOVED] = (now == start)[: len(causes[FLOOR])]
+                asked["dead or unmoved", name] = torch.stack(list(causes.values())).any(dim=0).sum()
+            asked |= {("cause", name, cause): mask.sum() for cause, mask in causes.items()}
+            self._groups[name] = causes[FLOOR].numel()
+        return asked
+
+    def _dead_share(self, step: int, found: Mapping[_Key, float]) -> float:
+        """Returns the share of dead groups in the layers looked at, and warns of each cause once a layer."""
+        any_moved = any(found.get(("moved", name)) for name in self._layers)  # else rates are still 0, or it is fixed
+        dead = 0.0
+        for name, groups in self._groups.items():
+            causes = (FLOOR, ALL_ZERO, UNMOVED) if any_moved else (FLOOR, ALL_ZERO)
+            for cause in causes:
+                count = int(found.get(("cause", name, cause), 0))
+                if count and (name, cause) not in self._warned:
+                    self._warned.add((name, cause))
+                    log.warning("step %d: %s: %d of %d scales: %s", step, name, count, groups, cause)
+            own = found["dead", name]
+            dead += found.get(("dead or unmoved", name), own) if any_moved else own
+        return dead / sum(self._groups.values())
 
 
 @torch.no_grad()
@@ -199,19 +221,23 @@ def codes_of(layer: QuantModule, weights: int) -> Tensor:
     return quantize(rows, scale, zero_point, layer.grid)
 
 
-@torch.no_grad()
 def clipped_share(layer: QuantModule, weights: int) -> float:
     """Returns the share of weights, in the same rows, that are more than half a step beyond the outermost levels."""
+    return float(_clipped(layer, weights))
+
+
+@torch.no_grad()
+def _clipped(layer: QuantModule, weights: int) -> Tensor:
     rows, scale, zero_point = _first_rows(layer, weights)
     groups = rows.float().reshape(rows.shape[0], scale.shape[1], -1) if scale.shape[0] > 1 else rows.float()[:, None]
     codes = groups / scale.float().unsqueeze(-1)
     if zero_point is not None:
         codes = codes + zero_point.round().unsqueeze(-1)
     low, high = layer.grid.qmin + layer.grid.offset - 0.5, layer.grid.qmax + layer.grid.offset + 0.5
-    return float(((codes < low) | (codes > high)).float().mean())
+    return ((codes < low) | (codes > high)).float().mean()
 
 
-FLOOR, ALL_ZERO = "at the floor", "all codes zero"
+FLOOR, ALL_ZERO, UNMOVED = "at the floor", "all codes zero", "unmoved since training began"
 
 
 @torch.no_grad()
@@ -230,7 +256,10 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
         if parameter.grad is not None:
             groups.setdefault(group_of(name, parameter), []).append(parameter.grad)
     norms = {name: torch.stack(torch._foreach_norm(gradients)) for name, gradients in groups.items()}
-    return {f"grad_norm/{name}": float(torch.linalg.vector_norm(entries.float())) for name, entries in norms.items()}
+    asked: dict[_Key, Tensor] = {
+        (f"grad_norm/{name}",): torch.linalg.vector_norm(entries.float()) for name, entries in norms.items()
+    }
+    return {key[0]: number for key, number in _numbers(asked).items()}
 
 
 def _first_rows(layer: QuantModule, weights: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -246,10 +275,15 @@ def _log_scale(layer: QuantModule) -> Tensor | None:
     return None if layer.log_scale is None else layer.log_scale.detach().clone()
 
 
-def _drift(layer: QuantModule, start: Tensor | None) -> float | None:
-    now = _log_scale(layer)
-    return None if now is None or start is None else float((now - start.to(now.device)).abs().mean())
+def _share(masks: Sequence[Tensor]) -> Tensor:
+    counts = [mask.sum().double() for mask in masks]
+    return torch.stack([count.to(counts[0].device) for count in counts]).sum() / sum(mask.numel() for mask in masks)
 
 
-def _share(masks: Sequence[Tensor]) -> float:
-    return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+def _numbers(asked: Mapping[_Key, Tensor]) -> dict[_Key, float]:
+    """Returns tensors of one number each as numbers, of all at once, so that a GPU is waited for once."""
+    if not asked:
+        return {}
+    tensors = [tensor.detach().double() for tensor in asked.values()]
+    together = torch.stack([tensor.to(tensors[0].device) for tensor in tensors])
+    return dict(zip(asked, together.tolist(), strict=True))

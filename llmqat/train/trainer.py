@@ -57,7 +57,7 @@ from llmqat.layers import (
     without_adapters,
 )
 from llmqat.layers.lora import adopt_adapters
-from llmqat.metrics import IGNORED_LABEL, Predictor, Teacher, TopProbabilities, predictor_of, token_loss, token_scores
+from llmqat.metrics import IGNORED_LABEL, Predictor, Teacher, TopProbabilities, predictor_of, token_loss, token_nll
 from llmqat.models import (
     capture_hidden,
     cast_parameters,
@@ -684,8 +684,8 @@ def _likelihoods(hidden: Tensor, predictor: Predictor, labels: Tensor) -> dict[s
     """Returns {"nll", "scored"}, float32 [B]: of each sample's labels [B, L], predicted from hidden [B, L, D]."""
     wanted = labels[:, 1:]
     mask = wanted.ne(IGNORED_LABEL)
-    scores = token_scores(hidden[:, :-1].flatten(0, 1), predictor.detached(), wanted.flatten())
-    nll = torch.zeros(mask.shape, device=hidden.device).masked_scatter_(mask, scores.nll.to(hidden.device))
+    of_scored = token_nll(hidden[:, :-1].flatten(0, 1), predictor.detached(), wanted.flatten())
+    nll = torch.zeros(mask.shape, device=hidden.device).masked_scatter_(mask, of_scored)
     return {"nll": nll.sum(1), "scored": mask.sum(1).float()}
 
 
