@@ -849,10 +849,12 @@ def stream_of(block: Block, layer: QuantLinear, chain: Chain) -> nn.Module | Non
     shape = outputs[0].shape
     sums = [found for found in sums if found.shape == shape]
     streams = [(module, x) for module, x in reversed(read[0]) if x.shape == shape and calls.count(module) == 1]
+    if not sums or not streams:
+        return None
     begin = [_beginning(x) + _beginning(outputs[0]) for _, x in streams]
     # Which can be equal is seen at their beginnings, all at once: each comparison of its own waits for a GPU.
     alike = [torch.stack([(_beginning(found) == wanted).all() for found in sums]) for wanted in begin]
-    for (module, x), may_be in zip(streams, torch.stack(alike).tolist() if alike else [], strict=True):
+    for (module, x), may_be in zip(streams, torch.stack(alike).tolist(), strict=True):
         candidates = [found for found, same in zip(sums, may_be, strict=True) if same]
         if candidates and any(torch.equal(found, x + outputs[0]) for found in candidates):
             return module

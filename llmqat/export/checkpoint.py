@@ -647,7 +647,8 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(local)
     share_products(model)
     decode_in_groups(model)
-    model.to(place)
+    if place.type != "cpu":
+        model.to(place)
     keep_dequantized(model, most_bytes)
     if compile:
         compile_decoding(model)

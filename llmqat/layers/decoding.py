@@ -14,7 +14,10 @@ Letters: B batch, H heads, K heads of keys and values, L length of the cache, D 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +33,7 @@ GROUPED = "sdpa_in_groups"
 """transformers' "sdpa", with decoding in groups."""
 
 _OWN = "sdpa"
+_ASKS = re.compile(r"""_attn_implementation\b[^\n]*["']sdpa["']""")
 _MODULES = re.compile(r"\._modules\[")
 _KINDS = ("TENSOR_MATCH", "DUPLICATE_INPUT")
 _CHANGING = re.compile(r"(\.kernel|\.enabled|\.training|\._runtime|\['log_scale'\])$")
@@ -62,7 +66,13 @@ def grouped_attention(
 
 
 def decode_in_groups(model: PreTrainedModel) -> None:
-    """Lets `model` attend by `grouped_attention` where its attention is "sdpa", its KV cache quantized or not."""
+    """Lets `model` attend by `grouped_attention` where its attention is "sdpa", its KV cache quantized or not.
+
+    A model whose code compares the name of its attention with "sdpa" (DeepSeek V3.2 masks what it leaves out only then)
+    stays as it is.
+    """
+    if any(map(_asks_for_sdpa, {type(module).__module__ for module in model.modules()})):
+        return
     if GROUPED not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS[_OWN])
@@ -71,6 +81,17 @@ def decode_in_groups(model: PreTrainedModel) -> None:
         model.set_attn_implementation(GROUPED)
     elif found == IMPLEMENTATION_PREFIX + _OWN:
         model.set_attn_implementation(quantizing_implementation(GROUPED))
+
+
+@functools.cache
+def _asks_for_sdpa(module: str) -> bool:
+    """Returns whether the code of a Python module asks whether attention is called "sdpa", or cannot be read."""
+    if module.partition(".")[0] in ("torch", "llmqat", "peft"):
+        return False
+    try:
+        return _ASKS.search(inspect.getsource(sys.modules[module])) is not None
+    except (KeyError, OSError, TypeError):
+        return True
 
 
 def is_checked(guards: Sequence[Any]) -> list[bool]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmqat.layers import PackedLinear, QuantConfig, convert, decode_in_groups, is_checked, prepare, share_products
@@ -98,3 +98,13 @@ def test_what_changes_after_compiling_is_noticed(change: Callable[[PreTrainedMod
     assert torch.equal(found, model(ids).logits)
     assert not torch.equal(found, before)
     assert counts[0][1] < counts[0][0] / 2
+
+
+def test_a_model_that_asks_how_its_attention_is_called_stays_as_it_is() -> None:
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    asks, does_not = FalconForCausalLM(config), tiny_llama()
+    for model in (asks, does_not):
+        model.set_attn_implementation("sdpa")
+        decode_in_groups(model)
+    assert asks.config._attn_implementation == "sdpa"
+    assert does_not.config._attn_implementation == GROUPED
