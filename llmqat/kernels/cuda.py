@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, native_group, native_scales
+from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, first_failing, native_group, native_scales
 
 _INNER_K_TILES = (8, 4, 2)
 
@@ -36,7 +36,7 @@ class CudaInt4Kernel:
             (native_group(weight) is not None, f"group size {weight.group_size} does not fit"),
             (x.numel() <= MAX_DECODE_ROWS * weight.in_features, f"it is for at most {MAX_DECODE_ROWS} rows"),
         )
-        return next((reason for holds, reason in checks if not holds), None)
+        return first_failing(checks)
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias; the kernel's own layout is built at the first call and kept with the weight."""

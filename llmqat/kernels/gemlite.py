@@ -15,7 +15,6 @@ Letters: M rows of activations, O out features, I in features, G scales per row,
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ from torch import Tensor
 
 from llmqat.extras import missing, require
 from llmqat.grid import Grid
-from llmqat.kernels.reference import PackedWeight
+from llmqat.kernels.reference import PackedWeight, first_failing
 from llmqat.kernels.trial import TRIAL_FEATURES, refusal
+from llmqat.kernels.triton import is_interpreted
 
 _BITS = (2, 4, 8)
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
@@ -44,7 +44,7 @@ class GemliteKernel:
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why gemlite cannot take this product, or None."""
-        interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        interpreted = is_interpreted(x)
         dtypes = (torch.float32,) if interpreted else (torch.bfloat16, torch.float16)
         scales = weight.parts[0].scale.dtype
         group = weight.group_size
@@ -60,7 +60,7 @@ class GemliteKernel:
             (fits, f"group size {group} is no power of two from {_LEAST_GROUP}"),
             (not untuned, f"one or two rows of 8 bits in groups below {_TILE_OF_8_BITS} are wrong unless it is tuned"),
         )
-        if (reason := next((reason for holds, reason in checks if not holds), None)) is not None:
+        if (reason := first_failing(checks)) is not None:
             return reason
         if (lacking := missing("gemlite")) is not None:
             return f"it needs {lacking}"

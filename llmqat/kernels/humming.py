@@ -20,10 +20,9 @@ from torch import Tensor
 
 from llmqat.extras import missing, require
 from llmqat.grid import Grid, pack_int32
-from llmqat.kernels.reference import PackedWeight
-from llmqat.kernels.trial import TRIAL_FEATURES, refusal
+from llmqat.kernels.reference import PackedWeight, first_failing
+from llmqat.kernels.trial import TRIAL_FEATURES, refusal, too_old
 
-MIN_CAPABILITY = (8, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _LEAST_GROUP = 16
 
@@ -47,12 +46,12 @@ class HummingKernel:
             (rows % 64 == 0 and columns % 32 == 0, f"{rows} x {columns} features are not multiples of 64 x 32"),
             (weight.group_size >= _LEAST_GROUP, f"group size {weight.group_size} is below {_LEAST_GROUP}"),
         )
-        if (reason := next((reason for holds, reason in checks if not holds), None)) is not None:
+        if (reason := first_failing(checks)) is not None:
             return reason
         if (lacking := missing("humming")) is not None:
             return f"it needs {lacking}"
-        if (capability := torch.cuda.get_device_capability(x.device)) < MIN_CAPABILITY:
-            return f"it needs a GPU of compute capability 8.0, not {capability[0]}.{capability[1]}"
+        if (reason := too_old(x.device)) is not None:
+            return reason
         groups = (32, 64, TRIAL_FEATURES)
         return refusal(self, "humming-kernels", x.device, x.dtype, plain(weight.grid), groups)
 

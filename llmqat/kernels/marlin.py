@@ -28,10 +28,9 @@ from torch import Tensor
 from llmqat.extras import missing, require
 from llmqat.grid import Grid, pack_int32
 from llmqat.kernels.reference import PackedWeight
-from llmqat.kernels.trial import TRIAL_FEATURES, refusal
+from llmqat.kernels.trial import TRIAL_FEATURES, refusal, too_old
 
 REPOSITORY, VERSION = "kernels-community/vllm-quantization", 0
-MIN_CAPABILITY = (8, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 _GROUPS = (128, 64, 32)
 _TILES = ((64, 128), (128, 64))
@@ -60,9 +59,8 @@ class MarlinKernel:
             return f"group size {weight.group_size} does not fit"
         if (lacking := missing("kernels")) is not None:
             return f"it needs {lacking}"
-        capability = torch.cuda.get_device_capability(x.device)
-        if capability < MIN_CAPABILITY:
-            return f"it needs a GPU of compute capability 8.0, not {capability[0]}.{capability[1]}"
+        if (reason := too_old(x.device)) is not None:
+            return reason
         grid = Grid(marlin_bits(weight.grid))
         return refusal(self, REPOSITORY, x.device, x.dtype, grid, (32, TRIAL_FEATURES))
 

@@ -5,7 +5,7 @@ Letters: O out features, I in features, G scales per row, b bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +143,11 @@ class JoinedWeight(PackedWeight):
     def parts(self) -> Sequence[PackedWeight]:
         """The members."""
         return self.members
+
+
+def first_failing(checks: Iterable[tuple[bool, str]]) -> str | None:
+    """Returns the reason of the first check that does not hold, or None; checks are (holds, reason if not)."""
+    return next((reason for holds, reason in checks if not holds), None)
 
 
 NATIVE_GROUPS = (256, 128, 64, 32)

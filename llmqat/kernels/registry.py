@@ -86,7 +86,7 @@ def packed_linear(
     key = kernel, rows_class(x.numel() // weight.in_features), x.dtype, x.device.type, wants_gradient
     if key not in weight.chosen:
         named = kernel != "auto"
-        weight.chosen[key] = _named(kernel, x, weight) if named else _choice(x, weight, wants_gradient)
+        weight.chosen[key] = _named(kernel, x, weight, wants_gradient) if named else _choice(x, weight, wants_gradient)
     chosen: Kernel = weight.chosen[key]
     return chosen.linear(x, weight, bias)
 
@@ -96,9 +96,7 @@ def _choice(x: Tensor, weight: PackedWeight, wants_gradient: bool) -> Kernel:
     timed = may_time(x.device)
     accepted: list[Kernel] = []
     for candidate in (kernel for kernel in KERNELS.values() if kernel.exact):
-        reason = candidate.declines(x, weight)
-        if reason is None and wants_gradient and not candidate.differentiable:
-            reason = "torch has no gradient of its product"
+        reason = _refusal(candidate, x, weight, wants_gradient)
         if reason is None:
             accepted.append(candidate)
             if not timed:
@@ -112,12 +110,17 @@ def _choice(x: Tensor, weight: PackedWeight, wants_gradient: bool) -> Kernel:
     return KERNELS[name]
 
 
-def _named(kernel: str, x: Tensor, weight: PackedWeight) -> Kernel:
+def _refusal(kernel: Kernel, x: Tensor, weight: PackedWeight, wants_gradient: bool) -> str | None:
+    reason = kernel.declines(x, weight)
+    if reason is None and wants_gradient and not kernel.differentiable:
+        return "torch has no gradient of its product"
+    return reason
+
+
+def _named(kernel: str, x: Tensor, weight: PackedWeight, wants_gradient: bool) -> Kernel:
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} is unknown; choose auto, {', '.join(KERNELS)}")
-    reason = KERNELS[kernel].declines(x, weight)
-    if reason is None and x.requires_grad and torch.is_grad_enabled() and not KERNELS[kernel].differentiable:
-        reason = "torch has no gradient of its product"
+    reason = _refusal(KERNELS[kernel], x, weight, wants_gradient)
     if reason is not None:
         raise ValueError(f"kernel={kernel!r} cannot run here: {reason}; choose 'auto' or 'reference'")
     return KERNELS[kernel]

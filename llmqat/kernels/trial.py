@@ -26,6 +26,8 @@ TRIAL_FEATURES = 128
 CALLS = 20
 """Products in one measurement."""
 MEASUREMENTS = 3
+MIN_CAPABILITY = (8, 0)
+"""Of GPUs that multiply bfloat16 in their tensor cores."""
 
 logger = logging.getLogger(__name__)
 _fastest: dict[tuple[Any, ...], str] = {}
@@ -38,6 +40,14 @@ class TriedKernel(Protocol):
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x [*, I] times the dequantized weight [O, I] transposed, plus bias."""
+
+
+def too_old(device: torch.device) -> str | None:
+    """Returns why an NVIDIA GPU is too old for kernels of bfloat16, or None."""
+    capability, least = torch.cuda.get_device_capability(device), MIN_CAPABILITY
+    if capability >= least:
+        return None
+    return f"it needs a GPU of compute capability {least[0]}.{least[1]}, not {capability[0]}.{capability[1]}"
 
 
 @functools.cache

@@ -32,8 +32,7 @@ class TritonKernel:
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why it cannot run here, or None."""
-        interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        if x.device.type != "cuda" and not interpreted:
+        if x.device.type != "cuda" and not is_interpreted(x):
             return f"it runs on a GPU, not on {x.device.type}"
         if (lacking := missing("triton")) is not None:
             return f"it needs {lacking}"
@@ -44,6 +43,11 @@ class TritonKernel:
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns F.linear(x, ŵ, bias)."""
         return F.linear(x, unpacked(weight, x.dtype), bias)
+
+
+def is_interpreted(x: Tensor) -> bool:
+    """Returns whether Triton's kernels run on the CPU, where `x` lies, under its interpreter."""
+    return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmqat.extras import missing, require
 from llmqat.grid import Grid, pack_int32
-from llmqat.kernels.reference import PackedWeight
+from llmqat.kernels.reference import PackedWeight, first_failing
 from llmqat.kernels.trial import TRIAL_FEATURES, refusal
 
 _SIGN_BITS = -2004318072
@@ -48,7 +48,7 @@ class ZentorchKernel:
             (columns % 8 == 0, f"in_features={columns} is not a multiple of 8"),
             (group % 4 == 0, f"group size {group} is not a multiple of 4"),
         )
-        if (reason := next((reason for holds, reason in checks if not holds), None)) is not None:
+        if (reason := first_failing(checks)) is not None:
             return reason
         if (lacking := missing("zentorch")) is not None:
             return f"it needs {lacking}"
