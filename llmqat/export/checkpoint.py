@@ -24,7 +24,7 @@ import platform
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -661,10 +661,10 @@ def _bytes(memory: int | str) -> int:
     Raises:
         ValueError: it is no amount of memory.
     """
-    try:
-        found = convert_file_size_to_int(memory)
-    except ValueError:
-        found = -1
+    found = -1
+    if isinstance(memory, (int, str)) and not isinstance(memory, bool):
+        with suppress(ValueError):
+            found = convert_file_size_to_int(memory)
     if found < 0:
         raise ValueError(f"memory={memory!r} is no amount of memory; give bytes, or text as '400MB' or '2GiB'")
     return int(found)
@@ -679,9 +679,11 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={str(device)!r} cannot be used: {reason}; choose 'cpu'") from error
+    if place.type == "meta":
+        raise ValueError("device='meta' cannot be used: nothing is computed there; choose 'cpu'")
     return place
 
 

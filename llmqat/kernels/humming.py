@@ -97,14 +97,13 @@ def humming_layer(weight: PackedWeight) -> Any:
 
 def humming_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     """Returns what a layer of compressed-tensors' `pack-quantized` format has, by its names."""
+    packed = weight.grid == plain(weight.grid) and weight.packed.dtype == torch.int32
     tensors = {
-        "weight_packed": weight.words()
-        if weight.grid == plain(weight.grid)
-        else pack_int32(weight.codes(), plain(weight.grid)),
+        "weight_packed": weight.words() if packed else pack_int32(weight.codes(), plain(weight.grid)),
         "weight_scale": weight.scale,
         "weight_shape": torch.tensor([weight.out_features, weight.in_features]),
     }
     if weight.zero_point is not None:
-        packed = pack_int32(weight.zero_point.t().to(torch.int64), weight.grid)
-        tensors["weight_zero_point"] = packed.t().contiguous()
+        zeros = pack_int32(weight.zero_point.t().to(torch.int64), weight.grid)
+        tensors["weight_zero_point"] = zeros.t().contiguous()
     return tensors

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llmqat.kernels.cpu import CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel, CpuIntegerKernel
 from llmqat.kernels.cuda import CudaInt4Kernel
@@ -82,6 +83,8 @@ def packed_linear(
         if kernel == "auto" and INTEGERS.declines(x, weight) is None:
             return INTEGERS.linear(x, weight, bias)
         x = x.values()
+    if not x.numel():  # of no rows, which not every kernel takes; nothing of the weight is read
+        return F.linear(x, x.new_empty(weight.out_features, weight.in_features), bias)
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
     key = kernel, rows_class(x.numel() // weight.in_features), x.dtype, x.device.type, wants_gradient
     if key not in weight.chosen:

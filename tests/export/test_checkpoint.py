@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -741,9 +742,11 @@ def test_full_precision_folder_and_unknown_kernel_are_refused(good: Path, tmp_pa
         load(tmp_path / "nowhere" / "at" / "all")
 
 
-@pytest.mark.parametrize("memory", ["much", -1, "12 apples"])
-def test_what_is_no_amount_of_memory_is_refused_before_anything_is_read(memory: int | str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"memory={memory!r} is no amount of memory; give bytes, or text as '400MB'"):
+@pytest.mark.parametrize("memory", ["much", -1, "12 apples", "", "-4MB", None, 1.5, True, [1]])
+def test_what_is_no_amount_of_memory_is_refused_before_anything_is_read(memory: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=rf"memory={re.escape(repr(memory))} is no amount of memory; give bytes, or text as '400MB'"
+    ):
         load(tmp_path / "nothing", memory=memory)
 
 
@@ -765,9 +768,9 @@ def test_memory_for_dequantized_weights_is_used_layer_after_layer(tmp_path: Path
     assert all(kept["1GB"])
 
 
-@pytest.mark.parametrize("device", ["nowhere", *([] if torch.cuda.is_available() else ["cuda"])])
-def test_a_device_that_is_not_here_is_named_before_anything_is_read(device: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"device='{device}' cannot be used: .*; choose 'cpu'"):
+@pytest.mark.parametrize("device", ["nowhere", "meta", None, ["cpu"], *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_is_not_here_is_named_before_anything_is_read(device: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"device={re.escape(repr(str(device)))} cannot be used: .*; choose 'cpu'"):
         load(tmp_path / "nothing", device=device)
 
 

@@ -51,6 +51,21 @@ def test_a_kernel_agrees_with_the_product_in_float64(name: str, scheme: WeightCo
     assert ((got - (exact + bias.double())).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_no_kernel_hides_what_is_not_finite_or_fails_without_rows(name: str, scheme: WeightConfig, device: str) -> None:
+    weight, x = packed_layer(scheme).to(device).packed_weight(), torch.randn(4, 384).bfloat16().to(device)
+    if KERNELS[name].declines(x, weight) is not None:
+        return
+    assert packed_linear(x[:0], weight, torch.zeros_like(weight.scale[:, 0]), name).shape == (0, 64)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x[2, 5] = value
+        is_finite = packed_linear(x, weight, None, name).isfinite()
+        assert not is_finite[2].any()
+        assert is_finite[[0, 1, 3]].all()
+
+
 INPUTS = {
     "token": ActivationConfig(),
     "token, zero points": ActivationConfig(symmetric=False),

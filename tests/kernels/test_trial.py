@@ -170,3 +170,11 @@ def test_humming_is_given_ternary_codes_and_joined_weights_as_it_reads_them() ->
 def test_words_that_humming_can_read_are_not_copied() -> None:
     weight = packed_layer(INT4).packed_weight()
     assert humming_tensors(weight)["weight_packed"] is weight.packed
+
+
+@pytest.mark.usefixtures("package")
+def test_humming_is_given_words_of_codes_that_were_never_packed() -> None:
+    codes = torch.randint(-128, 128, (64, 384), dtype=torch.int8)
+    weight = PackedWeight(codes, torch.rand(64, 1).bfloat16(), None, Grid(8), 384)
+    x = torch.randn(3, 384).bfloat16()
+    assert torch.equal(HummingKernel().linear(x, weight, None), F.linear(x, weight.dequantized(x.dtype)))

@@ -69,6 +69,16 @@ def test_inputs_of_8_bits_are_only_had_by_name() -> None:
         assert _choice(x, weight, wants_gradient=False).name in ("cpu-int4", "cpu-dequantize")
 
 
+def test_tokens_that_are_not_finite_give_nan() -> None:
+    weight = packed_layer(WeightConfig(num_bits=4, group_size=64)).packed_weight()
+    x = torch.randn(4, 384).bfloat16()
+    zentorch.load_zentorch().zentorch_dynamic_qlinear = lambda rows, *_: torch.ones(len(rows), 64).bfloat16()
+    trial.refusal.cache_clear()
+    x[1, 3], x[2, 4] = float("nan"), float("inf")
+    out = ZentorchKernel().linear(x, weight, None)  # whose codes hide it
+    assert out.isfinite().all(-1).tolist() == [True, False, False, True]
+
+
 def test_zentorch_forgets_a_weight_that_goes() -> None:
     weight = packed_layer(WeightConfig(num_bits=4, group_size=64)).packed_weight()
     packed_linear(torch.randn(3, 384).bfloat16(), weight, kernel="cpu-w4a8")
