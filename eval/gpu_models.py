@@ -10,11 +10,10 @@ import gc
 from dataclasses import dataclass
 from typing import Any
 
+import inference
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from llmqat.layers import QuantConfig, convert, decode_in_groups, prepare, share_products
 from llmqat.models import load_model
@@ -47,15 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
     },
-    "tiny": {
-        "vocab_size": 384,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
+    "tiny": {**inference.SHAPES["tiny"], "tie_word_embeddings": True},
 }
 CONTEXT = 2048
 """Positions of a random Llama."""
@@ -185,17 +176,7 @@ def small_model(spec: str | None, sizes: Sizes, dtype: torch.dtype) -> tuple[Pre
         model, tokenizer = load_model(spec, dtype)
         return model.to(device()), tokenizer
     twin = random_llama(sizes.small_llama, dtype)
-    return twin, byte_tokenizer(twin.config.vocab_size)
-
-
-def byte_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
-    """Returns a tokenizer of single bytes with `vocabulary` entries."""
-    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += [f"<unused{n}>" for n in range(vocabulary - len(tokens))]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return FastTokenizer(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return twin, inference.byte_tokenizer(twin.config.vocab_size)
 
 
 def pack(model: PreTrainedModel, group_size: int) -> None:

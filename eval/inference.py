@@ -155,12 +155,17 @@ def random_llama(shape: str) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def byte_tokenizer() -> Any:
-    """Returns a tokenizer of single bytes and of one pair, without which llama.cpp does not load a GGUF file."""
+def byte_tokenizer(least: int = 0) -> Any:
+    """Returns a tokenizer of single bytes and of one pair, without which llama.cpp does not load a GGUF file.
+
+    Args:
+        least: entries that it has at least; those that are left over stand for nothing.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    tokens += [f"<unused{n}>" for n in range(least - len(tokens))]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
