@@ -617,8 +617,8 @@ def load(
             graph, of kernels that are timed here, before it is made.
         device: where it is to run.
         memory: that dequantized weights may take beside the packed ones, in bytes or as "400MB": layers, from the first
-            one on, keep theirs as long as they fit. More than eight rows are multiplied with these, so that prompts and
-            batches run as fast as with the full-precision model; single tokens read the packed weights.
+            one on, keep theirs as long as they fit. More than eight rows (prompts, batches) are multiplied with these,
+            by the product that the full-precision model uses; single tokens read the packed weights.
 
     Raises:
         FileNotFoundError: there is no such folder or hub repository, or a weights file is missing.
