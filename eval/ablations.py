@@ -353,6 +353,7 @@ class Ablations(Bench):
     """The work folder of the ablations."""
 
     result_file = "ablation.json"
+    results_key = "cells"
 
     def settings(self) -> dict[str, Any]:
         """Returns what the cells have in common, and what each arm changes."""
@@ -360,6 +361,10 @@ class Ablations(Bench):
         arms = {f"arm {cell.arm}": arm_of(cell.arm).facts() for cell in options.cells}
         own = {"tokens": options.tokens, "train on": options.train_on, "reserved": options.reserved}
         return {**super().settings(), **own, **arms}
+
+    def cell_of(self, result: dict[str, Any]) -> Cell:
+        """Returns the cell that has found `result`."""
+        return Cell(result["scheme"], result["text"], result["arm"], result["seed"])
 
     @property
     def calibration_blocks(self) -> int:

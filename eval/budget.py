@@ -10,6 +10,7 @@ What cells share is made once and kept in `--work`: the text, the teacher's like
 and the calibrated start of a scheme on a text. The same command continues: a finished cell is not done again, and one
 that was killed resumes from its last checkpoint. Several processes may work in one folder at the same time; each skips
 the cells that another is doing (`--only` gives each its own). The report holds every finished cell in `--work`.
+`--earlier REPORT.json` takes over the cells of a report, such as that of another machine.
 
 From three budgets on, a law of KL against tokens is fitted to the cells of a scheme on a text (budget_law.py).
 `--law` writes it where llmqat reads it, `--plot` draws it, `--report` does both from what the folder has.
@@ -213,6 +214,9 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--work", type=user_path, required=True, help="folder of the cells, gone on with if it is there"
     )
     parser.add_argument("--report", action="store_true", help="do no cell, report those that the folder has")
+    parser.add_argument(
+        "--earlier", nargs="+", type=user_path, default=[], help="reports whose cells are taken over, not done again"
+    )
     parser.add_argument("--json", type=user_path, help="file for the results")
 
 
@@ -261,6 +265,8 @@ class Bench:
 
     result_file = RESULT_FILE
     """File in its folder that says what a cell has found."""
+    results_key = "rows"
+    """Key of a report whose value is what its cells have found."""
     piece = PIECE
     """Blocks of its own text that the model writes with one seed."""
 
@@ -288,12 +294,39 @@ class Bench:
         file = self.work / SETTINGS_FILE
         with held(self.work / "settings.lock"):
             before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            if differing := [key for key, value in now.items() if key in before and before[key] != value]:
+            if differing := _differing(now, before):
                 raise SystemExit(
                     f"{self.work} was begun with other settings ({file}): {', '.join(differing)}; give the same, or "
                     "another --work"
                 )
-            write_whole(file, json.dumps({**before, **now}, indent=2) + "\n")
+            together = {**before, **now}
+            for report in self.options.earlier:
+                together = self._take_over(report, together)
+            write_whole(file, json.dumps(together, indent=2) + "\n")
+
+    def _take_over(self, file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        """Puts the cells of a report into the folder, but for those that it has; returns the settings of both.
+
+        Raises:
+            SystemExit: `file` is no report of this script, or was made with other settings.
+        """
+        try:
+            report = json.loads(file.read_text(encoding="utf-8"))
+            theirs, found = report["settings"], report[self.results_key]
+            folders = {self.work / self.cell_of(result).name: result for result in found}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise SystemExit(f"--earlier {file}: no report of this script ({error!r})") from None
+        if differing := _differing(settings, theirs):
+            raise SystemExit(f"--earlier {file}: made with other settings: {', '.join(differing)}; leave it out")
+        for folder, result in folders.items():
+            folder.mkdir(exist_ok=True)
+            if not (folder / self.result_file).is_file():
+                write_whole(folder / self.result_file, json.dumps(result) + "\n")
+        return {**theirs, **settings}
+
+    def cell_of(self, result: dict[str, Any]) -> Any:
+        """Returns the cell that has found `result`."""
+        return Cell(result["scheme"], result["text"], result["asked_tokens"], result["seed"])
 
     def settings(self) -> dict[str, Any]:
         """Returns what the cells have in common."""
@@ -537,6 +570,11 @@ class Bench:
             if self.options.json:
                 write_report(report, self.options.json)
         return report
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Returns the keys that both have with different values."""
+    return [key for key, value in one.items() if key in other and other[key] != value]
 
 
 def samples_of(recipe: Recipe) -> int:

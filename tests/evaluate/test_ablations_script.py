@@ -125,6 +125,9 @@ def test_a_run(
         context.setattr(QATTrainer, "train", None)  # a finished cell is not done again
         run(monkeypatch, "ablations.py", *words, "1", "0")
         run(monkeypatch, "ablations.py", *words, "0", "--report")
+        (tmp_path / "earlier.json").write_text(json.dumps(whole))
+        run(monkeypatch, "ablations.py", *words, "0", "1", "--work", str(tmp_path / "elsewhere"), "--earlier",
+            str(tmp_path / "earlier.json"))  # fmt: skip
     assert json.loads(out.read_text())["rows"] == whole["rows"]
     with pytest.raises(SystemExit, match=r"begun with other settings .*: tokens"):
         run(monkeypatch, "ablations.py", *words, "0", "--tokens", "512")

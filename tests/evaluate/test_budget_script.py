@@ -83,6 +83,18 @@ def test_cells(
         run(monkeypatch, "budget.py", *words, "--report")  # and none of those that are missing
     assert json.loads(out.read_text())["rows"] == whole["rows"]
 
+    # Nor is one of an earlier report, such as that of another machine.
+    (tmp_path / "earlier.json").write_text(json.dumps(whole))
+    elsewhere = [*words[:-1], str(tmp_path / "elsewhere"), "--earlier", str(tmp_path / "earlier.json"), "--report"]
+    run(monkeypatch, "budget.py", *elsewhere)
+    assert json.loads(out.read_text())["rows"] == whole["rows"]
+    (tmp_path / "earlier.json").write_text(json.dumps(whole | {"settings": {**whole["settings"], "window": 64}}))
+    with pytest.raises(SystemExit, match="made with other settings: window; leave it out"):
+        run(monkeypatch, "budget.py", *elsewhere)
+    (tmp_path / "earlier.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"earlier\.json: no report of this script"):
+        run(monkeypatch, "budget.py", *elsewhere)
+
     # A training that is killed goes on from its checkpoint, to the same figures.
     again = [*words[:-1], str(tmp_path / "again"), "--only", "int3:own:640"]
     _kill_at(7, monkeypatch, again)
