@@ -112,6 +112,12 @@ ALLOWED_SPECS = (
 )
 
 
+def default_device() -> torch.device:
+    """Returns the accelerator where there is one, else the CPU: where commands that are told nothing compute."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns the full-precision model that `spec` names, in evaluation mode on the CPU, and its tokenizer.
 

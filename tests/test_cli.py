@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -741,6 +742,34 @@ def test_a_gate_is_checked_before_a_model_is_loaded(tiny: Path, tmp_path: Path, 
     monkeypatch.setattr("llmqat.recipe.evaluation.compare", None)  # calling it would not be a user's mistake
     told = refusal("eval", str(tiny), *scored_text(tmp_path), "--gate", "kl<=0.1")
     assert "the gate asks for 'kl'" in told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("quantize", "--scheme", "int8", "--method", "search", "--synthetic", "64", "--block-size", "32"),
+        ("sensitivity", "--target-bits", "3.5", "--group-size", "32", "--blocks", "2", "--block-size", "32"),
+        ("synthesize", "--tokens", "64", "--block-size", "32"),
+        ("eval", "--window", "32", "--max-windows", "2"),
+        ("chat", "--prompt", "one two", "--max-new-tokens", "2"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_command_that_runs_a_model_does_so_on_the_accelerator(
+    words: tuple[str, ...], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    there, moved = torch.device("cpu", 0), []
+    to = torch.nn.Module.to
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: there)
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda self, *given, **more: moved.append(given) or to(self, *given, **more)
+    )
+    command, *rest = words
+    out = ["--out", str(tmp_path / "out")] if command in ("quantize", "synthesize") else []
+    done = call(command, str(tiny), *rest, *out)
+    assert done.exit_code == 0, done.output
+    assert any(given[:1] == (there,) for given in moved)
 
 
 HOSTILE = "x [wip] é :fire:"

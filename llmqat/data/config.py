@@ -169,6 +169,12 @@ class DataConfig(SynthesisConfig):
             )
         if self.source == MIX and len(self.mix or ()) < 2:
             raise ValueError("data.mix needs at least two sources, such as [{source: pydoc}, {source: text, path: F}]")
+        shares = self.calibration_share + self.validation_share
+        if self.source == MIX and shares and all(one.source == "synthetic" for one in self.mix or ()):
+            raise ValueError(
+                "data.mix has only text that the model generates, and of that no share is held out; leave out "
+                "data.calibration_share and data.validation_share, or add a source of text"
+            )
         return self
 
 

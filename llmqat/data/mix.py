@@ -36,7 +36,12 @@ def load(config: DataConfig, load_one: LoadSplits) -> TextSplits:
     assert config.mix is not None
     loaded = [load_one(component_config(config, one)) for one in config.mix]
     weights = [one.weight / sum(entry.weight for entry in config.mix) for one in config.mix]
-    parts = {name: [splits.given()[name] for splits in loaded] for name in loaded[0].given()}
+    # A model that writes text holds none out: the others do, by their weights among themselves.
+    there = {name: [name in splits.given() for splits in loaded] for splits in loaded for name in splits.given()}
+    parts = {
+        name: [splits.given()[name] for splits, has in zip(loaded, has_one, strict=True) if has]
+        for name, has_one in there.items()
+    }
     settings = {
         "mix": {name: [blocks.sha256 for blocks in blocks_of] for name, blocks_of in parts.items()},
         "sources": [splits.train.source for splits in loaded],
@@ -48,7 +53,9 @@ def load(config: DataConfig, load_one: LoadSplits) -> TextSplits:
     def make(folder: Path) -> None:
         for name, blocks_of in parts.items():
             wanted = config.wanted_blocks if name == "train" else None
-            _write(blocks_of, counts_of(blocks_of, weights, wanted), weights, config.seed, folder, name)
+            own = [weight for weight, has in zip(weights, there[name], strict=True) if has]
+            shares = [weight / sum(own) for weight in own]
+            _write(blocks_of, counts_of(blocks_of, shares, wanted), shares, config.seed, folder, name)
 
     return kept(settings, make)
 

@@ -48,7 +48,7 @@ from llmqat.evaluate.loading import known_of, load_to_judge
 from llmqat.evaluate.perplexity import Evaluation, Reference, TokenWindows, evaluate, keep_reference
 from llmqat.evaluate.speed import Costs, measure_costs
 from llmqat.layers.audit import kept_notes
-from llmqat.models import write_whole
+from llmqat.models import default_device, write_whole
 from llmqat.terminal import Bar, Column, FittedTable, duration
 
 log = logging.getLogger(__name__)
@@ -619,11 +619,10 @@ def progress_bar() -> Iterator[ComparisonProgress]:
 
 def environment() -> dict[str, Any]:
     """Returns what speeds and the last digits of bfloat16 figures depend on."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": "cpu" if accelerator is None else str(accelerator),
+        "device": str(default_device()),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }

@@ -35,6 +35,7 @@ from llmqat.models import (
     ADAPTER_WEIGHTS_FILE,
     adapter_base,
     check_safetensors,
+    default_device,
     empty_model,
     load_adapter_base,
     model_file,
@@ -82,10 +83,7 @@ def load_to_judge(spec: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         ValueError: it cannot be loaded.
         ImportError: the package that quantized it is not installed.
     """
-    model = _loaded(spec, dtype)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    return model.eval()
+    return _loaded(spec, dtype).to(default_device()).eval()
 
 
 def check_can_be_read(spec: str) -> None:

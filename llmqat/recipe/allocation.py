@@ -59,7 +59,14 @@ class BitPlan:
 
 
 def plan_bits(
-    spec: str, quant: QuantConfig, config: AllocationConfig, ids: Tensor | Rows, *, seed: int, dtype: torch.dtype
+    spec: str,
+    quant: QuantConfig,
+    config: AllocationConfig,
+    ids: Tensor | Rows,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> BitPlan:
     """Returns the best assignment of bits to the layers of the model `spec`.
 
@@ -70,12 +77,14 @@ def plan_bits(
         ids: token ids [N, L], or token blocks.
         seed: of the labels that the model draws.
         dtype: what forwards compute in, and weights are held in.
+        device: where.
 
     Raises:
         FileNotFoundError: the model is not there.
         ValueError: the model, the scheme or the budget does not do.
     """
     model, _ = load_model(spec, dtype)
+    model.to(device)
     wrap = progress("sensitivity", "block")
     layers = measure_sensitivity(model, quant, config.choices, ids[: config.blocks], seed=seed, dtype=dtype, wrap=wrap)
     return BitPlan(allocate_bits(layers, config.target_bits), layers)
@@ -90,8 +99,9 @@ def planned(
     *,
     seed: int,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> BitPlan:
     """Returns the plan in `file`, made and left there where it is not."""
     if not file.is_file():
-        plan_bits(spec, quant, config, ids, seed=seed, dtype=dtype).write(file)
+        plan_bits(spec, quant, config, ids, seed=seed, dtype=dtype, device=device).write(file)
     return BitPlan.read(file)

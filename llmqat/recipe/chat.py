@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from llmqat.data.length import table_length
 from llmqat.export import load_any
 from llmqat.layers import new_cache
+from llmqat.models import default_device
 from llmqat.terminal import duration
 
 
@@ -73,8 +74,7 @@ class Conversation:
             seed: of sampling.
         """
         model, tokenizer = load_any(spec)
-        if torch.accelerator.is_available():
-            model.to(torch.accelerator.current_accelerator())
+        model.to(default_device())
         torch.manual_seed(seed)
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:

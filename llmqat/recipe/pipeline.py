@@ -329,7 +329,8 @@ def with_planned_bits(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> 
     assert recipe.allocate is not None
     dtype = forward_dtype(arguments.bf16)
     file = recipe.output / PLAN_FILE
-    plan = planned(file, recipe.model, recipe.quant, recipe.allocate, blocks, seed=recipe.seed, dtype=dtype).allocation
+    how: dict[str, Any] = {"seed": recipe.seed, "dtype": dtype, "device": arguments.device}
+    plan = planned(file, recipe.model, recipe.quant, recipe.allocate, blocks, **how).allocation
     counts = {bits: sum(1 for chosen in plan.bits.values() if chosen == bits) for bits in recipe.allocate.choices}
     shown = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts.items())
     log.info("%.3f bits a weight: %s; predicted KL %.4f (%s)", plan.average_bits, shown, plan.predicted_kl, file)

@@ -42,7 +42,7 @@ from llmqat.data.text import text_config
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.export.serving import known_clients
 from llmqat.layers import QuantConfig, lattice_note
-from llmqat.models import check_full_precision, load_model, write_whole
+from llmqat.models import check_full_precision, default_device, load_model, write_whole
 from llmqat.paths import check_new
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.config import forward_dtype, scheme_of
@@ -188,15 +188,16 @@ def _quantized(
     settings["data"] = None if data is None else data.model_dump(mode="json")
     # Rotation and smoothing are exact in float32 only; without them a block at a time is raised to it.
     folds = any(isinstance(stage, (RotateStage, SmoothStage)) for stage in stages)
-    stage = Stages()
+    stage, device = Stages(), default_device()
     with stage("load", spec):
         model, tokenizer = load_model(spec, torch.float32 if folds else torch.bfloat16)
+        model.to(device)
     work, ids = _work_folder(folder, settings), None
     if data is not None:
 
         def read() -> TextSplits:
             with Bar("text", "token") as bar:
-                writer = model if not folds else load_model(spec, torch.bfloat16)[0]
+                writer = model if not folds else load_model(spec, torch.bfloat16)[0].to(device)
                 return load_splits(data, tokenizer, writer, bar.update)
 
         with stage("text", data.source), _no_empty_work(work):
@@ -207,7 +208,8 @@ def _quantized(
     if allocate is not None:
         assert ids is not None
         with stage("allocate", f"{allocate.target_bits} bits"):
-            plan = planned(work / PLAN_FILE, spec, quant, allocate, ids, seed=seed, dtype=dtype).allocation
+            how: dict[str, Any] = {"seed": seed, "dtype": dtype, "device": device}
+            plan = planned(work / PLAN_FILE, spec, quant, allocate, ids, **how).allocation
         facts["allocation"] = plan.to_dict()
         quant = plan.applied_to(quant)
     with stage("calibrate", ", ".join(one.stage for one in stages) or "plain rounding"), _no_empty_work(work):
@@ -256,15 +258,16 @@ def sensitivity_of(
         coverage_of(spec, quant)
 
     all_of([check_model, *([] if text is None else [partial(open_text, data)])])
-    dtype = forward_dtype(processor_has_bf16())
+    dtype, device = forward_dtype(processor_has_bf16()), default_device()
     stage = Stages()
     with stage("load", spec):
         model, tokenizer = load_model(spec, torch.bfloat16)
+        model.to(device)
     with stage("text", data.source), Bar("text", "token") as bar:
         blocks = load_blocks(data, tokenizer, model, bar.update)
     del model
     with stage("sensitivity", f"{len(blocks.rows):,} blocks of {blocks.block_size} tokens"):
-        return plan_bits(spec, quant, allocate, blocks.rows, seed=seed, dtype=dtype)
+        return plan_bits(spec, quant, allocate, blocks.rows, seed=seed, dtype=dtype, device=device)
 
 
 def _work_folder(folder: Path, settings: dict[str, Any]) -> Path:

@@ -14,7 +14,7 @@ from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import Keeper, is_kept_apart
 from llmqat.data.teacher_cache import CachePlace
 from llmqat.export.checkpoint import load_any
-from llmqat.models import read_config, resolve_spec
+from llmqat.models import default_device, read_config, resolve_spec
 from llmqat.recipe.findings import all_of
 from llmqat.terminal import Bar, Stages
 
@@ -51,6 +51,7 @@ def synthesize_to(
     stage = Stages()
     with stage("load", spec):
         model, tokenizer = load_any(spec, torch.bfloat16)
+        model.to(default_device())
     if overwrite:
         remove_shards(folder)
     keeper = None

@@ -18,7 +18,7 @@ from llmqat.data.blocks import hash_text, sha256_of_rows
 from llmqat.data.cache import blocks_folder, read_documents
 from llmqat.data.documents import DocumentSource, Piece, document_hash, encoded, pieces_of
 from llmqat.data.packing import FEW_DOCUMENTS, rows_alone, splits_of_few
-from tests.tiny import VOCAB_SIZE, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_tokenizer
 
 TEXTS = [f"document {i} " + "says something " * (1 + i % 3) for i in range(60)]
 
@@ -320,6 +320,20 @@ class TestMix:
         assert blocks.rows.scored is not None
         assert 0 < int(blocks.rows.scored.sum()) < blocks.tokens
         assert blocks.details["blocks"] == [5, 5]
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_text_that_the_model_generates_is_not_held_out(self, first: int, tmp_path: Path):
+        for i, text in enumerate(TEXTS):
+            (tmp_path / f"{i}.txt").write_text(text)
+        mix = [{"source": "text", "path": tmp_path, "weight": 4}, {"source": "synthetic"}]
+        config = DataConfig(mix=mix[::-1] if first else mix, block_size=16, tokens=160, **SHARES)
+        splits = load_splits(config, tiny_tokenizer(), tiny_llama().eval())
+        assert sorted(splits.train.details["blocks"]) == [2, 8]
+        for held_out in (splits.calibration, splits.validation):
+            assert held_out is not None
+            assert len(held_out.details["sources"]) == 1
+        with pytest.raises(ValueError, match="has only text that the model generates"):
+            DataConfig(mix=[{"source": "synthetic"}, {"source": "synthetic", "strategy": "chat"}], **SHARES)
 
     @pytest.mark.parametrize(
         ("mix", "message"),
