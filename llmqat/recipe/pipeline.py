@@ -206,12 +206,10 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         unlearned = _unlearned_answers(arguments, blocks)
         windows = {**held_out_windows(text, recipe.evaluate), **windows}
     if place is not None:
-        with stage("teacher", f"its {place.top_k} likeliest tokens, kept while it wrote"):
+        with stage("teacher", f"its {place.top_k} most likely tokens, kept while it wrote"):
             cache = written_cache(place, teacher, tokenizer, text, Processes.all())
     check_cached(cache, text)
-    if cache is not None or recipe.teacher_bits is not None:
-        del teacher  # loaded again for the comparison
-        teacher = None
+    del teacher  # loaded again where it is needed: beside the model that is calibrated it would double the memory
     if recipe.allocate is not None:
         with stage("allocate", f"{recipe.allocate.target_bits} bits"), arguments.main_process_first(local=False):
             recipe = with_planned_bits(recipe, calibration_rows, arguments)
@@ -223,9 +221,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
     sharing = f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
     with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens{sharing}"):
         model = trainable_model(recipe, student, arguments)
-        taught_by = _taught_by(recipe, model, teacher, cache)
-        if taught_by is not teacher:
-            teacher = None
+        taught_by = _taught_by(recipe, model, cache, arguments)
 
         def anew() -> nn.Module:
             return trainable_model(recipe, calibrated_model(recipe, calibration_rows, arguments)[0], arguments)
@@ -241,7 +237,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         "calibration": [dataclasses.asdict(report) for report in calibration],
         "training": training,
     }
-    with stage("save", "packing, and proving what lies on disk"):
+    with stage("save", "packing, and checking the files"):
         if arguments.trainable == "scales":
             convert(trained)
         else:
@@ -249,8 +245,9 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         _write_layers(layers, recipe.output)
         folder = recipe.output / CHECKPOINT_FOLDER
         report = save(trained, folder, tokenizer, run=facts, overwrite=True, int_quantized=flight.int_quantized)
+        del trained
     with stage("evaluate", ", ".join(windows)):
-        candidates = _candidates(recipe, teacher, coverage, calibration_rows, report, arguments, unlearned)
+        candidates = _candidates(recipe, coverage, calibration_rows, report, arguments, unlearned)
         with progress_bar() as advance:
             comparison = compare(
                 candidates,
@@ -282,14 +279,21 @@ def _register(recipe: Recipe, result: RunResult, stage: Stages) -> None:
 
 
 def _taught_by(
-    recipe: Recipe, model: PreTrainedModel | PeftModel, teacher: PreTrainedModel | None, cache: TeacherCache | None
+    recipe: Recipe, model: PreTrainedModel | PeftModel, cache: TeacherCache | None, arguments: QATArguments
 ) -> PreTrainedModel | TeacherCache | None:
     """Returns what `model` learns from; None for itself with quantizers and adapters off."""
     if cache is not None:
         return cache
     if recipe.teacher_bits is not None:
         return load_with_few_bits(recipe.source, recipe.teacher_bits)
-    return None if recipe.lora is not None and is_own_teacher(model) else teacher
+    if recipe.lora is not None and is_own_teacher(model):
+        return None
+    return _original(recipe, arguments)
+
+
+def _original(recipe: Recipe, arguments: QATArguments) -> PreTrainedModel:
+    model, _ = load_model(recipe.source, torch.bfloat16)
+    return model.to(arguments.device)
 
 
 def check_documents_apart(model: PreTrainedModel, data: DataConfig) -> None:
@@ -389,8 +393,8 @@ def _write_layers(layers: Mapping[str, list[LayerReport]], folder: Path) -> None
 
 
 def plainly_rounded_model(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> PreTrainedModel:
-    """Returns the recipe's model in float32, prepared, with the scales of plain rounding."""
-    model, _ = load_model(recipe.model, torch.float32)
+    """Returns the recipe's model, prepared, with the scales of plain rounding."""
+    model, _ = load_model(recipe.model, master_dtype(recipe))
     model.to(arguments.device)
     plain = [RangesStage(method="minmax")] if needs_text([], recipe.quant) else []
     calibrate(model, recipe.quant, plain, blocks)
@@ -495,7 +499,6 @@ def kept_step(trainer: QATTrainer) -> int:
 
 def _candidates(
     recipe: Recipe,
-    teacher: PreTrainedModel | None,
     coverage: CoverageAudit,
     blocks: Rows,
     report: ExportReport,
@@ -517,14 +520,11 @@ def _candidates(
     def as_it_was() -> nn.Module:
         return calibrated_model(recipe, blocks, arguments)[0]
 
-    def original() -> nn.Module:
-        return teacher or load_model(recipe.source, torch.bfloat16)[0].to(arguments.device)
-
     def base() -> nn.Module:
         return load_adapter_base(recipe.model, torch.bfloat16).to(arguments.device)
 
-    from_files = teacher is None
-    rows = [Candidate("full precision", original, "full precision", 16.0, plain.bytes_before, from_files=from_files)]
+    original = partial(_original, recipe, arguments)
+    rows = [Candidate("full precision", original, "full precision", 16.0, plain.bytes_before)]
     if adapter_base(recipe.model) is not None:
         rows.append(Candidate("without adapter", base, "without adapter", 16.0, plain.bytes_before))
     if starts_packed(recipe):
