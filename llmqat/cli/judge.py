@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 def evaluate(
     models: ModelsArgument,
     text: TextOption = None,
-    protocol: ProtocolOption = "windows",
+    protocol: ProtocolOption = None,
     window: WindowOption = None,
     stride: StrideOption = None,
     max_windows: MaxWindowsOption = None,
@@ -108,7 +108,7 @@ def compare(
     models: ModelsArgument,
     reference: ReferenceOption = None,
     text: TextOption = None,
-    protocol: ProtocolOption = "windows",
+    protocol: ProtocolOption = None,
     window: WindowOption = None,
     stride: StrideOption = None,
     max_windows: MaxWindowsOption = None,
@@ -158,7 +158,7 @@ def compare(
 
 def _asked(
     texts: list[str] | None,
-    protocol: str,
+    protocol: str | None,
     window: int | None,
     stride: int | None,
     max_windows: int | None,
@@ -189,7 +189,12 @@ def _asked(
     if baseline is not None:
         before = read_report(baseline)["settings"]
         kept = {key: before[key] for key in KEPT_OF_BASELINE if key in before}
-        asked = {**kept, **{key: value for key, value in asked.items() if key != "protocol"}}
+        if protocol not in (None, kept.get("protocol")):
+            raise ValueError(
+                f"--protocol {protocol}: {baseline} was measured by the protocol {kept.get('protocol')}; leave "
+                "--protocol out, or --baseline"
+            )
+        asked = {**kept, **asked}
     return EvaluationSettings(**asked, batch_size=batch_size, speed=speed, allow_trained_text=allow_trained_text)
 
 

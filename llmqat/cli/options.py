@@ -37,8 +37,8 @@ TextOption = Annotated[
     list[str] | None,
     typer.Option(
         help="UTF-8 text file or folder, rows (.jsonl, .parquet), or hub:NAME:CONFIG:SPLIT; may be given again. Of "
-        "rows with messages, or prompts and completions, the answers are scored. Else the protocol's own: Python's "
-        "manual, or WikiText-2 from the hub."
+        "rows with messages, or prompts and completions, the answers are scored. Default: the text of the protocol, "
+        "which is Python's manual, or WikiText-2 from the hub."
     ),
 ]
 CalibrationTextOption = Annotated[
@@ -49,10 +49,10 @@ CalibrationTextOption = Annotated[
     ),
 ]
 ProtocolOption = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="windows: the text cut up, 40 windows of 512 tokens; wikitext2: as in GPTQ's papers, windows of 2,048; "
-        "wikitext: word perplexity, as lm-eval."
+        help="windows (the default): the text cut up, 40 windows of 512 tokens; wikitext2: as in GPTQ's papers, "
+        "windows of 2,048; wikitext: word perplexity, as lm-eval."
     ),
 ]
 ReferenceOption = Annotated[
@@ -77,7 +77,7 @@ ThresholdOption = Annotated[
     typer.Option(
         min=0,
         help="KL from the reference, nats a token, up to which a model is as good as it: 0.02 costs about 2 % of "
-        "perplexity. The advice holds the KL's 95 % interval against it.",
+        "perplexity. The advice compares the 95 % interval of the KL with it.",
     ),
 ]
 CsvOption = Annotated[Path | None, typer.Option("--csv", help="Write the table to this file as CSV.")]

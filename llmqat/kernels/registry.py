@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmqat.config import Registry
 from llmqat.kernels.cpu import CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel, CpuIntegerKernel
 from llmqat.kernels.cuda import CudaInt4Kernel
 from llmqat.kernels.gemlite import GemliteKernel
@@ -59,7 +60,20 @@ _IN_ORDER: tuple[Kernel, ...] = (
     ReferenceKernel(),
     ZentorchKernel(),
 )
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _IN_ORDER}
+
+
+def _check_kernel(name: str, kernel: Kernel) -> None:
+    lacks = [one for one in ("name", "exact", "differentiable", "declines", "linear") if not hasattr(kernel, one)]
+    if lacks:
+        raise ValueError(f"kernel {name!r} has no {', '.join(lacks)}; llmqat.kernels.Kernel says what one has")
+    if kernel.name != name:
+        raise ValueError(f"kernel {name!r} calls itself {kernel.name!r}; register it under that name")
+
+
+KERNELS: Registry[Kernel] = Registry("kernel", _check_kernel)
+"""Kernels by the name that `llmqat.load(kernel=)` takes, in the order in which "auto" asks them."""
+for _kernel in _IN_ORDER:
+    KERNELS.register(_kernel.name, _kernel)
 INTEGERS = CpuIntegerKernel()
 """Takes quantized inputs as they are; not in `KERNELS`, since it is not asked for by name: the inputs decide."""
 _logged: set[str] = set()
@@ -108,7 +122,7 @@ def _choice(x: Tensor, weight: PackedWeight, wants_gradient: bool) -> Kernel:
             _log_once(f"kernel {candidate.name} is not used: {reason}")
     others = [kernel for kernel in accepted if kernel.name != ReferenceKernel.name]
     if len(others) < 2:
-        return accepted[0]
+        return (others or accepted)[0]
     name = fastest(others, rows_class(x.numel() // weight.in_features), x.dtype, weight).name
     return KERNELS[name]
 

@@ -288,6 +288,8 @@ def scheme_fields(name: str) -> dict[str, Any]:
 
 
 def _check_preset(name: str, fields: Any) -> None:
+    if not isinstance(fields, (QuantConfig, Mapping)):
+        raise ValueError(f"preset {name!r} is {fields!r}; give a QuantConfig, or a mapping of its fields")
     QuantConfig(**dict(fields))
 
 

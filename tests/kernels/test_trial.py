@@ -76,6 +76,18 @@ def test_the_fastest_kernel_of_a_shape_is_found_once(times: dict[str, float], mo
     assert first.chosen["auto", 1, torch.bfloat16, "cpu", False].name == "one"
 
 
+def test_a_kernel_of_ones_own_is_checked_and_is_used_before_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="kernel 'mine' calls itself 'own'"):
+        KERNELS.register("mine", Named("own"))
+    with pytest.raises(ValueError, match="kernel 'none' has no name, exact, differentiable, declines, linear"):
+        KERNELS.register("none", object())  # type: ignore[arg-type]
+    own = Named("own")
+    monkeypatch.setattr(registry, "KERNELS", {"reference": ReferenceKernel(), "own": own})
+    monkeypatch.setattr(registry, "may_time", lambda device: True)
+    packed_linear(torch.randn(3, 384).bfloat16(), packed_layer(INT4).packed_weight())
+    assert own.calls == 1
+
+
 def test_the_classes_of_rows_are_powers_of_two() -> None:
     assert [trial.rows_class(rows) for rows in (0, 1, 2, 3, 32, 33, 512, 9000)] == [1, 1, 2, 4, 32, 64, 512, 512]
 

@@ -88,6 +88,8 @@ def test_a_preset_of_ones_own_is_added_once_and_checked(monkeypatch: pytest.Monk
             PRESETS.register("mine", {})
         with pytest.raises(ValueError, match="unknown key 'wieghts' in QuantConfig; did you mean 'weights'"):
             PRESETS.register("broken", {"wieghts": {}})
+        with pytest.raises(ValueError, match="preset 'five' is 5; give a QuantConfig, or a mapping"):
+            PRESETS.register("five", 5)
         assert "broken" not in PRESETS
     finally:
         del PRESETS["mine"]
