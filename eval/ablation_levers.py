@@ -590,8 +590,8 @@ class Hidden(Lever):
     """Adds the error of the hidden states after three blocks to the KL.
 
     Each token's error is a share of the size of its state in the original, so that the few tokens of huge states count
-    as all others. What the original gives is kept in memory for the blocks of the training, as the teacher's likeliest
-    tokens are on disk; neither counts in a step's seconds.
+    as all others. What the original gives is kept in memory for the blocks of the training, as the teacher's most
+    likely tokens are on disk; neither counts in a step's seconds.
 
     Source: mlx-lm's DWQ adds hidden states of some layers to the KL.
     """

@@ -6,7 +6,7 @@ as packed, saved and reloaded, on the windows of every `--eval` text. The text i
 a file. Seed 0 takes the first blocks of a text, on which the start is calibrated as well; each further seed takes the
 blocks after those of the seed before, in an order of its own. Budget 0 is the start itself.
 
-What cells share is made once and kept in `--work`: the text, the teacher's likeliest tokens at each of its positions,
+What cells share is made once and kept in `--work`: the text, the teacher's most likely tokens at each of its positions,
 and the calibrated start of a scheme on a text. The same command continues: a finished cell is not done again, and one
 that was killed resumes from its last checkpoint. Several processes may work in one folder at the same time; each skips
 the cells that another is doing (`--only` gives each its own). The report holds every finished cell in `--work`.
@@ -204,7 +204,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", default="[ranges, gptq]", help="stages before training, as in a recipe")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes in all recipes")
     parser.add_argument(
-        "--top-k", type=int, default=DEFAULT_TOP_K, help="likeliest tokens of the teacher that are kept"
+        "--top-k", type=int, default=DEFAULT_TOP_K, help="most likely tokens of the teacher that are kept"
     )
     parser.add_argument("--eval", nargs="+", required=True, help="texts to score: UTF-8 files, pydoc, own (held out)")
     parser.add_argument("--window", type=int, default=512, help="tokens in a window")

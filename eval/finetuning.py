@@ -97,6 +97,9 @@ ARMS = {
     "LoRA, block by block": Arm(lora=1, stages="blockwise"),
     "LoRA for longer, calibrated": Arm(lora=1.5, stages="gptq"),
     "LoRA, distilled": Arm(lora=1, stages="gptq", trained="all", steps=0.3, kl=1, cross_entropy=0.5, rate=2.5e-5),
+    "LoRA, distilled for longer": Arm(
+        lora=1, stages="gptq", trained="all", steps=1, kl=1, cross_entropy=0.5, rate=2.5e-5
+    ),
     "LoRA inside": Arm(lora=0, stages="gptq", trained="lora", steps=1, cross_entropy=1, rate=5e-4),
 }
 """Name -> way."""

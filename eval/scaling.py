@@ -1,4 +1,4 @@
-"""Memory and traffic of training Llama-3 8B and 70B at low bits on 8 and 64 GPUs, by the arithmetic of `llmqat plan`.
+"""Memory of training at low bits on one GPU, and with traffic on 8 and 64, by the arithmetic of `llmqat plan`.
 
 Nothing is run: models are made without weights, prepared, and counted. Prints Markdown, which is eval/scaling.md:
 
@@ -26,13 +26,56 @@ from llmqat.recipe.memory import (
 from llmqat.terminal import show_any_text
 from llmqat.train import LoraSettings, choose_trained
 
+LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
 SHAPES = {
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "vocab_size": 49152,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        **LLAMA_3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        **LLAMA_3,
+    },
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        **LLAMA_3,
+    },
 }
+"""SmolLM2-135M, Llama-3.2-1B, Llama-3-8B and Llama-3-70B."""
+MANY_GPUS = ("8B", "70B")
+ONE_GPU = {
+    "LoRA, its own teacher": ("lora", False),
+    "scales of the packed model, a teacher's cache": ("scales", True),
+    "scales of the packed model, a teacher": ("scales", False),
+    "all weights, a teacher": ("all", False),
+}
+"""What is trained -> (memory.Method.trains, whether the teacher takes less than a model)."""
 GPUS = (8, 64)
 GPU_BYTES = 80e9
 LENGTH, GROUP, RANK = 4096, 128, 16
+SMALL_GROUP = 64
+"""Where `GROUP` does not divide."""
 CALIBRATION_TOKENS = 128 * 2048
 METHODS = {
     "all weights, DDP, a teacher on each": ("all", "ddp", False),
@@ -55,21 +98,48 @@ def main() -> None:
 
 def page() -> str:
     """Returns eval/scaling.md."""
-    parts = [HEAD, *(_section(name) for name in SHAPES), _assumptions()]
+    sizes = {name: counted(name) for name in SHAPES}
+    parts = [HEAD, _one_gpu(sizes), *(_section(name, *sizes[name]) for name in MANY_GPUS), _assumptions()]
     return "\n".join(parts).rstrip()
 
 
-HEAD = f"""# 8B and 70B on 8 and 64 GPUs, on paper
+HEAD = f"""# Memory on one GPU, and on 8 and 64, on paper
 
 Made by `python eval/scaling.py`, from the formulas of `llmqat plan` (llmqat/recipe/memory.py); nothing here was run.
-Llama-3's shapes to int4 in groups of {GROUP}; a micro-batch of one sequence of {LENGTH:,} tokens a GPU, bfloat16 with
-float32 masters, AdamW, gradient checkpointing. GB (1e9 bytes) on each GPU at the peak, and what a GPU sends in an
-optimizer step of one micro-batch; **bold** does not fit into {GPU_BYTES / 1e9:.0f} GB.
+The shapes of SmolLM2-135M and of Llama 3, to int4 in groups of {GROUP} ({SMALL_GROUP} at 135M); a micro-batch of one
+sequence of {LENGTH:,} tokens a GPU, bfloat16 with float32 masters, AdamW, gradient checkpointing. GB (1e9 bytes) on
+each GPU at the peak, and what a GPU sends in an optimizer step of one micro-batch; **bold** does not fit into
+{GPU_BYTES / 1e9:.0f} GB.
 """
 
 
-def _section(name: str) -> str:
-    size, trained = counted(name)
+def _one_gpu(sizes: dict[str, tuple[ModelSize, dict[str, int]]]) -> str:
+    lines = [
+        "## One GPU",
+        "",
+        f"| | {' | '.join(f'{name}, GB' for name in sizes)} |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    rows = {
+        f"calibration, block-wise, {CALIBRATION_TOKENS // 1024:,} k tokens": [
+            blockwise_memory(size, CALIBRATION_TOKENS, 1, 2048) for size, _ in sizes.values()
+        ]
+    }
+    for label, (trains, less) in ONE_GPU.items():
+        rows[label] = [
+            memory_of(size, method_of(trains, trained[trains], less), Devices(1, "ddp", "cuda")).peak
+            for size, trained in sizes.values()
+        ]
+    lines += [f"| {label} | {' | '.join(map(_gigabytes, peaks))} |" for label, peaks in rows.items()]
+    return "\n".join([*lines, ""])
+
+
+def _gigabytes(peak: float) -> str:
+    shown = f"{peak / 1e9:,.0f}" if peak >= 1e10 else f"{peak / 1e9:.1f}"
+    return f"**{shown}**" if peak > GPU_BYTES else shown
+
+
+def _section(name: str, size: ModelSize, trained: dict[str, int]) -> str:
     lines = [
         f"## {name}: {size.parameters / 1e9:.2f} G parameters, {size.quantized / 1e9:.2f} G quantized, "
         f"{size.groups / 1e6:.0f} M scales",
@@ -110,13 +180,12 @@ def _blockwise_line(size: ModelSize) -> str:
 
 def counted(name: str) -> tuple[ModelSize, dict[str, int]]:
     """Returns the size of a model, and how many parameters train by each method."""
-    config = LlamaConfig(
-        **SHAPES[name], vocab_size=128256, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False
-    )
+    config = LlamaConfig(**SHAPES[name])
     trained: dict[str, int] = {}
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    prepare(model, QuantConfig.preset("int4", group_size=GROUP))
+    group = SMALL_GROUP if config.hidden_size % GROUP else GROUP
+    prepare(model, QuantConfig.preset("int4", group_size=group))
     size = size_of(model, config)
     for trains in ("all", "scales", "lora"):  # adapters last: they stay on the model
         chosen = LoraSettings(r=RANK, lora_alpha=2 * RANK).attach(model) if trains == "lora" else model

@@ -1,6 +1,6 @@
 """What a teacher cache loses and saves: its KL against the exact one, and distillation from it beside the live teacher.
 
-First the cache alone: for each K the share of the teacher's probability that the K likeliest tokens have, bytes a
+First the cache alone: for each K the share of the teacher's probability that the K most likely tokens have, bytes a
 token, and the KL from teacher to a calibrated, untrained student on the same blocks: exact, and as the cache gives it,
 read back from its files. The cache leaves out how the rest is spread, so its KL is the lower one. Beside it, how far
 the loss's gradient at the student's final hidden states is from the exact one: |g - exact| / |exact| over all tokens.

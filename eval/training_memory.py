@@ -3,7 +3,7 @@
 Each way is a process of its own: it loads the model, takes a few distillation steps on the same random tokens with
 gradient checkpointing, and reports its resident memory at most, above what it held when packages were imported, and
 the median step after the first two. `all` trains every weight with a second model as teacher, `cached` with the
-teacher's 64 likeliest tokens on disk, made beforehand; `lora` trains adapters of rank 16 on all quantized weights and
+teacher's 64 most likely tokens on disk, made beforehand; `lora` trains adapters of rank 16 on all quantized weights and
 is its own teacher; `scales` trains the log-scales and norms of a packed checkpoint, which is made beforehand, with a
 second model as teacher. Linux only. The last lines are the headline, `name: MB`.
 

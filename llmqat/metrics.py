@@ -5,7 +5,7 @@ Everything here therefore starts from the final hidden states [T, D] and the out
 few hundred tokens at a time, takes from them what is asked for, and lets them go. Training and evaluation share this
 file, so that the divergence a run minimises is the one its table reports.
 
-Shapes: T tokens, D hidden size, V vocabulary, K likeliest tokens of a cached teacher.
+Shapes: T tokens, D hidden size, V vocabulary, K most likely tokens of a cached teacher.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TopProbabilities:
-    """What a teacher predicts, as its k likeliest tokens and one bucket for the rest; the masses sum to one."""
+    """What a teacher predicts, as its k most likely tokens and one bucket for the rest; the masses sum to one."""
 
     indices: Tensor  # int64 [T, K]
     log_probs: Tensor  # float32 [T, K], of these tokens
@@ -249,7 +249,7 @@ class TopProbabilities:
 
 @torch.no_grad()
 def top_probabilities(logits: Tensor, top_k: int) -> TopProbabilities:
-    """Returns the `top_k` likeliest tokens of logits [T, V] in any dtype, likeliest first, and the mass of the rest.
+    """Returns the `top_k` most likely tokens of logits [T, V] in any dtype, most likely first, and the rest's mass.
 
     Raises:
         ValueError: if the vocabulary has fewer tokens.
@@ -288,7 +288,7 @@ def token_loss(
 
     Each term is there when what it needs is given: the forward KL with a teacher, the cross-entropy with labels.
 
-    A teacher known by its likeliest tokens alone is compared on these and one bucket: sum over the K tokens of
+    A teacher known by its most likely tokens alone is compared on these and one bucket: sum over the K tokens of
     p log(p / q), and the same of the mass of all others, the student's being one less its own of those tokens. That is
     a lower bound of the exact KL, and all that it leaves out is how the rest is spread.
 
@@ -375,7 +375,7 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def _targets(teacher: Teacher | TopProbabilities | None, rows: slice) -> Tensor | TopProbabilities | None:
-    """Returns what some tokens are to predict: the teacher's logits, or its likeliest tokens."""
+    """Returns what some tokens are to predict: the teacher's logits, or its most likely tokens."""
     if isinstance(teacher, Teacher):
         return teacher.predictor.logits(teacher.hidden[rows])
     return None if teacher is None else teacher[rows]
@@ -390,7 +390,7 @@ def _loss_and_gradient_(
 ) -> Tensor:
     """Returns the loss of some tokens and overwrites `logits` [T, V] by its gradient with respect to them.
 
-    `weights` [T, 2] are those of KL and cross-entropy; `targets` are the teacher's logits, or its likeliest tokens.
+    `weights` [T, 2] are those of KL and cross-entropy; `targets` are the teacher's logits, or its most likely tokens.
     Worked in blocks of a few rows: a dozen elementwise passes over 49,152 words then stay in a core's cache, which is
     three times faster than passes over the whole chunk.
     """
@@ -432,7 +432,7 @@ def _kl_(log_probs: Tensor, teacher_logits: Tensor, weights: Tensor, supervised:
 
 
 def _bucketed_kl_(log_probs: Tensor, top: TopProbabilities, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the KL [T] over the teacher's likeliest tokens and the rest, and a times its gradient plus b q [T, V].
+    """Returns the KL [T] over the teacher's most likely tokens and the rest, and a times its gradient plus b q [T, V].
 
     With P and Q the masses of the rest, the gradient is q - p at the teacher's tokens, q (1 - P / Q) at all others. It
     takes the place of `log_probs` (log q).

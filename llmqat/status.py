@@ -119,18 +119,18 @@ def look(folder: Path, now: float | None = None) -> Found:
         return Found(folder, "finished", (*_finished(folder, status), *_history(status)), status)
     if status is None:
         where = _last_checkpoint(folder) or "there is no checkpoint of a training yet"
-        return Found(folder, "unknown", (f"{folder}: a run that says nothing of itself; {where}", again), None)
+        return Found(folder, "unknown", (f"{folder}: there is no status.json; {where}", again), None)
     heard = f"last sign of life {duration(max(0.0, now - status.updated))} ago{_where(status)}"
     if life == "lives":
         return Found(folder, "running", (f"{folder}: {_doing(status)}", heard, *_history(status)), status)
     if life == "silent":
         text = f"{folder}: not heard of for long; it was at {_TIME_LEFT.sub('', _doing(status))}"
         return Found(folder, "silent", (text, heard, f"if it has ended, {again}"), status)
-    ended = "ended without a word (killed, or out of memory)" if status.state == "running" else status.state
+    ended = "ended without a message (killed, or out of memory)" if status.state == "running" else status.state
     error = (status.error,) if status.error else ()
     resumed = tuple(line for line in (_last_checkpoint(folder), again) if line)
     if status.is_users:
-        resumed = (*resumed[:-1], f"mend that first, then: {again.partition(': ')[2]} KEY=VALUE ...")
+        resumed = (*resumed[:-1], f"fix this first, then: {again.partition(': ')[2]} KEY=VALUE ...")
     lines = (f"{folder}: {ended} at {_TIME_LEFT.sub('', _doing(status))}", *error, heard, *_history(status), *resumed)
     return Found(folder, "killed" if status.state == "running" else status.state, lines, status)
 
@@ -190,7 +190,7 @@ def _again(folder: Path, status: RunStatus | None) -> str:
     if status is not None and status.processes > 1:
         started = launched.removeprefix("python ") if launched.startswith("python ") else f"-m {launched}"
         launched = f"accelerate launch --num_processes {status.processes} {started}"
-    return f"to go on with it: {launched} train {shlex.quote(str(folder))}"
+    return f"to resume it: {launched} train {shlex.quote(str(folder))}"
 
 
 def _last_checkpoint(folder: Path) -> str:

@@ -44,6 +44,7 @@ COMMANDS = [
     "cache-teacher",
     "push",
     "recipes",
+    "help",
 ]
 ROOT = Path(__file__).resolve().parents[1]
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
@@ -203,7 +204,7 @@ def test_interruption_has_a_code_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr("llmqat.recipe.load_recipe", interrupted)
     done = call("train", recipe(tmp_path, "m"))
     assert done.exit_code == 130
-    assert "llmqat train goes on where it stopped when the same command is given again" in " ".join(done.output.split())
+    assert "llmqat train resumes when the same command is given again" in " ".join(done.output.split())
     monkeypatch.setattr("llmqat.recipe.Conversation.open", interrupted)
     done = call("chat", "m")
     assert (done.exit_code, done.output.strip()) == (130, "interrupted")
@@ -581,6 +582,9 @@ def test_a_gate_has_an_exit_code_of_its_own_and_a_report_is_judged_again(tiny: P
     assert "(+0.00%)" in again.output
     assert "'perplexity=1' is no rule" in refusal("eval", str(packed), "--gate", "perplexity=1")
     assert "is no report" in refusal("eval", str(packed), "--baseline", str(tiny / "config.json"))
+    told = refusal("eval", str(packed), "--baseline", files["json"], "--protocol", "wikitext2")
+    assert "--protocol wikitext2" in told
+    assert "was measured by the protocol windows" in told
 
 
 def test_protocols_by_name(tiny: Path, tmp_path: Path):

@@ -16,6 +16,7 @@ ROOMS = (
         "paths",
         "extras",
         "shipped",
+        "guides",
         "terminal",
         "status",
         "config",

@@ -200,7 +200,7 @@ def test_training_loss_and_evaluation_agree() -> None:
 
 
 def dense_bucketed_kl(log_probs: Tensor, target: Tensor, top_k: int) -> Tensor:
-    """KL [T] over the target's likeliest tokens and one bucket, from whole distributions [T, V]."""
+    """KL [T] over the target's most likely tokens and one bucket, from whole distributions [T, V]."""
     indices = target.topk(top_k, -1).indices
     p, q = target.exp().gather(-1, indices), log_probs.exp().gather(-1, indices)
     rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)

@@ -56,7 +56,7 @@ def test_a_run_that_lives_says_step_loss_and_time_left(folder: Path):
     assert text.startswith(f"{folder}: train: {SAID}\n")
     assert f"last sign of life 4.0 s ago, from process {os.getpid()} on this machine" in text
     assert "done: load 2.0 s" in text
-    assert "to go on with it" not in text
+    assert "to resume it" not in text
 
 
 def test_a_run_on_another_machine_is_known_by_its_last_sign(folder: Path):
@@ -67,7 +67,7 @@ def test_a_run_on_another_machine_is_known_by_its_last_sign(folder: Path):
     state, text = said(folder, replace(elsewhere, updated=NOW - 600))
     assert state == "silent"
     assert "last sign of life 10.0 min ago" in text
-    assert f"if it has ended, to go on with it: accelerate launch --num_processes 4 -m llmqat train '{folder}'" in text
+    assert f"if it has ended, to resume it: accelerate launch --num_processes 4 -m llmqat train '{folder}'" in text
 
 
 def test_a_run_that_was_killed_says_its_checkpoint_and_how_to_go_on(folder: Path):
@@ -76,21 +76,21 @@ def test_a_run_that_was_killed_says_its_checkpoint_and_how_to_go_on(folder: Path
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 10, "max_steps": 40}))
     state, text = said(folder, status(pid=gone()))
     assert state == "killed"
-    assert "ended without a word (killed, or out of memory) at train: step 12 of 40" in text
-    assert text.endswith(f"the last checkpoint is of step 10 of 40\nto go on with it: llmqat train '{folder}'")
+    assert "ended without a message (killed, or out of memory) at train: step 12 of 40" in text
+    assert text.endswith(f"the last checkpoint is of step 10 of 40\nto resume it: llmqat train '{folder}'")
 
 
 @pytest.mark.parametrize(
     ("error", "state", "words", "next_step"),
     [
-        (KeyboardInterrupt(), "interrupted", "interrupted at train", "to go on with it: {}"),
+        (KeyboardInterrupt(), "interrupted", "interrupted at train", "to resume it: {}"),
         (
             ValueError("warmup_steps=9 is\nmore than 4 steps"),
             "failed",
             "\nwarmup_steps=9 is more than 4 steps\n",
-            "mend that first, then: {} KEY=VALUE ...",
+            "fix this first, then: {} KEY=VALUE ...",
         ),
-        (RuntimeError("out of memory"), "failed", "RuntimeError: out of memory", "to go on with it: {}"),
+        (RuntimeError("out of memory"), "failed", "RuntimeError: out of memory", "to resume it: {}"),
     ],
 )
 def test_how_a_run_ends_is_kept(error: BaseException, state: str, words: str, next_step: str, folder: Path):

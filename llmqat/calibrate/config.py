@@ -124,7 +124,7 @@ class GPTQStage(WeightStage):
     damping: float = Field(0.01, gt=0)
     """Share of the mean of the diagonal of E[x^T x] that is added to it."""
     rounds: int = Field(10, ge=1)
-    """Times that codes are found; scales are refitted after each. At 2 bits the error falls most."""
+    """Times that codes are found; scales are refitted after each. More rounds help most at 2 bits."""
     target: Literal["clean", "quantized"] = "clean"
     """What a layer is to give: what the original layer gave from inputs that no quantization has touched, so that it
     also undoes what the layers before it have done; or what it gives in full precision from the inputs that it gets."""

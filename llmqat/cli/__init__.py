@@ -11,11 +11,12 @@ quantize.py     quantize, sensitivity                     judge.py     eval, com
 audit.py        audit                                     export.py    export, push
 chat.py         chat                                      recipes.py   recipes
 schema.py       schema                                    status.py    status
+guide.py        help
 """
 
 from __future__ import annotations
 
-from llmqat.cli import audit, chat, export, judge, plan, quantize, recipes, schema, status, train
+from llmqat.cli import audit, chat, export, guide, judge, plan, quantize, recipes, schema, status, train
 from llmqat.cli.application import app, main
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "audit",
     "chat",
     "export",
+    "guide",
     "judge",
     "main",
     "plan",

@@ -146,7 +146,7 @@ class _Group(typer.core.TyperGroup):
             raise typer.Exit(EXIT_USER) from error
         except KeyboardInterrupt as error:
             stop_bars()
-            resumed = f"; llmqat {ctx.invoked_subcommand} goes on where it stopped when the same command is given again"
+            resumed = f"; llmqat {ctx.invoked_subcommand} resumes when the same command is given again"
             errors.print(f"interrupted{resumed if ctx.invoked_subcommand in COMMANDS_THAT_GO_ON else ''}")
             raise typer.Exit(EXIT_INTERRUPTED) from error
         except Exception as error:
@@ -192,7 +192,7 @@ app = typer.Typer(
 
 COMMANDS = (
     *("train", "plan", "status", "eval", "compare", "quantize", "sensitivity", "synthesize", "audit", "export"),
-    *("chat", "cache-teacher", "push", "recipes", "schema"),
+    *("chat", "cache-teacher", "push", "recipes", "schema", "help"),
 )
 """In the order of the help."""
 

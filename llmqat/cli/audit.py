@@ -43,7 +43,7 @@ def audit(
     group_size: GroupSizeOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Lists every parameter tensor: quantized how, or left alone and why; bytes before and after; and who serves it.
+    """Lists every tensor, how it is quantized or why not, bytes before and after, and which programs can load it.
 
     A packed checkpoint is shown as it is; any other model as --scheme would leave it, and nothing is written.
 

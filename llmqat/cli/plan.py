@@ -39,7 +39,7 @@ def plan(
         bool, typer.Option("--layers", help="Show every tensor: quantized how, or left alone and why.")
     ] = False,
 ) -> None:
-    """Says whether a recipe's training fits, how long it takes, on what disk, and who serves the result; then details.
+    """Predicts memory, disk and time of a recipe, and which programs can load the result.
 
     What a run would refuse is told instead. Text in small files is read, to count its blocks and the training's steps.
     The time comes from earlier runs and probes on this machine (machine.json in ~/.cache/llmqat).
@@ -110,7 +110,7 @@ def _print_plan(planned: Plan, available: int | None) -> None:
 
 
 def answer(plan: Plan, available: int | None, time: Expected | None) -> str:
-    """Returns what a plan comes to: does it fit, how long, how much disk, who serves it."""
+    """Returns what a plan comes to: does it fit, how long, how much disk, which programs can load it."""
     peak = plan.memory.peak
     if available is None:
         fits = f"It takes {peak / 1e9:.1f} GB of memory on each device (--memory GB says whether that fits)"

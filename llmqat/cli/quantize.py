@@ -68,12 +68,12 @@ def quantize(
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Quantizes a model without training it as a whole, and saves a packed checkpoint that is proved on disk.
+    """Quantizes a model without training it as a whole, and saves a packed checkpoint whose files are checked.
 
     Weights that are codes times a scale already (the "unquantized" models of quantization-aware training, such as
     Gemma's for Q4_0: --scheme int4-g32) keep their codes with every method; it is said how many groups do.
 
-    An interrupted calibration goes on where it stopped when the same command is given again.
+    The same command resumes an interrupted calibration.
 
     **Examples**
 

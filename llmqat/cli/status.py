@@ -19,7 +19,7 @@ def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a recipe.")],
     json_file: JsonOption = None,
 ) -> None:
-    """Says where a run is that goes on elsewhere: stage, step, loss and time left; or how it ended, and what is next.
+    """Shows the progress of a run: stage, step, loss and time left. Or how it ended, and what is next.
 
     It looks into the folder alone, so it also works for a run on another machine that shares the disk.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def train(recipe: RecipeArgument, overrides: OverridesArgument = None, overwrite: OverwriteOption = False) -> None:
     """Runs a recipe: calibrates, trains, saves a packed checkpoint and checks what it wrote, and compares it.
 
-    An interrupted run goes on where it stopped when the same command is given again.
+    The same command resumes an interrupted run.
 
     **Examples**
 
@@ -55,14 +55,14 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, overwrite
 @command("cache-teacher")
 def cache_teacher(
     recipe: RecipeArgument,
-    out: Annotated[Path, typer.Option(help="Folder to write to; a cache of the same model there is gone on with.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; a cache of the same model there is continued.")],
     overrides: OverridesArgument = None,
     top_k: Annotated[int, typer.Option(min=1, help="Tokens whose probabilities are kept at each position.")] = 64,
     batch_size: BatchSizeOption = 4,
 ) -> None:
     """Runs the original model over a recipe's text once and keeps what it predicts, for `train` to learn from.
 
-    Training then needs no teacher in memory. An interrupted command goes on where it stopped when given again.
+    Training then needs no teacher in memory. The same command resumes an interrupted one.
 
     **Examples**
 
@@ -76,7 +76,7 @@ def cache_teacher(
     check_folder_output(out, "--out")
     cache = cache_teacher_of(load_recipe(recipe, overrides or ()), out, top_k=top_k, batch_size=batch_size)
     console.print(
-        f"{out}: {len(cache):,} blocks, {cache.disk_bytes:,} bytes; the {top_k} likeliest tokens have "
+        f"{out}: {len(cache):,} blocks, {cache.disk_bytes:,} bytes; the {top_k} most likely tokens have "
         f"{cache.mass():.2%} of the probability",
         soft_wrap=True,
     )
@@ -98,15 +98,16 @@ def synthesize(
     prompts: Annotated[Path | None, typer.Option(help="Strategy prompts: a prompt a line, or .jsonl.")] = None,
     prompt_turns: Annotated[bool, typer.Option(help="A prompt is a user's turn of the chat template.")] = False,
     temperature: Annotated[float, typer.Option(help="Logits are divided by it.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw of the likeliest tokens that have this share together.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw of so many of the likeliest tokens; off.")] = None,
+    top_p: Annotated[float, typer.Option(help="Draw of the most likely tokens that have this share together.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw of so many of the most likely tokens; off.")] = None,
     teacher_top_k: Annotated[
-        int | None, typer.Option(min=1, help="Keep so many of the model's likeliest tokens a position, in OUT/teacher.")
+        int | None,
+        typer.Option(min=1, help="Keep so many of the model's most likely tokens a position, in OUT/teacher."),
     ] = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Lets a model write its own training text: shards of token blocks in parquet, with a report and samples to read.
+    """Generates training text with a model: shards of token blocks in parquet, with a report and samples to read.
 
     A run that was interrupted goes on when the same command is given again; more --tokens are more shards.
 

@@ -70,7 +70,7 @@ class DataConfig(SynthesisConfig):
     """Source text: a file or a folder of .txt and .md files. Source dataset: a local file (parquet, json, jsonl, csv,
     arrow, txt), a folder of them, one made by `save_to_disk`, or hub:NAME:CONFIG:SPLIT, which stands for `name`,
     `config_name` and `split`. Source synthetic: a folder that keeps the text as
-    shards, and is gone on with; None: the text is kept in the run folder alone."""
+    shards, and continues an earlier one; None: the text is kept in the run folder alone."""
     name: str | None = None
     """Source dataset: id on the Hugging Face hub."""
     config_name: str | None = None
@@ -151,7 +151,7 @@ class DataConfig(SynthesisConfig):
         unused = sorted(meant - allowed - {"weight"})
         if unused:
             raise ValueError(
-                f"data.{unused[0]} means nothing for data.source={self.source!r}, which takes "
+                f"data.{unused[0]} is not used with data.source={self.source!r}, which takes "
                 f"{', '.join(sorted(allowed))}"
             )
         if self.source == "text" and self.path is None:

@@ -36,7 +36,7 @@ TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 """Columns that the chat template gets with a conversation."""
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _OF_A_CONVERSATION = ("system", "system_prompt", "functions", "function_call", "tool_calls")
-_SET_ASIDE = "set it aside by name: data.ignore_columns=[{column}]"
+_SET_ASIDE = "to ignore it: data.ignore_columns=[{column}]"
 
 Row = Mapping[str, Any]
 

@@ -46,7 +46,7 @@ class Chosen:
     log_probs: Tensor
     """Of them in softmax(logits), in nats, float32 [B]."""
     top: TopProbabilities | None = None
-    """The likeliest tokens in softmax(logits), [B, K], where they were asked for."""
+    """The most likely tokens in softmax(logits), [B, K], where they were asked for."""
 
 
 def choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling, top_k: int | None = None) -> Chosen:
@@ -57,7 +57,7 @@ def choose(logits: Tensor, uniforms: Tensor, greedy: Tensor, sampling: Sampling,
         uniforms: float64 [B] in [0, 1).
         greedy: bool [B] on the CPU: rows that take the most likely token instead.
         sampling: how the others are drawn.
-        top_k: K, how many of the likeliest tokens are wanted; None: none.
+        top_k: K, how many of the most likely tokens are wanted; None: none.
     """
     rows = _ROWS_AT_ONCE if logits.device.type == "cpu" else max(len(logits), 1)
     parts = zip(logits.split(rows), uniforms.split(rows), greedy.split(rows), strict=True)

@@ -174,7 +174,9 @@ def check_folder(folder: Path) -> None:
         FileExistsError: it is.
     """
     if folder.exists() and not (folder.is_dir() and _holds_shards(folder)):
-        raise FileExistsError(f"output folder {folder} exists already and holds no written text; choose another --out")
+        raise FileExistsError(
+            f"output folder {folder} exists already and holds no generated text; choose another folder"
+        )
 
 
 def remove_shards(folder: Path) -> None:
@@ -218,7 +220,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"it is not of format {FORMAT!r}")
         return Manifest(**found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no manifest of written text: {error}; choose another --out") from error
+        raise ValueError(f"{path} is no manifest of generated text: {error}; choose another folder") from error
 
 
 def _check_same(found: Manifest, wanted: Manifest, folder: Path) -> None:

@@ -10,7 +10,7 @@ that end at once, repeat themselves or each other are dropped; tapes without a l
 left of the others is joined and cut anew. Blocks say where their documents begin, so that who trains on them sees each
 document alone, as its writer did.
 
-Where asked for, the writer's likeliest tokens at every position go into a teacher cache (see `teacher_cache.py`): of a
+Where asked for, the writer's most likely tokens at each position go into a teacher cache (see `teacher_cache.py`): of a
 tape without a loss they are what the model would predict for the block, and it need not be asked again. They are those
 of the model itself, whatever temperature or truncation the text is drawn with. The model runs over the other blocks.
 
@@ -487,7 +487,7 @@ def _write_tapes(
     top_k: int | None,
     watch: Progress | None,
 ) -> TopProbabilities | None:
-    """Fills the tapes, one position of all of them at a time; returns the likeliest `top_k` tokens [B, L - 1, K]."""
+    """Fills the tapes, one position of all of them at a time; returns the most likely `top_k` tokens [B, L - 1, K]."""
     rows, length = tapes.ids.shape
     device = model.device
     kept = None if top_k is None else TopProbabilities.empty((rows, length - 1), top_k, device)

@@ -1,7 +1,7 @@
-"""The teacher, run once: its likeliest tokens at every position, kept on disk in place of a model in memory.
+"""The teacher, run once: its most likely tokens at every position, kept on disk in place of a model in memory.
 
 Distillation asks a frozen teacher the same question at each pass over the text. A cache holds the answers: for each
-position that has a next token, the K likeliest tokens, their log-probabilities, and the mass of all others, which is
+position that has a next token, the K most likely tokens, their log-probabilities, and the mass of all others, which is
 what `metrics.token_loss` needs to compare a student on K tokens and one bucket. At K = 64 that is 258 bytes a token,
 where bfloat16 logits of 49,152 tokens are 98,304.
 
@@ -438,7 +438,7 @@ def _block_keys(blocks: Tensor | Rows) -> Iterator[bytes]:
 
 @torch.no_grad()
 def _top_of(hidden: Tensor, predictor: Predictor, top_k: int) -> TopProbabilities:
-    """Returns the likeliest tokens at hidden states [T, D], with the logits of CHUNK_TOKENS positions at once."""
+    """Returns the most likely tokens at hidden states [T, D], with the logits of CHUNK_TOKENS positions at once."""
     return TopProbabilities.joined(
         [top_probabilities(predictor.logits(chunk), top_k) for chunk in hidden.split(CHUNK_TOKENS)]
     )

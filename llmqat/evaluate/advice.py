@@ -268,7 +268,7 @@ class _Adviser:
             what = "the answers" if self.report["texts"][worst.text].get("answers") else worst.text
             than = "better than" if own < before else "about as well as"
             words = f"it predicts {what} {than} the original (perplexity {own:.4g} against {before:.4g}); "
-            return "measure more", f"{words}whether it is good, only its answers show: ask it.", commands
+            return "measure more", f"{words}perplexity cannot tell whether answers are good: read some.", commands
         words = "ship it." if self.trained else "ship it, no training is needed."
         return "ship", words, commands
 
@@ -283,7 +283,9 @@ class _Adviser:
             width, apart = worst.interval.high - worst.interval.low, abs(worst.value - worst.threshold)
             needed = math.inf if apart == 0 else windows * max(1.5, 1.2 * (width / 2 / apart) ** 2)
         if needed > MOST_WINDOWS * windows:
-            words = "it is at the limit, which no text of a bearable length will change: choose by what else it costs."
+            words = (
+                "it is too close to the limit to decide with any practical amount of text: decide by size and speed."
+            )
             return "measure more", words, [self._again(MOST_WINDOWS * windows, longer=whole)]
         count = math.ceil(needed / 10) * 10
         more = f"a longer text, of about {count} windows" if whole else f"more windows (--max-windows {count})"
@@ -325,7 +327,11 @@ class _Adviser:
             words = f"{said}: train it then; {' '.join(self._cost(training))}.{training.enough}"
             return "calibrate", words, [first, self._train(training)]
         words, commands = self._more_bits(bits, worst)
-        return "calibrate", f"{said}, as training would: to get there, it needs more bits.{words}", [first, *commands]
+        return (
+            "calibrate",
+            f"{said}, as training would: more bits are needed to reach the limit.{words}",
+            [first, *commands],
+        )
 
     def _calibration(self) -> str:
         name = f"{name_of_folder(self.row['name'])}-blockwise"

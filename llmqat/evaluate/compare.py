@@ -356,8 +356,8 @@ WHAT_TO_TRY = (
 )
 
 WHAT_TO_TRY_WITH_ANSWERS = (
-    "Where the training loss fell, it knows the trained ones by heart: fewer epochs, or more chats. Where it did not: "
-    "a higher train.learning_rate, more steps, or a higher train.cross_entropy_weight."
+    "Where the training loss fell, the model overfits the training chats: fewer epochs, or more chats. Where it did "
+    "not: a higher train.learning_rate, more steps, or a higher train.cross_entropy_weight."
 )
 
 

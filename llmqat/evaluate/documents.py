@@ -140,7 +140,7 @@ class Quality(_Described):
     reverse_kl: float | None
     """Mean KL(model || reference), nats a token."""
     top5: float | None
-    """Overlap: the mean share of the reference's five likeliest tokens that are among the model's five."""
+    """Overlap: the mean share of the reference's five most likely tokens that are among the model's five."""
     intervals: dict[str, Bounds]
     """95 % intervals by figure; none where there is one window only."""
     perplexity_lost: Lost | None = None

@@ -77,7 +77,7 @@ def write_peft(folder: Path, base: nn.Module, base_folder: Path, out: Path) -> d
         ValueError: the adapter is on what is no packed linear layer of the base.
     """
     if out.exists():
-        raise FileExistsError(f"{out} exists already; choose another --out")
+        raise FileExistsError(f"{out} exists already; choose another folder")
     config, factors = read_adapter(folder)
     modules = dict(base.named_modules())
     for name, parts in factors.items():

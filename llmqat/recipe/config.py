@@ -208,9 +208,9 @@ class Recipe(Config):
     teacher_cache: Path | None = None
     """Folder made by `llmqat cache-teacher` from this model and text: stands in for the teacher while training."""
     teacher_top_k: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
-    """How many of its likeliest tokens the model keeps at each position of text that it writes itself. In training they
-    replace the teacher, as a teacher_cache does. `auto`: 256, where that is possible; null: the teacher runs at each
-    step."""
+    """How many of its most likely tokens the model keeps at each position of the text that it generates. In training
+    they replace the teacher, as a teacher_cache does. `auto`: 256, where that is possible; null: the teacher runs at
+    each step."""
     teacher_bits: Literal[4, 8] | None = None
     """Holds the teacher's linear layers in 8 or 4 bits (bitsandbytes) while training; bfloat16 where not given."""
     train: dict[str, Any] = Field(default_factory=dict)
@@ -329,7 +329,7 @@ def teacher_obstacle(recipe: Recipe) -> str | None:
 
 
 def kept_top_k(recipe: Recipe) -> int | None:
-    """Returns how many of its likeliest tokens the writer of the recipe's text keeps; None where the teacher runs."""
+    """Returns how many of its most likely tokens the writer of the recipe's text keeps; None where the teacher runs."""
     if recipe.teacher_top_k is None or teacher_obstacle(recipe) is not None:
         return None
     return KEPT_TOP_K if recipe.teacher_top_k == "auto" else recipe.teacher_top_k

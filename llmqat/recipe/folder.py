@@ -170,7 +170,7 @@ def check_run_folder(recipe: Recipe, *, overwrite: bool = False) -> Changes | No
     if lost := _work(folder, earlier, changes):
         raise FileExistsError(
             f"output={folder} holds an interrupted run of another recipe (there -> now): {'; '.join(changes.keys)}; "
-            f"with these values it would lose {', '.join(lost)}. Give the same values to go on with it, choose another "
+            f"with these values it would lose {', '.join(lost)}. Give the same values to resume it, choose another "
             "output=FOLDER, or start anew with --overwrite"
         )
     return changes

@@ -316,7 +316,7 @@ def _teacher_in_words(recipe: Recipe, method: Method) -> str:
         return f"the cache in {recipe.teacher_cache}; no model is in memory"
     if (top_k := kept_top_k(recipe)) is not None:
         return (
-            f"the {top_k} likeliest tokens that the model keeps while it writes its text (teacher_top_k); no second "
+            f"the {top_k} most likely tokens that the model keeps while it writes its text (teacher_top_k); no second "
             "model is in memory or runs"
         )
     if recipe.train.get("kl_weight", 1.0) == 0:

@@ -219,7 +219,7 @@ def _quantized(
         facts["lattice"] = note
     originals, looked_at = work / ORIGINALS_FILE, None if ids is None else ids[:REPORT_BLOCKS]
     layers = report_layers(model, Originals(originals), looked_at, dtype) if originals.is_file() else []
-    with stage("save", "packing, and proving what lies on disk"):
+    with stage("save", "packing, and checking the files"):
         report = save(model, folder, tokenizer, run=facts, overwrite=overwrite, int_quantized=int_quantized)
     shutil.rmtree(work, ignore_errors=True)
     return Quantization(report, reports, layers)

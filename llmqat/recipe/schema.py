@@ -198,6 +198,15 @@ def describe_key(key: str) -> str:
     return _described(schema, keys, key)
 
 
+def key_rows() -> list[tuple[str, str, str, str]]:
+    """Returns place, type, default (empty for none) and description of every key of a recipe, in their order."""
+    schema = recipe_schema()
+    return [
+        (place, _kind(schema, node), _default(node), node.get("description", ""))
+        for place, node in recipe_keys(schema).items()
+    ]
+
+
 def _inside(keys: Mapping[str, Node], key: str) -> list[str]:
     return [name for name in keys if name.startswith(f"{key}.") and "." not in name[len(key) + 1 :]]
 
@@ -264,9 +273,15 @@ def _wrapped(text: str, indent: int) -> str:
 
 
 def _headline(schema: Node, key: str, node: Node) -> str:
-    default = node.get("default", {})
-    shown = "" if isinstance(default, dict) else f", default {json.dumps(default, ensure_ascii=False)}"
+    default = _default(node)
+    shown = f", default {default}" if default else ""
     return textwrap.fill(f"{key}: {_kind(schema, node)}{shown}", 100, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def _default(node: Node) -> str:
+    """Returns the default of a key as JSON, empty where it has none or is a section."""
+    default = node.get("default", {})
+    return "" if isinstance(default, dict) else json.dumps(default, ensure_ascii=False)
 
 
 def _kind(schema: Node, node: Node) -> str:

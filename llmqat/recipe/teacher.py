@@ -51,7 +51,7 @@ def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: in
         place = CachePlace(folder, top_k, batch_size)
         text = _kept_where_written(recipe, folder, partial(text_of, recipe, tokenizer, model, cache=place))
     cache = None
-    with stage("teacher", f"its {top_k} likeliest tokens"), Bar("teacher", "token") as bar:
+    with stage("teacher", f"its {top_k} most likely tokens"), Bar("teacher", "token") as bar:
         for rows in _taught(text):
             cache = cache_teacher(
                 model, tokenizer, rows, folder, top_k=top_k, batch_size=batch_size, progress=bar.update

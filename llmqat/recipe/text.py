@@ -35,7 +35,7 @@ def synthesize_to(
         folder: receives the shards.
         tokens: to write, rounded up to whole blocks.
         config: strategy, seed, rows, block size.
-        teacher_top_k: whether the model's likeliest tokens are kept for training, in `folder`/teacher, and how many a
+        teacher_top_k: whether the model's most likely tokens are kept for training, in `folder`/teacher, and how many a
             position.
         overwrite: whether text written earlier is deleted first.
 
@@ -60,7 +60,7 @@ def synthesize_to(
     with stage("text", f"{tokens:,} tokens"), Bar("text", "token") as bar:
         written = write_shards(model, tokenizer, tokens, folder, config, bar.update, keeper)
     if keeper is not None:
-        with stage("teacher", f"its {teacher_top_k} likeliest tokens"):
+        with stage("teacher", f"its {teacher_top_k} most likely tokens"):
             for shard in written.shards():
                 keeper.complete(shard.blocks if keeper.apart else Rows(shard.blocks.stored))
     return written

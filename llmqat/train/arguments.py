@@ -66,7 +66,7 @@ class QATArguments(TrainingArguments):
         metadata={
             "help": "What is trained: 'all', or 'scales': log-scales, zero points, norms and biases, and no weight "
             "(EfficientQAT's end-to-end phase), in a quarter of the optimizer's memory and less. Of a packed model the "
-            "codes stay packed; a recipe packs it first.",
+            "codes stay packed; a recipe packs the model before this training.",
             "choices": TRAINABLE,
         },
     )

@@ -1,7 +1,7 @@
 """QATTrainer: transformers.Trainer, with distillation from the full-precision model as its loss.
 
 The teacher may be a cache on disk in place of a model in memory (data/teacher_cache.py): then it has no forward, and
-the student is compared with it on its likeliest tokens and a bucket for the rest, in evaluations as well.
+the student is compared with it on its most likely tokens and a bucket for the rest, in evaluations as well.
 
 With peft's LoRA on the model (layers/lora.py) the adapters are inside the quantizers, and the model with both off is
 its own teacher where no other is given (adapter.py).

@@ -189,7 +189,7 @@ def test_shards_that_do_not_say_where_documents_begin_are_read_as_one_text(
 
 def test_other_files_are_left_alone(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds no written text"):
+    with pytest.raises(FileExistsError, match="holds no generated text"):
         fill(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -75,7 +75,7 @@ def report(*rows: dict[str, Any], windows: int = 40, asked: int | None = 40) -> 
         ),
         ({"kl": 0.019}, "measure more", "cannot tell from this text; give more windows (--max-windows 200)"),
         ({"kl": 0.01, "spread": None}, "measure more", "more windows"),
-        ({"kl": 0.02}, "measure more", "it is at the limit"),
+        ({"kl": 0.02}, "measure more", "too close to the limit"),
         ({"kl": 0.025}, "train", "Training usually leaves about 75 % of that, 0.019 nats; 60,000 tokens would take"),
         ({"kl": 0.07, "method": "plain rounding"}, "calibrate", "leaves about 25 % of that, 0.018 nats. Perplexity"),
         (
@@ -86,7 +86,7 @@ def report(*rows: dict[str, Any], windows: int = 40, asked: int | None = 40) -> 
         (
             {"kl": 0.4, "role": "plain rounding"},
             "calibrate",
-            "0.1 nats, still more than 0.02, as training would: to get",
+            "0.1 nats, still more than 0.02, as training would: more bits",
         ),
         ({"kl": None, "method": "plain rounding"}, "calibrate", "rounded plainly"),
         (
@@ -183,7 +183,7 @@ def test_a_model_that_learned_answers_is_judged_by_perplexity() -> None:
     (one,) = advice(report(learned))
     assert (one.verdict, one.figure) == ("measure more", "perplexity")
     assert "perplexity -25.0% (-27.5% to -22.5%) from original: it predicts pydoc better than the original" in one.said
-    assert "(perplexity 15 against 20); whether it is good, only its answers show" in one.said
+    assert "(perplexity 15 against 20); perplexity cannot tell whether answers are good" in one.said
     assert "ship" not in one.said
     assert "its perplexity is judged, not its KL" in one.said
 

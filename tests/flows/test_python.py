@@ -153,7 +153,7 @@ def test_a_stage_and_a_source_of_ones_own_in_a_recipe(tiny_folder: Path, monkeyp
 def test_a_source_of_ones_own_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     words = ("plan", "lora-int4", "data={source: notebooks, chat_share: 0.5}")
     assert run_script("own_source.py", *words, monkeypatch=monkeypatch) == 2
-    assert "data.chat_share means nothing for data.source='notebooks'" in capsys.readouterr().err
+    assert "data.chat_share is not used with data.source='notebooks'" in capsys.readouterr().err
 
 
 def test_a_format_of_ones_own(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -248,5 +248,5 @@ def test_the_plan_counts_no_teacher(tiny_folder: Path, tmp_path: Path) -> None:
     held = torch.bfloat16.itemsize * parameters
     assert [plan.memory.teacher for plan in plans] == [held, 0, 0, held]
     assert [plan.disk.teacher for plan in plans] == [0, 0, 256 * 256 * 4, 0]
-    assert plans[2].teacher.startswith("the 256 likeliest tokens that the model keeps")
+    assert plans[2].teacher.startswith("the 256 most likely tokens that the model keeps")
     assert plans[3].teacher == "a second model in memory, which runs at each step (teacher_top_k is null)"

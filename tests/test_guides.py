@@ -1,0 +1,166 @@
+"""The pages that users read: links lead somewhere, commands parse, code is valid, sentences are short."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+from typer.testing import CliRunner
+
+from llmqat import cli
+from llmqat.cli.application import COMMANDS
+from llmqat.guides import REPOSITORY, TOPICS, for_terminal, guides
+from llmqat.recipe.config import Recipe
+from llmqat.recipe.schema import recipe_keys, recipe_schema
+from tests.evaluate.test_scripts import SCRIPTS
+
+ROOT = Path(__file__).resolve().parents[1]
+GENERATED = ("commands", "recipe-keys", "python-api")
+PAGES = {
+    **{file.relative_to(ROOT).as_posix(): file for name, file in guides().items() if name not in GENERATED},
+    **{name: ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "recipes/serving.md")},
+}
+LONGEST_SENTENCE, MEAN_SENTENCE = 25, 16
+"""Words."""
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def fences(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def prose(text: str) -> str:
+    """A page without code, tables and headings; code within a line is one word, and a link its words."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r"^(\||#|    ).*$", "", text, flags=re.M)
+    text = re.sub(r"`[^`]*`", "code", text)
+    return re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+
+
+def sentences(text: str) -> list[str]:
+    items = re.split(r"\n\s*\n|^\s*(?:[-*]|\d+\.) ", prose(text), flags=re.M)
+    found = [one for item in items for one in re.split(r"(?<=[.!?:;])\s+(?=[\w\"'(*])", " ".join(item.split()))]
+    return [one for one in found if re.search(r"\w", one)]
+
+
+def test_every_guide_is_there_and_listed() -> None:
+    assert {file.stem for file in (ROOT / "llmqat" / "help").iterdir()} == set(TOPICS)
+    output = runner.invoke(cli.app, ["help"]).output
+    assert [line.split()[0] for line in output.splitlines() if line.startswith("  ")] == [*TOPICS]
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_a_guide_is_printed_with_links_that_a_terminal_s_reader_can_use(topic: str) -> None:
+    done = runner.invoke(cli.app, ["help", topic.upper()])
+    assert done.exit_code == 0
+    assert done.output.startswith("# ")
+    assert "](" not in re.sub(r"`[^`]*`", "", re.sub(r"```.*?```", "", done.output, flags=re.S))
+
+
+def test_links_become_commands_and_addresses() -> None:
+    text = "See [data](data.md#mix), [a recipe](../../recipes/x.yaml), [below](#end), [PyPI](https://pypi.org)."
+    assert for_terminal(text) == (
+        f"See data (`llmqat help data`), a recipe ({REPOSITORY}/recipes/x.yaml), below, PyPI (https://pypi.org)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("topic", "message"),
+    [
+        ("instal", "did you mean 'install'?"),
+        ("quantize", "llmqat quantize --help"),
+        ("xyz", "choose one of quickstart"),
+    ],
+)
+def test_a_topic_that_is_none_is_refused(topic: str, message: str) -> None:
+    done = runner.invoke(cli.app, ["help", topic])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+
+
+def test_what_is_made_from_code_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import references
+
+    made = references.pages()
+    assert set(made) == set(GENERATED)
+    behind = [topic for topic, text in made.items() if guides()[topic].read_text(encoding="utf-8") != text]
+    assert behind == [], "run: python eval/references.py"
+
+
+def anchors(file: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(f"llmqat/help/{name}.md" for name in GENERATED), "eval/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    file = ROOT / page
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.M | re.S)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(REPOSITORY):
+            place, _, anchor = target.removeprefix(f"{REPOSITORY}/").partition("#")
+            found = ROOT / place
+        elif "://" in target:
+            continue
+        else:
+            place, _, anchor = target.partition("#")
+            found = file.parent / place if place else file
+        if not found.exists() or (anchor and anchor not in anchors(found)):
+            broken.append(target)
+    assert broken == []
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of each line of bash fences that is a command of llmqat, without what comes before and behind it."""
+    lines = "\n".join(fences(text, "bash")).replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        begins = [at for at, word in enumerate(words) if word == "llmqat" and (at == 0 or words[at - 1] == "-m")]
+        if not begins:
+            continue
+        words = words[begins[0] + 1 :]
+        ends = [place for place, word in enumerate(words) if word in ("|", "&&", ">")]
+        found.append(words[: ends[0]] if ends else words)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page: str) -> None:
+    group = typer.main.get_command(cli.app)
+    keys = recipe_keys(recipe_schema())
+    for name, *words in commands_of(PAGES[page].read_text(encoding="utf-8")):
+        if name.startswith("--"):
+            continue
+        assert name in COMMANDS, name
+        context = group.commands[name].make_context(name, list(words), resilient_parsing=False)  # type: ignore[attr-defined]
+        for override in context.params.get("overrides") or ():
+            key = override.partition("=")[0]
+            assert key in keys or any(one.startswith(f"{key}.") for one in keys), f"{page}: {override}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_and_recipes_are_valid(page: str) -> None:
+    text = PAGES[page].read_text(encoding="utf-8")
+    for code in fences(text, "python"):
+        compile(code, page, "exec")
+    for block in fences(text, "yaml"):
+        found = yaml.safe_load(block)
+        assert isinstance(found, dict), block
+        if set(found) <= set(Recipe.model_fields):
+            Recipe.model_validate({"model": "MODEL", "output": "DIR", **found})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_sentences_are_short(page: str) -> None:
+    lengths = {one: len(one.split()) for one in sentences(PAGES[page].read_text(encoding="utf-8"))}
+    assert [one for one, words in lengths.items() if words > LONGEST_SENTENCE] == []
+    assert sum(lengths.values()) / len(lengths) <= MEAN_SENTENCE
