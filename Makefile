@@ -4,6 +4,7 @@
 #                where it was interrupted; gigabytes in .clients, which `make clean` leaves)
 # make bounds    run the quick tests with the lowest and with the newest versions that pyproject.toml allows, each in an
 #                environment of its own (an hour; goes on where it was interrupted; gigabytes in .bounds, likewise)
+# make figures   write the tables of README.md and the guides from eval/results, and the guides that are made from code
 #
 # Each target makes .venv when it is missing; there is nothing else to do by hand.
 #   PYTHON=python3.12   the interpreter that makes .venv: 3.11 or newer, which the pins in constraints.txt need (llmqat
@@ -38,7 +39,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Threads that wait do not spin: beside another busy process, spinning made single operations a hundred times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clients bounds clean
+.PHONY: demo test lint clients bounds figures clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -60,6 +61,10 @@ clients: $(STAMP)
 bounds: $(STAMP)
 	$(BIN)/python eval/bounds.py --work $(BOUNDS) --json eval/results/bounds.json --table eval/results/bounds.md \
 		$(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(ARGS)
+
+figures: $(STAMP)
+	$(BIN)/python eval/references.py
+	$(BIN)/python eval/figures.py
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

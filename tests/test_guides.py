@@ -93,6 +93,16 @@ def test_what_is_made_from_code_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -
     assert behind == [], "run: python eval/references.py"
 
 
+def test_tables_of_figures_are_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import figures
+
+    pages = {page: page.read_text(encoding="utf-8") for page in figures.PAGES}
+    assert sum(len(figures.MARKED.findall(text)) for text in pages.values()) == len(figures.TABLES)
+    behind = [page.name for page, text in pages.items() if figures.rendered(text) != text]
+    assert behind == [], "run: make figures"
+
+
 def anchors(file: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.M | re.S)
     headings = re.findall(r"^#+ (.*)$", text, re.M)

@@ -62,7 +62,7 @@ def test_the_code_of_the_readme_runs_and_ends_with_a_packed_model(tiny_folder: P
     found = re.search(r"^## In Python\n.*?^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert found is not None
     small_figures = {"65_536": "256", "block_size=512": "block_size=32", "max_steps=60": "max_steps=2"}
-    code = with_changes(found[1], {"HuggingFaceTB/SmolLM2-135M": str(tiny_folder), **small_figures})
+    code = with_changes(found[1], {"HuggingFaceTB/SmolLM2-135M-Instruct": str(tiny_folder), **small_figures})
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     model = names["model"]
