@@ -25,10 +25,10 @@ COLUMNS = (
     Column("after", 2),
 )
 SERVED_COLUMNS = (
-    Column("served by", 0, "name"),
-    Column("served", 0, "name"),
-    Column("what is lost, or why not", 1, "prose"),
-    Column("known from", 2, "prose"),
+    Column("program", 0, "name"),
+    Column("loads it", 0, "name"),
+    Column("limits, or why not", 1, "prose"),
+    Column("evidence", 2, "prose"),
 )
 
 

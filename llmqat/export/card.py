@@ -220,7 +220,7 @@ def _with_vllm(repository: str, gpus: Verdict, cpus: Verdict) -> str:
 
 
 def _served(served: Mapping[str, Verdict]) -> str:
-    heads = ("server or runtime", "serves it", "what is lost, or why not", "known from")
+    heads = ("program", "loads it", "limits, or why not", "evidence")
     return _table(heads, [verdict.row for verdict in served.values()])
 
 

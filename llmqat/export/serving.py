@@ -249,7 +249,7 @@ def _lost_in_gptq(description: ModelDescription) -> list[str]:
 
 
 def _llmqat(description: ModelDescription) -> Finding:
-    return Finding("", "checkpoint.py", (), "proved at every save")
+    return Finding("", "checkpoint.py", (), "checked at every save")
 
 
 _LLAMA_CPP = ReadFile(
