@@ -82,8 +82,9 @@ from llmqat.calibrate import BlockwiseStage, Stage, rotates
 from llmqat.data import TokenBlocks, token_blocks
 from llmqat.evaluate.bootstrap import mean_difference
 from llmqat.evaluate.compare import write_report
+from llmqat.files import write_whole
 from llmqat.heap import give_back_freed_memory
-from llmqat.models import load_model, write_whole
+from llmqat.models import load_model
 from llmqat.paths import check_outputs, user_path
 from llmqat.recipe.config import Recipe, training_arguments
 from llmqat.terminal import show_any_text

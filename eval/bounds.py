@@ -37,7 +37,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from llmqat.models import write_whole
+from llmqat.files import write_whole
 from llmqat.paths import check_outputs, user_path
 from llmqat.terminal import show_any_text
 

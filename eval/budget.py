@@ -70,16 +70,9 @@ from llmqat.evaluate.perplexity import (
     windows_from_blocks,
 )
 from llmqat.extras import check_installed
+from llmqat.files import write_whole
 from llmqat.heap import give_back_freed_memory
-from llmqat.models import (
-    empty_model,
-    load_model,
-    load_tokenizer,
-    read_config,
-    resolve_spec,
-    token_model_class,
-    write_whole,
-)
+from llmqat.models import empty_model, load_model, load_tokenizer, read_config, resolve_spec, token_model_class
 from llmqat.paths import check_outputs, same_place, user_path, user_spec
 from llmqat.recipe import load_recipe
 from llmqat.recipe.config import TRAINER_FOLDER, EvaluationSettings, Recipe, forward_dtype, training_arguments

@@ -25,7 +25,7 @@ import numpy as np
 from llmqat.evaluate.bootstrap import mean_difference, mean_interval
 from llmqat.evaluate.budget import FORMAT, OWN_TEXT, Law
 from llmqat.extras import check_installed
-from llmqat.models import file_in_progress
+from llmqat.files import file_in_progress
 
 FEWEST = 3
 """Budgets above 0 that a law needs."""

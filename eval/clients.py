@@ -51,7 +51,7 @@ from client_table import render, rows_of
 
 from llmqat.data.text import read_text
 from llmqat.export.serving import CLIENTS as RULES
-from llmqat.models import write_whole
+from llmqat.files import write_whole
 from llmqat.paths import check_outputs, user_path
 from llmqat.terminal import show_any_text
 

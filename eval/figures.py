@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmqat.files import write_whole
 from llmqat.guides import guides
-from llmqat.models import write_whole
+from llmqat.terminal import show_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results"
@@ -32,6 +33,7 @@ Lines = list[str]
 
 def main() -> None:
     """Writes the pages whose tables have changed."""
+    show_any_text()
     for page in PAGES:
         before = page.read_text(encoding="utf-8")
         after = rendered(before)

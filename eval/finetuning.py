@@ -45,8 +45,9 @@ from llmqat.data import DataConfig, TokenBlocks, load_blocks
 from llmqat.data.pydoc import pydoc_text
 from llmqat.evaluate.bootstrap import Interval, mean_interval
 from llmqat.evaluate.perplexity import TokenWindows, evaluate, windows_from_text
+from llmqat.files import write_whole
 from llmqat.layers import PackedModule, QuantConfig, QuantModule
-from llmqat.models import load_model, write_whole
+from llmqat.models import load_model
 from llmqat.paths import check_outputs, user_path
 from llmqat.terminal import plain_console, show_any_text
 from llmqat.train import LoraSettings, QATArguments, QATTrainer

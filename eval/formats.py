@@ -29,8 +29,9 @@ from llmqat.data.pydoc import pydoc_text
 from llmqat.data.text import read_text
 from llmqat.evaluate.perplexity import TokenWindows, windows_from_text
 from llmqat.export import load, write_gguf, write_onnx
+from llmqat.files import write_whole
 from llmqat.layers import PackedLinear
-from llmqat.models import load_tokenizer, resolve_spec, write_whole
+from llmqat.models import load_tokenizer, resolve_spec
 from llmqat.paths import check_outputs, user_path
 from llmqat.terminal import plain_console, show_any_text
 

@@ -39,6 +39,7 @@ from typing import Any
 
 from gpu_tables import headline, table
 
+from llmqat.files import write_whole
 from llmqat.paths import check_outputs, user_path, user_spec
 from llmqat.terminal import plain_console, show_any_text
 
@@ -149,9 +150,7 @@ def read(file: Path) -> dict[str, Any]:
 def write(report: dict[str, Any], file: Path) -> None:
     """Writes the results whole: a run that is interrupted leaves those before."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_whole(file, json.dumps(report, indent=2) + "\n")
 
 
 def record_of(report: dict[str, Any], step: str) -> dict[str, Any]:

@@ -54,8 +54,9 @@ from llmqat.evaluate.loading import known_of, load_to_judge
 from llmqat.evaluate.perplexity import Evaluation, Reference, ScoredTokens, TokenWindows, evaluate, keep_reference
 from llmqat.evaluate.tokenizers import shared_tokenizer
 from llmqat.export.checkpoint import RUN_FILE
+from llmqat.files import write_whole
 from llmqat.metrics import TokenScores
-from llmqat.models import load_model, save_whole, write_whole
+from llmqat.models import load_model, save_whole
 from llmqat.paths import check_outputs, user_path
 from llmqat.recipe.config import EvaluationSettings
 from llmqat.recipe.evaluation import evaluation_windows

@@ -23,9 +23,10 @@ import llmqat
 from llmqat.cli import app
 from llmqat.cli.application import COMMANDS, EXIT_CODES
 from llmqat.config import ATTRIBUTES
+from llmqat.files import write_whole
 from llmqat.guides import guides
-from llmqat.models import write_whole
 from llmqat.recipe.schema import key_rows
+from llmqat.terminal import show_any_text
 
 SHARED_OPTIONS = ("--log", "--help")
 """Options that every command has."""
@@ -67,6 +68,7 @@ ROOMS = {
 
 def main() -> None:
     """Writes the pages."""
+    show_any_text()
     for topic, text in pages().items():
         write_whole(guides()[topic], text)
         print(guides()[topic])

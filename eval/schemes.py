@@ -20,8 +20,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import llmqat
+from llmqat.files import write_whole
 from llmqat.layers import KVQuantizer
-from llmqat.models import write_whole
 from llmqat.paths import check_outputs, user_path
 from llmqat.recipe import load_recipe, run
 from llmqat.terminal import plain_console, show_any_text

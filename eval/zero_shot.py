@@ -19,7 +19,8 @@ from typing import Any
 from llmqat.evaluate.bootstrap import mean_difference
 from llmqat.evaluate.loading import load_to_judge
 from llmqat.evaluate.tasks import TaskSettings, average, opened_tasks, write_task_folder
-from llmqat.models import load_tokenizer, resolve_spec, write_whole
+from llmqat.files import write_whole
+from llmqat.models import load_tokenizer, resolve_spec
 from llmqat.paths import check_outputs, user_path
 from llmqat.recipe.evaluation import short_names
 from llmqat.terminal import show_any_text

@@ -14,6 +14,7 @@ ROOMS = (
     *(
         "heap",
         "paths",
+        "files",
         "extras",
         "shipped",
         "guides",

@@ -27,11 +27,11 @@ from llmqat.data import DataConfig
 from llmqat.data.hub import open_source
 from llmqat.data.teacher_cache import CacheHeader
 from llmqat.export import save
+from llmqat.files import folder_in_progress
 from llmqat.layers import QuantConfig, prepare
 from llmqat.models import (
     capture_hidden,
     cast_parameters,
-    folder_in_progress,
     gguf_folder,
     head_weight,
     load_model,
@@ -399,7 +399,7 @@ def test_a_token_that_the_tokenizer_s_class_adds_may_be_beyond_the_embedding_unl
     assert len(tokenizer) == 385
     tokenizer.eos_token = "<|endoftext|>"
     with pytest.raises(ValueError, match="endoftext"):
-        models.check_vocabulary(tokenizer, 384, "model")
+        models.tokenizer.check_vocabulary(tokenizer, 384, "model")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -545,7 +545,7 @@ def test_a_gguf_file_is_dequantized_once_and_equals_the_model(tmp_path: Path, mo
     cached = gguf_folder(tmp_path / "tiny.gguf")
     assert cached.is_relative_to(tmp_path / "cache")
     assert [path.name for path in cached.parent.iterdir()] == [cached.name]
-    monkeypatch.setattr(models, "_dequantize_gguf", pytest.fail)
+    monkeypatch.setattr(models.gguf, "_dequantize_gguf", pytest.fail)
     (tmp_path / "tiny.gguf").rename(tmp_path / "moved.gguf")
     moved, tokenizer = load_model(str(tmp_path / "moved.gguf"))
     assert moved.dtype == torch.bfloat16

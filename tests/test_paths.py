@@ -15,7 +15,8 @@ from llmqat.config import Config, holds_path
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.export import CONVERSIONS
 from llmqat.export.hub import push
-from llmqat.models import cache_folder, write_whole
+from llmqat.files import write_whole
+from llmqat.models import cache_folder
 from llmqat.paths import check_file_output, check_folder_output, check_outputs, same_place, user_path, user_spec
 from llmqat.recipe import load_recipe
 from llmqat.recipe.config import recipe_from

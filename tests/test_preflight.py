@@ -126,7 +126,7 @@ def no_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    for name in ("llmqat.recipe.pipeline.load_model", "llmqat.models._load_weights"):
+    for name in ("llmqat.recipe.pipeline.load_model", "llmqat.models.loading._load_weights"):
         monkeypatch.setattr(name, lambda *args, **options: pytest.fail("weights are loaded"))
 
 

@@ -60,6 +60,7 @@ from llmqat.calibrate.walk import Walk, open_walk
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.data.length import check_length
 from llmqat.data.processes import ALONE, Processes
+from llmqat.files import write_whole
 from llmqat.grid import fusing
 from llmqat.layers import (
     ActivationConfig,
@@ -73,7 +74,7 @@ from llmqat.layers import (
     quantizer_state,
     short_attention,
 )
-from llmqat.models import cast_parameters, save_whole, write_whole
+from llmqat.models import cast_parameters, save_whole
 from llmqat.terminal import Bar, duration, terminal_bar
 
 log = logging.getLogger(__name__)

@@ -60,7 +60,8 @@ def audit(
     from llmqat.export.commands import name_of_folder, option, run_commands
     from llmqat.export.prepared import is_prepared
     from llmqat.export.serving import served_by
-    from llmqat.models import model_file, read_config, resolve_spec, write_whole
+    from llmqat.files import write_whole
+    from llmqat.models import model_file, read_config, resolve_spec
     from llmqat.recipe import inspect_model, scheme_of
 
     check_outputs({"--json": json_file}, [model])

@@ -2,7 +2,7 @@
 
 That is the content of the text (the bytes of files, the fingerprint of a dataset), the tokenizer, and the settings that
 decide on blocks. So a changed file or tokenizer never meets old blocks, and an unchanged one is not tokenized again, by
-whatever run. The folder is `blocks` in the cache folder of models.py; it can be deleted at any time. Text whose content
+whatever run. The folder is `blocks` in the cache folder of models; it can be deleted at any time. Text whose content
 is not known before it is read (streaming) is not kept: its blocks go when the process ends, unless a run links them.
 """
 
@@ -24,7 +24,8 @@ from llmqat.data.blocks import Progress
 from llmqat.data.config import DataConfig
 from llmqat.data.documents import DocumentSource, tokenizer_fingerprint
 from llmqat.data.packing import TextSplits, pack, read_splits
-from llmqat.models import cache_folder, folder_in_progress, rename_unless_there
+from llmqat.files import folder_in_progress, rename_unless_there
+from llmqat.models import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from llmqat.data.blocks import Rows, TokenBlocks
 from llmqat.data.cache import kept
 from llmqat.data.config import DataConfig, MixedSource
 from llmqat.data.packing import BlockWriter, TextSplits
-from llmqat.models import folder_in_progress
+from llmqat.files import folder_in_progress
 
 LoadSplits = Callable[[DataConfig], TextSplits]
 

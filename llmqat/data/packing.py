@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from llmqat.data.blocks import CHUNK, PARTS, Progress, Rows, TokenBlocks, read_blocks, sha256_of_chunks
 from llmqat.data.config import DataConfig
 from llmqat.data.documents import DocumentSource, Encoded, encoded
-from llmqat.models import folder_in_progress
+from llmqat.files import folder_in_progress
 
 TRAIN, CALIBRATION, VALIDATION = "train", "calibration", "validation"
 Filling = Literal["joined", "whole", "alone"]

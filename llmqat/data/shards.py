@@ -34,7 +34,8 @@ from llmqat.data.quality import distinct_shares, merged, summary
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import WRITER_VERSION, Keeper, Shard, Writer
 from llmqat.data.teacher_cache import HEADER_FILE, model_fingerprint, tokenizer_fingerprint
-from llmqat.models import name_of, write_whole
+from llmqat.files import write_whole
+from llmqat.models import name_of
 
 log = logging.getLogger(__name__)
 

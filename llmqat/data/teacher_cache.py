@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data.blocks import Progress, Rows, rows_of
+from llmqat.files import write_whole
 from llmqat.layers.source import checksum
 from llmqat.metrics import Predictor, TopProbabilities, predictor_of, token_loss, top_probabilities
-from llmqat.models import capture_hidden, model_device, name_of, save_whole, vocabulary_size, write_whole
+from llmqat.models import capture_hidden, model_device, name_of, save_whole, vocabulary_size
 from llmqat.paths import user_path
 
 HEADER_FILE = "cache.json"

@@ -47,8 +47,9 @@ from llmqat.evaluate.generations import apart, described, is_worse, said, table_
 from llmqat.evaluate.loading import known_of, load_to_judge
 from llmqat.evaluate.perplexity import Evaluation, Reference, TokenWindows, evaluate, keep_reference
 from llmqat.evaluate.speed import Costs, measure_costs
+from llmqat.files import write_whole
 from llmqat.layers.audit import kept_notes
-from llmqat.models import default_device, write_whole
+from llmqat.models import default_device
 from llmqat.terminal import Bar, Column, FittedTable, duration
 
 log = logging.getLogger(__name__)

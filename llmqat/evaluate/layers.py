@@ -17,8 +17,9 @@ from torch import nn
 
 from llmqat.calibrate import LayerReport
 from llmqat.extras import check_installed
+from llmqat.files import file_in_progress, write_whole
 from llmqat.layers import PackedModule, QuantModule
-from llmqat.models import adapter_base, file_in_progress, resolve_spec, weight_files, write_whole
+from llmqat.models import adapter_base, resolve_spec, weight_files
 from llmqat.terminal import Column, FittedTable
 
 BLOCK_NUMBER = re.compile(r"\.(\d+)\.")

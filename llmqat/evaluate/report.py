@@ -17,7 +17,7 @@ from llmqat.evaluate.documents import head
 from llmqat.evaluate.gate import REFERENCE, Check, Rule, judge, read_report
 from llmqat.evaluate.html import to_html
 from llmqat.evaluate.tables import accuracy, to_csv, to_markdown
-from llmqat.models import write_whole
+from llmqat.files import write_whole
 from llmqat.paths import check_outputs, same_place
 
 

@@ -28,7 +28,7 @@ from torch import nn
 
 from llmqat.data.text import read_text
 from llmqat.extras import check_installed, require
-from llmqat.models import write_whole
+from llmqat.files import write_whole
 from llmqat.terminal.bars import bars_move
 
 log = logging.getLogger(__name__)

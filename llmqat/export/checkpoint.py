@@ -44,6 +44,7 @@ from llmqat.export.prepared import is_prepared, read_prepared
 from llmqat.export.serving import Verdict, served_by
 from llmqat.export.stock import Expected, StockTrial, loader_of, try_stock
 from llmqat.export.tensors import stored_dtype
+from llmqat.files import folder_in_progress, write_whole
 from llmqat.hub import may_be_hub_id, why_unreachable
 from llmqat.kernels import KERNELS, packed_linear
 from llmqat.layers import (
@@ -69,14 +70,12 @@ from llmqat.models import (
     adapter_base,
     cast_parameters,
     check_can_be_rebuilt,
-    folder_in_progress,
     load_model,
     load_tokenizer,
     model_file,
     read_config,
     resolve_spec,
     weight_files,
-    write_whole,
 )
 from llmqat.paths import user_path
 

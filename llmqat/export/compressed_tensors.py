@@ -51,6 +51,7 @@ from transformers.pytorch_utils import Conv1D
 from llmqat.export.experts import single_experts, stacked
 from llmqat.export.names import in_model
 from llmqat.export.stock import ONLY_HERE, StockTrial, try_tensors
+from llmqat.files import write_whole
 from llmqat.grid import Grid, pack_int32, unpack_int32
 from llmqat.kernels import FileMappings
 from llmqat.layers import (
@@ -79,15 +80,7 @@ from llmqat.layers.attention import IMPLEMENTATION_PREFIX
 from llmqat.layers.buffers import make_buffers
 from llmqat.layers.config import Observer
 from llmqat.layers.embedding import embedding_multiplier
-from llmqat.models import (
-    check_safetensors,
-    class_of,
-    empty_model,
-    shortened,
-    weight_files,
-    write_shards,
-    write_whole,
-)
+from llmqat.models import check_safetensors, class_of, empty_model, shortened, weight_files, write_shards
 
 QUANT_METHOD = "compressed-tensors"
 PACKED_FORMAT = "pack-quantized"

@@ -45,9 +45,10 @@ from llmqat.export.tensors import (
     stored_tensors,
     too_small_for_float16,
 )
+from llmqat.files import folder_in_progress
 from llmqat.grid import Grid, pack_int32
 from llmqat.layers import PackedLinear, QuantLinear
-from llmqat.models import folder_in_progress, write_shards
+from llmqat.models import write_shards
 from llmqat.paths import user_path
 
 logger = logging.getLogger(__name__)

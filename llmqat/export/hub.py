@@ -14,8 +14,9 @@ from huggingface_hub import HfApi, ModelCard
 
 from llmqat.export.card import model_card
 from llmqat.export.checkpoint import FORMATS
+from llmqat.files import folder_in_progress
 from llmqat.hub import may_be_hub_id
-from llmqat.models import check_safetensors, folder_in_progress, read_config, weight_files
+from llmqat.models import check_safetensors, read_config, weight_files
 from llmqat.paths import user_path
 
 PUBLISHED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")

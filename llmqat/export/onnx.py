@@ -42,7 +42,7 @@ from llmqat.export.description import ModelDescription, describe
 from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size, stop_tokens
 from llmqat.export.tensors import StoredWeight, check_language_model, stored_tensors
 from llmqat.extras import require
-from llmqat.models import folder_in_progress, give_usual_rights
+from llmqat.files import folder_in_progress, give_usual_rights
 from llmqat.paths import user_path
 
 _SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}

@@ -22,8 +22,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from llmqat.files import write_whole
 from llmqat.layers import PackedLinear
-from llmqat.models import check_safetensors, save_whole, write_whole
+from llmqat.models import check_safetensors, save_whole
 
 FOLD = "serve it folded: llmqat train and llmqat.save write it so"
 _PREFIX = "base_model.model."

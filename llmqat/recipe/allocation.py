@@ -14,8 +14,9 @@ from torch import Tensor
 from llmqat.calibrate import Allocation, AllocationConfig, LayerSensitivity, allocate_bits, measure_sensitivity
 from llmqat.data import Rows
 from llmqat.evaluate.documents import check_schema, head
+from llmqat.files import write_whole
 from llmqat.layers import QuantConfig
-from llmqat.models import load_model, write_whole
+from llmqat.models import load_model
 from llmqat.terminal import progress
 
 PLAN_FILE = "plan.json"

@@ -38,7 +38,7 @@ from llmqat.data.shards import TEACHER_FOLDER
 from llmqat.data.teacher_cache import HEADER_FILE, CachePlace, read_header
 from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
 from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
-from llmqat.models import write_whole
+from llmqat.files import write_whole
 from llmqat.recipe.allocation import PLAN_FILE
 from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, kept_top_k, load_recipe
 from llmqat.train.checkpoints import last_checkpoint

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from llmqat.files import write_whole
 from llmqat.layers import CoverageAudit
-from llmqat.models import cache_folder, write_whole
+from llmqat.models import cache_folder
 from llmqat.recipe.config import Recipe, kept_top_k
 
 log = logging.getLogger(__name__)

@@ -51,16 +51,10 @@ from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, record_of, save
 from llmqat.export.registry import register, tracked_run
 from llmqat.extras import missing
+from llmqat.files import write_whole
 from llmqat.heap import give_back_freed_memory
 from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert
-from llmqat.models import (
-    adapter_base,
-    keeps_documents_apart,
-    load_adapter_base,
-    load_model,
-    load_with_few_bits,
-    write_whole,
-)
+from llmqat.models import adapter_base, keeps_documents_apart, load_adapter_base, load_model, load_with_few_bits
 from llmqat.recipe.allocation import PLAN_FILE, planned
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype
 from llmqat.recipe.evaluation import (

@@ -41,8 +41,9 @@ from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits, open_t
 from llmqat.data.text import text_config
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.export.serving import known_clients
+from llmqat.files import write_whole
 from llmqat.layers import QuantConfig, lattice_note
-from llmqat.models import check_full_precision, default_device, load_model, write_whole
+from llmqat.models import check_full_precision, default_device, load_model
 from llmqat.paths import check_new
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.config import forward_dtype, scheme_of

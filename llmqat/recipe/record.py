@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llmqat.models import write_whole
+from llmqat.files import write_whole
 from llmqat.recipe.training import Step
 from llmqat.status import SECONDS_BETWEEN_SIGNS, STATUS_FILE, USER_MISTAKES, RunStatus
 from llmqat.terminal import program

@@ -30,7 +30,7 @@ from tests.tiny import (
     tiny_tokenizer,
 )
 
-# As models.py does where it reads GGUF files: Python 3.10 does not find out which distribution gguf is of.
+# As models does where it reads GGUF files: Python 3.10 does not find out which distribution gguf is of.
 getattr(transformers.utils.import_utils, "PACKAGE_DISTRIBUTION_MAPPING", {}).setdefault("gguf", ["gguf"])
 
 MODELS = {

@@ -1,0 +1,145 @@
+"""The files of a model's folder: which there are, whether they are whole, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmqat.files import file_in_progress, give_usual_rights, write_whole
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),
+    *("tekken.json", "sentencepiece.bpe.model"),
+)
+"""A tokenizer has one of these files at least."""
+FOLDERS_OF_OTHERS = {
+    "*.onnx": "an ONNX export",
+    "openvino_*.xml": "an OpenVINO export",
+    "onnx/*.onnx": "an ONNX export",
+    "*.mlpackage": "a Core ML export",
+    "*.engine": "a TensorRT engine",
+    "*.tflite": "a TensorFlow Lite export",
+    "*.pte": "an ExecuTorch export",
+    "mlc-chat-config.json": "a model of MLC",
+}
+"""Files by which a folder without safetensors is told -> what it is."""
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises where `path` is not a complete safetensors file; reads its header only.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is truncated or its header is unreadable.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, though the checkpoint's index names it; copy it there again")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or no safetensors file ({error}; {path.stat().st_size} bytes); copy it again"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a checkpoint folder: those its index names, or the single one.
+
+    Raises:
+        FileNotFoundError: The folder holds no safetensors.
+        ValueError: The index is unreadable, or names a file outside of the folder.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            what = other_folder(folder) or f"holds neither {single.name} nor {index.name}: there are no weights in it"
+            raise FileNotFoundError(f"{folder} {what}")
+        return [single]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a readable safetensors index: {error!r}; copy it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index} names the file {name!r}; only safetensors in the folder itself are read, so it is refused"
+            )
+    return [folder / name for name in sorted(names)]
+
+
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = "5GB") -> None:
+    """Writes `tensors` into `folder` as `model.safetensors`, or as shards and their index where they are larger.
+
+    Args:
+        tensors: by name; contiguous, on the CPU.
+        folder: exists, and holds `config.json`.
+        max_shard_size: bytes of a shard, or a text such as "5GB".
+    """
+    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+    give_usual_rights(folder)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
+        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes `tensors` as safetensors beside `path` and renames, so that `path` is absent or whole."""
+    with file_in_progress(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        give_usual_rights(temporary)
+
+
+def other_folder(folder: Path) -> str:
+    """Returns what a folder without a checkpoint is, and what to give in its place; empty where nothing says it."""
+    for pattern, kind in FOLDERS_OF_OTHERS.items():
+        if any(folder.glob(pattern)):
+            return f"is {kind}, which llmqat does not read: give the folder that it was made from"
+    if has_only_pickles(folder):
+        return "has its weights as pickles (pytorch_model*.bin), which can run code when read; llmqat reads none"
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return "holds a tokenizer and no weights: there is no model in it"
+    return ""
+
+
+def has_only_pickles(folder: Path) -> bool:
+    """Returns whether the weights in `folder` are pickles, which are never loaded."""
+    return any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors*"))
+
+
+def check_loading_info(info: dict[str, Any], spec: str) -> None:
+    """Raises ValueError where `from_pretrained` says that weights were missing, or of other shapes."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise ValueError(
+            f"model {spec!r}: the checkpoint lacks {len(missing)} of the model's tensors ({shortened(missing)}), "
+            f"which would be left random; give a complete checkpoint"
+        )
+    if mismatched:
+        raise ValueError(f"model {spec!r}: tensors of another shape than config.json says: {shortened(mismatched)}")
+    if unexpected := sorted(info["unexpected_keys"]):
+        logger.warning(
+            "model %r: %d tensors of the checkpoint are not used: %s", spec, len(unexpected), shortened(unexpected)
+        )
+
+
+def shortened(names: list[str], limit: int = 6) -> str:
+    """Returns the first `limit` of `names` in a line, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or what the error is where it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
