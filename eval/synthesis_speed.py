@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.synthesis import Writer
+from llmqat.data.writer import Writer
 from llmqat.export.checkpoint import load_any
 from llmqat.heap import keep_freed_memory
 from llmqat.terminal import plain_console, show_any_text

@@ -113,3 +113,37 @@ def test_the_command_line_imports_no_torch_at_module_level(path: Path):
 def test_light_modules_load_no_torch(code: str):
     check = f"{code}; import sys; heavy = {{'torch', 'transformers'}} & set(sys.modules); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports inside functions count; those for type checkers do not."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    imports: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        blocks = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ]
+        unread = {id(node) for block in blocks for node in ast.walk(block)}
+        found: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and id(node) not in unread:
+                found |= {
+                    full if (full := f"{node.module}.{alias.name}") in modules else node.module for alias in node.names
+                }
+        packages = {name.rpartition(".")[0], name}  # a package imports the files in it to show what they have
+        imports[name] = {one for one in found if one in modules} - packages
+    circles = {name for name in imports if name in _reached(imports, name)}
+    assert circles == set()
+
+
+def _reached(imports: dict[str, set[str]], name: str) -> set[str]:
+    """What a file imports, and what that imports, and so on."""
+    seen: set[str] = set()
+    waiting = [*imports[name]]
+    while waiting:
+        one = waiting.pop()
+        if one not in seen:
+            seen.add(one)
+            waiting += imports[one]
+    return seen

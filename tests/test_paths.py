@@ -19,7 +19,7 @@ from llmqat.files import write_whole
 from llmqat.models import cache_folder
 from llmqat.paths import check_file_output, check_folder_output, check_outputs, same_place, user_path, user_spec
 from llmqat.recipe import load_recipe
-from llmqat.recipe.config import recipe_from
+from llmqat.recipe.reading import recipe_from
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 EVAL_SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "eval").glob("*.py"))

@@ -16,9 +16,9 @@ from llmqat.evaluate.perplexity import windows_from_blocks
 from llmqat.export import save
 from llmqat.layers import QuantConfig, WeightConfig, prepare
 from llmqat.recipe import Recipe, load_recipe, open_run_folder, training_arguments
-from llmqat.recipe.config import apply_override, parse_yaml, recipe_from
 from llmqat.recipe.folder import held_run_folder, what_is_kept
 from llmqat.recipe.pipeline import _watched
+from llmqat.recipe.reading import apply_override, parse_yaml, recipe_from
 from llmqat.recipe.start import check_packed_start
 from tests.tiny import tiny_llama, tiny_tokenizer
 

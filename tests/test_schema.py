@@ -12,7 +12,7 @@ import pytest
 from llmqat.config import ALIASES
 from llmqat.layers import PRESETS
 from llmqat.recipe import load_recipe
-from llmqat.recipe.config import apply_override, parse_yaml, recipe_from
+from llmqat.recipe.reading import apply_override, parse_yaml, recipe_from
 from llmqat.recipe.schema import describe_key, recipe_keys, recipe_schema
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))

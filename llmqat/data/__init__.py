@@ -1,12 +1,14 @@
 """Text as token blocks: from files, from datasets, from Python's own manual, or written by the model itself.
 
 config.py     what a recipe says about text          documents.py  pieces of documents, tokenized by several processes
-text.py       files and folders                      packing.py    pieces packed to blocks in files, by split
+files.py      files and folders                      packing.py    pieces packed to blocks in files, by split
+text.py       text and rows in single files          shards.py     generated text, kept in a folder
 hub.py        the `datasets` library                 blocks.py     blocks, their hash, and what a model takes of them
 pydoc.py      Python's own manual                    cache.py      blocks that have been made before
-synthesis.py  text that the model writes             mix.py        several sources by weight
+synthesis.py  text that the model generates          mix.py        several sources by weight
 rows.py       what a row is, and its columns mean    chat.py       conversations, and whose words count
 length.py     how long a text a model reads          prompts.py    prompts that a model answers
+writer.py     how a model writes text                teacher_cache.py  what the teacher predicts, on disk
 """
 
 from __future__ import annotations

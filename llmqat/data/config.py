@@ -19,7 +19,7 @@ from llmqat.data.strategy import SynthesisConfig
 
 SOURCES: Registry[Any] = Registry("source")
 """Where text may come from, and the module that brings it, or the function that opens it."""
-for _name, _module in (("synthetic", "synthesis"), ("text", "text"), ("pydoc", "pydoc"), ("dataset", "hub")):
+for _name, _module in (("synthetic", "synthesis"), ("text", "files"), ("pydoc", "pydoc"), ("dataset", "hub")):
     SOURCES.register(_name, f"llmqat.data.{_module}")
 MIX = "mix"
 """Stands in `source` for several of them."""

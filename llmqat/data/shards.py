@@ -32,8 +32,8 @@ from llmqat.data.hub import MANIFEST_FILE
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import distinct_shares, merged, summary
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.synthesis import WRITER_VERSION, Keeper, Shard, Writer
 from llmqat.data.teacher_cache import HEADER_FILE, model_fingerprint, tokenizer_fingerprint
+from llmqat.data.writer import WRITER_VERSION, Keeper, Shard, Writer
 from llmqat.files import write_whole
 from llmqat.models import name_of
 

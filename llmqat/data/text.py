@@ -98,37 +98,6 @@ def text_config(text: str, hub_split: str = "train", labels: str = "answers", **
     return DataConfig(**own, path=path, **more)
 
 
-def open_source(config: DataConfig) -> DocumentSource:
-    """Returns the text at `config.path`, rows as `hub.open_source` does.
-
-    Raises:
-        FileNotFoundError: when nothing is there.
-        ValueError: when a file is not UTF-8, or the text is empty.
-    """
-    assert config.path is not None
-    path = config.path
-    if is_rows(path):
-        from llmqat.data import hub
-
-        return hub.open_source(config)
-    whole = hashlib.sha256()
-    documents: dict[Path, int] = {}
-    for file in text_files(path):
-        own, longer = hashlib.sha256(), whole.copy()
-        if _feed(file, own, longer):
-            longer.update(b"\0")
-            whole, documents[file] = longer, signed(own)
-    if not documents:
-        raise ValueError(f"the text at {path} is empty")
-
-    def pieces() -> Iterator[Piece]:
-        for file, document in documents.items():
-            yield from pieces_of(stream_text(file), document)
-
-    details = {"files": len(documents), "text_sha256": whole.hexdigest()}
-    return DocumentSource(f"text {path}", pieces, whole.hexdigest(), details=details)
-
-
 def nearest(path: Path) -> str:
     """Returns words for an error on a path that is not there: the nearest name that is, or nothing."""
     found = nearest_name(path)

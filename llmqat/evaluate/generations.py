@@ -34,8 +34,8 @@ from llmqat.data.decode import LockstepDecoder, lockstep_attention_in, lockstep_
 from llmqat.data.prompts import encode_prompt, read_prompts
 from llmqat.data.quality import NGRAM, repeated_share
 from llmqat.data.script import end_ids, special_ids
-from llmqat.data.synthesis import CACHE_BYTES, WEIGHT_BYTES, cache_bytes_per_token
 from llmqat.data.text import sha256_of_texts
+from llmqat.data.writer import CACHE_BYTES, WEIGHT_BYTES, cache_bytes_per_token
 from llmqat.evaluate.bootstrap import Interval, mean_difference, mean_interval, ratio_of_means
 from llmqat.layers import dequantized_once, new_cache
 from llmqat.layers.packed import FEW_ROWS

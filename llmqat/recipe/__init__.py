@@ -13,13 +13,14 @@ disk.py        bytes that a run writes, by arithmetic   findings.py    what chec
 """
 
 from llmqat.recipe.chat import Conversation
-from llmqat.recipe.config import EvaluationSettings, Recipe, load_recipe, scheme_of, training_arguments
+from llmqat.recipe.config import EvaluationSettings, Recipe, scheme_of, training_arguments
 from llmqat.recipe.evaluation import compare_models
 from llmqat.recipe.folder import open_run_folder
 from llmqat.recipe.pipeline import ResultsNotWrittenError, RunResult, run
 from llmqat.recipe.plan import Inspection, Plan, available_bytes, coverage_of, devices_of, inspect_model, plan_run
 from llmqat.recipe.probe import Probe, probe
 from llmqat.recipe.quantize import quantize_model, sensitivity_of
+from llmqat.recipe.reading import load_recipe
 from llmqat.recipe.teacher import cache_teacher_of
 from llmqat.recipe.text import synthesize_to
 

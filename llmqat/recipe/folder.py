@@ -40,7 +40,8 @@ from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
 from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
 from llmqat.files import write_whole
 from llmqat.recipe.allocation import PLAN_FILE
-from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, kept_top_k, load_recipe
+from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, kept_top_k
+from llmqat.recipe.reading import load_recipe
 from llmqat.train.checkpoints import last_checkpoint
 
 log = logging.getLogger(__name__)

@@ -29,9 +29,10 @@ from llmqat.export.serving import NEED_ONE_SCHEME, Verdict, check_served, served
 from llmqat.export.stock import try_stock
 from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
 from llmqat.models import empty_model, read_config, resolve_spec, token_model_class
-from llmqat.recipe.config import Recipe, folds_weights, kept_top_k, parse_yaml, teacher_obstacle, training_arguments
+from llmqat.recipe.config import Recipe, folds_weights, kept_top_k, teacher_obstacle, training_arguments
 from llmqat.recipe.disk import Disk, disk_of
 from llmqat.recipe.memory import Devices, Memory, Method, ModelSize, memory_of, optimizer_bytes, size_of
+from llmqat.recipe.reading import parse_yaml
 from llmqat.recipe.start import starts_packed
 from llmqat.train import LoraSettings, QATArguments, check_batch, choose_trained
 from llmqat.train.stability import check_lengths

@@ -32,9 +32,9 @@ from llmqat.data.length import check_length, declared_length
 from llmqat.data.prompts import read_prompts
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.shards import check_folder
-from llmqat.data.synthesis import Writer
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.data.text import COMPRESSED, hash_file, is_rows, text_files
+from llmqat.data.writer import Writer
 from llmqat.evaluate.generations import Prompts
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import record_of

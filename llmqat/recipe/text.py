@@ -11,8 +11,8 @@ from llmqat.data.blocks import Rows
 from llmqat.data.prompts import read_prompts
 from llmqat.data.shards import TEACHER_FOLDER, WrittenFolder, check_folder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.synthesis import Keeper, is_kept_apart
 from llmqat.data.teacher_cache import CachePlace
+from llmqat.data.writer import Keeper, is_kept_apart
 from llmqat.export.checkpoint import load_any
 from llmqat.models import default_device, read_config, resolve_spec
 from llmqat.recipe.findings import all_of

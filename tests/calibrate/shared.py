@@ -16,8 +16,8 @@ from llmqat.calibrate import BlockwiseStage, GPTQStage, RangesStage, calibrate
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.shards import write_shards
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.synthesis import Keeper
 from llmqat.data.teacher_cache import CachePlace, TeacherCache
+from llmqat.data.writer import Keeper
 from llmqat.layers import QuantModule
 from tests.calibrate.carrying import carrying
 from tests.tiny import tiny_llama, tiny_tokenizer

@@ -17,8 +17,9 @@ from llmqat.data import DataConfig, load_blocks, shards
 from llmqat.data.blocks import token_blocks
 from llmqat.data.shards import WrittenFolder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.synthesis import WRITER_VERSION, Keeper, Writer, synthesize
+from llmqat.data.synthesis import synthesize
 from llmqat.data.teacher_cache import CachePlace, TeacherCache
+from llmqat.data.writer import WRITER_VERSION, Keeper, Writer
 from tests.children import Moment, die_at
 from tests.tiny import tiny_llama, tiny_tokenizer
 

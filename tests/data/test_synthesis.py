@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmqat.data import synthesis, teacher_cache
+from llmqat.data import teacher_cache, writer
 from llmqat.data.quality import repeated_share
 from llmqat.data.sampling import Chosen, Sampling
-from llmqat.data.synthesis import COMPARED_BLOCKS, synthesize
+from llmqat.data.synthesis import synthesize
 from llmqat.data.teacher_cache import CachePlace, TeacherCache
+from llmqat.data.writer import COMPARED_BLOCKS
 from llmqat.layers import PackedModule, QuantConfig, convert, prepare
 from llmqat.metrics import top_probabilities
 from tests.tiny import tiny_architecture, tiny_llama, tiny_tokenizer
@@ -111,7 +112,7 @@ class Scripted:
 
 
 def test_a_new_document_begins_where_one_ends(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthesis, "choose", Scripted([12, 1000]))
+    monkeypatch.setattr(writer, "choose", Scripted([12, 1000]))
     blocks = written(tokens=64, batch_size=64)
     assert blocks.details["documents"] >= 4
     first = documents_of(blocks)[0]
@@ -122,7 +123,7 @@ def test_a_new_document_begins_where_one_ends(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_next_document_does_not_see_the_one_before(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthesis, "choose", Scripted([12, 12, 12]))
+    monkeypatch.setattr(writer, "choose", Scripted([12, 12, 12]))
     model = tiny_llama()
     ids = written(model, tokens=64, batch_size=64).ids
     with torch.no_grad():
@@ -131,14 +132,14 @@ def test_the_next_document_does_not_see_the_one_before(monkeypatch: pytest.Monke
 
 
 def test_documents_that_end_at_once_are_dropped(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthesis, "choose", Scripted([1000, 7] * 2))
+    monkeypatch.setattr(writer, "choose", Scripted([1000, 7] * 2))
     blocks = written(tokens=64, batch_size=4)
     assert blocks.details["dropped"]["ended at once"] >= 4
     assert EOS not in blocks.ids
 
 
 def test_a_model_that_only_repeats_itself_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthesis, "choose", Scripted([1000] * 4, token=9))
+    monkeypatch.setattr(writer, "choose", Scripted([1000] * 4, token=9))
     with pytest.raises(ValueError, match=r"nothing usable.*'repeats itself': \d+"):
         written(tokens=96, batch_size=4)
 
@@ -150,7 +151,7 @@ def test_chat_documents_follow_the_template(monkeypatch: pytest.MonkeyPatch):
         def drawn(self, row: int) -> int:
             return newline if self.draws == 10 else 100 + 80 * row + self.draws
 
-    monkeypatch.setattr(synthesis, "choose", EndsTurn([]))
+    monkeypatch.setattr(writer, "choose", EndsTurn([]))
     blocks = written(tokens=64, batch_size=64, block_size=40, chat_share=1.0)
     assert blocks.details["documents_by_kind"] == {"chat": 3}
     text = tokenizer.decode(blocks.ids[0])
@@ -160,16 +161,16 @@ def test_chat_documents_follow_the_template(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_end_of_text_in_the_users_turn_becomes_the_templates_end(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthesis, "choose", Scripted([12] * 3))
+    monkeypatch.setattr(writer, "choose", Scripted([12] * 3))
     blocks = written(tokens=64, batch_size=64, block_size=40, chat_share=1.0)
     text = tiny_tokenizer().decode(blocks.ids[0])
     assert 0 < text.index("\n<assistant>") < text.index("</s>")
 
 
 def test_a_large_cache_means_fewer_rows(monkeypatch: pytest.MonkeyPatch):
-    per_token = synthesis.cache_bytes_per_token(tiny_llama())
+    per_token = writer.cache_bytes_per_token(tiny_llama())
     assert per_token == 2 * 2 * 2 * 16 * 4
-    monkeypatch.setattr(synthesis, "CACHE_BYTES", 3 * 32 * per_token)
+    monkeypatch.setattr(writer, "CACHE_BYTES", 3 * 32 * per_token)
     assert "rows 3+3+2" in written(batch_size=100).source
 
 
@@ -189,7 +190,7 @@ def test_documents_like_an_earlier_one_are_dropped(monkeypatch: pytest.MonkeyPat
         def drawn(self, row: int) -> int:
             return 10 + 80 * (row % 2) + self.draws  # odd rows write what the odd row before them wrote
 
-    monkeypatch.setattr(synthesis, "choose", Alike([]))
+    monkeypatch.setattr(writer, "choose", Alike([]))
     blocks = written(tokens=96, batch_size=4, block_size=48)
     assert blocks.details["dropped"]["near duplicate"] >= 1
     assert len({tuple(ids[8:]) for ids in blocks.ids.tolist()}) == len(blocks)

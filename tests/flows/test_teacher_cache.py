@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from llmqat.cli import app
 from llmqat.data import DataConfig, TextSplits, load_splits, read_blocks, teacher_cache
-from llmqat.data.synthesis import COMPARED_BLOCKS
 from llmqat.data.teacher_cache import CachePlace, TeacherCache
+from llmqat.data.writer import COMPARED_BLOCKS
 from llmqat.metrics import TopProbabilities
 from llmqat.models import load_model
 from llmqat.recipe import load_recipe, pipeline, plan_run, run

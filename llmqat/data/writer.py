@@ -1,0 +1,425 @@
+"""Text that the model writes itself, for distillation without any data.
+
+How a document begins and how its tokens are drawn is the strategy's (see `strategy.py`). Ids are kept as drawn: nothing
+is decoded and tokenized again. In a chat the model writes the user's words, then the template's opening of the answer
+is put in, and it writes the answer.
+
+Rows of the batch are *tapes* as long as a block. When a document ends, the next one begins on the same tape; it does
+not see what lies before it (see `decode.py`). So every step of every row writes text, and a tape is a block. Documents
+that end at once, repeat themselves or each other are dropped; tapes without a loss are blocks as they are, and what is
+left of the others is joined and cut anew. Blocks say where their documents begin, so that who trains on them sees each
+document alone, as its writer did.
+
+Where asked for, the writer's most likely tokens at each position go into a teacher cache (see `teacher_cache.py`): of a
+tape without a loss they are what the model would predict for the block, and it need not be asked again. They are those
+of the model itself, whatever temperature or truncation the text is drawn with. The model runs over the other blocks.
+
+A *shard* is what one batch of tapes gives. It depends on the model, the settings, its number and its rows alone: tapes
+start empty, and all that is drawn comes from the seed and the number. So shards that an interrupted run has finished
+are as good as new ones (`shards.py`). Rows are part of it because bfloat16 products round by their number.
+
+Source: LLM-QAT, arXiv 2305.17888, section 3.1. Deviations: documents packed, degenerate ones dropped.
+
+Letters: B rows, L tokens a tape, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmqat.data.blocks import Progress, Rows, positions
+from llmqat.data.decode import open_decoder
+from llmqat.data.length import declared_length, table_length
+from llmqat.data.processes import ALONE, Processes
+from llmqat.data.quality import Document, judged, merged, refused, tally
+from llmqat.data.sampling import Sampling, choose
+from llmqat.data.script import Script, read_script
+from llmqat.data.strategy import SynthesisConfig
+from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCache, TeacherCacheWriter, cache_teacher
+from llmqat.layers import dequantized_once
+from llmqat.layers.packed import FEW_ROWS
+from llmqat.metrics import TopProbabilities
+from llmqat.models import check_next_token, keeps_documents_apart, uploaded
+
+log = logging.getLogger(__name__)
+
+WRITER_VERSION = 2
+"""Raised whenever the same model, settings and seed come to give another text."""
+
+EXPECTED_LOSS = 0.02
+"""Share of tokens expected to be dropped; so much more is written in the first round."""
+
+MOST_FRUITLESS_SHARDS = 3
+
+CACHE_BYTES = 6 * 2**30
+"""Keys and values of a shard take no more; a large model writes fewer rows at once."""
+
+WEIGHT_BYTES = 4 * 2**30
+"""Weights of a packed writer are dequantized once a shard where they take no more, and else at every position."""
+
+COMPARED_BLOCKS = 2
+
+MOST_DIVERGENCE = 0.01
+"""Nats a token between what a model predicts while it writes and for the whole block: rounding, and no more."""
+
+
+def is_kept_apart(model: PreTrainedModel, packing: str | None = None) -> bool:
+    """Returns whether blocks of the model's own text say where their documents begin; `packing` as in `synthesize`.
+
+    Raises:
+        ValueError: they are to, and `model` cannot keep documents apart.
+    """
+    if packing == "concatenate":
+        return False
+    if keeps_documents_apart(model):
+        return True
+    said = f"{type(model).__name__} attends beyond the documents that position ids begin"
+    if packing == "documents":
+        raise ValueError(f"packing: {said}; use packing=concatenate")
+    log.info("%s, so a block of its own text is one text", said)
+    return False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one batch of tapes gives."""
+
+    number: int
+    rows: int
+    """Tapes."""
+    blocks: Rows
+    """N blocks, and where their documents begin; tapes without a loss first."""
+    facts: Mapping[str, Any]
+    """What `quality.tally` counts of the documents, and the seconds it took."""
+    top: TopProbabilities | None = None
+    """What the writer predicted for the first M blocks, which are tapes: [M, L - 1, K]; None where nobody asked."""
+
+
+class Keeper:
+    """Puts what a model predicts for the blocks that it has written into a teacher cache."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: CachePlace, apart: bool
+    ) -> None:
+        """Takes the writer, the cache, and whether documents of a block are kept apart."""
+        self.model, self.tokenizer, self.cache, self.apart = model, tokenizer, cache, apart
+        self.header = CacheHeader.of(model, tokenizer, cache.top_k)
+
+    def keep(self, shard: Shard) -> None:
+        """Takes what the writer of `shard` knew of its blocks; nothing where it did not see what they show."""
+        if shard.top is None or not self.apart:
+            return
+        assert shard.blocks.starts is not None
+        own = positions(shard.blocks.starts)
+        with TeacherCacheWriter(self.cache.folder, self.header) as writer:
+            for block in range(len(shard.top.log_rest)):
+                writer.add(shard.blocks.stored[block], shard.top.of_row(block), own[block])
+
+    def complete(self, blocks: Rows) -> None:
+        """Runs the model over those of `blocks` of which its predictions are not known.
+
+        Some that are known are compared with such a run. Where they differ, it runs over all blocks.
+        """
+        top_k, folder = self.cache.top_k, self.cache.folder
+        known = TeacherCacheWriter(folder, self.header).known(blocks)[:COMPARED_BLOCKS]
+        if known:
+            cache = TeacherCache(folder)
+            off = cache.divergence(self.model, blocks[torch.tensor(known)])
+            if not off <= MOST_DIVERGENCE:
+                log.warning(
+                    "what the model predicted while it wrote is KL %.3g from what it predicts for whole blocks, so it "
+                    "reads them all: its forward gives something else one token at a time",
+                    off,
+                )
+                cache.remove_shards()
+        size = self.cache.batch_size
+        cache_teacher(self.model, self.tokenizer, blocks, folder, top_k=top_k, batch_size=size, header=self.header)
+
+
+class Writer:
+    """Writes shards with one model; made once for all of them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SynthesisConfig,
+        top_k: int | None = None,
+    ) -> None:
+        """Checks that `model` can write what `config` asks for; of `top_k` tokens the probabilities are kept.
+
+        Raises:
+            FileNotFoundError: as `read_script`.
+            ValueError: the context is shorter than a block, the model writes no text of its own, and as `read_script`.
+        """
+        check_next_token(model)
+        longest = min((n for n in (declared_length(model.config), table_length(model)) if n is not None), default=None)
+        size = config.block_size
+        if longest is not None and size > longest:
+            raise ValueError(f"data.block_size={size} is more than the model's context of {longest} tokens")
+        self.model, self.config, self.top_k = model, config, top_k
+        self.script = read_script(model, tokenizer, config)
+        self.most_rows = min(config.batch_size, max(CACHE_BYTES // (cache_bytes_per_token(model) * size), 1))
+
+    def shards(
+        self,
+        tokens: int,
+        done: Mapping[int, Shard] | None = None,
+        progress: Progress | None = None,
+        processes: Processes = ALONE,
+    ) -> Iterator[Shard]:
+        """Yields shards until they hold `tokens`, in the order of their numbers.
+
+        How many rows each has is planned in rounds: for what is wanted, then for what that has left wanting. So the
+        shards are the same whoever writes them.
+
+        Args:
+            tokens: wanted.
+            done: shards that need not be written again, by number.
+            progress: called with (tokens written, tokens to write).
+            processes: write shards in turn, at the same time; all get all of them.
+
+        Raises:
+            ValueError: when nothing of what the model writes can be used.
+        """
+        size = self.config.block_size
+        wanted, blocks, tapes, number = -(-tokens // size), 0, 0, 0
+        facts: list[Mapping[str, Any]] = []
+        while blocks < wanted:
+            plan = dict(enumerate(rows_of_shards(wanted - blocks, self.most_rows), number))
+            watch = _Watch(progress, tapes * size, (tapes + sum(plan.values())) * size)
+            for shard in self._round(plan, done or {}, watch, processes):
+                if number >= MOST_FRUITLESS_SHARDS and blocks == 0:
+                    raise ValueError(
+                        f"the model writes nothing usable, documents by fault: {refused(merged(facts))}; is it trained?"
+                    )
+                yield shard
+                facts.append(shard.facts)
+                blocks, tapes, number = blocks + len(shard.blocks), tapes + shard.rows, number + 1
+                if blocks >= wanted:
+                    break
+
+    def _round(
+        self, plan: Mapping[int, int], done: Mapping[int, Shard], watch: _Watch, processes: Processes
+    ) -> Iterator[Shard]:
+        """Yields the shards of `plan` (number -> rows), from `done` or written when they are due."""
+        made = {number: done[number] for number in plan if number in done}
+        for number in plan:
+            if number not in made:
+                due = [other for other in plan if other >= number and other not in made][: processes.count]
+                own = [
+                    self.write(mine, plan[mine], watch.after(plan, mine, self.config.block_size))
+                    for mine in processes.share(due)
+                ]
+                made |= {shard.number: shard for part in processes.gathered(own) for shard in part}
+            yield made.pop(number)
+
+    def write(self, number: int, rows: int, watch: Progress | None = None) -> Shard:
+        """Returns shard `number` of `rows` tapes, whatever has been written before."""
+        begun = time.perf_counter()
+        draw = random.Random(f"{self.config.seed}/{number}")
+        tapes = _Tapes(self.script.shuffled(draw), rows, self.config.block_size, draw)
+        generator = torch.Generator().manual_seed(draw.getrandbits(62))
+        top = _write_tapes(self.model, tapes, self.config.sampling, generator, self.top_k, watch)
+        documents = tapes.finished()
+        blocks, whole = _assemble(documents, self.config.block_size)
+        if top is not None:
+            top = TopProbabilities(top.indices[whole], top.log_probs[whole], top.log_rest[whole])
+        seconds = round(time.perf_counter() - begun, 2)
+        facts = {**tally(documents), "tokens_written": rows * self.config.block_size, "seconds": seconds}
+        return Shard(number, rows, blocks, facts, top)
+
+
+def rows_of_shards(blocks: int, most_rows: int) -> list[int]:
+    """Returns the rows of each shard that together should give `blocks` blocks: as equal as can be."""
+    rows = -int(-blocks * (1 + EXPECTED_LOSS) // 1)
+    shards = -(-rows // most_rows)
+    return [rows // shards + (index < rows % shards) for index in range(shards)]
+
+
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
+    """Returns the bytes that keys and values of one token take."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
+
+
+def described(config: SynthesisConfig) -> str:
+    """Returns the settings that make the text other than its blocks and seed, in words."""
+    default = SynthesisConfig()
+    parts: list[str] = [config.strategy]
+    for name in ("chat_share", "prompts", "prompt_turns", "temperature", "top_p", "top_k"):
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            parts.append(f"{name.replace('_', ' ')} {value}")
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Passes progress on, counted from what earlier shards have written."""
+
+    progress: Progress | None
+    done: int
+    total: int
+
+    def after(self, plan: Mapping[int, int], number: int, size: int) -> _Watch:
+        """Returns what watches shard `number` of a `plan` (number -> rows of `size` tokens)."""
+        earlier = sum(rows for other, rows in plan.items() if other < number)
+        return _Watch(self.progress, self.done + earlier * size, self.total)
+
+    def __call__(self, written: int, _: int) -> None:
+        if self.progress is not None:
+            self.progress(self.done + written, self.total)
+
+
+class _Tapes:
+    """What B rows have written, what is to be put in next, and where their documents begin.
+
+    Attributes:
+        ids: int64 [B, L].
+        starts: at each position, where the document it belongs to began, int64 [B, L].
+    """
+
+    def __init__(self, script: Script, rows: int, length: int, draw: random.Random) -> None:
+        self.ids = torch.zeros(rows, length, dtype=torch.int64)
+        self.starts = torch.zeros(rows, length, dtype=torch.int64)
+        self._documents: list[Document] = []
+        self._script, self._draw = script, draw
+        self._opened = 0
+        self._put_in = torch.full((rows, length + 1), -1, dtype=torch.int64)
+        self._greedy = torch.zeros(rows, length + 1, dtype=torch.bool)
+        self._log_probs = torch.zeros(rows, length)
+        self._ends = torch.tensor(sorted(script.ends), dtype=torch.int64)
+        self._in_user_turn = torch.zeros(rows, dtype=torch.bool)
+        self._begin = [0] * rows
+        self._kind = [""] * rows
+        self._opening = [0] * rows
+        self._given = [0] * rows
+        for row in range(rows):
+            self._open(row, 0)
+        self.ids[:, 0] = self._put_in[:, 0]
+
+    def greedy(self, position: int) -> Tensor:
+        """Returns which rows take the most likely token at `position`, bool [B]."""
+        return self._greedy[:, position]
+
+    def write(self, position: int, chosen: Tensor, log_probs: Tensor) -> None:
+        """Writes one token a row at `position`: what has to be put in there, else the model's choice.
+
+        Args:
+            position: follows the last one written.
+            chosen: the model's choices, int64 [B].
+            log_probs: of them, float32 [B].
+        """
+        put_in = self._put_in[:, position]
+        free = put_in < 0
+        tokens = torch.where(free, chosen, put_in)
+        turn_end = self._script.answer_opening[0] if self._script.answer_opening else -1
+        ended = torch.isin(tokens, self._ends)
+        turned = self._in_user_turn & free & (ended | (tokens == turn_end))
+        tokens[turned] = turn_end
+        self.ids[:, position] = tokens
+        self._log_probs[:, position] = torch.where(free, log_probs, 0.0)
+        for row in turned.nonzero().squeeze(-1).tolist():
+            self._give(row, position + 1, self._script.answer_opening[1:])
+            self._in_user_turn[row] = False
+        for row in (ended & free & ~turned).nonzero().squeeze(-1).tolist():
+            self._close(row, position + 1, ended=True)
+            self._open(row, position + 1)
+
+    def finished(self) -> list[Document]:
+        """Returns all documents, judged, in the order of the tapes; those still open are cut at the end of theirs."""
+        for row in range(len(self.ids)):
+            self._close(row, self.ids.shape[1], ended=False)
+        return judged(sorted(self._documents, key=lambda document: document.tape))  # stable: a tape's order stays
+
+    def _open(self, row: int, position: int) -> None:
+        opening = self._script.opening(self._draw, self._opened)
+        self._opened += 1
+        self.starts[row, position:] = position
+        self._begin[row], self._given[row] = position, 0
+        self._kind[row] = opening.kind
+        self._in_user_turn[row] = opening.kind == "chat"
+        self._give(row, position, opening.ids)
+        self._opening[row] = self._given[row]
+        first = position + len(opening.ids)
+        self._greedy[row, first : first + opening.greedy] = True
+
+    def _give(self, row: int, position: int, ids: list[int]) -> None:
+        fitting = ids[: max(self.ids.shape[1] - position, 0)]
+        self._put_in[row, position : position + len(fitting)] = torch.tensor(fitting, dtype=torch.int64)
+        self._given[row] += len(fitting)
+
+    def _close(self, row: int, end: int, ended: bool) -> None:
+        begin = self._begin[row]
+        if begin < end:
+            ids = self.ids[row, begin:end].tolist()
+            log_prob = float(self._log_probs[row, begin:end].double().sum())
+            written = end - begin - self._given[row]
+            document = Document(row, ids, self._kind[row], self._opening[row], written, ended, log_prob)
+            self._documents.append(document)
+
+
+def _write_tapes(
+    model: PreTrainedModel,
+    tapes: _Tapes,
+    sampling: Sampling,
+    generator: torch.Generator,
+    top_k: int | None,
+    watch: Progress | None,
+) -> TopProbabilities | None:
+    """Fills the tapes, one position of all of them at a time; returns the most likely `top_k` tokens [B, L - 1, K]."""
+    rows, length = tapes.ids.shape
+    device = model.device
+    kept = None if top_k is None else TopProbabilities.empty((rows, length - 1), top_k, device)
+    training = model.training
+    model.eval()
+    try:
+        with (
+            torch.inference_mode(),
+            dequantized_once(model, 0 if rows <= FEW_ROWS else WEIGHT_BYTES),
+            open_decoder(model, length) as decoder,
+        ):
+            for position in range(length - 1):
+                here = (uploaded(part[:, position], device) for part in (tapes.ids, tapes.starts))
+                logits = decoder.step(*here)
+                uniforms = torch.rand(rows, dtype=torch.float64, generator=generator)
+                chosen = choose(logits, uploaded(uniforms, device), tapes.greedy(position + 1), sampling, top_k)
+                if kept is not None and chosen.top is not None:
+                    kept.put(position, chosen.top)
+                # The one wait a position: what comes next depends on which documents end. float64 holds both exactly.
+                tokens, log_probs = torch.stack([chosen.tokens.double(), chosen.log_probs.double()]).cpu()
+                tapes.write(position + 1, tokens.long(), log_probs.float())
+                if watch is not None:
+                    watch((position + 2) * rows, length * rows)
+    finally:
+        model.train(training)
+    return None if kept is None else kept.to(torch.device("cpu"))
+
+
+def _assemble(documents: Sequence[Document], block_size: int) -> tuple[Rows, list[int]]:
+    """Returns the kept documents as blocks, and which tapes the first of these are: those without a loss.
+
+    After them the rest is joined and cut. A block begins a document, if only what is left of one.
+    """
+    spoiled = {document.tape for document in documents if document.fault}
+    whole = [document for document in documents if document.tape not in spoiled]
+    rest = [document for document in documents if document.tape in spoiled and not document.fault]
+    ids = torch.tensor([i for document in whole + rest for i in document.ids], dtype=torch.int64)
+    starts = torch.zeros(len(ids), dtype=torch.uint8)
+    starts[torch.tensor([0, *(len(document.ids) for document in (whole + rest)[:-1])]).cumsum(0)[: len(ids)]] = 1
+    count = len(ids) // block_size
+    ids, starts = (part[: count * block_size].view(count, block_size) for part in (ids, starts))
+    starts[:, 0] = 1
+    return Rows(ids, starts=starts), list(dict.fromkeys(document.tape for document in whole))
