@@ -174,3 +174,23 @@ def test_sentences_are_short(page: str) -> None:
     lengths = {one: len(one.split()) for one in sentences(PAGES[page].read_text(encoding="utf-8"))}
     assert [one for one, words in lengths.items() if words > LONGEST_SENTENCE] == []
     assert sum(lengths.values()) / len(lengths) <= MEAN_SENTENCE
+
+
+OF_OTHERS = ("No such option: --KEY", "CUDA out of memory", "high precision", "It does not fit", "fp16=True is refused")
+"""Messages of click and torch, and words that a message is put together of."""
+
+
+def test_messages_of_the_troubleshooting_guide_are_in_the_code() -> None:
+    """Their words between placeholders, which are capitals or quoted; strings over several lines are one."""
+    files = sorted((ROOT / "llmqat").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?r?"', "", "\n".join(file.read_text(encoding="utf-8") for file in files))
+    code = code.replace("{{", "{").replace("}}", "}")
+    guide = guides()["troubleshooting"].read_text(encoding="utf-8").partition("## Command line")[2]
+    messages = [one for cell in re.findall(r"^\| (`[^|]*) \|", guide, re.M) for one in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 50
+    lost = []
+    for message in messages:
+        words = [piece.strip(" =") for piece in re.split(r"'[^']*'|\b[A-Z_]+\b|: ", message)]
+        if message not in OF_OTHERS and any(piece not in code for piece in words if len(piece) > 3):
+            lost.append(message)
+    assert lost == []
