@@ -37,7 +37,7 @@ def user_path(given: str | Path, what: str = "a path") -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError(
-            f"{what}={text!r} names the home folder of nobody; for a folder of that name: ./{text}"
+            f"{what}={text!r} begins with a user that does not exist; for a folder of that name: ./{text}"
         ) from error
 
 

@@ -239,9 +239,7 @@ def test_what_an_interrupted_calibration_has_finished_is_said(tmp_path: Path, ca
     for index in range(12):
         (work / "02-gptq" / f"block-{index:04}.safetensors").touch()
     assert _work_folder(tmp_path / "out", {"seed": 0}) == work
-    assert caplog.messages == [
-        f"going on with the interrupted calibration in {work}: ranges done, 12 blocks of gptq done"
-    ]
+    assert caplog.messages == [f"resuming the interrupted calibration in {work}: ranges done, 12 blocks of gptq done"]
     _work_folder(tmp_path / "out", {"seed": 1})
     assert "(ranges done, 12 blocks of gptq done); it is deleted, and calibration starts" in caplog.messages[-1]
     assert [path.name for path in work.iterdir()] == ["settings.json"]
@@ -740,6 +738,12 @@ def test_figures_are_shown_where_a_file_cannot_be_written(tiny: Path, tmp_path: 
 def test_an_empty_word_is_refused(tiny: Path):
     assert "the word behind --gate is empty" in refusal("eval", str(tiny), "--gate", "")
     assert "the word behind --json is empty" in refusal("audit", str(tiny), "--json=")
+
+
+def test_sharding_without_processes_is_refused(tiny: Path, tmp_path: Path):
+    assert "--sharding fsdp2 is for GPUs that --processes N counts" in refusal(
+        "plan", recipe(tmp_path, tiny), "--sharding", "fsdp2"
+    )
 
 
 def test_a_gate_is_checked_before_a_model_is_loaded(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

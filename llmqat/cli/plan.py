@@ -23,12 +23,15 @@ def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     accelerate_config: Annotated[
-        Path | None, typer.Option(help="Plan for what this file of `accelerate config` spreads the training over.")
+        Path | None, typer.Option(help="Plan for the devices and the sharding of this file of `accelerate config`.")
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Plan for so many GPUs.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Plan for so many GPUs, which need not be here.")] = None,
     sharding: Annotated[
-        str, typer.Option(help="With --processes: ddp, zero2 (gradients, optimizer), zero3 or fsdp2 (weights as well).")
-    ] = "ddp",
+        str | None,
+        typer.Option(
+            help="With --processes: ddp (the default), zero2 (gradients, optimizer), zero3 or fsdp2 (weights as well)."
+        ),
+    ] = None,
     memory: Annotated[
         float | None, typer.Option(min=0.0, help="GB of a device; else what is free here, where it is of that kind.")
     ] = None,
@@ -61,7 +64,9 @@ def plan(
 
     if accelerate_config is not None and processes is not None:
         raise ValueError("--accelerate-config says how many processes there are; leave out --processes")
-    devices = None if processes is None else Devices(processes, sharding, "cuda")
+    if sharding is not None and processes is None:
+        raise ValueError(f"--sharding {sharding} is for GPUs that --processes N counts; give both, or neither")
+    devices = None if processes is None else Devices(processes, sharding or "ddp", "cuda")
     if accelerate_config is not None:
         devices = devices_of(accelerate_config)
     loaded = load_recipe(recipe, overrides or ())
@@ -154,7 +159,7 @@ def _print_disk(plan: Plan) -> None:
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in plan.disk.parts().items() if value)
     free = free_bytes(plan.output) / 1e9
     console.print(f"disk in {plan.output}: {plan.disk.peak / 1e9:.2f} GB at most, and {free:.2f} GB are free")
-    console.print(f"  GB: {parts}; all but the model are removed when the run has finished")
+    console.print(f"  GB: {parts}; all but text and model are removed at the end")
 
 
 def _print_fit(plan: Plan, available: int) -> None:

@@ -102,7 +102,7 @@ def check_length(model: nn.Module, length: int, key: str) -> None:
     if any("rotary" in type(module).__name__.lower() for module in model.modules()):
         if not has_biases:
             log.warning(
-                "%s=%d is more than the %d positions that %s was made for; what it computes beyond them says little",
+                "%s=%d is more than the %d positions that %s was made for; results beyond them are unreliable",
                 key,
                 length,
                 declared,

@@ -315,7 +315,7 @@ def known_clients(names: Iterable[str]) -> tuple[str, ...]:
     """
     for name in names:
         if name not in CLIENTS:
-            raise ValueError(f"{name!r} is no client that is known here; choose among {', '.join(CLIENTS)}")
+            raise ValueError(f"{name!r} is an unknown program; choose among {', '.join(CLIENTS)}")
     return tuple(dict.fromkeys(names))
 
 

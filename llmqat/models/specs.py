@@ -227,7 +227,9 @@ def _check_layers(path: Path) -> None:
     except (OSError, ValueError, AttributeError):
         return  # what is wrong with it, transformers says
     if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise ValueError(f"{path}: num_hidden_layers is {layers}, more than {MOST_LAYERS}, so it is not believed")
+        raise ValueError(
+            f"{path}: num_hidden_layers is {layers}, over {MOST_LAYERS}; the file is probably damaged; get it again"
+        )
 
 
 def check_full_precision(spec: str) -> None:

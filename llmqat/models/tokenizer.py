@@ -37,7 +37,7 @@ def load_tokenizer(source: str | Path, spec: str) -> PreTrainedTokenizerBase:
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some classes make of a folder without a tokenizer
         raise ValueError(
-            f"model {spec!r} has no tokenizer: what is beside its weights knows no word; copy tokenizer.json and "
+            f"model {spec!r} has no tokenizer: its folder has no usable tokenizer files; copy tokenizer.json and "
             "tokenizer_config.json of the original model there"
         )
     if adapter_base(spec) is None:  # what an adapter has made of the vocabulary, load_model knows

@@ -164,7 +164,7 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
             if arguments.process_index == 0:
                 stack.enter_context(held_run_folder(recipe.output))
                 if goes_on := open_run_folder(recipe, overwrite=overwrite):
-                    log.info("going on with the interrupted run in %s (%s)", recipe.output, what_is_kept(recipe.output))
+                    log.info("resuming the interrupted run in %s (%s)", recipe.output, what_is_kept(recipe.output))
                 record = stack.enter_context(RunRecord(recipe.output, arguments.world_size, goes_on))
         return _run(recipe, flight, record)
 
@@ -439,7 +439,7 @@ def _train(
         QuantizationMonitor(monitor).attach(trainer)
     last = last_checkpoint(Path(arguments.output_dir))
     if last is not None:
-        log.info("going on from %s", last)
+        log.info("resuming from %s", last)
     give_back_freed_memory()
     with TrainingLines.of(trainer, None if record is None else record.tell):
         output = trainer.train(resume_from_checkpoint=None if last is None else str(last))

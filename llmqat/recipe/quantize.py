@@ -278,7 +278,7 @@ def _work_folder(folder: Path, settings: dict[str, Any]) -> Path:
     now = json.dumps(settings, indent=2, default=str)
     if work.is_dir():
         if file.is_file() and file.read_text(encoding="utf-8") == now:
-            log.info("going on with the interrupted calibration in %s: %s", work, _finished(work))
+            log.info("resuming the interrupted calibration in %s: %s", work, _finished(work))
             return work
         log.warning(
             "%s holds an unfinished calibration with other settings (%s); it is deleted, and calibration starts from "
