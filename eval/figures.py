@@ -76,6 +76,8 @@ def shown(perplexity: float) -> str:
 
 ROUNDED = {"int4": run_of(DEMO), "int3": run_of(FEW_BITS, "int3-hour"), "int2": run_of(FEW_BITS, "int2-hour")}
 """Scheme -> a run that rounded it plainly, and stored it."""
+MEASURED = "int4"
+"""Whose run was on other text: what training gives on text of the domain is in `BUDGET`."""
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> Lines:
@@ -89,16 +91,19 @@ def front() -> Lines:
     start = perplexities(run_of(DEMO))[full["name"]]
     rows = [["full precision", "16", f"{full['bytes_on_disk'] / 1e6:.0f}", shown(start), "", ""]]
     for scheme, run in ROUNDED.items():
-        stored, cells = run["checkpoint"], budgets(scheme)
-        calibrated, trained = (mean(cells[tokens]) for tokens in (0, max(cells)))
+        stored, found = run["checkpoint"], perplexities(run)
+        calibrated, trained, tokens = found["calibrated"], found["trained"], run["training"]["tokens"]
+        if scheme == MEASURED:
+            cells = budgets(scheme)
+            tokens = max(cells)
+            calibrated, trained = mean(cells[0]), mean(cells[tokens])
         rows.append(
             [
                 f"`{scheme}`",
                 f"{stored['bits_per_weight']:.2f}",
                 f"{stored['weight_bytes'] / 1e6:.0f}",
-                shown(perplexities(run)["plain rounding"]),
-                shown(calibrated),
-                f"{shown(trained)} ({max(cells) // 1000} k tokens)",
+                *(shown(value) for value in (found["plain rounding"], calibrated)),
+                f"{shown(trained)} ({tokens // 1000:,} k tokens)",
             ]
         )
     return table(
@@ -132,6 +137,22 @@ def by_scheme() -> Lines:
     return table(("scheme", "text for calibration and training", "plain rounding", "calibrated", "trained"), rows)
 
 
+def by_tokens() -> Lines:
+    """Returns KL on WikiText-2 test by tokens of training, of all schemes."""
+    rows = json.loads((RESULTS / BUDGET).read_text(encoding="utf-8"))["rows"]
+    kls: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if row["text"] == DOMAIN:
+            kls.setdefault(row["scheme"], {}).setdefault(row["asked_tokens"], []).append(row["texts"]["test"]["kl"])
+    tokens = sorted({one for found in kls.values() for one in found})
+    heading = ["scheme", *(f"{one // 1000:,} k tokens" if one else "0" for one in tokens)]
+    cells = [
+        [f"`{scheme}`", *(f"{mean(found[one]):.3g}" if one in found else "" for one in tokens)]
+        for scheme, found in sorted(kls.items(), reverse=True)
+    ]
+    return table(heading, cells)
+
+
 def one_gpu(labels: dict[str, str]) -> Lines:
     """Returns rows of the table "One GPU" of eval/scaling.md under other names."""
     text = (ROOT / "eval" / "scaling.md").read_text(encoding="utf-8")
@@ -158,6 +179,7 @@ IN_MEMORY = {
 TABLES: dict[str, Callable[[], Lines]] = {
     "front": front,
     "by-scheme": by_scheme,
+    "by-tokens": by_tokens,
     "one-gpu": lambda: one_gpu(IN_README),
     "memory": lambda: one_gpu(IN_MEMORY),
 }
