@@ -33,6 +33,7 @@ RUNS = {
     "chat": "chat int4 --prompt Hello --max-new-tokens 2",
     "push": "push int4 someone/int4 --license mit --dry-run published",
     "recipes": "recipes",
+    "help": "help",
     **{f"export, {name}": f"export int4 --format {name} --out 'as {name}.{name}'" for name in CONVERSIONS},
 }
 """Command, and what differs where it is there twice -> its words; they are run in this order in one folder."""
