@@ -30,7 +30,7 @@ from training_speed import WARM_UP_STEPS, PlainStep, StepClock, prepare_by_torch
 from transformers import CompileConfig, PreTrainedModel
 
 from llmqat.calibrate import BlockwiseStage, GPTQStage, RangesStage, Stage, calibrate
-from llmqat.data import TokenBlocks, synthesis
+from llmqat.data import TokenBlocks, synthesis, writer
 from llmqat.evaluate.speed import Clock
 from llmqat.export.checkpoint import compile_decoding
 from llmqat.extras import missing
@@ -319,13 +319,13 @@ class Workshop:
 @contextmanager
 def many_rows() -> Iterator[None]:
     """Inside, a model that writes on a GPU may hold keys and values of a quarter of its memory, not of 6 GiB."""
-    before = synthesis.CACHE_BYTES
+    before = writer.CACHE_BYTES
     if torch.cuda.is_available():
-        synthesis.CACHE_BYTES = max(before, torch.cuda.get_device_properties(device()).total_memory // 4)
+        writer.CACHE_BYTES = max(before, torch.cuda.get_device_properties(device()).total_memory // 4)
     try:
         yield
     finally:
-        synthesis.CACHE_BYTES = before
+        writer.CACHE_BYTES = before
 
 
 # Budgets
