@@ -307,7 +307,9 @@ class Bench:
             report = json.loads(file.read_text(encoding="utf-8"))
             theirs, found = report["settings"], report[self.results_key]
             folders = {self.work / self.cell_of(result).name: result for result in found}
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            if not all(figures["window_kl"] for result in found for figures in result["texts"].values()):
+                raise ValueError("a cell has no KL of its windows")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SystemExit(f"--earlier {file}: no report of this script ({error!r})") from None
         if differing := _differing(settings, theirs):
             raise SystemExit(f"--earlier {file}: made with other settings: {', '.join(differing)}; leave it out")

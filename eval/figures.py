@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from llmqat.files import write_whole
 from llmqat.guides import guides
-from llmqat.terminal import show_any_text
+from llmqat.terminal import markdown_table, show_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results"
@@ -30,8 +30,6 @@ TEST_TEXT = "test.txt"
 """WikiText-2 test, as the results call it."""
 MANY = 1e6
 """A perplexity above it is not told in digits."""
-
-Lines = list[str]
 
 
 def main() -> None:
@@ -51,7 +49,7 @@ def rendered(text: str) -> str:
     Raises:
         KeyError: it has a marker of a table that is not known.
     """
-    return MARKED.sub(lambda found: f"{found[1]}{chr(10).join(TABLES[found[2]]())}\n{found[3]}", text)
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
 
 
 def run_of(file: str, key: str | None = None) -> dict[str, Any]:
@@ -62,9 +60,7 @@ def run_of(file: str, key: str | None = None) -> dict[str, Any]:
 
 def perplexities(run: dict[str, Any]) -> dict[str, float]:
     """Returns row -> perplexity on WikiText-2 test."""
-    texts = list(run["comparison"]["texts"])
-    rows = run["comparison"]["rows"]
-    return {row["name"]: row["texts"][TEST_TEXT]["perplexity"] for row in rows} if len(texts) > 1 else {}
+    return {row["name"]: row["texts"][TEST_TEXT]["perplexity"] for row in run["comparison"]["rows"]}
 
 
 def shown(perplexity: float) -> str:
@@ -74,93 +70,83 @@ def shown(perplexity: float) -> str:
     return f"{perplexity:.2f}" if perplexity < 100 else f"{perplexity:.1f}"
 
 
-ROUNDED = {"int4": run_of(DEMO), "int3": run_of(FEW_BITS, "int3-hour"), "int2": run_of(FEW_BITS, "int2-hour")}
-"""Scheme -> a run that rounded it plainly, and stored it."""
-MEASURED = "int4"
-"""Whose run was on other text: what training gives on text of the domain is in `BUDGET`."""
+def front() -> str:
+    """Returns the table of README.md: each bit width on the same text, rounded, calibrated and trained.
 
-
-def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> Lines:
-    """Returns a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (heading, ("---",) * len(heading), *rows)]
-
-
-def front() -> Lines:
-    """Returns the table of README.md: each bit width on the same text, rounded, calibrated and trained."""
-    full = next(row for row in run_of(DEMO)["comparison"]["rows"] if row["role"] == "full precision")
-    start = perplexities(run_of(DEMO))[full["name"]]
-    rows = [["full precision", "16", f"{full['bytes_on_disk'] / 1e6:.0f}", shown(start), "", ""]]
-    for scheme, run in ROUNDED.items():
-        stored, found = run["checkpoint"], perplexities(run)
-        calibrated, trained, tokens = found["calibrated"], found["trained"], run["training"]["tokens"]
-        if scheme == MEASURED:
-            cells = budgets(scheme)
-            tokens = max(cells)
-            calibrated, trained = mean(cells[0]), mean(cells[tokens])
+    The run at 4 bits was on other text; what training gives on text of the domain is in `BUDGET`.
+    """
+    runs = {"int4": run_of(DEMO), "int3": run_of(FEW_BITS, "int3-hour"), "int2": run_of(FEW_BITS, "int2-hour")}
+    full = next(row for row in runs["int4"]["comparison"]["rows"] if row["role"] == "full precision")
+    rows = [
+        ["full precision", "16", f"{full['bytes_on_disk'] / 1e6:.0f}", shown(perplexities(runs["int4"])[full["name"]])]
+    ]
+    rows[0] += ["", ""]
+    by_tokens = means("perplexity")["int4"]
+    most = max(by_tokens)
+    for scheme, run in runs.items():
+        stored, found, tokens = run["checkpoint"], perplexities(run), run["training"]["tokens"]
+        if scheme == "int4":
+            found, tokens = {**found, "calibrated": by_tokens[0], "trained": by_tokens[most]}, most
         rows.append(
             [
                 f"`{scheme}`",
                 f"{stored['bits_per_weight']:.2f}",
                 f"{stored['weight_bytes'] / 1e6:.0f}",
-                *(shown(value) for value in (found["plain rounding"], calibrated)),
-                f"{shown(trained)} ({tokens // 1000:,} k tokens)",
+                *(shown(found[name]) for name in ("plain rounding", "calibrated")),
+                f"{shown(found['trained'])} ({tokens // 1000:,} k tokens)",
             ]
         )
-    return table(
-        ("scheme", "bits per weight", "size, MB", "plain rounding", "calibrated", "calibrated and trained"), rows
-    )
+    heads = ("scheme", "bits per weight", "size, MB", "plain rounding", "calibrated", "calibrated and trained")
+    return markdown_table(heads, rows)
 
 
-def budgets(scheme: str) -> dict[int, list[float]]:
-    """Returns tokens of training on text of the domain -> perplexity on WikiText-2 test, of each seed."""
-    rows = json.loads((RESULTS / BUDGET).read_text(encoding="utf-8"))["rows"]
-    found: dict[int, list[float]] = {}
-    for row in rows:
-        if (row["scheme"], row["text"]) == (scheme, DOMAIN):
-            found.setdefault(row["asked_tokens"], []).append(row["texts"]["test"]["perplexity"])
+def means(figure: str) -> dict[str, dict[int, float]]:
+    """Returns scheme -> tokens of training on text of the domain -> a figure on WikiText-2 test, a mean of seeds."""
+    seeds: dict[tuple[str, int], list[float]] = {}
+    for row in run_of(BUDGET)["rows"]:
+        if row["text"] == DOMAIN:
+            seeds.setdefault((row["scheme"], row["asked_tokens"]), []).append(row["texts"]["test"][figure])
+    found: dict[str, dict[int, float]] = {}
+    for (scheme, tokens), values in seeds.items():
+        found.setdefault(scheme, {})[tokens] = mean(values)
     return found
 
 
-def by_scheme() -> Lines:
+def by_scheme() -> str:
     """Returns the table of the guide `choose`."""
-    runs = {
-        ("`int4`", "generated by the model"): run_of(DEMO),
-        ("`int3`", "WikiText-2 validation"): run_of(FEW_BITS, "int3-wiki"),
-        ("`int3` ", "WikiText-2 validation"): run_of(FEW_BITS, "int3-hour"),
-        ("`int2`", "WikiText-2 validation"): run_of(FEW_BITS, "int2-hour"),
-    }
+    runs = [
+        ("int4", "generated by the model", run_of(DEMO)),
+        *((key[:4], "WikiText-2 validation", run_of(FEW_BITS, key)) for key in ("int3-wiki", "int3-hour", "int2-hour")),
+    ]
     rows = []
-    for (scheme, text), run in runs.items():
+    for scheme, text, run in runs:
         found = {name: shown(value) for name, value in perplexities(run).items()}
         trained = f"{found['trained']} ({run['training']['steps']} steps)"
-        rows.append([scheme.strip(), text, found["plain rounding"], found["calibrated"], trained])
-    return table(("scheme", "text for calibration and training", "plain rounding", "calibrated", "trained"), rows)
+        rows.append([f"`{scheme}`", text, found["plain rounding"], found["calibrated"], trained])
+    heads = ("scheme", "text for calibration and training", "plain rounding", "calibrated", "trained")
+    return markdown_table(heads, rows)
 
 
-def by_tokens() -> Lines:
+def by_tokens() -> str:
     """Returns KL on WikiText-2 test by tokens of training, of all schemes."""
-    rows = json.loads((RESULTS / BUDGET).read_text(encoding="utf-8"))["rows"]
-    kls: dict[str, dict[int, list[float]]] = {}
-    for row in rows:
-        if row["text"] == DOMAIN:
-            kls.setdefault(row["scheme"], {}).setdefault(row["asked_tokens"], []).append(row["texts"]["test"]["kl"])
-    tokens = sorted({one for found in kls.values() for one in found})
-    heading = ["scheme", *(f"{one // 1000:,} k tokens" if one else "0" for one in tokens)]
-    cells = [
-        [f"`{scheme}`", *(f"{mean(found[one]):.3g}" if one in found else "" for one in tokens)]
-        for scheme, found in sorted(kls.items(), reverse=True)
+    found = means("kl")
+    tokens = sorted({one for cells in found.values() for one in cells})
+    heads = ["scheme", *(f"{one // 1000:,} k tokens" if one else "0" for one in tokens)]
+    rows = [
+        [f"`{scheme}`", *(f"{cells[one]:.3g}" if one in cells else "" for one in tokens)]
+        for scheme, cells in sorted(found.items(), reverse=True)
     ]
-    return table(heading, cells)
+    return markdown_table(heads, rows)
 
 
-def one_gpu(labels: dict[str, str]) -> Lines:
+def one_gpu(labels: dict[str, str]) -> str:
     """Returns rows of the table "One GPU" of eval/scaling.md under other names."""
     text = (ROOT / "eval" / "scaling.md").read_text(encoding="utf-8")
     section = text.partition("## One GPU\n")[2].partition("\n## ")[0]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     found = {cells[0]: cells[1:] for cells in lines}
     sizes = [cell.removesuffix(", GB") for cell in found[""]]
-    return table(("peak, GB", *sizes), [[label, *found[name]] for name, label in labels.items()])
+    return markdown_table(("peak, GB", *sizes), [[label, *found[name]] for name, label in labels.items()])
 
 
 IN_README = {
@@ -176,7 +162,7 @@ IN_MEMORY = {
     "scales of the packed model, a teacher": "scales of a packed model, teacher in memory",
     "all weights, a teacher": "all weights, teacher in memory",
 }
-TABLES: dict[str, Callable[[], Lines]] = {
+TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "by-scheme": by_scheme,
     "by-tokens": by_tokens,

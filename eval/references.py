@@ -26,7 +26,7 @@ from llmqat.config import ATTRIBUTES
 from llmqat.files import write_whole
 from llmqat.guides import guides
 from llmqat.recipe.schema import key_rows
-from llmqat.terminal import show_any_text
+from llmqat.terminal import markdown_table, show_any_text
 
 SHARED_OPTIONS = ("--log", "--help")
 """Options that every command has."""
@@ -87,17 +87,17 @@ def commands_page() -> str:
         "",
         "`llmqat COMMAND --help` shows the same, with more examples.",
         "",
-        *_table(("command", "what it does"), [(f"`{name}`", _summary(known[name].help)) for name in COMMANDS]),
+        _table(("command", "what it does"), [(f"`{name}`", _summary(known[name].help)) for name in COMMANDS]),
         "",
         "Every command has `--log FILE` (under torchrun `--log-file`), which appends all that is shown to a file. "
         "`llmqat --version` shows versions. `llmqat --install-completion` completes commands in your shell.",
         "",
-        *_table(("exit code", "meaning"), [(str(code), meaning) for code, meaning in EXIT_CODES.items()]),
+        _table(("exit code", "meaning"), [(str(code), meaning) for code, meaning in EXIT_CODES.items()]),
     ]
     for name in COMMANDS:
         lines += ["", f"## llmqat {name}", "", _summary(known[name].help)]
         if rows := [row for parameter in known[name].params if (row := _option(parameter))]:
-            lines += ["", *_table(("option", "default", "meaning"), rows)]
+            lines += ["", _table(("option", "default", "meaning"), rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -128,10 +128,8 @@ def keys_page() -> str:
     for section in sections:
         own = [row for row in rows if _section(row[0]) == section]
         lines += ["", f"## {section}", ""] if section else ["", "## At the top", ""]
-        lines += _table(
-            ("key", "type", "default", "meaning"),
-            [(f"`{place}`", kind, f"`{default}`" if default else "", text) for place, kind, default, text in own],
-        )
+        cells = [(f"`{place}`", kind, f"`{default}`" if default else "", text) for place, kind, default, text in own]
+        lines.append(_table(("key", "type", "default", "meaning"), cells))
     return "\n".join(lines) + "\n"
 
 
@@ -153,15 +151,15 @@ def python_page() -> str:
         "",
         "## llmqat",
         "",
-        *_names((name, importlib.import_module(llmqat._HOMES[name])) for name in llmqat.__all__),
+        _names((name, importlib.import_module(llmqat._HOMES[name])) for name in llmqat.__all__),
     ]
     for place, (about, names) in ROOMS.items():
         module = importlib.import_module(place)
-        lines += ["", f"## {place}", "", about, "", *_names((name, module) for name in names)]
+        lines += ["", f"## {place}", "", about, "", _names((name, module) for name in names)]
     return "\n".join(lines) + "\n"
 
 
-def _names(found: Iterable[tuple[str, ModuleType]]) -> list[str]:
+def _names(found: Iterable[tuple[str, ModuleType]]) -> str:
     rows = [(f"`{name}{_arguments(getattr(module, name))}`", _about(module, name)) for name, module in found]
     return _table(("name", "what it is"), rows)
 
@@ -194,13 +192,9 @@ def _summary(text: str | None) -> str:
     return " ".join((text or "").strip().split("\n\n")[0].split())
 
 
-def _table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    lines = [heading, ("---",) * len(heading), *rows]
-    return [f"| {' | '.join(_cell(text) for text in line)} |" for line in lines]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Returns a table whose cells are one line each."""
+    return markdown_table(heads, ([" ".join(cell.split()) for cell in row] for row in rows))
 
 
 if __name__ == "__main__":

@@ -130,12 +130,13 @@ def _one_gpu(sizes: dict[str, tuple[ModelSize, dict[str, int]]]) -> str:
             memory_of(size, method_of(trains, trained[trains], less), Devices(1, "ddp", "cuda")).peak
             for size, trained in sizes.values()
         ]
-    lines += [f"| {label} | {' | '.join(map(_gigabytes, peaks))} |" for label, peaks in rows.items()]
+    for label, peaks in rows.items():
+        lines.append(f"| {label} | {' | '.join(_gigabytes(peak, 1 if peak < 1e10 else 0) for peak in peaks)} |")
     return "\n".join([*lines, ""])
 
 
-def _gigabytes(peak: float) -> str:
-    shown = f"{peak / 1e9:,.0f}" if peak >= 1e10 else f"{peak / 1e9:.1f}"
+def _gigabytes(peak: float, digits: int = 0) -> str:
+    shown = f"{peak / 1e9:,.{digits}f}"
     return f"**{shown}**" if peak > GPU_BYTES else shown
 
 
@@ -151,9 +152,8 @@ def _section(name: str, size: ModelSize, trained: dict[str, int]) -> str:
         cells = [label, f"{trained[trains] / 1e6:,.0f} M"]
         for gpus in GPUS:
             method, devices = method_of(trains, trained[trains], less), Devices(gpus, kind, "cuda")
-            peak = memory_of(size, method, devices).peak
-            shown = f"{peak / 1e9:,.0f}"
-            cells += [f"**{shown}**" if peak > GPU_BYTES else shown, f"{traffic_of(size, method, devices) / 1e9:,.1f}"]
+            sent = traffic_of(size, method, devices)
+            cells += [_gigabytes(memory_of(size, method, devices).peak), f"{sent / 1e9:,.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(_blockwise_line(size))
     return "\n".join([*lines, "", _parts(size, trained), ""])
@@ -170,9 +170,7 @@ def _parts(size: ModelSize, trained: dict[str, int]) -> str:
 
 
 def _blockwise_line(size: ModelSize) -> str:
-    memory = blockwise_memory(size, CALIBRATION_TOKENS, 1, 2048)
-    shown = f"{memory / 1e9:,.0f}"
-    cell = f"**{shown}**" if memory > GPU_BYTES else shown
+    cell = _gigabytes(blockwise_memory(size, CALIBRATION_TOKENS, 1, 2048))
     cells = " | ".join([f"{cell} | 0.0"] * len(GPUS))
     label = f"block-wise, one GPU, {CALIBRATION_TOKENS // 1024:,} k tokens"
     return f"| {label} | {size.block / 1e6:,.0f} M a block | {cells} |"

@@ -42,11 +42,6 @@ def find_guide(topic: str) -> Path:
     return found[name]
 
 
-def title(text: str) -> str:
-    """Returns the heading of a guide."""
-    return text.partition("\n")[0].lstrip("# ")
-
-
 def for_terminal(text: str) -> str:
     """Returns a guide whose links say the command or the address that they lead to."""
 

@@ -8,7 +8,8 @@ import typer
 
 from llmqat.cli.application import COMMANDS, command, console
 from llmqat.cli.show import print_next
-from llmqat.guides import find_guide, for_terminal, guides, title
+from llmqat.guides import find_guide, for_terminal, guides
+from llmqat.shipped import title
 
 
 @command("help")
@@ -31,18 +32,18 @@ def guide(
         found = guides()
         width = max(map(len, found))
         for name, file in found.items():
-            console.print(f"  {name:{width}}  {title(file.read_text(encoding='utf-8'))}", soft_wrap=True)
+            console.print(f"  {name:{width}}  {title(file)}", soft_wrap=True)
         print_next("llmqat help quickstart")
         return
-    name = topic.lower().replace("_", "-")
-    if name in COMMANDS and name not in guides():
-        raise ValueError(f"there is no guide {topic!r}; its options: llmqat {name} --help. `llmqat help` lists guides")
-    text = for_terminal(find_guide(topic).read_text(encoding="utf-8"))
+    if topic in COMMANDS and topic not in guides():
+        raise ValueError(f"there is no guide {topic!r}; its options: llmqat {topic} --help. `llmqat help` lists guides")
+    file = find_guide(topic)
+    text = for_terminal(file.read_text(encoding="utf-8"))
     if console.is_terminal:
         from rich.markdown import Markdown
 
         console.print(Markdown(text))
     else:
         console.print(text, soft_wrap=True)
-    if name in COMMANDS:
-        console.print(f"The options of the command: llmqat {name} --help", soft_wrap=True)
+    if file.stem in COMMANDS:
+        console.print(f"The options of the command: llmqat {file.stem} --help", soft_wrap=True)

@@ -35,12 +35,12 @@ from llmqat.models import (
     ADAPTER_WEIGHTS_FILE,
     adapter_base,
     check_safetensors,
-    default_device,
     empty_model,
     load_adapter_base,
     model_file,
     read_config,
     resolve_spec,
+    to_accelerator,
     token_model_class,
 )
 from llmqat.train.adapter import load_adapter
@@ -83,7 +83,7 @@ def load_to_judge(spec: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         ValueError: it cannot be loaded.
         ImportError: the package that quantized it is not installed.
     """
-    return _loaded(spec, dtype).to(default_device()).eval()
+    return to_accelerator(_loaded(spec, dtype)).eval()
 
 
 def check_can_be_read(spec: str) -> None:

@@ -7,6 +7,8 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llmqat.terminal import markdown_table
+
 Cell = str | int | float | None
 COLUMNS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Cell]] = {
     "model": lambda row, _: row["name"],
@@ -48,9 +50,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     """Returns the report as a Markdown table, columns that hold nothing left out, and where it was measured below."""
     headings, lines = _lines(report)
     kept = [index for index in range(len(headings)) if any(line[index] is not None for line in lines)]
-    rows = [[headings[index] for index in kept], ["---"] * len(kept)]
-    rows += [[_shown(line[index]) for index in kept] for line in lines]
-    table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
+    rows = [[_shown(line[index]) for index in kept] for line in lines]
+    table = markdown_table([headings[index] for index in kept], rows)
     texts = "".join(
         f"- {name}: {text['windows']} windows of {text['window']} tokens, {text['tokens']:,} scored, "
         f"sha256 {text['sha256'][:12]}\n"
@@ -58,7 +59,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     )
     machine = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
     made = f"- llmqat {report['llmqat']}, {report['date']}: `{report['command']}`\n" if "schema" in report else ""
-    return f"{table}\n{texts}- {machine}\n{made}"
+    return f"{table}\n\n{texts}- {machine}\n{made}"
 
 
 def _lines(report: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from llmqat.export.description import describe
 from llmqat.export.serving import Verdict, served_by
 from llmqat.export.stock import StockTrial, try_stock
 from llmqat.hub import may_be_hub_id
+from llmqat.terminal import markdown_table
 
 STRADDLING, PACKS_STRADDLING = (3, 5, 6, 7), "0.18"
 """Bits whose codes lie across words, and the compressed-tensors that unpacks them first."""
@@ -82,7 +83,11 @@ def model_card(folder: Path, repository: str, *, license: str | None = None, bas
         *(["## Measured", _measured(run)] if _comparison(run) else []),
         "## Limits",
         _limits(config, facts, license),
-        *(["## Versions", _table(("package", "version"), facts["versions"].items())] if "versions" in facts else []),
+        *(
+            ["## Versions", markdown_table(("package", "version"), facts["versions"].items())]
+            if "versions" in facts
+            else []
+        ),
     ]
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -221,7 +226,7 @@ def _with_vllm(repository: str, gpus: Verdict, cpus: Verdict) -> str:
 
 def _served(served: Mapping[str, Verdict]) -> str:
     heads = ("program", "loads it", "limits, or why not", "evidence")
-    return _table(heads, [verdict.row for verdict in served.values()])
+    return markdown_table(heads, [verdict.row for verdict in served.values()])
 
 
 def _schemes(config: Mapping[str, Any]) -> str:
@@ -234,7 +239,7 @@ def _schemes(config: Mapping[str, Any]) -> str:
         zero = "symmetric" if weights.get("symmetric", True) else "with zero points"
         kind = "kept" if inputs is None else f"{inputs['num_bits']} bits by {inputs['strategy']}"
         rows.append((named, f"{weights['num_bits']}", extent, zero, kind))
-    table = _table(("layers", "bits", "one scale for", "range", "inputs"), rows)
+    table = markdown_table(("layers", "bits", "one scale for", "range", "inputs"), rows)
     ignored = config["quantization_config"].get("ignore") or []
     kept = f"\n\nLeft in high precision: {', '.join(f'`{name}`' for name in ignored)}." if ignored else ""
     cache = f"\n\nKV cache: `{json.dumps(config[KV_KEY])}`; other loaders keep it plain." if KV_KEY in config else ""
@@ -243,7 +248,7 @@ def _schemes(config: Mapping[str, Any]) -> str:
 
 def _bytes(sizes: Mapping[str, int]) -> str:
     rows = [(part, f"{size:,}") for part, size in sizes.items() if size]
-    return _table(("part of the weight files", "bytes"), [*rows, ("together", f"{sum(sizes.values()):,}")])
+    return markdown_table(("part of the weight files", "bytes"), [*rows, ("together", f"{sum(sizes.values()):,}")])
 
 
 def _data(run: Mapping[str, Any]) -> str:
@@ -259,7 +264,7 @@ def _data(run: Mapping[str, Any]) -> str:
     texts = [*((name, run.get(key) or {}) for key, name in _TEXTS.items()), *earlier]
     rows = [row for name, text in texts for row in _text_rows(name, text)]
     rows += [(key, _shown(value)) for key, value in facts.items() if value not in (None, "")]
-    return _table(("what", "value"), rows)
+    return markdown_table(("what", "value"), rows)
 
 
 def _text_rows(name: str, text: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -299,7 +304,7 @@ def _measured(run: Mapping[str, Any]) -> str:
         ]
         heads = ("model", *_METRICS.values(), "bits a weight", "bytes", "tokens decoded a second")
         shape = f"{entry['windows']} windows of {entry['window']} tokens"
-        tables.append(f"{_public(text)}, {shape}, SHA-256 `{entry['sha256']}`:\n\n{_table(heads, rows)}")
+        tables.append(f"{_public(text)}, {shape}, SHA-256 `{entry['sha256']}`:\n\n{markdown_table(heads, rows)}")
     findings = [f"- {finding['level']}: {finding['text']}" for finding in comparison.get("findings", [])]
     machine = {key: value for key, value in comparison.get("environment", {}).items() if key != "host"}
     tables += ["\n".join(findings)] if findings else []
@@ -324,8 +329,3 @@ def _limits(config: Mapping[str, Any], facts: Mapping[str, Any], license: str | 
     if license is None:
         limits.append("- Whoever published it did not state the license; that of the original model holds.")
     return "\n".join(limits)
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

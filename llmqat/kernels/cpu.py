@@ -64,11 +64,8 @@ class CpuInt4Kernel:
             return f"out_features={weight.out_features} is not a multiple of 16"
         if native_group(weight) is None:
             return f"group size {weight.group_size} of {weight.in_features} does not fit"
-        return (
-            None
-            if x.numel() <= MAX_DECODE_ROWS * weight.in_features
-            else f"others are faster above {MAX_DECODE_ROWS} rows"
-        )
+        few = x.numel() <= MAX_DECODE_ROWS * weight.in_features
+        return None if few else f"others are faster above {MAX_DECODE_ROWS} rows"
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias; the kernel's own layout is built at the first call and kept with the weight."""
@@ -102,9 +99,8 @@ class CpuInt8Kernel:
             return "it needs one scale a channel"
         if weight.in_features % 16:  # torch 2.13 ends the process where this does not hold
             return f"in_features={weight.in_features} is not a multiple of 16"
-        return (
-            None if x.numel() <= MAX_INT8_ROWS * weight.in_features else f"others are faster above {MAX_INT8_ROWS} rows"
-        )
+        few = x.numel() <= MAX_INT8_ROWS * weight.in_features
+        return None if few else f"others are faster above {MAX_INT8_ROWS} rows"
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias; the int8 codes are taken out of their words at the first call and kept."""

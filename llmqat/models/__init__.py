@@ -28,6 +28,7 @@ from llmqat.models.loading import (
     load_model,
     load_with_few_bits,
     name_of,
+    to_accelerator,
 )
 from llmqat.models.specs import (
     ADAPTER_WEIGHTS_FILE,
@@ -79,6 +80,7 @@ __all__ = [
     "resolve_spec",
     "save_whole",
     "shortened",
+    "to_accelerator",
     "token_model_class",
     "uploaded",
     "vocabulary_size",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 MOST_MERGED_DIFFERENCE = 0.01
 """Relative difference of a merged adapter's logits from those of the adapted model that is rounding in float32."""
+Model = TypeVar("Model", bound=nn.Module)
 _GIVEN_AS = "_llmqat_given_as"
 """Attribute of a model that `load_model` has loaded: its spec."""
 
@@ -58,6 +59,16 @@ def default_device() -> torch.device:
     """Returns the accelerator where there is one, else the CPU: where commands that are told nothing compute."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
+
+
+def to_accelerator(model: Model) -> Model:
+    """Moves `model` in place to the accelerator where there is one, and returns it; on a CPU nothing is asked of it.
+
+    Models that other packages have quantized may refuse to be moved, even to where they are.
+    """
+    if torch.accelerator.is_available():
+        model.to(default_device())
+    return model
 
 
 def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

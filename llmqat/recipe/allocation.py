@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -91,18 +91,8 @@ def plan_bits(
     return BitPlan(allocate_bits(layers, config.target_bits), layers)
 
 
-def planned(
-    file: Path,
-    spec: str,
-    quant: QuantConfig,
-    config: AllocationConfig,
-    ids: Tensor | Rows,
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> BitPlan:
+def planned(file: Path, make: Callable[[], BitPlan]) -> BitPlan:
     """Returns the plan in `file`, made and left there where it is not."""
     if not file.is_file():
-        plan_bits(spec, quant, config, ids, seed=seed, dtype=dtype, device=device).write(file)
+        make().write(file)
     return BitPlan.read(file)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from llmqat.data.length import table_length
 from llmqat.export import load_any
 from llmqat.layers import new_cache
-from llmqat.models import default_device
+from llmqat.models import to_accelerator
 from llmqat.terminal import duration
 
 
@@ -74,7 +74,7 @@ class Conversation:
             seed: of sampling.
         """
         model, tokenizer = load_any(spec)
-        model.to(default_device())
+        to_accelerator(model)
         torch.manual_seed(seed)
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:

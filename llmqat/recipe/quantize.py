@@ -43,7 +43,7 @@ from llmqat.export.checkpoint import ExportReport, save
 from llmqat.export.serving import known_clients
 from llmqat.files import write_whole
 from llmqat.layers import QuantConfig, lattice_note
-from llmqat.models import check_full_precision, default_device, load_model
+from llmqat.models import check_full_precision, default_device, load_model, to_accelerator
 from llmqat.paths import check_new
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.config import forward_dtype, scheme_of
@@ -189,16 +189,16 @@ def _quantized(
     settings["data"] = None if data is None else data.model_dump(mode="json")
     # Rotation and smoothing are exact in float32 only; without them a block at a time is raised to it.
     folds = any(isinstance(stage, (RotateStage, SmoothStage)) for stage in stages)
-    stage, device = Stages(), default_device()
+    stage = Stages()
     with stage("load", spec):
         model, tokenizer = load_model(spec, torch.float32 if folds else torch.bfloat16)
-        model.to(device)
+        to_accelerator(model)
     work, ids = _work_folder(folder, settings), None
     if data is not None:
 
         def read() -> TextSplits:
             with Bar("text", "token") as bar:
-                writer = model if not folds else load_model(spec, torch.bfloat16)[0].to(device)
+                writer = model if not folds else to_accelerator(load_model(spec, torch.bfloat16)[0])
                 return load_splits(data, tokenizer, writer, bar.update)
 
         with stage("text", data.source), _no_empty_work(work):
@@ -209,8 +209,8 @@ def _quantized(
     if allocate is not None:
         assert ids is not None
         with stage("allocate", f"{allocate.target_bits} bits"):
-            how: dict[str, Any] = {"seed": seed, "dtype": dtype, "device": device}
-            plan = planned(work / PLAN_FILE, spec, quant, allocate, ids, **how).allocation
+            how = {"seed": seed, "dtype": dtype, "device": model.device}
+            plan = planned(work / PLAN_FILE, partial(plan_bits, spec, quant, allocate, ids, **how)).allocation
         facts["allocation"] = plan.to_dict()
         quant = plan.applied_to(quant)
     with stage("calibrate", ", ".join(one.stage for one in stages) or "plain rounding"), _no_empty_work(work):
@@ -263,7 +263,7 @@ def sensitivity_of(
     stage = Stages()
     with stage("load", spec):
         model, tokenizer = load_model(spec, torch.bfloat16)
-        model.to(device)
+        to_accelerator(model)
     with stage("text", data.source), Bar("text", "token") as bar:
         blocks = load_blocks(data, tokenizer, model, bar.update)
     del model

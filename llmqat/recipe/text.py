@@ -14,7 +14,7 @@ from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.teacher_cache import CachePlace
 from llmqat.data.writer import Keeper, is_kept_apart
 from llmqat.export.checkpoint import load_any
-from llmqat.models import default_device, read_config, resolve_spec
+from llmqat.models import read_config, resolve_spec, to_accelerator
 from llmqat.recipe.findings import all_of
 from llmqat.terminal import Bar, Stages
 
@@ -51,7 +51,7 @@ def synthesize_to(
     stage = Stages()
     with stage("load", spec):
         model, tokenizer = load_any(spec, torch.bfloat16)
-        model.to(default_device())
+        to_accelerator(model)
     if overwrite:
         remove_shards(folder)
     keeper = None

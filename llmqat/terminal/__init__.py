@@ -15,7 +15,7 @@ from llmqat.terminal.consoles import PLAIN, console, drop_output, errors, is_ter
 from llmqat.terminal.logs import CommandLog, quiet_libraries
 from llmqat.terminal.stages import Stages
 from llmqat.terminal.started import name_program, program, with_program
-from llmqat.terminal.tables import Column, FittedTable
+from llmqat.terminal.tables import Column, FittedTable, markdown_table
 
 __all__ = [
     "PLAIN",
@@ -29,6 +29,7 @@ __all__ = [
     "duration",
     "errors",
     "is_terminal",
+    "markdown_table",
     "name_program",
     "plain_console",
     "program",

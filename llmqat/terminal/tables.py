@@ -13,9 +13,9 @@ left out in silence.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rich import box
 from rich.cells import cell_len
@@ -174,3 +174,9 @@ def _without_trailing_space(line: list[Segment]) -> list[Segment]:
         text, style, control = kept[-1]
         kept[-1] = Segment(text.rstrip(), style, control)
     return kept
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Returns a Markdown table; a bar in a cell is escaped."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -91,8 +91,14 @@ def test_cells(
     (tmp_path / "earlier.json").write_text(json.dumps(whole | {"settings": {**whole["settings"], "window": 64}}))
     with pytest.raises(SystemExit, match="made with other settings: window; leave it out"):
         run(monkeypatch, "budget.py", *elsewhere)
-    (tmp_path / "earlier.json").write_text("[]")
-    with pytest.raises(SystemExit, match=r"earlier\.json: no report of this script"):
+    broken = [{**row, "texts": {name: {"kl": 0.1} for name in row["texts"]}} for row in whole["rows"]]
+    empty = {**whole, "rows": [{**row, "texts": None} for row in whole["rows"]]}
+    for wrong in ("[]", "{", json.dumps({**whole, "rows": broken}), json.dumps(empty), json.dumps({"rows": 5})):
+        (tmp_path / "earlier.json").write_text(wrong)
+        with pytest.raises(SystemExit, match=r"earlier\.json: no report of this script"):
+            run(monkeypatch, "budget.py", *elsewhere)
+    (tmp_path / "earlier.json").unlink()
+    with pytest.raises(SystemExit, match=r"earlier\.json: no report of this script .*No such file"):
         run(monkeypatch, "budget.py", *elsewhere)
 
     # A training that is killed goes on from its checkpoint, to the same figures.
