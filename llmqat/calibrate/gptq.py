@@ -62,8 +62,6 @@ PIECE = 2
 """Batches whose original inputs are held in memory until the quantized chain has run on the same text."""
 COMPARED = 4096
 """Entries of a residual stream that are looked at first."""
-CELL = 0.49
-"""How far from its code, in codes, a master weight may lie: below a half, for the rounding of the division."""
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -170,9 +168,7 @@ def _round_rows(
     rows = zip(left.unbind(), codes.unbind(), errors.unbind(), scales.unbind(), inverse_diagonal, strict=True)
     for row, (w, q, error, s, inverse) in enumerate(rows):
         torch.div(w, s, out=q)
-        if grid.offset:
-            q.sub_(grid.offset)
-        q.round_()
+        grid.round_(q)
         if zeros is not None:
             q.add_(zeros[row])
         q.clamp_(grid.qmin, grid.qmax)
@@ -236,7 +232,7 @@ def refit_scales(
     # A little of the old scale keeps a row solvable whose group has no code but zero.
     ridge = 1e-4 * diagonal.mean(-1, keepdim=True).clamp(min=1e-12).expand_as(diagonal)
     solved, _ = torch.linalg.solve_ex(matrix + torch.diag_embed(ridge), target + ridge * scale)  # waits for no device
-    found = snap_scale(torch.where(torch.isfinite(solved), solved, scale))
+    found = snap_scale(torch.where(torch.isfinite(solved), solved, scale), grid)
     # The error is s A s - 2 b s and what no scale changes; so this is its change from the old scales to those found.
     step, both = found - scale, (found + scale).unsqueeze(-1)
     better = (step * ((matrix @ both).squeeze(-1) - 2 * target)).sum(-1) < 0
@@ -273,9 +269,8 @@ def placed_weight(
     shape = scale.numel(), -1
     level = _levels(codes.reshape(shape), None if zero_point is None else zero_point.reshape(-1), grid)
     code, v = codes.reshape(shape), weight.reshape(shape) / scale.reshape(-1, 1)
-    low = torch.where(code == grid.qmin, -torch.inf, level - CELL)
-    high = torch.where(code == grid.qmax, torch.inf, level + CELL)
-    moved = v.clamp(low, high)
+    low, high = grid.cell(level)
+    moved = v.clamp(low.masked_fill_(code == grid.qmin, -torch.inf), high.masked_fill_(code == grid.qmax, torch.inf))
     return torch.where(moved == v, weight.reshape(shape), moved * scale.reshape(-1, 1)).view(weight.shape)
 
 

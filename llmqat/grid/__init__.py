@@ -1,24 +1,15 @@
 """Pure tensor arithmetic of quantization: codes, scales, packing. Imports torch only."""
 
+from llmqat.grid.arithmetic import dequantize, fake_quantize, of_each_weight, quantize, stored_codes
 from llmqat.grid.fused import fusing
-from llmqat.grid.integer import (
-    Grid,
-    Levels,
-    dequantize,
-    fake_quantize,
-    gradient_factor,
-    of_each_weight,
-    quantize,
-    round_zero_point,
-    scale_from_log,
-    snap_scale,
-    stored_codes,
-)
 from llmqat.grid.lattice import keep_lattice, on_lattice
+from llmqat.grid.levels import Grid, Levels
 from llmqat.grid.packing import pack_int32, unpack_int32
+from llmqat.grid.scales import SCALE_FLOOR, gradient_factor, round_zero_point, scale_from_log, snap_scale
 from llmqat.grid.search import minmax_scale, percentile_scale, search_scale
 
 __all__ = [
+    "SCALE_FLOOR",
     "Grid",
     "Levels",
     "dequantize",

@@ -24,7 +24,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmqat.grid.integer import Grid, quantize, snap_scale
+from llmqat.grid.arithmetic import quantize
+from llmqat.grid.levels import Grid
+from llmqat.grid.scales import snap_scale
 
 ROUNDING = 2.0**-8
 """What rounding to bfloat16 moves a number by, at most, as a share of it."""
@@ -104,10 +106,10 @@ def _fitted(w: Tensor, step: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor
     """Returns which groups of `w` [n, g] lie on the lattice of about `step` [n, 1], and its scale and zero point."""
     level = _nearest(w, step, grid)
     certain = torch.where(level.abs() <= CERTAIN, level, 0)
-    level = _nearest(w, snap_scale(_least_squares(w, certain)), grid)
+    level = _nearest(w, snap_scale(_least_squares(w, certain), grid), grid)
     least, most = _bounds(w, level)
     kept = (least <= most) & ((level != 0) == (w != 0)).all(-1, keepdim=True)
-    scale = snap_scale(_least_squares(w, level))
+    scale = snap_scale(_least_squares(w, level), grid)
     # Where a bfloat16 number gives the very weights, it is that one.
     exact = _next_bfloat16(least)
     scale = torch.where(((scale < least) | (scale > most)) & (exact <= most), exact, scale)
@@ -125,7 +127,7 @@ def _fitted(w: Tensor, step: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor
 
 
 def _nearest(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    return (w / scale).sub_(grid.offset).round_().add_(grid.offset)
+    return grid.round_(w / scale).add_(grid.offset)
 
 
 def _least_squares(w: Tensor, level: Tensor) -> Tensor:

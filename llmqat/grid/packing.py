@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import Tensor
 
-from llmqat.grid.integer import Grid
+from llmqat.grid.levels import Grid
 
 
 def pack_int32(codes: Tensor, grid: Grid) -> Tensor:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmqat.grid.integer import SCALE_FLOOR, Grid, snap_scale
+from llmqat.grid.levels import Grid
+from llmqat.grid.scales import SCALE_FLOOR, snap_scale
 
 CLIP_RATIOS = tuple(1.05 - 0.1 * i for i in range(8))
 """Shares of a group's extreme that are tried first."""
@@ -65,7 +66,7 @@ def percentile_scale(
     flat = weight.detach().reshape(shape[0] * shape[1], -1).float()
     if grid.symmetric:
         high = _row_quantile(flat.abs(), percentile / 100)
-        return snap_scale(high / _reach(grid)).view(shape), None
+        return snap_scale(high / grid.reach, grid).view(shape), None
     tail = (1 - percentile / 100) / 2
     scale, zero_point = _asymmetric(_row_quantile(flat, tail), _row_quantile(flat, 1 - tail), grid)
     return scale.view(shape), zero_point.view(shape)
@@ -172,16 +173,11 @@ def _weighted_error(
     return torch.linalg.vecdot(q, q).unsqueeze(-1).mul_((scale * unit).square())
 
 
-def _reach(grid: Grid) -> float:
-    """Returns what an unclipped |w| is divided by to give the scale of plain symmetric rounding."""
-    return 2.0 if grid.levels == "seq" else float(grid.qmax)
-
-
 def _plain(w: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     if grid.levels == "ternary":
-        return snap_scale(w.abs().mean(-1, keepdim=True)), None
+        return snap_scale(w.abs().mean(-1, keepdim=True), grid), None
     if grid.symmetric:
-        return snap_scale(torch.maximum(high, -low) / _reach(grid)), None
+        return snap_scale(torch.maximum(high, -low) / grid.reach, grid), None
     return _asymmetric(low, high, grid)
 
 
@@ -191,13 +187,13 @@ def _candidate(low: Tensor, high: Tensor, grid: Grid, ratio: Tensor) -> tuple[Te
         return _asymmetric(low * ratio, high * ratio, grid)
     # The entry of largest magnitude lands on qmin = -2^(b-1): a negative maximum takes a positive scale.
     extreme = torch.where(high > -low, high, low)
-    divisor = grid.qmin if grid.lopsided else _reach(grid)
-    return snap_scale(extreme * (ratio / divisor)), None
+    divisor = grid.qmin if grid.lopsided else grid.reach
+    return snap_scale(extreme * (ratio / divisor), grid), None
 
 
 def _asymmetric(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = snap_scale((high - low) / grid.qmax)
+    scale = snap_scale((high - low) / grid.qmax, grid)
     return scale, torch.round(-low / scale).clamp_(grid.qmin, grid.qmax)
 
 

@@ -144,7 +144,7 @@ class PackedModule(nn.Module):
         Raises:
             ValueError: for scales that bfloat16 does not hold: trained ones are kept on its grid.
         """
-        if not torch.equal(snap_scale(self.weight_scale.float()), self.weight_scale.float()):
+        if not torch.equal(snap_scale(self.weight_scale.float(), self.grid), self.weight_scale.float()):
             raise ValueError(
                 f"scales of {self.weight_scale.dtype} that bfloat16 does not hold cannot be trained further"
             )
@@ -163,7 +163,7 @@ class PackedModule(nn.Module):
         if self.log_scale is None:
             return self.weight_scale.float()
         group = self.columns // self.weight_scale.shape[1]
-        return scale_from_log(self.weight_scale.float(), self.log_scale, gradient_factor(group, self.grid))
+        return scale_from_log(self.weight_scale.float(), self.log_scale, gradient_factor(group, self.grid), self.grid)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight in `dtype`, bit-equal to QuantModule.quantized_weight; differentiable in log_scale."""

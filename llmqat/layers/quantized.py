@@ -175,8 +175,8 @@ class QuantModule(nn.Module):
             return self._dynamic_range(self.clip_ratio)
         assert self.initial_scale is not None
         if self.log_scale is None:
-            return snap_scale(self.initial_scale), self.zero_point
-        scale = scale_from_log(self.initial_scale, self.log_scale, self._gradient_factor)
+            return snap_scale(self.initial_scale, self.grid), self.zero_point
+        scale = scale_from_log(self.initial_scale, self.log_scale, self._gradient_factor, self.grid)
         if self.zero_point is None:
             return scale, None
         return scale, round_zero_point(self.zero_point, self.grid, self._gradient_factor)
@@ -280,7 +280,7 @@ class QuantModule(nn.Module):
 
     def _dynamic_range(self, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
         scale, zero_point = minmax_scale(self.matrix(), self.grid, self.scale_shape)
-        clipped = snap_scale(scale * ratio)
+        clipped = snap_scale(scale * ratio, self.grid)
         if zero_point is None:
             return clipped, None
         low = self.matrix().detach().reshape(clipped.numel(), -1).amin(-1).clamp(max=0).view(clipped.shape)

@@ -35,8 +35,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmqat.config import Config
-from llmqat.grid import quantize
-from llmqat.grid.integer import SCALE_FLOOR
+from llmqat.grid import SCALE_FLOOR, quantize
 from llmqat.layers import QuantModule
 from llmqat.train.trainer import group_of
 

@@ -20,7 +20,7 @@ def fresh() -> None:
 def _gradients(dtype: torch.dtype, columns: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(40, columns, generator=generator).requires_grad_()
-    scale = snap_scale(torch.randn(40, columns // 32, generator=generator) * 0.2).requires_grad_()
+    scale = snap_scale(torch.randn(40, columns // 32, generator=generator) * 0.2, Grid(4)).requires_grad_()
     out = fake_quantize(weight, scale, None, Grid(4), dtype)
     upstream = torch.randn(40, columns, generator=generator).to(dtype)
     return out, *torch.autograd.grad(out, (weight, scale), upstream)
@@ -34,7 +34,7 @@ def test_layers_of_all_shapes_share_one_kernel() -> None:
         before = graphs["unique_graphs"]
         for rows, columns, size in ((64, 64, 32), (128, 64, 32), (64, 128, 64), (33, 160, 16), (384, 96, 96)):
             weight = torch.randn(rows, columns, requires_grad=True)
-            scale = snap_scale(torch.rand(rows, columns // size)).requires_grad_()
+            scale = snap_scale(torch.rand(rows, columns // size), Grid(3)).requires_grad_()
             with torch.no_grad():
                 fake_quantize(weight, scale, None, Grid(3))
             fake_quantize(weight.view(-1).view(rows, columns), scale, None, Grid(3)).sum().backward()

@@ -125,7 +125,7 @@ def test_groups_are_told_apart_one_by_one() -> None:
 
 def test_a_group_with_few_levels_keeps_its_numbers() -> None:
     """Codes that have a common divisor are those of a coarser lattice: other codes, the same numbers."""
-    scale = snap_scale(torch.tensor([[0.013], [-0.7], [3.0]]))
+    scale = snap_scale(torch.tensor([[0.013], [-0.7], [3.0]]), Grid(4))
     weight = torch.tensor([[-8.0, 4, 0, 2], [6, 3, -3, 0], [0, 0, 5, 0]]).repeat(1, 8) * scale
     found, _, count = keep_lattice(weight.bfloat16(), Grid(4), *minmax_scale(weight, Grid(4), (3, 1)))
     assert count == 3

@@ -39,7 +39,7 @@ def test_search_finds_the_best_of_its_candidates_by_brute_force() -> None:
             extreme = w.flatten()[w.abs().argmax()]
 
             def cost(ratio: float, w: torch.Tensor = w, h: torch.Tensor = weights, e: torch.Tensor = extreme) -> float:
-                return float(_error(w, snap_scale((e * ratio / -4).view(1, 1)), None, grid, h).sum())
+                return float(_error(w, snap_scale((e * ratio / -4).view(1, 1), Grid(3)), None, grid, h).sum())
 
             far_apart = [sign * ratio for ratio in CLIP_RATIOS for sign in (1, -1)]
             best = min(far_apart, key=cost)
@@ -86,7 +86,8 @@ def test_percentiles_are_those_of_numpy_and_leave_ternary_its_mean() -> None:
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
     groups = weight.view(18, 32).numpy()
     scale, _ = percentile_scale(weight, Grid(4), (6, 3), 90)
-    assert torch.equal(scale.view(-1), snap_scale(torch.tensor(np.quantile(np.abs(groups), 0.9, axis=1) / 7).float()))
+    wanted = torch.tensor(np.quantile(np.abs(groups), 0.9, axis=1) / 7).float()
+    assert torch.equal(scale.view(-1), snap_scale(wanted, Grid(4)))
     scale, zero = percentile_scale(weight, Grid(4, symmetric=False), (6, 3), 90)
     low, high = np.quantile(groups, [0.05, 0.95], axis=1)
     assert torch.allclose(scale.view(-1), torch.tensor((high - low) / 15).float(), rtol=2**-7)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from llmqat import QATTrainer, QuantConfig, prepare
 from llmqat.calibrate import BlockwiseStage, RangesStage, calibrate
-from llmqat.grid.integer import SCALE_FLOOR
+from llmqat.grid import SCALE_FLOOR
 from llmqat.layers import QuantModule
 from llmqat.models import load_model
 from llmqat.train import MonitorSettings, QuantizationMonitor

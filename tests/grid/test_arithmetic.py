@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmqat.grid import (
+    SCALE_FLOOR,
     Grid,
     dequantize,
     fake_quantize,
@@ -23,7 +24,6 @@ from llmqat.grid import (
     snap_scale,
     stored_codes,
 )
-from llmqat.grid.integer import SCALE_FLOOR
 
 GRIDS = [Grid(bits, symmetric) for bits in range(2, 9) for symmetric in (True, False)]
 GRIDS += [Grid(2, levels="ternary"), Grid(2, levels="seq")]
@@ -35,7 +35,7 @@ def _case(
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, groups * size, generator=generator)
     # Scales of both signs, small enough that some weights are clipped.
-    scale = snap_scale(torch.randn(rows, groups, generator=generator) * 1.5 / grid.qmax)
+    scale = snap_scale(torch.randn(rows, groups, generator=generator) * 1.5 / grid.qmax, grid)
     zero = None
     if not grid.symmetric:
         scale = scale.abs()
@@ -212,7 +212,7 @@ def test_only_weight_and_scale_are_saved_for_the_backward() -> None:
 
 @given(st.floats(-(2.0**100), 2.0**100, width=32))
 def test_snapped_scale_is_bfloat16_and_above_the_floor(value: float) -> None:
-    snapped = snap_scale(torch.tensor([value]))
+    snapped = snap_scale(torch.tensor([value]), Grid(4))
     assert torch.equal(snapped, snapped.bfloat16().float())
     assert snapped.abs().item() >= SCALE_FLOOR
     if abs(value) > SCALE_FLOOR:
@@ -223,7 +223,7 @@ def test_snapped_scale_is_bfloat16_and_above_the_floor(value: float) -> None:
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_a_group_of_zeros_has_a_scale_from_which_training_can_leave_zero(zero: float) -> None:
-    assert snap_scale(torch.tensor([zero])).item() == torch.tensor(1e-5).bfloat16().item()
+    assert snap_scale(torch.tensor([zero]), Grid(4)).item() == torch.tensor(1e-5).bfloat16().item()
     for grid in (Grid(4), Grid(8, symmetric=False), Grid(2, levels="ternary")):
         weight = torch.full((2, 32), zero)
         for scale, zero_point in (minmax_scale(weight, grid, (2, 1)), search_scale(weight, grid, (2, 1))):
@@ -254,8 +254,8 @@ def test_small_weights_are_as_exact_as_others(grid: Grid, shape: tuple[int, int]
 
 def test_log_scale_moves_the_scale_relatively_and_keeps_its_sign() -> None:
     initial, theta = torch.tensor([[0.5, -0.5]]), torch.full((1, 2), 0.5, requires_grad=True)
-    scale = scale_from_log(initial, theta, gradient_factor=0.25)
-    assert torch.equal(scale, snap_scale(initial * torch.tensor(0.5).exp()))
+    scale = scale_from_log(initial, theta, gradient_factor=0.25, grid=Grid(4))
+    assert torch.equal(scale, snap_scale(initial * torch.tensor(0.5).exp(), Grid(4)))
     (gradient,) = torch.autograd.grad(scale.sum(), theta)
     # d(s0 exp(theta))/dtheta = s, times the factor; snapping is straight-through.
     assert torch.allclose(gradient, initial * torch.tensor(0.5).exp() * 0.25)

@@ -1,16 +1,13 @@
-"""The grids: weight = (code - zero_point + offset) * scale, and its fake-quantized form with gradients.
+"""Quantization: weight = (code - zero_point + offset) * scale, and its fake-quantized form with gradients.
 
 One number everywhere: training forward, evaluation and the packed file share the functions of this file, so a weight
 has the same value in all three, bit for bit. What makes that possible:
 
-- A scale is snapped to bfloat16 *inside* the forward (straight-through), so the trained scale is the stored one.
+- A scale is snapped to its grid *inside* the forward (scales.py), so the trained scale is the stored one.
 - code * scale is exact in float32 (8 bits times 8 bits of mantissa) and rounded once to the compute dtype.
 - The autograd Function saves the weight and the scale and recomputes the rest: no copy of the weight is kept.
 
-The symmetric grid uses the full range [-2^(b-1), 2^(b-1)-1] and its scale may be negative, so that the entry of
-largest magnitude can take the one extra code on either side. Two grids of 2 bits are not plain integers: "ternary" has
-the codes -1, 0, 1 (BitNet b1.58, 2402.17764), "seq" the levels -1.5, -0.5, 0.5, 1.5 (ParetoQ's stretched elastic
-quantization, 2502.02631), which is an offset of a half. The offset is 0 everywhere else.
+Which codes there are, and how a number is rounded to one, is for the `Grid` (levels.py) to say.
 
 Work is done in row chunks that stay in a core's cache: the arithmetic is a dozen elementwise passes, and done on a
 whole weight each of them would go through main memory.
@@ -21,119 +18,16 @@ the weight seen as [O, G, g]; one scale per channel is [O, 1], one per tensor is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmqat.grid.fused import FusedKernels, fused_kernels
+from llmqat.grid.levels import Grid
 
-Levels = Literal["integer", "ternary", "seq"]
-
-SCALE_FLOOR = 2.0**-100
-"""Smallest |scale|: far below any weight that matters, and far enough above bfloat16's smallest normal number (2^-126)
-that half of it, or the 64th part that a kernel needs, is exact too."""
-ZERO_SCALE = 1e-5
-"""Scale of a group whose weights are all zero: they are exact at any scale, and training can leave zero from here."""
-_STORED_ZERO_SCALE = float(torch.tensor(ZERO_SCALE, dtype=torch.bfloat16))
 _CHUNK_ELEMENTS = 65_536
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The set of codes of a scheme, and what they mean.
-
-    Attributes:
-        num_bits: bits a code, 2 to 8.
-        symmetric: True for signed codes around zero, False for unsigned codes with a zero point.
-        levels: "integer"; or, at 2 bits, "ternary" (-1, 0, 1) or "seq" (half-integers).
-    """
-
-    num_bits: int
-    symmetric: bool = True
-    levels: Levels = "integer"
-
-    def __post_init__(self) -> None:
-        """Raises ValueError when `num_bits` is not in 2..8, or the levels are not of such a grid."""
-        if not 2 <= self.num_bits <= 8:
-            raise ValueError(f"num_bits={self.num_bits} is not supported; choose 2 to 8")
-        if self.levels != "integer" and (self.num_bits != 2 or not self.symmetric):
-            raise ValueError(
-                f"levels={self.levels!r} with num_bits={self.num_bits}, symmetric={self.symmetric}; "
-                "these levels are a symmetric grid of 2 bits"
-            )
-
-    @property
-    def qmin(self) -> int:
-        """Smallest code."""
-        if self.levels == "ternary":
-            return -1
-        return -(2 ** (self.num_bits - 1)) if self.symmetric else 0
-
-    @property
-    def qmax(self) -> int:
-        """Largest code."""
-        return 2 ** (self.num_bits - 1) - 1 if self.symmetric else 2**self.num_bits - 1
-
-    @property
-    def offset(self) -> float:
-        """What a code lies below its level: a half for "seq", else 0."""
-        return 0.5 if self.levels == "seq" else 0.0
-
-    @property
-    def lopsided(self) -> bool:
-        """Whether the levels reach further on one side of zero, so that the sign of the scale matters."""
-        return self.symmetric and self.levels == "integer"
-
-    @property
-    def code_dtype(self) -> torch.dtype:
-        """Smallest integer dtype that holds every code."""
-        return torch.int8 if self.symmetric else torch.uint8
-
-
-def snap_scale(scale: Tensor) -> Tensor:
-    """Returns `scale` on the bfloat16 grid as float32, with a straight-through gradient.
-
-    Magnitudes below `SCALE_FLOOR` become the floor and keep their sign; 0 becomes `ZERO_SCALE`.
-    """
-    return _SnapScale.apply(scale)  # type: ignore[no-untyped-call]
-
-
-def gradient_factor(group: int, grid: Grid) -> float:
-    """Returns LSQ's 1/sqrt(g * qmax) for `group` weights a scale: one clip threshold then serves scales and weights."""
-    return 1.0 / math.sqrt(group * max(grid.qmax, 1))
-
-
-def scale_from_log(initial_scale: Tensor, log_scale: Tensor, gradient_factor: float) -> Tensor:
-    """Returns snap(initial_scale * exp(log_scale)), the scale that the forward uses.
-
-    A step of the optimizer on `log_scale` is a relative step of the scale, so one learning rate fits all models.
-
-    Args:
-        initial_scale: [O, G] float32, signed; where the scale starts.
-        log_scale: [O, G] float32; the learned theta, 0 at the start.
-        gradient_factor: multiplies theta's gradient; LSQ's 1/sqrt(g * qmax).
-
-    Source: LSQ (1902.08153) section 2.2 for the factor; exponential form so that the sign and positivity hold.
-    """
-    return snap_scale(initial_scale * torch.exp(_ScaleGradient.apply(log_scale.float(), gradient_factor)))  # type: ignore[no-untyped-call]
-
-
-def round_zero_point(zero_point: Tensor, grid: Grid, gradient_factor: float) -> Tensor:
-    """Returns the learned zero point [O, G] as the integers that the forward uses, straight-through.
-
-    Args:
-        zero_point: [O, G] float32, the trained parameter.
-        grid: the code range, which the integer is clipped to.
-        gradient_factor: multiplies the parameter's gradient; the scale's factor serves.
-
-    Source: LSQ+ (2004.09576) section 3, with the zero point as a code instead of a real offset.
-    """
-    factored = _ScaleGradient.apply(zero_point.float(), gradient_factor)  # type: ignore[no-untyped-call]
-    return _RoundZeroPoint.apply(factored, grid.qmin, grid.qmax)  # type: ignore[no-untyped-call]
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
@@ -151,7 +45,7 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
     codes = torch.empty(weight.shape, dtype=grid.code_dtype, device=weight.device)
     flat = codes.view(-1, _group_size(weight, scale))
     for rows, w, s, z in _chunks(weight, scale, zero_point):
-        flat[rows] = _rounded(w, s, z, grid.offset).clamp_(grid.qmin, grid.qmax).to(grid.code_dtype)
+        flat[rows] = _rounded(w, s, z, grid).clamp_(grid.qmin, grid.qmax).to(grid.code_dtype)
     return codes
 
 
@@ -216,39 +110,6 @@ def fake_quantize(
     return _FakeQuantize.apply(weight, scale, zero_point, grid, dtype or weight.dtype)  # type: ignore[no-untyped-call]
 
 
-class _SnapScale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scale: Tensor) -> Tensor:
-        snapped = scale.to(torch.bfloat16).float()
-        small = torch.full_like(snapped, SCALE_FLOOR).copysign_(snapped).masked_fill_(scale == 0, _STORED_ZERO_SCALE)
-        return torch.where(snapped.abs() < SCALE_FLOOR, small, snapped)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
-
-
-class _RoundZeroPoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        return zero_point.round().clamp_(qmin, qmax)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
-
-
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -263,7 +124,7 @@ class _FakeQuantize(torch.autograd.Function):
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         flat = out.view(-1, _group_size(weight, scale))
         for rows, w, s, z in _chunks(weight, scale, zero_point):
-            q = _rounded(w, s, z, grid.offset).clamp_(grid.qmin, grid.qmax)
+            q = _rounded(w, s, z, grid).clamp_(grid.qmin, grid.qmax)
             torch.mul(_levels(q, z, grid.offset), s, out=flat[rows])
         return out
 
@@ -286,7 +147,7 @@ class _FakeQuantize(torch.autograd.Function):
         for rows, w, s, z in _chunks(weight, scale, zero_point):
             g = flat_grad[rows].float()
             v = w / s
-            r = (v - grid.offset).round_() if grid.offset else v.round()
+            r = grid.rounded(v)
             if z is not None:
                 r += z
             q = r.clamp(grid.qmin, grid.qmax)
@@ -326,11 +187,8 @@ def _group_size(weight: Tensor, scale: Tensor) -> int:
     return weight.numel() // scale.numel()
 
 
-def _rounded(w: Tensor, s: Tensor, z: Tensor | None, offset: float) -> Tensor:
-    v = w / s
-    if offset:
-        v -= offset
-    v.round_()
+def _rounded(w: Tensor, s: Tensor, z: Tensor | None, grid: Grid) -> Tensor:
+    v = grid.round_(w / s)
     return v if z is None else v.add_(z)
 
 

@@ -1,0 +1,100 @@
+"""The scales of groups of weights, the grid that they lie on, which is bfloat16, and zero points.
+
+A scale is snapped to its grid *inside* the forward (straight-through), so the trained scale is the stored one.
+
+Letters: O out features, G scales per row, g weights per scale.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmqat.grid.levels import Grid
+
+SCALE_FLOOR = 2.0**-100
+"""Smallest |scale|: far below any weight that matters, and far enough above bfloat16's smallest normal number (2^-126)
+that half of it, or the 64th part that a kernel needs, is exact too."""
+ZERO_SCALE = 1e-5
+"""Scale of a group whose weights are all zero: they are exact at any scale, and training can leave zero from here."""
+_STORED_ZERO_SCALE = float(torch.tensor(ZERO_SCALE, dtype=torch.bfloat16))
+
+
+def snap_scale(scale: Tensor, grid: Grid) -> Tensor:
+    """Returns `scale` on the grid that scales of `grid` lie on, as float32, with a straight-through gradient.
+
+    Magnitudes below `SCALE_FLOOR` become the floor and keep their sign; 0 becomes `ZERO_SCALE`.
+    """
+    return _SnapScale.apply(scale, grid)  # type: ignore[no-untyped-call]
+
+
+def gradient_factor(group: int, grid: Grid) -> float:
+    """Returns LSQ's 1/sqrt(g * Q_P) for `group` weights a scale: one clip threshold then serves scales and weights."""
+    return 1.0 / math.sqrt(group * grid.steps)
+
+
+def scale_from_log(initial_scale: Tensor, log_scale: Tensor, gradient_factor: float, grid: Grid) -> Tensor:
+    """Returns snap(initial_scale * exp(log_scale)), the scale that the forward uses.
+
+    A step of the optimizer on `log_scale` is a relative step of the scale, so one learning rate fits all models.
+
+    Args:
+        initial_scale: [O, G] float32, signed; where the scale starts.
+        log_scale: [O, G] float32; the learned theta, 0 at the start.
+        gradient_factor: multiplies theta's gradient; LSQ's 1/sqrt(g * Q_P).
+        grid: says what scales are snapped to.
+
+    Source: LSQ (1902.08153) section 2.2 for the factor; exponential form so that the sign and positivity hold.
+    """
+    factored = _ScaleGradient.apply(log_scale.float(), gradient_factor)  # type: ignore[no-untyped-call]
+    return snap_scale(initial_scale * torch.exp(factored), grid)
+
+
+def round_zero_point(zero_point: Tensor, grid: Grid, gradient_factor: float) -> Tensor:
+    """Returns the learned zero point [O, G] as the integers that the forward uses, straight-through.
+
+    Args:
+        zero_point: [O, G] float32, the trained parameter.
+        grid: the code range, which the integer is clipped to.
+        gradient_factor: multiplies the parameter's gradient; the scale's factor serves.
+
+    Source: LSQ+ (2004.09576) section 3, with the zero point as a code instead of a real offset.
+    """
+    factored = _ScaleGradient.apply(zero_point.float(), gradient_factor)  # type: ignore[no-untyped-call]
+    return _RoundZeroPoint.apply(factored, grid.qmin, grid.qmax)  # type: ignore[no-untyped-call]
+
+
+class _SnapScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, grid: Grid) -> Tensor:
+        snapped = scale.to(torch.bfloat16).float()
+        small = torch.full_like(snapped, SCALE_FLOOR).copysign_(snapped).masked_fill_(scale == 0, _STORED_ZERO_SCALE)
+        return torch.where(snapped.abs() < SCALE_FLOOR, small, snapped)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+class _RoundZeroPoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        return zero_point.round().clamp_(qmin, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
