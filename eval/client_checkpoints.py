@@ -298,7 +298,10 @@ def _quantize(source: Source, variant: Variant, folder: Path) -> None:
     spec = SPEC if source.name == REAL else str(source.folder / ORIGINAL_FOLDER)
     model, tokenizer = load_model(spec)
     config = variant.config
-    if config.weights.num_bits < CALIBRATED_BELOW:
+    inputs = config.input_activations
+    if inputs is not None and inputs.calibrated:
+        calibrate(model, config, [RangesStage(method="mse")], torch.tensor(source.windows), seed=0)
+    elif config.weights.num_bits < CALIBRATED_BELOW:
         calibrate(model, config, [RangesStage(method="mse")], None, seed=0)
     else:
         prepare(model, config)

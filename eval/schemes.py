@@ -43,6 +43,11 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "w4a8, smoothed": ("quant={preset: w4a8}", "calibrate=[smooth, ranges]"),
     "w4a8kv8": ("quant={preset: w4a8kv8}",),
     "w4a8kv4": ("quant={preset: w4a8kv4}",),
+    "fp8": ("quant={preset: fp8}", *GENTLE),
+    "nvfp4": ("quant={preset: nvfp4}",),
+    "nvfp4a16": ("quant={preset: nvfp4a16}",),
+    "mxfp4": ("quant={preset: mxfp4}",),
+    "mxfp4a16": ("quant={preset: mxfp4a16}",),
     "int8, kv4": (
         "quant={preset: int8, kv_cache: {key: {num_bits: 4, symmetric: false, group_size: 32}, "
         "value: {num_bits: 4, symmetric: false, group_size: 32}}}",

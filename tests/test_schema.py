@@ -58,7 +58,7 @@ def test_a_shipped_recipe_fits_as_it_is_and_as_a_run_records_it(path: Path):
     "override",
     [
         *("lr=1e-4", "seed=many", "teacher_bits=3", "serve=tgi", "serve=[vllm, tgi]", "lora={rank: 8}"),
-        *("quant=int9", "quant.preset=fp8", "quant.num_bits=9", "quant={num_bist: 3}", "quant.embeddings=int3"),
+        *("quant=int9", "quant.preset=fp6", "quant.num_bits=9", "quant={num_bist: 3}", "quant.embeddings=int3"),
         *("quant.kv_cache={key: {bits: 4}}", "quant.overrides={down: {weight: {num_bits: 8}}}"),
         *("data.source=txt", "data.block_sise=32", "data.packing=tight", "data.mix=[{source: pidoc}]"),
         *("calibrate=[gtpq]", "calibrate=gptq", "calibrate=[{stage: gptq, damp: 1}]", "calibrate=[{rounds: 1}]"),
@@ -93,7 +93,20 @@ def test_every_word_that_the_schema_offers_is_taken(place: str, many: bool):
 
 @pytest.mark.parametrize(
     "name",
-    [*PRESETS, "int5", "W4A16", "4bit", "8 bits", "int8-g128", "w4a8kv8_g64", "Q4_0", "W4A16_ASYM", "ternary g32"],
+    [
+        *PRESETS,
+        "int5",
+        "W4A16",
+        "4bit",
+        "8 bits",
+        "int8-g128",
+        "w4a8kv8_g64",
+        "Q4_0",
+        "W4A16_ASYM",
+        "ternary g32",
+        "NVFP4A16",
+        "w4afp8-g128",
+    ],
 )
 def test_the_schema_takes_the_names_that_schemes_have(name: str):
     VALIDATOR.validate(changed(quant=name))

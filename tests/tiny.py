@@ -20,6 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from llmqat.layers import PRESETS, ActivationQuantizer
+
 VOCAB_SIZE = 384
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -279,3 +281,18 @@ def tiny_of_class(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     model_type, kind, shape = CLASSES[name]
     return _sharpened(getattr(transformers, kind)(AutoConfig.for_model(model_type, **{**shape, **changes})))
+
+
+def regrouped(preset: str, size: int) -> dict[str, Any]:
+    """Changes of a preset for groups of `size`, which fit the tiny models; none where its groups are fixed."""
+    weights = PRESETS[preset]["weights"]
+    own = weights["strategy"] == "channel" or weights.get("scale_dtype", "bfloat16") != "bfloat16"
+    return {} if own else {"group_size": size}
+
+
+def with_ranges(model: PreTrainedModel, number: float = 0.1) -> PreTrainedModel:
+    """Gives `model` some calibrated input ranges, where it is to have any."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer) and module.config.calibrated:
+            (module.scale if module.global_scale is None else module.global_scale).fill_(number)
+    return model

@@ -58,11 +58,11 @@ def calibrate_activations(model: nn.Module, blocks: Tensor | Rows, batch_size: i
 
 
 def static_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """Returns the linear layers of `model` whose input has a static range, by name."""
+    """Returns the linear layers of `model` whose input has a static range or NVFP4's global scale, by name."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantLinear) and module.input_quantizer is not None and not _config(module).dynamic
+        if isinstance(module, QuantLinear) and module.input_quantizer is not None and _config(module).calibrated
     }
 
 
@@ -122,9 +122,9 @@ def _from_histogram(config: ActivationConfig, full: Range, counts: Tensor) -> Ra
     best, least = full, float("inf")
     for ratio in CLIP_RATIOS:
         scale, zero_point = range_parameters(
-            torch.tensor(low * ratio).double(), torch.tensor(high * ratio).double(), config.num_bits, config.symmetric
+            torch.tensor(low * ratio).double(), torch.tensor(high * ratio).double(), config.grid
         )
-        rounded = row_values(row_codes(centres, scale, zero_point, config.num_bits), scale, zero_point)
+        rounded = row_values(row_codes(centres, scale, zero_point, config.grid), scale, zero_point)
         error = float(torch.dot((rounded - centres).square(), counts))
         if error < least:
             best, least = (low * ratio, high * ratio), error

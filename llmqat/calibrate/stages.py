@@ -141,7 +141,10 @@ def check_stages(stages: Sequence[Stage], quant: QuantConfig) -> None:
     if len(set(folds)) < len(folds):
         raise ValueError(f"calibrate={names}: rotate and smooth are done once each")
     if _has_static_inputs(quant) and "ranges" not in names:
-        raise ValueError(f"calibrate={names}: static input ranges are set by the stage ranges; add it")
+        raise ValueError(
+            f"calibrate={names}: input ranges that text decides are set by the stage ranges; add it, or on the command "
+            "line take another --method than rtn"
+        )
     walks = [index for index, stage in enumerate(stages) if isinstance(stage, (GPTQStage, BlockwiseStage))]
     if _has_static_inputs(quant) and walks and walks[0] < names.index("ranges"):
         raise ValueError(
@@ -185,7 +188,7 @@ def _check_bits(stages: Sequence[Stage], least: int) -> None:
 
 def _has_static_inputs(quant: QuantConfig) -> bool:
     inputs = [quant.input_activations, *(entry.input_activations for entry in quant.overrides.values() if entry)]
-    return any(isinstance(entry, ActivationConfig) and not entry.dynamic for entry in inputs)
+    return any(isinstance(entry, ActivationConfig) and entry.calibrated for entry in inputs)
 
 
 # The calibration
@@ -327,7 +330,7 @@ class _Calibration:
 def _lacks_input_ranges(model: nn.Module) -> bool:
     """Returns whether a static input range is not set yet, so that the model cannot run."""
     quantizers = (layer.input_quantizer for layer in static_layers(model).values())
-    return any(quantizer is not None and bool(quantizer.scale.isnan().any()) for quantizer in quantizers)  # type: ignore[union-attr]
+    return any(quantizer is not None and not quantizer.is_calibrated for quantizer in quantizers)
 
 
 # What each stage does: (seconds of earlier starts, facts by block or layer)

@@ -36,7 +36,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -49,13 +49,27 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.export.experts import single_experts, stacked
+from llmqat.export.forms import (
+    FORMS,
+    PLAIN_FORMAT,
+    form_of,
+    global_scales,
+    input_args,
+    input_config,
+    runs_inputs,
+    scale_in_memory,
+    shapes_on_disk,
+    stored_scheme,
+    tensors_on_disk,
+    weight_args,
+    weight_config,
+)
 from llmqat.export.names import in_model
 from llmqat.export.stock import ONLY_HERE, StockTrial, try_tensors
 from llmqat.files import write_whole
-from llmqat.grid import Grid, pack_int32, unpack_int32
+from llmqat.grid import Grid, pack_int32
 from llmqat.kernels import FileMappings
 from llmqat.layers import (
-    ActivationConfig,
     KVCacheConfig,
     LayerScheme,
     PackedEmbedding,
@@ -78,14 +92,10 @@ from llmqat.layers import (
 )
 from llmqat.layers.attention import IMPLEMENTATION_PREFIX
 from llmqat.layers.buffers import make_buffers
-from llmqat.layers.config import Observer
 from llmqat.layers.embedding import embedding_multiplier
 from llmqat.models import check_safetensors, class_of, empty_model, shortened, weight_files, write_shards
 
 QUANT_METHOD = "compressed-tensors"
-PACKED_FORMAT = "pack-quantized"
-PLAIN_FORMAT = "int-quantized"
-"""int8 codes, not packed."""
 MIXED_FORMAT = "mixed-precision"
 """What the format of a whole checkpoint is called where its groups have several."""
 KV_KEY = "llmqat_kv_cache"
@@ -94,9 +104,18 @@ STACKED_KEY = "llmqat_stacked"
 
 _BESIDE = ("version", "sparsity_config", "transform_config", "dequantize", "run_compressed")
 """Keys of a `quantization_config` that do not belong to compressed-tensors' own QuantizationConfig."""
-_INPUT_NAMES = {"input_quantizer.scale": "input_scale", "input_quantizer.zero_point": "input_zero_point"}
-"""Names of static input ranges: in the module, on disk."""
-_SCALES = (".weight_scale", ".input_quantizer.scale")
+_INPUT_NAMES = {
+    "input_quantizer.scale": "input_scale",
+    "input_quantizer.zero_point": "input_zero_point",
+    "input_quantizer.global_scale": "input_global_scale",
+}
+"""Names of calibrated input ranges: in the module, on disk."""
+_INPUT_DTYPES = {"input_quantizer.zero_point": torch.int8, "input_quantizer.global_scale": torch.float32}
+"""What they are stored as, where that is not the checkpoint's dtype."""
+_OF_THE_WEIGHT = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_SCALES = (".weight_scale", ".input_quantizer.scale", ".input_quantizer.global_scale")
+_STRATEGIES = {"int": ("group", "channel"), "float": ("group", "channel", "tensor_group", "tensor")}
+"""What a scale of weights may govern."""
 _NEIGHBOURHOOD = 65_536
 """Bytes that Linux maps of a file when one of them is touched: a small norm would keep its neighbours in memory."""
 
@@ -135,20 +154,18 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype, int_quantized: bool 
     """
     state: dict[str, Tensor] = {}
     layers = dict(quantized_layers(model))
+    shared = global_scales(layers)
     for name, layer in layers.items():
         check_packable(name, layer, dtype)
         if (bias := getattr(layer, "bias", None)) is not None:
             check_held(f"{name}.bias", bias, dtype)
         packed = layer if isinstance(layer, PackedModule) else packed_form(layer, dtype)
-        tensors = packed.state_dict()
-        if form_of(stored_scheme(layer), int_quantized) == PLAIN_FORMAT:
-            del tensors["weight_shape"]
-            tensors["weight"] = unpack_int32(tensors.pop("weight_packed"), packed.grid, packed.columns)
-        elif packed.weight_packed.dtype == torch.int8:
-            tensors["weight_packed"] = pack_int32(packed.weight_packed, packed.grid)
-        for key, tensor in tensors.items():
-            stored = tensor.to(torch.int8) if key == "input_quantizer.zero_point" else tensor
-            state[f"{name}.{_INPUT_NAMES.get(key, key)}"] = _for_disk(stored, dtype)
+        form = form_of(stored_scheme(layer), int_quantized)
+        own = tensors_on_disk(name, packed, form, dtype, shared.get(name))
+        for key, tensor in packed.state_dict().items():
+            if key not in _OF_THE_WEIGHT:
+                own[_INPUT_NAMES.get(key, key)] = tensor.to(_INPUT_DTYPES.get(key, dtype))
+        state |= {f"{name}.{leaf}": tensor.detach().cpu().contiguous() for leaf, tensor in own.items()}
     for name, owner, kept in _unpacked(model, layers, dtype):
         if isinstance(owner, nn.Parameter):
             check_held(name, owner, kept)
@@ -169,19 +186,12 @@ def packed_shapes(model: nn.Module, dtype: torch.dtype, int_quantized: bool = Fa
     layers = dict(quantized_layers(model))
     for name, layer in layers.items():
         scheme = stored_scheme(layer)
-        weights, inputs, plain = scheme.weights, scheme.input_activations, form_of(scheme, int_quantized)
-        rows, groups = weights.scale_shape(layer.rows, layer.columns, name)
-        own: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_scale": ((rows, groups), dtype)}
-        if plain == PLAIN_FORMAT:
-            own["weight"] = (layer.rows, layer.columns), torch.int8
-        else:
-            own["weight_packed"] = (layer.rows, -(-layer.columns * weights.num_bits // 32)), torch.int32
-            own["weight_shape"] = (2,), torch.int64
-        if not weights.symmetric:
-            own["weight_zero_point"] = (-(-layer.rows * weights.num_bits // 32), groups), torch.int32
+        inputs, own = scheme.input_activations, dict(shapes_on_disk(layer, form_of(scheme, int_quantized), dtype, name))
         if (bias := getattr(layer, "bias", None)) is not None:
             own["bias"] = tuple(bias.shape), dtype
-        if inputs is not None and not inputs.dynamic:
+        if inputs is not None and inputs.calibrated and inputs.dynamic:
+            own["input_global_scale"] = (1,), torch.float32
+        elif inputs is not None and inputs.calibrated:
             own["input_scale"] = (1,), dtype
             if not inputs.symmetric:
                 own["input_zero_point"] = (1,), torch.int8
@@ -240,8 +250,8 @@ def quantization_config(model: nn.Module, int_quantized: bool = False) -> dict[s
     groups = {
         f"group_{index}": QuantizationScheme(
             targets=["Linear"] if by_class else names,
-            weights=_quantization_args(scheme.weights),
-            input_activations=_input_args(scheme.input_activations),
+            weights=weight_args(scheme.weights),
+            input_activations=input_args(scheme.input_activations),
             format=form_of(scheme, int_quantized),
         )
         for index, (scheme, names) in enumerate(members.items())
@@ -275,50 +285,6 @@ def tell_others(folder: Path, trial: StockTrial) -> None:
     else:
         return
     write_whole(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def stored_scheme(layer: QuantModule | PackedModule) -> LayerScheme:
-    """Returns the scheme on disk."""
-    quantizer = getattr(layer, "input_quantizer", None)
-    return LayerScheme(weights=layer.weights.stored, input_activations=None if quantizer is None else quantizer.config)
-
-
-def form_of(scheme: LayerScheme, int_quantized: bool) -> str:
-    """Returns how the weights of a stored scheme lie on disk.
-
-    Source: `_is_dynamic_token_w8a8`, `_is_static_tensor_w8a8`, `_is_dynamic_token_w4a8_int` and `_is_wNaM_int` of
-    vLLM's `compressed_tensors.py`.
-    """
-    weights, inputs = scheme.weights, scheme.input_activations
-    if inputs is None or inputs.num_bits != 8 or not weights.symmetric:
-        return PACKED_FORMAT
-    if weights.num_bits == 8 and weights.strategy == "channel":
-        return PLAIN_FORMAT
-    return PLAIN_FORMAT if int_quantized and weights.num_bits == 4 and inputs.dynamic else PACKED_FORMAT
-
-
-def _quantization_args(weights: WeightConfig) -> QuantizationArgs:
-    return QuantizationArgs(
-        num_bits=weights.num_bits,
-        type="int",
-        symmetric=weights.symmetric,
-        strategy=weights.strategy,
-        group_size=weights.group_size,
-        dynamic=False,
-    )
-
-
-def _input_args(config: ActivationConfig | None) -> QuantizationArgs | None:
-    if config is None:
-        return None
-    return QuantizationArgs(
-        num_bits=config.num_bits,
-        type="int",
-        symmetric=config.symmetric,
-        strategy=config.strategy,
-        dynamic=config.dynamic,
-        observer=None if config.dynamic else config.observer,
-    )
 
 
 def _config_of(model: PreTrainedModel, dtype: torch.dtype, int_quantized: bool) -> PreTrainedConfig:
@@ -446,23 +412,27 @@ def _take_beside(described: dict[str, Any], folder: Path) -> None:
 def _unsupported(scheme: QuantizationScheme, config: QuantizationConfig) -> str | None:
     weights, form = scheme.weights, scheme.format or config.format
     checks = (
-        (form in (PACKED_FORMAT, PLAIN_FORMAT), f"format {form!r} (not {PACKED_FORMAT!r} or {PLAIN_FORMAT!r})"),
+        (form in FORMS, f"format {form!r} (not {', '.join(FORMS)})"),
         (config.quantization_status == QuantizationStatus.COMPRESSED, f"status {config.quantization_status!r}"),
         (config.kv_cache_scheme is None, "a quantized KV cache"),
         (scheme.output_activations is None, "quantized output activations"),
-        (_runs_inputs(scheme.input_activations), "inputs that are neither integers per token nor per tensor"),
-        (weights is not None and weights.type == "int", "weights that are not integers"),
         (weights is not None and 2 <= weights.num_bits <= 8, "weights of fewer than 2 or more than 8 bits"),
-        (weights is not None and weights.strategy in ("group", "channel"), "weights not scaled by group or channel"),
+        (
+            weights is not None and weights.strategy in _STRATEGIES[weights.type],
+            "weights not scaled by group or channel",
+        ),
+        (
+            runs_inputs(scheme.input_activations),
+            "inputs scaled neither by token, by group nor by tensor as llmqat does",
+        ),
     )
-    return next((reason for holds, reason in checks if not holds), None)
-
-
-def _runs_inputs(inputs: QuantizationArgs | None) -> bool:
-    if inputs is None:
-        return True
-    kind = (inputs.strategy, inputs.dynamic)
-    return inputs.type == "int" and 2 <= inputs.num_bits <= 8 and kind in (("token", True), ("tensor", False))
+    found = next((reason for holds, reason in checks if not holds), None)
+    if found is None:
+        try:
+            weight_config(weights)
+        except ValueError:
+            return f"weights of a format ({weights.num_bits} bits, {weights.type}, groups of {weights.group_size})"
+    return found
 
 
 def _check_plausible(config: PreTrainedConfig, folder: Path, entries: int) -> None:
@@ -517,7 +487,7 @@ def _install(
     stacks = {name: entry.transposed for name, entry in linear_maps(model).items() if entry.stacked} | dict(unmarked)
     singles = single_experts(model, stored, {name: layout for name, layout in stacks.items() if name not in schemes})
     configs = {
-        target: (_weight_config(scheme.weights), _activation_config(scheme.input_activations))
+        target: (weight_config(scheme.weights), input_config(scheme.input_activations))
         for target, scheme in schemes.items()
     }
     plain = {target for target, scheme in schemes.items() if _holds_int8(scheme, config)}
@@ -585,22 +555,6 @@ def _install_embedding(
         install(model, head, TiedHead(packed, getattr(model.get_submodule(head), "bias", None)))
 
 
-def _weight_config(weights: QuantizationArgs) -> WeightConfig:
-    return WeightConfig(
-        num_bits=weights.num_bits,
-        symmetric=weights.symmetric,
-        strategy=weights.strategy,
-        group_size=weights.group_size if weights.strategy == "group" else None,
-    )
-
-
-def _activation_config(inputs: QuantizationArgs | None) -> ActivationConfig | None:
-    if inputs is None:
-        return None
-    known = {} if inputs.dynamic or inputs.observer not in get_args(Observer) else {"observer": inputs.observer}
-    return ActivationConfig(num_bits=inputs.num_bits, symmetric=inputs.symmetric, dynamic=bool(inputs.dynamic), **known)
-
-
 def _read_tensors(folder: Path) -> dict[str, tuple[Tensor, Path]]:
     """Returns every tensor of the folder's safetensors by name, mapped from the file that is given beside it."""
     tensors: dict[str, tuple[Tensor, Path]] = {}
@@ -625,7 +579,12 @@ def _repacked(model: nn.Module, tensors: dict[str, tuple[Tensor, Path]]) -> dict
     """
     found = dict(tensors)
     for name, layer in quantized_layers(model):
-        if not isinstance(layer, PackedModule) or f"{name}.weight" not in found or f"{name}.weight_packed" in found:
+        if not isinstance(layer, PackedModule):
+            continue
+        if layer.grid.levels == "float":
+            _take_floats(name, layer, found)
+            continue
+        if f"{name}.weight" not in found or f"{name}.weight_packed" in found:
             continue
         codes, path = found.pop(f"{name}.weight")
         grid = Grid(layer.weights.num_bits)  # codes are around zero in this format, those with zero points as well
@@ -640,6 +599,33 @@ def _repacked(model: nn.Module, tensors: dict[str, tuple[Tensor, Path]]) -> dict
             raise ValueError(f"{path}: {name}: {error}") from error
         found[f"{name}.weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64), path
     return found
+
+
+def _take_floats(name: str, layer: PackedModule, found: dict[str, tuple[Tensor, Path]]) -> None:
+    """Puts codes and scales of a float format, as they lie on disk, in the form that the layer holds them in.
+
+    Raises:
+        ValueError: a code is not a number, or a scale is none that bfloat16 holds; names it.
+    """
+    if f"{name}.weight" in found:
+        found[f"{name}.weight_packed"] = found.pop(f"{name}.weight")
+    codes, path = found.get(f"{name}.weight_packed", (None, None))
+    if codes is None or path is None or f"{name}.weight_scale" not in found:
+        return  # which is told as missing
+    if codes.dtype == torch.float8_e4m3fn and bool(codes.float().isnan().any()):
+        raise ValueError(f"{path}: {name} has codes that are not a number")
+    stored, place = found[f"{name}.weight_scale"]
+    shared, _ = found.pop(f"{name}.weight_global_scale", (None, None))
+    scale = scale_in_memory(stored, shared, layer.grid)
+    if not torch.equal(scale.bfloat16().float(), scale):
+        raise ValueError(
+            f"{place}: {name} has scales that bfloat16 does not hold (its weight_global_scale is no power of two), "
+            "which llmqat does not run; load it with transformers' AutoModelForCausalLM.from_pretrained"
+        )
+    if scale.numel() == 1:
+        scale = scale.reshape(1, 1).expand(layer.rows, 1)
+    found[f"{name}.weight_scale"] = scale.to(layer.weight_scale.dtype).contiguous(), place
+    found[f"{name}.weight_shape"] = torch.tensor([layer.rows, layer.columns], dtype=torch.int64), path
 
 
 def _int8_matrix(values: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llmqat.export.compressed_tensors import PACKED_FORMAT, form_of, quantized_layers, stored_scheme
+from llmqat.export.compressed_tensors import quantized_layers
+from llmqat.export.forms import PACKED_FORMAT, form_of, stored_scheme, weight_config
 from llmqat.export.stock import StockTrial
 from llmqat.export.text_part import text_part
 from llmqat.layers import (
@@ -29,6 +31,7 @@ from llmqat.layers import (
     QuantExperts,
     QuantModule,
     TiedHead,
+    WeightConfig,
     kv_scheme,
     linear_maps,
 )
@@ -67,6 +70,12 @@ class DescribedLayer:
     def per_scale(self) -> int:
         """Columns that share a scale."""
         return self.scheme.weights.group_size or self.columns
+
+    @property
+    def has_floats(self) -> bool:
+        """Whether its weights or its inputs are floats."""
+        inputs = self.scheme.input_activations
+        return self.scheme.weights.levels == "float" or (inputs is not None and inputs.levels == "float")
 
     @property
     def label(self) -> str:
@@ -199,22 +208,22 @@ def _stored_forms(model: PreTrainedModel) -> dict[tuple[Any, ...], str]:
     if not isinstance(described, dict):
         return {}
     return {
-        _key(group["weights"]["num_bits"], group["weights"].get("group_size"), group.get("input_activations")): (
+        _key(weight_config(QuantizationArgs(**group["weights"])), group.get("input_activations")): (
             group.get("format") or described.get("format", PACKED_FORMAT)
         )
         for group in described.get("config_groups", {}).values()
     }
 
 
-def _key(num_bits: int, group_size: int | None, inputs: object | None) -> tuple[Any, ...]:
-    return num_bits, group_size or None, inputs is not None
+def _key(weights: WeightConfig, inputs: object | None) -> tuple[Any, ...]:
+    return weights, inputs is not None
 
 
 def _layers(model: PreTrainedModel, int_quantized: bool | None) -> Iterator[DescribedLayer]:
     head, forms = end_of(model, "get_output_embeddings"), {} if int_quantized is not None else _stored_forms(model)
     for name, layer in quantized_layers(model):
         scheme = stored_scheme(layer)
-        key = _key(scheme.weights.num_bits, scheme.weights.group_size, scheme.input_activations)
+        key = _key(scheme.weights, scheme.input_activations)
         form = forms.get(key, form_of(scheme, bool(int_quantized)))
         kind = "head" if layer is head else _kind(layer)
         yield DescribedLayer(name, kind, scheme, layer.rows, layer.columns, form)

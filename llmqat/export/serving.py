@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmqat.export import vllm
-from llmqat.export.compressed_tensors import PLAIN_FORMAT
 from llmqat.export.description import ModelDescription, mixed_product, product_rows, together
+from llmqat.export.forms import PLAIN_FORMAT
 from llmqat.export.gguf import check_gguf
 from llmqat.export.gptq import WIDTHS, check_gptq
 from llmqat.export.onnx import check_onnx
@@ -162,6 +162,10 @@ def _vllm_cpu(description: ModelDescription) -> Finding:
 def _sglang(description: ModelDescription) -> Finding:
     """Source: SGLang's `compressed_tensors.py`, `compressed_tensors_wNa16.py` and `compressed_tensors_w8a8_int8.py`."""
     basis = f"read in {SGLANG}, not run"
+    floats = next((layer for layer in description.layers if layer.has_floats), None)
+    if floats is not None:
+        reason = f"{floats.name} ({floats.label}): what it does with floats was not looked at"
+        return Finding(reason, "compressed_tensors.py", basis="not read")
     if reason := next(_why_not_sglang(description), ""):
         return Finding(reason, "compressed_tensors.py", basis=basis)
     inputs = [layer.scheme.input_activations for layer in description.layers if layer.scheme.input_activations]
@@ -423,9 +427,10 @@ def proposals(description: ModelDescription, clients: Sequence[str], quant: Quan
 
 
 def _candidates() -> Iterator[Proposal]:
-    for preset in PRESETS:
+    for preset, fields in PRESETS.items():
         yield Proposal(preset)
-        for group in (0, *GROUPS):
+        weights = QuantConfig(**dict(fields)).weights
+        for group in (0, *GROUPS) if weights.scale_dtype == "bfloat16" else ():  # others have groups of their own
             yield Proposal(preset, group)
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from llmqat.export.compressed_tensors import packed_state_dict, quantized_layers
 from llmqat.export.description import ModelDescription
 from llmqat.export.settings import KEPT
-from llmqat.grid import dequantize, unpack_int32
+from llmqat.grid import dequantize, unpack_codes, unpack_int32
 from llmqat.layers import PackedModule, QuantModule, WeightConfig
 
 
@@ -47,7 +47,7 @@ class StoredWeight:
 
     def codes(self) -> Tensor:
         """Returns the codes [O, I]: int8 around zero, or uint8 with a zero point."""
-        return unpack_int32(self.packed, self.scheme.grid, self.layer.columns)
+        return unpack_codes(self.packed, self.scheme.grid, self.layer.columns)
 
     def zero_point(self) -> Tensor | None:
         """Returns the zero points [O, G], uint8, or None where symmetric."""
@@ -99,10 +99,11 @@ def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, StoredWeight], dic
 
 
 def check_weights_only(description: ModelDescription, format: str) -> None:
-    """Raises where a model quantizes more than matrices of two dimensions, which `format` cannot say.
+    """Raises where a model quantizes more than matrices of integers, which `format` cannot say.
 
     Raises:
-        ValueError: inputs or the KV cache are quantized, or stacked experts are, or nothing is.
+        ValueError: inputs or the KV cache are quantized, weights are floats, stacked experts are quantized, or nothing
+            is.
     """
     if not description.layers:
         raise ValueError(
@@ -113,6 +114,11 @@ def check_weights_only(description: ModelDescription, format: str) -> None:
         if layer.scheme.input_activations is not None:
             raise ValueError(
                 f"{layer.name} has quantized inputs, which {format} cannot say; export it as compressed-tensors"
+            )
+        if layer.scheme.weights.levels == "float":
+            raise ValueError(
+                f"{layer.name} has floats ({layer.scheme.weights.label}), and {format} is written from integers here; "
+                "quantize the model to integers, such as int4-g32, or keep the compressed-tensors checkpoint"
             )
         if layer.kind == "experts":
             raise ValueError(f"{layer.name} are stacked experts, which are not written to {format} here")

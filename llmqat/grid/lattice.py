@@ -91,15 +91,14 @@ def _recognized(w: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor, Tensor]]:
     reach = max(-grid.qmin - grid.offset, grid.qmax + grid.offset) * (1 + 2 * ROUNDING * _SLACK)
     left = (largest > 0).nonzero().squeeze(1)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    level = 1.0 - grid.offset  # of the smallest weight
-    while True:
+    for level in grid.distances:  # of the smallest weight
         left = left[largest[left] * level <= reach * smallest[left]]
         if not len(left):
-            return parts
+            break
         kept, scale, zero = _fitted(w[left], (smallest[left] / level).unsqueeze(1), grid)
         parts.append((left[kept], scale[kept], zero[kept]))
         left = left[~kept]
-        level += 1.0
+    return parts
 
 
 def _fitted(w: Tensor, step: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,9 +109,9 @@ def _fitted(w: Tensor, step: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor
     least, most = _bounds(w, level)
     kept = (least <= most) & ((level != 0) == (w != 0)).all(-1, keepdim=True)
     scale = snap_scale(_least_squares(w, level), grid)
-    # Where a bfloat16 number gives the very weights, it is that one.
-    exact = _next_bfloat16(least)
-    scale = torch.where(((scale < least) | (scale > most)) & (exact <= most), exact, scale)
+    if grid.scale_dtype == "bfloat16":  # where such a number gives the very weights, it is that one
+        exact = _next_bfloat16(least)
+        scale = torch.where(((scale < least) | (scale > most)) & (exact <= most), exact, scale)
     low, high = torch.aminmax(level, dim=-1, keepdim=True)
     if grid.symmetric:  # a level that only the side below zero reaches turns the scale over
         turned = torch.where(high > grid.qmax + grid.offset, -1.0, 1.0)

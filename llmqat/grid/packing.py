@@ -1,8 +1,12 @@
-"""Packing of b-bit codes into int32 words and back: element 0 in the lowest bits, codes may straddle words.
+"""Packing of codes and back: integers into int32 words, floats into bytes.
 
-32 consecutive codes of b bits fill exactly b words. A row is padded with zero bits to a whole word, so a row of C
-codes takes ceil(C * b / 32) words. What is stored is the unsigned offset `code - qmin`. The layout is that of
-compressed-tensors' `pack-quantized`.
+Integers of b bits: element 0 in the lowest bits, codes may straddle words. 32 consecutive codes of b bits fill exactly
+b words. A row is padded with zero bits to a whole word, so a row of C codes takes ceil(C * b / 32) words. What is
+stored is the unsigned offset `code - qmin`. The layout is that of compressed-tensors' `pack-quantized`.
+
+Floats of 4 bits: two in a byte, the first in the lower half, each a sign bit above the three bits of E2M1; a zero has
+no sign. The layout is that of `nvfp4-pack-quantized` and `mxfp4-pack-quantized`. Floats of 8 bits are E4M3 numbers of
+torch.
 
 Letters: R rows, C codes per row, b bits.
 """
@@ -15,6 +19,52 @@ import torch
 from torch import Tensor
 
 from llmqat.grid.levels import Grid
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_BITS_OF_HALVES = (0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7)
+"""Twice a level -> its three bits."""
+
+
+def packed_shape(rows: int, columns: int, grid: Grid) -> tuple[tuple[int, int], torch.dtype]:
+    """Returns shape and dtype of what `pack_codes` makes of codes [rows, columns]."""
+    if grid.levels == "float":
+        return ((rows, columns), torch.float8_e4m3fn) if grid.num_bits == 8 else ((rows, columns // 2), torch.uint8)
+    return (rows, -(-columns * grid.num_bits // 32)), torch.int32
+
+
+def pack_codes(codes: Tensor, grid: Grid) -> Tensor:
+    """Returns `codes` [R, C] packed, of `packed_shape`.
+
+    Raises:
+        ValueError: when an integer lies outside the grid, or C is odd where two floats share a byte.
+    """
+    if grid.levels != "float":
+        return pack_int32(codes, grid)
+    if grid.num_bits == 8:
+        return codes.to(torch.float8_e4m3fn)
+    if codes.shape[-1] % 2:
+        raise ValueError(f"{codes.shape[-1]} codes a row cannot be packed two in a byte")
+    bits = torch.tensor(_BITS_OF_HALVES, dtype=torch.uint8, device=codes.device)[(codes.abs() * 2).int()]
+    bits += (codes < 0).to(torch.uint8) * 8
+    return bits[:, ::2] | (bits[:, 1::2] << 4)
+
+
+def unpack_codes(packed: Tensor, grid: Grid, columns: int) -> Tensor:
+    """Returns the codes [R, columns] of `grid.code_dtype` that `pack_codes` packed.
+
+    Raises:
+        ValueError: when `packed` has another dtype or width than that.
+    """
+    if grid.levels != "float":
+        return unpack_int32(packed, grid, columns)
+    shape, dtype = packed_shape(packed.shape[0], columns, grid)
+    if packed.dtype != dtype or tuple(packed.shape) != shape:
+        raise ValueError(f"packed codes are {packed.dtype} of shape {list(packed.shape)}; {dtype} of {shape} is read")
+    if grid.num_bits == 8:
+        return packed.to(grid.code_dtype)
+    levels = torch.tensor([*_E2M1, *(-level for level in _E2M1)], dtype=grid.code_dtype, device=packed.device)
+    pairs = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=1)  # of each byte
+    return pairs[packed.int()].view(packed.shape[0], columns)
 
 
 def pack_int32(codes: Tensor, grid: Grid) -> Tensor:

@@ -1,6 +1,15 @@
-"""The scales of groups of weights, the grid that they lie on, which is bfloat16, and zero points.
+"""The scales of groups of weights, the grid that they lie on, and zero points.
 
-A scale is snapped to its grid *inside* the forward (straight-through), so the trained scale is the stored one.
+A scale is snapped to its grid *inside* the forward (straight-through), so the trained scale is the stored one. That
+grid is bfloat16, or for floats (levels.py) what their formats store:
+
+- "e8m0": a power of two. A learned scale is rounded to the nearest one by its logarithm: log_scale moves all the time,
+  and the power of two follows once it has come half the way.
+- "e4m3": E4M3 numbers under one float32 scale for the whole tensor. That one is made a power of two, so what is left of
+  a scale is four bits of significand, whatever the tensor's scale is. Scales below 2^-10 of the largest one are raised
+  to that: E4M3 holds these ratios at full precision, with room for matrices that have to share the tensor's scale.
+
+All of them are bfloat16 numbers.
 
 Letters: O out features, G scales per row, g weights per scale.
 """
@@ -21,6 +30,12 @@ that half of it, or the 64th part that a kernel needs, is exact too."""
 ZERO_SCALE = 1e-5
 """Scale of a group whose weights are all zero: they are exact at any scale, and training can leave zero from here."""
 _STORED_ZERO_SCALE = float(torch.tensor(ZERO_SCALE, dtype=torch.bfloat16))
+E4M3_OCTAVES = 10
+"""How far below the largest E4M3 scale of a tensor the smallest may lie, in powers of two; E4M3 has 14."""
+_FOUR_BIT_ZERO_SCALE = 2.0**-17
+_EXPONENT = 0x7F800000
+_SQRT_HALF_UP = (1 << 23) - 0x3504F3
+"""Added to the bits of a float32, it carries into the exponent where the significand is at least the root of 2."""
 
 
 def snap_scale(scale: Tensor, grid: Grid) -> Tensor:
@@ -67,12 +82,46 @@ def round_zero_point(zero_point: Tensor, grid: Grid, gradient_factor: float) -> 
     return _RoundZeroPoint.apply(factored, grid.qmin, grid.qmax)  # type: ignore[no-untyped-call]
 
 
+def range_scale(extreme: Tensor, grid: Grid) -> Tensor:
+    """Returns the scale that takes weights up to `extreme` in magnitude to the levels of `grid`, snapped.
+
+    For powers of two it is the rule of compressed-tensors: `extreme` with a quarter of its power of two added, rounded
+    down to a power of two, over the largest power of two that the format has. Weights above 7/8 of the next power of
+    two are so not clipped.
+    """
+    if grid.scale_dtype != "e8m0":
+        return snap_scale(extreme / grid.reach, grid)
+    power = ((extreme.float().view(torch.int32) + (1 << 21)) & _EXPONENT).view(torch.float32)
+    return snap_scale(power / 2.0 ** math.floor(math.log2(grid.qmax)), grid)
+
+
+def _to_bfloat16(scale: Tensor) -> Tensor:
+    snapped = scale.to(torch.bfloat16).float()
+    small = torch.full_like(snapped, SCALE_FLOOR).copysign_(snapped).masked_fill_(scale == 0, _STORED_ZERO_SCALE)
+    return torch.where(snapped.abs() < SCALE_FLOOR, small, snapped)
+
+
+def _to_power(scale: Tensor) -> Tensor:
+    bits = scale.abs().masked_fill(scale == 0, ZERO_SCALE).float().view(torch.int32)
+    return ((bits + _SQRT_HALF_UP) & _EXPONENT).view(torch.float32).clamp(SCALE_FLOOR, 2.0**120)
+
+
+def _to_four_bits(scale: Tensor) -> Tensor:
+    bits = scale.abs().float().view(torch.int32)
+    even = (bits >> 20) & 1
+    snapped = ((bits + 0x7FFFF + even) & ~0xFFFFF).view(torch.float32)
+    largest = snapped.amax() if snapped.numel() else snapped.new_ones(())
+    largest = torch.where(largest > 0, largest, _FOUR_BIT_ZERO_SCALE)
+    return torch.maximum(snapped, (largest * 2.0**-E4M3_OCTAVES).clamp(min=SCALE_FLOOR))
+
+
+_SNAPS = {"bfloat16": _to_bfloat16, "e8m0": _to_power, "e4m3": _to_four_bits}
+
+
 class _SnapScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor, grid: Grid) -> Tensor:
-        snapped = scale.to(torch.bfloat16).float()
-        small = torch.full_like(snapped, SCALE_FLOOR).copysign_(snapped).masked_fill_(scale == 0, _STORED_ZERO_SCALE)
-        return torch.where(snapped.abs() < SCALE_FLOOR, small, snapped)
+        return _SNAPS[grid.scale_dtype](scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

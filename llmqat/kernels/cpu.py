@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmqat.grid import Grid, dequantize, unpack_int32
+from llmqat.grid import Grid, dequantize, unpack_codes, unpack_int32
 from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, QuantizedInput, native_group, native_scales
 
 MAX_INT8_ROWS = 16
@@ -130,8 +130,8 @@ class CpuIntegerKernel:
             return f"it runs on the CPU, not on {x.codes.device.type}"
         if not _MULTIPLIES_INT8:
             return "it is slow on processors without AVX512-VNNI"
-        if not weight.grid.symmetric or weight.grid.num_bits != 8:
-            return "it needs a symmetric grid of 8 bits"
+        if not weight.grid.symmetric or weight.grid.num_bits != 8 or weight.grid.levels == "float":
+            return "it needs a symmetric grid of integers of 8 bits"
         if weight.group_size != weight.in_features:
             return "it needs one scale a channel"
         most = _MOST_IN_FEATURES
@@ -159,6 +159,7 @@ class CpuDequantizeKernel:
     name = "cpu-dequantize"
     differentiable = True
     exact = True
+    floats = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns why it cannot run here, or None."""
@@ -195,13 +196,15 @@ def _slices(weight: PackedWeight) -> Iterator[tuple[int, PackedWeight]]:
 
 
 def _dequantized(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    codes = unpack_int32(weight.packed, weight.grid, weight.in_features)
+    codes = unpack_codes(weight.packed, weight.grid, weight.in_features)
     return dequantize(codes, weight.scale, weight.zero_point, dtype)
 
 
 def _planes(weight: PackedWeight, dtype: torch.dtype) -> int:
     """Returns n, the codes of a byte, where `_dequantized_planes` takes this weight; else 0."""
     bits = weight.grid.num_bits
+    if weight.grid.levels == "float":
+        return 0
     fits = bits in (2, 4, 8) and sys.byteorder == "little" and dtype == weight.parts[0].scale.dtype == torch.bfloat16
     if not fits or weight.in_features * bits % 32 or weight.group_size % (8 // bits):
         return 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmqat.grid import Grid, dequantize, unpack_int32
+from llmqat.grid import Grid, dequantize, unpack_codes
 
 MAX_DECODE_ROWS = 32
 """Rows up to which kernels for decoding win, on CPUs and on an H100; the choice of a kernel is kept for each number of
@@ -45,7 +45,7 @@ class PackedWeight:
     """A packed weight as it lies in the checkpoint, and what kernels derive from it.
 
     Attributes:
-        packed: [O, ceil(I * b / 32)] int32; or [O, I] int8, codes of 8 bits that were never packed.
+        packed: as `grid.pack_codes` gives it, int32 words for integers; or [O, I] int8, codes of 8 bits never packed.
         scale: [O, G], the checkpoint's float dtype.
         zero_point: [O, G] unpacked integers, or None when symmetric.
         grid: the code range.
@@ -93,7 +93,7 @@ class PackedWeight:
 
     def codes(self) -> Tensor:
         """Returns the codes [O, I] of the grid's code dtype."""
-        return torch.cat([unpack_int32(part.packed, part.grid, part.in_features) for part in self.parts])
+        return torch.cat([unpack_codes(part.packed, part.grid, part.in_features) for part in self.parts])
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight [O, I] in `dtype`."""
@@ -178,6 +178,7 @@ class ReferenceKernel:
     name = "reference"
     differentiable = True
     exact = True
+    floats = True
 
     def declines(self, x: Tensor, weight: PackedWeight) -> str | None:
         """Returns None: it always can."""

@@ -35,6 +35,7 @@ class Kernel(Protocol):
         name: what a user passes as `kernel=`.
         differentiable: whether autograd gives gradients of the activations.
         exact: whether it multiplies the activations that it is given; another one has to be asked for by name.
+        floats: whether it takes weights whose codes are floats; False where a kernel does not say it.
     """
 
     name: str
@@ -128,6 +129,8 @@ def _choice(x: Tensor, weight: PackedWeight, wants_gradient: bool) -> Kernel:
 
 
 def _refusal(kernel: Kernel, x: Tensor, weight: PackedWeight, wants_gradient: bool) -> str | None:
+    if weight.grid.levels == "float" and not getattr(kernel, "floats", False):
+        return "it takes codes that are integers, not floats"
     reason = kernel.declines(x, weight)
     if reason is None and wants_gradient and not kernel.differentiable:
         return "torch has no gradient of its product"

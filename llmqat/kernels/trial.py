@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmqat.grid import Grid, pack_int32
+from llmqat.grid import Grid, pack_codes
 from llmqat.kernels.reference import PackedWeight
 
 TRIAL_FEATURES = 128
@@ -113,11 +113,13 @@ def random_weight(
     """Returns a packed weight of `TRIAL_FEATURES` squared random codes, with scales of both signs."""
     shape, groups = (TRIAL_FEATURES, TRIAL_FEATURES), TRIAL_FEATURES // group_size
     codes = torch.randint(grid.qmin, grid.qmax + 1, shape, generator=generator)
+    if grid.levels == "float":
+        codes = grid.rounded(codes.float())
     scale = torch.randn(TRIAL_FEATURES, groups, generator=generator).to(device, dtype)
     zero_point = None
     if not grid.symmetric:
         zero_point = torch.randint(grid.qmin, grid.qmax + 1, scale.shape, generator=generator).to(device)
-    return PackedWeight(pack_int32(codes, grid).to(device), scale, zero_point, grid, TRIAL_FEATURES)
+    return PackedWeight(pack_codes(codes, grid).to(device), scale, zero_point, grid, TRIAL_FEATURES)
 
 
 def rows_class(rows: int, most: int = 512) -> int:

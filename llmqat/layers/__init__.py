@@ -57,12 +57,13 @@ from llmqat.layers.quantized import (
     without_adapter,
     without_adapters,
 )
-from llmqat.layers.shared import products, share_products
+from llmqat.layers.shared import SIBLINGS, products, share_products
 from llmqat.layers.source import note_moved
 
 __all__ = [
     "PRESETS",
     "QUANTIZER_PARAMETERS",
+    "SIBLINGS",
     "ActivationConfig",
     "ActivationQuantizer",
     "AuditEntry",

@@ -2,7 +2,9 @@
 
 The arithmetic is that of compressed-tensors, in the dtype of the input and in its order of operations, so that stock
 transformers computes the same bits: scale = absmax / 127.5 for codes -128..127, or (max - min) / 255 with a rounded
-zero point. Scales are not differentiated; the gradient passes through unchanged, clipped or not.
+zero point; of floats absmax / 448, or in groups of a token. NVFP4's groups have E4M3 scales under one scale for the
+tensor, which calibration finds: it takes the largest entry seen to the largest product of the two. Scales are not
+differentiated; the gradient passes through unchanged, clipped or not.
 
 A tensor that several layers read (q, k and v; gate and up) is quantized once: the last result is kept until another
 tensor comes or the input dies, and is given again to whoever brings the same tensor.
@@ -20,10 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmqat.grid import Grid, range_scale
 from llmqat.kernels import QuantizedInput
 from llmqat.layers.config import ActivationConfig
 
 _UNSET = float("nan")
+_E4M3 = torch.finfo(torch.float8_e4m3fn)
+_LOCAL_FLOOR = 0.125
+"""The E4M3 scale of a group of zeros in compressed-tensors."""
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class ActivationQuantizer(nn.Module):
@@ -33,11 +40,14 @@ class ActivationQuantizer(nn.Module):
         config: the scheme.
         scale: [1] float32 buffer of a static range, NaN until it is calibrated; None when dynamic.
         zero_point: [1] float32 buffer of a static asymmetric range, an integer in -2^(b-1)..2^(b-1)-1; else None.
+        global_scale: [1] float32 buffer of NVFP4, NaN until it is calibrated; else None. Scales of groups are
+            multiplied with it before they become E4M3.
         enabled: False lets the input through.
     """
 
     scale: Tensor | None
     zero_point: Tensor | None
+    global_scale: Tensor | None
 
     def __init__(self, config: ActivationConfig, device: torch.device | str | None = None, name: str = "") -> None:
         """Makes a quantizer; a static one refuses to run until `set_range`. `name` is the layer's, for errors."""
@@ -47,20 +57,25 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("scale", torch.full((1,), _UNSET, device=device) if static else None)
         zero_point = torch.zeros(1, device=device) if static and not config.symmetric else None
         self.register_buffer("zero_point", zero_point)
+        shared = config.calibrated and config.dynamic
+        self.register_buffer("global_scale", torch.full((1,), _UNSET, device=device) if shared else None)
         self._static_key: tuple[float, float] | None = None
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:
-        """Sets the static range; the scale is snapped to bfloat16, as it will be stored.
+        """Sets the static range, whose scale is snapped to bfloat16, as it will be stored; or NVFP4's global scale.
 
         Raises:
             ValueError: when the range is not finite.
         """
-        assert self.scale is not None
         if not (low <= high and abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError(f"the input range [{low}, {high}] of {self.name or 'a layer'} is not finite")
-        bits, symmetric = self.config.num_bits, self.config.symmetric
-        scale, zero_point = range_parameters(torch.tensor([low]), torch.tensor([high]), bits, symmetric)
+        if self.global_scale is not None:
+            self.global_scale.copy_(largest_product(self.config.grid) / torch.tensor(max(-low, high, _TINY)))
+            self._static_key = None
+            return
+        assert self.scale is not None
+        scale, zero_point = range_parameters(torch.tensor([low]), torch.tensor([high]), self.config.grid)
         self.scale.copy_(scale.to(torch.bfloat16))
         if zero_point is not None and self.zero_point is not None:
             self.zero_point.copy_(zero_point)
@@ -90,8 +105,14 @@ class ActivationQuantizer(nn.Module):
         if not torch.compiler.is_compiling():
             self._range_key()  # which raises
         scale, zero_point = self._range_of(x)
-        codes = row_codes(x, scale, zero_point, self.config.num_bits)
+        codes = row_codes(x, scale, zero_point, self.config.grid)
         return QuantizedInput(codes.to(torch.int8), scale, zero_point)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it has all that calibration is to find."""
+        kept = self.global_scale if self.scale is None else self.scale
+        return kept is None or not bool(kept.isnan().any())
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
@@ -102,23 +123,27 @@ class ActivationQuantizer(nn.Module):
         if self.scale is not None:
             return self.scale.to(x.dtype), None if self.zero_point is None else self.zero_point.to(x.dtype)
         low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
-        return range_parameters(low, high, self.config.num_bits, self.config.symmetric)
+        return range_parameters(low, high, self.config.grid, self.global_scale)
 
     def _quantized(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x
-        return _StraightThrough.apply(x, *self._range_of(x), self.config.num_bits)  # type: ignore[no-untyped-call]
+        groups = x if self.config.group_size is None else _in_groups(x, self.config.group_size, self.name)
+        quantized = _StraightThrough.apply(groups, *self._range_of(groups), self.config.grid)  # type: ignore[no-untyped-call]
+        return quantized.view(x.shape)
 
     def _range_key(self) -> tuple[float, float] | None:
-        """Returns the static range as numbers, so that layers with equal ranges share a result; None when dynamic."""
-        if self.scale is None or self.scale.is_meta:
+        """Returns what was calibrated as numbers, so that layers with equal ranges share a result; None for nothing."""
+        kept = self.global_scale if self.scale is None else self.scale
+        if kept is None or kept.is_meta:
             return None
         if self._static_key is None:
-            scale = float(self.scale)
+            scale = float(kept)
             if scale != scale:
+                kind, way = ("", "") if self.scale is None else ("static ", ", or use dynamic=True")
                 raise RuntimeError(
-                    f"the static input range of {self.name or 'a layer'} is not calibrated; call "
-                    "llmqat.calibrate.calibrate_activations(model, blocks) first, or use dynamic=True"
+                    f"the {kind}input range of {self.name or 'a layer'} is not calibrated; call "
+                    f"llmqat.calibrate.calibrate_activations(model, blocks) first{way}"
                 )
             self._static_key = scale, 0.0 if self.zero_point is None else float(self.zero_point)
         return self._static_key
@@ -128,27 +153,61 @@ class ActivationQuantizer(nn.Module):
         super()._load_from_state_dict(*args, **options)
 
 
-def range_parameters(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+def range_parameters(
+    low: Tensor, high: Tensor, grid: Grid, global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Returns scale and zero point of the ranges [low, high], in their dtype, with codes -2^(b-1)..2^(b-1)-1.
+
+    Of NVFP4 the scale is float32: E4M3, divided by `global_scale` [1].
 
     Source: compressed-tensors' `calculate_qparams`, bit for bit.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
-    levels, qmin = 2**num_bits - 1, -(2 ** (num_bits - 1))
-    if symmetric:
+    if grid.levels == "float":
+        extreme = torch.maximum(-low, high)
+        if grid.scale_dtype == "e8m0":
+            return range_scale(extreme, grid).to(extreme.dtype), None
+        scale = extreme / grid.qmax
+        if global_scale is None:
+            return _above_zero(scale), None
+        local = (global_scale * scale).clamp(max=_E4M3.max).to(torch.float8_e4m3fn).float()
+        return torch.where(local == 0, _LOCAL_FLOOR, local) / global_scale, None
+    levels, qmin = 2**grid.num_bits - 1, -(2 ** (grid.num_bits - 1))
+    if grid.symmetric:
         return _above_zero(torch.maximum(-low, high) / (levels / 2)), None
     scale = (high - low) / levels
     zero_point = (qmin - low / scale).clamp(qmin, qmin + levels)
     return _above_zero(scale), torch.nan_to_num(zero_point, nan=0.0).round()
 
 
-def row_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:
-    """Returns the codes of x, as integers in x's dtype; scale and zero point broadcast against x."""
-    qmin = -(2 ** (num_bits - 1))
+def row_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Returns the codes of x, integers or floats, in x's dtype; scale and zero point broadcast against x."""
     q = x / scale
+    if grid.levels == "float":
+        return grid.round_(q.clamp_(grid.qmin, grid.qmax).float()).to(q.dtype)
+    qmin = -(2 ** (grid.num_bits - 1))
     if zero_point is not None:
         q += zero_point
-    return q.clamp_(qmin, qmin + 2**num_bits - 1).round_()
+    return q.clamp_(qmin, qmin + 2**grid.num_bits - 1).round_()
+
+
+def largest_product(grid: Grid) -> float:
+    """Returns the largest product of a code and an E4M3 scale, which NVFP4's global scale takes the extreme to."""
+    return grid.qmax * _E4M3.max
+
+
+def _in_groups(x: Tensor, size: int, name: str) -> Tensor:
+    """Returns x [*, I] as [*, I / size, size].
+
+    Raises:
+        ValueError: `size` does not divide I.
+    """
+    if x.shape[-1] % size:
+        raise ValueError(
+            f"the inputs of {name or 'a layer'} have {x.shape[-1]} features, which groups of {size} do not divide; "
+            f"leave the layer out with quant.ignore, or its inputs with quant.overrides"
+        )
+    return x.unflatten(-1, (-1, size))
 
 
 def row_values(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -162,8 +221,8 @@ def _above_zero(scale: Tensor) -> Tensor:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:
-        return row_values(row_codes(x, scale, zero_point, num_bits), scale, zero_point)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+        return row_values(row_codes(x, scale, zero_point, grid), scale, zero_point).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from llmqat.grid import packed_shape
 from llmqat.layers.attention import KVQuantizer
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
@@ -240,7 +241,8 @@ def _quantized_entry(name: str, layer: QuantModule | PackedModule) -> AuditEntry
     weights = layer.weights.stored
     scales = weights.scale_shape(layer.rows, layer.columns, name)
     zeros = 0 if weights.symmetric else -(-scales[0] * weights.num_bits // 32) * 4 * scales[1]
-    packed = layer.rows * -(-layer.columns * weights.num_bits // 32) * 4
+    shape, kind = packed_shape(layer.rows, layer.columns, weights.grid)
+    packed = prod(shape) * kind.itemsize
     after = packed + scales[0] * scales[1] * BYTES_HIGH_PRECISION + zeros + SHAPE_BYTES
     before = layer.rows * layer.columns * BYTES_HIGH_PRECISION
     label = layer.weights.label if isinstance(layer, QuantModule) else layer.label

@@ -15,13 +15,21 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llmqat.config import Config, Registry, UnknownKeyError
-from llmqat.grid import Grid, Levels
-from llmqat.schemes import HIGH_PRECISION, SHIPPED, read_scheme, unknown_scheme
+from llmqat.grid import Grid, Levels, ScaleDtype
+from llmqat.schemes import FP8_INPUTS, HIGH_PRECISION, OWN_KIND, SHIPPED, read_scheme, unknown_scheme
 
 Strategy = Literal["tensor", "channel", "group"]
 ScaleMode = Literal["learned", "fixed", "dynamic"]
 Observer = Literal["minmax", "moving_average", "percentile", "mse"]
 Policy = Literal["keep", "int8", "int4"]
+_FLOATS: dict[tuple[int, str, int | None], str] = {
+    (4, "e4m3", 16): "nvfp4",
+    (4, "e8m0", 32): "mxfp4",
+    (8, "e8m0", 32): "mxfp8",
+}
+"""Bits, dtype of scales and group size of floats that have a name of their own, and that name."""
+_FP8 = (8, "bfloat16")
+"""Bits and dtype of scales of floats that go by any strategy."""
 
 
 class WeightConfig(Config):
@@ -36,7 +44,11 @@ class WeightConfig(Config):
     group_size: int | None = Field(None, ge=1)
     """Weights per scale along the input features; only with strategy 'group'."""
     levels: Levels = "integer"
-    """Integers; or at 2 bits 'ternary' (-1, 0, 1: BitNet b1.58) or 'seq' (-1.5, -0.5, 0.5, 1.5: ParetoQ)."""
+    """Integers; at 2 bits 'ternary' (-1, 0, 1: BitNet b1.58) or 'seq' (-1.5, -0.5, 0.5, 1.5: ParetoQ); or 'float', E2M1
+    at 4 bits and E4M3 at 8."""
+    scale_dtype: ScaleDtype = "bfloat16"
+    """What scales are stored as: bfloat16; with levels 'float' also 'e4m3' under one scale for the tensor (NVFP4: 4
+    bits in groups of 16), or 'e8m0', powers of two (MXFP4, MXFP8: groups of 32)."""
     scales: ScaleMode = "learned"
     """Scales (and zero points) are trained, stay as calibrated, or follow the range of the weight at each forward."""
 
@@ -47,13 +59,20 @@ class WeightConfig(Config):
                 f"group_size={self.group_size} with strategy={self.strategy!r}; "
                 "give group_size exactly when strategy is 'group'"
             )
-        Grid(self.num_bits, self.symmetric, self.levels)  # says what is wrong with the levels
+        grid = self.grid  # says what is wrong with the levels
+        kind = (grid.num_bits, grid.scale_dtype)
+        if grid.levels == "float" and kind != _FP8 and (*kind, self.group_size) not in _FLOATS:
+            raise ValueError(
+                f"levels='float' with num_bits={grid.num_bits}, scale_dtype={grid.scale_dtype!r}, "
+                f"group_size={self.group_size} is a format that nothing reads; choose a preset of "
+                f"{', '.join(sorted(_FLOATS.values()))}, or num_bits=8 with scale_dtype='bfloat16'"
+            )
         return self
 
     @property
     def grid(self) -> Grid:
         """The code range."""
-        return Grid(self.num_bits, self.symmetric, self.levels)
+        return Grid(self.num_bits, self.symmetric, self.levels, self.scale_dtype)
 
     @property
     def stored(self) -> WeightConfig:
@@ -64,7 +83,14 @@ class WeightConfig(Config):
         """
         strategy = "channel" if self.strategy == "tensor" else self.strategy
         num_bits = 3 if self.levels == "seq" else self.num_bits
-        return WeightConfig(num_bits=num_bits, symmetric=self.symmetric, strategy=strategy, group_size=self.group_size)
+        return WeightConfig(
+            num_bits=num_bits,
+            symmetric=self.symmetric,
+            strategy=strategy,
+            group_size=self.group_size,
+            levels="float" if self.levels == "float" else "integer",
+            scale_dtype=self.scale_dtype,
+        )
 
     def scale_shape(self, out_features: int, in_features: int, name: str = "the layer") -> tuple[int, int]:
         """Returns the scale's shape (O, I/g), (O, 1) or (1, 1).
@@ -89,9 +115,10 @@ class WeightConfig(Config):
 
     @property
     def label(self) -> str:
-        """Short name for tables: 'int4 g64', 'int8 channel', 'int4 g32 asym', 'ternary g64', 'int2-seq g64 fixed'."""
+        """Short name for tables: 'int4 g64', 'int4 g32 asym', 'ternary g64', 'int2-seq g64 fixed', 'nvfp4 g16'."""
         extent = f"g{self.group_size}" if self.group_size else self.strategy
-        kind = {"integer": f"int{self.num_bits}", "ternary": "ternary", "seq": "int2-seq"}[self.levels]
+        names = {"integer": f"int{self.num_bits}", "ternary": "ternary", "seq": "int2-seq", "float": "fp8"}
+        kind = _FLOATS.get((self.num_bits, self.scale_dtype, self.group_size), names[self.levels])
         ends = "" if self.symmetric else " asym", "" if self.scales == "learned" else f" {self.scales}"
         return f"{kind} {extent}{''.join(ends)}"
 
@@ -109,16 +136,53 @@ class ActivationConfig(Config):
     """How a static range is found; not used when dynamic."""
     percentile: float = Field(99.99, gt=50, le=100)
     """Share of entries, in percent, that the percentile observer keeps inside."""
+    levels: Literal["integer", "float"] = "integer"
+    """Integers, or floats: E2M1 at 4 bits and E4M3 at 8."""
+    group_size: int | None = Field(None, ge=1)
+    """Entries of a token that share a scale, of floats only; the whole token where not given."""
+    scale_dtype: ScaleDtype = "bfloat16"
+    """What the scale of a group is: the dtype of the inputs ('bfloat16' stands for any), 'e4m3' under one calibrated
+    scale for the tensor (NVFP4), or 'e8m0', a power of two (MXFP4, MXFP8)."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ActivationConfig:
+        grid = Grid(self.num_bits, self.symmetric, self.levels, self.scale_dtype)  # says what is wrong with the levels
+        kind = (grid.num_bits, grid.scale_dtype)
+        plain = self.group_size is None or (self.dynamic and self.levels == "float")
+        known = plain if self.levels == "integer" or kind == _FP8 else (*kind, self.group_size) in _FLOATS
+        if not known or (self.scale_dtype != "bfloat16" and not self.dynamic):
+            raise ValueError(
+                f"inputs with num_bits={self.num_bits}, levels={self.levels!r}, group_size={self.group_size}, "
+                f"scale_dtype={self.scale_dtype!r}, dynamic={self.dynamic} are a format that nothing reads; integers "
+                f"have no groups, floats of 8 bits may have some where dynamic, and the others "
+                f"({', '.join(sorted(_FLOATS.values()))}) are dynamic, in groups of their own"
+            )
+        return self
 
     @property
-    def strategy(self) -> Literal["token", "tensor"]:
+    def grid(self) -> Grid:
+        """The code range."""
+        return Grid(self.num_bits, self.symmetric, self.levels, self.scale_dtype)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether something of the range comes from calibration: all of it, or NVFP4's scale of the tensor."""
+        return not self.dynamic or self.scale_dtype == "e4m3"
+
+    @property
+    def strategy(self) -> Literal["token", "tensor", "group", "tensor_group"]:
         """What one scale governs."""
+        if self.group_size is not None:
+            return "tensor_group" if self.scale_dtype == "e4m3" else "group"
         return "token" if self.dynamic else "tensor"
 
     @property
     def label(self) -> str:
-        """Short name for tables: 'a8 token', 'a8 tensor asym'."""
-        return f"a{self.num_bits} {self.strategy}{'' if self.symmetric else ' asym'}"
+        """Short name for tables: 'a8 token', 'a8 tensor asym', 'a-fp8 token', 'a-nvfp4 g16'."""
+        extent = f"g{self.group_size}" if self.group_size else self.strategy
+        if self.levels == "float":
+            return f"a-{_FLOATS.get((self.num_bits, self.scale_dtype, self.group_size), 'fp8')} {extent}"
+        return f"a{self.num_bits} {extent}{'' if self.symmetric else ' asym'}"
 
 
 class KVTensorConfig(Config):
@@ -247,6 +311,13 @@ POLICY_WEIGHTS: dict[str, WeightConfig] = {
 }
 """The arithmetic behind a `Policy`: what GGUF's Q8_0 and Q4_0 blocks hold without rounding again."""
 
+_FLOAT_NAMES: dict[str, tuple[int, str, int | None]] = {
+    "fp8": (8, "bfloat16", None),
+    **{name: kind for kind, name in _FLOATS.items()},
+}
+"""Name of a float format -> bits, dtype of scales, and group size."""
+_INT8 = (8, "bfloat16")
+"""Bits and dtype of scales of weights that have one scale a channel where nothing else is said."""
 _CACHES: dict[int, dict[str, Any]] = {8: {"num_bits": 8}, 4: {"num_bits": 4, "symmetric": False, "group_size": 32}}
 """Keys and values by their bits."""
 
@@ -255,8 +326,9 @@ def scheme_fields(name: str) -> dict[str, Any]:
     """Returns the fields of a QuantConfig that `name` stands for.
 
     A name says, in this order, and with or without dashes, underscores and capitals: the weights (`int4`, `w4`, `4bit`,
-    `ternary`, `int2-seq`); the inputs (`a8`, or `a16` for high precision); the KV cache (`kv8`, `kv4`, `kv16`); and how
-    many weights have a scale (`g32`, `channel`, `tensor`), with `asym` for a zero point. Where the last is not said, 8
+    `ternary`, `int2-seq`, `fp8`, `nvfp4`, `mxfp4`, `mxfp8`); the inputs (`a8`, `afp8`, or `a16` for high precision;
+    floats have inputs of their own kind where that is not said); the KV cache (`kv8`, `kv4`, `kv16`); and how many
+    weights have a scale (`g32`, `channel`, `tensor`), with `asym` for a zero point. Where the last is not said, 8
     bits have a scale for each channel, fewer have groups of 64. GGUF's `q4_0` and `q8_0` are `int4-g32` and `int8-g32`.
     What a table calls a scheme ("int4 g32 asym") is such a name.
 
@@ -270,17 +342,25 @@ def scheme_fields(name: str) -> dict[str, Any]:
     found = read_scheme(name)
     if found is None:
         raise ValueError(unknown_scheme(name, PRESETS))
-    levels = {"ternary": "ternary", "int2seq": "seq"}.get(found.levels or "", "integer")
-    extent = "group" if found.group else found.extent or ("channel" if found.num_bits == 8 else "group")
+    floats = _FLOAT_NAMES.get(found.levels or "")
+    levels = "float" if floats else {"ternary": "ternary", "int2seq": "seq"}.get(found.levels or "", "integer")
+    num_bits, scale_dtype, group = floats or (found.num_bits, "bfloat16", 64)
+    extent = "group" if found.group else found.extent or ("channel" if (num_bits, scale_dtype) == _INT8 else "group")
     weights = {
-        "num_bits": found.num_bits,
+        "num_bits": num_bits,
         "levels": levels,
         "strategy": extent,
-        "group_size": (found.group or 64) if extent == "group" else None,
+        "group_size": (found.group or group) if extent == "group" else None,
         "symmetric": found.symmetric,
+        "scale_dtype": scale_dtype,
     }
     fields: dict[str, Any] = {"weights": weights}
-    if found.inputs != HIGH_PRECISION:
+    if found.inputs == OWN_KIND and floats:
+        own = {"num_bits": num_bits, "levels": "float", "group_size": group, "scale_dtype": scale_dtype}
+        fields["input_activations"] = own
+    elif found.inputs == FP8_INPUTS:
+        fields["input_activations"] = {"num_bits": 8, "levels": "float"}
+    elif found.inputs not in (HIGH_PRECISION, OWN_KIND):
         fields["input_activations"] = {"num_bits": found.inputs}
     if found.cache != HIGH_PRECISION:
         fields["kv_cache"] = {"key": _CACHES[found.cache], "value": _CACHES[found.cache]}

@@ -36,6 +36,8 @@ def is_finite(tensor: Tensor) -> bool:
     """Returns whether no entry of `tensor` is NaN or infinite; True on the meta device."""
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return True
+    if tensor.dtype.itemsize == 1:  # of eight bits, which torch has no minimum of
+        tensor = tensor.to(torch.bfloat16)
     low, high = torch.aminmax(tensor.detach())  # forty times faster than torch.isfinite on a CPU
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmqat.grid import Grid, gradient_factor, pack_int32, scale_from_log, snap_scale, stored_codes, unpack_int32
+from llmqat.grid import (
+    Grid,
+    gradient_factor,
+    pack_codes,
+    pack_int32,
+    packed_shape,
+    scale_from_log,
+    snap_scale,
+    stored_codes,
+    unpack_int32,
+)
 from llmqat.kernels import FileMappings, FilePages, PackedWeight, QuantizedInput, packed_linear
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.config import ActivationConfig, WeightConfig
@@ -77,7 +87,8 @@ class PackedModule(nn.Module):
         def empty(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(*size, dtype=dtype, device=device)
 
-        self.register_buffer("weight_packed", empty(rows, -(-columns * bits // 32), dtype=torch.int32))
+        words, kind = packed_shape(rows, columns, self.grid)
+        self.register_buffer("weight_packed", empty(*words, dtype=kind))
         self.register_buffer("weight_scale", empty(*shape, dtype=dtype))
         zeros = None if weights.symmetric else empty(-(-shape[0] * bits // 32), shape[1], dtype=torch.int32)
         self.register_buffer("weight_zero_point", zeros)
@@ -101,7 +112,7 @@ class PackedModule(nn.Module):
         codes, grid, factor = stored_codes(layer.codes(), layer.grid)
         scale, zero_point = layer.scale_and_zero_point()
         shape = (self.rows, self.weight_scale.shape[1])
-        self.weight_packed = pack_int32(codes, grid)
+        self.weight_packed = pack_codes(codes, grid)
         self.weight_scale = (scale * factor).to(dtype).expand(shape).contiguous()
         self.weight_shape = torch.tensor([self.rows, self.columns], dtype=torch.int64)
         if zero_point is not None:
@@ -356,7 +367,8 @@ class PackedLinear(PackedModule):
         quantizer = self.input_quantizer
         if quantizer is None:
             return x.to(dtype)
-        if not quantizer.enabled or torch.is_grad_enabled() or self.weights.num_bits < 8 or not x.numel():
+        integers = self.weights.num_bits == 8 and self.weights.levels != "float" and quantizer.config.levels != "float"
+        if not integers or not quantizer.enabled or torch.is_grad_enabled() or not x.numel():
             return quantizer(x, dtype)
         return quantizer.integers(x.to(dtype))
 

@@ -112,7 +112,7 @@ def _alike(members: Sequence[PackedLinear]) -> bool:
         and (member.bias is None) == (first.bias is None)
         and member.weight_scale.dtype == first.weight_scale.dtype
         and config == configs[0]
-        and (config is None or config.dynamic)
+        and (config is None or not config.calibrated)
         for member, config in zip(members, configs, strict=True)
     )
 

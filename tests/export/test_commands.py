@@ -25,7 +25,7 @@ from llmqat.export.commands import (
 from llmqat.export.description import describe
 from llmqat.export.serving import served_by
 from llmqat.layers import PRESETS, QuantConfig, prepare
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_qwen3
+from tests.tiny import regrouped, tiny_gpt2, tiny_llama, tiny_qwen3
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -33,7 +33,7 @@ from tests.tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gpt2])
 def test_a_command_is_given_exactly_for_what_serves_the_checkpoint_here(make, preset: str, gpu: bool) -> None:
     model = make()
-    prepare(model, QuantConfig.preset(preset, **({} if "8" == preset[-1] == preset[1] else {"group_size": 32})))
+    prepare(model, QuantConfig.preset(preset, **regrouped(preset, 32)))
     served = served_by(describe(model))
     commands = server_commands(Path("runs/my model"), served, gpu)
     wanted = {

@@ -16,7 +16,17 @@ from llmqat.export import load, load_any, save
 from llmqat.layers import PRESETS, QuantConfig, QuantModule, prepare
 from llmqat.models import load_model
 from llmqat.recipe.plan import coverage_of
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_model, tiny_of_class, tiny_qwen2, tiny_tokenizer
+from tests.tiny import (
+    regrouped,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_model,
+    tiny_of_class,
+    tiny_qwen2,
+    tiny_tokenizer,
+    with_ranges,
+)
 
 MODELS = {
     "llama": tiny_llama,
@@ -37,7 +47,7 @@ def written(model: PreTrainedModel, folder: Path, **changes: Any) -> PreTrainedM
     for module in model.modules():
         if isinstance(module, QuantModule) and module.log_scale is not None:
             module.log_scale.data.copy_(torch.randn(module.log_scale.shape, generator=generator) * 0.1)
-    model.save_pretrained(folder)
+    with_ranges(model).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return model
 
@@ -59,8 +69,7 @@ def test_a_prepared_checkpoint_is_loaded_as_it_was(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_scheme_is_loaded_as_it_was(preset: str, tmp_path: Path) -> None:
     config = QuantConfig.preset(preset).model_dump(mode="json")
-    if config["weights"]["group_size"]:
-        config["weights"]["group_size"] = 16
+    config["weights"] |= regrouped(preset, 16)
     for part in (config["kv_cache"] or {}).values():
         if isinstance(part, dict) and part.get("group_size"):
             part["group_size"] = 16

@@ -17,7 +17,7 @@ from llmqat.export import CONVERSIONS
 from llmqat.export.compressed_tensors import packed_shapes, packed_state_dict, try_unwritten
 from llmqat.export.description import ModelDescription, describe
 from llmqat.export.serving import CLIENTS, check_served, form_for, proposals, served_by
-from llmqat.layers import PRESETS, ActivationQuantizer
+from llmqat.layers import PRESETS
 from llmqat.models import empty_model
 from llmqat.recipe.config import scheme_of
 from tests.tiny import (
@@ -29,6 +29,7 @@ from tests.tiny import (
     tiny_qwen2,
     tiny_qwen3,
     tiny_tokenizer,
+    with_ranges,
 )
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
@@ -142,9 +143,7 @@ def test_the_rule_of_transformers_is_what_its_trial_finds(case: str, tmp_path: P
     make_model = (MODELS | OTHERS)[kind]
     model = make_model(**make)
     prepare(model, QuantConfig.preset(**_named(quant)))
-    for module in model.modules():
-        if isinstance(module, ActivationQuantizer) and not module.config.dynamic:
-            module.scale.fill_(0.1)
+    with_ranges(model)
     before = served_by(describe(model))["transformers"]
     report = save(model, tmp_path / "out")
     assert before.serves == report.stock.loads

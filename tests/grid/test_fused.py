@@ -30,7 +30,7 @@ def _gradients(dtype: torch.dtype, columns: int) -> tuple[torch.Tensor, ...]:
 def test_layers_of_all_shapes_share_one_kernel() -> None:
     graphs = torch._dynamo.utils.counters["stats"]
     with fusing():
-        assert fused.fused_kernels(-4, 3, torch.float32, torch.device("cpu")) is not None
+        assert fused.fused_kernels(Grid(3), torch.float32, torch.device("cpu")) is not None
         before = graphs["unique_graphs"]
         for rows, columns, size in ((64, 64, 32), (128, 64, 32), (64, 128, 64), (33, 160, 16), (384, 96, 96)):
             weight = torch.randn(rows, columns, requires_grad=True)
@@ -47,11 +47,11 @@ def test_fused_is_eager_bit_for_bit() -> None:
         eager = _gradients(dtype, columns)
         with fusing():
             compiled = _gradients(dtype, columns)
-            assert fused.fused_kernels(-8, 7, dtype, torch.device("cpu")) is not None
+            assert fused.fused_kernels(Grid(4), dtype, torch.device("cpu")) is not None
         assert torch.equal(eager[0], compiled[0])
         assert torch.equal(eager[1], compiled[1])
         assert torch.allclose(eager[2], compiled[2], rtol=1e-4, atol=1e-4)
-    assert fused.fused_kernels(-8, 7, torch.float32, torch.device("cpu")) is None
+    assert fused.fused_kernels(Grid(4), torch.float32, torch.device("cpu")) is None
 
 
 @pytest.mark.usefixtures("fresh")
@@ -75,7 +75,7 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: _nudged(function(*args)))
     with fusing(), caplog.at_level(logging.WARNING, logger="llmqat"):
-        assert fused.fused_kernels(-8, 7, torch.bfloat16, torch.device("cpu")) is None
+        assert fused.fused_kernels(Grid(4), torch.bfloat16, torch.device("cpu")) is None
     assert "rounds otherwise" in caplog.text
 
 

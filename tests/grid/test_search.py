@@ -11,6 +11,8 @@ from llmqat.grid.search import CLIP_RATIOS, REFINEMENTS
 
 GRIDS = [Grid(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 GRIDS += [Grid(2, levels="ternary"), Grid(2, levels="seq")]
+GRIDS += [Grid(4, levels="float", scale_dtype=kind) for kind in ("bfloat16", "e4m3", "e8m0")]
+GRIDS += [Grid(8, levels="float", scale_dtype=kind) for kind in ("bfloat16", "e8m0")]
 SHAPES = [(6, 4), (6, 1), (1, 1)]
 
 

@@ -45,6 +45,9 @@ def test_what_a_table_calls_a_scheme_is_its_name(fields: dict[str, object], grou
         ("w6a8kv4-channel", "int6 channel", 8, "kv4 g32 asym"),
         ("q4_0", "int4 g32", None, None),
         ("Q8_0", "int8 g32", None, None),
+        ("NVFP4A16", "nvfp4 g16", None, None),
+        ("mxfp4_a16", "mxfp4 g32", None, None),
+        ("fp8a16-tensor", "fp8 tensor", None, None),
     ],
 )
 def test_names_that_people_know(name: str, weights: str, inputs: int | None, cache: str | None):
@@ -67,7 +70,7 @@ def test_a_name_of_nothing_is_refused_with_the_nearest_and_the_list(name: str, n
     assert near is None or f"did you mean {near!r}" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["fp8", "nf4", "q4_k_m", "gptq", "", "4", "w16a16"])
+@pytest.mark.parametrize("name", ["fp6", "nf4", "q4_k_m", "gptq", "", "4", "w16a16"])
 def test_what_the_grid_does_not_have_is_refused(name: str):
     with pytest.raises(ValueError, match="is unknown"):
         scheme_fields(name)

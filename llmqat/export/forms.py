@@ -1,0 +1,257 @@
+"""How one quantized layer lies in a compressed-tensors checkpoint: its form, its tensors, and the words for its scheme.
+
+Integers, symmetric or with zero points:
+    pack-quantized          weight_packed int32 [O, ceil(I * b / 32)], weight_scale [O, G], weight_shape [2]
+    int-quantized           weight int8 [O, I], weight_scale [O, 1]
+Floats (grid/levels.py):
+    nvfp4-pack-quantized    weight_packed uint8 [O, I / 2], weight_scale E4M3 [O, I / 16], weight_global_scale [1]:
+                            what a group is multiplied with is weight_scale / weight_global_scale
+    mxfp4-pack-quantized    weight_packed uint8 [O, I / 2], weight_scale uint8 [O, I / 32]: its exponent, plus 127
+    mxfp8-quantized         weight E4M3 [O, I], weight_scale likewise
+    float-quantized         weight E4M3 [O, I], weight_scale [O, G], inputs quantized
+    naive-quantized         the same, inputs as they are
+In memory all of them are a `PackedModule`: codes as `grid.pack_codes` gives them, scales in the checkpoint's dtype.
+
+vLLM computes q, k and v as one product, gate and up as another, and knows one weight_global_scale for each. So layers
+that are such siblings are written with the same one; it is a power of two, so nothing of a scale is lost.
+
+Letters: O out features, I in features, G scales per row, b bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+
+from llmqat.grid import Grid, pack_int32, packed_shape, unpack_int32
+from llmqat.layers import SIBLINGS, ActivationConfig, LayerScheme, PackedModule, QuantModule, WeightConfig
+from llmqat.layers.config import Observer
+
+PACKED_FORMAT = "pack-quantized"
+PLAIN_FORMAT = "int-quantized"
+"""int8 codes, not packed."""
+FLOAT_FORMATS = {
+    (4, "e4m3"): "nvfp4-pack-quantized",
+    (4, "e8m0"): "mxfp4-pack-quantized",
+    (8, "e8m0"): "mxfp8-quantized",
+    (8, "bfloat16"): "float-quantized",
+}
+"""Bits and dtype of scales -> form of floats."""
+FLOAT_WEIGHTS_ALONE = "naive-quantized"
+"""The form of FP8 weights whose inputs are not quantized."""
+FORMS = (PACKED_FORMAT, PLAIN_FORMAT, *FLOAT_FORMATS.values(), FLOAT_WEIGHTS_ALONE)
+"""All that are written and read."""
+_E8M0_BIAS = 127
+_SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
+_LARGEST_E4M3 = 448.0
+
+
+def stored_scheme(layer: QuantModule | PackedModule) -> LayerScheme:
+    """Returns the scheme on disk."""
+    quantizer = getattr(layer, "input_quantizer", None)
+    return LayerScheme(weights=layer.weights.stored, input_activations=None if quantizer is None else quantizer.config)
+
+
+def form_of(scheme: LayerScheme, int_quantized: bool) -> str:
+    """Returns how the weights of a stored scheme lie on disk.
+
+    Source: `_is_dynamic_token_w8a8`, `_is_static_tensor_w8a8`, `_is_dynamic_token_w4a8_int` and `_is_wNaM_int` of
+    vLLM's `compressed_tensors.py`; for floats, which compressor of compressed-tensors takes them.
+    """
+    weights, inputs = scheme.weights, scheme.input_activations
+    if weights.levels == "float":
+        form = FLOAT_FORMATS[weights.num_bits, weights.scale_dtype]
+        return FLOAT_WEIGHTS_ALONE if form == "float-quantized" and inputs is None else form
+    if inputs is None or inputs.num_bits != 8 or inputs.levels == "float" or not weights.symmetric:
+        return PACKED_FORMAT
+    if weights.num_bits == 8 and weights.strategy == "channel":
+        return PLAIN_FORMAT
+    return PLAIN_FORMAT if int_quantized and weights.num_bits == 4 and inputs.dynamic else PACKED_FORMAT
+
+
+# Tensors
+
+
+def tensors_on_disk(
+    name: str, packed: PackedModule, form: str, dtype: torch.dtype, global_scale: float | None
+) -> dict[str, Tensor]:
+    """Returns the tensors of a weight by the last part of their names, as they are stored; no bias, no input's range.
+
+    Args:
+        name: of the layer, for errors.
+        packed: the layer.
+        form: of `FORMS`.
+        dtype: of scales that are no E4M3 or E8M0.
+        global_scale: of NVFP4.
+
+    Raises:
+        ValueError: a scale is not one of its format; names the layer.
+    """
+    scale = packed.scale().detach()
+    if form in (PACKED_FORMAT, PLAIN_FORMAT):
+        tensors = {"weight_scale": scale.to(dtype)}
+        if form == PLAIN_FORMAT:
+            tensors["weight"] = unpack_int32(packed.weight_packed, packed.grid, packed.columns)
+        else:
+            plain = packed.weight_packed.dtype == torch.int8
+            words = pack_int32(packed.weight_packed, packed.grid) if plain else packed.weight_packed
+            tensors |= {"weight_packed": words, "weight_shape": packed.weight_shape}
+        if packed.weight_zero_point is not None:
+            tensors["weight_zero_point"] = packed.weight_zero_point
+        return tensors
+    tensors = {
+        _codes_name(form): packed.weight_packed,
+        "weight_scale": _scale_on_disk(scale, packed.grid, dtype, global_scale),
+    }
+    if global_scale is not None:
+        tensors["weight_global_scale"] = torch.tensor([global_scale], device=scale.device)
+    back = scale_in_memory(tensors["weight_scale"], tensors.get("weight_global_scale"), packed.grid)
+    if not scale.is_meta and not torch.equal(back, scale.float()):
+        raise ValueError(
+            f"{name}: {int((back != scale).sum())} of {scale.numel()} scales are no numbers of "
+            f"{packed.weights.label}; its largest is {float(scale.max()):.3g}, its smallest {float(scale.min()):.3g}. "
+            f"Leave the layer out with quant.ignore, or give it another scheme with quant.overrides"
+        )
+    return tensors
+
+
+def shapes_on_disk(layer: QuantModule | PackedModule, form: str, dtype: torch.dtype, name: str) -> Mapping[str, Any]:
+    """Returns shape and dtype of what `tensors_on_disk` gives, by the last part of the name."""
+    weights = layer.weights.stored
+    rows, groups = weights.scale_shape(layer.rows, layer.columns, name)
+    shapes: dict[str, Any] = {"weight_scale": ((rows, groups), _SCALE_DTYPES.get(weights.scale_dtype, dtype))}
+    codes = packed_shape(layer.rows, layer.columns, weights.grid)
+    if form == PLAIN_FORMAT:
+        codes = (layer.rows, layer.columns), torch.int8
+    shapes[_codes_name(form)] = codes
+    if form == PACKED_FORMAT:
+        shapes["weight_shape"] = (2,), torch.int64
+    if not weights.symmetric:
+        shapes["weight_zero_point"] = (-(-layer.rows * weights.num_bits // 32), groups), torch.int32
+    if weights.scale_dtype == "e4m3":
+        shapes["weight_global_scale"] = (1,), torch.float32
+    return shapes
+
+
+def _codes_name(form: str) -> str:
+    return "weight_packed" if "pack" in form else "weight"
+
+
+def _scale_on_disk(scale: Tensor, grid: Grid, dtype: torch.dtype, global_scale: float | None) -> Tensor:
+    if grid.scale_dtype == "e8m0":
+        return (torch.frexp(scale.float()).exponent - 1 + _E8M0_BIAS).to(torch.uint8)
+    if global_scale is not None:
+        return (scale.float() * global_scale).to(torch.float8_e4m3fn)
+    return scale.to(dtype)
+
+
+def scale_in_memory(stored: Tensor, global_scale: Tensor | None, grid: Grid) -> Tensor:
+    """Returns what a group is multiplied with, float32 [O, G], from its stored form."""
+    if grid.scale_dtype == "e8m0":
+        return torch.exp2(stored.float() - _E8M0_BIAS)
+    return stored.float() if global_scale is None else stored.float() / global_scale
+
+
+def global_scales(layers: Mapping[str, QuantModule | PackedModule]) -> dict[str, float]:
+    """Returns the weight_global_scale of each NVFP4 layer by its name: one for siblings, a power of two."""
+    own = {
+        name: 2.0 ** math.floor(math.log2(_LARGEST_E4M3 / float(layer.scale().detach().abs().max())))
+        for name, layer in layers.items()
+        if layer.weights.scale_dtype == "e4m3" and not layer.scale().is_meta
+    }
+    return {name: min(own[other] for other in _siblings(name) if other in own) for name in own}
+
+
+def _siblings(name: str) -> list[str]:
+    parent, dot, leaf = name.rpartition(".")
+    return next(([f"{parent}{dot}{other}" for other in leaves] for leaves in SIBLINGS if leaf in leaves), [name])
+
+
+# The words for a scheme
+
+
+def weight_args(weights: WeightConfig) -> QuantizationArgs:
+    """Returns a stored scheme of weights in compressed-tensors' vocabulary."""
+    return QuantizationArgs(
+        num_bits=weights.num_bits,
+        type="float" if weights.levels == "float" else "int",
+        symmetric=weights.symmetric,
+        strategy="tensor_group" if weights.scale_dtype == "e4m3" else weights.strategy,
+        group_size=weights.group_size,
+        dynamic=False,
+        scale_dtype=_SCALE_DTYPES.get(weights.scale_dtype),
+    )
+
+
+def weight_config(weights: QuantizationArgs) -> WeightConfig:
+    """Returns the scheme of weights that compressed-tensors' vocabulary stands for.
+
+    Raises:
+        ValueError: it is none of llmqat's.
+    """
+    strategy = {"tensor_group": "group", "tensor": "channel"}.get(str(weights.strategy), weights.strategy)
+    return WeightConfig(
+        num_bits=weights.num_bits,
+        symmetric=weights.symmetric,
+        strategy=strategy,
+        group_size=weights.group_size if strategy == "group" else None,
+        **_levels(weights),
+    )
+
+
+def input_args(config: ActivationConfig | None) -> QuantizationArgs | None:
+    """Returns a scheme of inputs in compressed-tensors' vocabulary."""
+    if config is None:
+        return None
+    local = config.scale_dtype == "e4m3"
+    return QuantizationArgs(
+        num_bits=config.num_bits,
+        type="float" if config.levels == "float" else "int",
+        symmetric=config.symmetric,
+        strategy=config.strategy,
+        group_size=config.group_size,
+        dynamic="local" if local else config.dynamic,
+        observer="static_minmax" if local else None if config.dynamic else config.observer,
+        scale_dtype=_SCALE_DTYPES.get(config.scale_dtype),
+    )
+
+
+def input_config(inputs: QuantizationArgs | None) -> ActivationConfig | None:
+    """Returns the scheme of inputs that compressed-tensors' vocabulary stands for.
+
+    Raises:
+        ValueError: it is none of llmqat's.
+    """
+    if inputs is None:
+        return None
+    known = {} if inputs.dynamic or inputs.observer not in get_args(Observer) else {"observer": inputs.observer}
+    return ActivationConfig(
+        num_bits=inputs.num_bits,
+        symmetric=inputs.symmetric,
+        dynamic=bool(inputs.dynamic),
+        group_size=inputs.group_size if inputs.strategy in ("group", "tensor_group") else None,
+        **_levels(inputs),
+        **known,
+    )
+
+
+def runs_inputs(inputs: QuantizationArgs | None) -> bool:
+    """Returns whether inputs quantized so are what an `ActivationConfig` stands for."""
+    if inputs is None:
+        return True
+    try:
+        config = input_config(inputs)
+    except ValueError:
+        return False
+    return config is not None and config.strategy == inputs.strategy
+
+
+def _levels(args: QuantizationArgs) -> dict[str, Any]:
+    stored = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
+    kind = "float" if args.type == "float" else "integer"
+    return {"levels": kind, "scale_dtype": stored.get(args.scale_dtype, "bfloat16")}

@@ -1,0 +1,183 @@
+"""Float formats against compressed-tensors' own arithmetic: codes, scales, packed bytes, inputs; and stock loading."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize as their_fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import llmqat
+from llmqat.export import save
+from llmqat.export.compressed_tensors import packed_state_dict, quantized_layers
+from llmqat.export.forms import global_scales, input_args, weight_args, weight_config
+from llmqat.grid import dequantize, minmax_scale, quantize
+from llmqat.layers import ActivationConfig, ActivationQuantizer, QuantConfig, WeightConfig, prepare
+from tests.tiny import tiny_llama, with_ranges
+
+WEIGHTS = ["nvfp4a16", "mxfp4a16", "mxfp8a16", "fp8a16", "fp8a16-tensor", "fp8a16-g32"]
+INPUTS = {
+    "fp8 token": ActivationConfig(levels="float"),
+    "fp8 tensor": ActivationConfig(levels="float", dynamic=False),
+    "fp8 groups": ActivationConfig(levels="float", group_size=32),
+    "nvfp4": ActivationConfig(num_bits=4, levels="float", group_size=16, scale_dtype="e4m3"),
+    "mxfp4": ActivationConfig(num_bits=4, levels="float", group_size=32, scale_dtype="e8m0"),
+    "mxfp8": ActivationConfig(num_bits=8, levels="float", group_size=32, scale_dtype="e8m0"),
+}
+ROWS = 10_000
+"""Random matrices of one row each; a law of rows, since no scale of these formats governs more than one."""
+
+
+def matrices(columns: int = 64, seed: int = 0) -> Tensor:
+    """Rows of all kinds: of zeros and with zeros, denormal, huge, of equal entries, on ties between levels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(ROWS, columns, generator=generator) * torch.exp2(
+        torch.randint(-12, 12, (ROWS, 1), generator=generator)
+    )
+    x[::11] = torch.randn(len(x[::11]), 1, generator=generator)
+    x[::13, : columns // 2] = 0
+    x[::17] *= 2.0**-90
+    x[::19] *= 2.0**60
+    x[::23] = torch.randint(-24, 25, x[::23].shape, generator=generator) / 4
+    x[::29] = 0
+    return x
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_codes_and_numbers_are_theirs(name: str) -> None:
+    """With our scales, their quantization gives our codes, and the numbers that these stand for."""
+    weights = QuantConfig.preset(name).weights
+    weight = matrices()
+    if weights.scale_dtype == "e4m3":  # whose scales are those of one tensor: rows are made alike in size
+        weight = torch.nn.functional.normalize(weight, dim=1).nan_to_num_(0)
+    shape = weights.scale_shape(*weight.shape)
+    scale, _ = minmax_scale(weight, weights.grid, shape)
+    codes = quantize(weight, scale, None, weights.grid)
+    args = weight_args(weights.stored if weights.strategy != "tensor" else weights)
+    theirs = their_fake_quantize(weight, scale, None, args)
+    assert torch.equal(dequantize(codes, scale, None, torch.float32), theirs)
+
+
+@pytest.mark.parametrize("name", ["mxfp4a16", "mxfp8a16", "fp8a16"])
+def test_plain_scales_are_theirs(name: str) -> None:
+    weights = QuantConfig.preset(name).weights
+    weight = matrices()
+    weight = weight[(weight.view(ROWS, -1, 32).abs().amax(-1) > 2.0**-80).all(1)]  # zeros have another scale there
+    scale, _ = minmax_scale(weight, weights.grid, weights.scale_shape(*weight.shape))
+    groups = weight.view(*scale.shape, -1)
+    theirs, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), weight_args(weights))
+    assert torch.equal(scale, theirs.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_inputs_are_theirs(kind: str, dtype: torch.dtype) -> None:
+    config = INPUTS[kind]
+    quantizer = ActivationQuantizer(config)
+    x = matrices()
+    if config.calibrated:
+        x = torch.nn.functional.normalize(x, dim=1).nan_to_num_(0)
+    if config.scale_dtype == "e8m0":  # a float32 power of two holds what is not zero
+        x[::17] = 1
+    x = x.to(dtype).view(100, ROWS // 100, -1)
+    args = input_args(config)
+    shared = None
+    if config.calibrated:
+        quantizer.set_range(float(x.min()), float(x.max()))
+        shared = quantizer.global_scale
+    if shared is not None:
+        assert torch.equal(shared, generate_gparam(x.min().float(), x.max().float()))
+    if quantizer.scale is None:
+        scale, zero_point = compute_dynamic_scales_and_zp(x, args, None, shared)
+    else:
+        scale, zero_point = quantizer.scale.to(dtype), None
+    theirs = their_fake_quantize(x, scale, zero_point, args, shared)
+    assert torch.equal(quantizer(x), theirs)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_what_is_written_is_decompressed_by_them_to_the_weight(name: str) -> None:
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset(name))
+    state = packed_state_dict(model, torch.bfloat16)
+    for layer_name, layer in quantized_layers(model):
+        scheme = QuantizationScheme(targets=["Linear"], weights=weight_args(layer.weights.stored))
+        own = {key.rpartition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{layer_name}.")}
+        form = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized"}
+        kind = BaseCompressor.get_value_from_registry(form.get(layer.weights.label.split()[0], "naive-quantized"))
+        found = kind.decompress(own, scheme)["weight"]
+        assert torch.equal(found.bfloat16(), layer.quantized_weight(torch.bfloat16)), layer_name
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4", "mxfp4", "mxfp8", *WEIGHTS])
+def test_stock_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset(name))
+    with_ranges(model, 100.0)
+    report = save(model, tmp_path / "packed")
+    assert report.stock.loads
+    ids = torch.arange(2, 34)[None]
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16).eval()
+    loaded = llmqat.load(tmp_path / "packed", kernel="reference")
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, loaded(ids).logits)
+    again = llmqat.export.checkpoint.save(loaded, tmp_path / "again")
+    assert again.bits_per_weight == report.bits_per_weight
+    first, second = (load_file(tmp_path / part / "model.safetensors") for part in ("packed", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key].view(torch.uint8), second[key].view(torch.uint8)) for key in first)
+
+
+def test_siblings_share_their_global_scale() -> None:
+    """vLLM computes q, k and v as one product, with the largest of their global scales for all."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(7)
+        model.model.layers[1].mlp.up_proj.weight.div_(5)
+    prepare(model, QuantConfig.preset("nvfp4a16"))
+    found = global_scales(dict(quantized_layers(model)))
+    for layer in range(2):
+        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+        assert len({found[f"{attention}{leaf}_proj"] for leaf in "qkv"}) == 1
+        assert len({found[f"{mlp}{leaf}_proj"] for leaf in ("gate", "up")}) == 1
+    assert all(math.log2(number).is_integer() for number in found.values())
+    assert len(set(found.values())) > 1
+    packed_state_dict(model, torch.bfloat16)  # which checks that no scale is lost
+
+
+def test_scales_too_far_apart_are_refused_by_name() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(2.0**18)
+    prepare(model, QuantConfig.preset("nvfp4a16"))
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.self_attn\.(q|v)_proj: \d+ of \d+ scales are no numbers of"
+    ):
+        packed_state_dict(model, torch.bfloat16)
+
+
+def test_a_format_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(ValueError, match="is a format that nothing reads; choose a preset of mxfp4, mxfp8, nvfp4"):
+        WeightConfig(num_bits=4, levels="float", group_size=64)
+    with pytest.raises(ValueError, match="these levels are a symmetric grid of 4 or 8 bits"):
+        WeightConfig(num_bits=5, levels="float", group_size=32)
+    with pytest.raises(ValueError, match="scale_dtype='e8m0' with levels='integer'"):
+        WeightConfig(num_bits=4, group_size=32, scale_dtype="e8m0")
+    with pytest.raises(ValueError, match="are a format that nothing reads"):
+        ActivationConfig(num_bits=8, group_size=32)
+
+
+def test_other_peoples_words_are_read() -> None:
+    """llm-compressor's presets, but for blocks of weights."""
+    tensor = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True)
+    assert weight_config(tensor).label == "fp8 channel"  # the one scale is written out for every row
+    with pytest.raises(ValueError, match="strategy"):
+        weight_config(QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[128, 128]))
