@@ -82,6 +82,20 @@ class Allocation:
         return quant.model_copy(update={"overrides": {**quant.overrides, **changed}})
 
 
+def check_choices(quant: QuantConfig, choices: Sequence[int]) -> None:
+    """Raises where the weights of a scheme cannot have each of `choices` of bits.
+
+    Raises:
+        ValueError: names the scheme, the bits and the way out.
+    """
+    weights = quant.weights
+    if weights.levels != "integer":
+        raise ValueError(
+            f"bits are chosen for each layer among {', '.join(map(str, choices))}, and quant.weights is "
+            f"{weights.label}, which has no others; give a scheme of integers, such as preset int4, or no target"
+        )
+
+
 def measure_sensitivity(
     model: nn.Module,
     quant: QuantConfig,
@@ -106,10 +120,11 @@ def measure_sensitivity(
         wrap: put around the iteration over token blocks, for a progress bar.
 
     Raises:
-        ValueError: when there is no token block, or no layer to choose for.
+        ValueError: when there is no token block, no layer to choose for, or the scheme has no other bits.
     """
     if len(ids) == 0:
         raise ValueError("sensitivity got no token block; give it at least one")
+    check_choices(quant, choices)
     prepare(model, quant)
     layers = {
         name: module

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -28,6 +29,7 @@ from llmqat.evaluate.layers import JSON_FILE
 from llmqat.evaluate.speed import disk_usage
 from llmqat.export import load_any
 from llmqat.export.checkpoint import RUN_FILE
+from llmqat.export.forms import FORMS, input_config, weight_config
 from llmqat.extras import check_all_installed, require
 from llmqat.layers import QuantConfig, convert, prepare
 from llmqat.layers.prepare import CONFIG_KEY
@@ -46,7 +48,7 @@ from llmqat.models import (
 from llmqat.train.adapter import load_adapter
 
 _BITS_OF_TYPE = re.compile(r"I?Q(\d)")
-PACKED_FORMATS = ("pack-quantized", "int-quantized", None)
+PACKED_FORMATS = (*FORMS, None)
 """Formats of compressed-tensors that llmqat's loader takes; None: the configuration does not say."""
 PACKAGES = {
     "gptq": ("optimum", "gptqmodel"),
@@ -209,10 +211,26 @@ def _nearest_scheme(found: Mapping[str, Any]) -> dict[str, Any]:
         return _preset(found.get("bits", 4), group_size=found.get("group_size"))
     group = next(iter((found.get("config_groups") or {}).values()), None) or {}
     weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    if weights.get("type") == "float" and not found.get("kv_cache_scheme"):
+        return _floats(weights, inputs)
     if weights.get("type") != "int" or inputs.get("type", "int") != "int":
         return {}
     cache = found.get("kv_cache_scheme") or {}
     return _preset(weights["num_bits"], inputs.get("num_bits"), cache.get("num_bits"), weights.get("group_size"))
+
+
+def _floats(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the preset of a group of floats; nothing where llmqat has none."""
+    try:
+        label = weight_config(QuantizationArgs(**weights)).label
+        own = input_config(QuantizationArgs(**inputs)) if inputs else None
+    except ValueError:
+        return {}
+    kind, extent = label.split()
+    if own is None:
+        return {"preset": f"{kind}a16 {extent}"}
+    wanted = QuantConfig.preset(label)
+    return {"preset": label} if own == wanted.input_activations else {}
 
 
 def _preset(

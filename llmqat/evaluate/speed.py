@@ -32,7 +32,7 @@ from llmqat.models import check_safetensors, model_device, vocabulary_size, weig
 PARTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("embeddings", re.compile(r"(embed|wte|wpe|lm_head)")),
     ("linears", re.compile(r"\.(weight_packed|qweight)$")),
-    ("scales", re.compile(r"\.((weight|input)_(scale|zero_point)|scales|qzeros|g_idx)$")),
+    ("scales", re.compile(r"\.((weight|input)_(global_scale|scale|zero_point)|scales|qzeros|g_idx)$")),
     ("other", re.compile(r"\.weight_shape$")),
 )
 """The first pattern found in a tensor's name says its part; of the rest, matrices are linears and vectors other."""
@@ -216,6 +216,8 @@ def disk_usage(path: Path | str) -> DiskUsage:
                     shape = name.replace(".weight_packed", ".weight_shape")
                     packed = shape != name and shape in names
                     count = math.prod(tensors.get_tensor(shape).tolist() if packed else entry.get_shape())
+                    if shape != name and not packed:  # floats of 4 bits, two in a byte
+                        count *= 2
                     weights += round(count * (per_number if name.endswith(".qweight") else 1))
     weight_bytes = sum(shard.stat().st_size for shard in shards)
     every_byte = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

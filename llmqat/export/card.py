@@ -237,13 +237,18 @@ def _schemes(config: Mapping[str, Any]) -> str:
         named = f"`{targets[0]}`" if len(targets) == 1 else f"`{targets[0]}` and {len(targets) - 1} more"
         extent = f"groups of {weights['group_size']}" if weights.get("group_size") else "channel"
         zero = "symmetric" if weights.get("symmetric", True) else "with zero points"
-        kind = "kept" if inputs is None else f"{inputs['num_bits']} bits by {inputs['strategy']}"
-        rows.append((named, f"{weights['num_bits']}", extent, zero, kind))
+        kind = "kept" if inputs is None else f"{_bits(inputs)} bits by {inputs['strategy'].replace('_', ' ')}"
+        rows.append((named, _bits(weights), extent, zero, kind))
     table = markdown_table(("layers", "bits", "one scale for", "range", "inputs"), rows)
     ignored = config["quantization_config"].get("ignore") or []
     kept = f"\n\nLeft in high precision: {', '.join(f'`{name}`' for name in ignored)}." if ignored else ""
     cache = f"\n\nKV cache: `{json.dumps(config[KV_KEY])}`; other loaders keep it plain." if KV_KEY in config else ""
     return table + kept + cache
+
+
+def _bits(args: Mapping[str, Any]) -> str:
+    """Returns bits, and of floats that they are: '4', '8 (float)'."""
+    return f"{args['num_bits']}{' (float)' if args.get('type') == 'float' else ''}"
 
 
 def _bytes(sizes: Mapping[str, int]) -> str:

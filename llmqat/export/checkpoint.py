@@ -398,8 +398,10 @@ def _part(model: nn.Module, name: str) -> str:
         "weight_packed": "codes",
         "weight": "codes",
         "weight_scale": "scales",
+        "weight_global_scale": "scales",
         "weight_shape": "shapes",
         "input_scale": "scales",
+        "input_global_scale": "scales",
     }
     packed |= {"weight_zero_point": "zero_points", "input_zero_point": "zero_points"}
     if isinstance(module, (QuantModule, PackedModule)):

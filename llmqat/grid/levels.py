@@ -165,6 +165,18 @@ class Grid:
             return self.float_format.round_(v.clone())
         return (v - self.offset).round_() if self.offset else v.round()
 
+    def spacing(self, v: Tensor) -> Tensor:
+        """Returns how far apart levels lie where weights divided by their scale are `v` (float32)."""
+        return torch.ones_like(v) if self.float_format is None else self.float_format.spacing(v)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Weights divided by their scale that lie outside are clipped: half a step beyond the outermost levels."""
+        if self.float_format is None:
+            return self.qmin + self.offset - 0.5, self.qmax + self.offset + 0.5
+        end = self.qmax + float(self.spacing(torch.tensor(float(self.qmax)))) / 2
+        return -end, end
+
     def cell(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the lowest and the highest number that is rounded to each level for certain (`CELL`)."""
         if self.float_format is None:

@@ -243,7 +243,8 @@ def _quantized_entry(name: str, layer: QuantModule | PackedModule) -> AuditEntry
     zeros = 0 if weights.symmetric else -(-scales[0] * weights.num_bits // 32) * 4 * scales[1]
     shape, kind = packed_shape(layer.rows, layer.columns, weights.grid)
     packed = prod(shape) * kind.itemsize
-    after = packed + scales[0] * scales[1] * BYTES_HIGH_PRECISION + zeros + SHAPE_BYTES
+    scale_bytes = BYTES_HIGH_PRECISION if weights.scale_dtype == "bfloat16" else 1
+    after = packed + scales[0] * scales[1] * scale_bytes + zeros + SHAPE_BYTES
     before = layer.rows * layer.columns * BYTES_HIGH_PRECISION
     label = layer.weights.label if isinstance(layer, QuantModule) else layer.label
     inputs = getattr(layer, "input_quantizer", None)

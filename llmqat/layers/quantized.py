@@ -42,6 +42,8 @@ from llmqat.layers.reuse import ReusedWeight
 QUANTIZER_PARAMETERS = ("weight", "log_scale", "zero_point")
 """Parameters of a QuantModule that stay float32 masters; the quantizer makes the numbers of the checkpoint of them."""
 
+INTEGERS: dict[str, Any] = {"levels": "integer", "scale_dtype": "bfloat16"}
+"""What makes a scheme of weights one of integers."""
 SCALES = ("log_scale", "initial_scale", "clip_ratio", "zero_point")
 """What a QuantModule holds in float32, whatever the dtype of the model."""
 
@@ -238,8 +240,11 @@ class QuantModule(nn.Module):
 
     @torch.no_grad()
     def step_sizes(self) -> Tensor:
-        """Returns how far apart the levels of each weight lie, |scale| as [O, I] float32."""
-        return of_each_weight(self.scale_and_zero_point()[0].abs(), self.rows, self.columns)
+        """Returns how far apart the levels of each weight lie where it is, [O, I] float32: of integers |scale|."""
+        size = of_each_weight(self.scale_and_zero_point()[0].abs(), self.rows, self.columns)
+        if self.grid.levels != "float":
+            return size
+        return size * self.grid.spacing(self.matrix().float() / size)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
@@ -312,7 +317,7 @@ def at_least_bits(model: nn.Module, num_bits: int | None) -> Iterator[None]:
     try:
         for layer in layers:
             if num_bits is not None and layer.weights.num_bits < num_bits:
-                layer.weights = layer.weights.model_copy(update={"num_bits": num_bits, "levels": "integer"})
+                layer.weights = layer.weights.model_copy(update=INTEGERS | {"num_bits": num_bits})
         yield
     finally:
         for layer, weights in zip(layers, before, strict=True):

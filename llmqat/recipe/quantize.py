@@ -36,6 +36,7 @@ from llmqat.calibrate import (
     report_layers,
     rotates,
 )
+from llmqat.calibrate.sensitivity import check_choices
 from llmqat.calibrate.stages import REPORT_FILE
 from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits, open_text
 from llmqat.data.text import text_config
@@ -154,6 +155,8 @@ def quantize_model(
 
     def check_model() -> bool:
         check_full_precision(spec)
+        if allocate is not None:
+            check_choices(quant, allocate.choices)
         return check_spec_served(spec, clients, quant, allocate, rotates(stages))
 
     # Now: a scheme that does not do should not cost the text.

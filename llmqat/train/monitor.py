@@ -232,7 +232,7 @@ def _clipped(layer: QuantModule, weights: int) -> Tensor:
     codes = groups / scale.float().unsqueeze(-1)
     if zero_point is not None:
         codes = codes + zero_point.round().unsqueeze(-1)
-    low, high = layer.grid.qmin + layer.grid.offset - 0.5, layer.grid.qmax + layer.grid.offset + 0.5
+    low, high = layer.grid.ends
     return ((codes < low) | (codes > high)).float().mean()
 
 

@@ -21,7 +21,7 @@ from llmqat.layers import PackedLinear, QuantConfig, convert, prepare
 from llmqat.models import adapter_base, load_model, load_tokenizer, resolve_spec
 from llmqat.recipe import EvaluationSettings, compare_models
 from llmqat.recipe.evaluation import short_names, text_names
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_tokenizer, with_ranges
 
 WEIGHTS = (".gguf", ".safetensors")
 INT4 = QuantConfig.preset("int4", group_size=32)
@@ -195,3 +195,14 @@ def test_what_a_quantized_model_needs_is_looked_for_before_anything_is_measured(
     settings = EvaluationSettings(texts=(str(__file__),), window=16, max_windows=1)
     with pytest.raises((ImportError, ValueError), match=message):
         compare_models([str(tiny_folder), str(other)], settings)
+
+
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4a16", "mxfp4", "fp8", "fp8a16"])
+def test_the_scheme_of_floats_is_known_and_llmqat_loads_it(preset: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset(preset))
+    save(with_ranges(model, 100.0), tmp_path / "packed", tiny_tokenizer())
+    known = known_of(str(tmp_path / "packed"))
+    assert QuantConfig.preset(known.scheme["preset"]) == QuantConfig.preset(preset)
+    loaded, _ = load_to_judge(str(tmp_path / "packed"))
+    assert any(isinstance(module, PackedLinear) for module in loaded.modules())

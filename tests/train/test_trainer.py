@@ -245,6 +245,9 @@ PRESETS_TO_TRAIN: dict[str, dict[str, Any]] = {
     "int4 dynamic": {"group_size": 32, "scales": "dynamic"},
     "int4 fixed": {"group_size": 32, "scales": "fixed"},
     "int4 asymmetric": {"group_size": 32, "symmetric": False},
+    "fp8": {},
+    "mxfp4": {},
+    "nvfp4a16": {},
     "int4 embeddings": {"group_size": 32, "embeddings": "int4"},
 }
 
