@@ -204,5 +204,5 @@ def test_the_scheme_of_floats_is_known_and_llmqat_loads_it(preset: str, tmp_path
     save(with_ranges(model, 100.0), tmp_path / "packed", tiny_tokenizer())
     known = known_of(str(tmp_path / "packed"))
     assert QuantConfig.preset(known.scheme["preset"]) == QuantConfig.preset(preset)
-    loaded, _ = load_to_judge(str(tmp_path / "packed"))
+    loaded = load_to_judge(str(tmp_path / "packed"))
     assert any(isinstance(module, PackedLinear) for module in loaded.modules())
