@@ -101,6 +101,7 @@ ARMS = {
     "LoRA, distilled for longer": Arm(
         lora=1, stages="gptq", trained="all", steps=1, kl=1, cross_entropy=0.5, rate=2.5e-5
     ),
+    "LoRA, distilled by KL alone": Arm(lora=1, stages="gptq", trained="all", steps=1, kl=1, rate=2.5e-5),
     "LoRA inside": Arm(lora=0, stages="gptq", trained="lora", steps=1, cross_entropy=1, rate=5e-4),
 }
 """Name -> way."""

@@ -14,30 +14,30 @@ from dataclasses import dataclass
 SHIPPED = (
     *("int8", "int4", "int4-g32", "int3", "int2", "int2-seq", "ternary"),
     *("w8a8", "w4a8", "w4a8kv8", "w4a8kv4"),
-    *("fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"),
+    *("fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "int4-fp8kv"),
 )
 """The presets that llmqat has."""
 METHODS = ("rtn", "search", "gptq", "blockwise")
 """What `--method` takes."""
 SCHEME_NAMES = (
-    "int2 to int8, or w2 to w8, or fp8, nvfp4, mxfp4, mxfp8; then a8 or afp8 for inputs, kv8 or kv4 for the KV cache, "
-    "-g32 or another group size, or -channel: int5, w4a16, int8-g128, w4a8kv8-g64, nvfp4a16"
+    "int2 to int8, or w2 to w8, or fp8, nvfp4, mxfp4, mxfp8; then a8 or afp8 for inputs, kv8, kv4 or kvfp8 for the KV "
+    "cache, -g32 or another group size, or -channel: int5, w4a16, int8-g128, w4a8kv8-g64, nvfp4a16"
 )
 """What `read_scheme` reads, in words."""
-BITS = "weights have 2 to 8 bits, inputs (a) 2 to 8, 16 or fp8, the KV cache (kv) 4, 8 or 16"
+BITS = "weights have 2 to 8 bits, inputs (a) 2 to 8, 16 or fp8, the KV cache (kv) 4, 8, 16 or fp8"
 """What bits `read_scheme` takes, in words."""
 HIGH_PRECISION = 16
 """Bits that leave inputs and KV cache in high precision."""
-FP8_INPUTS = -8
-"""Stands for inputs in FP8, a scale a token."""
+FP8 = -8
+"""Stands for inputs in FP8, a scale a token, and for an FP8 KV cache."""
 OWN_KIND = 0
 """Stands for inputs of which a name says nothing: in high precision, or of the weights' kind where they are floats."""
-_CACHES = (4, 8, HIGH_PRECISION)
+_CACHES = (4, 8, HIGH_PRECISION, FP8)
 _BLOCKS = {"q40": "int4-g32", "q80": "int8-g32"}
 """GGUF's block types that hold codes and one scale, by what their weights are."""
 _NAME = re.compile(
     r"(?:(?:int|w)(?P<bits>\d+)|(?P<plain_bits>\d+)bits?|(?P<levels>ternary|int2seq|fp8|nvfp4|mxfp4|mxfp8))"
-    r"(?:a(?P<inputs>\d+|fp8))?(?:kv(?P<cache>\d+))?(?:(?P<extent>channel|tensor)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?"
+    r"(?:a(?P<inputs>\d+|fp8))?(?:kv(?P<cache>\d+|fp8)|(?P<fp8kv>fp8kv))?(?:(?P<extent>channel|tensor)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?"
 )
 
 
@@ -47,8 +47,8 @@ class SchemeName:
 
     Attributes:
         num_bits: of weights.
-        inputs: bits of inputs, `HIGH_PRECISION` for none; or `FP8_INPUTS`, or `OWN_KIND`.
-        cache: bits of the KV cache, likewise.
+        inputs: bits of inputs, `HIGH_PRECISION` for none; or `FP8`, or `OWN_KIND`.
+        cache: bits of the KV cache, likewise, but for `OWN_KIND`.
         levels: "ternary", "int2seq", "fp8", "nvfp4", "mxfp4", "mxfp8", or None for integers.
         extent: "channel", "tensor" or "group", where it is said.
         group: weights that share a scale, where it is said.
@@ -70,8 +70,9 @@ def read_scheme(name: str) -> SchemeName | None:
     if found is None:
         return None
     bits = int(found["bits"] or found["plain_bits"] or 2)
-    cache = int(found["cache"] or HIGH_PRECISION)
-    named = {None: OWN_KIND, "fp8": FP8_INPUTS}
+    fp8 = bool(found["fp8kv"]) or found["cache"] == "fp8"
+    cache = FP8 if fp8 else int(found["cache"] or HIGH_PRECISION)
+    named = {None: OWN_KIND, "fp8": FP8}
     inputs = named[found["inputs"]] if found["inputs"] in named else int(found["inputs"])
     known = inputs in (*named.values(), HIGH_PRECISION) or 2 <= inputs <= 8
     if not (2 <= bits <= 8 and known and cache in _CACHES):

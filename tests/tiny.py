@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from llmqat.layers import PRESETS, ActivationQuantizer
+from llmqat.layers import PRESETS, ActivationQuantizer, StateQuantizer
 
 VOCAB_SIZE = 384
 _SHAPE: dict[str, Any] = {
@@ -295,4 +295,6 @@ def with_ranges(model: PreTrainedModel, number: float = 0.1) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, ActivationQuantizer) and module.config.calibrated:
             (module.scale if module.global_scale is None else module.global_scale).fill_(number)
+        elif isinstance(module, StateQuantizer) and module.scale is not None:
+            module.scale.fill_(1 / 256)
     return model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmqat.calibrate.forward import Wrap, check_finite, check_seen, observe_inputs
 from llmqat.data.blocks import Rows
-from llmqat.layers import ActivationConfig, QuantLinear
+from llmqat.layers import ActivationConfig, ActivationQuantizer, QuantLinear, StateQuantizer
 from llmqat.layers.activation import range_parameters, row_codes, row_values
 
 MOMENTUM = 0.1
@@ -32,7 +32,9 @@ Range = tuple[float, float]
 
 
 def calibrate_activations(model: nn.Module, blocks: Tensor | Rows, batch_size: int = 4, wrap: Wrap = iter) -> int:
-    """Sets every static input range of `model`, in place, from token `blocks` [N, L]; returns how many there are.
+    """Sets every calibrated range of `model`, in place, from token `blocks` [N, L]; returns how many there are.
+
+    They are those of inputs, and of keys and values in floats.
 
     Args:
         model: a prepared causal language model; runs with its quantizers off.
@@ -43,7 +45,7 @@ def calibrate_activations(model: nn.Module, blocks: Tensor | Rows, batch_size: i
     Raises:
         ValueError: when there is no block, a layer saw no input, or an activation is not finite.
     """
-    layers = static_layers(model)
+    layers: dict[str, nn.Module] = {**static_layers(model), **static_caches(model)}
     if not layers:
         return 0
     ranges = _full_ranges(model, layers, blocks, batch_size, wrap)
@@ -52,8 +54,9 @@ def calibrate_activations(model: nn.Module, blocks: Tensor | Rows, batch_size: i
         counts = _histograms(model, binned, ranges, blocks, batch_size, wrap)
         ranges |= {name: _from_histogram(_config(layer), ranges[name], counts[name]) for name, layer in binned.items()}
     for name, layer in layers.items():
-        assert layer.input_quantizer is not None
-        layer.input_quantizer.set_range(*ranges[name])
+        quantizer = layer.input_quantizer if isinstance(layer, QuantLinear) else layer
+        assert isinstance(quantizer, (ActivationQuantizer, StateQuantizer))
+        quantizer.set_range(*ranges[name])
     return len(layers)
 
 
@@ -66,13 +69,22 @@ def static_layers(model: nn.Module) -> dict[str, QuantLinear]:
     }
 
 
-def _config(layer: QuantLinear) -> ActivationConfig:
+def static_caches(model: nn.Module) -> dict[str, StateQuantizer]:
+    """Returns what quantizes keys or values of `model` with a scale that calibration finds, by name."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, StateQuantizer)}
+    return {name: module for name, module in found.items() if module.scale is not None}
+
+
+def _config(layer: nn.Module) -> ActivationConfig:
+    """Returns the scheme of a layer's inputs; keys and values are observed as such inputs by default are."""
+    if not isinstance(layer, QuantLinear):
+        return ActivationConfig(dynamic=False)
     assert layer.input_quantizer is not None
     return layer.input_quantizer.config
 
 
 def _full_ranges(
-    model: nn.Module, layers: dict[str, QuantLinear], blocks: Tensor | Rows, batch_size: int, wrap: Wrap
+    model: nn.Module, layers: dict[str, nn.Module], blocks: Tensor | Rows, batch_size: int, wrap: Wrap
 ) -> dict[str, Range]:
     kept: dict[str, Tensor] = {}  # [2] float64: the ends stay on the device until the text is at its end
 
@@ -96,7 +108,7 @@ def _full_ranges(
 
 def _histograms(
     model: nn.Module,
-    layers: dict[str, QuantLinear],
+    layers: dict[str, nn.Module],
     ranges: dict[str, Range],
     blocks: Tensor | Rows,
     batch_size: int,

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmqat.calibrate.activations import calibrate_activations, static_layers
+from llmqat.calibrate.activations import calibrate_activations, static_caches, static_layers
 from llmqat.calibrate.blocks import Block, find_blocks, has_blocks
 from llmqat.calibrate.blockwise import train_block
 from llmqat.calibrate.config import (
@@ -188,7 +188,8 @@ def _check_bits(stages: Sequence[Stage], least: int) -> None:
 
 def _has_static_inputs(quant: QuantConfig) -> bool:
     inputs = [quant.input_activations, *(entry.input_activations for entry in quant.overrides.values() if entry)]
-    return any(isinstance(entry, ActivationConfig) and entry.calibrated for entry in inputs)
+    cached = quant.kv_cache is not None and quant.kv_cache.calibrated
+    return cached or any(isinstance(entry, ActivationConfig) and entry.calibrated for entry in inputs)
 
 
 # The calibration
@@ -329,8 +330,9 @@ class _Calibration:
 
 def _lacks_input_ranges(model: nn.Module) -> bool:
     """Returns whether a static input range is not set yet, so that the model cannot run."""
-    quantizers = (layer.input_quantizer for layer in static_layers(model).values())
-    return any(quantizer is not None and not quantizer.is_calibrated for quantizer in quantizers)
+    inputs = (layer.input_quantizer for layer in static_layers(model).values())
+    quantizers = [*(quantizer for quantizer in inputs if quantizer is not None), *static_caches(model).values()]
+    return not all(quantizer.is_calibrated for quantizer in quantizers)
 
 
 # What each stage does: (seconds of earlier starts, facts by block or layer)
@@ -359,7 +361,7 @@ def _ranges(run: _Calibration, stage: RangesStage, place: Path) -> _Done:
             bar = run.bar("moments", "batch")
             moments = collect_moments(run.model, run.text(stage), stage.batch_size, bar, processes)
         calibrate_ranges(run.model, stage.method, moments, run.bar("ranges", "layer"), stage.percentile, processes)
-        if static_layers(run.model):
+        if static_layers(run.model) or static_caches(run.model):
             calibrate_activations(run.model, run.text(stage), stage.batch_size, run.bar("inputs", "batch"))
     if processes.is_first:
         save_whole(file, quantizer_state(run.model))

@@ -25,8 +25,8 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 SchemeOption = Annotated[
     str,
     typer.Option(
-        help="Weights by their bits, int2 to int8 (or w4, 4bit, q4_0), ternary, int2-seq, fp8, nvfp4, mxfp4; then what else is "
-        "quantized, as in w4a8 (inputs) or w4a8kv8 (KV cache); then -gSIZE or -channel: int5, int8-g128, w4a8-g64."
+        help="Weights by their bits, int2 to int8 (or w4, 4bit, q4_0), ternary, int2-seq, fp8, nvfp4, mxfp4; then what "
+        "else is quantized, as in w4a8 (inputs) or w4a8kv8 (KV cache); then -gSIZE or -channel: int5, w4a8-g128."
     ),
 ]
 GroupSizeOption = Annotated[

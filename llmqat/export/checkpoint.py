@@ -234,8 +234,9 @@ def save(
             tokenizer.save_pretrained(temporary)
         _keep_processor(model, temporary)
         proof, expected = _prove(model, temporary, dtype, FORMATS[format], probe, written)
-        # What others make of a quantized KV cache, which they do not quantize, is no matter of logits.
-        stock = try_stock(temporary, None if kv_scheme(model) is not None else expected)
+        # What others make of a KV cache of integers, which they do not quantize, is no matter of logits.
+        cache = kv_scheme(model)
+        stock = try_stock(temporary, None if cache is not None and not cache.calibrated else expected)
         FORMATS[format].tell_others(temporary, stock)
         served = served_by(describe(model, int_quantized=int_quantized, trial=stock))
         sizes = _bytes_by_part(model, temporary, written)

@@ -20,8 +20,10 @@ parameter; a quantized embedding is stored like a linear layer, and a head tied 
 `config.json` holds `quantization_config`, which is generated through compressed-tensors' own classes and is all that a
 loader needs: stock transformers, vLLM and `read` below recover from it which modules are packed and how. It is derived
 from the modules themselves, never from the configuration that once prepared them, so it cannot disagree with the
-tensors. A quantized KV cache, which the format can only say with calibrated ranges, stands beside it as
-`llmqat_kv_cache`. A checkpoint that stock transformers was seen to fill with random numbers (`stock.py`; Conv1D,
+tensors. A KV cache of integers, whose scales come with each token, which the format cannot say, stands beside it
+as `llmqat_kv_cache`; one in FP8 is its `kv_cache_scheme`, with ATTENTION.k_scale and ATTENTION.v_scale [1].
+
+A checkpoint that stock transformers was seen to fill with random numbers (`stock.py`; Conv1D,
 stacked experts) has a key of ours in each group, which stock transformers refuses, and that is the point; vLLM, which
 serves packed Conv1D, does not look at it. One that transformers reads only when it dequantizes the weights at loading
 (zero points; models that look at weights while they are built) has the key `dequantize`, which is transformers' own.
@@ -52,6 +54,8 @@ from llmqat.export.experts import single_experts, stacked
 from llmqat.export.forms import (
     FORMS,
     PLAIN_FORMAT,
+    cache_args,
+    cache_config,
     form_of,
     global_scales,
     input_args,
@@ -110,10 +114,12 @@ _INPUT_NAMES = {
     "input_quantizer.global_scale": "input_global_scale",
 }
 """Names of calibrated input ranges: in the module, on disk."""
+_CACHE_NAMES = {".kv_quantizer.key.scale": ".k_scale", ".kv_quantizer.value.scale": ".v_scale"}
+"""Ends of the names of an FP8 KV cache's scales: in the module, on disk."""
 _INPUT_DTYPES = {"input_quantizer.zero_point": torch.int8, "input_quantizer.global_scale": torch.float32}
 """What they are stored as, where that is not the checkpoint's dtype."""
 _OF_THE_WEIGHT = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-_SCALES = (".weight_scale", ".input_quantizer.scale", ".input_quantizer.global_scale")
+_SCALES = (".weight_scale", ".input_quantizer.scale", ".input_quantizer.global_scale", *_CACHE_NAMES)
 _STRATEGIES = {"int": ("group", "channel"), "float": ("group", "channel", "tensor_group", "tensor")}
 """What a scale of weights may govern."""
 _NEIGHBOURHOOD = 65_536
@@ -212,6 +218,9 @@ def _unpacked(
         if _owner(name) in layers or name in tied or id(owner) in written:
             continue
         written.add(id(owner))
+        if (end := next((end for end in _CACHE_NAMES if name.endswith(end)), None)) is not None:
+            yield name.removesuffix(end) + _CACHE_NAMES[end], owner, dtype
+            continue
         yield name, owner, tensor.dtype if owner is tensor or in_float32(name) else dtype
 
 
@@ -261,6 +270,7 @@ def quantization_config(model: nn.Module, int_quantized: bool = False) -> dict[s
         config_groups=groups,
         format=forms.pop() if len(forms) == 1 else MIXED_FORMAT,
         quantization_status=QuantizationStatus.COMPRESSED,
+        kv_cache_scheme=cache_args(kv_scheme(model)),
         ignore=[name for name, module in model.named_modules() if isinstance(module, (nn.Linear, TiedHead))],
     )
     dumped: dict[str, Any] = json.loads(config.model_dump_json())
@@ -295,7 +305,7 @@ def _config_of(model: PreTrainedModel, dtype: torch.dtype, int_quantized: bool) 
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     config.quantization_config = quantization_config(model, int_quantized)
-    if (scheme := kv_scheme(model)) is not None:
+    if (scheme := kv_scheme(model)) is not None and not scheme.calibrated:
         setattr(config, KV_KEY, scheme.model_dump(mode="json"))
     if stacked := _unmarked_stacks(model):
         setattr(config, STACKED_KEY, stacked)
@@ -368,6 +378,8 @@ def read(
     singles = _install(model, schemes, dtype, getattr(config, STACKED_KEY, {}), stored)
     if (cache := getattr(config, KV_KEY, None)) is not None:
         quantize_kv(model, KVCacheConfig.model_validate(cache))
+    elif (floats := cache_config(schemes.kv_cache_scheme)) is not None:
+        quantize_kv(model, floats)
     packed = {name: layer for name, layer in quantized_layers(model) if isinstance(layer, PackedExperts)}
     tensors = _repacked(model, in_model(model, stacked(packed, singles, stored)))
     expected = model.state_dict()
@@ -414,7 +426,7 @@ def _unsupported(scheme: QuantizationScheme, config: QuantizationConfig) -> str 
     checks = (
         (form in FORMS, f"format {form!r} (not {', '.join(FORMS)})"),
         (config.quantization_status == QuantizationStatus.COMPRESSED, f"status {config.quantization_status!r}"),
-        (config.kv_cache_scheme is None, "a quantized KV cache"),
+        (_runs_cache(config.kv_cache_scheme), "a KV cache quantized otherwise than in FP8 with one scale a layer"),
         (scheme.output_activations is None, "quantized output activations"),
         (weights is not None and 2 <= weights.num_bits <= 8, "weights of fewer than 2 or more than 8 bits"),
         (
@@ -433,6 +445,14 @@ def _unsupported(scheme: QuantizationScheme, config: QuantizationConfig) -> str 
         except ValueError:
             return f"weights of a format ({weights.num_bits} bits, {weights.type}, groups of {weights.group_size})"
     return found
+
+
+def _runs_cache(cache: QuantizationArgs | None) -> bool:
+    try:
+        cache_config(cache)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_plausible(config: PreTrainedConfig, folder: Path, entries: int) -> None:
@@ -638,6 +658,7 @@ def _in_module(name: str) -> str:
     """Returns the name in the model of a tensor on disk."""
     owner, _, leaf = name.rpartition(".")
     inside = {disk: module for module, disk in _INPUT_NAMES.items()}
+    inside |= {disk[1:]: module[1:] for module, disk in _CACHE_NAMES.items()}
     return f"{owner}.{inside[leaf]}" if leaf in inside else name
 
 

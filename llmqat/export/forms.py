@@ -29,7 +29,16 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from llmqat.grid import Grid, pack_int32, packed_shape, unpack_int32
-from llmqat.layers import SIBLINGS, ActivationConfig, LayerScheme, PackedModule, QuantModule, WeightConfig
+from llmqat.layers import (
+    SIBLINGS,
+    ActivationConfig,
+    KVCacheConfig,
+    KVTensorConfig,
+    LayerScheme,
+    PackedModule,
+    QuantModule,
+    WeightConfig,
+)
 from llmqat.layers.config import Observer
 
 PACKED_FORMAT = "pack-quantized"
@@ -46,6 +55,7 @@ FLOAT_WEIGHTS_ALONE = "naive-quantized"
 """The form of FP8 weights whose inputs are not quantized."""
 FORMS = (PACKED_FORMAT, PLAIN_FORMAT, *FLOAT_FORMATS.values(), FLOAT_WEIGHTS_ALONE)
 """All that are written and read."""
+_FP8_CACHE = (8, "float", True, "tensor", False)
 _E8M0_BIAS = 127
 _SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
 _LARGEST_E4M3 = 448.0
@@ -238,6 +248,27 @@ def input_config(inputs: QuantizationArgs | None) -> ActivationConfig | None:
         **_levels(inputs),
         **known,
     )
+
+
+def cache_args(config: KVCacheConfig | None) -> QuantizationArgs | None:
+    """Returns a scheme of the KV cache in compressed-tensors' vocabulary; None for what that cannot say."""
+    if config is None or not config.calibrated:
+        return None
+    return QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor", dynamic=False)
+
+
+def cache_config(cache: QuantizationArgs | None) -> KVCacheConfig | None:
+    """Returns the scheme of the KV cache that compressed-tensors' vocabulary stands for.
+
+    Raises:
+        ValueError: it is none of llmqat's.
+    """
+    if cache is None:
+        return None
+    if (cache.num_bits, cache.type, cache.symmetric, cache.strategy, bool(cache.dynamic)) != _FP8_CACHE:
+        raise ValueError("a KV cache quantized otherwise than in FP8 with one calibrated scale a layer")
+    floats = KVTensorConfig(levels="float")
+    return KVCacheConfig(key=floats, value=floats)
 
 
 def runs_inputs(inputs: QuantizationArgs | None) -> bool:

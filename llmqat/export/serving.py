@@ -120,7 +120,7 @@ class Client:
 
 def _transformers(description: ModelDescription) -> Finding:
     lost = (
-        *([UNQUANTIZED_CACHE] if description.kv_cache is not None else []),
+        *([UNQUANTIZED_CACHE] if description.kv_cache is not None and not description.kv_cache.calibrated else []),
         "weights are unpacked at the first forward: small on disk, not in memory",
     )
     if (trial := description.trial) is not None:
@@ -166,6 +166,8 @@ def _sglang(description: ModelDescription) -> Finding:
     if floats is not None:
         reason = f"{floats.name} ({floats.label}): what it does with floats was not looked at"
         return Finding(reason, "compressed_tensors.py", basis="not read")
+    if description.kv_cache is not None and description.kv_cache.calibrated:
+        return Finding("what it does with an FP8 KV cache was not looked at", "compressed_tensors.py", basis="not read")
     if reason := next(_why_not_sglang(description), ""):
         return Finding(reason, "compressed_tensors.py", basis=basis)
     inputs = [layer.scheme.input_activations for layer in description.layers if layer.scheme.input_activations]

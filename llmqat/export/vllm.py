@@ -123,7 +123,7 @@ def losses(description: ModelDescription, cpu: bool) -> tuple[str, ...]:
             lost.append(PLAIN_INPUTS)
         else:
             lost += [MADE_FOR_ARM, BYTE_A_WEIGHT, *([ZERO_POINTS] if inputs.symmetric else [])]
-    if description.kv_cache is not None:
+    if description.kv_cache is not None and not description.kv_cache.calibrated:
         lost.append("keys and values stay in high precision")
     return tuple(dict.fromkeys(lost))
 

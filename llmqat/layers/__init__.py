@@ -13,7 +13,7 @@ audit.py       what is covered                          lora.py        peft's Lo
 """
 
 from llmqat.layers.activation import ActivationQuantizer
-from llmqat.layers.attention import KVQuantizer, attention_layers, model_kind, quantize_kv
+from llmqat.layers.attention import KVQuantizer, StateQuantizer, attention_layers, model_kind, quantize_kv
 from llmqat.layers.audit import AuditEntry, CoverageAudit, audit, lattice_note
 from llmqat.layers.cache import QuantizedCache, kv_scheme, new_cache
 from llmqat.layers.causal import short_attention
@@ -84,6 +84,7 @@ __all__ = [
     "QuantLinear",
     "QuantModule",
     "QuantizedCache",
+    "StateQuantizer",
     "TiedHead",
     "WeightConfig",
     "at_least_bits",

@@ -10,6 +10,8 @@ such a model is refused by name.
 
 The arithmetic is float32, rounded once to the dtype of the states. A symmetric scheme is code * scale; an asymmetric
 one is code * scale + offset, the offset being the smallest entry of the group: no zero point is rounded to a code.
+Floats (E4M3) have one calibrated scale for the keys of a layer and one for its values, in the dtype of the states and
+in the order of compressed-tensors: what vLLM keeps with an FP8 cache.
 
 Letters: B batch, H heads, L length, D head size, g entries per scale.
 
@@ -30,8 +32,12 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llmqat.grid import Grid
+from llmqat.layers.activation import range_parameters, row_codes
 from llmqat.layers.config import KVCacheConfig, KVTensorConfig
 
+E4M3 = Grid(8, levels="float")
+"""What floats of a KV cache are rounded to."""
 IMPLEMENTATION_PREFIX = "llmqat_"
 """Begins the name of an attention implementation that quantizes keys and values."""
 
@@ -39,35 +45,104 @@ FROM_CACHE = "llmqat_from_cache"
 """Attribute that marks keys and values as those of a quantized cache, so that they are not quantized twice."""
 
 
+class StateQuantizer(nn.Module):
+    """Fake-quantizes the keys, or the values, of one attention layer.
+
+    Attributes:
+        config: the scheme.
+        scale: [1] float32 buffer, NaN until it is calibrated; None where each token has its own.
+        enabled: False lets them through.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, config: KVTensorConfig, device: torch.device | str | None = None, name: str = "") -> None:
+        """Makes a quantizer; one with a scale of its own refuses to run until `set_range`."""
+        super().__init__()
+        self.config, self.name, self.enabled = config, name, True
+        self.register_buffer("scale", torch.full((1,), torch.nan, device=device) if config.levels == "float" else None)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it has all that calibration is to find."""
+        return self.scale is None or not bool(self.scale.isnan().any())
+
+    @torch.no_grad()
+    def set_range(self, low: float, high: float) -> None:
+        """Sets the scale for states in [low, high], snapped to bfloat16, as it will be stored.
+
+        Raises:
+            ValueError: when the range is not finite.
+        """
+        assert self.scale is not None
+        if not (low <= high and abs(low) < float("inf") and abs(high) < float("inf")):
+            raise ValueError(f"the range [{low}, {high}] of {self.name or 'keys or values'} is not finite")
+        scale, _ = range_parameters(torch.tensor([low]), torch.tensor([high]), E4M3)
+        self.scale.copy_(scale.to(torch.bfloat16))
+
+    def forward(self, x: Tensor, enabled: bool = True) -> Tensor:
+        """Returns x [B, H, L, D], quantized and dequantized; gradients pass straight through.
+
+        Raises:
+            RuntimeError: for a scale that was never calibrated.
+        """
+        if not (self.enabled and enabled):
+            return x
+        return _StraightThrough.apply(x, self.config, self.calibrated_scale())  # type: ignore[no-untyped-call]
+
+    def calibrated_scale(self) -> Tensor | None:
+        """Returns the scale of all states; None where each token has its own.
+
+        Raises:
+            RuntimeError: it was never calibrated.
+        """
+        if not (torch.compiler.is_compiling() or self.scale is None or self.scale.is_meta or self.is_calibrated):
+            raise RuntimeError(
+                f"the range of {self.name or 'keys or values'} is not calibrated; call "
+                "llmqat.calibrate.calibrate_activations(model, blocks) first"
+            )
+        return self.scale
+
+
 class KVQuantizer(nn.Module):
     """Fake-quantizes the keys and values of one attention layer.
 
     Attributes:
         config: the scheme.
+        key: quantizes keys.
+        value: quantizes values.
         enabled: False lets keys and values through.
     """
 
-    def __init__(self, config: KVCacheConfig) -> None:
-        """Makes a quantizer; it has no state."""
+    def __init__(self, config: KVCacheConfig, device: torch.device | str | None = None, name: str = "") -> None:
+        """Makes a quantizer; `name` is the layer's, for errors."""
         super().__init__()
         self.config, self.enabled = config, True
+        self.key = StateQuantizer(config.key, device, f"the keys of {name or 'a layer'}")
+        self.value = StateQuantizer(config.value, device, f"the values of {name or 'a layer'}")
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Returns key and value [B, H, L, D], quantized and dequantized; gradients pass straight through."""
-        if not self.enabled or getattr(key, FROM_CACHE, False):
+        if getattr(key, FROM_CACHE, False):
             return key, value
-        return _fake_quantized(key, self.config.key), _fake_quantized(value, self.config.value)
+        return self.key(key, self.enabled), self.value(value, self.enabled)
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
         return self.config.label
 
 
-def quantize_states(x: Tensor, config: KVTensorConfig) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_states(
+    x: Tensor, config: KVTensorConfig, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns codes 0..2^b-1 uint8 [*, D], scale [*, D/g] and offset [*, D/g] (None when symmetric) of states [*, D].
 
-    Scale and offset have the dtype of the states, and the codes are made with the rounded ones.
+    Scale and offset have the dtype of the states, and the codes are made with the rounded ones. Of floats, `scale` [1]
+    is the calibrated one, and codes are the bytes of E4M3 numbers.
     """
+    if scale is not None:
+        own = scale.to(x.dtype)
+        return row_codes(x, own, None, E4M3).to(torch.float8_e4m3fn).view(torch.uint8), own, None
     groups = x.unflatten(-1, (-1, config.group_size or x.shape[-1])).float()
     low, high = torch.aminmax(groups, dim=-1, keepdim=True)
     levels, middle = 2**config.num_bits - 1, 2 ** (config.num_bits - 1)
@@ -81,6 +156,8 @@ def quantize_states(x: Tensor, config: KVTensorConfig) -> tuple[Tensor, Tensor, 
 
 def dequantize_states(codes: Tensor, scale: Tensor, offset: Tensor | None, config: KVTensorConfig) -> Tensor:
     """Returns the states [*, D] in the scale's dtype; the way back from `quantize_states`."""
+    if config.levels == "float":
+        return codes.view(torch.float8_e4m3fn).to(scale.dtype) * scale
     values = codes.unflatten(-1, (scale.shape[-1], -1)).float()
     if offset is None:
         values = (values - 2 ** (config.num_bits - 1)) * scale.unsqueeze(-1).float()
@@ -91,16 +168,12 @@ def dequantize_states(codes: Tensor, scale: Tensor, offset: Tensor | None, confi
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, config: KVTensorConfig) -> Tensor:
-        return dequantize_states(*quantize_states(x, config), config)
+    def forward(ctx: Any, x: Tensor, config: KVTensorConfig, scale: Tensor | None) -> Tensor:
+        return dequantize_states(*quantize_states(x, config, scale), config)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-def _fake_quantized(x: Tensor, config: KVTensorConfig) -> Tensor:
-    return _StraightThrough.apply(x, config)  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
 
 
 def quantize_kv(model: nn.Module, config: KVCacheConfig) -> None:
@@ -113,8 +186,9 @@ def quantize_kv(model: nn.Module, config: KVCacheConfig) -> None:
     layers = attention_layers(model)
     assert isinstance(model, PreTrainedModel)
     check_kv_groups(layers, config)
-    for layer in layers.values():
-        layer.add_module("kv_quantizer", KVQuantizer(config))
+    for name, layer in layers.items():
+        device = next((parameter.device for parameter in layer.parameters()), None)
+        layer.add_module("kv_quantizer", KVQuantizer(config, device, name))
     implementation = str(model.config._attn_implementation)
     if not implementation.startswith(IMPLEMENTATION_PREFIX):
         model.set_attn_implementation(quantizing_implementation(implementation))

@@ -272,10 +272,10 @@ def _notes(model: nn.Module) -> list[str]:
     caches = [module for module in modules if isinstance(module, KVQuantizer)]
     notes = []
     if caches:
-        notes.append(
-            f"KV cache: {caches[0].config.label} in {len(caches)} attention layers; "
-            "llmqat.load runs it so, other loaders read keys and values in high precision"
-        )
+        config = caches[0].config
+        plain = "llmqat.load runs it so, other loaders read keys and values in high precision"
+        who = "llmqat.load, transformers and vLLM run it so" if config.calibrated else plain
+        notes.append(f"KV cache: {config.label} in {len(caches)} attention layers; {who}")
     if any(layer.weights.levels == "seq" for layer in layers if isinstance(layer, QuantModule)):
         notes.append("int2-seq has half-integer levels, which no format knows: stored exactly, in 3 bits a code")
     if any(isinstance(layer, QuantModule) for layer in layers) and (note := dequantized_note(model)):

@@ -28,7 +28,7 @@ class QuantizedStates:
 
     Attributes:
         codes: uint8 [B, H, T, D], or [B, H, T, D/2] with two codes a byte for schemes of up to 4 bits.
-        scale: [B, H, T, G] in the dtype of the states.
+        scale: [B, H, T, G] in the dtype of the states; [1] where it was calibrated.
         offset: [B, H, T, G] in the dtype of the states, or None when symmetric.
         first: [B, H, F, D], kept in full precision.
         recent: [B, H, R, D], kept in full precision.
@@ -36,8 +36,11 @@ class QuantizedStates:
 
     TENSORS = ("codes", "scale", "offset", "first", "recent")
 
-    def __init__(self, config: KVTensorConfig, first_tokens: int, last_tokens: int) -> None:
+    def __init__(
+        self, config: KVTensorConfig, first_tokens: int, last_tokens: int, calibrated: Tensor | None = None
+    ) -> None:
         self.config, self.first_tokens, self.last_tokens = config, first_tokens, last_tokens
+        self.calibrated = calibrated
         self.codes: Tensor | None = None
         self.scale: Tensor | None = None
         self.offset: Tensor | None = None
@@ -87,7 +90,7 @@ class QuantizedStates:
             held = getattr(self, names[0])
             taken = 0 if held is None else min(count, held.shape[-2])
             for name in names:
-                if getattr(self, name) is not None and taken:
+                if getattr(self, name) is not None and taken and not self._is_fixed(name):
                     kept = getattr(self, name).shape[-2] - taken
                     setattr(self, name, getattr(self, name)[..., :kept, :].contiguous())
             count -= taken
@@ -95,14 +98,20 @@ class QuantizedStates:
     def change(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor held by what `fn` makes of it."""
         for name in self.TENSORS:
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None and not self._is_fixed(name):
                 setattr(self, name, fn(getattr(self, name)))
 
     def _store(self, states: Tensor) -> None:
-        codes, scale, offset = quantize_states(states, self.config)
+        codes, scale, offset = quantize_states(states, self.config, self.calibrated)
         for name, new in (("codes", self._packed(codes)), ("scale", scale), ("offset", offset)):
             old = getattr(self, name)
-            setattr(self, name, new if old is None or new is None else torch.cat([old, new], dim=-2))
+            if old is not None and new is not None and not self._is_fixed(name):
+                new = torch.cat([old, new], dim=-2)
+            setattr(self, name, new)
+
+    def _is_fixed(self, name: str) -> bool:
+        """Returns whether a tensor is one for all tokens."""
+        return name == "scale" and self.calibrated is not None
 
     def _packed(self, codes: Tensor) -> Tensor:
         if self.config.num_bits > 4 or codes.shape[-1] % 2:
@@ -122,10 +131,16 @@ class QuantizedCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, config: KVCacheConfig, first_tokens: int = 0, last_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        config: KVCacheConfig,
+        first_tokens: int = 0,
+        last_tokens: int = 0,
+        calibrated: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:
         super().__init__()
-        self.key_states = QuantizedStates(config.key, first_tokens, last_tokens)
-        self.value_states = QuantizedStates(config.value, first_tokens, last_tokens)
+        self.key_states = QuantizedStates(config.key, first_tokens, last_tokens, calibrated[0])
+        self.value_states = QuantizedStates(config.value, first_tokens, last_tokens, calibrated[1])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Notes dtype and device."""
@@ -232,12 +247,32 @@ class QuantizedCache(Cache):
         if kinds:
             raise ValueError(f"QuantizedCache holds keys and values only; the model has layers of {sorted(kinds)}")
         count = text.num_hidden_layers
-        super().__init__(layers=[QuantizedCacheLayer(scheme, first_tokens, last_tokens) for _ in range(count)])
+        scales = _calibrated_scales(model, scheme, count)
+        super().__init__(layers=[QuantizedCacheLayer(scheme, first_tokens, last_tokens, own) for own in scales])
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
         return sum(states.nbytes for layer in self.layers for states in layer._both())
+
+
+def _calibrated_scales(
+    model: nn.Module, scheme: KVCacheConfig, count: int
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Returns the calibrated scales of keys and values of each of `count` layers; None where tokens have their own."""
+    if not scheme.calibrated:
+        return [(None, None)] * count
+    found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+    for layer in model.modules():
+        quantizer, index = getattr(layer, "kv_quantizer", None), getattr(layer, "layer_idx", None)
+        if isinstance(quantizer, KVQuantizer) and isinstance(index, int) and quantizer.config == scheme:
+            found[index] = quantizer.key.calibrated_scale(), quantizer.value.calibrated_scale()
+    if sorted(found) != list(range(count)):
+        raise ValueError(
+            "the model has no calibrated scales for keys and values in floats; calibrate it with such a scheme, or "
+            "give one of integers: QuantizedCache(model, KVCacheConfig())"
+        )
+    return [found[index] for index in range(count)]
 
 
 def new_cache(model: nn.Module) -> QuantizedCache | None:

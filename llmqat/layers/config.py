@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llmqat.config import Config, Registry, UnknownKeyError
 from llmqat.grid import Grid, Levels, ScaleDtype
-from llmqat.schemes import FP8_INPUTS, HIGH_PRECISION, OWN_KIND, SHIPPED, read_scheme, unknown_scheme
+from llmqat.schemes import FP8, HIGH_PRECISION, OWN_KIND, SHIPPED, read_scheme, unknown_scheme
 
 Strategy = Literal["tensor", "channel", "group"]
 ScaleMode = Literal["learned", "fixed", "dynamic"]
@@ -194,10 +194,23 @@ class KVTensorConfig(Config):
     """A range around zero, or from the smallest to the largest entry of the group."""
     group_size: int | None = Field(None, ge=1)
     """Entries of a head that share a scale; the whole head where not given."""
+    levels: Literal["integer", "float"] = "integer"
+    """Integers, or E4M3 floats of 8 bits with one scale for all keys (or values) of a layer, from calibration."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> KVTensorConfig:
+        if self.levels == "float" and (self.num_bits, self.symmetric, self.group_size) != (8, True, None):
+            raise ValueError(
+                f"levels='float' with num_bits={self.num_bits}, symmetric={self.symmetric}, "
+                f"group_size={self.group_size}; floats of the KV cache have 8 bits, no zero point and no groups"
+            )
+        return self
 
     @property
     def label(self) -> str:
-        """Short name for tables: '8', '4 g32 asym'."""
+        """Short name for tables: '8', '4 g32 asym', 'fp8'."""
+        if self.levels == "float":
+            return "fp8"
         group = f" g{self.group_size}" if self.group_size else ""
         return f"{self.num_bits}{group}{'' if self.symmetric else ' asym'}"
 
@@ -214,9 +227,23 @@ class KVCacheConfig(Config):
     value: KVTensorConfig = KVTensorConfig()
     """Values."""
 
+    @model_validator(mode="after")
+    def _check_together(self) -> KVCacheConfig:
+        if "float" in (self.key.levels, self.value.levels) and self.key != self.value:
+            raise ValueError(
+                f"key is {self.key.label} and value {self.value.label}; floats are for both of them or for none, since "
+                "a checkpoint has one scheme for its KV cache"
+            )
+        return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its scales come from calibration and lie in the checkpoint, where vLLM reads them."""
+        return self.key.levels == "float"
+
     @property
     def label(self) -> str:
-        """Short name for tables: 'kv8', 'k8 v4 g32 asym'."""
+        """Short name for tables: 'kv8', 'k8 v4 g32 asym', 'kvfp8'."""
         same = self.key == self.value
         return f"kv{self.key.label}" if same else f"k{self.key.label} v{self.value.label}"
 
@@ -327,10 +354,10 @@ def scheme_fields(name: str) -> dict[str, Any]:
 
     A name says, in this order, and with or without dashes, underscores and capitals: the weights (`int4`, `w4`, `4bit`,
     `ternary`, `int2-seq`, `fp8`, `nvfp4`, `mxfp4`, `mxfp8`); the inputs (`a8`, `afp8`, or `a16` for high precision;
-    floats have inputs of their own kind where that is not said); the KV cache (`kv8`, `kv4`, `kv16`); and how many
-    weights have a scale (`g32`, `channel`, `tensor`), with `asym` for a zero point. Where the last is not said, 8
-    bits have a scale for each channel, fewer have groups of 64. GGUF's `q4_0` and `q8_0` are `int4-g32` and `int8-g32`.
-    What a table calls a scheme ("int4 g32 asym") is such a name.
+    floats have inputs of their own kind where that is not said); the KV cache (`kv8`, `kv4`, `kvfp8` or `fp8kv`,
+    `kv16`); and how many weights have a scale (`g32`, `channel`, `tensor`), with `asym` for a zero point. Where the
+    last is not said, 8 bits have a scale for each channel, fewer have groups of 64. GGUF's `q4_0` and `q8_0` are
+    `int4-g32` and `int8-g32`. What a table calls a scheme ("int4 g32 asym") is such a name.
 
     Raises:
         ValueError: for a name that is none.
@@ -358,11 +385,13 @@ def scheme_fields(name: str) -> dict[str, Any]:
     if found.inputs == OWN_KIND and floats:
         own = {"num_bits": num_bits, "levels": "float", "group_size": group, "scale_dtype": scale_dtype}
         fields["input_activations"] = own
-    elif found.inputs == FP8_INPUTS:
+    elif found.inputs == FP8:
         fields["input_activations"] = {"num_bits": 8, "levels": "float"}
     elif found.inputs not in (HIGH_PRECISION, OWN_KIND):
         fields["input_activations"] = {"num_bits": found.inputs}
-    if found.cache != HIGH_PRECISION:
+    if found.cache == FP8:
+        fields["kv_cache"] = {part: {"levels": "float"} for part in ("key", "value")}
+    elif found.cache != HIGH_PRECISION:
         fields["kv_cache"] = {"key": _CACHES[found.cache], "value": _CACHES[found.cache]}
     return fields
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.layers.activation import ActivationQuantizer
-from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
+from llmqat.layers.attention import KVQuantizer, StateQuantizer, attention_layers, check_kv_groups, quantize_kv
 from llmqat.layers.audit import (
     DROPPED,
     IDLE,
@@ -600,9 +600,13 @@ def changed_since_prepared(model: nn.Module) -> list[str] | None:
     return changed_since({plain_name(name): entry for name, entry in noted.items()}, now)
 
 
+KINDS = (QuantModule, ActivationQuantizer, StateQuantizer)
+"""Modules that quantize, and hold what calibration finds."""
+
+
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns all that the quantizers of `model` hold beside weights, by name in the state dict."""
-    owners = [name for name, module in model.named_modules() if isinstance(module, (QuantModule, ActivationQuantizer))]
+    owners = [name for name, module in model.named_modules() if isinstance(module, KINDS)]
     return {
         f"{owner}.{name}": tensor.detach()
         for owner in owners

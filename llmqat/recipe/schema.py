@@ -148,7 +148,8 @@ def _scheme_pattern() -> str:
     bits = f"(?:{word('int')}|{word('w')}){gap}[2-8]|[2-8]{gap}{word('bit')}(?:{gap}[sS])?"
     floats = "|".join(map(word, ("fp8", "nvfp4", "mxfp4", "mxfp8")))
     weights = f"(?:{bits}|{word('ternary')}|{word('int2seq')}|{floats})"
-    inputs, cache = f"(?:{gap}[aA]{gap}(?:[2-8]|16|{word('fp8')}))?", f"(?:{gap}{word('kv')}{gap}(?:4|8|16))?"
+    inputs = f"(?:{gap}[aA]{gap}(?:[2-8]|16|{word('fp8')}))?"
+    cache = f"(?:{gap}{word('kv')}{gap}(?:4|8|16|{word('fp8')})|{gap}{word('fp8kv')})?"
     extent = f"(?:{gap}(?:{word('channel')}|{word('tensor')}|[gG]{gap}[1-9][0-9]*))?(?:{gap}{word('asym')})?"
     return f"^(?:{weights}{inputs}{cache}{extent}|[qQ]{gap}[48]{gap}0)$"
 

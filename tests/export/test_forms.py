@@ -117,7 +117,7 @@ def test_what_is_written_is_decompressed_by_them_to_the_weight(name: str) -> Non
         assert torch.equal(found.bfloat16(), layer.quantized_weight(torch.bfloat16)), layer_name
 
 
-@pytest.mark.parametrize("name", ["fp8", "nvfp4", "mxfp4", "mxfp8", "w4afp8-g32", *WEIGHTS])
+@pytest.mark.parametrize("name", ["fp8", "nvfp4", "mxfp4", "mxfp8", "w4afp8-g32", "int4-fp8kv", *WEIGHTS])
 def test_stock_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     model = tiny_llama()
     prepare(model, QuantConfig.preset(name))

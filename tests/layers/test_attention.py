@@ -6,12 +6,15 @@ import copy
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llmqat.calibrate.activations import calibrate_activations
 from llmqat.layers import KVCacheConfig, KVTensorConfig, QuantConfig, QuantizedCache, prepare, quantizers_off
 from llmqat.layers.attention import KVQuantizer, dequantize_states, quantize_states
 from llmqat.layers.cache import QuantizedStates
@@ -20,12 +23,19 @@ from tests.tiny import tiny_architecture, tiny_llama
 
 FOUR = KVTensorConfig(num_bits=4, symmetric=False, group_size=8)
 EIGHT = KVTensorConfig()
-SCHEMES = {"kv8": KVCacheConfig(), "kv4": KVCacheConfig(key=FOUR, value=FOUR), "k8v4": KVCacheConfig(value=FOUR)}
+FLOATS = KVTensorConfig(levels="float")
+SCHEMES = {
+    "kv8": KVCacheConfig(),
+    "kv4": KVCacheConfig(key=FOUR, value=FOUR),
+    "k8v4": KVCacheConfig(value=FOUR),
+    "kvfp8": KVCacheConfig(key=FLOATS, value=FLOATS),
+}
 
 
 def prepared(config: KVCacheConfig, model: PreTrainedModel | None = None) -> PreTrainedModel:
     model = model or tiny_llama()
     prepare(model, QuantConfig(targets=(), kv_cache=config))
+    calibrate_activations(model, ids())
     return model
 
 
@@ -190,8 +200,9 @@ def test_the_cache_gives_the_numbers_that_training_saw(name: str) -> None:
     assert torch.allclose(stepped.float(), whole.float(), atol=2**-6 * float(whole.abs().max()))
 
 
-def test_generate_takes_the_cache_and_writes_what_the_model_writes_without() -> None:
-    model = prepared(SCHEMES["k8v4"])
+@pytest.mark.parametrize("name", ["k8v4", "kvfp8"])
+def test_generate_takes_the_cache_and_writes_what_the_model_writes_without(name: str) -> None:
+    model = prepared(SCHEMES[name])
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     plain = model.generate(ids(), **options)
     cached = model.generate(ids(), past_key_values=QuantizedCache(model), **options)
@@ -206,7 +217,10 @@ def test_bytes_are_those_of_eight_and_four_bits() -> None:
     for config, expected in (
         (KVCacheConfig(), entries + 2 * entries // 16),
         (KVCacheConfig(key=FOUR, value=FOUR), entries // 2 + 4 * entries // 8),
+        (None, entries + 2 * 2 * 2),  # in floats, with a scale for the keys and one for the values of a layer
     ):
+        if config is None:
+            model = prepared(SCHEMES["kvfp8"], tiny_llama()).to(torch.bfloat16)
         cache = QuantizedCache(model, config)
         with torch.no_grad():
             model(tokens, past_key_values=cache, use_cache=True)
@@ -237,6 +251,36 @@ def test_sliding_window_layers_see_their_window_only() -> None:
         whole = model(ids()).logits
     stepped = step_by_step(model, ids(), QuantizedCache(model), 12)
     assert torch.allclose(stepped, whole, atol=1e-3 * float(whole.abs().max()))
+
+
+def test_floats_have_one_scale_which_text_decides() -> None:
+    """Against compressed-tensors' own arithmetic; the largest entry seen becomes 448."""
+    model = tiny_llama()
+    prepare(model, QuantConfig(targets=(), kv_cache=SCHEMES["kvfp8"]))
+    with pytest.raises(RuntimeError, match=r"range of the keys of model.layers.0.self_attn is not calibrated; call"):
+        model(ids())
+    with pytest.raises(RuntimeError, match="is not calibrated"):
+        QuantizedCache(model)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    quantizer = model.model.layers[1].self_attn.kv_quantizer
+    handle = quantizer.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
+    assert calibrate_activations(model, ids()) == 4
+    ((key, value), _) = seen[0]
+    assert torch.equal(quantizer.key.scale, (key.abs().amax() / 448).bfloat16().float().view(1))
+    assert torch.equal(quantizer.value.scale, (value.abs().amax() / 448).bfloat16().float().view(1))
+    with torch.no_grad():
+        model(ids())
+    handle.remove()
+    (inputs, outputs) = seen[-1]
+    args = QuantizationArgs(num_bits=8, type="float", strategy="tensor")
+    for x, found, part in zip(inputs, outputs, (quantizer.key, quantizer.value), strict=True):
+        assert torch.equal(found, fake_quantize(x, part.scale, None, args))
+    with pytest.raises(ValueError, match="floats are for both of them or for none"):
+        KVCacheConfig(key=FLOATS)
+    with pytest.raises(ValueError, match="floats of the KV cache have 8 bits"):
+        KVTensorConfig(levels="float", num_bits=4)
+    with pytest.raises(ValueError, match="has no calibrated scales for keys and values in floats"):
+        QuantizedCache(tiny_llama(), SCHEMES["kvfp8"])
 
 
 def test_a_cache_without_a_scheme_or_with_negative_counts_is_refused() -> None:
