@@ -30,9 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shlex
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,10 +72,10 @@ from budget import (
     schedule,
     steps_for,
 )
+from made import line_of, made
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-import llmqat
 from llmqat.calibrate import BlockwiseStage, Stage, rotates
 from llmqat.data import TokenBlocks, token_blocks
 from llmqat.evaluate.bootstrap import mean_difference
@@ -535,10 +533,8 @@ class Ablations(Bench):
         with held(self.work / "report.lock"):
             cells = self.results()
             report = {
-                "command": shlex.join(["python", "eval/ablations.py", *sys.argv[1:]]),
+                **made("ablations.py"),
                 "settings": json.loads((self.work / "settings.json").read_text(encoding="utf-8")),
-                "llmqat": llmqat.__version__,
-                "date": time.strftime("%Y-%m-%d"),
                 "rows": rows_of(cells),
                 "cells": cells,
             }
@@ -616,7 +612,7 @@ def _share_of_seconds(cells: Sequence[Mapping[str, Any]]) -> float | None:
 def markdown(report: Mapping[str, Any]) -> str:
     """Returns the tables of all schemes."""
     settings, rows = report["settings"], report["rows"]
-    lines = ["# Ablations", "", f"`{report['command']}`, llmqat {report['llmqat']}, {report['date']}.", ""]
+    lines = ["# Ablations", "", f"{line_of(report)}.", ""]
     lines += [
         f"The change of KL from the baseline in the same CPU seconds: {settings['tokens']:,} tokens of distillation, "
         f"on text that calibration {'has not looked at' if settings['train on'] == 'fresh' else 'has looked at'}. "

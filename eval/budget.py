@@ -30,10 +30,7 @@ import json
 import logging
 import math
 import re
-import shlex
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -45,6 +42,7 @@ from typing import Any
 
 import torch
 from budget_law import document, draw, laws_of, sentence
+from made import made
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -552,10 +550,8 @@ class Bench:
         with held(self.work / "report.lock"):
             found = self.results()
             report = {
-                "command": shlex.join(["python", "eval/budget.py", *sys.argv[1:]]),
+                **made("budget.py"),
                 "settings": json.loads((self.work / SETTINGS_FILE).read_text(encoding="utf-8")),
-                "llmqat": llmqat.__version__,
-                "date": time.strftime("%Y-%m-%d"),
                 "rows": rows_of(found),
             }
             stages = [stage.stage for stage in next(iter(self.recipes.values())).calibrate]

@@ -25,7 +25,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -48,6 +47,7 @@ from client_checkpoints import (
     source_of,
 )
 from client_table import render, rows_of
+from made import processor
 
 from llmqat.data.text import read_text
 from llmqat.export.serving import CLIENTS as RULES
@@ -423,14 +423,6 @@ def wait(process: subprocess.Popen[bytes], jobs: Sequence[Path]) -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def processor() -> str:
-    """Returns the processor's name and the number of its cores."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
 
 
 # Environments

@@ -34,6 +34,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from made import line_of, made
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 from torch import Tensor, nn
@@ -145,7 +146,7 @@ def shown(runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
         for name in options.arms
     ]
     lines.append(f"differing codes: {sum(runs[name].get('differing', 0) for name in names)}")
-    return console.file.getvalue() + "\n".join(lines) + "\n"
+    return f"{line_of(made('finetuning.py'))}\n" + console.file.getvalue() + "\n".join(lines) + "\n"
 
 
 def parse_options() -> argparse.Namespace:
@@ -210,7 +211,8 @@ class Report:
         self.runs[name] = run
         print(f"{name}: {mean(run['validation']):.4f} (validation), {sum(run['seconds'].values()):.0f} s", flush=True)
         if self.path is not None:
-            write_whole(self.path, json.dumps({"settings": self.settings, "runs": self.runs}, indent=1) + "\n")
+            found = {**made("finetuning.py"), "settings": self.settings, "runs": self.runs}
+            write_whole(self.path, json.dumps(found, indent=1) + "\n")
 
 
 def kept(runs: dict[str, dict[str, Any]], scheme: str, seed: int, name: str, part: str = "test") -> float:

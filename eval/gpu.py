@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_tables import headline, table
+from made import made
 
 from llmqat.files import write_whole
 from llmqat.paths import check_outputs, user_path, user_spec
@@ -136,7 +136,7 @@ def opened(options: argparse.Namespace) -> dict[str, Any]:
         if differing := [key for key in settings if before.get(key) != settings[key]]:
             raise SystemExit(f"{options.json} was begun with another {', '.join(differing)}; give another --json")
     if not options.one_process or "command" not in report:
-        report["command"] = shlex.join(["python", "eval/gpu.py", *sys.argv[1:]])
+        report |= made("gpu.py")
     write(report, options.json)
     return report
 

@@ -27,9 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -41,12 +39,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made import made
 from peer_methods import ARM_FILE, BLOCKS_FILE, METHODS, MISSING, MODEL_FOLDER, STEP_BLOCKS
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import llmqat
 from llmqat.data import load_blocks
 from llmqat.evaluate.bootstrap import METRICS, difference, interval
 from llmqat.evaluate.compare import environment, write_report
@@ -117,9 +115,9 @@ def report_of(
 ) -> dict[str, Any]:
     """Returns the report as JSON takes it."""
     return {
-        "command": shlex.join(["python", "eval/peers.py", *sys.argv[1:]]),
+        **made("peers.py"),
         "settings": json.loads((options.work / SETTINGS_FILE).read_text(encoding="utf-8")),
-        "environment": {**environment(), "processor": processor(), "llmqat": llmqat.__version__},
+        "environment": environment(),
         "full precision": {text: figures(found) for text, found in full.items()},
         "rows": [row_dict(row) for row in rows],
         "order": orders(rows),
@@ -472,14 +470,6 @@ def with_spread(entry: Evaluation, metric: str, style: str) -> str:
 def number(value: float | None, style: str) -> str:
     """Returns a figure, or a dash where there is none."""
     return "–" if value is None else format(value, style)
-
-
-def processor() -> str:
-    """Returns the processor's name and the number of its cores."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":
