@@ -29,6 +29,7 @@ from llmqat.evaluate.layers import JSON_FILE
 from llmqat.evaluate.speed import disk_usage
 from llmqat.export import load_any
 from llmqat.export.checkpoint import RUN_FILE
+from llmqat.export.compressed_tensors import MIXED_FORMAT
 from llmqat.export.forms import FORMS, input_config, weight_config
 from llmqat.extras import check_all_installed, require
 from llmqat.layers import QuantConfig, convert, prepare
@@ -180,7 +181,9 @@ def _quantization_of_others(spec: str) -> dict[str, Any] | None:
         return None
     found = getattr(read_config(resolve_spec(spec), spec), "quantization_config", None)
     method, kind = (found.get(key) for key in ("quant_method", "format")) if isinstance(found, dict) else (None, None)
-    own = method is None or (method == "compressed-tensors" and kind in PACKED_FORMATS)
+    groups = (found.get("config_groups") or {}).values() if isinstance(found, dict) else ()
+    forms = {group.get("format") for group in groups} if kind == MIXED_FORMAT else {kind}
+    own = method is None or (method == "compressed-tensors" and forms <= set(PACKED_FORMATS))
     return None if own else found
 
 
@@ -211,12 +214,13 @@ def _nearest_scheme(found: Mapping[str, Any]) -> dict[str, Any]:
         return _preset(found.get("bits", 4), group_size=found.get("group_size"))
     group = next(iter((found.get("config_groups") or {}).values()), None) or {}
     weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
-    if weights.get("type") == "float" and not found.get("kv_cache_scheme"):
-        return _floats(weights, inputs)
+    if weights.get("type") == "float":
+        return {} if found.get("kv_cache_scheme") else _floats(weights, inputs)
     if weights.get("type") != "int" or inputs.get("type", "int") != "int":
         return {}
     cache = found.get("kv_cache_scheme") or {}
-    return _preset(weights["num_bits"], inputs.get("num_bits"), cache.get("num_bits"), weights.get("group_size"))
+    kept = "fp8" if cache.get("type") == "float" else cache.get("num_bits")
+    return _preset(weights["num_bits"], inputs.get("num_bits"), kept, weights.get("group_size"))
 
 
 def _floats(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +238,7 @@ def _floats(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, 
 
 
 def _preset(
-    bits: int, input_bits: int | None = None, cache_bits: int | None = None, group_size: int | None = None
+    bits: int, input_bits: int | None = None, cache_bits: int | str | None = None, group_size: int | None = None
 ) -> dict[str, Any]:
     cache = "" if cache_bits is None else f"kv{cache_bits}"
     name = f"int{bits}" if input_bits is None and not cache else f"w{bits}a{input_bits or 16}{cache}"

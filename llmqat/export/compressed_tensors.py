@@ -1,6 +1,6 @@
 """The compressed-tensors checkpoint: a model's state dict and `quantization_config`, and the way back.
 
-A quantized linear NAME is stored `pack-quantized`, as
+A quantized linear NAME of integers (forms.py has those of floats) is stored `pack-quantized`, as
     NAME.weight_packed      int32 [O, ceil(I * b / 32)]: code - qmin, element 0 in the lowest bits, codes straddle words
     NAME.weight_scale       [O, G] in the checkpoint's dtype
     NAME.weight_shape       int64 [2]: O, I
@@ -61,9 +61,9 @@ from llmqat.export.forms import (
     input_args,
     input_config,
     runs_inputs,
-    scale_in_memory,
     shapes_on_disk,
     stored_scheme,
+    take_floats,
     tensors_on_disk,
     weight_args,
     weight_config,
@@ -602,7 +602,7 @@ def _repacked(model: nn.Module, tensors: dict[str, tuple[Tensor, Path]]) -> dict
         if not isinstance(layer, PackedModule):
             continue
         if layer.grid.levels == "float":
-            _take_floats(name, layer, found)
+            take_floats(name, layer, found)
             continue
         if f"{name}.weight" not in found or f"{name}.weight_packed" in found:
             continue
@@ -621,33 +621,6 @@ def _repacked(model: nn.Module, tensors: dict[str, tuple[Tensor, Path]]) -> dict
     return found
 
 
-def _take_floats(name: str, layer: PackedModule, found: dict[str, tuple[Tensor, Path]]) -> None:
-    """Puts codes and scales of a float format, as they lie on disk, in the form that the layer holds them in.
-
-    Raises:
-        ValueError: a code is not a number, or a scale is none that bfloat16 holds; names it.
-    """
-    if f"{name}.weight" in found:
-        found[f"{name}.weight_packed"] = found.pop(f"{name}.weight")
-    codes, path = found.get(f"{name}.weight_packed", (None, None))
-    if codes is None or path is None or f"{name}.weight_scale" not in found:
-        return  # which is told as missing
-    if codes.dtype == torch.float8_e4m3fn and bool(codes.float().isnan().any()):
-        raise ValueError(f"{path}: {name} has codes that are not a number")
-    stored, place = found[f"{name}.weight_scale"]
-    shared, _ = found.pop(f"{name}.weight_global_scale", (None, None))
-    scale = scale_in_memory(stored, shared, layer.grid)
-    if not torch.equal(scale.bfloat16().float(), scale):
-        raise ValueError(
-            f"{place}: {name} has scales that bfloat16 does not hold (its weight_global_scale is no power of two), "
-            "which llmqat does not run; load it with transformers' AutoModelForCausalLM.from_pretrained"
-        )
-    if scale.numel() == 1:
-        scale = scale.reshape(1, 1).expand(layer.rows, 1)
-    found[f"{name}.weight_scale"] = scale.to(layer.weight_scale.dtype).contiguous(), place
-    found[f"{name}.weight_shape"] = torch.tensor([layer.rows, layer.columns], dtype=torch.int64), path
-
-
 def _int8_matrix(values: Tensor) -> Tensor:
     if values.dtype != torch.int8 or values.dim() != 2:
         raise ValueError(f"its codes are {values.dtype} of shape {list(values.shape)}; a matrix of torch.int8 is read")
@@ -662,6 +635,15 @@ def _in_module(name: str) -> str:
     return f"{owner}.{inside[leaf]}" if leaf in inside else name
 
 
+def _on_disk(name: str) -> str:
+    """Returns the name on disk of a tensor in the model."""
+    inputs = {f".{module}": f".{disk}" for module, disk in _INPUT_NAMES.items()}
+    for module, disk in (_CACHE_NAMES | inputs).items():
+        if name.endswith(module):
+            return name.removesuffix(module) + disk
+    return name
+
+
 def _widened(name: str, tensor: Tensor) -> Tensor:
     """Returns the tensor, an input's zero point as the float that the module computes with."""
     return tensor.float() if name.endswith(".input_zero_point") else tensor
@@ -671,7 +653,7 @@ def _check_tensors(
     model: nn.Module, tensors: Mapping[str, tuple[Tensor, Path]], expected: Mapping[str, Tensor], folder: Path
 ) -> None:
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    if missing := sorted(set(expected) - set(tensors) - set(tied) - set(tied.values())):
+    if missing := sorted(map(_on_disk, set(expected) - set(tensors) - set(tied) - set(tied.values()))):
         raise ValueError(f"{folder} lacks {len(missing)} tensors that config.json calls for: {shortened(missing)}")
     if unexpected := sorted(set(tensors) - set(expected)):
         raise ValueError(

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -57,7 +58,9 @@ FORMS = (PACKED_FORMAT, PLAIN_FORMAT, *FLOAT_FORMATS.values(), FLOAT_WEIGHTS_ALO
 """All that are written and read."""
 _FP8_CACHE = (8, "float", True, "tensor", False)
 _E8M0_BIAS = 127
-_SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
+SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
+"""What scales that are no bfloat16 numbers are stored as."""
+_PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_E4M3 = 448.0
 
 
@@ -115,7 +118,7 @@ def tensors_on_disk(
             tensors["weight_zero_point"] = packed.weight_zero_point
         return tensors
     tensors = {
-        _codes_name(form): packed.weight_packed,
+        codes_name(form): packed.weight_packed,
         "weight_scale": _scale_on_disk(scale, packed.grid, dtype, global_scale),
     }
     if global_scale is not None:
@@ -134,11 +137,11 @@ def shapes_on_disk(layer: QuantModule | PackedModule, form: str, dtype: torch.dt
     """Returns shape and dtype of what `tensors_on_disk` gives, by the last part of the name."""
     weights = layer.weights.stored
     rows, groups = weights.scale_shape(layer.rows, layer.columns, name)
-    shapes: dict[str, Any] = {"weight_scale": ((rows, groups), _SCALE_DTYPES.get(weights.scale_dtype, dtype))}
+    shapes: dict[str, Any] = {"weight_scale": ((rows, groups), SCALE_DTYPES.get(weights.scale_dtype, dtype))}
     codes = packed_shape(layer.rows, layer.columns, weights.grid)
     if form == PLAIN_FORMAT:
         codes = (layer.rows, layer.columns), torch.int8
-    shapes[_codes_name(form)] = codes
+    shapes[codes_name(form)] = codes
     if form == PACKED_FORMAT:
         shapes["weight_shape"] = (2,), torch.int64
     if not weights.symmetric:
@@ -148,7 +151,8 @@ def shapes_on_disk(layer: QuantModule | PackedModule, form: str, dtype: torch.dt
     return shapes
 
 
-def _codes_name(form: str) -> str:
+def codes_name(form: str) -> str:
+    """Returns the last part of the name under which a form holds the codes."""
     return "weight_packed" if "pack" in form else "weight"
 
 
@@ -165,6 +169,60 @@ def scale_in_memory(stored: Tensor, global_scale: Tensor | None, grid: Grid) -> 
     if grid.scale_dtype == "e8m0":
         return torch.exp2(stored.float() - _E8M0_BIAS)
     return stored.float() if global_scale is None else stored.float() / global_scale
+
+
+def take_floats(name: str, layer: PackedModule, found: dict[str, tuple[Tensor, Path]]) -> None:
+    """Puts codes and scales of a float format, as they lie on disk, in the form that the layer holds them in.
+
+    What is missing stays missing, and what has no place stays, to be told with all that is.
+
+    Args:
+        name: of the layer.
+        layer: empty.
+        found: tensors on disk by name, each with its file; changed.
+
+    Raises:
+        ValueError: a tensor is of another dtype than the format has it in, a code is not a number, or a scale is none
+            that the layer can hold; names it.
+    """
+    kind = layer.grid
+    wanted: dict[str, torch.dtype | None] = {
+        codes_name(FLOAT_FORMATS[kind.num_bits, kind.scale_dtype]): layer.weight_packed.dtype,
+        "weight_scale": SCALE_DTYPES.get(kind.scale_dtype),
+        **({"weight_global_scale": torch.float32} if kind.scale_dtype == "e4m3" else {}),
+    }
+    own = {leaf: found[f"{name}.{leaf}"] for leaf in wanted if f"{name}.{leaf}" in found}
+    for leaf, (tensor, path) in own.items():
+        kept = wanted[leaf]
+        if tensor.dtype != kept and (kept is not None or tensor.dtype not in _PLAIN_DTYPES):
+            raise ValueError(f"{path}: {name}.{leaf} is {tensor.dtype}, but the format stores it as {kept or 'floats'}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise ValueError(f"{path}: {name}.{leaf} holds NaN or infinity")
+    if len(own) < len(wanted):
+        if own:
+            lacking = ", ".join(f"{name}.{leaf}" for leaf in wanted if leaf not in own)
+            raise ValueError(f"{next(iter(own.values()))[1]} lacks {lacking}, which belongs to {layer.weights.label}")
+        return
+    codes, (stored, place), *shared = own.values()
+    scale = _scale_of(f"{place}: {name}", layer, stored, shared[0][0] if shared else None)
+    for leaf in wanted:
+        del found[f"{name}.{leaf}"]
+    found[f"{name}.weight_packed"], found[f"{name}.weight_scale"] = codes, (scale, place)
+    found[f"{name}.weight_shape"] = torch.tensor([layer.rows, layer.columns], dtype=torch.int64), codes[1]
+
+
+def _scale_of(where: str, layer: PackedModule, stored: Tensor, shared: Tensor | None) -> Tensor:
+    """Returns the scale that a layer holds, of its stored form; `where` begins what is said of a wrong one."""
+    if shared is not None and (shared.numel() != 1 or float(shared) <= 0):
+        raise ValueError(f"{where}.weight_global_scale is {shared.flatten()[:3].tolist()}; it is one positive number")
+    scale, held = scale_in_memory(stored, shared, layer.grid), layer.weight_scale.dtype
+    if not torch.equal(scale.to(held).float(), scale):
+        why = "its weight_global_scale is no power of two" if shared is not None else f"they are {stored.dtype}"
+        raise ValueError(
+            f"{where} has scales that {held} does not hold ({why}), which llmqat does not run; load it with "
+            "dtype=torch.bfloat16, or with transformers' AutoModelForCausalLM.from_pretrained"
+        )
+    return (scale.reshape(1, 1).expand(layer.rows, 1) if scale.numel() == 1 else scale).to(held).contiguous()
 
 
 def global_scales(layers: Mapping[str, QuantModule | PackedModule]) -> dict[str, float]:
@@ -194,7 +252,7 @@ def weight_args(weights: WeightConfig) -> QuantizationArgs:
         strategy="tensor_group" if weights.scale_dtype == "e4m3" else weights.strategy,
         group_size=weights.group_size,
         dynamic=False,
-        scale_dtype=_SCALE_DTYPES.get(weights.scale_dtype),
+        scale_dtype=SCALE_DTYPES.get(weights.scale_dtype),
     )
 
 
@@ -227,7 +285,7 @@ def input_args(config: ActivationConfig | None) -> QuantizationArgs | None:
         group_size=config.group_size,
         dynamic="local" if local else config.dynamic,
         observer="static_minmax" if local else None if config.dynamic else config.observer,
-        scale_dtype=_SCALE_DTYPES.get(config.scale_dtype),
+        scale_dtype=SCALE_DTYPES.get(config.scale_dtype),
     )
 
 
@@ -283,6 +341,6 @@ def runs_inputs(inputs: QuantizationArgs | None) -> bool:
 
 
 def _levels(args: QuantizationArgs) -> dict[str, Any]:
-    stored = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
+    stored = {dtype: name for name, dtype in SCALE_DTYPES.items()}
     kind = "float" if args.type == "float" else "integer"
     return {"levels": kind, "scale_dtype": stored.get(args.scale_dtype, "bfloat16")}

@@ -24,7 +24,7 @@ from llmqat.export.forms import PLAIN_FORMAT
 from llmqat.export.gguf import check_gguf
 from llmqat.export.gptq import WIDTHS, check_gptq
 from llmqat.export.onnx import check_onnx
-from llmqat.layers import PRESETS, QuantConfig
+from llmqat.layers import PRESETS, KVCacheConfig, QuantConfig
 
 SGLANG = "SGLang (November 2026)"
 SGLANG_BITS = (4, 8)
@@ -120,7 +120,7 @@ class Client:
 
 def _transformers(description: ModelDescription) -> Finding:
     lost = (
-        *([UNQUANTIZED_CACHE] if description.kv_cache is not None and not description.kv_cache.calibrated else []),
+        *([UNQUANTIZED_CACHE] if description.kv_cache is not None and not _has_floats(description.kv_cache) else []),
         "weights are unpacked at the first forward: small on disk, not in memory",
     )
     if (trial := description.trial) is not None:
@@ -154,9 +154,14 @@ def _vllm(description: ModelDescription) -> Finding:
 
 def _vllm_cpu(description: ModelDescription) -> Finding:
     reason, source = vllm.why_not(description, cpu=True)
-    run = description.architecture in vllm.TRIED
+    floats = any(layer.has_floats for layer in description.layers)
+    run = description.architecture in vllm.TRIED and not floats and not _has_floats(description.kv_cache)
     basis = f"run with {vllm.CPU_VERSION}" if run else f"read in {vllm.CPU_VERSION}, not run"
     return Finding(reason, source, vllm.losses(description, cpu=True), basis)
+
+
+def _has_floats(cache: KVCacheConfig | None) -> bool:
+    return cache is not None and cache.calibrated
 
 
 def _sglang(description: ModelDescription) -> Finding:
@@ -166,7 +171,7 @@ def _sglang(description: ModelDescription) -> Finding:
     if floats is not None:
         reason = f"{floats.name} ({floats.label}): what it does with floats was not looked at"
         return Finding(reason, "compressed_tensors.py", basis="not read")
-    if description.kv_cache is not None and description.kv_cache.calibrated:
+    if _has_floats(description.kv_cache):
         return Finding("what it does with an FP8 KV cache was not looked at", "compressed_tensors.py", basis="not read")
     if reason := next(_why_not_sglang(description), ""):
         return Finding(reason, "compressed_tensors.py", basis=basis)

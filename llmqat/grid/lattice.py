@@ -11,10 +11,10 @@ bfloat16 has 8 bits, so rounding to it moves a number by 2^-8 of itself at most.
 bits about once in 10^30 groups of 32, of 8 bits once in 10^8 and more seldom in longer groups; where they do, the codes
 give them back as exactly.
 
-The scale that is kept is d on the bfloat16 grid. Where d was a bfloat16 number, nothing at all is lost. A float16 d of
-GGUF moves by 2^-8 of itself at most, and the weights of its group with it, but no code does up to 6 bits; at 7 and 8
-bits bfloat16 cannot tell the largest codes apart without d, and groups in which a code would move are left to the
-methods for other weights.
+The scale that is kept is d on the bfloat16 grid, or on that of the format where d lies on it. Where d was a bfloat16
+number, nothing at all is lost. A float16 d of GGUF moves by 2^-8 of itself at most, and the weights of its group with
+it, but no code does up to 6 bits; at 7 and 8 bits bfloat16 cannot tell the largest codes apart without d, and groups in
+which a code would move are left to the methods for other weights.
 
 Letters: O out features, I in features, G scales per row, g weights per scale, N groups.
 """
@@ -112,6 +112,8 @@ def _fitted(w: Tensor, step: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor
     if grid.scale_dtype == "bfloat16":  # where such a number gives the very weights, it is that one
         exact = _next_bfloat16(least)
         scale = torch.where(((scale < least) | (scale > most)) & (exact <= most), exact, scale)
+    else:  # coarse scales: one that gives other weights is worse than what a search finds
+        kept &= (scale >= least) & (scale <= most)
     low, high = torch.aminmax(level, dim=-1, keepdim=True)
     if grid.symmetric:  # a level that only the side below zero reaches turns the scale over
         turned = torch.where(high > grid.qmax + grid.offset, -1.0, 1.0)

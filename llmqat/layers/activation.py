@@ -148,6 +148,17 @@ class ActivationQuantizer(nn.Module):
             self._static_key = scale, 0.0 if self.zero_point is None else float(self.zero_point)
         return self._static_key
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActivationQuantizer:
+        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # model.half() is meant for weights; what calibration found would be rounded, or become infinite.
+        for name, tensor in kept.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(now.device)
+        self._static_key = None
+        return self
+
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         self._static_key = None
         super()._load_from_state_dict(*args, **options)
@@ -158,7 +169,7 @@ def range_parameters(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns scale and zero point of the ranges [low, high], in their dtype, with codes -2^(b-1)..2^(b-1)-1.
 
-    Of NVFP4 the scale is float32: E4M3, divided by `global_scale` [1].
+    Of NVFP4 the scale is float32: E4M3, divided by `global_scale` [1]; of MX formats too, since float16 lacks powers.
 
     Source: compressed-tensors' `calculate_qparams`, bit for bit.
     """
@@ -166,7 +177,7 @@ def range_parameters(
     if grid.levels == "float":
         extreme = torch.maximum(-low, high)
         if grid.scale_dtype == "e8m0":
-            return range_scale(extreme, grid).to(extreme.dtype), None
+            return range_scale(extreme, grid), None
         scale = extreme / grid.qmax
         if global_scale is None:
             return _above_zero(scale), None

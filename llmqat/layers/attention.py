@@ -90,6 +90,16 @@ class StateQuantizer(nn.Module):
             return x
         return _StraightThrough.apply(x, self.config, self.calibrated_scale())  # type: ignore[no-untyped-call]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StateQuantizer:
+        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # model.half() is meant for weights; what calibration found would be rounded, or become infinite.
+        for name, tensor in kept.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(now.device)
+        return self
+
     def calibrated_scale(self) -> Tensor | None:
         """Returns the scale of all states; None where each token has its own.
 

@@ -76,7 +76,7 @@ class WeightConfig(Config):
 
     @property
     def stored(self) -> WeightConfig:
-        """The scheme on disk and in a packed layer: plain integers, scaled by row or by group.
+        """The scheme on disk and in a packed layer: plain integers or floats, scaled by row or by group.
 
         One scale a tensor is written as that scale in every row, which all loaders run. SEQ takes 3 bits a code
         (`grid.stored_codes`).
@@ -102,6 +102,12 @@ class WeightConfig(Config):
             return 1, 1
         if self.group_size is None:
             return out_features, 1
+        if in_features % self.group_size and self.scale_dtype != "bfloat16":
+            raise ValueError(
+                f"{self.label}: groups of {self.group_size} do not divide in_features={in_features} of {name}; "
+                f"leave it out with quant.ignore=['{name}'], or give it another scheme with quant.overrides['{name}']="
+                "{weights: {num_bits: 8, strategy: channel}, input_activations: null}"
+            )
         if in_features % self.group_size:
             choices = [g for g in (32, 64, 96, 128, 192, 256) if in_features % g == 0]
             choices = choices or [g for g in range(8, in_features) if in_features % g == 0][:6]
@@ -216,7 +222,7 @@ class KVTensorConfig(Config):
 
 
 class KVCacheConfig(Config):
-    """The arithmetic of the KV cache: keys after rotary embedding, and values, per token and head.
+    """The arithmetic of the KV cache: keys after rotary embedding, and values, per token and head, or in FP8 per layer.
 
     Source: LLM-QAT (2305.17888) section 3.3; KIVI (2402.02750) for groups, but along the head only: statistics over
     tokens would leak the future in training.

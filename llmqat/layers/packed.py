@@ -1,11 +1,12 @@
-"""PackedModule: a weight held as packed integer codes. PackedLinear runs on the kernel that fits.
+"""PackedModule: a weight held as packed codes, integers or floats. PackedLinear runs on the kernel that fits.
 
 The scales of a packed weight can be trained as they lie (EfficientQAT's end-to-end phase): `train_scales` gives it a
 log-scale, and gradients go through the dequantization. No full-precision weight is kept, not even between forward and
 backward, where the codes are dequantized anew.
 
 The buffers have the names, shapes and dtypes of compressed-tensors' `pack-quantized` files, so a checkpoint loads into
-them by name. The int8 codes of an `int-quantized` file, which are not packed, take the place of the words.
+them by name. The int8 codes of an `int-quantized` file, which are not packed, take the place of the words, and so do
+the bytes of floats; their scales are held in the checkpoint's dtype (export/forms.py).
 
 Source: EfficientQAT (2407.11062) section 3.3. Letters: O rows, I in features, G scales per row, b bits.
 """
@@ -48,7 +49,8 @@ class PackedModule(nn.Module):
     """A matrix [O, I] of packed codes.
 
     Attributes:
-        weight_packed: [O, ceil(I * b / 32)] int32; or [O, I] int8 (`hold_int8`), codes of 8 bits as they are.
+        weight_packed: as `grid.pack_codes` gives it, for integers [O, ceil(I * b / 32)] int32; or [O, I] int8
+            (`hold_int8`), codes of 8 bits as they are.
         weight_scale: [O, G], the checkpoint's dtype.
         weight_zero_point: [ceil(O * b / 32), G] int32, packed along O; None when symmetric.
         weight_shape: [2] int64, (O, I).
@@ -132,7 +134,11 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._runtime = None  # moved or cast buffers: what kernels derived from the old ones is stale
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        codes = self.weight_packed
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_packed.dtype != codes.dtype:  # floats of eight bits, which model.to(dtype) is not meant for
+            self.weight_packed = codes.to(self.weight_packed.device)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         self._runtime = None

@@ -52,6 +52,7 @@ from llmqat.layers import (
     PackedEmbedding,
     PackedModule,
     QuantModule,
+    StateQuantizer,
     reused_in_step,
     short_attention,
     without_adapters,
@@ -788,7 +789,7 @@ def _share_starting_scales(model: nn.Module, world_size: int) -> None:
     if world_size == 1 or not torch.distributed.is_initialized():
         return
     for module in model.modules():
-        if isinstance(module, (QuantModule, ActivationQuantizer)):
+        if isinstance(module, (QuantModule, ActivationQuantizer, StateQuantizer)):
             for tensor in module.buffers(recurse=False):
                 if tensor.is_meta:  # of a trial
                     continue

@@ -85,7 +85,9 @@ def reference(weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor
     for position, j in enumerate(order):
         s = scale[:, j // size].double()
         z = 0.0 if zero_point is None else zero_point[:, j // size].double()
-        q = (grid.rounded((w[:, j] / s).float()).double() + z).clamp(grid.qmin, grid.qmax)
+        v = w[:, j] / s
+        rounded = grid.rounded(v.float()).double() if grid.levels == "float" else torch.round(v - grid.offset)
+        q = (rounded + z).clamp(grid.qmin, grid.qmax)
         codes[:, j] = q.float()
         error = w[:, j] - (q - z + grid.offset) * s
         free = order[position + 1 :]

@@ -197,7 +197,7 @@ def test_what_a_quantized_model_needs_is_looked_for_before_anything_is_measured(
         compare_models([str(tiny_folder), str(other)], settings)
 
 
-@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4a16", "mxfp4", "fp8", "fp8a16"])
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4a16", "mxfp4", "fp8", "fp8a16", "int4-fp8kv"])
 def test_the_scheme_of_floats_is_known_and_llmqat_loads_it(preset: str, tmp_path: Path) -> None:
     model = tiny_llama()
     prepare(model, QuantConfig.preset(preset))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,19 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize as their_fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmqat
 from llmqat.export import save
 from llmqat.export.compressed_tensors import packed_state_dict, quantized_layers
+from llmqat.export.description import describe
 from llmqat.export.forms import global_scales, input_args, weight_args, weight_config
-from llmqat.grid import dequantize, minmax_scale, quantize
+from llmqat.export.serving import served_by
+from llmqat.grid import dequantize, keep_lattice, minmax_scale, quantize, search_scale
 from llmqat.layers import ActivationConfig, ActivationQuantizer, QuantConfig, WeightConfig, prepare
-from tests.tiny import tiny_llama, with_ranges
+from tests.tiny import tiny_gpt2, tiny_llama, with_ranges
 
 WEIGHTS = ["nvfp4a16", "mxfp4a16", "mxfp8a16", "fp8a16", "fp8a16-tensor", "fp8a16-g32"]
 INPUTS = {
@@ -56,7 +59,7 @@ def test_codes_and_numbers_are_theirs(name: str) -> None:
     """With our scales, their quantization gives our codes, and the numbers that these stand for."""
     weights = QuantConfig.preset(name).weights
     weight = matrices()
-    if weights.scale_dtype == "e4m3":  # whose scales are those of one tensor: rows are made alike in size
+    if weights.scale_dtype == "e4m3" or weights.strategy == "tensor":  # one scale for all: rows are made alike in size
         weight = torch.nn.functional.normalize(weight, dim=1).nan_to_num_(0)
     shape = weights.scale_shape(*weight.shape)
     scale, _ = minmax_scale(weight, weights.grid, shape)
@@ -181,3 +184,122 @@ def test_other_peoples_words_are_read() -> None:
     assert weight_config(tensor).label == "fp8 channel"  # the one scale is written out for every row
     with pytest.raises(ValueError, match="strategy"):
         weight_config(QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[128, 128]))
+
+
+Q = "model.layers.0.self_attn.q_proj"
+DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
+    # name: (preset, what is done to the tensors, what is said)
+    "no global scale": ("nvfp4a16", lambda t: t.pop(f"{Q}.weight_global_scale"), r"lacks .*q_proj.weight_global_scale"),
+    "three of them": (
+        "nvfp4a16",
+        lambda t: t.update({f"{Q}.weight_global_scale": torch.ones(3)}),
+        r"weight_global_scale is \[1.0, 1.0, 1.0\]; it is one positive number",
+    ),
+    "none that bfloat16 holds": (
+        "nvfp4a16",
+        lambda t: t.update({f"{Q}.weight_global_scale": torch.tensor([1234.5])}),
+        r"its weight_global_scale is no power of two",
+    ),
+    "codes of another type": (
+        "fp8a16",
+        lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].bfloat16()}),
+        r"q_proj.weight is torch.bfloat16, but the format stores it as torch.float8_e4m3fn",
+    ),
+    "E5M2": (
+        "fp8a16",
+        lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].float().to(torch.float8_e5m2)}),
+        r"q_proj.weight is torch.float8_e5m2, but the format stores it as torch.float8_e4m3fn",
+    ),
+    "a code that is no number": (
+        "fp8a16",
+        lambda t: t[f"{Q}.weight"].view(torch.uint8)[0].fill_(0x7F),
+        r"q_proj.weight holds NaN or infinity",
+    ),
+    "exponents that are none": (
+        "mxfp4a16",
+        lambda t: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"].to(torch.int64)}),
+        r"weight_scale is torch.int64, but the format stores it as torch.uint8",
+    ),
+    "an exponent of infinity": (
+        "mxfp4a16",
+        lambda t: t[f"{Q}.weight_scale"].fill_(255),
+        r"weight_scale holds scales that are zero, infinite",
+    ),
+    "a scale too many": (
+        "fp8a16",
+        lambda t: t.update({f"{Q}.weight_global_scale": torch.ones(1)}),
+        r"no place for: .*q_proj.weight_global_scale",
+    ),
+    "no scale of the keys": (
+        "int4-fp8kv",
+        lambda t: t.pop(f"{Q[:-7]}.k_scale"),
+        r"lacks 1 tensors .*self_attn.k_scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_file_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    preset, damage, said = DAMAGE[case]
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset(preset))
+    save(with_ranges(model, 100.0), tmp_path / "packed")
+    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "packed" / "model.safetensors").items()}
+    damage(tensors)
+    save_file(tensors, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=said):
+        llmqat.load(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4", "mxfp4", "mxfp8", "int4-fp8kv"])
+def test_a_loaded_model_can_be_cast(name: str, tmp_path: Path) -> None:
+    """Codes and calibrated ranges stay what they are; weights of small layers are the same numbers in any dtype."""
+    model = tiny_llama()
+    prepare(model, QuantConfig.preset(name))
+    save(with_ranges(model, 200_000.0), tmp_path / "packed")
+    loaded = llmqat.load(tmp_path / "packed", kernel="reference")
+    before = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
+    ids = torch.arange(2, 34)[None]
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        with torch.no_grad():
+            assert bool(loaded.to(dtype)(ids).logits.isfinite().all())
+    for key, tensor in loaded.state_dict().items():
+        if key.endswith(("weight_packed", "global_scale", "key.scale")):
+            assert tensor.dtype == before[key].dtype
+            assert torch.equal(tensor.float(), before[key].float())
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "mxfp8", "fp8 token"])
+def test_small_inputs_are_numbers_in_float16(kind: str) -> None:
+    x = torch.zeros(2, 64)
+    x[0, 5], x[1] = 1e-6, 1e-7
+    assert bool(ActivationQuantizer(INPUTS[kind])(x.half()).isfinite().all())
+
+
+def test_a_lattice_that_the_scale_cannot_have_is_left_to_the_search() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-1, 2, (16, 64), generator=generator) * 0.0113
+    for name in ("mxfp4a16", "nvfp4a16"):
+        weights = QuantConfig.preset(name).weights
+        scale, _ = search_scale(weight, weights.grid, weights.scale_shape(16, 64))
+        kept, _, count = keep_lattice(weight, weights.grid, scale, None)
+        assert torch.equal(kept, scale)
+        assert count == 0
+
+
+def test_groups_that_do_not_divide_are_told_for_what_they_are() -> None:
+    with pytest.raises(
+        ValueError, match=r"groups of 16 do not divide in_features=72 of it; leave it out with"
+    ) as error:
+        QuantConfig.preset("nvfp4").weights.scale_shape(8, 72, "it")
+    assert "input_activations: null" in str(error.value)
+    assert "choose one of" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp8", "nvfp4"])
+def test_vllm_transposes_what_gpt2_calls_weight(name: str) -> None:
+    model = tiny_gpt2()
+    prepare(model, QuantConfig.preset(name))
+    found = served_by(describe(model))
+    assert found["vllm"].serves == (name == "nvfp4")
+    assert "run with" not in found["vllm-cpu"].basis
