@@ -29,7 +29,7 @@ class StoredWeight:
     Attributes:
         layer: the module it is of.
         scheme: the scheme on disk.
-        packed: int32 [O, ceil(I * b / 32)], as `grid.pack_int32` gives it; or int8 [O, I], 8-bit codes not packed.
+        packed: as `grid.pack_codes` gives it, int32 words for integers; or int8 [O, I], 8-bit codes not packed.
         scale: [O, G].
         packed_zeros: int32 [ceil(O * b / 32), G], packed along O; None where symmetric.
     """
@@ -46,7 +46,7 @@ class StoredWeight:
         return self.layer.columns // self.scale.shape[1]
 
     def codes(self) -> Tensor:
-        """Returns the codes [O, I]: int8 around zero, or uint8 with a zero point."""
+        """Returns the codes [O, I] of the grid's code dtype: of integers int8 around zero, or uint8 with a zero point."""
         return unpack_codes(self.packed, self.scheme.grid, self.layer.columns)
 
     def zero_point(self) -> Tensor | None:

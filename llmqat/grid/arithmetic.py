@@ -31,7 +31,7 @@ _CHUNK_ELEMENTS = 65_536
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
-    """Returns the integer codes of `weight`: clip(round(w / s - offset) + z, qmin, qmax), half to even.
+    """Returns the codes of `weight`: clip(round(w / s - offset) + z, qmin, qmax), half to even.
 
     Args:
         weight: [O, I], any float dtype.
@@ -56,7 +56,7 @@ def of_each_weight(of_groups: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def stored_codes(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid, float]:
-    """Returns `codes` as plain integers, their grid, and the factor of the scale; the products stay the same numbers.
+    """Returns `codes` without an offset, their grid, and the factor of the scale; the products stay the same numbers.
 
     No packed format knows half-integer levels: "seq" is stored as the odd codes -3, -1, 1, 3 of 3 bits at half the
     scale, which is exact. "ternary" is stored in 2 bits.

@@ -1,6 +1,6 @@
 """QuantizedCache: a key-value cache for `generate` that stores 8 or 4 bits an entry.
 
-Each token's keys and values are quantized as they arrive, head by head, with the arithmetic that training saw
+Each token's keys and values are quantized as they arrive, head by head or in FP8, with the arithmetic that training saw
 (`layers.attention`), so generation reads the numbers that the model was trained and evaluated with. The first tokens
 (attention sinks) and the most recent ones can be kept in full precision; a token leaves the recent ones when newer ones
 push it out.
