@@ -26,6 +26,16 @@ MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 FEW_BITS, DEMO = "few-bits-smollm2-135m.json", "demo-smollm2-135m-int4.json"
 BUDGET, DOMAIN = "budget-smollm2-135m.json", "valid"
 """Results of eval/budget.py, and its text of the domain: WikiText-2 validation."""
+FINETUNING = "finetuning-smollm2-135m.json"
+WAYS = {
+    "LoRA, rounded": "LoRA in bfloat16, then plain rounding",
+    "LoRA, calibrated": "LoRA in bfloat16, then GPTQ",
+    "LoRA, distilled": "the same, then distilled from the fine-tuned model, 38 steps",
+    "LoRA, distilled by KL alone": "the same with the KL divergence alone, 128 steps",
+    "LoRA, distilled for longer": "the same with cross-entropy too, 128 steps",
+    "LoRA inside": "LoRA inside the quantizers, after GPTQ",
+}
+"""Ways of eval/finetuning.py, in words."""
 TEST_TEXT = "test.txt"
 """WikiText-2 test, as the results call it."""
 MANY = 1e6
@@ -139,6 +149,31 @@ def by_tokens() -> str:
     return markdown_table(heads, rows)
 
 
+def finetuning() -> str:
+    """Returns what ways to a fine-tuned model keep of what LoRA in bfloat16 gained, a mean of seeds, and their time."""
+    runs = run_of(FINETUNING)["runs"]
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for key, run in runs.items():
+        parts = key.split(", ")
+        if len(parts) < 3 or parts[0] == "LoRA":
+            continue
+        scheme, way, seed = parts[0], ", ".join(parts[1:-1]), parts[-1]
+        base, lora, loss = (mean(runs[one]["test"]) for one in ("base", f"LoRA, {seed}", key))
+        minutes = sum(run["seconds"].values()) / 60
+        found.setdefault(way, {}).setdefault(scheme, []).append(((base - loss) / (base - lora), minutes))
+    schemes = sorted({scheme for cells in found.values() for scheme in cells}, reverse=True)
+    rows = []
+    for way, label in WAYS.items():
+        row = [label]
+        for scheme in schemes:
+            seeds = found.get(way, {}).get(scheme, [])
+            kept, minutes = ([column[i] for column in seeds] for i in range(2))
+            share = f"{mean(kept):.0%}" if seeds and mean(kept) > 0 else "less than none"
+            row += [share, f"{mean(minutes):.0f}"] if seeds else ["", ""]
+        rows.append(row)
+    return markdown_table(("way", *(head for one in schemes for head in (f"`{one}` keeps", "minutes"))), rows)
+
+
 def one_gpu(labels: dict[str, str]) -> str:
     """Returns rows of the table "One GPU" of eval/scaling.md under other names."""
     text = (ROOT / "eval" / "scaling.md").read_text(encoding="utf-8")
@@ -166,6 +201,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "by-scheme": by_scheme,
     "by-tokens": by_tokens,
+    "fine-tuning": finetuning,
     "one-gpu": lambda: one_gpu(IN_README),
     "memory": lambda: one_gpu(IN_MEMORY),
 }

@@ -127,6 +127,7 @@ def main() -> None:
             bench = Bench(options)
             for name in missing:
                 report.add(name, bench.run(*ways[name]))
+    report.write()
     text = shown(report.runs, options)
     print(text, end="")
     if options.table is not None:
@@ -210,6 +211,10 @@ class Report:
         """Adds a run, and writes the file."""
         self.runs[name] = run
         print(f"{name}: {mean(run['validation']):.4f} (validation), {sum(run['seconds'].values()):.0f} s", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file, if there is to be one."""
         if self.path is not None:
             found = {**made("finetuning.py"), "settings": self.settings, "runs": self.runs}
             write_whole(self.path, json.dumps(found, indent=1) + "\n")

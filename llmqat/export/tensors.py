@@ -46,7 +46,7 @@ class StoredWeight:
         return self.layer.columns // self.scale.shape[1]
 
     def codes(self) -> Tensor:
-        """Returns the codes [O, I] of the grid's code dtype: of integers int8 around zero, or uint8 with a zero point."""
+        """Returns the codes [O, I] of the grid's code dtype: integers are int8 around zero, or uint8 above it."""
         return unpack_codes(self.packed, self.scheme.grid, self.layer.columns)
 
     def zero_point(self) -> Tensor | None:
