@@ -48,6 +48,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "nvfp4a16": ("quant={preset: nvfp4a16}",),
     "mxfp4": ("quant={preset: mxfp4}",),
     "mxfp4a16": ("quant={preset: mxfp4a16}",),
+    "int4-fp8kv": ("quant={preset: int4-fp8kv}",),
     "int8, kv4": (
         "quant={preset: int8, kv_cache: {key: {num_bits: 4, symmetric: false, group_size: 32}, "
         "value: {num_bits: 4, symmetric: false, group_size: 32}}}",

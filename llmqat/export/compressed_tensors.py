@@ -60,6 +60,7 @@ from llmqat.export.forms import (
     global_scales,
     input_args,
     input_config,
+    may_have,
     runs_inputs,
     shapes_on_disk,
     stored_scheme,
@@ -439,12 +440,13 @@ def _unsupported(scheme: QuantizationScheme, config: QuantizationConfig) -> str 
         ),
     )
     found = next((reason for holds, reason in checks if not holds), None)
-    if found is None:
-        try:
-            weight_config(weights)
-        except ValueError:
-            return f"weights of a format ({weights.num_bits} bits, {weights.type}, groups of {weights.group_size})"
-    return found
+    if found is not None:
+        return found
+    try:
+        own = weight_config(weights)
+    except ValueError:
+        return f"weights of a format ({weights.num_bits} bits, {weights.type}, groups of {weights.group_size})"
+    return None if may_have(own, form) else f"format {form!r} with weights of {own.label}"
 
 
 def _runs_cache(cache: QuantizationArgs | None) -> bool:

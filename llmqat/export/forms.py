@@ -87,6 +87,14 @@ def form_of(scheme: LayerScheme, int_quantized: bool) -> str:
     return PLAIN_FORMAT if int_quantized and weights.num_bits == 4 and inputs.dynamic else PACKED_FORMAT
 
 
+def may_have(weights: WeightConfig, form: str) -> bool:
+    """Returns whether a stored scheme of weights may lie in a form, whoever wrote it."""
+    if weights.levels != "float":
+        return form in (PACKED_FORMAT, PLAIN_FORMAT)
+    own = FLOAT_FORMATS[weights.num_bits, weights.scale_dtype]
+    return form == own or (own == "float-quantized" and form == FLOAT_WEIGHTS_ALONE)
+
+
 # Tensors
 
 

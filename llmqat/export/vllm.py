@@ -181,9 +181,14 @@ def _of_the_model(description: ModelDescription) -> tuple[str, str] | None:
 
 
 def _of_the_cache(description: ModelDescription, cpu: bool) -> tuple[str, str] | None:
+    if not cpu or description.kv_cache is None or not description.kv_cache.calibrated:
+        return None
     text: Any = description.config.get_text_config(decoder=True)
-    size = getattr(text, "head_dim", None) or 32
-    if cpu and description.kv_cache is not None and description.kv_cache.calibrated and size % CPU_MULTIPLE:
+    try:
+        size = int(text.head_dim)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # none, or one for each layer (Gemma 4)
+        return None
+    if size % CPU_MULTIPLE:
         return f"its FP8 KV cache needs heads of a multiple of {CPU_MULTIPLE}, not of {size}", "backends/cpu_attn.py"
     return None
 

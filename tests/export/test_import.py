@@ -149,10 +149,10 @@ def test_what_is_not_run_is_refused_by_name(tmp_path: Path) -> None:
         ({"sparsity_config": {}, "transform_config": {"config_groups": {"R1": {}}}}, "transforms of weights"),
         ({"transform_config": {}, "format": "nvfp4-pack-quantized", "config_groups": group(format=None)}, "nvfp4-pack"),
         ({"config_groups": group(format="float-quantized")}, "format 'float-quantized'"),
-        ({"config_groups": group(weights={"num_bits": 4, "type": "float"})}, "weights that are not integers"),
+        ({"config_groups": group(weights={"num_bits": 4, "type": "float"})}, r"weights of a format \(4 bits, float"),
         ({"config_groups": group(weights={"num_bits": 8, "strategy": "tensor"})}, "not scaled by group or channel"),
         ({"config_groups": group(weights={"num_bits": 4, "group_size": 32, "actorder": "group"})}, "actorder"),
-        ({"config_groups": group(), "kv_cache_scheme": {"num_bits": 8}}, "quantized KV cache"),
+        ({"config_groups": group(), "kv_cache_scheme": {"num_bits": 8}}, "a KV cache quantized otherwise than in FP8"),
     ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
