@@ -70,6 +70,7 @@ from llmqat.evaluate.perplexity import (
 from llmqat.extras import check_installed
 from llmqat.files import write_whole
 from llmqat.heap import give_back_freed_memory
+from llmqat.layers import QuantConfig
 from llmqat.models import empty_model, load_model, load_tokenizer, read_config, resolve_spec, token_model_class
 from llmqat.paths import check_outputs, same_place, user_path, user_spec
 from llmqat.recipe import load_recipe
@@ -565,7 +566,14 @@ class Bench:
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Returns the keys that both have with different values."""
-    return [key for key, value in one.items() if key in other and other[key] != value]
+    return [key for key, value in one.items() if key in other and _filled(other[key]) != _filled(value)]
+
+
+def _filled(value: Any) -> Any:
+    """Returns a setting; a scheme in it with the fields that it did not have yet when it was written."""
+    if isinstance(value, dict) and isinstance(value.get("quant"), dict):
+        return {**value, "quant": QuantConfig.model_validate(value["quant"]).model_dump(mode="json")}
+    return value
 
 
 def samples_of(recipe: Recipe) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from llmqat.evaluate.budget import read_laws
+from llmqat.layers import QuantConfig
 from llmqat.train import QATTrainer
 from tests.evaluate.test_scripts import SCRIPTS, headline, run
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -191,3 +192,14 @@ def test_the_shipped_recipes_give_the_settings(monkeypatch: pytest.MonkeyPatch, 
     assert shares["int4", 40_000] == (40, 4, 80)
     assert shares["int2", 1_000_000] == (977, 98, 1954)
     assert len(options.cells) == 15
+
+
+def test_a_scheme_that_was_written_before_a_field_came_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    differing = runpy.run_path(str(SCRIPTS / "budget.py"))["_differing"]
+    now = {"quant": QuantConfig.preset("int3").model_dump(mode="json"), "calibrate": []}
+    before = json.loads(json.dumps(now))
+    del before["quant"]["weights"]["scale_dtype"]
+    assert differing({"int3": now}, {"int3": before}) == []
+    before["quant"]["weights"]["num_bits"] = 4
+    assert differing({"int3": now, "top_k": 64}, {"int3": before, "top_k": 64}) == ["int3"]
