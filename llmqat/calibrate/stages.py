@@ -67,6 +67,7 @@ from llmqat.layers import (
     KVQuantizer,
     QuantConfig,
     QuantModule,
+    RangedModule,
     at_least_bits,
     check_parameters,
     model_kind,
@@ -330,9 +331,7 @@ class _Calibration:
 
 def _lacks_input_ranges(model: nn.Module) -> bool:
     """Returns whether a static input range is not set yet, so that the model cannot run."""
-    inputs = (layer.input_quantizer for layer in static_layers(model).values())
-    quantizers = [*(quantizer for quantizer in inputs if quantizer is not None), *static_caches(model).values()]
-    return not all(quantizer.is_calibrated for quantizer in quantizers)
+    return not all(module.is_calibrated for module in model.modules() if isinstance(module, RangedModule))
 
 
 # What each stage does: (seconds of earlier starts, facts by block or layer)

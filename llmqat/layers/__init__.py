@@ -31,6 +31,7 @@ from llmqat.layers.decoding import decode_in_groups, is_checked
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
 from llmqat.layers.finite import check_held, check_packable, check_parameters
+from llmqat.layers.kept import RangedModule
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.packed import PackedLinear, PackedModule, dequantized_once, keep_dequantized
 from llmqat.layers.prepare import (
@@ -84,6 +85,7 @@ __all__ = [
     "QuantLinear",
     "QuantModule",
     "QuantizedCache",
+    "RangedModule",
     "StateQuantizer",
     "TiedHead",
     "WeightConfig",

@@ -20,11 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmqat.grid import Grid, range_scale
 from llmqat.kernels import QuantizedInput
 from llmqat.layers.config import ActivationConfig
+from llmqat.layers.kept import RangedModule
 
 _UNSET = float("nan")
 _E4M3 = torch.finfo(torch.float8_e4m3fn)
@@ -33,7 +34,7 @@ _LOCAL_FLOOR = 0.125
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(RangedModule):
     """Fake-quantizes the input of a linear layer.
 
     Attributes:
@@ -51,15 +52,23 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, config: ActivationConfig, device: torch.device | str | None = None, name: str = "") -> None:
         """Makes a quantizer; a static one refuses to run until `set_range`. `name` is the layer's, for errors."""
-        super().__init__()
-        self.config, self.name, self.enabled = config, name, True
         static = not config.dynamic
+        super().__init__(f"the {'static ' if static else ''}input range of {name or 'a layer'}")
+        self.config, self.layer, self.enabled = config, name or "a layer", True
         self.register_buffer("scale", torch.full((1,), _UNSET, device=device) if static else None)
         zero_point = torch.zeros(1, device=device) if static and not config.symmetric else None
         self.register_buffer("zero_point", zero_point)
         shared = config.calibrated and config.dynamic
         self.register_buffer("global_scale", torch.full((1,), _UNSET, device=device) if shared else None)
-        self._static_key: tuple[float, float] | None = None
+
+    def found(self) -> tuple[Tensor, ...]:
+        """Returns scale and zero point of a static range, NVFP4's global scale, or nothing."""
+        return tuple(tensor for tensor in (self.scale, self.global_scale, self.zero_point) if tensor is not None)
+
+    @property
+    def way_out(self) -> str:
+        """What else than calibrating helps."""
+        return "" if self.scale is None else ", or use dynamic=True"
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:
@@ -68,18 +77,15 @@ class ActivationQuantizer(nn.Module):
         Raises:
             ValueError: when the range is not finite.
         """
-        if not (low <= high and abs(low) < float("inf") and abs(high) < float("inf")):
-            raise ValueError(f"the input range [{low}, {high}] of {self.name or 'a layer'} is not finite")
-        if self.global_scale is not None:
-            self.global_scale.copy_(largest_product(self.config.grid) / torch.tensor(max(-low, high, _TINY)))
-            self._static_key = None
+        self.check_range(low, high)
+        if self.global_scale is not None:  # takes the largest entry to the largest product of a code and a scale
+            self.global_scale.copy_(self.config.grid.qmax * _E4M3.max / torch.tensor(max(-low, high, _TINY)))
             return
         assert self.scale is not None
         scale, zero_point = range_parameters(torch.tensor([low]), torch.tensor([high]), self.config.grid)
         self.scale.copy_(scale.to(torch.bfloat16))
         if zero_point is not None and self.zero_point is not None:
             self.zero_point.copy_(zero_point)
-        self._static_key = None
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Returns x [*, I] fake-quantized, in `dtype` (x's own where not given).
@@ -93,7 +99,7 @@ class ActivationQuantizer(nn.Module):
         # The compiler finds the common subexpression by itself; an inference tensor does not tell when it was changed.
         if torch.compiler.is_compiling() or x.is_inference():
             return self._quantized(x.to(dtype))
-        key = (self.config, self._range_key(), dtype, torch.is_grad_enabled())
+        key = (self.config, self.numbers(), dtype, torch.is_grad_enabled())
         return _shared.get(x, key, lambda: self._quantized(x.to(dtype)))
 
     def integers(self, x: Tensor) -> QuantizedInput:
@@ -103,16 +109,10 @@ class ActivationQuantizer(nn.Module):
             RuntimeError: for a static range that was never calibrated.
         """
         if not torch.compiler.is_compiling():
-            self._range_key()  # which raises
+            self.numbers()  # which raises
         scale, zero_point = self._range_of(x)
         codes = row_codes(x, scale, zero_point, self.config.grid)
         return QuantizedInput(codes.to(torch.int8), scale, zero_point)
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether it has all that calibration is to find."""
-        kept = self.global_scale if self.scale is None else self.scale
-        return kept is None or not bool(kept.isnan().any())
 
     def extra_repr(self) -> str:
         """Returns the line that print(model) shows."""
@@ -128,40 +128,9 @@ class ActivationQuantizer(nn.Module):
     def _quantized(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x
-        groups = x if self.config.group_size is None else _in_groups(x, self.config.group_size, self.name)
+        groups = x if self.config.group_size is None else _in_groups(x, self.config.group_size, self.layer)
         quantized = _StraightThrough.apply(groups, *self._range_of(groups), self.config.grid)  # type: ignore[no-untyped-call]
         return quantized.view(x.shape)
-
-    def _range_key(self) -> tuple[float, float] | None:
-        """Returns what was calibrated as numbers, so that layers with equal ranges share a result; None for nothing."""
-        kept = self.global_scale if self.scale is None else self.scale
-        if kept is None or kept.is_meta:
-            return None
-        if self._static_key is None:
-            scale = float(kept)
-            if scale != scale:
-                kind, way = ("", "") if self.scale is None else ("static ", ", or use dynamic=True")
-                raise RuntimeError(
-                    f"the {kind}input range of {self.name or 'a layer'} is not calibrated; call "
-                    f"llmqat.calibrate.calibrate_activations(model, blocks) first{way}"
-                )
-            self._static_key = scale, 0.0 if self.zero_point is None else float(self.zero_point)
-        return self._static_key
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActivationQuantizer:
-        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # model.half() is meant for weights; what calibration found would be rounded, or become infinite.
-        for name, tensor in kept.items():
-            now = self._buffers[name]
-            if now is not None and now.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(now.device)
-        self._static_key = None
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self._static_key = None
-        super()._load_from_state_dict(*args, **options)
 
 
 def range_parameters(
@@ -202,11 +171,6 @@ def row_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -
     return q.clamp_(qmin, qmin + 2**grid.num_bits - 1).round_()
 
 
-def largest_product(grid: Grid) -> float:
-    """Returns the largest product of a code and an E4M3 scale, which NVFP4's global scale takes the extreme to."""
-    return grid.qmax * _E4M3.max
-
-
 def _in_groups(x: Tensor, size: int, name: str) -> Tensor:
     """Returns x [*, I] as [*, I / size, size].
 
@@ -215,7 +179,7 @@ def _in_groups(x: Tensor, size: int, name: str) -> Tensor:
     """
     if x.shape[-1] % size:
         raise ValueError(
-            f"the inputs of {name or 'a layer'} have {x.shape[-1]} features, which groups of {size} do not divide; "
+            f"the inputs of {name} have {x.shape[-1]} features, which groups of {size} do not divide; "
             f"leave the layer out with quant.ignore, or its inputs with quant.overrides"
         )
     return x.unflatten(-1, (-1, size))

@@ -35,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llmqat.grid import Grid
 from llmqat.layers.activation import range_parameters, row_codes
 from llmqat.layers.config import KVCacheConfig, KVTensorConfig
+from llmqat.layers.kept import RangedModule
 
 E4M3 = Grid(8, levels="float")
 """What floats of a KV cache are rounded to."""
@@ -45,27 +46,25 @@ FROM_CACHE = "llmqat_from_cache"
 """Attribute that marks keys and values as those of a quantized cache, so that they are not quantized twice."""
 
 
-class StateQuantizer(nn.Module):
+class StateQuantizer(RangedModule):
     """Fake-quantizes the keys, or the values, of one attention layer.
 
     Attributes:
         config: the scheme.
         scale: [1] float32 buffer, NaN until it is calibrated; None where each token has its own.
-        enabled: False lets them through.
     """
 
     scale: Tensor | None
 
-    def __init__(self, config: KVTensorConfig, device: torch.device | str | None = None, name: str = "") -> None:
+    def __init__(self, config: KVTensorConfig, name: str, device: torch.device | str | None = None) -> None:
         """Makes a quantizer; one with a scale of its own refuses to run until `set_range`."""
-        super().__init__()
-        self.config, self.name, self.enabled = config, name, True
+        super().__init__(f"the range of {name}")
+        self.config = config
         self.register_buffer("scale", torch.full((1,), torch.nan, device=device) if config.levels == "float" else None)
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether it has all that calibration is to find."""
-        return self.scale is None or not bool(self.scale.isnan().any())
+    def found(self) -> tuple[Tensor, ...]:
+        """Returns the scale, or nothing."""
+        return () if self.scale is None else (self.scale,)
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:
@@ -75,30 +74,19 @@ class StateQuantizer(nn.Module):
             ValueError: when the range is not finite.
         """
         assert self.scale is not None
-        if not (low <= high and abs(low) < float("inf") and abs(high) < float("inf")):
-            raise ValueError(f"the range [{low}, {high}] of {self.name or 'keys or values'} is not finite")
+        self.check_range(low, high)
         scale, _ = range_parameters(torch.tensor([low]), torch.tensor([high]), E4M3)
         self.scale.copy_(scale.to(torch.bfloat16))
 
-    def forward(self, x: Tensor, enabled: bool = True) -> Tensor:
-        """Returns x [B, H, L, D], quantized and dequantized; gradients pass straight through.
+    def forward(self, x: Tensor, enabled: bool) -> Tensor:
+        """Returns x [B, H, L, D], quantized and dequantized where `enabled`; gradients pass straight through.
 
         Raises:
             RuntimeError: for a scale that was never calibrated.
         """
-        if not (self.enabled and enabled):
+        if not enabled:
             return x
         return _StraightThrough.apply(x, self.config, self.calibrated_scale())  # type: ignore[no-untyped-call]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StateQuantizer:
-        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # model.half() is meant for weights; what calibration found would be rounded, or become infinite.
-        for name, tensor in kept.items():
-            now = self._buffers[name]
-            if now is not None and now.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(now.device)
-        return self
 
     def calibrated_scale(self) -> Tensor | None:
         """Returns the scale of all states; None where each token has its own.
@@ -106,11 +94,8 @@ class StateQuantizer(nn.Module):
         Raises:
             RuntimeError: it was never calibrated.
         """
-        if not (torch.compiler.is_compiling() or self.scale is None or self.scale.is_meta or self.is_calibrated):
-            raise RuntimeError(
-                f"the range of {self.name or 'keys or values'} is not calibrated; call "
-                "llmqat.calibrate.calibrate_activations(model, blocks) first"
-            )
+        if not torch.compiler.is_compiling():
+            self.numbers()  # which raises
         return self.scale
 
 
@@ -128,8 +113,8 @@ class KVQuantizer(nn.Module):
         """Makes a quantizer; `name` is the layer's, for errors."""
         super().__init__()
         self.config, self.enabled = config, True
-        self.key = StateQuantizer(config.key, device, f"the keys of {name or 'a layer'}")
-        self.value = StateQuantizer(config.value, device, f"the values of {name or 'a layer'}")
+        self.key = StateQuantizer(config.key, f"the keys of {name or 'a layer'}", device)
+        self.value = StateQuantizer(config.value, f"the values of {name or 'a layer'}", device)
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Returns key and value [B, H, L, D], quantized and dequantized; gradients pass straight through."""

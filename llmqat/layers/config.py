@@ -28,8 +28,8 @@ _FLOATS: dict[tuple[int, str, int | None], str] = {
     (8, "e8m0", 32): "mxfp8",
 }
 """Bits, dtype of scales and group size of floats that have a name of their own, and that name."""
-_FP8 = (8, "bfloat16")
-"""Bits and dtype of scales of floats that go by any strategy."""
+_EIGHT = (8, "bfloat16")
+"""Bits and dtype of scales of integers and floats that go by any strategy, by channel where nothing else is said."""
 
 
 class WeightConfig(Config):
@@ -61,7 +61,7 @@ class WeightConfig(Config):
             )
         grid = self.grid  # says what is wrong with the levels
         kind = (grid.num_bits, grid.scale_dtype)
-        if grid.levels == "float" and kind != _FP8 and (*kind, self.group_size) not in _FLOATS:
+        if grid.levels == "float" and kind != _EIGHT and (*kind, self.group_size) not in _FLOATS:
             raise ValueError(
                 f"levels='float' with num_bits={grid.num_bits}, scale_dtype={grid.scale_dtype!r}, "
                 f"group_size={self.group_size} is a format that nothing reads; choose a preset of "
@@ -155,7 +155,7 @@ class ActivationConfig(Config):
         grid = Grid(self.num_bits, self.symmetric, self.levels, self.scale_dtype)  # says what is wrong with the levels
         kind = (grid.num_bits, grid.scale_dtype)
         plain = self.group_size is None or (self.dynamic and self.levels == "float")
-        known = plain if self.levels == "integer" or kind == _FP8 else (*kind, self.group_size) in _FLOATS
+        known = plain if self.levels == "integer" or kind == _EIGHT else (*kind, self.group_size) in _FLOATS
         if not known or (self.scale_dtype != "bfloat16" and not self.dynamic):
             raise ValueError(
                 f"inputs with num_bits={self.num_bits}, levels={self.levels!r}, group_size={self.group_size}, "
@@ -349,8 +349,6 @@ _FLOAT_NAMES: dict[str, tuple[int, str, int | None]] = {
     **{name: kind for kind, name in _FLOATS.items()},
 }
 """Name of a float format -> bits, dtype of scales, and group size."""
-_INT8 = (8, "bfloat16")
-"""Bits and dtype of scales of weights that have one scale a channel where nothing else is said."""
 _CACHES: dict[int, dict[str, Any]] = {8: {"num_bits": 8}, 4: {"num_bits": 4, "symmetric": False, "group_size": 32}}
 """Keys and values by their bits."""
 
@@ -378,7 +376,7 @@ def scheme_fields(name: str) -> dict[str, Any]:
     floats = _FLOAT_NAMES.get(found.levels or "")
     levels = "float" if floats else {"ternary": "ternary", "int2seq": "seq"}.get(found.levels or "", "integer")
     num_bits, scale_dtype, group = floats or (found.num_bits, "bfloat16", 64)
-    extent = "group" if found.group else found.extent or ("channel" if (num_bits, scale_dtype) == _INT8 else "group")
+    extent = "group" if found.group else found.extent or ("channel" if (num_bits, scale_dtype) == _EIGHT else "group")
     weights = {
         "num_bits": num_bits,
         "levels": levels,

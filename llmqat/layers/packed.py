@@ -35,6 +35,7 @@ from llmqat.grid import (
 from llmqat.kernels import FileMappings, FilePages, PackedWeight, QuantizedInput, packed_linear
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.config import ActivationConfig, WeightConfig
+from llmqat.layers.kept import dtypes_kept
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.quantized import QuantModule, compute_dtype
 
@@ -134,11 +135,8 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._runtime = None  # moved or cast buffers: what kernels derived from the old ones is stale
-        codes = self.weight_packed
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_packed.dtype != codes.dtype:  # floats of eight bits, which model.to(dtype) is not meant for
-            self.weight_packed = codes.to(self.weight_packed.device)
-        return self
+        with dtypes_kept(self, ("weight_packed",)):
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         self._runtime = None

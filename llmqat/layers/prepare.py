@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmqat.layers.activation import ActivationQuantizer
-from llmqat.layers.attention import KVQuantizer, StateQuantizer, attention_layers, check_kv_groups, quantize_kv
+from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
 from llmqat.layers.audit import (
     DROPPED,
     IDLE,
@@ -34,6 +33,7 @@ from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Policy, QuantConfi
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts, replace_stacked, stacked_weights
 from llmqat.layers.finite import check_held, check_packable, check_parameters
+from llmqat.layers.kept import RangedModule
 from llmqat.layers.linear import QuantLinear, let_read
 from llmqat.layers.originals import check_original, dropped_note
 from llmqat.layers.packed import PackedLinear, PackedModule
@@ -600,13 +600,9 @@ def changed_since_prepared(model: nn.Module) -> list[str] | None:
     return changed_since({plain_name(name): entry for name, entry in noted.items()}, now)
 
 
-KINDS = (QuantModule, ActivationQuantizer, StateQuantizer)
-"""Modules that quantize, and hold what calibration finds."""
-
-
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns all that the quantizers of `model` hold beside weights, by name in the state dict."""
-    owners = [name for name, module in model.named_modules() if isinstance(module, KINDS)]
+    owners = [name for name, module in model.named_modules() if isinstance(module, (QuantModule, RangedModule))]
     return {
         f"{owner}.{name}": tensor.detach()
         for owner in owners

@@ -37,13 +37,12 @@ from llmqat.grid import (
     snap_scale,
 )
 from llmqat.layers.config import WeightConfig
+from llmqat.layers.kept import dtypes_kept
 from llmqat.layers.reuse import ReusedWeight
 
 QUANTIZER_PARAMETERS = ("weight", "log_scale", "zero_point")
 """Parameters of a QuantModule that stay float32 masters; the quantizer makes the numbers of the checkpoint of them."""
 
-INTEGERS: dict[str, Any] = {"levels": "integer", "scale_dtype": "bfloat16"}
-"""What makes a scheme of weights one of integers."""
 SCALES = ("log_scale", "initial_scale", "clip_ratio", "zero_point")
 """What a QuantModule holds in float32, whatever the dtype of the model."""
 
@@ -242,8 +241,6 @@ class QuantModule(nn.Module):
     def step_sizes(self) -> Tensor:
         """Returns how far apart the levels of each weight lie where it is, [O, I] float32: of integers |scale|."""
         size = of_each_weight(self.scale_and_zero_point()[0].abs(), self.rows, self.columns)
-        if self.grid.levels != "float":
-            return size
         return size * self.grid.spacing(self.matrix().float() / size)
 
     @torch.no_grad()
@@ -252,15 +249,8 @@ class QuantModule(nn.Module):
         return quantize(self.matrix(), *self.scale_and_zero_point(), self.grid)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
-        own = {**self._parameters, **self._buffers}
-        kept = {name: tensor.data for name, tensor in own.items() if tensor is not None and name in SCALES}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # model.to(bfloat16) and .half() are meant for weights; scales would be rounded, small ones to zero.
-        for name, numbers in kept.items():
-            now = self._parameters.get(name, self._buffers.get(name))
-            if now is not None and now.dtype != numbers.dtype:
-                now.data = numbers.to(now.device)
-        return self
+        with dtypes_kept(self, SCALES):
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def kept_groups(self) -> Tensor | None:
@@ -317,7 +307,8 @@ def at_least_bits(model: nn.Module, num_bits: int | None) -> Iterator[None]:
     try:
         for layer in layers:
             if num_bits is not None and layer.weights.num_bits < num_bits:
-                layer.weights = layer.weights.model_copy(update=INTEGERS | {"num_bits": num_bits})
+                integers = {"num_bits": num_bits, "levels": "integer", "scale_dtype": "bfloat16"}
+                layer.weights = layer.weights.model_copy(update=integers)
         yield
     finally:
         for layer, weights in zip(layers, before, strict=True):

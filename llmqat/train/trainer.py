@@ -47,12 +47,11 @@ from llmqat.data.length import check_length
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.grid import fusing
 from llmqat.layers import (
-    ActivationQuantizer,
     KVQuantizer,
     PackedEmbedding,
     PackedModule,
     QuantModule,
-    StateQuantizer,
+    RangedModule,
     reused_in_step,
     short_attention,
     without_adapters,
@@ -789,7 +788,7 @@ def _share_starting_scales(model: nn.Module, world_size: int) -> None:
     if world_size == 1 or not torch.distributed.is_initialized():
         return
     for module in model.modules():
-        if isinstance(module, (QuantModule, ActivationQuantizer, StateQuantizer)):
+        if isinstance(module, (QuantModule, RangedModule)):
             for tensor in module.buffers(recurse=False):
                 if tensor.is_meta:  # of a trial
                     continue
