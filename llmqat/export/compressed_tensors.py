@@ -23,10 +23,10 @@ from the modules themselves, never from the configuration that once prepared the
 tensors. A KV cache of integers, whose scales come with each token, which the format cannot say, stands beside it
 as `llmqat_kv_cache`; one in FP8 is its `kv_cache_scheme`, with ATTENTION.k_scale and ATTENTION.v_scale [1].
 
-A checkpoint that stock transformers was seen to fill with random numbers (`stock.py`; Conv1D,
-stacked experts) has a key of ours in each group, which stock transformers refuses, and that is the point; vLLM, which
-serves packed Conv1D, does not look at it. One that transformers reads only when it dequantizes the weights at loading
-(zero points; models that look at weights while they are built) has the key `dequantize`, which is transformers' own.
+A checkpoint that stock transformers was seen to fill with random numbers (`stock.py`; Conv1D, stacked experts) has a
+key of ours in each group, which stock transformers refuses, and that is the point; vLLM, which serves packed Conv1D,
+does not look at it. One that transformers reads only when it dequantizes the weights at loading (zero points; models
+that look at weights while they are built) has the key `dequantize`, which is transformers' own.
 
 Letters: O out features, I in features, G scales per row, b bits.
 """
@@ -109,18 +109,19 @@ STACKED_KEY = "llmqat_stacked"
 
 _BESIDE = ("version", "sparsity_config", "transform_config", "dequantize", "run_compressed")
 """Keys of a `quantization_config` that do not belong to compressed-tensors' own QuantizationConfig."""
-_INPUT_NAMES = {
+_RENAMED = {
     "input_quantizer.scale": "input_scale",
     "input_quantizer.zero_point": "input_zero_point",
     "input_quantizer.global_scale": "input_global_scale",
+    "kv_quantizer.key.scale": "k_scale",
+    "kv_quantizer.value.scale": "v_scale",
 }
-"""Names of calibrated input ranges: in the module, on disk."""
-_CACHE_NAMES = {".kv_quantizer.key.scale": ".k_scale", ".kv_quantizer.value.scale": ".v_scale"}
-"""Ends of the names of an FP8 KV cache's scales: in the module, on disk."""
+"""Ends of the names of calibrated ranges: in the model, on disk."""
+_IN_MODEL = {disk: module for module, disk in _RENAMED.items()}
 _INPUT_DTYPES = {"input_quantizer.zero_point": torch.int8, "input_quantizer.global_scale": torch.float32}
 """What they are stored as, where that is not the checkpoint's dtype."""
 _OF_THE_WEIGHT = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-_SCALES = (".weight_scale", ".input_quantizer.scale", ".input_quantizer.global_scale", *_CACHE_NAMES)
+_SCALES = (".weight_scale", *(f".{name}" for name in _RENAMED if not name.endswith("zero_point")))
 _STRATEGIES = {"int": ("group", "channel"), "float": ("group", "channel", "tensor_group", "tensor")}
 """What a scale of weights may govern."""
 _NEIGHBOURHOOD = 65_536
@@ -171,7 +172,7 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype, int_quantized: bool 
         own = tensors_on_disk(name, packed, form, dtype, shared.get(name))
         for key, tensor in packed.state_dict().items():
             if key not in _OF_THE_WEIGHT:
-                own[_INPUT_NAMES.get(key, key)] = tensor.to(_INPUT_DTYPES.get(key, dtype))
+                own[_RENAMED.get(key, key)] = tensor.to(_INPUT_DTYPES.get(key, dtype))
         state |= {f"{name}.{leaf}": tensor.detach().cpu().contiguous() for leaf, tensor in own.items()}
     for name, owner, kept in _unpacked(model, layers, dtype):
         if isinstance(owner, nn.Parameter):
@@ -219,10 +220,9 @@ def _unpacked(
         if _owner(name) in layers or name in tied or id(owner) in written:
             continue
         written.add(id(owner))
-        if (end := next((end for end in _CACHE_NAMES if name.endswith(end)), None)) is not None:
-            yield name.removesuffix(end) + _CACHE_NAMES[end], owner, dtype
-            continue
-        yield name, owner, tensor.dtype if owner is tensor or in_float32(name) else dtype
+        stored = _on_disk(name)
+        plain = owner is tensor and stored == name  # a buffer of the model's own
+        yield stored, owner, tensor.dtype if plain or in_float32(name) else dtype
 
 
 def _owner(name: str) -> str:
@@ -631,19 +631,14 @@ def _int8_matrix(values: Tensor) -> Tensor:
 
 def _in_module(name: str) -> str:
     """Returns the name in the model of a tensor on disk."""
-    owner, _, leaf = name.rpartition(".")
-    inside = {disk: module for module, disk in _INPUT_NAMES.items()}
-    inside |= {disk[1:]: module[1:] for module, disk in _CACHE_NAMES.items()}
-    return f"{owner}.{inside[leaf]}" if leaf in inside else name
+    owner, dot, leaf = name.rpartition(".")
+    return f"{owner}{dot}{_IN_MODEL.get(leaf, leaf)}"
 
 
 def _on_disk(name: str) -> str:
     """Returns the name on disk of a tensor in the model."""
-    inputs = {f".{module}": f".{disk}" for module, disk in _INPUT_NAMES.items()}
-    for module, disk in (_CACHE_NAMES | inputs).items():
-        if name.endswith(module):
-            return name.removesuffix(module) + disk
-    return name
+    end = next((end for end in _RENAMED if name.endswith(f".{end}")), None)
+    return name if end is None else name.removesuffix(end) + _RENAMED[end]
 
 
 def _widened(name: str, tensor: Tensor) -> Tensor:

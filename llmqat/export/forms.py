@@ -41,6 +41,7 @@ from llmqat.layers import (
     WeightConfig,
 )
 from llmqat.layers.config import Observer
+from llmqat.layers.finite import is_finite
 
 PACKED_FORMAT = "pack-quantized"
 PLAIN_FORMAT = "int-quantized"
@@ -61,7 +62,6 @@ _E8M0_BIAS = 127
 SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
 """What scales that are no bfloat16 numbers are stored as."""
 _PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LARGEST_E4M3 = 448.0
 
 
 def stored_scheme(layer: QuantModule | PackedModule) -> LayerScheme:
@@ -204,7 +204,7 @@ def take_floats(name: str, layer: PackedModule, found: dict[str, tuple[Tensor, P
         kept = wanted[leaf]
         if tensor.dtype != kept and (kept is not None or tensor.dtype not in _PLAIN_DTYPES):
             raise ValueError(f"{path}: {name}.{leaf} is {tensor.dtype}, but the format stores it as {kept or 'floats'}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if not is_finite(tensor):
             raise ValueError(f"{path}: {name}.{leaf} holds NaN or infinity")
     if len(own) < len(wanted):
         if own:
@@ -235,10 +235,12 @@ def _scale_of(where: str, layer: PackedModule, stored: Tensor, shared: Tensor | 
 
 def global_scales(layers: Mapping[str, QuantModule | PackedModule]) -> dict[str, float]:
     """Returns the weight_global_scale of each NVFP4 layer by its name: one for siblings, a power of two."""
+    most = torch.finfo(torch.float8_e4m3fn).max
+    scales = {name: layer.scale().detach() for name, layer in layers.items() if layer.weights.scale_dtype == "e4m3"}
     own = {
-        name: 2.0 ** math.floor(math.log2(_LARGEST_E4M3 / float(layer.scale().detach().abs().max())))
-        for name, layer in layers.items()
-        if layer.weights.scale_dtype == "e4m3" and not layer.scale().is_meta
+        name: 2.0 ** math.floor(math.log2(most / float(scale.abs().max())))
+        for name, scale in scales.items()
+        if not scale.is_meta
     }
     return {name: min(own[other] for other in _siblings(name) if other in own) for name in own}
 

@@ -48,7 +48,7 @@ class FloatFormat:
 
     def spacing(self, v: Tensor) -> Tensor:
         """Returns how far apart numbers lie at `v` (float32) and above it in magnitude; a power of two."""
-        exponent = (v.view(torch.int32) & _EXPONENT).clamp_((self.lowest + 127) << 23, 254 << 23)
+        exponent = (v.view(torch.int32) & EXPONENT).clamp_((self.lowest + 127) << 23, 254 << 23)
         return exponent.sub_(self.mantissa << 23).view(torch.float32)
 
     def round_(self, v: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class FloatFormat:
         return v.div_(spacing).round_().mul_(spacing)
 
 
-_EXPONENT = 0x7F800000
+EXPONENT = 0x7F800000
 """Bits of a float32 that hold its exponent."""
 FLOATS = {4: FloatFormat(mantissa=1, lowest=0, largest=6), 8: FloatFormat(mantissa=3, lowest=-6, largest=448)}
 """Bits -> format: E2M1 and E4M3."""
@@ -183,7 +183,7 @@ class Grid:
             return level - CELL, level + CELL
         size, turned = level.abs(), level < 0
         above = self.float_format.spacing(size)
-        power = (size.view(torch.int32) & ~_EXPONENT) == 0  # below a power of two numbers lie twice as close
+        power = (size.view(torch.int32) & ~EXPONENT) == 0  # below a power of two numbers lie twice as close
         below = torch.where(power & (size > 2.0**self.float_format.lowest), above / 2, above)
         nearer, farther = size - CELL * below, size + CELL * above
         return torch.where(turned, -farther, nearer), torch.where(turned, -nearer, farther)

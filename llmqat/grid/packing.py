@@ -20,9 +20,8 @@ from torch import Tensor
 
 from llmqat.grid.levels import Grid
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_BITS_OF_HALVES = (0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7)
-"""Twice a level -> its three bits."""
+_E2M1 = (0.0, *Grid(4, levels="float").distances)
+"""Levels by their three bits."""
 
 
 def packed_shape(rows: int, columns: int, grid: Grid) -> tuple[tuple[int, int], torch.dtype]:
@@ -44,7 +43,7 @@ def pack_codes(codes: Tensor, grid: Grid) -> Tensor:
         return codes.to(torch.float8_e4m3fn)
     if codes.shape[-1] % 2:
         raise ValueError(f"{codes.shape[-1]} codes a row cannot be packed two in a byte")
-    bits = torch.tensor(_BITS_OF_HALVES, dtype=torch.uint8, device=codes.device)[(codes.abs() * 2).int()]
+    bits = torch.bucketize(codes.abs(), torch.tensor(_E2M1, dtype=codes.dtype, device=codes.device)).to(torch.uint8)
     bits += (codes < 0).to(torch.uint8) * 8
     return bits[:, ::2] | (bits[:, 1::2] << 4)
 

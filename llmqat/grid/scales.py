@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmqat.grid.levels import Grid
+from llmqat.grid.levels import EXPONENT, Grid
 
 SCALE_FLOOR = 2.0**-100
 """Smallest |scale|: far below any weight that matters, and far enough above bfloat16's smallest normal number (2^-126)
@@ -33,7 +33,6 @@ _STORED_ZERO_SCALE = float(torch.tensor(ZERO_SCALE, dtype=torch.bfloat16))
 E4M3_OCTAVES = 10
 """How far below the largest E4M3 scale of a tensor the smallest may lie, in powers of two; E4M3 has 14."""
 _FOUR_BIT_ZERO_SCALE = 2.0**-17
-_EXPONENT = 0x7F800000
 _SQRT_HALF_UP = (1 << 23) - 0x3504F3
 """Added to the bits of a float32, it carries into the exponent where the significand is at least the root of 2."""
 
@@ -91,7 +90,7 @@ def range_scale(extreme: Tensor, grid: Grid) -> Tensor:
     """
     if grid.scale_dtype != "e8m0":
         return snap_scale(extreme / grid.reach, grid)
-    power = ((extreme.float().view(torch.int32) + (1 << 21)) & _EXPONENT).view(torch.float32)
+    power = ((extreme.float().view(torch.int32) + (1 << 21)) & EXPONENT).view(torch.float32)
     return snap_scale(power / 2.0 ** math.floor(math.log2(grid.qmax)), grid)
 
 
@@ -103,7 +102,7 @@ def _to_bfloat16(scale: Tensor) -> Tensor:
 
 def _to_power(scale: Tensor) -> Tensor:
     bits = scale.abs().masked_fill(scale == 0, ZERO_SCALE).float().view(torch.int32)
-    return ((bits + _SQRT_HALF_UP) & _EXPONENT).view(torch.float32).clamp(SCALE_FLOOR, 2.0**120)
+    return ((bits + _SQRT_HALF_UP) & EXPONENT).view(torch.float32).clamp(SCALE_FLOOR, 2.0**120)
 
 
 def _to_four_bits(scale: Tensor) -> Tensor:
