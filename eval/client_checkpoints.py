@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import llmqat
-from llmqat.calibrate import RangesStage, calibrate
+from llmqat.calibrate import RangesStage, calibrate, needs_text
 from llmqat.data.pydoc import pydoc_text
 from llmqat.evaluate.perplexity import windows_from_text
 from llmqat.export import CONVERSIONS, load_any
@@ -298,11 +298,10 @@ def _quantize(source: Source, variant: Variant, folder: Path) -> None:
     spec = SPEC if source.name == REAL else str(source.folder / ORIGINAL_FOLDER)
     model, tokenizer = load_model(spec)
     config = variant.config
-    inputs = config.input_activations
-    if inputs is not None and inputs.calibrated:
-        calibrate(model, config, [RangesStage(method="mse")], torch.tensor(source.windows), seed=0)
-    elif config.weights.num_bits < CALIBRATED_BELOW:
-        calibrate(model, config, [RangesStage(method="mse")], None, seed=0)
+    stages = [RangesStage(method="mse")]
+    text = torch.tensor(source.windows) if needs_text(stages, config) else None
+    if text is not None or config.weights.num_bits < CALIBRATED_BELOW:
+        calibrate(model, config, stages, text, seed=0)
     else:
         prepare(model, config)
     llmqat.save(model, folder, tokenizer, int_quantized=variant.int_quantized)

@@ -150,28 +150,16 @@ def by_tokens() -> str:
 
 
 def finetuning() -> str:
-    """Returns what ways to a fine-tuned model keep of what LoRA in bfloat16 gained, a mean of seeds, and their time."""
-    runs = run_of(FINETUNING)["runs"]
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for key, run in runs.items():
-        parts = key.split(", ")
-        if len(parts) < 3 or parts[0] == "LoRA":
-            continue
-        scheme, way, seed = parts[0], ", ".join(parts[1:-1]), parts[-1]
-        base, lora, loss = (mean(runs[one]["test"]) for one in ("base", f"LoRA, {seed}", key))
-        minutes = sum(run["seconds"].values()) / 60
-        found.setdefault(way, {}).setdefault(scheme, []).append(((base - loss) / (base - lora), minutes))
-    schemes = sorted({scheme for cells in found.values() for scheme in cells}, reverse=True)
+    """Returns what ways to a fine-tuned model keep of what LoRA in bfloat16 gained, and their minutes."""
+    found = run_of(FINETUNING, "summary")
     rows = []
     for way, label in WAYS.items():
         row = [label]
-        for scheme in schemes:
-            seeds = found.get(way, {}).get(scheme, [])
-            kept, minutes = ([column[i] for column in seeds] for i in range(2))
-            share = f"{mean(kept):.0%}" if seeds and mean(kept) > 0 else "less than none"
-            row += [share, f"{mean(minutes):.0f}"] if seeds else ["", ""]
+        for ways in found.values():
+            share = f"{ways[way]['kept']:.0%}" if ways[way]["kept"] > 0 else "less than none"
+            row += [share, f"{ways[way]['minutes']:.0f}"]
         rows.append(row)
-    return markdown_table(("way", *(head for one in schemes for head in (f"`{one}` keeps", "minutes"))), rows)
+    return markdown_table(("way", *(head for one in found for head in (f"`{one}` keeps", "minutes"))), rows)
 
 
 def one_gpu(labels: dict[str, str]) -> str:

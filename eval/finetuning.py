@@ -27,10 +27,11 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -127,25 +128,38 @@ def main() -> None:
             bench = Bench(options)
             for name in missing:
                 report.add(name, bench.run(*ways[name]))
-    report.write()
-    text = shown(report.runs, options)
+    found = summary(report.runs, options)
+    report.write({"summary": found})
+    text = shown(report.runs, found, options)
     print(text, end="")
     if options.table is not None:
         write_whole(options.table, text)
 
 
-def shown(runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
-    """Returns the table of each scheme, then the headline."""
+def summary(runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns by scheme and way the share of the gain that is kept and the minutes of one core, means of the seeds."""
+    return {
+        scheme: {
+            name: {
+                "kept": mean(kept(runs, scheme, seed, name) for seed in options.seeds),
+                "minutes": mean(sum(runs[key(scheme, seed, name)]["seconds"].values()) / 60 for seed in options.seeds),
+            }
+            for name in options.arms
+        }
+        for scheme in options.scheme
+    }
+
+
+def shown(
+    runs: dict[str, dict[str, Any]], found: dict[str, dict[str, dict[str, float]]], options: argparse.Namespace
+) -> str:
+    """Returns the table of each scheme, then the headline, which is what `summary` has found."""
     console = plain_console(width=110)
     console.file = io.StringIO()
     names = {key(scheme, seed, name) for scheme in options.scheme for seed in options.seeds for name in options.arms}
     for scheme in options.scheme:
         console.print(table_of(runs, scheme, options))
-    lines = [
-        f"{scheme}, {name}: {mean(kept(runs, scheme, seed, name) for seed in options.seeds):.4f}"
-        for scheme in options.scheme
-        for name in options.arms
-    ]
+    lines = [f"{scheme}, {name}: {way['kept']:.4f}" for scheme, ways in found.items() for name, way in ways.items()]
     lines.append(f"differing codes: {sum(runs[name].get('differing', 0) for name in names)}")
     return f"{line_of(made('finetuning.py'))}\n" + console.file.getvalue() + "\n".join(lines) + "\n"
 
@@ -213,10 +227,10 @@ class Report:
         print(f"{name}: {mean(run['validation']):.4f} (validation), {sum(run['seconds'].values()):.0f} s", flush=True)
         self.write()
 
-    def write(self) -> None:
-        """Writes the file, if there is to be one."""
+    def write(self, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Writes the file, if there is to be one, with `more` in it."""
         if self.path is not None:
-            found = {**made("finetuning.py"), "settings": self.settings, "runs": self.runs}
+            found = {**made("finetuning.py"), "settings": self.settings, **more, "runs": self.runs}
             write_whole(self.path, json.dumps(found, indent=1) + "\n")
 
 

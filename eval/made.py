@@ -1,8 +1,9 @@
 """What made a result: command, commit, versions, processor and load, for the file that a script writes.
 
-    report = {"made": made("ablations.py"), ...}
+    report = {**made("ablations.py"), "rows": rows}
 
-A commit ends in `+` where tracked files of the package, the scripts or the recipes differ from it.
+It is what wrote the file last: a script that goes on adds to what earlier commits have measured. A commit ends in `+`
+where tracked files of the package, the scripts or the recipes differ from it.
 """
 
 from __future__ import annotations
