@@ -28,6 +28,7 @@ _FLOATS: dict[tuple[int, str, int | None], str] = {
     (8, "e8m0", 32): "mxfp8",
 }
 """Bits, dtype of scales and group size of floats that have a name of their own, and that name."""
+_GROUPS_OF_FLOATS = ", ".join(f"{name} has groups of {size}" for (*_, size), name in sorted(_FLOATS.items()))
 _EIGHT = (8, "bfloat16")
 """Bits and dtype of scales of integers and floats that go by any strategy, by channel where nothing else is said."""
 
@@ -64,8 +65,8 @@ class WeightConfig(Config):
         if grid.levels == "float" and kind != _EIGHT and (*kind, self.group_size) not in _FLOATS:
             raise ValueError(
                 f"levels='float' with num_bits={grid.num_bits}, scale_dtype={grid.scale_dtype!r}, "
-                f"group_size={self.group_size} is a format that nothing reads; choose a preset of "
-                f"{', '.join(sorted(_FLOATS.values()))}, or num_bits=8 with scale_dtype='bfloat16'"
+                f"group_size={self.group_size} is a format that nothing reads; {_GROUPS_OF_FLOATS}: leave the group "
+                "size out, or give num_bits=8 with scale_dtype='bfloat16'"
             )
         return self
 

@@ -291,9 +291,15 @@ def scheme_of(preset: str, group_size: int | None = None) -> QuantConfig:
     """Returns the scheme of a preset, with another group size where one is given.
 
     Raises:
-        ValueError: for an unknown preset.
+        ValueError: for an unknown preset, or one that has no such groups.
     """
-    return QuantConfig.preset(preset) if group_size is None else QuantConfig.preset(preset, group_size=group_size)
+    changes = {} if group_size is None else {"group_size": group_size}
+    try:
+        return QuantConfig.preset(preset, **changes)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        size = "" if group_size is None else f" with --group-size {group_size}"
+        raise ValueError(f"--scheme {preset}{size}: {said}") from error
 
 
 def check_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:

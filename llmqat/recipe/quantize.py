@@ -32,6 +32,7 @@ from llmqat.calibrate import (
     Stage,
     StageReport,
     calibrate,
+    check_stages,
     needs_text,
     report_layers,
     rotates,
@@ -155,6 +156,7 @@ def quantize_model(
 
     def check_model() -> bool:
         check_full_precision(spec)
+        check_stages(stages, quant)
         if allocate is not None:
             check_choices(quant, allocate.choices)
         return check_spec_served(spec, clients, quant, allocate, rotates(stages))

@@ -24,7 +24,9 @@ from llmqat.export.forms import global_scales, input_args, weight_args, weight_c
 from llmqat.export.serving import served_by
 from llmqat.grid import dequantize, keep_lattice, minmax_scale, quantize, search_scale
 from llmqat.layers import ActivationConfig, ActivationQuantizer, QuantConfig, WeightConfig, prepare
-from tests.tiny import tiny_gpt2, tiny_llama, with_ranges
+from llmqat.recipe.config import scheme_of
+from llmqat.recipe.quantize import quantize_model
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer, with_ranges
 
 WEIGHTS = ["nvfp4a16", "mxfp4a16", "mxfp8a16", "fp8a16", "fp8a16-tensor", "fp8a16-g32"]
 INPUTS = {
@@ -168,7 +170,7 @@ def test_scales_too_far_apart_are_refused_by_name() -> None:
 
 
 def test_a_format_that_nothing_reads_is_refused() -> None:
-    with pytest.raises(ValueError, match="is a format that nothing reads; choose a preset of mxfp4, mxfp8, nvfp4"):
+    with pytest.raises(ValueError, match="is a format that nothing reads; nvfp4 has groups of 16, mxfp4 has groups"):
         WeightConfig(num_bits=4, levels="float", group_size=64)
     with pytest.raises(ValueError, match="these levels are a symmetric grid of 4 or 8 bits"):
         WeightConfig(num_bits=5, levels="float", group_size=32)
@@ -303,3 +305,15 @@ def test_vllm_transposes_what_gpt2_calls_weight(name: str) -> None:
     found = served_by(describe(model))
     assert found["vllm"].serves == (name == "nvfp4")
     assert "run with" not in found["vllm-cpu"].basis
+
+
+def test_the_command_line_is_told_which_groups_floats_have(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--scheme nvfp4 with --group-size 32: .* nvfp4 has groups of 16, "):
+        scheme_of("nvfp4", 32)
+    with pytest.raises(ValueError, match=r"^--scheme mxfp4-g64: levels='float'"):
+        scheme_of("mxfp4-g64")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="take another --method than rtn"):  # and no text is written before that
+        quantize_model(str(tmp_path / "model"), tmp_path / "out", scheme="nvfp4", method="rtn", tokens=10**9)
+    assert not list(tmp_path.glob("*out*"))
