@@ -83,13 +83,9 @@ TRIED = frozenset(
 """Classes that the CPU build was run with."""
 PLAIN_INPUTS = "inputs are not quantized: its kernel for packed 4-bit weights takes them as they are"
 HUMMING = "runs with its Humming kernels, on Nvidia GPUs only"
-LOST_BEFORE = {
-    "hopper": "runs on Hopper GPUs (compute capability 9.0) only",
-    "blackwell": "inputs stay in high precision on GPUs before Blackwell (compute capability 10.0)",
-    "ada": "inputs stay in high precision on GPUs before Ada (compute capability 8.9)",
-}
-"""GPU -> what is lost on others: `CompressedTensorsW4A8Fp8`, the kernels of `init_nvfp4_linear_kernel` and
-`init_mxfp4_linear_kernel`, and `CompressedTensorsW8A8Fp8.get_min_capability`."""
+ON_HOPPER = "runs on Hopper GPUs (compute capability 9.0) only"
+BEFORE_BLACKWELL = "inputs stay in high precision on GPUs before Blackwell (compute capability 10.0)"
+BEFORE_ADA = "inputs stay in high precision on GPUs before Ada (compute capability 8.9)"
 FP8_GROUP = 128
 """Weights that share a scale where packed 4-bit weights meet FP8 inputs; it divides both sides too."""
 MARLIN_GROUPS = (None, 32, 64, 128)
@@ -115,7 +111,7 @@ def losses(description: ModelDescription, cpu: bool) -> tuple[str, ...]:
     """Returns what vLLM leaves out of a model that it serves."""
     lost = [] if cpu or all(map(_is_marlin_s, description.layers)) else [HUMMING]
     if not cpu:
-        lost += [LOST_BEFORE[kind] for kind in map(_gpu_s_of, description.layers) if kind]
+        lost += [loss for layer in description.layers if (loss := _lost_on_other_gpus(layer))]
     for layer in description.layers if cpu else ():
         inputs = layer.scheme.input_activations
         if inputs is None or layer.scheme.weights.levels == "float" or layer.scheme.weights.num_bits != 4:
@@ -143,14 +139,18 @@ def _is_marlin_s(layer: DescribedLayer) -> bool:
     return layer.kind == "embedding" or (known and weights.group_size in MARLIN_GROUPS)
 
 
-def _gpu_s_of(layer: DescribedLayer) -> str:
-    """Returns the GPU that a layer with quantized inputs is computed on as it was trained, a key of `LOST_BEFORE`."""
+def _lost_on_other_gpus(layer: DescribedLayer) -> str:
+    """Returns what is lost on GPUs that do not multiply floats of a layer's kind; empty where its inputs are none.
+
+    Source: `CompressedTensorsW4A8Fp8`, the kernels of `init_nvfp4_linear_kernel` and `init_mxfp4_linear_kernel`, and
+    `CompressedTensorsW8A8Fp8.get_min_capability`.
+    """
     weights, inputs = layer.scheme.weights, layer.scheme.input_activations
     if inputs is None or inputs.levels != "float":
         return ""
     if weights.levels == "integer":
-        return "hopper"
-    return "blackwell" if inputs.num_bits == 4 else "ada"
+        return ON_HOPPER
+    return BEFORE_BLACKWELL if inputs.num_bits == 4 else BEFORE_ADA
 
 
 def _of_the_model(description: ModelDescription) -> tuple[str, str] | None:
