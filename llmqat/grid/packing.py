@@ -114,12 +114,30 @@ def unpack_int32(packed: Tensor, grid: Grid, columns: int) -> Tensor:
         spread = torch.stack([(packed_bytes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
         codes = spread.view(packed.shape[0], -1)[:, :columns]
         return (codes.view(grid.code_dtype) + grid.qmin) if grid.symmetric else codes.contiguous()
+    if columns % 8 == 0 and sys.byteorder == "little":
+        return _unpack_bytes(packed, grid, columns)
     unsigned = torch.nn.functional.pad(packed.to(torch.int64) & 0xFFFFFFFF, (0, 1))
     codes = torch.empty(packed.shape[0], columns, dtype=grid.code_dtype, device=packed.device)
     for word, shift, selected in _positions(columns, bits, packed.device):
         both = unsigned[:, word] | (unsigned[:, word + 1] << 32)
         codes[:, selected] = (((both >> shift) & (2**bits - 1)) + grid.qmin).to(grid.code_dtype)
     return codes
+
+
+def _unpack_bytes(packed: Tensor, grid: Grid, columns: int) -> Tensor:
+    """Returns what `unpack_int32` does of words that lie in memory as one stream of bits: 8 codes are b bytes of it."""
+    bits, rows = grid.num_bits, packed.shape[0]
+    stream = packed.contiguous().view(torch.uint8)[:, : columns * bits // 8]
+    stored = [part.contiguous() for part in stream.unflatten(1, (-1, bits)).unbind(-1)]
+    codes = torch.empty(rows, columns // 8, 8, dtype=torch.uint8, device=packed.device)
+    for place in range(8):
+        first, shift = divmod(place * bits, 8)
+        code = stored[first] >> shift
+        if shift + bits > 8:
+            code |= stored[first + 1] << (8 - shift)
+        codes[..., place] = code & (2**bits - 1)
+    found = codes.view(rows, columns)
+    return found.view(grid.code_dtype).add_(grid.qmin) if grid.symmetric else found
 
 
 def _positions(columns: int, bits: int, device: torch.device) -> list[tuple[Tensor, int, Tensor]]:
