@@ -273,6 +273,7 @@ class Comparison:
             if rival is not None and (worse := _worse(own, rival.evaluations[text])):
                 yield Finding("warning", f"{row.name} is worse than {rival.name} on {text}: {worse}. {WHAT_TO_TRY}")
                 break
+        yield from self._gained(row, text)
         full = self.row("full precision")
         if full is not None and own.perplexity < full.evaluations[text].perplexity:
             yield Finding(
@@ -281,6 +282,18 @@ class Comparison:
                 f"({full.evaluations[text].perplexity:.2f}): it has learned the domain of its training text, which is "
                 "not recovery. Read the KL column, and a text of another domain.",
             )
+
+    def _gained(self, row: Row, text: str) -> Iterator[Finding]:
+        """Yields by how much `row` is nearer to the original than it was before training, where that is no noise."""
+        rival = self.row("training-free") or self.row("plain rounding")
+        apart = None if rival is None else difference(row.evaluations[text], rival.evaluations[text], "kl")
+        if rival is None or apart is None or apart.high >= 0:
+            return
+        yield Finding(
+            "note",
+            f"{row.name} is nearer to full precision on {text} than {rival.name}, beyond noise: its KL minus that of "
+            f"{rival.name} is {apart.low:.3g} to {apart.high:.3g} (95 %, paired by window).",
+        )
 
     def _judge_answers(self, row: Row, text: str) -> Iterator[Finding]:
         """Yields how likely answers that were held out are to the original and now; no praise: examples show more."""

@@ -271,6 +271,24 @@ def test_four_models_on_two_texts_one_in_memory_at_a_time() -> None:
     assert found.environment["torch"] == torch.__version__
 
 
+def test_what_training_gained_is_said_where_it_is_no_noise() -> None:
+    def gained(trained: Candidate) -> list[str]:
+        others = [
+            Candidate("original", tiny_llama, "full precision"),
+            Candidate("rounded", lambda: quantized("minmax"), "plain rounding"),
+            Candidate("searched", lambda: quantized("mse"), "training-free"),
+        ]
+        texts = [finding.text for finding in compare([*others, trained], {"one": windows(1)}, speed=False).findings()]
+        return [text for text in texts if "beyond noise" in text]
+
+    (said,) = gained(Candidate("four bits", lambda: quantized("mse", 4), "trained"))
+    assert said.startswith("four bits is nearer to full precision on one than searched, beyond noise: its KL minus")
+    low, high = (float(word) for word in said.partition("searched is ")[2].split(" (")[0].split(" to "))
+    assert low <= high < 0
+    assert gained(Candidate("the same", lambda: quantized("mse"), "trained")) == []
+    assert gained(Candidate("worse", lambda: quantized("minmax"), "trained")) == []
+
+
 def test_what_was_measured_outlives_a_model_that_cannot_be(tmp_path: Path) -> None:
     def broken() -> nn.Module:
         raise RuntimeError("out of memory")
