@@ -50,6 +50,21 @@ def test_a_run_tells_the_time_of_the_next_one(recipe: Any, tmp_path: Path) -> No
     assert expected_time(recipe, planned.coverage, 2, planned.tokens) is None
 
 
+def test_a_run_that_trains_nothing_tells_its_time_as_well(recipe: Any) -> None:
+    alone = recipe.model_copy(update={"train": {"max_steps": 0}})
+    planned = plan_run(alone)
+    asked = (alone, planned.coverage, 1, planned.tokens)
+    assert planned.tokens == 0
+    assert "; how long is not known here; " in answer(planned, 10**12, None)
+    remember_run(*asked[:3], None, {"text": 20.0, "evaluate": 30.0}, goes_on=False)
+    found = expected_time(*asked)
+    assert found is not None
+    assert (found.seconds, found.whole) == (50.0, True)
+    other = alone.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"max_windows": 3})})
+    assert expected_time(other, *asked[1:]) is None
+    assert expected_time(recipe, planned.coverage, 1, 6400) is None
+
+
 def test_a_damaged_file_is_begun_anew(recipe: Any, tmp_path: Path) -> None:
     planned = plan_run(recipe)
     (tmp_path / "cache").mkdir()

@@ -102,7 +102,9 @@ def _print_plan(planned: Plan, available: int | None) -> None:
     if planned.target_bits is not None:
         console.print(f"bits are chosen by layer when the run begins, {planned.target_bits} on average")
     text = "text: read when the run begins" if planned.blocks is None else f"text: blocks {planned.blocks:,}"
-    if planned.steps is not None and planned.tokens is not None:
+    if planned.steps == 0:
+        text += "; nothing is trained"
+    elif planned.steps is not None and planned.tokens is not None:
         text += f"; training: steps {planned.steps:,}, tokens {planned.tokens:,}"
     console.print(text)
     if planned.law is not None and planned.tokens is not None:
@@ -119,28 +121,36 @@ def answer(plan: Plan, available: int | None, time: Expected | None) -> str:
     peak = plan.memory.peak
     if available is None:
         fits = f"It takes {peak / 1e9:.1f} GB of memory on each device (--memory GB says whether that fits)"
-    elif plan.fitting_batch(available) >= plan.method.batch:
+    elif plan.fits(available):
         fits = f"It fits: {peak / 1e9:.1f} of {available / 1e9:.1f} GB of memory"
     else:
         fits = f"It does not fit: {peak / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free"
     served = [verdict.title for verdict in plan.served.values() if verdict.serves]
     disk = f"{plan.disk.peak / 1e9:.1f} GB of disk"
-    return f"{fits}; {_duration(time)}; {disk}; served by {', '.join(served) or 'llmqat alone'}."
+    return (
+        f"{fits}; {_duration(time, probes=plan.steps != 0)}; {disk}; served by {', '.join(served) or 'llmqat alone'}."
+    )
 
 
-def _duration(time: Expected | None) -> str:
+def _duration(time: Expected | None, *, probes: bool) -> str:
     from llmqat.terminal.bars import duration
 
     if time is None:
-        return "how long is not known here (--probe measures it)"
+        return "how long is not known here" + (" (--probe measures it)" if probes else "")
     words = f"about {duration(time.seconds)} on this machine, as {time.measured.by} of {time.measured.date} went"
     return words if time.whole else f"training takes {words}, text, calibration and evaluation not counted"
 
 
 def _print_memory(plan: Plan) -> None:
+    from llmqat.recipe.memory import Calibration
+
     memory, devices, method = plan.memory, plan.devices, plan.method
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.parts().items() if value)
     where = f"{devices.processes} x {devices.accelerator}" + (f", {devices.kind}" if devices.processes > 1 else "")
+    if isinstance(method, Calibration):
+        console.print(f"memory of a device ({where}) in calibration: {memory.peak / 1e9:.2f} GB at most")
+        console.print(f"  GB: {parts}")
+        return
     console.print(
         f"trained: {method.trained:,} of {plan.size.parameters + plan.size.groups:,} parameters and scales",
     )
@@ -163,15 +173,17 @@ def _print_disk(plan: Plan) -> None:
 
 
 def _print_fit(plan: Plan, available: int) -> None:
+    from llmqat.recipe.memory import Calibration
+
     batch = plan.fitting_batch(available)
+    key = "batch_size of the stages" if isinstance(plan.method, Calibration) else "per_device_train_batch_size"
     if batch >= plan.method.batch:
         shown = "4,096 or more" if batch >= 4095 else f"{batch:,}"
-        text = f"it fits into {available / 1e9:.1f} GB; so would per_device_train_batch_size up to {shown}"
-        console.print(text)
+        console.print(f"it fits into {available / 1e9:.1f} GB; so would {key} up to {shown}")
         return
     errors.print(
         f"warning: it does not fit into {available / 1e9:.1f} GB, of which nine tenths are planned with"
-        + (f"; per_device_train_batch_size={batch} would" if batch else ""),
+        + (f"; {key}={batch} would" if batch else ""),
         style="yellow",
     )
     ways = plan.cheaper(available)

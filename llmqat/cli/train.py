@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,7 +191,16 @@ def _print_run(result: RunResult, recipe: Recipe) -> None:
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items())
     since = " since the interrupted run went on" if result.goes_on else ""
     console.print(f"seconds{since}: {seconds}; in all {sum(result.seconds.values()):.0f}")
-    training = result.training
+    if result.training is not None:
+        _print_training(result.training)
+    more = []
+    if (adapter := result.checkpoint.with_name(ADAPTER_FOLDER)).is_dir():
+        console.print(f"adapter: {adapter}; it can be served with others over one packed base", soft_wrap=True)
+        more = [command_of("llmqat", "export", adapter, "--format", "peft", "--base", "BASE", "--out", "NAME")]
+    print_checkpoint(result.report, recipe.source, *more)
+
+
+def _print_training(training: Mapping[str, Any]) -> None:
     rate = training["tokens_per_second"]  # None where an earlier start had made the last step
     speed = "" if rate is None else f", {rate:.0f} tokens/s"
     tokens = training["tokens"]  # None where a checkpoint of an older llmqat did not say
@@ -203,11 +213,6 @@ def _print_run(result: RunResult, recipe: Recipe) -> None:
             f"held-out text at the end of training, before packing: perplexity {training['validation_perplexity']:.4g}",
             soft_wrap=True,
         )
-    more = []
-    if (adapter := result.checkpoint.with_name(ADAPTER_FOLDER)).is_dir():
-        console.print(f"adapter: {adapter}; it can be served with others over one packed base", soft_wrap=True)
-        more = [command_of("llmqat", "export", adapter, "--format", "peft", "--base", "BASE", "--out", "NAME")]
-    print_checkpoint(result.report, recipe.source, *more)
 
 
 def _figure(value: float | None) -> str:

@@ -531,8 +531,9 @@ class RunDocument(Head):
     """What the checkpoint that the run began with had seen."""
     calibration: list[StageFacts]
     """What each stage did."""
-    training: dict[str, Any]
-    """Steps, tokens, tokens_per_second, losses, and under `history` all that the trainer has logged."""
+    training: dict[str, Any] | None
+    """Steps, tokens, tokens_per_second, losses, and under `history` all that the trainer has logged; null where nothing
+    was trained."""
     comparison: ComparisonFigures
     """The table at the end."""
     seconds: dict[str, float]

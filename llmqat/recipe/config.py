@@ -124,6 +124,11 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 }
 """Where a recipe says nothing, these stand in place of the defaults of `TrainingArguments`."""
 
+NO_TRAINING: dict[str, Any] = {"max_steps": 0}
+"""What `train: null` is short for."""
+ONLY_TRAINED = ("lora", "teacher", "teacher_cache", "teacher_bits")
+"""Keys of a recipe that say something of its training alone."""
+
 OWNED_BY_RECIPE = {"output_dir": "output", "seed": "seed"}
 """TrainingArguments fields that have a key of their own at the top of the recipe."""
 
@@ -166,7 +171,8 @@ class Recipe(Config):
     teacher_bits: Literal[4, 8] | None = None
     """Holds the teacher's linear layers in 8 or 4 bits (bitsandbytes) while training; bfloat16 where not given."""
     train: dict[str, Any] = Field(default_factory=dict)
-    """Fields of QATArguments: those of transformers.TrainingArguments and a few more; checked by name and type."""
+    """Fields of QATArguments: those of transformers.TrainingArguments and a few more; checked by name and type. null is
+    short for `max_steps: 0`: the calibrated model is packed and compared, and nothing is trained."""
     monitor: MonitorSettings | None = Field(default_factory=MonitorSettings)
     """What is logged of codes, scales and gradients while the model trains; null switches it off."""
     evaluate: EvaluationSettings = Field(default_factory=EvaluationSettings)
@@ -176,6 +182,11 @@ class Recipe(Config):
     def source(self) -> str:
         """The full-precision model: what teaches, writes text, and is compared with."""
         return self.teacher or self.model
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model is trained, and not calibrated alone."""
+        return self.train.get("max_steps") != 0
 
     @model_validator(mode="before")
     @classmethod
@@ -206,6 +217,9 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _check_stages(self) -> Recipe:
         check_stages(self.calibrate, self.quant)
+        for key in ONLY_TRAINED:
+            if not self.trains and getattr(self, key) is not None:
+                raise ValueError(f"{key} is for training, and train (null, or max_steps: 0) does none; leave out one")
         if self.lora is not None and self.train.get("trainable", "all") != "all":
             raise ValueError(f"train.trainable={self.train['trainable']!r} trains no adapter; leave it out, or lora")
         for key in ("teacher_cache", "teacher_bits"):
@@ -253,6 +267,11 @@ class Recipe(Config):
     def _take_models_as_users_give_them(cls, value: str | None, info: ValidationInfo) -> str | None:
         return None if value is None else user_spec(value, str(info.field_name))
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _take_no_training(cls, value: Any) -> Any:
+        return dict(NO_TRAINING) if value is None else value
+
     @field_validator("train")
     @classmethod
     def _check_training_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -265,6 +284,8 @@ KEPT_TOP_K = 256
 
 def teacher_obstacle(recipe: Recipe) -> str | None:
     """Returns why what a model predicts while it writes the recipe's text cannot be its teacher; None where it can."""
+    if not recipe.trains:
+        return "train (null, or max_steps: 0) trains nothing"
     if recipe.data.source != "synthetic":
         return f"data.source={recipe.data.source} is not written by the model, so the teacher has to read it"
     if recipe.teacher_cache is not None:
@@ -344,7 +365,8 @@ def folds_weights(recipe: Recipe) -> bool:
 
 def master_dtype(recipe: Recipe) -> torch.dtype:
     """Returns float32 for weights that are trained, or folded into each other; frozen ones keep their bfloat16."""
-    return torch.bfloat16 if recipe.lora is not None and not folds_weights(recipe) else torch.float32
+    is_frozen = recipe.lora is not None or not recipe.trains
+    return torch.bfloat16 if is_frozen and not folds_weights(recipe) else torch.float32
 
 
 def forward_dtype(bf16: bool) -> torch.dtype:

@@ -25,7 +25,7 @@ import torch
 from llmqat.calibrate import BlockwiseStage, GPTQStage, RangesStage
 from llmqat.layers import CoverageAudit
 from llmqat.recipe.config import Recipe, kept_top_k, master_dtype
-from llmqat.recipe.memory import Method, ModelSize
+from llmqat.recipe.memory import Calibration, Method, ModelSize
 from llmqat.train import QATArguments
 
 TIGHT = 0.9
@@ -71,7 +71,7 @@ def disk_of(
     arguments: QATArguments,
     coverage: CoverageAudit,
     size: ModelSize,
-    method: Method,
+    method: Method | Calibration,
     blocks: int | None,
     steps: int | None,
 ) -> Disk:
@@ -82,7 +82,7 @@ def disk_of(
         text=float(ids * width),
         teacher=float(ids * ((width + 2) * (kept_top_k(recipe) or 0))),
         calibration=_calibration_bytes(recipe, size),
-        checkpoint=_checkpoint_bytes(arguments, size, method),
+        checkpoint=0.0 if isinstance(method, Calibration) else _checkpoint_bytes(arguments, size, method),
         checkpoints=_checkpoints(arguments, steps),
         model=float(coverage.bytes_after),
     )

@@ -35,8 +35,8 @@ TRAINING = "train"
 class Measured:
     """What a run or a probe took."""
 
-    tokens_per_second: float
-    """Trained on, by all processes together."""
+    tokens_per_second: float | None
+    """Trained on, by all processes together; None of a run that trained nothing."""
     other_seconds: float | None
     """Of a run's other stages: text, calibration, saving, evaluation; None of a probe."""
     others: str
@@ -61,7 +61,7 @@ def remember_run(
     recipe: Recipe,
     coverage: CoverageAudit,
     processes: int,
-    training: Mapping[str, Any],
+    training: Mapping[str, Any] | None,
     seconds: Mapping[str, float],
     *,
     goes_on: bool,
@@ -72,16 +72,17 @@ def remember_run(
         recipe: of the run.
         coverage: of its model.
         processes: that trained.
-        training: the facts of its training.
+        training: the facts of its training; None where there was none.
         seconds: wall-clock time of each stage.
         goes_on: whether it was interrupted and went on.
     """
     if goes_on:
         return
-    if kept_top_k(recipe) is not None and training["teacher_cache"] is None:  # the model could not keep it after all
+    facts = training or {}
+    if kept_top_k(recipe) is not None and facts["teacher_cache"] is None:  # the model could not keep it after all
         return
     others = sum(value for stage, value in seconds.items() if stage != TRAINING)
-    measured = Measured(training["tokens_per_second"], others, _others(recipe), _today(), "a run")
+    measured = Measured(facts.get("tokens_per_second"), others, _others(recipe), _today(), "a run")
     _keep(_key(recipe, coverage, processes), measured)
 
 
@@ -101,12 +102,15 @@ def expected_time(recipe: Recipe, coverage: CoverageAudit, processes: int, token
     measured = Measured(**found)
     whole = measured.other_seconds is not None and measured.others == _others(recipe)
     others = measured.other_seconds if whole and measured.other_seconds is not None else 0.0
+    if tokens == 0 or measured.tokens_per_second is None:
+        return Expected(others, whole, measured) if whole and tokens == 0 else None
     return Expected(tokens / measured.tokens_per_second + others, whole, measured)
 
 
 def _key(recipe: Recipe, coverage: CoverageAudit, processes: int) -> str:
     parameters = sum(entry.numel for entry in coverage.entries)
     trains = "adapters" if recipe.lora is not None else recipe.train.get("trainable", "all")
+    trains = trains if recipe.trains else "nothing"
     no_teacher = recipe.teacher_cache is not None or kept_top_k(recipe) is not None  # a quarter faster
     return (
         f"{_machine()}, processes {processes}: {parameters} parameters, {recipe.quant.weights.label}, trains {trains}, "

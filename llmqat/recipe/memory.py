@@ -90,6 +90,20 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How a model is calibrated that is not trained."""
+
+    tokens: int
+    """Of the text, as many as the stage that reads the most."""
+    batch: int = 4
+    """Token blocks in a forward."""
+    length: int = 512
+    """Of a token block."""
+    weight_bytes: float = 2.0
+    """Of a weight: bfloat16, or float32 where weights are folded into each other."""
+
+
+@dataclass(frozen=True)
 class Devices:
     """What the training is spread over."""
 
@@ -221,6 +235,14 @@ def blockwise_memory(size: ModelSize, tokens: int, batch: int, length: int) -> f
     """
     states = 2 * 2.0 * tokens * size.hidden
     return 2.0 * size.parameters + 16.0 * size.block + states + batch * length * _kept_by_block(size)
+
+
+def calibration_memory(size: ModelSize, calibration: Calibration, devices: Devices) -> Memory:
+    """Returns what a device holds when `size` is calibrated and not trained: as `blockwise_memory`, by parts."""
+    weights = calibration.weight_bytes * size.parameters
+    block = blockwise_memory(size, calibration.tokens, calibration.batch, calibration.length) - 2.0 * size.parameters
+    runtime = float(CPU_RUNTIME) if devices.accelerator == "cpu" else 0.0
+    return Memory(weights, 0.0, 0.0, 0.0, 0.0, 0.0, block, runtime, weights + block + runtime)
 
 
 def optimizer_bytes(name: str) -> float:

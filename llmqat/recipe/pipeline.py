@@ -113,8 +113,8 @@ class RunResult:
     """Full precision, plain rounding, training-free calibration and the trained artefact."""
     report: ExportReport
     """Bytes of the checkpoint by part."""
-    training: dict[str, Any]
-    """Steps, tokens, tokens a second, first and last loss, of what was done."""
+    training: dict[str, Any] | None
+    """Steps, tokens, tokens a second, first and last loss, of what was done; None where nothing was trained."""
     seconds: dict[str, float]
     """Wall-clock time of each stage, since the run has begun or gone on."""
     goes_on: bool = False
@@ -194,10 +194,10 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         earlier = texts_seen(record_of(recipe.model))
         check_untrained(recipe.evaluate, documents_learned(text), "this recipe")
         check_untrained(recipe.evaluate, documents_recorded({EARLIER_TEXTS: earlier}), recipe.model)
-        few = check_blocks(arguments, blocks, arguments.world_size)
+        few = check_blocks(arguments, blocks, arguments.world_size) if recipe.trains else None
         if main and few:
             log.warning("%s", few)
-        unlearned = _unlearned_answers(arguments, blocks)
+        unlearned = _unlearned_answers(arguments, blocks) if recipe.trains else None
         windows = {**held_out_windows(text, recipe.evaluate), **windows}
     if place is not None:
         with stage("teacher", f"its {place.top_k} most likely tokens, kept while it wrote"):
@@ -212,16 +212,20 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
     with stage("calibrate", "nothing, it is packed" if starts_packed(recipe) else steps):
         student, calibration = calibrated_model(recipe, calibration_rows, arguments, Processes.all())
         layers = {"calibrated": layers_of(recipe, student, calibration_rows, arguments)}
-    sharing = f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
-    with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens{sharing}"):
-        model = trainable_model(recipe, student, arguments)
-        taught_by = _taught_by(recipe, model, cache, arguments)
+    trained: PreTrainedModel | None = student
+    training: dict[str, Any] | None = None
+    if recipe.trains:
+        sharing = f", {arguments.world_size} processes" if arguments.world_size > 1 else ""
+        with stage("train", f"{len(blocks):,} blocks of {blocks.block_size} tokens{sharing}"):
+            model = trainable_model(recipe, student, arguments)
+            taught_by = _taught_by(recipe, model, cache, arguments)
 
-        def anew() -> nn.Module:
-            return trainable_model(recipe, calibrated_model(recipe, calibration_rows, arguments)[0], arguments)
+            def anew() -> nn.Module:
+                return trainable_model(recipe, calibrated_model(recipe, calibration_rows, arguments)[0], arguments)
 
-        trained, training = _train(model, taught_by, arguments, text, windows, recipe.monitor, anew, record)
-        del taught_by, model, student
+            trained, training = _train(model, taught_by, arguments, text, windows, recipe.monitor, anew, record)
+            del taught_by, model
+    del student
     if trained is None or not main:
         return None
     facts: dict[str, Any] = {
@@ -234,7 +238,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
     with stage("save", "packing, and checking the files"):
         if arguments.trainable == "scales":
             convert(trained)
-        else:
+        elif recipe.trains:
             layers["trained"] = layers_of(recipe, trained, calibration_rows, arguments)
         _write_layers(layers, recipe.output)
         folder = recipe.output / CHECKPOINT_FOLDER
@@ -250,7 +254,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
                 speed=recipe.evaluate.speed,
                 progress=advance,
                 extras={**asked_again(windows, tokenizer), **asked(flight.prompts, tokenizer, advance)},
-                fine_tuned=learns_answers(arguments, blocks),
+                fine_tuned=recipe.trains and learns_answers(arguments, blocks),
             )
     goes_on = record is not None and record.goes_on
     result = RunResult(report.folder, comparison, report, training, stage.seconds, goes_on)
@@ -262,7 +266,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
 
 def _register(recipe: Recipe, result: RunResult, stage: Stages) -> None:
     """Puts what MLflow has tracked into its registry; where that fails, says so: the run itself is finished."""
-    name, run_id = recipe.output.name, result.training["mlflow_run"]
+    name, run_id = recipe.output.name, (result.training or {}).get("mlflow_run")
     if run_id is None:
         return
     with stage("register", f"{name} in MLflow's model registry"):
@@ -517,6 +521,9 @@ def _candidates(
     def base() -> nn.Module:
         return load_adapter_base(recipe.model, torch.bfloat16).to(arguments.device)
 
+    def packed() -> nn.Module:
+        return load(report.folder).to(arguments.device)
+
     original = partial(_original, recipe, arguments)
     rows = [Candidate("full precision", original, "full precision", 16.0, plain.bytes_before)]
     if adapter_base(recipe.model) is not None:
@@ -527,11 +534,10 @@ def _candidates(
         rows.append(Candidate("plain rounding", rounded, "plain rounding", bits, plain_size, from_files=False))
         if any(not isinstance(step, RangesStage) or step.method != "minmax" for step in recipe.calibrate):
             rows.append(Candidate("calibrated", calibrated, "training-free", bits, size, from_files=False))
+    if not recipe.trains:  # the last row is what was packed
+        return [*rows[:-1], dataclasses.replace(rows[-1], load=packed, from_files=True)]
     said = () if unlearned is None else (f"trained: {unlearned}.",)
-    rows.append(
-        Candidate("trained", lambda: load(report.folder).to(arguments.device), "trained", bits, size, notes=said)
-    )
-    return rows
+    return [*rows, Candidate("trained", packed, "trained", bits, size, notes=said)]
 
 
 def _keep_results(recipe: Recipe, result: RunResult, facts: Mapping[str, Any]) -> None:

@@ -29,9 +29,26 @@ from llmqat.export.serving import NEED_ONE_SCHEME, Verdict, check_served, served
 from llmqat.export.stock import try_stock
 from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
 from llmqat.models import empty_model, read_config, resolve_spec, token_model_class
-from llmqat.recipe.config import Recipe, folds_weights, kept_top_k, teacher_obstacle, training_arguments
+from llmqat.recipe.config import (
+    Recipe,
+    folds_weights,
+    kept_top_k,
+    master_dtype,
+    teacher_obstacle,
+    training_arguments,
+)
 from llmqat.recipe.disk import Disk, disk_of
-from llmqat.recipe.memory import Devices, Memory, Method, ModelSize, memory_of, optimizer_bytes, size_of
+from llmqat.recipe.memory import (
+    Calibration,
+    Devices,
+    Memory,
+    Method,
+    ModelSize,
+    calibration_memory,
+    memory_of,
+    optimizer_bytes,
+    size_of,
+)
 from llmqat.recipe.reading import parse_yaml
 from llmqat.recipe.start import starts_packed
 from llmqat.train import LoraSettings, QATArguments, check_batch, choose_trained
@@ -63,8 +80,8 @@ class Plan:
     """Average that the bits of layers are chosen under when the run begins; None where all have those of the scheme."""
     size: ModelSize
     """The model."""
-    method: Method
-    """How it is trained."""
+    method: Method | Calibration
+    """How it is trained, or calibrated where it is not trained."""
     devices: Devices
     """On what."""
     served: Mapping[str, Verdict]
@@ -83,14 +100,19 @@ class Plan:
     @property
     def memory(self) -> Memory:
         """Bytes on each device."""
+        if isinstance(self.method, Calibration):
+            return calibration_memory(self.size, self.method, self.devices)
         return memory_of(self.size, self.method, self.devices)
 
+    def fits(self, available: int) -> bool:
+        """Returns whether the run as it is stays within `available` bytes of each device."""
+        return self.memory.peak <= MOST_USED * available
+
     def fitting_batch(self, available: int) -> int:
-        """Returns the most samples a device that a micro-batch may have within `available` bytes; 0 for none."""
+        """Returns the most samples of a micro-batch, or of a forward, within `available` bytes a device; 0 for none."""
 
         def fits(batch: int) -> bool:
-            method = dataclasses.replace(self.method, batch=batch)
-            return memory_of(self.size, method, self.devices).peak <= MOST_USED * available
+            return dataclasses.replace(self, method=dataclasses.replace(self.method, batch=batch)).fits(available)
 
         batch = 1
         while fits(batch) and batch < 4096:
@@ -104,9 +126,13 @@ class Plan:
     def cheaper(self, available: int) -> dict[str, Memory]:
         """Returns ways that fit into `available` bytes, by the keys of a recipe, those that change least first.
 
-        Adapters and scales are proposed with gradient checkpointing and a micro-batch of one.
+        Adapters and scales are proposed with gradient checkpointing and a micro-batch of one; nothing in place of a
+        calibration.
         """
-        small = {"batch": 1, "accumulation": self.method.accumulation * self.method.batch}
+        if isinstance(self.method, Calibration):
+            return {}
+        training = self.method
+        small = {"batch": 1, "accumulation": training.accumulation * training.batch}
         least = {"checkpointing": True, **small}
         ways: dict[str, dict[str, Any]] = {
             "train.gradient_checkpointing=true": {"checkpointing": True},
@@ -128,7 +154,7 @@ class Plan:
             },
         }
         found = {
-            name: memory_of(self.size, dataclasses.replace(self.method, **changes), self.devices)
+            name: memory_of(self.size, dataclasses.replace(training, **changes), self.devices)
             for name, changes in ways.items()
             if changes.get("trained", 1) is not None
         }
@@ -158,7 +184,7 @@ def plan_run(recipe: Recipe, devices: Devices | None = None, blocks: int | None 
     check_plan_served(description, recipe.serve, None if starts_packed(recipe) else recipe.quant, recipe.allocate)
     check_length(model, recipe.data.block_size, "data.block_size")
     size = size_of(model, model.config, packed_bytes(coverage))
-    method, _ = method_of(recipe, arguments, model)
+    method = method_of(recipe, arguments, model)[0] if recipe.trains else calibration_of(recipe)
     return Plan(
         coverage=coverage,
         blocks=blocks,
@@ -183,7 +209,13 @@ def law_of_recipe(recipe: Recipe, arguments: QATArguments) -> Law | None:
     None where none was, and for a training of adapters or scales, or of answers.
     """
     learns = arguments.cross_entropy_weight > 0 or arguments.kl_weight == 0
-    if learns or recipe.lora is not None or recipe.allocate is not None or arguments.trainable != "all":
+    if (
+        not recipe.trains
+        or learns
+        or recipe.lora is not None
+        or recipe.allocate is not None
+        or arguments.trainable != "all"
+    ):
         return None
     stages, own_text = {stage.stage for stage in recipe.calibrate}, recipe.data.source == "synthetic"
     for law in laws():
@@ -273,6 +305,14 @@ def packed_bytes(coverage: CoverageAudit) -> float:
     return int(coverage.average_bits) / 8 if weights else 0.0
 
 
+def calibration_of(recipe: Recipe) -> Calibration:
+    """Returns how the recipe calibrates a model that it does not train."""
+    blocks = max((getattr(stage, "blocks", 0) for stage in recipe.calibrate), default=0)
+    batch = max((getattr(stage, "batch_size", 1) for stage in recipe.calibrate), default=1)
+    width = torch.finfo(master_dtype(recipe)).bits / 8
+    return Calibration(blocks * recipe.data.block_size, batch, recipe.data.block_size, width)
+
+
 def method_of(recipe: Recipe, arguments: QATArguments, model: PreTrainedModel) -> tuple[Method, PreTrainedModel]:
     """Returns how the recipe trains `model`, and the model with its adapters, on which what trains is marked.
 
@@ -312,7 +352,9 @@ def _teacher(recipe: Recipe, arguments: QATArguments) -> float:
     return 2.0 if recipe.teacher_bits is None else recipe.teacher_bits / 8
 
 
-def _teacher_in_words(recipe: Recipe, method: Method) -> str:
+def _teacher_in_words(recipe: Recipe, method: Method | Calibration) -> str:
+    if isinstance(method, Calibration):
+        return "none, since nothing is trained"
     if recipe.teacher_cache is not None:
         return f"the cache in {recipe.teacher_cache}; no model is in memory"
     if (top_k := kept_top_k(recipe)) is not None:

@@ -64,9 +64,10 @@ from llmqat.recipe.evaluation import (
 )
 from llmqat.recipe.findings import Findings
 from llmqat.recipe.folder import check_run_folder
-from llmqat.recipe.memory import size_of
+from llmqat.recipe.memory import Calibration, Method, size_of
 from llmqat.recipe.plan import (
     blocks_of,
+    calibration_of,
     check_blocks,
     check_plan_served,
     described,
@@ -186,7 +187,7 @@ def count_blocks(flight: Preflight, processes: int) -> int | None:
         return None
     with found.noting():
         blocks = load_blocks(recipe.data, flight.tokenizer)
-        if few := check_blocks(arguments, blocks, processes):
+        if recipe.trains and (few := check_blocks(arguments, blocks, processes)):
             found.warnings.append(few)
         return len(blocks)
     return None
@@ -285,10 +286,12 @@ def _check_model(flight: Preflight) -> None:
     steps = steps_of(arguments, blocks, arguments.world_size)
     with found.noting():
         size = size_of(model, model.config, packed_bytes(coverage))
-        method, trained = method_of(
-            recipe, arguments, model
-        )  # adapters are put on the model, and what trains is chosen
+        method: Method | Calibration = calibration_of(recipe)
+        if recipe.trains:  # adapters are put on the model, and what trains is chosen
+            method, trained = method_of(recipe, arguments, model)
         flight.disk = disk_of(recipe, arguments, coverage, size, method, blocks, steps)
+    if not recipe.trains:
+        return
     named = [Path(name).stem for name in text_names(recipe.evaluate.texts)]
     watched = named if len(named) > 1 and not recipe.data.validation_share else None
     for error in refused_by_training(trained, arguments, steps, recipe.data.block_size, watched):

@@ -88,6 +88,10 @@ def probe(recipe: Recipe) -> Probe:
         FileNotFoundError: the model is not there.
         ValueError: the recipe has a teacher's cache, which knows nothing of random tokens, or does not do.
     """
+    if not recipe.trains:
+        raise ValueError(
+            "a probe measures steps of training, and train (null, or max_steps: 0) has none; plan without --probe"
+        )
     if recipe.teacher_cache is not None:
         raise ValueError(
             f"a probe trains on random tokens, which teacher_cache={recipe.teacher_cache} knows nothing of; plan "

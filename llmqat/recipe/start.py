@@ -41,6 +41,11 @@ def starts_packed(recipe: Recipe) -> bool:
             f"{given[0]}: model {recipe.model!r} is packed already and keeps its codes and its scheme; leave out "
             f"{', '.join(given)}, or give the model it was made from"
         )
+    if not recipe.trains:
+        raise ValueError(
+            f"model {recipe.model!r} is packed already, and train (null, or max_steps: 0) trains nothing, so there is "
+            "nothing to do; train its scales with train.trainable=scales, or give the model it was made from"
+        )
     if training_arguments(recipe).trainable != "scales":
         raise ValueError(
             f"model {recipe.model!r} is packed, so it has no weights to train; train its scales with "

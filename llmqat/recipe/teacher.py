@@ -117,7 +117,7 @@ def text_of(
 def cache_while_writing(recipe: Recipe, model: PreTrainedModel) -> CachePlace | None:
     """Returns where `model` keeps what it predicts for the text that it writes; None, and the log says why, if not."""
     place = kept_place(recipe)
-    if recipe.data.source != "synthetic" or recipe.teacher_cache is not None:
+    if not recipe.trains or recipe.data.source != "synthetic" or recipe.teacher_cache is not None:
         return None
     reason = "teacher_top_k is null" if recipe.teacher_top_k is None else teacher_obstacle(recipe)
     if place is not None and not keeps_documents_apart(model):
