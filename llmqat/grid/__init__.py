@@ -4,7 +4,14 @@ from llmqat.grid.arithmetic import dequantize, fake_quantize, of_each_weight, qu
 from llmqat.grid.fused import fusing
 from llmqat.grid.lattice import keep_lattice, on_lattice
 from llmqat.grid.levels import Grid, Levels, ScaleDtype
-from llmqat.grid.packing import pack_codes, pack_int32, packed_shape, unpack_codes, unpack_int32
+from llmqat.grid.packing import (
+    pack_codes,
+    pack_int32,
+    packed_shape,
+    unpack_by_place,
+    unpack_codes,
+    unpack_int32,
+)
 from llmqat.grid.scales import SCALE_FLOOR, gradient_factor, range_scale, round_zero_point, scale_from_log, snap_scale
 from llmqat.grid.search import minmax_scale, percentile_scale, search_scale
 
@@ -32,6 +39,7 @@ __all__ = [
     "search_scale",
     "snap_scale",
     "stored_codes",
+    "unpack_by_place",
     "unpack_codes",
     "unpack_int32",
 ]

@@ -126,18 +126,28 @@ def unpack_int32(packed: Tensor, grid: Grid, columns: int) -> Tensor:
 
 def _unpack_bytes(packed: Tensor, grid: Grid, columns: int) -> Tensor:
     """Returns what `unpack_int32` does of words that lie in memory as one stream of bits: 8 codes are b bytes of it."""
-    bits, rows = grid.num_bits, packed.shape[0]
-    stream = packed.contiguous().view(torch.uint8)[:, : columns * bits // 8]
+    codes = torch.empty(packed.shape[0], columns // 8, 8, dtype=torch.uint8, device=packed.device)
+    unpack_by_place(packed, grid.num_bits, codes.movedim(-1, 0))
+    found = codes.view(packed.shape[0], columns)
+    return found.view(grid.code_dtype).add_(grid.qmin) if grid.symmetric else found
+
+
+def unpack_by_place(packed: Tensor, bits: int, out: Tensor) -> None:
+    """Writes what is stored of codes, int32 words of b bits on a little-endian machine, by their place among eight.
+
+    Args:
+        packed: words [R, ceil(C * b / 32)] of rows of C codes, a multiple of eight.
+        bits: b.
+        out: uint8 [8, R, C / 8]; column c of a row goes to [c % 8, :, c // 8].
+    """
+    stream = packed.contiguous().view(torch.uint8)[:, : out.shape[-1] * bits]
     stored = [part.contiguous() for part in stream.unflatten(1, (-1, bits)).unbind(-1)]
-    codes = torch.empty(rows, columns // 8, 8, dtype=torch.uint8, device=packed.device)
-    for place in range(8):
+    for place, codes in enumerate(out):
         first, shift = divmod(place * bits, 8)
         code = stored[first] >> shift
         if shift + bits > 8:
             code |= stored[first + 1] << (8 - shift)
-        codes[..., place] = code & (2**bits - 1)
-    found = codes.view(rows, columns)
-    return found.view(grid.code_dtype).add_(grid.qmin) if grid.symmetric else found
+        torch.bitwise_and(code, 2**bits - 1, out=codes)
 
 
 def _positions(columns: int, bits: int, device: torch.device) -> list[tuple[Tensor, int, Tensor]]:

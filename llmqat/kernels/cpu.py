@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmqat.grid import Grid, dequantize, unpack_codes, unpack_int32
+from llmqat.grid import Grid, dequantize, unpack_by_place, unpack_codes, unpack_int32
 from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, QuantizedInput, native_group, native_scales
 
 MAX_INT8_ROWS = 16
@@ -201,21 +201,40 @@ def _dequantized(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def _planes(weight: PackedWeight, dtype: torch.dtype) -> int:
-    """Returns n, the codes of a byte, where `_dequantized_planes` takes this weight; else 0."""
+    """Returns n, the places in a byte, or among eight codes of 3, 5, 6 or 7 bits, that `_codes_by_place` tells apart.
+
+    0 where it does not take this weight.
+    """
     bits = weight.grid.num_bits
     if weight.grid.levels == "float":
         return 0
-    fits = bits in (2, 4, 8) and sys.byteorder == "little" and dtype == weight.parts[0].scale.dtype == torch.bfloat16
-    if not fits or weight.in_features * bits % 32 or weight.group_size % (8 // bits):
+    if sys.byteorder != "little" or not dtype == weight.parts[0].scale.dtype == torch.bfloat16:
         return 0
-    return 8 // bits
+    planes = 8 // bits if 8 % bits == 0 else 8
+    return 0 if weight.in_features * bits % 32 or weight.group_size % planes else planes
 
 
 def _dequantized_planes(weight: PackedWeight, planes: int) -> Tensor:
-    """Returns the weight [O, I] in bfloat16, its columns ordered by their place in the byte."""
-    packed, scale, zero_point = weight.packed, weight.scale, weight.zero_point
+    """Returns the weight [O, I] in bfloat16, its columns ordered by their place."""
+    scale, zero_point = weight.scale, weight.zero_point
     rows, groups = scale.shape
-    bits = 8 // planes
+    codes, unit = _codes_by_place(weight, planes)
+    out = _scratch("weight", (rows, planes, codes.shape[-1]), torch.bfloat16)
+    out.transpose(0, 1).copy_(codes)
+    grouped = out.view(rows, planes, groups, -1)
+    if zero_point is not None:
+        grouped.sub_(_spread(zero_point.to(torch.bfloat16) * unit, grouped))
+    grouped.mul_(_spread(scale / unit, grouped))
+    return out.view(rows, -1)
+
+
+def _codes_by_place(weight: PackedWeight, planes: int) -> tuple[Tensor, int]:
+    """Returns the codes [n, O, I / n] of the places, each times a power of two, int8 or uint8, and that power."""
+    packed, zero_point, bits = weight.packed, weight.zero_point, weight.grid.num_bits
+    if 8 % bits:
+        codes = _scratch("codes", (planes, weight.out_features, weight.in_features // planes), torch.uint8)
+        unpack_by_place(packed, bits, codes)
+        return (codes if zero_point is not None else codes.view(torch.int8).add_(weight.grid.qmin)), 1
     unit = 2 ** (8 - bits)  # a code stays in the upper bits of its byte; powers of two are exact
     words = packed
     if zero_point is None and packed.dtype == torch.int32:
@@ -232,14 +251,7 @@ def _dequantized_planes(weight: PackedWeight, planes: int) -> Tensor:
             if plane:  # the lowest code is alone in its byte once it is shifted up
                 mask = _repeated((2**bits - 1) * unit, 8)
                 torch.bitwise_and(shifted.view(torch.int32), mask, out=codes[plane].view(torch.int32))
-    codes = codes.view(torch.int8 if zero_point is None else torch.uint8).view(planes, rows, -1)
-    out = _scratch("weight", (rows, planes, codes.shape[-1]), torch.bfloat16)
-    out.transpose(0, 1).copy_(codes)
-    grouped = out.view(rows, planes, groups, -1)
-    if zero_point is not None:
-        grouped.sub_(_spread(zero_point.to(torch.bfloat16) * unit, grouped))
-    grouped.mul_(_spread(scale / unit, grouped))
-    return out.view(rows, -1)
+    return codes.view(torch.int8 if zero_point is None else torch.uint8).view(planes, weight.out_features, -1), unit
 
 
 def _spread(values: Tensor, grouped: Tensor) -> Tensor:
