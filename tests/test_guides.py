@@ -180,6 +180,39 @@ OF_OTHERS = ("No such option: --KEY", "CUDA out of memory", "high precision", "I
 """Messages of click and torch, and words that a message is put together of."""
 
 
+def cited(page: str, part: str) -> list[Path]:
+    """Files of results that a part of a page links to."""
+    links = re.findall(r"\]\(([^)#]*eval/results/[^)#]+)\)", part)
+    return [
+        ROOT / link.partition("/blob/main/")[2] if "/blob/main/" in link else (PAGES[page].parent / link).resolve()
+        for link in links
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_figure_that_cites_a_file_of_results_is_in_it(page: str) -> None:
+    """Decimals of a paragraph that links to results, or of a table beside one: rounded, or as percent, they are there.
+
+    A short decimal is found by chance in a long file; this catches figures that changed and were not written again.
+    """
+    text = re.sub(r"<!-- figures.*?<!-- end -->", "", PAGES[page].read_text(encoding="utf-8"), flags=re.S)
+    parts = ["", *re.split(r"\n\s*\n", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)), ""]
+    wrong = []
+    for number, part in enumerate(parts[1:-1], 1):
+        around = parts[number - 1 : number + 2] if part.startswith("|") else [part]
+        if not (files := [file for one in around for file in cited(page, one)]):
+            continue
+        whole = " ".join(file.read_text(encoding="utf-8") for file in files)
+        known = [float(one.replace(",", "")) for one in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?", whole)]
+        said = re.sub(r"`[^`]*`", "", re.sub(r"\]\([^)]*\)", "]", part))
+        for figure in re.findall(r"(?<![\w.])\d+\.\d+(?:e-?\d+)?(?![\w.]*\d)", said):
+            digits = len(figure.partition("e")[0].partition(".")[2])
+            form = f".{digits}e" if "e" in figure else f".{digits}f"
+            if not any(f"{float(figure):{form}}" in (f"{one:{form}}", f"{100 * one:{form}}") for one in known):
+                wrong.append((figure, [file.name for file in files]))
+    assert wrong == []
+
+
 def test_messages_of_the_troubleshooting_guide_are_in_the_code() -> None:
     """Their words between placeholders, which are capitals or quoted; strings over several lines are one."""
     files = sorted((ROOT / "llmqat").rglob("*.py"))
