@@ -189,6 +189,13 @@ def cited(page: str, part: str) -> list[Path]:
     ]
 
 
+def test_pages_cite_files_of_results() -> None:
+    found = {page: set(cited(page, file.read_text(encoding="utf-8"))) for page, file in PAGES.items()}
+    assert all(file.is_file() for files in found.values() for file in files)
+    assert len(found["README.md"]) >= 5
+    assert sum(len(files) > 0 for files in found.values()) >= 8
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_figure_that_cites_a_file_of_results_is_in_it(page: str) -> None:
     """Decimals of a paragraph that links to results, or of a table beside one: rounded, or as percent, they are there.

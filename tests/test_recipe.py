@@ -369,7 +369,7 @@ def test_a_run_that_has_made_nothing_dear_starts_anew_with_another_recipe(
         file.write_text("read from a file again in seconds")
     assert open_run_folder(load_recipe(path, ["train.max_steps=4", "quant=int3"])) is True
     assert [file.is_file() for file in made] == [True, False]
-    assert what_is_kept(recipe.output) == "kept: text; training begins at step 1, no checkpoint is there"
+    assert what_is_kept(recipe) == "kept: text; training begins at step 1, no checkpoint is there"
     assert open_run_folder(load_recipe(path, ["train.max_steps=4", "quant=int3", "data.block_size=32"])) is False
     assert [file.is_file() for file in made] == [False, False]
 

@@ -155,6 +155,7 @@ def test_every_key_is_described_and_its_default_fits(place: str):
         ("data.validation_share", ["number at least 0 and below 1"]),
         ("quant.num_bits", ["integer 2 to 8"]),
         ("teacher_bits", ["one of 4, 8 or null"]),
+        ("train", ["section or null", "train.trainable"]),
     ],
 )
 def test_a_key_is_explained(key: str, parts: list[str]):

@@ -148,8 +148,8 @@ def _print_memory(plan: Plan) -> None:
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory.parts().items() if value)
     where = f"{devices.processes} x {devices.accelerator}" + (f", {devices.kind}" if devices.processes > 1 else "")
     if isinstance(method, Calibration):
-        console.print(f"memory of a device ({where}) in calibration: {memory.peak / 1e9:.2f} GB at most")
-        console.print(f"  GB: {parts}")
+        console.print(f"memory of a device ({where}) in calibration: about {memory.peak / 1e9:.2f} GB")
+        console.print(f"  GB: {parts}; text that the model writes is not counted")
         return
     console.print(
         f"trained: {method.trained:,} of {plan.size.parameters + plan.size.groups:,} parameters and scales",
@@ -175,15 +175,24 @@ def _print_disk(plan: Plan) -> None:
 def _print_fit(plan: Plan, available: int) -> None:
     from llmqat.recipe.memory import Calibration
 
+    if isinstance(plan.method, Calibration):
+        if not plan.fits(available):
+            errors.print(
+                f"warning: it does not fit into {available / 1e9:.1f} GB, of which nine tenths are planned with; a "
+                "smaller batch_size and fewer blocks of the stages need less, and the weights alone "
+                f"{plan.memory.weights / 1e9:.2f} GB",
+                style="yellow",
+            )
+        return
     batch = plan.fitting_batch(available)
-    key = "batch_size of the stages" if isinstance(plan.method, Calibration) else "per_device_train_batch_size"
     if batch >= plan.method.batch:
         shown = "4,096 or more" if batch >= 4095 else f"{batch:,}"
-        console.print(f"it fits into {available / 1e9:.1f} GB; so would {key} up to {shown}")
+        text = f"it fits into {available / 1e9:.1f} GB; so would per_device_train_batch_size up to {shown}"
+        console.print(text)
         return
     errors.print(
         f"warning: it does not fit into {available / 1e9:.1f} GB, of which nine tenths are planned with"
-        + (f"; {key}={batch} would" if batch else ""),
+        + (f"; per_device_train_batch_size={batch} would" if batch else ""),
         style="yellow",
     )
     ways = plan.cheaper(available)

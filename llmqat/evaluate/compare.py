@@ -287,7 +287,7 @@ class Comparison:
         """Yields by how much `row` is nearer to the original than it was before training, where that is no noise."""
         rival = self.row("training-free") or self.row("plain rounding")
         apart = None if rival is None else difference(row.evaluations[text], rival.evaluations[text], "kl")
-        if rival is None or apart is None or apart.high >= 0:
+        if rival is None or apart is None or not apart.high < 0:
             return
         yield Finding(
             "note",

@@ -28,6 +28,7 @@ from llmqat.data.length import check_length, declared_length
 from llmqat.evaluate.layers import JSON_FILE
 from llmqat.evaluate.speed import disk_usage
 from llmqat.export import load_any
+from llmqat.export.card import stages_of
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.export.compressed_tensors import MIXED_FORMAT
 from llmqat.export.forms import FORMS, input_config, weight_config
@@ -74,8 +75,7 @@ class Known:
         """How it was made, in a word or two; empty where nobody wrote it down."""
         if self.run.get("training"):
             return "trained"
-        stages = [stage["stage"] for stage in self.run.get("calibrate", ())]
-        return ", ".join(stages) or ("plain rounding" if self.run else "")
+        return ", ".join(stages_of(self.run)) or ("plain rounding" if self.run else "")
 
 
 def load_to_judge(spec: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

@@ -139,10 +139,15 @@ def _comparison(run: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def stages_of(run: Mapping[str, Any]) -> list[str]:
+    """Returns the stages that a model was calibrated by, in order, by a recipe or by `llmqat quantize`."""
+    return [stage["stage"] for stage in (run.get("recipe") or {}).get("calibrate") or run.get("calibrate") or []]
+
+
 def own_row(run: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the row of the comparison that is this checkpoint's."""
     rows = {row["role"]: row for row in _comparison(run).get("rows", [])}
-    found: dict[str, Any] | None = rows.get("trained") or rows.get("training-free")
+    found: dict[str, Any] | None = rows.get("trained") or rows.get("training-free") or rows.get("plain rounding")
     return found
 
 
@@ -262,7 +267,7 @@ def _data(run: Mapping[str, Any]) -> str:
     training, recipe = run.get("training") or {}, run.get("recipe") or {}
     facts = {
         "seed": recipe.get("seed"),
-        "calibration": ", ".join(stage["stage"] for stage in recipe.get("calibrate") or run.get("calibrate") or []),
+        "calibration": ", ".join(stages_of(run)),
         "optimizer steps": training.get("steps"),
         "tokens trained on": training.get("tokens"),
         "tokens a second": training.get("tokens_per_second"),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmqat.export.card import checkpoint_facts, own_row
+from llmqat.export.card import checkpoint_facts, own_row, stages_of
 from llmqat.extras import require
 
 ARTIFACT_FOLDER = "model"
@@ -93,7 +93,7 @@ def tags_of(folder: Path) -> dict[str, str]:
 
 def _method(run: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """Returns the stages that made the weights, in order, such as "ranges, gptq, distillation of all weights"."""
-    stages = [stage["stage"] for stage in recipe.get("calibrate") or run.get("calibrate") or []]
+    stages = stages_of(run)
     if not run.get("training"):
         return ", ".join(stages) or "plain rounding"
     train = recipe.get("train") or {}

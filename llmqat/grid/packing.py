@@ -147,7 +147,7 @@ def unpack_by_place(packed: Tensor, bits: int, out: Tensor) -> None:
         code = stored[first] >> shift
         if shift + bits > 8:
             code |= stored[first + 1] << (8 - shift)
-        torch.bitwise_and(code, 2**bits - 1, out=codes)
+        codes.copy_(code & (2**bits - 1))
 
 
 def _positions(columns: int, bits: int, device: torch.device) -> list[tuple[Tensor, int, Tensor]]:

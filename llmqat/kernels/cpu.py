@@ -7,14 +7,15 @@ channel. What these kernels read is made at their first call and kept; the packe
 Where inputs are quantized as well, `_int_mm` multiplies codes with codes, for any number of rows.
 
 Many rows are bound by arithmetic: the weight is dequantized, a slice of output rows at a time, and multiplied in
-bfloat16. 2, 4 and 8 bits are unpacked without putting the codes into their order: words are shifted and masked as they
-lie, which gives the columns p, p + n, p + 2n, … for each of the n codes of a byte, and the activations' columns are put
-into that order instead. A code stays in the upper bits of its byte, where it is a multiple of the code, and the scale
-is divided by the same power of two: the products are the same numbers, bit for bit. One pass made by Inductor takes
-longer than torch's six: 1.1 ms against 0.8 for 3072 x 576 in 4 bits, on one thread.
+bfloat16. Codes are unpacked without putting them into their order: words are shifted and masked as they lie, which
+gives the columns p, p + n, p + 2n, … for each of the n codes of a byte, or of eight codes of 3, 5, 6 or 7 bits, and the
+activations' columns are put into that order instead. One of 2, 4 or 8 bits stays in the upper bits of its byte, where
+it is a multiple of the code, and the scale is divided by the same power of two: the products are the same numbers, bit
+for bit. One pass made by Inductor takes longer than torch's six: 1.1 ms against 0.8 for 3072 x 576 in 4 bits, on one
+thread.
 
 Letters: M rows of activations, O out features, I in features, G scales per row, g weights per scale, b bits,
-n = 8 / b codes a byte.
+n codes whose places are told apart: 8 / b, or 8.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import torch
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
-from llmqat.calibrate import AllocationConfig, AnyStage, RotateStage, SmoothStage, check_stages
+from llmqat.calibrate import AllocationConfig, AnyStage, CustomStage, RotateStage, SmoothStage, check_stages
 from llmqat.config import Config, UnknownKeyError
 from llmqat.data.config import PYDOC, DataConfig
 from llmqat.evaluate.protocols import PROTOCOLS
@@ -126,6 +126,8 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 
 NO_TRAINING: dict[str, Any] = {"max_steps": 0}
 """What `train: null` is short for."""
+READ_WITHOUT_TRAINING = ("max_steps", "num_train_epochs", "bf16", "use_cpu")
+"""Fields of `train` that are read where nothing is trained."""
 ONLY_TRAINED = ("lora", "teacher", "teacher_cache", "teacher_bits")
 """Keys of a recipe that say something of its training alone."""
 
@@ -186,7 +188,8 @@ class Recipe(Config):
     @property
     def trains(self) -> bool:
         """Whether the model is trained, and not calibrated alone."""
-        return self.train.get("max_steps") != 0
+        steps = self.train.get("max_steps", -1)
+        return steps > 0 or (steps < 0 and self.train.get("num_train_epochs", 1) > 0)
 
     @model_validator(mode="before")
     @classmethod
@@ -219,7 +222,10 @@ class Recipe(Config):
         check_stages(self.calibrate, self.quant)
         for key in ONLY_TRAINED:
             if not self.trains and getattr(self, key) is not None:
-                raise ValueError(f"{key} is for training, and train (null, or max_steps: 0) does none; leave out one")
+                raise ValueError(
+                    f"{key} is read by training alone, and train (null, or max_steps: 0) trains nothing; leave {key} "
+                    "out, or give train.max_steps=N"
+                )
         if self.lora is not None and self.train.get("trainable", "all") != "all":
             raise ValueError(f"train.trainable={self.train['trainable']!r} trains no adapter; leave it out, or lora")
         for key in ("teacher_cache", "teacher_bits"):
@@ -358,15 +364,25 @@ def _of_declared_type(key: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{key}={value!r} is not a {wanted}: {error.errors()[0]['msg']}") from error
 
 
+def unread(recipe: Recipe) -> str:
+    """Returns what to say of the keys of `train` that nothing reads where nothing is trained; empty where all are."""
+    keys = [f"train.{key}" for key in recipe.train if key not in READ_WITHOUT_TRAINING]
+    return f"; not read: {', '.join(keys)}" if keys else ""
+
+
 def folds_weights(recipe: Recipe) -> bool:
     """Returns whether calibration folds weights into each other, for which they are float32."""
     return any(isinstance(stage, (RotateStage, SmoothStage)) for stage in recipe.calibrate)
 
 
 def master_dtype(recipe: Recipe) -> torch.dtype:
-    """Returns float32 for weights that are trained, or folded into each other; frozen ones keep their bfloat16."""
+    """Returns float32 for weights that are trained, folded into each other, or changed by a stage of the user's own.
+
+    Frozen ones keep their bfloat16.
+    """
     is_frozen = recipe.lora is not None or not recipe.trains
-    return torch.bfloat16 if is_frozen and not folds_weights(recipe) else torch.float32
+    moved = folds_weights(recipe) or any(isinstance(stage, CustomStage) for stage in recipe.calibrate)
+    return torch.bfloat16 if is_frozen and not moved else torch.float32
 
 
 def forward_dtype(bf16: bool) -> torch.dtype:

@@ -102,14 +102,15 @@ def held_out_windows(text: TextSplits, settings: EvaluationSettings) -> dict[str
     return {HELD_OUT: windows_from_rows(held_out.rows, held_out.source, most)}
 
 
-def asked_again(windows: Mapping[str, TokenWindows], tokenizer: PreTrainedTokenizerBase) -> dict[str, Extra]:
-    """Returns what lets the original and the trained model answer the first conversations of the table, if any."""
+def asked_again(windows: Mapping[str, TokenWindows], tokenizer: PreTrainedTokenizerBase, own: str) -> dict[str, Extra]:
+    """Returns what lets the original and the row `own` answer the first conversations of the table, if any."""
     chats = next((one for one in windows.values() if one.answers), None)
     if chats is None:
         return {}
 
     def take(model: torch.nn.Module, candidate: Candidate) -> list[dict[str, str]] | None:
-        return answers(model, tokenizer, chats) if candidate.role in ("full precision", "trained") else None
+        answer = candidate.role == "full precision" or candidate.name == own
+        return answers(model, tokenizer, chats) if answer else None
 
     return {"answers": take}
 

@@ -40,7 +40,7 @@ from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
 from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
 from llmqat.files import write_whole
 from llmqat.recipe.allocation import PLAN_FILE
-from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, kept_top_k
+from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, kept_top_k, master_dtype
 from llmqat.recipe.reading import load_recipe
 from llmqat.train.checkpoints import last_checkpoint
 
@@ -129,8 +129,9 @@ def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
     return goes_on
 
 
-def what_is_kept(folder: Path) -> str:
-    """Returns in words what of an interrupted run in `folder` is used, and where its training begins."""
+def what_is_kept(recipe: Recipe) -> str:
+    """Returns in words what of an interrupted run of `recipe` is used, and where its training begins."""
+    folder = recipe.output
     there = {
         "text": (folder / BLOCKS_FILES["train"]).is_file(),
         "bits of layers": (folder / PLAN_FILE).is_file(),
@@ -142,7 +143,7 @@ def what_is_kept(folder: Path) -> str:
     training = (
         "training begins at step 1, no checkpoint is there" if last is None else f"training goes on from {last.name}"
     )
-    return f"kept: {kept}; {training}"
+    return f"kept: {kept}" + (f"; {training}" if recipe.trains else "")
 
 
 def check_run_folder(recipe: Recipe, *, overwrite: bool = False) -> Changes | None:
@@ -257,6 +258,8 @@ def _changes(earlier: Recipe, recipe: Recipe) -> Changes:
     shown = tuple(f"{key}: {there.get(key)!r} -> {now.get(key)!r}" for key in keys)
     toggled = [key for key in there.keys() ^ now.keys() if "." not in key]  # a section that is there once
     changed = {_first_changed(key) for key in (*keys, *toggled)}
+    if master_dtype(earlier) != master_dtype(recipe):  # codes are found for weights as they are held
+        changed.add("calibrate")
     stage = next((stage for stage in _MADE_BY if stage in changed), None)
     same = 0
     if [key for key in keys if _first_changed(key) == "calibrate"] == ["calibrate"]:
@@ -293,7 +296,7 @@ def _work(folder: Path, earlier: Recipe, changes: Changes) -> list[str]:
         if last is not None:
             found.append(f"the training ({TRAINER_FOLDER}/{last.name})")
         elif (folder / CHECKPOINT_FOLDER / "config.json").is_file():
-            found.append(f"the trained model ({CHECKPOINT_FOLDER}/)")
+            found.append(f"the {'trained' if earlier.trains else 'packed'} model ({CHECKPOINT_FOLDER}/)")
     return found
 
 

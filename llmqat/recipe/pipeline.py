@@ -56,7 +56,7 @@ from llmqat.heap import give_back_freed_memory
 from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert
 from llmqat.models import adapter_base, keeps_documents_apart, load_adapter_base, load_model, load_with_few_bits
 from llmqat.recipe.allocation import PLAN_FILE, plan_bits, planned
-from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype
+from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, unread
 from llmqat.recipe.evaluation import (
     ANSWERED,
     EARLIER_TEXTS,
@@ -164,8 +164,10 @@ def run(recipe: Recipe, *, overwrite: bool = False) -> RunResult | None:
             if arguments.process_index == 0:
                 stack.enter_context(held_run_folder(recipe.output))
                 if goes_on := open_run_folder(recipe, overwrite=overwrite):
-                    log.info("resuming the interrupted run in %s (%s)", recipe.output, what_is_kept(recipe.output))
+                    log.info("resuming the interrupted run in %s (%s)", recipe.output, what_is_kept(recipe))
                 record = stack.enter_context(RunRecord(recipe.output, arguments.world_size, goes_on))
+                if not recipe.trains:
+                    log.info("nothing is trained: train is null, or its max_steps or epochs are 0%s", unread(recipe))
         return _run(recipe, flight, record)
 
 
@@ -194,11 +196,10 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         earlier = texts_seen(record_of(recipe.model))
         check_untrained(recipe.evaluate, documents_learned(text), "this recipe")
         check_untrained(recipe.evaluate, documents_recorded({EARLIER_TEXTS: earlier}), recipe.model)
-        few = check_blocks(arguments, blocks, arguments.world_size) if recipe.trains else None
-        if main and few:
-            log.warning("%s", few)
+        held_out = held_out_windows(text, recipe.evaluate)
+        windows = {**held_out, **windows}
+        _check_text(recipe, arguments, text, scores_held_out=bool(held_out))
         unlearned = _unlearned_answers(arguments, blocks) if recipe.trains else None
-        windows = {**held_out_windows(text, recipe.evaluate), **windows}
     if place is not None:
         with stage("teacher", f"its {place.top_k} most likely tokens, kept while it wrote"):
             cache = written_cache(place, teacher, tokenizer, text, Processes.all())
@@ -253,7 +254,10 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
                 batch_size=recipe.evaluate.batch_size,
                 speed=recipe.evaluate.speed,
                 progress=advance,
-                extras={**asked_again(windows, tokenizer), **asked(flight.prompts, tokenizer, advance)},
+                extras={
+                    **asked_again(windows, tokenizer, candidates[-1].name),
+                    **asked(flight.prompts, tokenizer, advance),
+                },
                 fine_tuned=recipe.trains and learns_answers(arguments, blocks),
             )
     goes_on = record is not None and record.goes_on
@@ -262,6 +266,24 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
     _keep_results(recipe, result, facts)
     _register(recipe, result, stage)
     return result
+
+
+def _check_text(recipe: Recipe, arguments: QATArguments, text: TextSplits, *, scores_held_out: bool) -> None:
+    """Warns where `text` is too little to learn answers from, or holds out what nothing will be measured on.
+
+    Raises:
+        ValueError: it fills no batch, or a warm-up does not end within the training.
+    """
+    few = check_blocks(arguments, text.train, arguments.world_size) if recipe.trains else None
+    if arguments.process_index != 0:
+        return
+    if few:
+        log.warning("%s", few)
+    if text.validation is not None and not recipe.trains and not scores_held_out:
+        log.warning(
+            "data.validation_share=%s: nothing is trained, so nothing is measured on the text that it holds out",
+            recipe.data.validation_share,
+        )
 
 
 def _register(recipe: Recipe, result: RunResult, stage: Stages) -> None:
@@ -503,7 +525,7 @@ def _candidates(
     arguments: QATArguments,
     unlearned: str | None,
 ) -> list[Candidate]:
-    """Returns the rows of the run's table; all but full precision are packed, and the trained one comes from disk."""
+    """Returns the rows of the run's table; all but full precision are packed, and the last one comes from disk."""
     bits, size = report.bits_per_weight, report.weight_bytes
     # Rotation unties the head; plain rounding, which does not rotate, is smaller by that.
     plain = coverage_of(recipe.model, recipe.quant) if rotates(recipe.calibrate) else coverage

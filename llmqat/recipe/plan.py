@@ -109,7 +109,7 @@ class Plan:
         return self.memory.peak <= MOST_USED * available
 
     def fitting_batch(self, available: int) -> int:
-        """Returns the most samples of a micro-batch, or of a forward, within `available` bytes a device; 0 for none."""
+        """Returns the most samples a device that a micro-batch may have within `available` bytes; 0 for none."""
 
         def fits(batch: int) -> bool:
             return dataclasses.replace(self, method=dataclasses.replace(self.method, batch=batch)).fits(available)

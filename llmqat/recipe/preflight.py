@@ -151,7 +151,7 @@ def check_run(flight: Preflight, *, overwrite: bool = False, elsewhere: bool = F
         if not overwrite:
             with found.noting():
                 _check_resumed(recipe, arguments)
-    if arguments.push_to_hub:
+    if arguments.push_to_hub and recipe.trains:
         with found.noting():
             _check_hub(arguments)
     with found.noting():

@@ -16,7 +16,7 @@ from llmqat.data.config import DataConfig
 from llmqat.data.text import read_text
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.paths import user_path
-from llmqat.recipe.config import DEFAULT_STAGES, RECIPE_FILE, Recipe
+from llmqat.recipe.config import DEFAULT_STAGES, NO_TRAINING, RECIPE_FILE, Recipe
 from llmqat.shipped import advice, shipped_recipes
 
 
@@ -235,7 +235,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         elif inside == "quant" and isinstance(section.get(parent), str):
             section[parent] = {"preset": section[parent]}
         elif isinstance(section, dict) and section.get(parent) is None:
-            section[parent] = {}  # a section that was empty, or null
+            # A section that was empty, or null, which may have a meaning.
+            section[parent] = dict(NO_TRAINING) if inside == "train" and parent in section else {}
         inner = _entry(section, parent, inside) if isinstance(section, list) else section[parent]
         if not isinstance(inner, (dict, list)):
             raise ValueError(f"{override!r}: {inside} is {inner!r}, which has no key {last!r}")

@@ -71,12 +71,8 @@ def recipe_schema() -> Node:
     stages = [{"enum": [*STAGES]}, *({"$ref": f"#/$defs/{kind.__name__}"} for kind in STAGES.values())]
     keys["calibrate"]["items"] = {"anyOf": stages}
     parts.pop("Stage", None)
-    keys["train"] = {
-        "type": "object",
-        "description": keys["train"]["description"],
-        "additionalProperties": False,
-        "properties": _training_keys(),
-    }
+    section = {"type": "object", "additionalProperties": False, "properties": _training_keys()}
+    keys["train"] = {"description": keys["train"]["description"], "anyOf": [section, {"type": "null"}]}
     return {
         "$schema": DIALECT,
         "title": "llmqat recipe",

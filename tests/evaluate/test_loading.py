@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -122,6 +123,9 @@ def test_what_the_files_say_of_how_it_was_made(base: Path, tmp_path: Path) -> No
     assert "results" not in known.run
     assert known.layers == {"quantized": []}
     assert known_of(str(base)).method == ""
+    for stages, method in ((facts["calibrate"], "ranges, gptq"), ([], "plain rounding")):
+        run = {"recipe": {"calibrate": stages}, "training": None}  # of a recipe that trains nothing
+        assert dataclasses.replace(known, run=run).method == method
     errors = weight_errors(load_to_judge(str(tmp_path / "run" / "model")), str(base))
     assert len(errors) == 14
     assert all(0 < error < 0.02 for error in errors.values())

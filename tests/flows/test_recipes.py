@@ -20,7 +20,9 @@ import llmqat
 from llmqat.calibrate import rotates
 from llmqat.cli import app
 from llmqat.evaluate.documents import RunDocument
+from llmqat.evaluate.loading import known_of
 from llmqat.evaluate.perplexity import evaluate
+from llmqat.export.card import own_row
 from llmqat.layers import KVQuantizer
 from llmqat.recipe import (
     EvaluationSettings,
@@ -132,17 +134,56 @@ def test_a_recipe_that_trains_nothing_packs_and_compares_its_calibration(
     assert own.perplexity == pytest.approx(result.comparison.rows[-1].evaluations["pydoc"].perplexity, rel=1e-6)
     again = load_recipe(result.checkpoint, [f"output={tmp_path / 'again'}"])
     assert not again.trains
+    assert known_of(str(result.checkpoint)).method == {"calibrated": "ranges, gptq"}.get(name, name)
+    row = own_row(json.loads((result.checkpoint / "llmqat.json").read_text())["run"])
+    assert row is not None
+    assert row["name"] == name
 
 
 def test_what_only_training_reads_is_refused_where_nothing_is_trained(tiny_folder: Path, tmp_path: Path):
     words = [word for word in small(tiny_folder, tmp_path / "run") if not word.startswith("train.")]
-    for given in ("lora={r: 4}", "teacher_cache=cache", "teacher_bits=8"):
-        with pytest.raises(ValueError, match=rf"{given.partition('=')[0]} is for training, and train \(null"):
-            load_recipe(RECIPE, [*words, "train=null", given])
+    for given in ("lora={r: 4}", "teacher=original", "teacher_cache=cache", "teacher_bits=8"):
+        message = rf"{given.partition('=')[0]} is read by training alone, and train \(null"
+        for nothing in ("train=null", "train={num_train_epochs: 0}"):
+            with pytest.raises(ValueError, match=message):
+                load_recipe(RECIPE, [*words, nothing, given])
     with pytest.raises(ValueError, match=r"teacher_top_k=8: train .* trains nothing"):
         load_recipe(RECIPE, [*words, "train=null", "teacher_top_k=8", "data={source: synthetic}"])
     with pytest.raises(ValueError, match="a probe measures steps of training"):
         probe(load_recipe(RECIPE, [*words, "train=null"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trains"),
+    [
+        (["train=null"], False),
+        (["train=null", "train.bf16=false"], False),
+        (["train=null", "train.max_steps=3"], True),
+        (["train.max_steps=0"], False),
+        (["train={num_train_epochs: 0}"], False),
+        (["train={num_train_epochs: 0.5}"], True),
+        (["train={}"], True),
+    ],
+)
+def test_when_nothing_is_trained(overrides: list[str], trains: bool, tmp_path: Path):
+    assert load_recipe(RECIPE, overrides).trains is trains
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: M\noutput: run\ntrain:\n")
+    assert not load_recipe(file).trains
+    assert not load_recipe(file, ["train.use_cpu=true"]).trains
+
+
+def test_what_is_calibrated_to_be_trained_is_not_packed_as_it_is(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its weights are float32; in bfloat16, as they are held where nothing is trained, some would round otherwise."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_train", lambda *args: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            run_small(RECIPE, tiny_folder, tmp_path / "run")
+    words = [word for word in small(tiny_folder, tmp_path / "run") if not word.startswith("train.")]
+    with pytest.raises(FileExistsError, match=r"the calibration \(calibration/: 01-ranges\)"):
+        run(load_recipe(RECIPE, [*words, "train=null"]))
 
 
 def test_perplexity_is_watched_on_the_windows_of_the_table(tiny_folder: Path, tmp_path: Path):
@@ -625,5 +666,6 @@ def test_what_a_packed_model_cannot_start_is_refused(tiny_folder: Path, tmp_path
     refused("leave out calibrate, lora", "calibrate=[gptq]", "lora={r: 4}", "train={}")
     refused("no weights to train; train its scales with train.trainable=scales", "train.trainable=all")
     refused("cannot teach itself; give the full-precision model .* teacher=MODEL", "teacher=null")
+    refused("is packed already, and train .* trains nothing, so there is nothing to do", "teacher=null", "train=null")
     refused("is in full precision and is its own teacher; leave teacher out", model=tiny_folder)
     assert not list((tmp_path / "run").glob("blocks*"))

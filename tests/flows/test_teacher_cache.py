@@ -122,7 +122,7 @@ def test_a_writer_is_its_own_teacher_and_an_interrupted_run_finds_what_it_knew(
     compared = min(len(blocks), COMPARED_BLOCKS)
     cut_anew, watched.read = watched.read - compared, 0
     assert cut_anew < len(blocks)
-    assert "teacher" in what_is_kept(output)
+    assert "teacher" in what_is_kept(loaded)
     monkeypatch.setattr(pipeline, "calibrate", calibrate)
     result = run(loaded)
     assert result is not None

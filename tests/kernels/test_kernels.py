@@ -194,18 +194,20 @@ def test_loading_or_casting_a_layer_drops_what_was_derived_from_the_old_codes() 
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_unpacking_by_planes_gives_the_very_weights_of_the_reference(bits: int, symmetric: bool) -> None:
     scheme = WeightConfig(num_bits=bits, symmetric=symmetric, strategy="group", group_size=48)
     layer = packed_layer(scheme, out_features=80, in_features=96)
     weight = layer.packed_weight()
-    planes = 8 // bits
+    planes = cpu._planes(weight, torch.bfloat16)
+    assert planes == (8 // bits if 8 % bits == 0 else 8)
     unpacked = cpu._dequantized_planes(weight, planes).view(80, planes, -1).transpose(1, 2).reshape(80, 96)
     assert torch.equal(unpacked, weight.dequantized(torch.bfloat16))
 
 
-def test_a_large_weight_is_dequantized_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    members = [packed_layer(WeightConfig(num_bits=4, group_size=64), rows).packed_weight() for rows in (80, 48)]
+@pytest.mark.parametrize("bits", [4, 3])
+def test_a_large_weight_is_dequantized_in_slices(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [packed_layer(WeightConfig(num_bits=bits, group_size=64), rows).packed_weight() for rows in (80, 48)]
     x, joined = torch.randn(40, 384).bfloat16(), JoinedWeight(members)
     whole = packed_linear(x, joined, None, "cpu-dequantize")
     monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 40 * 384)
