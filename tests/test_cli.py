@@ -865,7 +865,7 @@ def test_a_log_where_the_command_writes_is_refused(tiny: Path, tmp_path: Path):
 
 def test_schema_prints_what_editors_read_and_explains_a_key():
     schema = json.loads(runner.invoke(cli.app, ["schema"]).stdout)
-    assert schema["properties"]["train"]["properties"]["learning_rate"]["type"] == "number"
+    assert schema["properties"]["train"]["anyOf"][0]["properties"]["learning_rate"]["type"] == "number"
     shown = runner.invoke(cli.app, ["schema", "train.learning_rate"]).stdout
     assert shown.startswith("train.learning_rate: number, default 5e-05\n  The initial learning rate")
     assert "did you mean train.learning_rate?" in refusal("schema", "lr")

@@ -64,10 +64,10 @@ def test_one_schema_holds_all_kinds() -> None:
 @pytest.mark.parametrize(
     ("key", "shown"),
     [
-        ("run", "run.training: section\n  Steps, tokens,"),
+        ("run", "run.training: section or null\n  Steps, tokens,"),
         ("rows.kl", "comparison.rows.kl: number or null\n  Mean KL(reference || model), nats a token"),
         ("rows.texts.kl", "comparison.rows.texts.kl: number or null\n"),
-        ("training.loss", "training.loss is not described by itself; it is in\n\nrun.training: section"),
+        ("training.loss", "training.loss is not described by itself; it is in\n\nrun.training: section or null"),
     ],
 )
 def test_a_field_is_described_as_text(key: str, shown: str) -> None:
