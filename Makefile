@@ -48,8 +48,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(DEMO)/int4/results.json $(DEMO)/int3/results.json
 	@echo "4 bits, calibrated: $(DEMO)/int4; 3 bits, trained: $(DEMO)/int3 (remove $(DEMO) to run the demo again)"
 
-# Training gains next to nothing at 4 bits in these minutes, and more than noise at 3. Both runs read the same text; with each token the
-# text has the model's likeliest next ones, which teach in place of the model.
+# Training gains next to nothing at 4 bits in these minutes, and more than noise at 3. Both runs read the same text; with
+# each token the text has the model's likeliest next ones, which teach in place of the model.
 $(DEMO)/int4/results.json: | $(STAMP)
 	$(BIN)/llmqat synthesize $(MODEL) --tokens 32768 --teacher-top-k 256 --out $(DEMO)/text
 	$(BIN)/llmqat train recipes/smollm2-135m-int4.yaml data.path=$(DEMO)/text data.tokens=32768 \
