@@ -63,6 +63,9 @@ def test_a_run_that_trains_nothing_tells_its_time_as_well(recipe: Any) -> None:
     other = alone.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"max_windows": 3})})
     assert expected_time(other, *asked[1:]) is None
     assert expected_time(recipe, planned.coverage, 1, 6400) is None
+    unread = recipe.data.model_copy(update={"source": "text", "tokens": None})  # its amount is not known yet
+    no_epoch = plan_run(alone.model_copy(update={"data": unread, "train": {"num_train_epochs": 0}}))
+    assert (no_epoch.blocks, no_epoch.steps) == (None, 0)
 
 
 def test_a_damaged_file_is_begun_anew(recipe: Any, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class Law(Config):
         text = "text of its own" if self.text == OWN_TEXT else "text of a domain"
         what = f"{self.model}, {self.scheme} in groups of {self.group_size}, {text}"
         said = f"measured on {what}: KL {self.start:.3g} after {' and '.join(self.stages)}"
-        if 0 < tokens <= self.most:
+        if tokens <= self.most:
             said += f", about {self._predicted(tokens)} after training on {tokens:,} tokens"
         if tokens != self.most:
             said += f", about {self._predicted(self.most)} after {self.most:,} tokens, the most that was measured"

@@ -126,6 +126,8 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 
 NO_TRAINING: dict[str, Any] = {"max_steps": 0}
 """What `train: null` is short for."""
+TRAINS_NOTHING = "train (null, or max_steps: 0) trains nothing"
+"""What errors say of a recipe that does not train."""
 READ_WITHOUT_TRAINING = ("max_steps", "num_train_epochs", "bf16", "use_cpu")
 """Fields of `train` that are read where nothing is trained."""
 ONLY_TRAINED = ("lora", "teacher", "teacher_cache", "teacher_bits")
@@ -223,8 +225,7 @@ class Recipe(Config):
         for key in ONLY_TRAINED:
             if not self.trains and getattr(self, key) is not None:
                 raise ValueError(
-                    f"{key} is read by training alone, and train (null, or max_steps: 0) trains nothing; leave {key} "
-                    "out, or give train.max_steps=N"
+                    f"{key} is read by training alone, and {TRAINS_NOTHING}; leave {key} out, or give train.max_steps=N"
                 )
         if self.lora is not None and self.train.get("trainable", "all") != "all":
             raise ValueError(f"train.trainable={self.train['trainable']!r} trains no adapter; leave it out, or lora")
@@ -291,7 +292,7 @@ KEPT_TOP_K = 256
 def teacher_obstacle(recipe: Recipe) -> str | None:
     """Returns why what a model predicts while it writes the recipe's text cannot be its teacher; None where it can."""
     if not recipe.trains:
-        return "train (null, or max_steps: 0) trains nothing"
+        return TRAINS_NOTHING
     if recipe.data.source != "synthetic":
         return f"data.source={recipe.data.source} is not written by the model, so the teacher has to read it"
     if recipe.teacher_cache is not None:

@@ -95,12 +95,12 @@ class Calibration:
 
     tokens: int
     """Of the text, as many as the stage that reads the most."""
-    batch: int = 4
+    batch: int
     """Token blocks in a forward."""
-    length: int = 512
+    length: int
     """Of a token block."""
-    weight_bytes: float = 2.0
-    """Of a weight: bfloat16, or float32 where weights are folded into each other."""
+    weight_bytes: float
+    """Of a weight: 2 in bfloat16, or 4 in float32 where weights are folded into each other."""
 
 
 @dataclass(frozen=True)

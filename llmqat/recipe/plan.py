@@ -209,13 +209,8 @@ def law_of_recipe(recipe: Recipe, arguments: QATArguments) -> Law | None:
     None where none was, and for a training of adapters or scales, or of answers.
     """
     learns = arguments.cross_entropy_weight > 0 or arguments.kl_weight == 0
-    if (
-        not recipe.trains
-        or learns
-        or recipe.lora is not None
-        or recipe.allocate is not None
-        or arguments.trainable != "all"
-    ):
+    trains_all = recipe.trains and recipe.lora is None and arguments.trainable == "all"
+    if learns or not trains_all or recipe.allocate is not None:
         return None
     stages, own_text = {stage.stage for stage in recipe.calibrate}, recipe.data.source == "synthetic"
     for law in laws():
@@ -240,6 +235,8 @@ def steps_of(arguments: QATArguments, blocks: int | None, processes: int) -> int
     """Returns the optimizer steps of a training on `blocks`; None where they depend on an amount that is not known."""
     if arguments.max_steps >= 0:
         return arguments.max_steps
+    if arguments.num_train_epochs == 0:
+        return 0
     if blocks is None:
         return None
     return math.ceil(math.ceil(blocks / samples_of(arguments, processes)) * arguments.num_train_epochs)

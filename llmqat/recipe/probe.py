@@ -22,7 +22,7 @@ from llmqat.heap import give_back_freed_memory
 from llmqat.layers import prepare, without_adapters
 from llmqat.metrics import TopProbabilities
 from llmqat.models import load_model, load_with_few_bits, vocabulary_size
-from llmqat.recipe.config import Recipe, kept_top_k, master_dtype, training_arguments
+from llmqat.recipe.config import TRAINS_NOTHING, Recipe, kept_top_k, master_dtype, training_arguments
 from llmqat.recipe.pipeline import trainable_model
 from llmqat.recipe.start import starts_packed
 from llmqat.train import QATTrainer, is_own_teacher
@@ -89,9 +89,7 @@ def probe(recipe: Recipe) -> Probe:
         ValueError: the recipe has a teacher's cache, which knows nothing of random tokens, or does not do.
     """
     if not recipe.trains:
-        raise ValueError(
-            "a probe measures steps of training, and train (null, or max_steps: 0) has none; plan without --probe"
-        )
+        raise ValueError(f"a probe measures steps of training, and {TRAINS_NOTHING}; plan without --probe")
     if recipe.teacher_cache is not None:
         raise ValueError(
             f"a probe trains on random tokens, which teacher_cache={recipe.teacher_cache} knows nothing of; plan "

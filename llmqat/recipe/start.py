@@ -11,7 +11,7 @@ import logging
 from llmqat.evaluate.tokenizers import reading_difference, vocabulary_difference
 from llmqat.export import is_packed, load
 from llmqat.models import load_tokenizer, resolve_spec
-from llmqat.recipe.config import Recipe, training_arguments
+from llmqat.recipe.config import TRAINS_NOTHING, Recipe, training_arguments
 from llmqat.train import choose_trained
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ def starts_packed(recipe: Recipe) -> bool:
         )
     if not recipe.trains:
         raise ValueError(
-            f"model {recipe.model!r} is packed already, and train (null, or max_steps: 0) trains nothing, so there is "
-            "nothing to do; train its scales with train.trainable=scales, or give the model it was made from"
+            f"model {recipe.model!r} is packed already, and {TRAINS_NOTHING}, so there is nothing to do; train its "
+            "scales with train.trainable=scales, or give the model it was made from"
         )
     if training_arguments(recipe).trainable != "scales":
         raise ValueError(
