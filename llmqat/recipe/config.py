@@ -277,6 +277,10 @@ class Recipe(Config):
     @field_validator("train", mode="before")
     @classmethod
     def _take_no_training(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(
+                f"{value!r} is no section; give keys, as train.max_steps=60 does, or null to train nothing"
+            )
         return dict(NO_TRAINING) if value is None else value
 
     @field_validator("train")

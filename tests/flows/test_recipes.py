@@ -167,6 +167,8 @@ def test_what_only_training_reads_is_refused_where_nothing_is_trained(tiny_folde
 )
 def test_when_nothing_is_trained(overrides: list[str], trains: bool, tmp_path: Path):
     assert load_recipe(RECIPE, overrides).trains is trains
+    with pytest.raises(ValueError, match=r"'none' is no section; give keys, .* or null to train nothing"):
+        load_recipe(RECIPE, ["train=none"])
     file = tmp_path / "recipe.yaml"
     file.write_text("model: M\noutput: run\ntrain:\n")
     assert not load_recipe(file).trains
