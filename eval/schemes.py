@@ -33,6 +33,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "int8": ("quant={preset: int8}", *GENTLE),
     "int4": ("quant={preset: int4}",),
     "int4-g32": ("quant={preset: int4-g32}",),
+    "int4-2:4": ("quant={preset: int4-2:4}",),
     "int4, int8 embedding": ("quant={preset: int4, embeddings: int8}",),
     "int3": ("quant={preset: int3}",),
     "int2": ("quant={preset: int2}",),

@@ -21,7 +21,8 @@ METHODS = ("rtn", "search", "gptq", "blockwise")
 """What `--method` takes."""
 SCHEME_NAMES = (
     "int2 to int8, or w2 to w8, or fp8, nvfp4, mxfp4, mxfp8; then a8 or afp8 for inputs, kv8, kv4 or kvfp8 for the KV "
-    "cache, -g32 or another group size, or -channel: int5, w4a16, int8-g128, w4a8kv8-g64, nvfp4a16"
+    "cache, -g32 or another group size, or -channel, and -2:4 or -4:8 for weights that stay zero: int5, w4a16, "
+    "int8-g128, w4a8kv8-g64, nvfp4a16, int4-2:4"
 )
 """What `read_scheme` reads, in words."""
 BITS = "weights have 2 to 8 bits, inputs (a) 2 to 8, 16 or fp8, the KV cache (kv) 4, 8, 16 or fp8"
@@ -38,7 +39,7 @@ _BLOCKS = {"q40": "int4-g32", "q80": "int8-g32"}
 _NAME = re.compile(
     r"(?:(?:int|w)(?P<bits>\d+)|(?P<plain_bits>\d+)bits?|(?P<levels>ternary|int2seq|fp8|nvfp4|mxfp4|mxfp8))"
     r"(?:a(?P<inputs>\d+|fp8))?(?:kv(?P<cache>\d+|fp8)|(?P<fp8kv>fp8kv))?"
-    r"(?:(?P<extent>channel|tensor)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?"
+    r"(?:(?P<extent>channel|tensor)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?(?P<sparsity>2:4|4:8)?"
 )
 
 
@@ -54,6 +55,7 @@ class SchemeName:
         extent: "channel", "tensor" or "group", where it is said.
         group: weights that share a scale, where it is said.
         symmetric: without a zero point.
+        sparsity: "2:4" or "4:8" where weights stay zero.
     """
 
     num_bits: int
@@ -63,6 +65,7 @@ class SchemeName:
     extent: str | None
     group: int | None
     symmetric: bool
+    sparsity: str | None
 
 
 def read_scheme(name: str) -> SchemeName | None:
@@ -79,7 +82,8 @@ def read_scheme(name: str) -> SchemeName | None:
     if not (2 <= bits <= 8 and known and cache in _CACHES):
         return None
     group = None if found["group"] is None else int(found["group"])
-    return SchemeName(bits, inputs, cache, found["levels"], found["extent"], group, not found["asym"])
+    ends = not found["asym"], found["sparsity"]
+    return SchemeName(bits, inputs, cache, found["levels"], found["extent"], group, *ends)
 
 
 def _parts_of(name: str) -> re.Match[str] | None:

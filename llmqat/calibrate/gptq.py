@@ -46,7 +46,7 @@ from llmqat.calibrate.config import GPTQStage
 from llmqat.calibrate.forward import input_of
 from llmqat.calibrate.masters import holding
 from llmqat.data.processes import ALONE, Processes
-from llmqat.grid import Grid, of_each_weight, quantize, snap_scale
+from llmqat.grid import Grid, most_important, of_each_weight, quantize, snap_scale
 from llmqat.layers import QuantLinear, quantized_once, quantizers_off
 from llmqat.models import uploaded
 
@@ -97,11 +97,20 @@ class Curvature:
     order: Tensor
     factor: Tensor
 
+    @property
+    def inverse_diagonal(self) -> Tensor:
+        """Diagonal of the inverse of the second moments, [I] float32."""
+        found = torch.empty(len(self.order), device=self.factor.device)
+        found[self.order] = self.factor.square().sum(0)
+        return found
+
     @staticmethod
     @torch.no_grad()
-    def of(hessian: Tensor) -> Curvature:
-        """Returns that of a damped `hessian` [I, I] float32."""
-        order = hessian.diagonal().argsort(descending=True)
+    def of(hessian: Tensor, together: int = 1) -> Curvature:
+        """Returns that of a damped `hessian` [I, I] float32; of so many features that follow each other, none apart."""
+        sizes = hessian.diagonal().view(-1, together).sum(1)
+        first = sizes.argsort(descending=True).unsqueeze(1) * together
+        order = (first + torch.arange(together, device=first.device)).flatten()
         # With the features the other way round, H = L L^T; turned back, H = M M^T with M upper, and the factor is M^-1.
         back = order.flip(0)
         turned = torch.linalg.cholesky(hessian[back][:, back]).flip(0, 1)
@@ -117,6 +126,7 @@ def round_by_gptq(
     zero_point: Tensor | None,
     grid: Grid,
     kept: Tensor | None = None,
+    nonzero: Tensor | None = None,
 ) -> Tensor:
     """Returns the codes [O, I] of `weight` that GPTQ finds for given scales.
 
@@ -127,6 +137,7 @@ def round_by_gptq(
         zero_point: of the scale's shape, or None.
         grid: the code range.
         kept: of the scale's shape, groups that keep the codes nearest to their weights; None for none.
+        nonzero: [O, I] bool, weights that are free; the others have the code of zero. None where all are free.
     """
     out_features, in_features = weight.shape
     order, factor = inputs.order, inputs.factor
@@ -136,10 +147,8 @@ def round_by_gptq(
     scales = scale.t()[group].expand(in_features, out_features)
     zeros = None if zero_point is None else zero_point.t()[group].expand(in_features, out_features)
     codes = torch.empty_like(left)
-    known = None
-    if kept is not None:  # the code where it is not free, else NaN
-        nearest = quantize(weight, scale, zero_point, grid).float()
-        known = torch.where(of_each_weight(kept, out_features, in_features), nearest, torch.nan).t()[order]
+    known = _known_codes(weight, scale, zero_point, grid, kept, nonzero)
+    known = None if known is None else known.t()[order]
     for start in range(0, in_features, COLUMNS):
         rows = slice(start, min(start + COLUMNS, in_features))
         parts = _part(zeros, rows), _part(known, rows)
@@ -148,6 +157,72 @@ def round_by_gptq(
     result = torch.empty_like(codes)
     result[order] = codes
     return result.t().contiguous().to(grid.code_dtype)
+
+
+@torch.no_grad()
+def choose_nonzero(weight: Tensor, hessian: Tensor, keep: int, of: int) -> Tensor:
+    """Returns which weights stay, bool [O, I]: of every `of` of a row, the `keep` that the output misses most.
+
+    Goes through the input features as GPTQ does. A weight that becomes zero moves those that are still free, so each
+    choice knows the ones before it. Where the whole row is chosen from, all is chosen at the start.
+
+    Args:
+        weight: [O, I] float32, what the layer is to compute.
+        hessian: [I, I] float32, damped.
+        keep: weights that stay, n.
+        of: of so many, m; divides I.
+
+    Source: SparseGPT (2301.00774), algorithm 1, with groups of features in the order of their mean squares.
+    """
+    size = weight.shape[1]
+    if of == size:
+        return most_important(weight.square() / Curvature.of(hessian).inverse_diagonal, keep, of)
+    inputs = Curvature.of(hessian, of)
+    left = weight.t()[inputs.order].contiguous()
+    kept = torch.zeros_like(left, dtype=torch.bool)
+    step = of * max(1, COLUMNS // of)
+    for start in range(0, size, step):
+        rows = slice(start, min(start + step, size))
+        errors = _prune_rows(left[rows], kept[rows], inputs.factor[rows, rows], keep, of)
+        left[rows.stop :].addmm_(inputs.factor[rows, rows.stop :].t(), errors, alpha=-1)
+    result = torch.empty_like(kept)
+    result[inputs.order] = kept
+    return result.t().contiguous()
+
+
+def _prune_rows(left: Tensor, kept: Tensor, factor: Tensor, keep: int, of: int) -> Tensor:
+    """Finds which of the input features `left` [n, O] stay, into `kept`; returns the errors of the others [n, O]."""
+    errors = torch.empty_like(left)
+    diagonal = factor.diagonal()
+    for row in range(len(left)):
+        if row % of == 0:
+            score = left[row : row + of] / diagonal[row : row + of].unsqueeze(1)
+            kept[row : row + of] = most_important(score.abs().t(), keep, of).t()
+        torch.mul(left[row], ~kept[row], out=errors[row])
+        errors[row] /= diagonal[row]
+        if row + 1 < len(left):
+            left[row + 1 :].addr_(factor[row, row + 1 :], errors[row], alpha=-1)
+    return errors
+
+
+def _known_codes(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    grid: Grid,
+    kept: Tensor | None,
+    nonzero: Tensor | None,
+) -> Tensor | None:
+    """Returns the codes [O, I] of weights that are not free, float32, and NaN for those that are; None for no codes."""
+    if kept is None and nonzero is None:
+        return None
+    known = torch.full_like(weight, torch.nan)
+    if kept is not None:
+        known = torch.where(of_each_weight(kept, *weight.shape), quantize(weight, scale, zero_point, grid), known)
+    if nonzero is not None:
+        zero = known.new_zeros(()) if zero_point is None else of_each_weight(zero_point, *weight.shape)
+        known = torch.where(nonzero, known, zero)
+    return known
 
 
 def _round_rows(
@@ -370,7 +445,7 @@ def gptq_block(
         targets: dict[str, Tensor] = {}
         if clean is not None and seen.missing is not None:
             with holding(block, clean.weights):
-                originals = {name: layer.matrix().float() for name, layer in group.layers.items()}
+                originals = {name: layer.dense_matrix().float() for name, layer in group.layers.items()}
             ridge = stage.target_damping
             if ridge is None:
                 ridge = cross_validated(torch.cat(list(originals.values())), seen.halves)
@@ -454,7 +529,8 @@ def _correction(weight: Tensor, hessian: Tensor, seen: Moments, rows: slice) -> 
 def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int, target: Tensor | None = None) -> LayerRounding:
     """Finds the codes of `layer` by GPTQ and the scales that suit them, in turn, and puts both in place.
 
-    Groups that lay on the lattice of the scheme before keep their codes and scales: there is no error to undo.
+    Groups that lay on the lattice of the scheme before keep their codes and scales: there is no error to undo. Where
+    the scheme has sparsity, which weights are zero is chosen first, and the others make up for them.
 
     Args:
         layer: its weight is float32; its scales, as they are, are the start.
@@ -480,15 +556,18 @@ def gptq_layers(
         if problem.is_kept:
             after[name] = problem.before
         else:
-            kind = problem.layer.grid, problem.scale.shape[1], problem.kept is None, problem.rows_alike or name
+            free = problem.kept is None, problem.nonzero is None
+            kind = problem.layer.grid, problem.scale.shape[1], free, problem.rows_alike or name
             together.setdefault(kind, {})[name] = problem
     for problems in together.values():
         grid = next(iter(problems.values())).layer.grid
         weight, scale = (torch.cat([getattr(p, name) for p in problems.values()]) for name in ("weight", "scale"))
-        zero_point, kept = (_joined([getattr(p, name) for p in problems.values()]) for name in ("zero_point", "kept"))
+        zero_point, kept, nonzero = (
+            _joined([getattr(p, name) for p in problems.values()]) for name in ("zero_point", "kept", "nonzero")
+        )
         product = weight @ inputs.hessian
         for _ in range(rounds):
-            codes = round_by_gptq(weight, inputs, scale, zero_point, grid, kept)
+            codes = round_by_gptq(weight, inputs, scale, zero_point, grid, kept, nonzero)
             better = refit_scales(weight, inputs.hessian, codes, scale, zero_point, grid, product)
             # The scales of a row suit each other, so those of a row with a group that is kept stay as they are.
             scale = better if kept is None else torch.where(kept.any(-1, keepdim=True), scale, better)
@@ -511,6 +590,7 @@ class _Problem:
         scale: the start, [O, G], [O, 1] or [1, 1] float32.
         zero_point: of the scale's shape, or None.
         kept: of the scale's shape, groups that keep their codes; None for none.
+        nonzero: [O, I] bool, weights that are not held at zero; None where none is.
         size: mean square of the output, a scalar.
         before: error of the output with the codes that are there, a scalar.
     """
@@ -520,19 +600,24 @@ class _Problem:
     scale: Tensor
     zero_point: Tensor | None
     kept: Tensor | None
+    nonzero: Tensor | None
     size: Tensor
     before: Tensor
 
     @classmethod
     def of(cls, layer: QuantLinear, hessian: Tensor, target: Tensor | None) -> _Problem:
-        """Returns that of `layer`, whose weight is float32."""
-        weight, kept = layer.matrix().float(), layer.kept_groups()
-        scale, zero_point = layer.scale_and_zero_point()
-        size = ((weight @ hessian) * weight).sum()
-        if target is not None:
-            weight = target if kept is None else torch.where(of_each_weight(kept, *weight.shape), weight, target)
-        before = output_error(weight, hessian, layer.codes(), scale, zero_point, layer.grid)
-        return cls(layer, weight, scale, zero_point, kept, size, before)
+        """Returns that of `layer`, whose weight is float32; which of its weights are zero is chosen."""
+        own = layer.dense_matrix().float()
+        wanted = own if target is None else target
+        codes, (scale, zero_point) = layer.codes(), layer.scale_and_zero_point()
+        layer.choose_zeros(lambda keep, of: choose_nonzero(wanted, hessian, keep, of))
+        kept = layer.kept_groups()
+        weight = wanted
+        if kept is not None:
+            weight = torch.where(of_each_weight(kept, *own.shape), layer.matrix(), wanted)
+        size = ((own @ hessian) * own).sum()
+        before = output_error(weight, hessian, codes, scale, zero_point, layer.grid)
+        return cls(layer, weight, scale, zero_point, kept, layer.nonzero, size, before)
 
     @property
     def rows_alike(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.data.processes import ALONE, Processes
-from llmqat.grid import keep_lattice, minmax_scale, percentile_scale, search_scale
+from llmqat.grid import keep_lattice, minmax_scale, most_important, percentile_scale, search_scale
 from llmqat.layers import QuantLinear, QuantModule
 
 METHODS = ("minmax", "percentile", "mse", "weighted_mse")
@@ -59,6 +59,9 @@ def calibrate_ranges(
     @torch.no_grad()
     def start(name: str) -> tuple[Tensor, Tensor | None]:
         layer = layers[name]
+        if name in known:
+            rms = known[name].to(layer.weight.device).sqrt()
+            layer.choose_zeros(lambda keep, of: most_important(layer.dense_matrix().abs() * rms, keep, of))
         weight, grid, shape = layer.matrix(), layer.grid, layer.scale_shape
         if method == "minmax":
             found = minmax_scale(weight, grid, shape)
@@ -80,8 +83,8 @@ def calibrate_ranges(
 
 
 def quantizer_tensors(layer: QuantModule) -> list[Tensor]:
-    """Returns what holds the scale and zero point of a layer."""
-    held = (layer.initial_scale, layer.clip_ratio, layer.log_scale, layer.zero_point)
+    """Returns what holds the scale and zero point of a layer, and which of its weights are zero."""
+    held = (layer.initial_scale, layer.clip_ratio, layer.log_scale, layer.zero_point, layer.nonzero)
     return [tensor for tensor in held if tensor is not None]
 
 

@@ -204,14 +204,14 @@ def _label_gradient(hidden: Tensor, predictor: Predictor, generator: torch.Gener
 
 @torch.no_grad()
 def _costs(layer: QuantModule, information: Tensor, weights: WeightConfig, choices: Sequence[int]) -> dict[int, float]:
-    original = layer.matrix().float()
+    original, dense = layer.matrix().float(), layer.dense_matrix().float()
     importance = information.sum(0)
     costs = {}
     for bits in choices:
         grid = weights.model_copy(update={"num_bits": bits}).grid
         found = search_scale(original, grid, layer.scale_shape, importance)
         scale, zero_point, _ = keep_lattice(original, grid, *found)
-        error = fake_quantize(original, scale, zero_point, grid) - original
+        error = fake_quantize(original, scale, zero_point, grid) - dense
         costs[bits] = 0.5 * float((information * error.square()).sum(dtype=torch.float64))
     return costs
 

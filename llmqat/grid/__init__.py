@@ -14,6 +14,7 @@ from llmqat.grid.packing import (
 )
 from llmqat.grid.scales import SCALE_FLOOR, gradient_factor, range_scale, round_zero_point, scale_from_log, snap_scale
 from llmqat.grid.search import minmax_scale, percentile_scale, search_scale
+from llmqat.grid.sparsity import most_important
 
 __all__ = [
     "SCALE_FLOOR",
@@ -26,6 +27,7 @@ __all__ = [
     "gradient_factor",
     "keep_lattice",
     "minmax_scale",
+    "most_important",
     "of_each_weight",
     "on_lattice",
     "pack_codes",

@@ -9,6 +9,7 @@ linear map of a model: nn.Linear, transformers' Conv1D, and the stacked (3-D) we
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -33,6 +34,55 @@ _EIGHT = (8, "bfloat16")
 """Bits and dtype of scales of integers and floats that go by any strategy, by channel where nothing else is said."""
 
 
+class SparsityConfig(Config):
+    """Weights that are zero and stay it, in calibration and in training; the checkpoint holds them as the code of zero.
+
+    Which ones: the smallest, until text is looked at; then those with the least |w| * rms(x) (stage ranges with method
+    weighted_mse; Wanda, 2306.11695), or those that the output of their layer misses least (stage gptq; SparseGPT,
+    2301.00774). Zeros that are there already are the smallest, so a pruned model keeps its own.
+    """
+
+    pattern: str = "2:4"
+    """`n:m` keeps n of every m weights along the input features, as 2:4 and 4:8; 'unstructured' zeroes `share` of each
+    row."""
+    share: float | None = Field(None, gt=0, lt=1)
+    """Zeros of each row, as a share of it, with the pattern 'unstructured'; where not given, those that are there."""
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _read_as_written(cls, value: Any) -> Any:
+        # YAML 1.1 takes 2:4 for minutes and seconds: 124.
+        return f"{value // 60}:{value % 60}" if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> SparsityConfig:
+        if self.pattern == "unstructured":
+            return self
+        found = re.fullmatch(r"([1-9]\d?):([1-9]\d?)", self.pattern)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise ValueError(
+                f"pattern={self.pattern!r}; give n:m, of which n weights of every m are kept (2:4, 4:8), or "
+                "'unstructured'"
+            )
+        if self.share is not None:
+            raise ValueError(f"share={self.share} with pattern={self.pattern!r}; a share belongs to 'unstructured'")
+        return self
+
+    def kept_of(self, columns: int) -> tuple[int, int] | None:
+        """Returns (n, m) for rows of so many weights; None where the zeros that are there decide."""
+        if self.pattern != "unstructured":
+            kept, of = self.pattern.split(":")
+            return int(kept), int(of)
+        return None if self.share is None else (max(round(columns * (1 - self.share)), 1), columns)
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: '2:4', '0.5 zeros', 'its zeros'."""
+        if self.pattern != "unstructured":
+            return self.pattern
+        return "its zeros" if self.share is None else f"{self.share:.3g} zeros"
+
+
 class WeightConfig(Config):
     """The arithmetic of one weight matrix."""
 
@@ -52,6 +102,13 @@ class WeightConfig(Config):
     bits in groups of 16), or 'e8m0', powers of two (MXFP4, MXFP8: groups of 32)."""
     scales: ScaleMode = "learned"
     """Scales (and zero points) are trained, stay as calibrated, or follow the range of the weight at each forward."""
+    sparsity: SparsityConfig | None = None
+    """Weights that are zero and stay it; a pattern alone, as 2:4, will do."""
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _take_pattern_alone(cls, value: Any) -> Any:
+        return {"pattern": value} if isinstance(value, (str, int)) else value
 
     @model_validator(mode="after")
     def _check_together(self) -> WeightConfig:
@@ -61,6 +118,8 @@ class WeightConfig(Config):
                 "give group_size exactly when strategy is 'group'"
             )
         grid = self.grid  # says what is wrong with the levels
+        if grid.levels == "seq" and self.sparsity is not None:
+            raise ValueError("levels='seq' with sparsity: none of its levels is zero; choose 'ternary' or 'integer'")
         kind = (grid.num_bits, grid.scale_dtype)
         if grid.levels == "float" and kind != _EIGHT and (*kind, self.group_size) not in _FLOATS:
             raise ValueError(
@@ -97,8 +156,17 @@ class WeightConfig(Config):
         """Returns the scale's shape (O, I/g), (O, 1) or (1, 1).
 
         Raises:
-            ValueError: when group_size does not divide in_features; names `name` and the choices.
+            ValueError: when group_size, or the m of n:m sparsity, does not divide in_features; names `name` and the
+                choices.
         """
+        counts = None if self.sparsity is None else self.sparsity.kept_of(in_features)
+        if counts is not None and in_features % counts[1]:
+            raise ValueError(
+                f"quant.sparsity={self.sparsity.label!r}: {counts[1]} does not divide in_features={in_features} of "  # type: ignore[union-attr]
+                f"{name}; leave it out with quant.ignore=['{name}'], or give it weights without sparsity with "
+                f"quant.overrides['{name}']={{num_bits: {self.num_bits}, strategy: {self.strategy}, "
+                f"group_size: {self.group_size or 'null'}}}"
+            )
         if self.strategy == "tensor":
             return 1, 1
         if self.group_size is None:
@@ -122,11 +190,15 @@ class WeightConfig(Config):
 
     @property
     def label(self) -> str:
-        """Short name for tables: 'int4 g64', 'int4 g32 asym', 'ternary g64', 'int2-seq g64 fixed', 'nvfp4 g16'."""
+        """Short name for tables: 'int4 g64', 'int4 g32 asym', 'ternary g64', 'int2-seq g64 fixed', 'int4 g64 2:4'."""
         extent = f"g{self.group_size}" if self.group_size else self.strategy
         names = {"integer": f"int{self.num_bits}", "ternary": "ternary", "seq": "int2-seq", "float": "fp8"}
         kind = _FLOATS.get((self.num_bits, self.scale_dtype, self.group_size), names[self.levels])
-        ends = "" if self.symmetric else " asym", "" if self.scales == "learned" else f" {self.scales}"
+        ends = (
+            "" if self.symmetric else " asym",
+            "" if self.sparsity is None else f" {self.sparsity.label}",
+            "" if self.scales == "learned" else f" {self.scales}",
+        )
         return f"{kind} {extent}{''.join(ends)}"
 
 
@@ -360,9 +432,10 @@ def scheme_fields(name: str) -> dict[str, Any]:
     A name says, in this order, and with or without dashes, underscores and capitals: the weights (`int4`, `w4`, `4bit`,
     `ternary`, `int2-seq`, `fp8`, `nvfp4`, `mxfp4`, `mxfp8`); the inputs (`a8`, `afp8`, or `a16` for high precision;
     floats have inputs of their own kind where that is not said); the KV cache (`kv8`, `kv4`, `kvfp8` or `fp8kv`,
-    `kv16`); and how many weights have a scale (`g32`, `channel`, `tensor`), with `asym` for a zero point. Where the
-    last is not said, 8 bits have a scale for each channel, fewer have groups of 64. GGUF's `q4_0` and `q8_0` are
-    `int4-g32` and `int8-g32`. What a table calls a scheme ("int4 g32 asym") is such a name.
+    `kv16`); how many weights have a scale (`g32`, `channel`, `tensor`), with `asym` for a zero point; and `2:4` or
+    `4:8` for weights that stay zero. Where it is not said how many have a scale, 8 bits have one for each channel, and
+    fewer have groups of 64. GGUF's `q4_0` and `q8_0` are `int4-g32` and `int8-g32`. What a table calls a scheme ("int4
+    g32 asym") is such a name.
 
     Raises:
         ValueError: for a name that is none.
@@ -385,6 +458,7 @@ def scheme_fields(name: str) -> dict[str, Any]:
         "group_size": (found.group or group) if extent == "group" else None,
         "symmetric": found.symmetric,
         "scale_dtype": scale_dtype,
+        "sparsity": found.sparsity,
     }
     fields: dict[str, Any] = {"weights": weights}
     if found.inputs == OWN_KIND and floats:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -126,6 +126,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
     replacements: dict[str, nn.Module] = {
         name: _quantized(name, maps[name], scheme) for name, scheme in plan.schemes.items()
     }
+    _check_zeros(replacements.values())
     replacements |= _quantized_ends(model, config)
     if config.kv_cache is not None:
         check_kv_groups(attention_layers(model), config.kv_cache)
@@ -567,6 +568,22 @@ def _quantized_ends(model: nn.Module, config: QuantConfig) -> dict[str, nn.Modul
         _check_divides("lm_head", policy, head.in_features, name)
         replaced[name] = QuantLinear.from_linear(head, POLICY_WEIGHTS[policy], name)
     return replaced
+
+
+def _check_zeros(modules: Iterable[nn.Module]) -> None:
+    """Raises ValueError where the zeros that weights have are to stay, and they have none."""
+    asked = [
+        module.nonzero
+        for module in modules
+        if isinstance(module, QuantModule) and module.nonzero is not None and not module.nonzero.is_meta
+        if module.weights.sparsity is not None and module.weights.sparsity.kept_of(module.columns) is None
+    ]
+    if asked and all(bool(nonzero.all()) for nonzero in asked):
+        raise ValueError(
+            "quant.sparsity='unstructured' without a share keeps the zeros that the weights have, and no weight that "
+            "is quantized is zero; give a share, as quant.sparsity={pattern: unstructured, share: 0.5} does, a pattern "
+            "such as 2:4, or a pruned model"
+        )
 
 
 def _check_unshared(model: nn.Module, embedding: nn.Embedding, head: nn.Module | None) -> None:

@@ -29,6 +29,7 @@ from llmqat.grid import (
     gradient_factor,
     keep_lattice,
     minmax_scale,
+    most_important,
     of_each_weight,
     on_lattice,
     quantize,
@@ -72,6 +73,7 @@ class QuantModule(nn.Module):
         initial_scale: [O, G] float32 buffer, signed; None when scales are dynamic.
         clip_ratio: [O, G] float32 buffer, signed; only when scales are dynamic.
         zero_point: [O, G] float32 in codes, or None: a parameter when learned (rounded in the forward), else a buffer.
+        nonzero: [O, I] bool buffer, which weights are not held at zero; None without sparsity.
         weights: the scheme.
         transposed: the weight's last two dimensions are [I, O].
         enabled: False makes the forward use the master weight.
@@ -86,6 +88,7 @@ class QuantModule(nn.Module):
     zero_point: Tensor | None
     initial_scale: Tensor | None
     clip_ratio: Tensor | None
+    nonzero: Tensor | None
 
     def __init__(self, weight: Tensor, weights: WeightConfig, name: str = "", transposed: bool = False) -> None:
         """Takes over `weight` (shared, not copied); the scale starts at plain rounding's.
@@ -101,9 +104,11 @@ class QuantModule(nn.Module):
         self._kept: dict[Any, Tensor] | None = None
         self._reused: ReusedWeight | None = None
         self.weight = weight
-        matrix = self.matrix()
-        self.rows, self.columns = matrix.shape
+        self.register_buffer("nonzero", None)
+        self.rows, self.columns = self.dense_matrix().shape
         self.scale_shape = weights.scale_shape(self.rows, self.columns, name or "the layer")
+        self.choose_zeros()
+        matrix = self.matrix()
         learned, dynamic = weights.scales == "learned", weights.scales == "dynamic"
         theta = nn.Parameter(torch.zeros(self.scale_shape, device=weight.device)) if learned else None
         self.register_parameter("log_scale", theta)
@@ -161,10 +166,35 @@ class QuantModule(nn.Module):
         return weight
 
     def matrix(self) -> Tensor:
+        """Returns what is quantized, [O, I]: the master weight, adapters included, with the zeros of its sparsity.
+
+        Differentiable.
+        """
+        dense = self.dense_matrix()
+        return dense if self.nonzero is None else dense * self.nonzero
+
+    def dense_matrix(self) -> Tensor:
         """Returns the master weight, adapters included, as [O, I], differentiable."""
         weight = self.master()
         weight = weight.mT if self.transposed else weight
         return weight.reshape(-1, weight.shape[-1])
+
+    @torch.no_grad()
+    def choose_zeros(self, choose: Callable[[int, int], Tensor] | None = None) -> None:
+        """Chooses which weights are zero from now on, where the scheme has sparsity.
+
+        Where all that is asked for is that zeros stay, they are those that the weights had when the module was made.
+
+        Args:
+            choose: returns which weights stay, bool [O, I], given how many of how many; the largest where not given.
+        """
+        if self.weights.sparsity is None:
+            return
+        counts = self.weights.sparsity.kept_of(self.columns)
+        if counts is not None:
+            self.nonzero = most_important(self.dense_matrix().abs(), *counts) if choose is None else choose(*counts)
+        elif self.nonzero is None:
+            self.nonzero = self.dense_matrix() != 0
 
     def scale(self) -> Tensor:
         """Returns the scale [O, G] of the forward: float32, on the bfloat16 grid, differentiable in log_scale."""

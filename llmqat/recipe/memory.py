@@ -6,7 +6,7 @@ begins (the same, and the head's gradient on its way), and when it ends (all gra
 
 Counted in bytes a device:
     weights       float32 masters where weights train, bfloat16 where they are frozen, packed codes where scales train;
-                  for each group a starting scale and a log-scale in float32
+                  for each group a starting scale and a log-scale in float32; a byte a weight where zeros are kept
     gradients     float32, of what trains; DDP holds them a second time in its buckets
     optimizer     8 bytes a trained parameter for AdamW, 2 in 8 bits
     teacher       bfloat16, or 1 or 0.5 bytes a linear weight; none for the model itself or a cache
@@ -63,6 +63,8 @@ class ModelSize:
     attention: int
     key_value: int
     vocabulary: int
+    sparse: int = 0
+    """Quantized weights of schemes with sparsity."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ def size_of(model: nn.Module, config: Any, packed_bytes: float = 0.5) -> ModelSi
         attention=heads * head,
         key_value=keys * head,
         vocabulary=text.vocab_size,
+        sparse=sum(m.rows * m.columns for m in weights if isinstance(m, QuantModule) and m.nonzero is not None),
     )
 
 
@@ -239,7 +242,7 @@ def blockwise_memory(size: ModelSize, tokens: int, batch: int, length: int) -> f
 
 def calibration_memory(size: ModelSize, calibration: Calibration, devices: Devices) -> Memory:
     """Returns what a device holds when `size` is calibrated and not trained: as `blockwise_memory`, by parts."""
-    weights = calibration.weight_bytes * size.parameters
+    weights = calibration.weight_bytes * size.parameters + size.sparse
     block = blockwise_memory(size, calibration.tokens, calibration.batch, calibration.length) - 2.0 * size.parameters
     runtime = float(CPU_RUNTIME) if devices.accelerator == "cpu" else 0.0
     return Memory(weights, 0.0, 0.0, 0.0, 0.0, 0.0, block, runtime, weights + block + runtime)
@@ -257,10 +260,10 @@ def optimizer_bytes(name: str) -> float:
 def _weight_bytes(size: ModelSize, method: Method) -> float:
     rest = size.parameters - size.quantized
     if method.trains == "all":
-        return 4.0 * size.parameters + 8.0 * size.groups
+        return 4.0 * size.parameters + 8.0 * size.groups + size.sparse
     if method.trains == "scales":  # codes, scales in bfloat16, log-scales
         return size.packed_bytes * size.quantized + 6.0 * size.groups + 2.0 * rest
-    return method.frozen_bytes * size.parameters + 4.0 * method.trained + 4.0 * size.groups
+    return method.frozen_bytes * size.parameters + 4.0 * method.trained + 4.0 * size.groups + size.sparse
 
 
 def _teacher_bytes(size: ModelSize, method: Method) -> float:
@@ -295,8 +298,11 @@ def _kept_by_block(size: ModelSize) -> float:
 
 
 def _made_weights(size: ModelSize, method: Method) -> float:
-    """Returns the bytes that a quantized weight leaves for the backward pass: it, and with adapters the sum before."""
-    return {"all": 2.0, "lora": 6.0, "scales": 0.0}[method.trains] * size.quantized
+    """Returns the bytes that quantized weights leave for the backward pass.
+
+    The weight; with adapters the sum before; and where zeros are kept, what is quantized, in float32.
+    """
+    return {"all": 2.0, "lora": 6.0, "scales": 0.0}[method.trains] * size.quantized + 4.0 * size.sparse
 
 
 def _scores(size: ModelSize, method: Method, devices: Devices) -> float:

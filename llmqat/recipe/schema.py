@@ -46,6 +46,7 @@ def recipe_schema() -> Node:
         parts.update(stage.pop("$defs", {}))
         parts[kind.__name__] = {**stage, "required": ["stage", *stage.get("required", ())]}
     weights, scheme = parts["WeightConfig"]["properties"], parts.pop("QuantConfig")
+    weights["sparsity"]["anyOf"].insert(0, {"type": "string", "pattern": "^(?:[1-9][0-9]?:[1-9][0-9]?|unstructured)$"})
     parts["SchemeName"] = {
         "description": "A preset, or a name that says bits, inputs, KV cache and group size: int5, w4a16, int8-g128.",
         "anyOf": [{"enum": [*PRESETS]}, {"type": "string", "pattern": _scheme_pattern()}],
@@ -147,7 +148,8 @@ def _scheme_pattern() -> str:
     inputs = f"(?:{gap}[aA]{gap}(?:[2-8]|16|{word('fp8')}))?"
     cache = f"(?:{gap}{word('kv')}{gap}(?:4|8|16|{word('fp8')})|{gap}{word('fp8kv')})?"
     extent = f"(?:{gap}(?:{word('channel')}|{word('tensor')}|[gG]{gap}[1-9][0-9]*))?(?:{gap}{word('asym')})?"
-    return f"^(?:{weights}{inputs}{cache}{extent}|[qQ]{gap}[48]{gap}0)$"
+    zeros = f"(?:{gap}(?:2:4|4:8))?"
+    return f"^(?:{weights}{inputs}{cache}{extent}{zeros}|[qQ]{gap}[48]{gap}0)$"
 
 
 # Keys by their place
@@ -294,7 +296,11 @@ def _kind(schema: Node, node: Node) -> str:
         words = node.get("enum") or [node["const"]]
         return f"{'one of ' if len(words) > 1 else ''}{', '.join('null' if one is None else str(one) for one in words)}"
     if "pattern" in node:
-        return "such a name as int5 or int8-g128"
+        return (
+            "n:m such as 2:4 or 'unstructured'"
+            if "unstructured" in node["pattern"]
+            else "such a name as int5 or int8-g128"
+        )
     if "items" in node:
         return f"list of {_kind(schema, node['items'])}"
     kind = str(node.get("type", "anything"))

@@ -54,7 +54,7 @@ def carried(processes: Processes) -> str:
     model = carrying("gemma4_text")
     ids = torch.randint(2, 258, (5, 16), generator=torch.Generator().manual_seed(0))
     stages = [RangesStage(method="minmax"), GPTQStage(batch_size=3), BlockwiseStage(batch_size=3, iterations=4)]
-    quant = QuantConfig.preset("int3", group_size=16)
+    quant = QuantConfig.preset("int3", group_size=16, sparsity="2:4")
     calibrate(model, quant, stages, ids, dtype=torch.float32, processes=processes)
     return digest(model.state_dict())
 
