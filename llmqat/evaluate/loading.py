@@ -37,6 +37,7 @@ from llmqat.layers import QuantConfig, convert, prepare
 from llmqat.layers.prepare import CONFIG_KEY
 from llmqat.models import (
     ADAPTER_WEIGHTS_FILE,
+    DEQUANTIZED,
     adapter_base,
     check_safetensors,
     empty_model,
@@ -183,7 +184,7 @@ def _quantization_of_others(spec: str) -> dict[str, Any] | None:
     method, kind = (found.get(key) for key in ("quant_method", "format")) if isinstance(found, dict) else (None, None)
     groups = (found.get("config_groups") or {}).values() if isinstance(found, dict) else ()
     forms = {group.get("format") for group in groups} if kind == MIXED_FORMAT else {kind}
-    own = method is None or (method == "compressed-tensors" and forms <= set(PACKED_FORMATS))
+    own = method is None or method in DEQUANTIZED or (method == "compressed-tensors" and forms <= set(PACKED_FORMATS))
     return None if own else found
 
 

@@ -33,6 +33,7 @@ from llmqat.layers.experts import PackedExperts, QuantExperts
 from llmqat.layers.finite import check_held, check_packable, check_parameters
 from llmqat.layers.kept import RangedModule
 from llmqat.layers.linear import QuantLinear
+from llmqat.layers.originals import DEQUANTIZED_FROM
 from llmqat.layers.packed import PackedLinear, PackedModule, dequantized_once, keep_dequantized
 from llmqat.layers.prepare import (
     LinearMap,
@@ -62,6 +63,7 @@ from llmqat.layers.shared import SIBLINGS, products, share_products
 from llmqat.layers.source import note_moved
 
 __all__ = [
+    "DEQUANTIZED_FROM",
     "PRESETS",
     "QUANTIZER_PARAMETERS",
     "SIBLINGS",

@@ -28,6 +28,8 @@ QUANTIZERS = (
     "transformers.integrations",
 )
 """Packages whose modules hold quantized weights."""
+DEQUANTIZED_FROM = "_llmqat_dequantized"
+"""Attribute of a model whose weights were dequantized at loading: by what they had been quantized."""
 PACKED_NAMES = ("weight", "packed", "qzeros", "codes", "w_q", "blocks")
 """Parts of the names of tensors of integers that stand for weights."""
 
@@ -52,14 +54,15 @@ def check_original(model: nn.Module) -> None:
 
 def is_dequantized(model: nn.Module) -> bool:
     """Returns whether transformers has turned the quantized weights of a checkpoint into plain numbers at loading."""
-    return bool(_setting(_quantization_config(model), "dequantize"))
+    return hasattr(model, DEQUANTIZED_FROM) or bool(_setting(_quantization_config(model), "dequantize"))
 
 
 def dequantized_note(model: nn.Module) -> str:
     """Returns what to say of a model whose weights were dequantized; empty for others."""
     if not is_dequantized(model):
         return ""
-    return f"the original was quantized by {_method(model)} and dequantized at loading: full precision here means that"
+    method = getattr(model, DEQUANTIZED_FROM, None) or _method(model)
+    return f"the original was quantized by {method} and dequantized at loading: full precision here means that"
 
 
 def dropped_note(model: nn.Module) -> str:

@@ -32,6 +32,7 @@ from llmqat.models.loading import (
 )
 from llmqat.models.specs import (
     ADAPTER_WEIGHTS_FILE,
+    DEQUANTIZED,
     PACKAGE_PREFIX,
     adapter_base,
     check_can_be_rebuilt,
@@ -39,7 +40,10 @@ from llmqat.models.specs import (
     check_next_token,
     class_of,
     empty_model,
+    is_dequantized_at_loading,
     model_file,
+    plain_config,
+    quantized_by,
     read_config,
     resolve_spec,
     token_model_class,
@@ -49,6 +53,7 @@ from llmqat.models.weights import check_safetensors, save_whole, shortened, weig
 
 __all__ = [
     "ADAPTER_WEIGHTS_FILE",
+    "DEQUANTIZED",
     "PACKAGE_PREFIX",
     "adapter_base",
     "cache_folder",
@@ -64,6 +69,7 @@ __all__ = [
     "empty_model",
     "gguf_folder",
     "head_weight",
+    "is_dequantized_at_loading",
     "is_sharded",
     "keeps_documents_apart",
     "load_adapter_base",
@@ -76,6 +82,8 @@ __all__ = [
     "model_file",
     "name_of",
     "output_head",
+    "plain_config",
+    "quantized_by",
     "read_config",
     "resolve_spec",
     "save_whole",

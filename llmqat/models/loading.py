@@ -22,15 +22,19 @@ from transformers import (
 )
 
 from llmqat.layers import (
+    DEQUANTIZED_FROM,
     without_adapters,
 )
 from llmqat.models.forward import model_device
 from llmqat.models.specs import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
+    DEQUANTIZED,
     adapter_base,
     check_config_in_full_precision,
     check_in_reach,
+    is_dequantized_at_loading,
+    quantized_by,
     read_config,
     resolve_spec,
     token_model_class,
@@ -78,7 +82,7 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrain
         spec: A hub id, a folder, a path to a `.gguf` file, `package:NAME/FILE` (a file or folder inside an installed
             Python package, found without importing it), or the folder of a peft adapter that can be merged: the model
             is then its base with the adapter in it, added in float32. A base that bitsandbytes has quantized (QLoRA)
-            is dequantized first.
+            is dequantized first, and so are weights in the forms of `specs.DEQUANTIZED`.
         dtype: Type of the parameters. Buffers such as rotary frequencies stay float32, as in `from_pretrained`.
 
     Raises:
@@ -125,6 +129,12 @@ def load_with_few_bits(spec: str, num_bits: int) -> PreTrainedModel:
     source = resolve_spec(spec)
     config = read_config(source, spec)
     check_config_in_full_precision(config, spec)
+    if is_dequantized_at_loading(config):
+        raise ValueError(
+            f"model {spec!r} is quantized already (quant_method={quantized_by(config)!r}), and bitsandbytes quantizes "
+            "plain weights as they are read; leave the bits out, or save it dequantized first: "
+            "llmqat.models.load_model(spec)[0].save_pretrained(folder)"
+        )
     quantization = BitsAndBytesConfig(
         load_in_8bit=num_bits == 8,
         load_in_4bit=num_bits == 4,
@@ -163,6 +173,9 @@ def _load_weights(
             check_safetensors(path)
     else:
         check_in_reach(source, ("model.safetensors", "model.safetensors.index.json"), spec)
+    method = quantized_by(config)
+    if method in DEQUANTIZED:
+        options["quantization_config"] = DEQUANTIZED[method](dequantize=True)
     try:
         model, info = loader.from_pretrained(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
@@ -171,6 +184,9 @@ def _load_weights(
         raise ValueError(f"model {spec!r} could not be loaded as a causal language model: {error}") from error
     check_loading_info(info, spec)
     _check_finite(model, spec)
+    if method in DEQUANTIZED:
+        _in_dtype(model, dtype)
+        setattr(model, DEQUANTIZED_FROM, method)
     return model
 
 

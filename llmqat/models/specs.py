@@ -6,6 +6,7 @@ or the folder of a peft adapter.
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +20,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -34,6 +37,9 @@ ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_mode
 """What peft calls the files of an adapter."""
 MOST_LAYERS = 10_000
 """Layers of a model whose configuration is believed."""
+DEQUANTIZED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+"""Methods of models that are published in no other form (gpt-oss; DeepSeek-V3), and what tells transformers to turn
+their weights into plain numbers as it reads them."""
 ALLOWED_SPECS = (
     "a hub id (HuggingFaceTB/SmolLM2-135M), a folder with config.json and safetensors, a peft adapter's folder, "
     "a .gguf file, or package:NAME/FILE.gguf"
@@ -238,10 +244,35 @@ def check_full_precision(spec: str) -> None:
         check_config_in_full_precision(read_config(resolve_spec(spec), spec), spec)
 
 
+def quantized_by(config: PreTrainedConfig) -> str | None:
+    """Returns the method by which the weights of a model are quantized on disk; None where they are plain numbers."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
+
+
+def is_dequantized_at_loading(config: PreTrainedConfig) -> bool:
+    """Returns whether the weights of a model are quantized on disk in a form that `load_model` dequantizes."""
+    return quantized_by(config) in DEQUANTIZED
+
+
+def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Returns the configuration that the model has once it is loaded: without how its weights lay on disk."""
+    if not is_dequantized_at_loading(config):
+        return config
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    return plain
+
+
 def check_config_in_full_precision(config: PreTrainedConfig, spec: str) -> None:
-    """Raises ValueError where the configuration of the model `spec` is not one in full precision."""
-    if (quantization := getattr(config, "quantization_config", None)) is not None:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    """Raises ValueError where the configuration of the model `spec` is not one in full precision.
+
+    Forms that are dequantized at loading count as that.
+    """
+    method = quantized_by(config)
+    if method is not None and method not in DEQUANTIZED:
         raise ValueError(
             f"model {spec!r} is already quantized (quant_method={method!r}), but a full-precision model is needed; "
             f"give the model it was made from. A packed model runs as it is: `llmqat chat` talks with it, `llmqat "

@@ -27,8 +27,16 @@ from llmqat.export.description import ModelDescription, describe
 from llmqat.export.prepared import is_prepared
 from llmqat.export.serving import NEED_ONE_SCHEME, Verdict, check_served, served_by
 from llmqat.export.stock import try_stock
-from llmqat.layers import CoverageAudit, QuantConfig, audit, prepare
-from llmqat.models import empty_model, read_config, resolve_spec, token_model_class
+from llmqat.layers import DEQUANTIZED_FROM, CoverageAudit, QuantConfig, audit, prepare
+from llmqat.models import (
+    empty_model,
+    is_dequantized_at_loading,
+    plain_config,
+    quantized_by,
+    read_config,
+    resolve_spec,
+    token_model_class,
+)
 from llmqat.recipe.config import (
     Recipe,
     folds_weights,
@@ -511,7 +519,9 @@ def _prepared_without_weights(
     spec: str, config: PreTrainedConfig, quant: QuantConfig, rotated: bool
 ) -> tuple[PreTrainedModel, CoverageAudit]:
     with torch.device("meta"):
-        model = empty_model(token_model_class(config, spec), config)
+        model = empty_model(token_model_class(config, spec), plain_config(config))
+    if is_dequantized_at_loading(config):
+        setattr(model, DEQUANTIZED_FROM, quantized_by(config))
     if rotated:
         untie(model)
     return model, prepare(model, quant)
