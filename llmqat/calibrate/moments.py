@@ -40,19 +40,19 @@ def collect_moments(
     if not any(isinstance(module, (QuantModule, KVQuantizer)) for module in model.modules()):
         raise ValueError("the model has no QuantLinear to calibrate; call llmqat.prepare(model, config) first")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    found: dict[str, Tensor] = {}
+    # Made before the pass: small tensors that stay would lie among its large ones, and the heap would grow by these.
+    found = {
+        name: torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
+        for name, layer in layers.items()
+    }
     counts = {name: torch.zeros((), dtype=torch.int64) for name in layers}
 
     def record(name: str, x: Tensor) -> None:
-        new = x.float().square().sum(0).double()
-        found[name] = found[name].add_(new) if name in found else new
+        found[name] += x.float().square().sum(0)
         counts[name] += x.shape[0]
 
     observe_inputs(model, layers, record, blocks, batch_size, wrap, processes=processes)
-    sums = {
-        name: found[name].cpu() if name in found else torch.zeros(layer.in_features, dtype=torch.float64)
-        for name, layer in layers.items()
-    }
+    sums = {name: total.cpu() for name, total in found.items()}
     for total in (*sums.values(), *counts.values()):
         processes.add(total)
     check_seen({name: bool(count > 0) for name, count in counts.items()})
