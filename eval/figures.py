@@ -27,7 +27,8 @@ FEW_BITS = "few-bits-smollm2-135m.json"
 DEMO = {"int4": "demo-smollm2-135m-int4.json", "int3": "demo-smollm2-135m-int3.json"}
 BUDGET, DOMAIN = "budget-smollm2-135m.json", "valid"
 """Results of eval/budget.py, and its text of the domain: WikiText-2 validation."""
-FINETUNING = "finetuning-smollm2-135m.json"
+FINETUNING = ("finetuning-int4-smollm2-135m.json", "finetuning-smollm2-135m.json")
+"""4 bits, and 3."""
 WAYS = {
     "LoRA, rounded": "LoRA in bfloat16, then plain rounding",
     "LoRA, calibrated": "LoRA in bfloat16, then GPTQ",
@@ -154,11 +155,14 @@ def by_tokens() -> str:
 
 def finetuning() -> str:
     """Returns what ways to a fine-tuned model keep of what LoRA in bfloat16 gained, and their minutes."""
-    found = run_of(FINETUNING, "summary")
+    found = {scheme: ways for name in FINETUNING for scheme, ways in run_of(name, "summary").items()}
     rows = []
     for way, label in WAYS.items():
         row = [label]
         for ways in found.values():
+            if way not in ways:
+                row += ["", ""]
+                continue
             share = f"{ways[way]['kept']:.0%}" if ways[way]["kept"] > 0 else "less than none"
             row += [share, f"{ways[way]['minutes']:.0f}"]
         rows.append(row)
