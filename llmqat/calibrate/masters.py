@@ -12,40 +12,59 @@ from torch import Tensor, nn
 
 from llmqat.calibrate.blocks import Block, find_blocks
 from llmqat.grid import quantize
+from llmqat.kernels import WeightPages
 from llmqat.layers import QuantModule, kept_in_float32
 from llmqat.models import save_whole, uploaded
 
+_HELD = "_llmqat_originals"
+"""Attribute of a model: its `Originals`, where no file holds them."""
+
 
 class Originals:
-    """The weights of a model's blocks before any stage moved them, in a file, in the dtype that is computed in.
+    """The weights of a model's blocks before any stage moved them, in the dtype that is computed in.
 
-    Those that are no floats, or that transformers keeps in float32, are as they are.
+    They lie in a file that they were written to; or in the files of the model, where they are mapped from these, which
+    no stage writes to. Those that are no floats, or that transformers keeps in float32, are as they are.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Reads what `set_aside` has left in `path`."""
-        self.path = path
+    def __init__(self, source: Path | Mapping[str, Tensor]) -> None:
+        """Reads what `set_aside` has left in a file, or holds tensors by their names."""
+        self.source = source
 
     @classmethod
     def set_aside(cls, model: nn.Module, path: Path, dtype: torch.dtype) -> Originals:
-        """Returns the originals in the file `path`; writes the parameters of the blocks of `model` where it is not."""
-        if not path.is_file():
-            is_wide = kept_in_float32(model)
-            tensors = {
-                f"{prefix}.{name}": parameter.detach()
-                if is_wide(f"{prefix}.{name}") or not parameter.is_floating_point()
-                else parameter.detach().to(dtype)
-                for prefix, module in find_blocks(model).items()
-                for name, parameter in module.named_parameters()
-                if name.rpartition(".")[2] not in ("log_scale", "zero_point")
-            }
-            save_whole(path, tensors)
+        """Returns the originals in the file `path`; writes the parameters of the blocks of `model` where it is not.
+
+        Nothing is written where all of them are mapped from files.
+        """
+        if path.is_file():
+            return cls(path)
+        is_wide = kept_in_float32(model)
+        tensors = {
+            f"{prefix}.{name}": parameter.detach()
+            if is_wide(f"{prefix}.{name}") or not parameter.is_floating_point()
+            else parameter.detach().to(dtype)
+            for prefix, module in find_blocks(model).items()
+            for name, parameter in module.named_parameters()
+            if name.rpartition(".")[2] not in ("log_scale", "zero_point")
+        }
+        if all(map(WeightPages().hold, tensors.values())):
+            model.__dict__[_HELD] = cls(tensors)
+            return cls(tensors)
+        save_whole(path, tensors)
         return cls(path)
+
+    @classmethod
+    def found(cls, model: nn.Module, path: Path) -> Originals | None:
+        """Returns what `set_aside` has left in the file `path`, or with `model`; None where that is nothing."""
+        return cls(path) if path.is_file() else model.__dict__.get(_HELD)
 
     def of(self, block: Block) -> dict[str, Tensor]:
         """Returns the original parameters of `block`, by name inside it."""
         prefix = f"{block.name}."
-        with safe_open(self.path, framework="pt") as file:
+        if not isinstance(self.source, Path):
+            return {n.removeprefix(prefix): tensor for n, tensor in self.source.items() if n.startswith(prefix)}
+        with safe_open(self.source, framework="pt") as file:
             names = [name for name in list(file.keys()) if name.startswith(prefix)]
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
@@ -75,8 +94,9 @@ def holding(block: Block, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 def in_float32(block: Block) -> Iterator[None]:
     """Inside, the parameters of `block` are float32; afterwards they are in their own dtype again, codes unchanged.
 
-    They come back to where they were: a weight that is mapped from its file would else leave the file's pages behind.
+    They come back to where they were, unless that is in a file: what is written there would stay in memory beside it.
     """
+    pages = WeightPages()
     parameters = [p for p in block.module.parameters() if p.is_floating_point() and p.dtype != torch.float32]
     narrow: dict[Tensor, Tensor] = {parameter: parameter.data for parameter in parameters}
     for parameter in narrow:
@@ -88,7 +108,48 @@ def in_float32(block: Block) -> Iterator[None]:
             if (own := narrow.get(layer.weight)) is not None:
                 layer.weight.data = layer.restored(_narrowed(layer, own.dtype))
         for parameter, own in narrow.items():
-            parameter.data = own.copy_(parameter.data)
+            parameter.data = parameter.data.to(own.dtype) if pages.hold(own) else own.copy_(parameter.data)
+        pages.let_go(narrow.values())
+
+
+def take_tensors(module: nn.Module, path: Path) -> dict[str, str]:
+    """Puts the tensors of a file in the place of those of `module`; returns the file's metadata.
+
+    Where a parameter of the module is mapped from a file, so are all of them then, and nothing is copied.
+
+    Raises:
+        SafetensorError: the file is damaged.
+        RuntimeError: it has not the tensors of the module.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        metadata = file.metadata() or {}
+    pages = WeightPages()
+    if not any(pages.hold(parameter) for parameter in module.parameters()):
+        module.load_state_dict(tensors)
+        return metadata
+    map_tensors(module, tensors)
+    return metadata
+
+
+def map_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Makes the parameters and buffers of `module` the very `tensors`, by name in its state dict.
+
+    Raises:
+        RuntimeError: others are needed, or of another shape or dtype.
+    """
+    own = module.state_dict(keep_vars=True)
+    if own.keys() != tensors.keys() or any(
+        (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype) for name, tensor in tensors.items()
+    ):
+        raise RuntimeError(f"the file has not the tensors of {type(module).__name__}")
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        if isinstance(own[name], nn.Parameter):
+            holder.get_parameter(leaf).data = tensor
+        else:
+            holder._buffers[leaf] = tensor
 
 
 @torch.no_grad()

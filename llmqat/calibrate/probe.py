@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmqat.data.blocks import Rows, rows_of
+from llmqat.kernels import weights_let_go
 from llmqat.metrics import Predictor, predictor_of, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device
 
@@ -32,7 +33,7 @@ class Probe:
         training = model.training
         model.eval()
         try:
-            with cast_parameters(model, self.dtype), capture_hidden(model) as captured:
+            with cast_parameters(model, self.dtype), weights_let_go(model), capture_hidden(model) as captured:
                 model(**self.rows.inputs(model_device(model)), use_cache=False)
                 found = predictor_of(model)
                 return captured.take()[:, :-1].flatten(0, 1), found.detached()

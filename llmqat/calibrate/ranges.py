@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import keep_lattice, minmax_scale, most_important, percentile_scale, search_scale
+from llmqat.kernels import WeightPages
 from llmqat.layers import QuantLinear, QuantModule
 
 METHODS = ("minmax", "percentile", "mse", "weighted_mse")
@@ -72,12 +73,13 @@ def calibrate_ranges(
         return keep_lattice(weight, grid, *found)[:2]
 
     on_cpu = all(layer.weight.device.type == "cpu" for layer in layers.values())
-    names = list(layers)
+    names, pages = list(layers), WeightPages()
     workers = torch.get_num_threads() if on_cpu else 1
     with _one_thread_an_operation(), ThreadPoolExecutor(workers) as pool:
         own = processes.share(names)
         for name, found in zip(wrap(own), pool.map(start, own), strict=True):
             layers[name].set_scale(*found)
+            pages.let_go([layers[name].weight])
     for index, layer in enumerate(layers.values()):
         processes.copy(quantizer_tensors(layer), processes.owner(index))
 

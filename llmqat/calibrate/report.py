@@ -26,6 +26,7 @@ from llmqat.calibrate.masters import Originals
 from llmqat.calibrate.walk import Walk, open_walk
 from llmqat.data.blocks import Rows
 from llmqat.grid import quantize
+from llmqat.kernels import WeightPages
 from llmqat.layers import QuantLinear, QuantModule, quantizers_off
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def report_layers(
             weights = originals.of(block)
             errors = _output_errors(block, originals, weights, walk.full)
             found += _reports(block, weights, errors)
+            WeightPages().let_go((*block.module.parameters(), *block.module.buffers(), *weights.values()))
     return found
 
 

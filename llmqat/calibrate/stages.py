@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ from llmqat.calibrate.config import (
     WeightStage,
 )
 from llmqat.calibrate.gptq import Clean, gptq_block
-from llmqat.calibrate.masters import Originals, in_float32
+from llmqat.calibrate.masters import Originals, in_float32, map_tensors, take_tensors
 from llmqat.calibrate.moments import collect_moments
 from llmqat.calibrate.probe import Probe
 from llmqat.calibrate.ranges import calibrate_ranges
@@ -62,6 +62,8 @@ from llmqat.data.length import check_length
 from llmqat.data.processes import ALONE, Processes
 from llmqat.files import write_whole
 from llmqat.grid import fusing
+from llmqat.heap import give_back_freed_memory
+from llmqat.kernels import WeightPages
 from llmqat.layers import (
     ActivationConfig,
     KVQuantizer,
@@ -324,7 +326,8 @@ class _Calibration:
         if self.is_prepared:
             with at_least_bits(self.model, self.bits):
                 return self.probe.divergence(self.model)
-        plain = copy.deepcopy(self.model)
+        weights = {id(parameter): parameter for parameter in self.model.parameters()}  # which stay as they are
+        plain = copy.deepcopy(self.model, weights)
         prepare(plain, self.quant)
         return None if _lacks_input_ranges(plain) else self.probe.divergence(plain)
 
@@ -369,7 +372,8 @@ def _ranges(run: _Calibration, stage: RangesStage, place: Path) -> _Done:
 
 def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
     """Walks through the model; each block is done by `_IN_BLOCK` or read from `place`."""
-    originals = Originals(run.folder / ORIGINALS_FILE)
+    originals = Originals.found(run.model, run.folder / ORIGINALS_FILE)
+    assert originals is not None
     inner = find_blocks(run.model)
     files = [place / f"block-{index:04}.safetensors" for index in range(len(inner))]
     processes = run.processes
@@ -394,14 +398,20 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
                 bar.done_before(block.index + 1)
             else:
                 start = time.perf_counter()
+                was_mapped = any(map(WeightPages().hold, block.module.parameters()))
                 with in_float32(block), fusing():
                     found = _IN_BLOCK[type(stage)](block, walk, stage, run, bar, originals)
                     processes.copy((*block.module.parameters(), *block.module.buffers()))
                 found["seconds"] = time.perf_counter() - start
                 if processes.is_first:
                     _write_block(block, file, found)
+                if was_mapped and processes.count == 1:
+                    map_tensors(block.module, load_file(file))
+                    give_back_freed_memory()
             facts[block.name] = found
             block.run(walk.quantized, walk.quantized, processes)
+            used = (*block.module.parameters(), *block.module.buffers(), *originals.of(block).values())
+            WeightPages().let_go(used)
     return earlier, facts
 
 
@@ -451,10 +461,7 @@ def _write_block(block: Block, path: Path, facts: Mapping[str, Any]) -> None:
 
 def _read_block(module: nn.Module, path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-            facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        facts: dict[str, Any] = json.loads(take_tensors(module, path)["facts"])
+    except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and the block is calibrated again") from error
-    module.load_state_dict(tensors)
     return facts

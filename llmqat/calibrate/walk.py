@@ -38,6 +38,7 @@ from llmqat.calibrate.chains import (
 )
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.data.processes import ALONE, Processes
+from llmqat.kernels import WeightPages, weights_let_go
 from llmqat.layers import kept_in_float32, model_kind, quantizers_off
 from llmqat.layers.probe import probe_inputs
 from llmqat.models import capture_hidden, cast_parameters, model_device
@@ -132,7 +133,7 @@ def _at_rest(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with cast_parameters(model, dtype), capture_hidden(model):
+        with cast_parameters(model, dtype), weights_let_go(model), capture_hidden(model):
             yield
     finally:
         model.train(training)
@@ -337,6 +338,7 @@ def _first_difference(
             difference = _difference(hidden, seen.output)
             if not difference <= TOLERANCE:
                 return f"after {block.name} the {kind} hidden states are {difference:.1%} off"
+        WeightPages().let_go(block.module.parameters())
     return ""
 
 

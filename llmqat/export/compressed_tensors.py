@@ -73,7 +73,7 @@ from llmqat.export.names import in_model
 from llmqat.export.stock import ONLY_HERE, StockTrial, try_tensors
 from llmqat.files import write_whole
 from llmqat.grid import Grid, pack_int32
-from llmqat.kernels import FileMappings
+from llmqat.kernels import FileMappings, WeightPages
 from llmqat.layers import (
     KVCacheConfig,
     LayerScheme,
@@ -162,7 +162,7 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype, int_quantized: bool 
     """
     state: dict[str, Tensor] = {}
     layers = dict(quantized_layers(model))
-    shared = global_scales(layers)
+    shared, pages = global_scales(layers), WeightPages()
     for name, layer in layers.items():
         check_packable(name, layer, dtype)
         if (bias := getattr(layer, "bias", None)) is not None:
@@ -174,6 +174,7 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype, int_quantized: bool 
             if key not in _OF_THE_WEIGHT:
                 own[_RENAMED.get(key, key)] = tensor.to(_INPUT_DTYPES.get(key, dtype))
         state |= {f"{name}.{leaf}": tensor.detach().cpu().contiguous() for leaf, tensor in own.items()}
+        pages.let_go(layer.parameters())
     for name, owner, kept in _unpacked(model, layers, dtype):
         if isinstance(owner, nn.Parameter):
             check_held(name, owner, kept)

@@ -5,7 +5,7 @@ why, and that reason is logged once. "reference" always accepts: it dequantizes 
 of an export compares against. Kernels take tensors only.
 """
 
-from llmqat.kernels.pages import FileMappings, FilePages
+from llmqat.kernels.pages import FileMappings, FilePages, WeightPages, weights_let_go
 from llmqat.kernels.reference import JoinedWeight, PackedWeight, QuantizedInput
 from llmqat.kernels.registry import KERNELS, Kernel, packed_linear
 
@@ -17,5 +17,7 @@ __all__ = [
     "Kernel",
     "PackedWeight",
     "QuantizedInput",
+    "WeightPages",
     "packed_linear",
+    "weights_let_go",
 ]

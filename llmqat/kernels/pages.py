@@ -1,21 +1,33 @@
-"""Giving memory back: pages of a weights file that a kernel has read and does not need soon.
+"""Giving memory back: pages of a weights file that were read and are not needed soon.
 
 A loaded checkpoint is mapped from its file. What kernels compute with is often a layout of their own, of the same size;
 the pages that it was made from would stay in memory beside it. They can be let go without loss, since they are read
-from the file again if somebody asks for them. Linux only; elsewhere nothing is given back.
+from the file again if somebody asks for them.
+
+The same holds for a model in full precision: its weights are mapped as well, and a pass over all of them would leave
+all of them in memory. So passes that only read let each weight go once they are done with it (`WeightPages`), and a
+model may be larger than memory. Linux only; elsewhere nothing is given back.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _MAPS = Path("/proc/self/maps")
+_SMAPS = Path("/proc/self/smaps")
+LEAST_BYTES = 1 << 29
+"""Of weights in files: below it nothing is let go, as nobody would notice."""
+_FILE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+p \S+ \S+ [1-9]\d* +\S.*\.safetensors(?: \(deleted\))?$", re.M)
 _DONTNEED = 4
 _C = ctypes.CDLL(None)
 
@@ -74,6 +86,76 @@ class FileMappings:
     def _hold(self, tensor: Tensor) -> bool:
         start = tensor.data_ptr()
         return any(low <= start and start + tensor.nbytes <= high for low, high in self._ranges)
+
+
+class WeightPages:
+    """What is mapped from safetensors files, and was never written to.
+
+    Pages that were written to are in no file, and a mapping that has some is left alone. Nothing may be written to a
+    weight while an object of this class is used: each pass over a model takes a new one.
+    """
+
+    def __init__(self) -> None:
+        """Looks where the files are mapped."""
+        mapped = _FILE.findall(_MAPS.read_text(encoding="utf-8")) if _MAPS.is_file() else []
+        size = sum(int(high, 16) - int(low, 16) for low, high in mapped)
+        self._ranges = _unwritten() if size >= LEAST_BYTES and _SMAPS.is_file() else []
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._ranges)
+
+    def hold(self, tensor: Tensor) -> bool:
+        """Returns whether `tensor` lies in one of the files."""
+        if not self._ranges or tensor.device.type != "cpu" or not tensor.numel():
+            return False
+        start = tensor.data_ptr()
+        return any(low <= start and start + tensor.nbytes <= high for low, high in self._ranges)
+
+    def let_go(self, tensors: Iterable[Tensor]) -> None:
+        """Lets the whole pages inside `tensors` go, where they lie in one of the files."""
+        for tensor in tensors if self._ranges else ():
+            if self.hold(tensor):
+                _let_go(*_whole_pages(tensor))
+
+    def one_by_one(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yields what `named` gives, and lets each tensor go when the next one is asked for."""
+        for name, tensor in named:
+            yield name, tensor
+            self.let_go([tensor])
+
+
+@contextmanager
+def weights_let_go(model: nn.Module) -> Iterator[None]:
+    """Inside, weights that are mapped from files leave memory when a forward has passed the layer that they are in.
+
+    For passes of little text over a model that may be larger than memory; nothing may be written to weights inside.
+    """
+    pages = WeightPages()
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        pages.let_go(chain(module.parameters(), module.buffers()))
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    with ExitStack() as stack:
+        for layer in {layer for entries in lists for layer in entries} if pages else ():
+            stack.callback(layer.register_forward_hook(hook).remove)
+        yield
+    pages.let_go(model.parameters())
+
+
+def _unwritten() -> list[tuple[int, int]]:
+    """Returns the address ranges of safetensors files that this process has written nothing to."""
+    found: list[tuple[int, int]] = []
+    here: tuple[int, int] | None = None
+    for line in _SMAPS.read_text(encoding="utf-8").splitlines():
+        if line.startswith("Anonymous:"):  # pages that were copied as they were written to
+            if here is not None and line.split()[1] == "0":
+                found.append(here)
+            here = None
+        elif match := _FILE.match(line):
+            here = int(match[1], 16), int(match[2], 16)
+    return found
 
 
 def _whole_pages(tensor: Tensor) -> tuple[int, int]:

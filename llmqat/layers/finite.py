@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.grid import stored_codes
+from llmqat.kernels import WeightPages
 from llmqat.layers.packed import PackedModule
 from llmqat.layers.quantized import QuantModule
 
@@ -86,4 +87,4 @@ def check_held(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 
 def check_parameters(model: nn.Module) -> None:
     """Raises ValueError for the first parameter of `model` that holds NaN or infinity."""
-    check_finite(model.named_parameters())
+    check_finite(WeightPages().one_by_one(model.named_parameters()))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmqat.kernels import WeightPages
 from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
 from llmqat.layers.audit import (
     DROPPED,
@@ -123,9 +124,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
     maps = _with_roles(model, linear_maps(model), trial)
     plan = _plan(model, maps, config)
     _check_unchanged(maps, trial)
-    replacements: dict[str, nn.Module] = {
-        name: _quantized(name, maps[name], scheme) for name, scheme in plan.schemes.items()
-    }
+    replacements = _all_quantized(maps, plan.schemes)
     _check_zeros(replacements.values())
     replacements |= _quantized_ends(model, config)
     if config.kv_cache is not None:
@@ -568,6 +567,15 @@ def _quantized_ends(model: nn.Module, config: QuantConfig) -> dict[str, nn.Modul
         _check_divides("lm_head", policy, head.in_features, name)
         replaced[name] = QuantLinear.from_linear(head, POLICY_WEIGHTS[policy], name)
     return replaced
+
+
+def _all_quantized(maps: Mapping[str, LinearMap], schemes: Mapping[str, LayerScheme]) -> dict[str, nn.Module]:
+    """Returns the quantized form of each linear map that has a scheme; each weight is read once, and let go."""
+    pages, found = WeightPages(), {}
+    for name, scheme in schemes.items():
+        found[name] = _quantized(name, maps[name], scheme)
+        pages.let_go(found[name].parameters())
+    return dict(found)
 
 
 def _check_zeros(modules: Iterable[nn.Module]) -> None:

@@ -35,6 +35,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmqat.kernels import weights_let_go
 from llmqat.layers.probe import probe_inputs
 from llmqat.layers.quantized import without_adapter
 
@@ -165,6 +166,7 @@ def _watched(model: PreTrainedModel, tokens: int) -> Trial:
             torch.device("cpu"),
             torch.random.fork_rng(devices=[]),
             torch.no_grad(),
+            weights_let_go(model),
             _modules_watched(model, trial) as active,
         ):
             inputs = probe_inputs(model, rows=1, length=tokens)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmqat.kernels import WeightPages
+
 SOURCE = "llmqat_source"
 """Attribute of a prepared model: name of a parameter -> what it was; None when it had been moved before."""
 MOVED = "llmqat_moved"
@@ -31,7 +33,8 @@ def note_source(model: nn.Module) -> None:
     """Notes the parameters of `model` as they are, in it; nothing on the meta device, or after `note_moved`."""
     parameters = {name: p for name, p in model.named_parameters() if ADAPTER not in name}
     known = not getattr(model, MOVED, False) and not any(p.is_meta for p in parameters.values())
-    noted = {name: Checksum(p.dtype, checksum(p)) for name, p in parameters.items()} if known else None
+    named = WeightPages().one_by_one(parameters.items())
+    noted = {name: Checksum(p.dtype, checksum(p)) for name, p in named} if known else None
     model.__dict__[SOURCE] = noted
 
 
@@ -53,11 +56,9 @@ def changed_since(noted: Mapping[str, Checksum], parameters: Mapping[str, Tensor
         noted: from `note_source`.
         parameters: what there is now, by the same names.
     """
-    return [
-        name
-        for name, (dtype, value) in noted.items()
-        if name not in parameters or checksum(parameters[name].detach().to(dtype)) != value
-    ]
+    there = WeightPages().one_by_one((name, parameters[name].detach()) for name in noted if name in parameters)
+    same = {name for name, tensor in there if checksum(tensor.to(noted[name].dtype)) == noted[name].value}
+    return [name for name in noted if name not in same]
 
 
 @torch.no_grad()

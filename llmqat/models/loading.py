@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llmqat.kernels import WeightPages
 from llmqat.layers import (
     DEQUANTIZED_FROM,
     without_adapters,
@@ -192,7 +193,8 @@ def _load_weights(
 
 def _check_finite(model: PreTrainedModel, spec: str) -> None:
     # A finite sum has finite terms, and is much quicker than to look at each.
-    sums = ((name, p) for name, p in model.named_parameters() if p.is_floating_point() and not p.sum().isfinite())
+    named = WeightPages().one_by_one(model.named_parameters())
+    sums = ((name, p) for name, p in named if p.is_floating_point() and not p.sum().isfinite())
     if found := [name for name, parameter in sums if not parameter.isfinite().all()]:
         raise ValueError(
             f"model {spec!r}: {len(found)} of its tensors hold NaN or infinity ({shortened(found)}); the checkpoint is "

@@ -53,7 +53,7 @@ from llmqat.export.registry import register, tracked_run
 from llmqat.extras import missing
 from llmqat.files import write_whole
 from llmqat.heap import give_back_freed_memory
-from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert
+from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert, without_adapters
 from llmqat.models import adapter_base, keeps_documents_apart, load_adapter_base, load_model, load_with_few_bits
 from llmqat.recipe.allocation import PLAN_FILE, plan_bits, planned
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, unread
@@ -400,11 +400,11 @@ def trainable_model(recipe: Recipe, student: PreTrainedModel, arguments: QATArgu
 
 def layers_of(recipe: Recipe, model: PreTrainedModel, blocks: Rows, arguments: QATArguments) -> list[LayerReport]:
     """Returns what quantization, and training where it is done, has done to each layer; empty in other processes."""
-    originals = recipe.output / CALIBRATION_FOLDER / ORIGINALS_FILE
-    if arguments.process_index != 0 or not originals.is_file():
+    originals = Originals.found(without_adapters(model), recipe.output / CALIBRATION_FOLDER / ORIGINALS_FILE)
+    if arguments.process_index != 0 or originals is None:
         return []
     dtype = forward_dtype(arguments.bf16)
-    return report_layers(model, Originals(originals), blocks[:REPORT_BLOCKS], dtype)
+    return report_layers(model, originals, blocks[:REPORT_BLOCKS], dtype)
 
 
 def _write_layers(layers: Mapping[str, list[LayerReport]], folder: Path) -> None:

@@ -223,8 +223,9 @@ def _quantized(
     facts["calibration"] = [asdict(report) for report in reports]
     if note := lattice_note(model):
         facts["lattice"] = note
-    originals, looked_at = work / ORIGINALS_FILE, None if ids is None else ids[:REPORT_BLOCKS]
-    layers = report_layers(model, Originals(originals), looked_at, dtype) if originals.is_file() else []
+    originals = Originals.found(model, work / ORIGINALS_FILE)
+    looked_at = None if ids is None else ids[:REPORT_BLOCKS]
+    layers = [] if originals is None else report_layers(model, originals, looked_at, dtype)
     with stage("save", "packing, and checking the files"):
         report = save(model, folder, tokenizer, run=facts, overwrite=overwrite, int_quantized=int_quantized)
     shutil.rmtree(work, ignore_errors=True)

@@ -9,18 +9,30 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from llmqat import QuantConfig
-from llmqat.calibrate import STAGES, AnyStage, CustomStage, GPTQStage, Stage, calibrate, check_stages, needs_text
+from llmqat.calibrate import (
+    STAGES,
+    AnyStage,
+    CustomStage,
+    GPTQStage,
+    Stage,
+    StageReport,
+    calibrate,
+    check_stages,
+    needs_text,
+)
 from llmqat.calibrate import stages as stages_module
 from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.blockwise import BlockTraining, train_block
 from llmqat.calibrate.chains import Chain
 from llmqat.data import Rows
+from llmqat.kernels import WeightPages, pages
 from llmqat.layers import QuantModule, quantizers_off
+from llmqat.models import load_model
 from llmqat.recipe import Recipe
-from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama
+from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama, tiny_tokenizer
 
 INT3 = QuantConfig.preset("int3", group_size=32)
 BLOCKWISE = {"stage": "blockwise", "iterations": 8, "blocks": 6, "batch_size": 2, "learning_rate": 1e-3}
@@ -307,3 +319,28 @@ def test_a_stage_of_ones_own_runs_among_the_others_by_the_seed_and_again_when_a_
             STAGES.register("gptq2", type("Own", (GPTQStage,), {"__module__": "mine"}))
     finally:
         del STAGES["jitter"]
+
+
+@pytest.mark.parametrize("entries", [["ranges", "gptq"], ["ranges", "gptq", BLOCKWISE]], ids=["gptq", "blockwise"])
+def test_weights_that_stay_in_their_files_get_the_same_bits(
+    entries: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that may be larger than memory: weights are read from files, and written to others, block by block."""
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+
+    def calibrated(folder: str) -> tuple[PreTrainedModel, list[StageReport]]:
+        model, _ = load_model(str(tmp_path / "model"))
+        return model, calibrate(model, INT3, stages(*entries), text(), folder=tmp_path / folder)
+
+    whole, expected = calibrated("whole")
+    monkeypatch.setattr(pages, "LEAST_BYTES", 0)
+    for again in range(3):
+        if again == 1:  # goes on in the middle
+            (tmp_path / "parts" / f"0{len(entries)}-{expected[-1].stage}" / "block-0001.safetensors").unlink()
+            (tmp_path / "parts" / f"0{len(entries)}-{expected[-1].stage}" / "report.json").unlink()
+        model, reports = calibrated("parts")
+        assert all(torch.equal(tensor, state(whole)[name]) for name, tensor in state(model).items())
+        assert [report.kl_after for report in reports] == [report.kl_after for report in expected]
+        held = WeightPages()
+        assert all(held.hold(layer.weight) for layer in model.modules() if isinstance(layer, QuantModule))

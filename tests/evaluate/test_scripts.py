@@ -22,6 +22,7 @@ SCRIPTS = Path(__file__).parents[2] / "eval"
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.syspath_prepend(SCRIPTS)  # as Python does for a script
     runpy.run_path(str(SCRIPTS / name), run_name="__main__")
 
 
@@ -206,6 +207,23 @@ def test_peers_of_equal_bits_are_ranked_together(monkeypatch: pytest.MonkeyPatch
         "as many bits a weight as llama.cpp Q3_K_M, 4.63 ±0.15, kl on pydoc, best first: llmqat gptq g32 0.1, "
         "llama.cpp Q3_K_M 0.3"
     )
+
+
+def test_quantize_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("Words that nobody was trained on, one after the other. " * 40)
+    outputs = ("--json", str(tmp_path / "found.json"), "--table", str(tmp_path / "found.md"))
+    words = ("--size", "tiny", "--text", str(tmp_path / "text.txt"), "--work", str(tmp_path / "work"), *outputs)
+    words += ("--tokenizer", str(folder), "--blocks", "2", "--block-size", "32")
+    for _ in range(2):  # what is measured is not measured again
+        run(monkeypatch, "quantize_memory.py", *words)
+        assert headline(capsys.readouterr().out)["tiny, GB resident"] > 0.1
+    (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert 0 < row["quantize"]["anonymous"] <= row["quantize"]["resident"]
+    assert row["packed_bytes"] < 2 * row["weights"]
+    assert "| tiny | 0.0 |" in (tmp_path / "found.md").read_text()
+    assert not (tmp_path / "work" / "tiny").exists()
 
 
 def test_kv_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

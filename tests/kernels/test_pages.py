@@ -1,64 +1,92 @@
-"""Pages of a weights file that are given back: they leave memory, and nothing is lost."""
+"""Pages of weights in files are given back, and only those that nothing was written to."""
 
 from __future__ import annotations
 
-import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from llmqat.kernels import FileMappings
+from llmqat.kernels import WeightPages
+from llmqat.kernels import pages as pages_module
 
-SMAPS = Path("/proc/self/smaps")
-pytestmark = pytest.mark.skipif(not SMAPS.is_file(), reason="no /proc: nothing is given back here")
+PAGES = 64
+"""Of each tensor."""
 
 
-def resident(path: Path) -> int:
-    """Bytes of `path` that are in this process' memory."""
-    total, inside = 0, False
-    for line in SMAPS.read_text().splitlines():
-        if "-" in line.split()[0]:
-            inside = line.endswith(str(path))
-        elif inside and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages_module, "LEAST_BYTES", 0)
+
+
+def in_memory(path: Path) -> int:
+    """Returns the bytes of the mappings of a file that are in memory."""
+    text = Path("/proc/self/smaps").read_text()
+    found = re.findall(rf"{re.escape(str(path))}\n(?:.*\n)*?Rss: +(\d+) kB", text)
+    return 1024 * sum(map(int, found))
 
 
 @pytest.fixture
-def mapped(tmp_path: Path) -> tuple[Path, torch.Tensor, torch.Tensor]:
-    words = torch.arange(2**18, dtype=torch.int32)
-    save_file({"words": words, "other": torch.ones(3)}, tmp_path / "model.safetensors")
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        return tmp_path / "model.safetensors", file.get_tensor("words"), words
+def file(tmp_path: Path) -> Path:
+    path = tmp_path.resolve() / "model.safetensors"
+    size = PAGES * 1024
+    save_file({name: torch.arange(size, dtype=torch.float32) + n for n, name in enumerate("ab")}, path)
+    return path
 
 
-def test_pages_leave_memory_and_come_back(mapped: tuple[Path, torch.Tensor, torch.Tensor]) -> None:
-    path, tensor, words = mapped
-    pages = FileMappings({path}).pages_of(tensor)
-    assert pages is not None
-    assert torch.equal(tensor, words)
-    assert resident(path) >= tensor.nbytes - 8192
-    pages()
-    assert resident(path) < 65536
-    assert torch.equal(tensor, words)
+def numbers(tensors: dict[str, Tensor]) -> list[float]:
+    return [float(tensor.double().sum()) for tensor in tensors.values()]
 
 
-def test_what_was_written_is_kept(mapped: tuple[Path, torch.Tensor, torch.Tensor]) -> None:
-    path, tensor, words = mapped
-    pages = FileMappings({path}).pages_of(tensor)
-    assert pages is not None
-    tensor.add_(1)
-    pages()
-    assert torch.equal(tensor, words + 1)
+def test_pages_leave_memory_and_come_back(file: Path) -> None:
+    tensors = load_file(file)
+    before, whole = numbers(tensors), in_memory(file)
+    assert whole >= 2 * PAGES * 4096
+    pages = WeightPages()
+    assert pages
+    assert all(pages.hold(tensor) for tensor in tensors.values())
+    seen = [name for name, _ in pages.one_by_one(tensors.items())]
+    assert seen == ["a", "b"]
+    assert in_memory(file) <= 4 * 4096
+    assert numbers(tensors) == before
+    assert in_memory(file) == whole
 
 
-def test_only_what_is_mapped_is_given_back(mapped: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
-    path, tensor, words = mapped
-    mappings = FileMappings({path})
-    assert mappings.pages_of(words) is None
-    assert FileMappings({tmp_path / "another"}).pages_of(tensor) is None
-    pages = mappings.pages_of(tensor)
-    assert copy.deepcopy((tensor, pages))[1] is None
+def test_what_was_written_to_stays(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["a"][5] = -7.0
+    before = numbers(tensors)
+    pages = WeightPages()
+    assert not any(map(pages.hold, tensors.values()))
+    pages.let_go(tensors.values())
+    assert tensors["a"][5] == -7
+    assert numbers(tensors) == before
+
+
+def test_a_file_that_was_deleted_is_mapped_still(file: Path) -> None:
+    tensors = load_file(file)
+    before = numbers(tensors)
+    file.unlink()
+    pages = WeightPages()
+    assert pages.hold(tensors["b"])
+    pages.let_go(tensors.values())
+    assert numbers(tensors) == before
+
+
+def test_other_tensors_are_left_alone(file: Path) -> None:
+    tensors = load_file(file)
+    pages = WeightPages()
+    own = torch.ones(4096)
+    assert not any(map(pages.hold, (own, own[:0], torch.ones(3, device="meta"))))
+    pages.let_go([own, tensors["a"][:1]])  # less than a page
+    assert own.sum() == 4096
+
+
+def test_little_is_not_worth_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages_module, "LEAST_BYTES", 1 << 60)
+    tensors = load_file(file)
+    assert not WeightPages()
+    assert not WeightPages().hold(tensors["a"])

@@ -21,6 +21,7 @@ from llmqat.calibrate.sensitivity import measure_sensitivity
 from llmqat.export import save
 from llmqat.grid import most_important
 from llmqat.layers import PRESETS, QuantLinear, QuantModule, WeightConfig, quantizers_off
+from llmqat.train import LoraSettings
 from tests.tiny import tiny_architecture, tiny_llama, with_ranges
 
 SCHEMES = sorted({*PRESETS, "int4-asym", "int3-g32-asym", "int4-channel", "int4-tensor"} - {"int2-seq"})
@@ -304,3 +305,17 @@ def test_the_format_has_no_packed_form_of_zeros() -> None:
     names = BaseCompressor.registered_names()
     assert "pack-quantized" in names
     assert not [name for name in names if "sparse" in name or "24" in name or "bitmask" in name]
+
+
+def test_adapters_inside_the_quantizers_leave_zeros_alone() -> None:
+    model = pruned(tiny_llama())
+    model = LoraSettings(r=4).attach(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted = [layer for layer in model.modules() if isinstance(layer, QuantModule) and layer.adapters]
+    assert adapted
+    for layer in adapted:
+        assert layer.nonzero is not None
+        assert most_in(layer.quantized_weight(torch.float32)) == 2
+        assert (layer.dense_matrix() != layer.weight).any()
