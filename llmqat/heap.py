@@ -10,12 +10,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # <malloc.h>
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 _NEVER_TRIM = -1
 _GROW_BYTES = 100_000_000
+_LARGE_BYTES = 32 << 20
+_MOST_MAPPED = 65_536  # glibc's own
 
 SETTINGS_OF_THE_USER = ("MALLOC_", "GLIBC_TUNABLES")
 """How the names of environment variables begin by which a user sets the heap; then nothing is changed."""
@@ -32,7 +35,34 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     chosen = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER_TRIM, _TOP_PAD: _GROW_BYTES}
-    return all(mallopt(setting, value) == 1 for setting, value in chosen.items())
+    kept = all(mallopt(setting, value) == 1 for setting, value in chosen.items())
+    _state["kept"] = kept
+    return kept
+
+
+_state = {"kept": False}
+"""Whether this process keeps what it frees."""
+
+
+@contextmanager
+def large_tensors_given_back() -> Iterator[None]:
+    """Inside, glibc gives tensors of 32 MiB and more back when they are freed, where it was to keep them.
+
+    For work whose matrices are of many sizes, block by block on a model that may be larger than memory: kept, what one
+    of them leaves does not fit the next, and a process takes twice the memory.
+    """
+    mallopt = _c_function("mallopt") if _state["kept"] else None
+    if mallopt is None:
+        yield
+        return
+    for setting, value in {_MMAP_MAX: _MOST_MAPPED, _MMAP_THRESHOLD: _LARGE_BYTES, _TOP_PAD: 0}.items():
+        mallopt(setting, value)
+    mallopt(_TRIM_THRESHOLD, 2 * _LARGE_BYTES)
+    give_back_freed_memory()
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def give_back_freed_memory() -> None:

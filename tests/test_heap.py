@@ -72,3 +72,31 @@ def test_kept_memory_is_given_back_when_asked() -> None:
     kept, left = map(int, output)
     assert kept > 90_000_000
     assert left < 10_000_000
+
+
+LARGE = """
+import resource
+from llmqat.heap import keep_freed_memory, large_tensors_given_back
+def faults():
+    b"x" * 40_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        b"x" * 40_000_000
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+assert keep_freed_memory()
+print(faults())
+with large_tensors_given_back():
+    print(faults())
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's heap")
+def test_large_tensors_are_given_back_where_a_model_may_be_larger_than_memory() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS_OF_THE_USER)}
+    output = subprocess.run([sys.executable, "-c", LARGE], env=environment, capture_output=True, text=True, check=True)
+    kept, given_back, kept_again = map(int, output.stdout.split())
+    pages = 40_000_000 // os.sysconf("SC_PAGE_SIZE")
+    assert kept < pages
+    assert given_back > 4 * pages
+    assert kept_again < pages

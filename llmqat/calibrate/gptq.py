@@ -30,11 +30,10 @@ what tokens count.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, zip_longest
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ from llmqat.calibrate.masters import holding
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import Grid, most_important, of_each_weight, quantize, snap_scale
 from llmqat.layers import QuantLinear, quantized_once, quantizers_off
+from llmqat.layers.finite import is_finite
 from llmqat.models import uploaded
 
 COLUMNS = 64
@@ -70,7 +70,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     Raises:
         ValueError: when H is not finite.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not is_finite(hessian):
         raise ValueError("the second moments of a layer's inputs hold NaN or infinity; check the model in float32")
     return _damped(hessian, damping)
 
@@ -80,7 +80,9 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    return hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean))
+    found = hessian.clone()
+    found.diagonal().add_(torch.where(diagonal > 0, damping * mean, mean))
+    return found
 
 
 @dataclass(frozen=True)
@@ -438,21 +440,26 @@ def gptq_block(
     if clean is not None:
         clean.meet(block, groups, chain, stage.hidden_memory * 1e9, processes)
     for group in groups:
-        seen = second_moments(block, group, chain, processes, clean)
-        if seen is None:
+        halves = moments_by_half(block, group, chain, processes, clean)
+        if not halves:
             continue
-        curvature = Curvature.of(damped(seen.moments, stage.damping))
         targets: dict[str, Tensor] = {}
-        if clean is not None and seen.missing is not None:
+        if clean is not None and halves[0].missing is not None:
             with holding(block, clean.weights):
                 originals = {name: layer.dense_matrix().float() for name, layer in group.layers.items()}
             ridge = stage.target_damping
             if ridge is None:
-                ridge = cross_validated(torch.cat(list(originals.values())), seen.halves)
+                ridge = cross_validated(torch.cat(list(originals.values())), halves)
+            seen = joined(halves)
             if ridge is not None:
                 hessian = _damped(seen.moments, ridge)
                 targets = {name: own + correction(own, hessian, seen) for name, own in originals.items()}
-        rounded = gptq_layers(group.layers, curvature, stage.rounds, targets)
+                del hessian
+        else:
+            seen = joined(halves)
+        moments = damped(seen.moments, stage.damping)
+        del seen, halves  # of a wide layer gigabytes, and so is what comes now
+        rounded = gptq_layers(group.layers, Curvature.of(moments), stage.rounds, targets)
         found |= {f"{block.name}.{name}": rounding for name, rounding in rounded.items()}
     if clean is not None:
         clean.leave(block, processes)
@@ -484,7 +491,7 @@ def cross_validated(weight: Tensor, halves: Sequence[Moments]) -> float | None:
         wanted = other.lacking(weight, rows)
         for number, ridge in enumerate(RIDGES):
             step, fault = _correction(weight, _damped(fitted.moments, ridge), fitted, rows)
-            sums[number] += ((step @ other.moments - 2 * wanted) * step).sum()
+            sums[number] += ((step @ other.moments - 2 * wanted) * step).sum() / other.count
             faults[number] += fault
     found, failed = torch.stack([sums, faults]).tolist()  # the one wait for the device
     _check_definite(not any(failed))
@@ -719,37 +726,55 @@ _Place = tuple[int, torch.Size, tuple[int, ...], int]
 """Where a tensor lies, and how often it has been written to."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Moments:
-    """What text says of a layer's inputs.
+    """What text says of a layer's inputs: sums over its rows, or their means, where `count` is 1.
 
     Attributes:
-        moments: E[x^T x], [I, I] float32.
-        missing: E[(c - x)^T x], [I, I] float32, c being the inputs of the original model; None where there are none, or
+        moments: x^T x, [I, I] float32.
+        missing: (c - x)^T x, [I, I] float32, c being the inputs of the original model; None where there are none, or
             not one for each.
-        stream: E[(r' - r)^T x], [O, I] float32, r being the residual stream that the layer's output is added to, and r'
-            that of the original model; None where it is added to none. Where it is known, all means are weighted: a
+        stream: (r' - r)^T x, [O, I] float32, r being the residual stream that the layer's output is added to, and r'
+            that of the original model; None where it is added to none. Where it is known, all sums are weighted: a
             token counts by 1 / mean(r'^2).
-        halves: the same of each half of the text, where `missing` is known and there are two.
+        count: rows that were added up.
     """
 
     moments: Tensor
     missing: Tensor | None = None
     stream: Tensor | None = None
-    halves: tuple[Moments, ...] = ()
+    count: int = 1
 
     def lacking(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Returns E[e^T x] of some rows of `weight`, [O, I], e being what its output lacks of the clean target."""
+        """Returns e^T x of some rows of `weight`, [O, I], e being what its output lacks of the clean target."""
         assert self.missing is not None
         found = weight[rows] @ self.missing
         return found if self.stream is None else found + self.stream[rows]
 
 
 @torch.no_grad()
-def second_moments(
+def joined(parts: list[Moments]) -> Moments:
+    """Returns the means over the text of all `parts`, which it takes the place of: there are none afterwards."""
+    first, *others = parts
+    count = sum(part.count for part in parts)
+    for name in ("moments", "missing", "stream"):
+        total = getattr(first, name)
+        for other in others if total is not None else ():
+            total += getattr(other, name)
+        if total is not None:
+            total /= count
+    first.count = 1
+    parts.clear()
+    return first
+
+
+@torch.no_grad()
+def moments_by_half(
     block: Block, group: LayerGroup, chain: Chain, processes: Processes = ALONE, clean: Clean | None = None
-) -> Moments | None:
-    """Returns the second moments of what the layers of `group` read, quantized where they do; None without inputs.
+) -> list[Moments]:
+    """Returns the second moments of what the layers of `group` read, quantized where they do; none without inputs.
+
+    They are sums: of even and of odd token blocks where there is a clean target, and of all text where there is not.
 
     Args:
         block: that the layers are in.
@@ -775,7 +800,7 @@ def second_moments(
             sums.unlike |= any(len(sums.clean[module]) != len(sums.coming) for module in watched)
         block.watch(watched, sums.record, chain, piece, len(watched) * group.calls)
     sums.join(processes)
-    return sums.means()
+    return sums.parts()
 
 
 class _Sums:
@@ -788,9 +813,10 @@ class _Sums:
         self.layer, self.before, self.paired = layer, group.stream if paired else None, paired
         self.clean: dict[nn.Module, deque[Tensor]] = {module: deque() for module in group.watched}  # not met yet
         self.coming: list[slice] = []
-        self.total = torch.zeros(halves, size, size, device=device)
-        self.missing = torch.zeros(halves, size, size, device=device) if paired else None
-        self.stream = None if self.before is None else torch.zeros(halves, layer.out_features, size, device=device)
+        self.total = [torch.zeros(size, size, device=device) for _ in range(halves)]
+        self.missing = [torch.zeros(size, size, device=device) for _ in range(halves if paired else 0)]
+        rows = layer.out_features
+        self.stream = [torch.zeros(rows, size, device=device) for _ in range(0 if self.before is None else halves)]
         self.count = torch.zeros(halves, dtype=torch.int64)
         self.unlike = False
         self._lack: Tensor | None = None
@@ -840,35 +866,30 @@ class _Sums:
         self.count[half] += len(rows)
         for start in range(0, rows.shape[1], SYMMETRIC):  # the matrix is symmetric: its upper part is enough
             columns = slice(start, start + SYMMETRIC)
-            self.total[half, columns, start:].addmm_(rows[:, columns].t(), rows[:, start:])
-        if self.missing is not None and missing is not None:
+            self.total[half][columns, start:].addmm_(rows[:, columns].t(), rows[:, start:])
+        if self.missing and missing is not None:
             self.missing[half] += _product(missing, rows, dtype)
-        if self.stream is not None and lack is not None:
+        if self.stream and lack is not None:
             self.stream[half] += _product(lack, rows, dtype)
 
     def join(self, processes: Processes) -> None:
         """Adds what other processes have seen."""
-        for total in (self.total, self.missing, self.stream, self.count):
-            if total is not None:
-                processes.add(total)
+        for total in (*self.total, *self.missing, *self.stream, self.count):
+            processes.add(total)
         self.unlike = bool(processes.add(torch.tensor(float(self.unlike))))
 
-    def means(self) -> Moments | None:
-        """Returns the means over all rows seen; None where there were none."""
-        if not self.count.any():
-            return None
+    def parts(self) -> list[Moments]:
+        """Returns the sums of each half of the text that has rows; of all text where not each has its fellow."""
+        counts = self.count.tolist()
+        for total in self.total:
+            total.triu_()
+            total += total.t().tril(-1)
         if self.unlike:
-            return Moments(self._means(slice(None)).moments)
-        found = [self._means(slice(half, half + 1)) for half in range(len(self.count)) if self.count[half]]
-        if len(found) == 1:
-            return found[0]
-        return dataclasses.replace(self._means(slice(None)), halves=tuple(found))
-
-    def _means(self, halves: slice) -> Moments:
-        count = int(self.count[halves].sum())
-        upper = self.total[halves].sum(0).triu_()
-        missing, stream = (None if t is None else t[halves].sum(0) / count for t in (self.missing, self.stream))
-        return Moments((upper + upper.t().tril(-1)) / count, missing, stream)
+            for other in self.total[1:]:
+                self.total[0] += other
+            return [Moments(self.total[0], count=sum(counts))] if any(counts) else []
+        every = zip_longest(self.total, self.missing, self.stream, counts)  # where there is none, None
+        return [Moments(*half) for half in every if half[-1]]
 
 
 def _shares(stream: Tensor) -> Tensor:

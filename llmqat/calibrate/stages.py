@@ -62,7 +62,7 @@ from llmqat.data.length import check_length
 from llmqat.data.processes import ALONE, Processes
 from llmqat.files import write_whole
 from llmqat.grid import fusing
-from llmqat.heap import give_back_freed_memory
+from llmqat.heap import give_back_freed_memory, large_tensors_given_back
 from llmqat.kernels import WeightPages
 from llmqat.layers import (
     ActivationConfig,
@@ -250,6 +250,8 @@ def calibrate(
         stack.callback(model.train, model.training)
         model.eval()
         stack.enter_context(short_attention())
+        if WeightPages():
+            stack.enter_context(large_tensors_given_back())
         run = _Calibration(model, quant, ids, seed, folder, dtype, bar, processes)
         reports = []
         for number, stage in enumerate(stages, 1):

@@ -32,12 +32,13 @@ from llmqat.calibrate.gptq import (
     gptq_block,
     gptq_layer,
     gptq_layers,
+    joined,
     layers_by_input,
+    moments_by_half,
     output_error,
     placed_weight,
     refit_scales,
     round_by_gptq,
-    second_moments,
     stream_of,
 )
 from llmqat.calibrate.walk import Walk
@@ -218,8 +219,7 @@ def test_second_moments_are_those_of_the_inputs(columns: int, monkeypatch: pytes
     seen: list[Tensor] = []
     block.watch([layer], lambda _, x: seen.append(x), chain, chain.batches)
     x = layer.input_quantizer(torch.cat(seen)).flatten(0, 1).float()
-    found = second_moments(block, group_of(block, layer, chain), chain)
-    assert found is not None
+    found = joined(moments_by_half(block, group_of(block, layer, chain), chain))
     assert torch.allclose(found.moments, x.t() @ x / 80, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.moments, found.moments.t())
     assert found.missing is None
@@ -282,13 +282,13 @@ def walk_of(model: PreTrainedModel, quant: QuantConfig, blocks: int = 6) -> tupl
     return walk, Clean(walk.full, before)
 
 
-def moments_of(block: Block, layer: QuantLinear, walk: Walk, clean: Clean, memory_limit: float) -> Moments | None:
+def moments_of(block: Block, layer: QuantLinear, walk: Walk, clean: Clean, memory_limit: float) -> list[Moments]:
     """What text says of the inputs of `layer`; the original inputs are kept where the limit allows, else made anew."""
     group = group_of(block, layer, walk.quantized)
     clean = replace(clean)
     clean.meet(block, [group], walk.quantized, memory_limit, ALONE)
     assert (clean.inputs is None) == (memory_limit == 0)
-    return second_moments(block, group, walk.quantized, clean=clean)
+    return moments_by_half(block, group, walk.quantized, clean=clean)
 
 
 @pytest.mark.parametrize("memory_limit", [0, math.inf])
@@ -301,20 +301,20 @@ def test_the_missing_part_is_that_of_the_inputs_of_the_original(memory_limit: fl
     with quantizers_off(block.module):
         block.watch([gate], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
     own, wanted = (torch.cat(found).flatten(0, 1) for found in seen.values())
-    found = moments_of(block, gate, walk, clean, memory_limit)
-    assert found is not None
-    assert found.missing is not None
-    torch.testing.assert_close(found.missing, (wanted - own).t() @ own / len(own), rtol=1e-3, atol=1e-5)
-    even, odd = found.halves  # token blocks in turn
+    halves = moments_of(block, gate, walk, clean, memory_limit)
+    even, odd = halves  # token blocks in turn
     part = own.view(-1, 16, own.shape[1])[::2].flatten(0, 1)
-    torch.testing.assert_close(even.moments, part.t() @ part / len(part), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close((even.missing + odd.missing) / 2, found.missing, rtol=1e-3, atol=1e-5)
+    assert even.count == odd.count == len(part)
+    torch.testing.assert_close(even.moments, part.t() @ part, rtol=1e-3, atol=1e-2)
+    missing = (even.missing + odd.missing) / len(own)
+    found = joined(halves)
+    assert (found.count, halves) == (1, [])
+    torch.testing.assert_close(found.missing, (wanted - own).t() @ own / len(own), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(missing, found.missing, rtol=1e-6, atol=1e-9)
     walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32))
     block = walk.blocks[0]
     first = moments_of(block, block.module.self_attn.q_proj, walk, clean, memory_limit)
-    assert first is not None  # which nothing quantized precedes
-    assert first.missing is not None
-    assert not first.missing.any()
+    assert all(not half.missing.any() for half in first)  # which nothing quantized precedes
 
 
 @pytest.mark.parametrize("memory_limit", [0, math.inf])
@@ -333,9 +333,7 @@ def test_the_stream_that_a_layer_adds_to_is_found(memory_limit: float) -> None:
     block.watch([mlp.down_proj], lambda _, x: seen["input"].append(x), walk.quantized, walk.quantized.batches)
     with quantizers_off(block.module):
         block.watch([norm], lambda _, x: seen["clean"].append(x), walk.full, walk.full.batches)
-    moments = moments_of(block, mlp.down_proj, walk, clean, memory_limit)
-    assert moments is not None
-    assert moments.stream is not None
+    moments = joined(moments_of(block, mlp.down_proj, walk, clean, memory_limit))
     expected = []
     for own, wanted, x in zip(*seen.values(), strict=True):
         share = 1 / wanted.norm(dim=-1, keepdim=True)  # what the next norm divides by
@@ -347,9 +345,7 @@ def test_the_stream_that_a_layer_adds_to_is_found(memory_limit: float) -> None:
     walk, clean = walk_of(tiny_llama(), QuantConfig.preset("int2", group_size=32))
     block = walk.blocks[0]
     first = moments_of(block, block.module.self_attn.o_proj, walk, clean, memory_limit)
-    assert first is not None
-    assert first.stream is not None
-    assert not first.stream.any()  # nothing quantized precedes the block
+    assert all(not half.stream.any() for half in first)  # nothing quantized precedes the block
 
 
 def test_a_scaled_output_is_added_to_no_stream() -> None:
@@ -414,9 +410,8 @@ def test_a_layer_that_sees_a_part_of_the_tokens_has_no_clean_target(first: bool)
     assert group.calls == calls
     if not first:
         seen[0] = 0
-    found = second_moments(block, group, walk.quantized, clean=clean)
-    assert found is not None
-    assert (found.missing, found.halves) == (None, ())
+    (found,) = moments_by_half(block, group, walk.quantized, clean=clean)
+    assert found.missing is None
 
 
 @pytest.mark.parametrize("memory_limit", [0, math.inf])
@@ -435,12 +430,11 @@ def test_a_layer_that_the_original_calls_less_often_has_no_clean_target(memory_l
     inputs: list[Tensor] = []
     block.watch([mlp.down_proj], lambda _, x: inputs.append(x), walk.quantized, walk.quantized.batches)
     seen[0] = 0
-    found = moments_of(block, mlp.down_proj, walk, clean, memory_limit)
-    assert found is not None
-    assert (found.missing, found.halves) == (None, ())
+    (found,) = moments_of(block, mlp.down_proj, walk, clean, memory_limit)
+    assert found.missing is None
     if memory_limit:  # known before any input counts: all count alike
         x = torch.cat(inputs).flatten(0, 1)
-        torch.testing.assert_close(found.moments, x.t() @ x / len(x), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found.moments / found.count, x.t() @ x / len(x), rtol=1e-3, atol=1e-5)
 
 
 def test_layers_that_read_the_same_have_no_stream_of_one_of_them() -> None:
