@@ -214,8 +214,10 @@ def _wrong_with(line: str) -> str | None:
         return f"query={query!r} is no text"
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
         return f"choices={choices!r} are not two texts or more"
-    if any(not choice.strip() for choice in choices) or len(set(choices)) < len(choices):
-        return f"choices={choices!r} are not all there, and each another"
+    if any(not choice.strip() for choice in choices):
+        return f"choices={choices!r} are not all there"
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
         return f"gold={gold!r} is not the number of a choice, 0 to {len(choices) - 1}"
+    if choices.count(choices[gold]) > 1:  # wrong ones may be there twice, as in ARC
+        return f"choices={choices!r} have the right one, {choices[gold]!r}, more than once"
     return None

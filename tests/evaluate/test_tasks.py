@@ -87,7 +87,7 @@ WRONG = {
     '{"query": "x", "choices": ["a"], "gold": 0}': "not two texts or more",
     '{"query": "x", "choices": ["a", 2], "gold": 0}': "not two texts or more",
     '{"query": "x", "choices": ["a", ""], "gold": 0}': "not all there",
-    '{"query": "x", "choices": ["a", "a"], "gold": 0}': "each another",
+    '{"query": "x", "choices": ["a", "a", "b"], "gold": 0}': "have the right one, 'a', more than once",
     '{"query": "x", "choices": ["a", "b"], "gold": 2}': "gold=2 is not the number of a choice, 0 to 1",
     '{"query": "x", "choices": ["a", "b"], "gold": -1}': "gold=-1",
     '{"query": "x", "choices": ["a", "b"], "gold": "1"}': "gold='1'",
@@ -103,6 +103,13 @@ def test_every_line_of_a_task_is_checked(line: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"things\.jsonl line 5 is no question") as refused:
         write_task_folder(folder, folder / "out")
     assert WRONG[line] in str(refused.value)
+
+
+def test_wrong_answers_may_be_there_twice(folder: Path) -> None:
+    """As in seven questions of ARC-easy."""
+    with (folder / "things.jsonl").open("a") as file:
+        file.write('\n{"query": "x", "choices": ["fall", "fall", "rise"], "gold": 2}\n')
+    write_task_folder(folder, folder / "out")
 
 
 def test_a_task_without_questions_is_refused_and_a_question_asked_twice_is_said(
