@@ -92,14 +92,15 @@ class Law(Config):
         return self.scale * math.expm1(log) if log < 700 else math.inf
 
     def worth(self, tokens: int) -> str:
-        """Returns in words what a training on `tokens` is worth, and from how many training pays."""
+        """Returns in words what a training on `tokens`, 0 for none, is worth, and from how many training pays."""
         text = "text of its own" if self.text == OWN_TEXT else "text of a domain"
         what = f"{self.model}, {self.scheme} in groups of {self.group_size}, {text}"
         said = f"measured on {what}: KL {self.start:.3g} after {' and '.join(self.stages)}"
-        if tokens <= self.most:
+        if 0 < tokens <= self.most:
             said += f", about {self._predicted(tokens)} after training on {tokens:,} tokens"
         if tokens != self.most:
-            said += f", about {self._predicted(self.most)} after {self.most:,} tokens, the most that was measured"
+            after = "after" if tokens else "after training on"
+            said += f", about {self._predicted(self.most)} {after} {self.most:,} tokens, the most that was measured"
         size = f"{self.parameters / 1e6:,.0f}M"
         return f"{said}. {self.enough()} This is one model, of {size} parameters; others differ."
 

@@ -214,11 +214,12 @@ def plan_run(recipe: Recipe, devices: Devices | None = None, blocks: int | None 
 def law_of_recipe(recipe: Recipe, arguments: QATArguments) -> Law | None:
     """Returns the law of KL against tokens that was measured with the scheme, stages and kind of text of `recipe`.
 
-    None where none was, and for a training of adapters or scales, or of answers.
+    None where none was, and for a training of adapters or scales, or of answers. A recipe that trains nothing has that
+    of the training which could follow.
     """
     learns = arguments.cross_entropy_weight > 0 or arguments.kl_weight == 0
-    trains_all = recipe.trains and recipe.lora is None and arguments.trainable == "all"
-    if learns or not trains_all or recipe.allocate is not None:
+    in_part = recipe.lora is not None or arguments.trainable != "all"
+    if (recipe.trains and (learns or in_part)) or recipe.allocate is not None:
         return None
     stages, own_text = {stage.stage for stage in recipe.calibrate}, recipe.data.source == "synthetic"
     for law in laws():
