@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -31,11 +32,26 @@ class Originals:
         """Reads what `set_aside` has left in a file, or holds tensors by their names."""
         self.source = source
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Originals:
+        """Returns itself: nothing is written to what it holds."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Makes a pickled one None: it would hold the weights a second time."""
+        return type(None), ()
+
     @classmethod
-    def set_aside(cls, model: nn.Module, path: Path, dtype: torch.dtype) -> Originals:
+    def set_aside(cls, model: nn.Module, path: Path, dtype: torch.dtype, *, hold: bool = True) -> Originals:
         """Returns the originals in the file `path`; writes the parameters of the blocks of `model` where it is not.
 
-        Nothing is written where all of them are mapped from files.
+        Nothing is written where all of them are mapped from files that no stage writes to: stages raise weights to
+        float32, so those that are float32 are written to where they are.
+
+        Args:
+            model: prepared.
+            path: of the file.
+            dtype: what is computed in.
+            hold: whether they may be held where they are; not where something else writes to weights.
         """
         if path.is_file():
             return cls(path)
@@ -48,7 +64,8 @@ class Originals:
             for name, parameter in module.named_parameters()
             if name.rpartition(".")[2] not in ("log_scale", "zero_point")
         }
-        if all(map(WeightPages().hold, tensors.values())):
+        is_safe = hold and all(tensor.dtype != torch.float32 for tensor in tensors.values())
+        if is_safe and all(map(WeightPages().hold, tensors.values())):
             model.__dict__[_HELD] = cls(tensors)
             return cls(tensors)
         save_whole(path, tensors)

@@ -245,14 +245,16 @@ def calibrate(
         check_length(model, rows_of(ids).stored.shape[1], "a token block, data.block_size")
     with ExitStack() as stack:
         if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmqat-")))
+            folder = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="llmqat-", ignore_cleanup_errors=True))
+            )
         folder.mkdir(parents=True, exist_ok=True)
         stack.callback(model.train, model.training)
         model.eval()
         stack.enter_context(short_attention())
         if WeightPages():
             stack.enter_context(large_tensors_given_back())
-        run = _Calibration(model, quant, ids, seed, folder, dtype, bar, processes)
+        run = _Calibration(model, quant, stages, ids, seed, folder, dtype, bar, processes)
         reports = []
         for number, stage in enumerate(stages, 1):
             if not isinstance(stage, (RotateStage, SmoothStage)):
@@ -269,6 +271,7 @@ class _Calibration:
         self,
         model: PreTrainedModel,
         quant: QuantConfig,
+        stages: Sequence[Stage],
         ids: Tensor | Rows | None,
         seed: int,
         folder: Path,
@@ -276,7 +279,7 @@ class _Calibration:
         bar: Bars,
         processes: Processes,
     ) -> None:
-        self.model, self.quant, self.ids, self.seed = model, quant, ids, seed
+        self.model, self.quant, self.stages, self.ids, self.seed = model, quant, stages, ids, seed
         self.folder, self.dtype, self.bar, self.processes = folder, dtype, bar, processes
         self.bits: int | None = None
         self.probe = None if ids is None else Probe(model, ids[:PROBE_BLOCKS], dtype)
@@ -291,7 +294,8 @@ class _Calibration:
             return
         prepare(self.model, self.quant)
         if has_blocks(self.model):
-            Originals.set_aside(self.model, self.folder / ORIGINALS_FILE, self.dtype)
+            own = any(isinstance(stage, CustomStage) for stage in self.stages)  # which may write to any weight
+            Originals.set_aside(self.model, self.folder / ORIGINALS_FILE, self.dtype, hold=not own)
 
     def text(self, stage: TextStage) -> Tensor | Rows:
         """Returns the token blocks that `stage` looks at."""

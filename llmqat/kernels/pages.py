@@ -27,7 +27,13 @@ _MAPS = Path("/proc/self/maps")
 _SMAPS = Path("/proc/self/smaps")
 LEAST_BYTES = 1 << 29
 """Of weights in files: below it nothing is let go, as nobody would notice."""
-_FILE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+p \S+ \S+ [1-9]\d* +\S.*\.safetensors(?: \(deleted\))?$", re.M)
+_FILE = re.compile(
+    r"([0-9a-f]+)-([0-9a-f]+) \S+p \S+ \S+ [1-9]\d* +/.*(?:\.safetensors|/blobs/[0-9a-f]{40,64})(?: \(deleted\))?$",
+    re.M,
+)
+"""A private mapping of a weights file; in the cache of the hub they have no names but their hashes."""
+_HEAD = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
+"""The first line of any mapping."""
 _DONTNEED = 4
 _C = ctypes.CDLL(None)
 
@@ -145,16 +151,18 @@ def weights_let_go(model: nn.Module) -> Iterator[None]:
 
 
 def _unwritten() -> list[tuple[int, int]]:
-    """Returns the address ranges of safetensors files that this process has written nothing to."""
+    """Returns the address ranges of weights files that this process has written nothing to."""
     found: list[tuple[int, int]] = []
     here: tuple[int, int] | None = None
     for line in _SMAPS.read_text(encoding="utf-8").splitlines():
-        if line.startswith("Anonymous:"):  # pages that were copied as they were written to
-            if here is not None and line.split()[1] == "0":
-                found.append(here)
-            here = None
-        elif match := _FILE.match(line):
+        if match := _FILE.match(line):
             here = int(match[1], 16), int(match[2], 16)
+            found.append(here)
+        elif _HEAD.match(line):
+            here = None
+        elif here is not None and line.startswith(("Anonymous:", "Swap:")) and line.split()[1] != "0":
+            found.remove(here)  # pages were copied as they were written to
+            here = None
     return found
 
 

@@ -39,7 +39,7 @@ class SparsityConfig(Config):
 
     Which ones: the smallest, until text is looked at; then those with the least |w| * rms(x) (stage ranges with method
     weighted_mse; Wanda, 2306.11695), or those that the output of their layer misses least (stage gptq; SparseGPT,
-    2301.00774). Zeros that are there already are the smallest, so a pruned model keeps its own.
+    2301.00774). The latter may exchange some zeros of a pruned model; 'unstructured' without a share keeps just these.
     """
 
     pattern: str = "2:4"
@@ -160,6 +160,11 @@ class WeightConfig(Config):
                 choices.
         """
         counts = None if self.sparsity is None else self.sparsity.kept_of(in_features)
+        if counts is not None and counts[0] == counts[1]:
+            raise ValueError(
+                f"quant.sparsity.share={self.sparsity.share} leaves no zero in the {in_features} weights of a row of "  # type: ignore[union-attr]
+                f"{name}; give a larger one, or no sparsity"
+            )
         if counts is not None and in_features % counts[1]:
             raise ValueError(
                 f"quant.sparsity={self.sparsity.label!r}: {counts[1]} does not divide in_features={in_features} of "  # type: ignore[union-attr]

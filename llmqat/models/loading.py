@@ -188,6 +188,7 @@ def _load_weights(
     if method in DEQUANTIZED:
         _in_dtype(model, dtype)
         setattr(model, DEQUANTIZED_FROM, method)
+        model.__dict__["_weight_conversions"] = []  # by which save_pretrained would quantize again
     return model
 
 

@@ -24,9 +24,10 @@ from llmqat.calibrate import (
     needs_text,
 )
 from llmqat.calibrate import stages as stages_module
-from llmqat.calibrate.blocks import Block
+from llmqat.calibrate.blocks import Block, find_blocks
 from llmqat.calibrate.blockwise import BlockTraining, train_block
 from llmqat.calibrate.chains import Chain
+from llmqat.calibrate.masters import Originals
 from llmqat.data import Rows
 from llmqat.kernels import WeightPages, pages
 from llmqat.layers import QuantModule, quantizers_off
@@ -321,18 +322,25 @@ def test_a_stage_of_ones_own_runs_among_the_others_by_the_seed_and_again_when_a_
         del STAGES["jitter"]
 
 
-@pytest.mark.parametrize("entries", [["ranges", "gptq"], ["ranges", "gptq", BLOCKWISE]], ids=["gptq", "blockwise"])
+SPILLED = {"stage": "gptq", "hidden_memory": 1e-9}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "entries", [["ranges", "gptq"], ["ranges", SPILLED], ["ranges", "gptq", BLOCKWISE]], ids=["gptq", "spilled", "both"]
+)
 def test_weights_that_stay_in_their_files_get_the_same_bits(
-    entries: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entries: list[Any], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that may be larger than memory: weights are read from files, and written to others, block by block."""
-    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_llama().to(dtype).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
 
     def calibrated(folder: str) -> tuple[PreTrainedModel, list[StageReport]]:
-        model, _ = load_model(str(tmp_path / "model"))
-        return model, calibrate(model, INT3, stages(*entries), text(), folder=tmp_path / folder)
+        model, _ = load_model(str(tmp_path / "model"), dtype)
+        return model, calibrate(model, INT3, stages(*entries), text(), folder=tmp_path / folder, dtype=dtype)
 
+    original = state(load_model(str(tmp_path / "model"), dtype)[0])
     whole, expected = calibrated("whole")
     monkeypatch.setattr(pages, "LEAST_BYTES", 0)
     for again in range(3):
@@ -342,5 +350,11 @@ def test_weights_that_stay_in_their_files_get_the_same_bits(
         model, reports = calibrated("parts")
         assert all(torch.equal(tensor, state(whole)[name]) for name, tensor in state(model).items())
         assert [report.kl_after for report in reports] == [report.kl_after for report in expected]
-        held = WeightPages()
-        assert all(held.hold(layer.weight) for layer in model.modules() if isinstance(layer, QuantModule))
+        if dtype == torch.bfloat16:
+            held = WeightPages()
+            assert all(held.hold(layer.weight) for layer in model.modules() if isinstance(layer, QuantModule))
+        originals = Originals.found(model, tmp_path / "parts" / "originals.safetensors")
+        assert originals is not None
+        for name, module in find_blocks(model).items():
+            for leaf, weight in originals.of(Block(0, name, module)).items():
+                assert torch.equal(weight, original[f"{name}.{leaf}"])

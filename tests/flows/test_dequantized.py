@@ -99,6 +99,18 @@ def test_its_numbers_are_those_that_it_was_published_with(method: str, dtype: to
     assert f"the original was quantized by {method} and dequantized at loading" in note
 
 
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_it_is_saved_as_the_plain_model_that_it_is_now(method: str, tmp_path: Path) -> None:
+    PUBLISHED[method](tmp_path / "theirs")
+    model, _ = load_model(str(tmp_path / "theirs"))
+    model.save_pretrained(tmp_path / "plain")
+    tiny_tokenizer().save_pretrained(tmp_path / "plain")
+    again, _ = load_model(str(tmp_path / "plain"))
+    expected = model.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+
+
 def test_mxfp4_experts_stay_what_they_are(tmp_path: Path) -> None:
     """The lattice is recognized, so that MXFP4 to MXFP4 loses nothing, in memory and on disk."""
     gpt_oss(tmp_path / "theirs")

@@ -90,3 +90,26 @@ def test_little_is_not_worth_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> 
     tensors = load_file(file)
     assert not WeightPages()
     assert not WeightPages().hold(tensors["a"])
+
+
+def test_files_in_the_cache_of_the_hub_are_known_by_their_hashes(file: Path) -> None:
+    blob = file.parent / "blobs" / ("0123456789abcdef" * 4)
+    blob.parent.mkdir()
+    link = file.rename(blob).parent.parent / "snapshot.safetensors"
+    link.symlink_to(blob)
+    tensors = load_file(link)
+    assert all(map(WeightPages().hold, tensors.values()))
+
+
+@pytest.mark.parametrize(("anonymous", "swap", "held"), [(0, 0, 1), (4, 0, 0), (0, 4, 0)])
+def test_what_was_written_to_is_known_in_memory_and_on_disk(
+    anonymous: int, swap: int, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, smaps = tmp_path / "maps", tmp_path / "smaps"
+    first = "7f00-7f40 rw-p 00000000 fe:00 12 /models/a.safetensors\n"
+    other = "8f00-8f40 rw-p 00000000 00:00 0\nAnonymous: 8 kB\nSwap: 8 kB\n"
+    maps.write_text(first)
+    smaps.write_text(f"{first}Rss: 64 kB\nAnonymous: {anonymous} kB\nSwap: {swap} kB\nSwapPss: 0 kB\n{other}")
+    monkeypatch.setattr(pages_module, "_MAPS", maps)
+    monkeypatch.setattr(pages_module, "_SMAPS", smaps)
+    assert WeightPages()._ranges == [(0x7F00, 0x7F40)] * held

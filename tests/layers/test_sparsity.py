@@ -100,6 +100,9 @@ def test_where_nothing_can_be_zero_or_rows_do_not_fit_it_is_refused() -> None:
         QuantConfig.preset("int2-seq", sparsity="2:4")
     with pytest.raises(ValueError, match=r"quant.sparsity='3:5': 5 does not divide in_features=64 of model.layers.0"):
         prepare(tiny_llama(), QuantConfig.preset("int4", sparsity="3:5"))
+    few = {"pattern": "unstructured", "share": 0.001}
+    with pytest.raises(ValueError, match=r"sparsity.share=0.001 leaves no zero in the 64 weights of a row of"):
+        prepare(tiny_llama(), QuantConfig.preset("int4", sparsity=few))
     with pytest.raises(ValueError, match=r"sparsity='unstructured' .* keeps the zeros .* no weight .* is zero; give a"):
         prepare(tiny_llama(), QuantConfig.preset("int4", sparsity="unstructured"))
 
