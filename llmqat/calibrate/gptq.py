@@ -56,6 +56,8 @@ SYMMETRIC = 384
 """Columns of the matrix of second moments that are taken at once, each with those after it."""
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Shares of the mean diagonal of the second moments that a clean target is tried with."""
+PRODUCT_ELEMENTS = 1 << 19
+"""Of a product with a part of the second moments, made at once on a CPU."""
 SAMPLED_ROWS = 128
 """Rows of a weight that the trials are made with."""
 PIECE = 2
@@ -300,9 +302,12 @@ def refit_scales(
     # A[g, h] = level_g H_gh level_h, b[g] = level_g (H w)_g: both by products with parts of H.
     matrix = torch.empty(rows, groups, groups, device=weight.device)
     size = flat.shape[1] // groups
-    for g in range(groups):
-        part = level[:, g] @ hessian[g * size : (g + 1) * size]
-        matrix[:, g] = (part * flat).view(rows, groups, size).sum(-1)
+    count = max(1, PRODUCT_ELEMENTS // flat.shape[1]) if weight.device.type == "cpu" else rows  # to stay in cache
+    for start in range(0, rows, count):
+        some = slice(start, start + count)
+        for g in range(groups):
+            part = level[some, g] @ hessian[g * size : (g + 1) * size]
+            matrix[some, g] = part.mul_(flat[some]).view(-1, groups, size).sum(-1)
     product = weight @ hessian if product is None else product
     target = (product * flat).view(rows, groups, size).sum(-1)
     diagonal = matrix.diagonal(dim1=1, dim2=2)
