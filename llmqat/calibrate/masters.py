@@ -65,7 +65,7 @@ class Originals:
             if name.rpartition(".")[2] not in ("log_scale", "zero_point")
         }
         is_safe = hold and all(tensor.dtype != torch.float32 for tensor in tensors.values())
-        if is_safe and all(map(WeightPages().hold, tensors.values())):
+        if is_safe and all(map(WeightPages(model).hold, tensors.values())):
             model.__dict__[_HELD] = cls(tensors)
             return cls(tensors)
         save_whole(path, tensors)

@@ -73,7 +73,7 @@ def calibrate_ranges(
         return keep_lattice(weight, grid, *found)[:2]
 
     on_cpu = all(layer.weight.device.type == "cpu" for layer in layers.values())
-    names, pages = list(layers), WeightPages()
+    names, pages = list(layers), WeightPages(model)
     workers = torch.get_num_threads() if on_cpu else 1
     with _one_thread_an_operation(), ThreadPoolExecutor(workers) as pool:
         own = processes.share(names)

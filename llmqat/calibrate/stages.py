@@ -252,7 +252,7 @@ def calibrate(
         stack.callback(model.train, model.training)
         model.eval()
         stack.enter_context(short_attention())
-        if WeightPages():
+        if WeightPages(model):
             stack.enter_context(large_tensors_given_back())
         run = _Calibration(model, quant, stages, ids, seed, folder, dtype, bar, processes)
         reports = []
@@ -404,7 +404,7 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
                 bar.done_before(block.index + 1)
             else:
                 start = time.perf_counter()
-                was_mapped = any(map(WeightPages().hold, block.module.parameters()))
+                was_mapped = any(map(WeightPages(run.model).hold, block.module.parameters()))
                 with in_float32(block), fusing():
                     found = _IN_BLOCK[type(stage)](block, walk, stage, run, bar, originals)
                     processes.copy((*block.module.parameters(), *block.module.buffers()))
@@ -417,7 +417,7 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
             facts[block.name] = found
             block.run(walk.quantized, walk.quantized, processes)
             used = (*block.module.parameters(), *block.module.buffers(), *originals.of(block).values())
-            WeightPages().let_go(used)
+            WeightPages(run.model).let_go(used)
     return earlier, facts
 
 

@@ -162,7 +162,7 @@ def packed_state_dict(model: nn.Module, dtype: torch.dtype, int_quantized: bool 
     """
     state: dict[str, Tensor] = {}
     layers = dict(quantized_layers(model))
-    shared, pages = global_scales(layers), WeightPages()
+    shared, pages = global_scales(layers), WeightPages(model)
     for name, layer in layers.items():
         check_packable(name, layer, dtype)
         if (bias := getattr(layer, "bias", None)) is not None:

@@ -32,6 +32,7 @@ _FILE = re.compile(
     re.M,
 )
 """A private mapping of a weights file; in the cache of the hub they have no names but their hashes."""
+_MAY_BE = re.compile(r"\.safetensors|/blobs/")
 _HEAD = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 """The first line of any mapping."""
 _DONTNEED = 4
@@ -101,11 +102,15 @@ class WeightPages:
     weight while an object of this class is used: each pass over a model takes a new one.
     """
 
-    def __init__(self) -> None:
-        """Looks where the files are mapped."""
-        mapped = _FILE.findall(_MAPS.read_text(encoding="utf-8")) if _MAPS.is_file() else []
-        size = sum(int(high, 16) - int(low, 16) for low, high in mapped)
-        self._ranges = _unwritten() if size >= LEAST_BYTES and _SMAPS.is_file() else []
+    def __init__(self, model: nn.Module | None = None) -> None:
+        """Looks where the files are mapped; not for the sake of a small `model`, as looking takes milliseconds."""
+        self._ranges: list[tuple[int, int]] = []
+        if model is not None and sum(p.numel() * p.element_size() for p in model.parameters()) < LEAST_BYTES:
+            return
+        lines = _MAPS.read_text(encoding="utf-8").splitlines() if _MAPS.is_file() else []
+        mapped = [match for line in lines if _MAY_BE.search(line) and (match := _FILE.match(line))]
+        if sum(int(match[2], 16) - int(match[1], 16) for match in mapped) >= LEAST_BYTES and _SMAPS.is_file():
+            self._ranges = _unwritten()
 
     def __bool__(self) -> bool:
         """Whether there are any."""
@@ -137,7 +142,7 @@ def weights_let_go(model: nn.Module) -> Iterator[None]:
 
     For passes of little text over a model that may be larger than memory; nothing may be written to weights inside.
     """
-    pages = WeightPages()
+    pages = WeightPages(model)
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         pages.let_go(chain(module.parameters(), module.buffers()))
@@ -155,7 +160,7 @@ def _unwritten() -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     here: tuple[int, int] | None = None
     for line in _SMAPS.read_text(encoding="utf-8").splitlines():
-        if match := _FILE.match(line):
+        if _MAY_BE.search(line) and (match := _FILE.match(line)):
             here = int(match[1], 16), int(match[2], 16)
             found.append(here)
         elif _HEAD.match(line):

@@ -87,4 +87,4 @@ def check_held(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 
 def check_parameters(model: nn.Module) -> None:
     """Raises ValueError for the first parameter of `model` that holds NaN or infinity."""
-    check_finite(WeightPages().one_by_one(model.named_parameters()))
+    check_finite(WeightPages(model).one_by_one(model.named_parameters()))

@@ -124,7 +124,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
     maps = _with_roles(model, linear_maps(model), trial)
     plan = _plan(model, maps, config)
     _check_unchanged(maps, trial)
-    replacements = _all_quantized(maps, plan.schemes)
+    replacements = _all_quantized(model, maps, plan.schemes)
     _check_zeros(replacements.values())
     replacements |= _quantized_ends(model, config)
     if config.kv_cache is not None:
@@ -569,9 +569,11 @@ def _quantized_ends(model: nn.Module, config: QuantConfig) -> dict[str, nn.Modul
     return replaced
 
 
-def _all_quantized(maps: Mapping[str, LinearMap], schemes: Mapping[str, LayerScheme]) -> dict[str, nn.Module]:
+def _all_quantized(
+    model: nn.Module, maps: Mapping[str, LinearMap], schemes: Mapping[str, LayerScheme]
+) -> dict[str, nn.Module]:
     """Returns the quantized form of each linear map that has a scheme; each weight is read once, and let go."""
-    pages, found = WeightPages(), {}
+    pages, found = WeightPages(model), {}
     for name, scheme in schemes.items():
         found[name] = _quantized(name, maps[name], scheme)
         pages.let_go(found[name].parameters())

@@ -33,7 +33,7 @@ def note_source(model: nn.Module) -> None:
     """Notes the parameters of `model` as they are, in it; nothing on the meta device, or after `note_moved`."""
     parameters = {name: p for name, p in model.named_parameters() if ADAPTER not in name}
     known = not getattr(model, MOVED, False) and not any(p.is_meta for p in parameters.values())
-    named = WeightPages().one_by_one(parameters.items())
+    named = WeightPages(model).one_by_one(parameters.items())
     noted = {name: Checksum(p.dtype, checksum(p)) for name, p in named} if known else None
     model.__dict__[SOURCE] = noted
 

@@ -194,7 +194,7 @@ def _load_weights(
 
 def _check_finite(model: PreTrainedModel, spec: str) -> None:
     # A finite sum has finite terms, and is much quicker than to look at each.
-    named = WeightPages().one_by_one(model.named_parameters())
+    named = WeightPages(model).one_by_one(model.named_parameters())
     sums = ((name, p) for name, p in named if p.is_floating_point() and not p.sum().isfinite())
     if found := [name for name, parameter in sums if not parameter.isfinite().all()]:
         raise ValueError(
