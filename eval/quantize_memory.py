@@ -1,9 +1,10 @@
 """Memory of `llmqat quantize` and of a first answer, for random Llamas that may be larger than memory.
 
 A model is made shard by shard, so that making it takes little memory. Each command runs in a process of its own, whose
-memory is looked at five times a second: all that is resident, what of it lies in no file, and pages of files, which the
-system takes back where it needs them. A run that was interrupted goes on, and its figures are those of all starts.
-The weights are random: the quality of what comes out means nothing. The last lines are the headline, `name: number`.
+memory is looked at five times a second: all that is resident, and what of it lies in no file. The rest are pages of
+files, which the system takes back where it needs them. A run that was interrupted goes on, and its figures are those of
+all starts. The weights are random: the quality of what comes out means nothing. The last lines are the headline,
+`name: number`.
 
     python eval/quantize_memory.py --size 1.1G --text wikitext-2/valid.txt --work runs/memory \
         --json eval/results/quantize-memory.json --table eval/results/quantize-memory.md
@@ -28,10 +29,11 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from llmqat.evaluate.speed import disk_usage
 from llmqat.files import write_whole
 from llmqat.models import load_tokenizer, resolve_spec
 from llmqat.paths import check_outputs, user_path
-from llmqat.terminal import plain_console, show_any_text
+from llmqat.terminal import markdown_table, plain_console, show_any_text
 
 SIZES = {
     "tiny": (64, 128, 2, 4),
@@ -44,6 +46,7 @@ DONE = "config.json"
 """The file of a model that is written last."""
 EVERY = 0.2
 """Seconds between two looks at a process."""
+HEADS = ("weights", "in bfloat16", "packed", "quantize, resident", "of it in no file", "load and 8 tokens", "minutes")
 ANSWER = (
     "import sys, torch, llmqat; model = llmqat.load(sys.argv[1]); "
     "model.generate(torch.arange(2, 18)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)"
@@ -155,40 +158,20 @@ def measure(size: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
         "scheme": args.scheme,
         "blocks": args.blocks,
         "block_size": args.block_size,
-        "packed_bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        "packed_bytes": disk_usage(out).weight_bytes,
         "quantize": asdict(peak),
         "answer": asdict(answer),
     }
 
 
-def render(report: dict[str, Any]) -> Table:
-    """Returns the table of all rows."""
-    table = Table(title="GB in memory at most")
-    for name in ("weights", "in bfloat16", "packed", "quantize", "of it in no file", "minutes", "first answer"):
-        table.add_column(name, justify="right")
+def cells_of(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Returns a line of `HEADS` for each row."""
+    lines = []
     for row in report["rows"]:
         quantize, answer = Peak(**row["quantize"]), Peak(**row["answer"])
-        numbers = (2 * row["weights"], row["packed_bytes"], quantize.resident, quantize.anonymous)
-        minutes = f"{quantize.seconds / 60:.0f}"
-        table.add_row(row["size"], *(f"{n / 1e9:.1f}" for n in numbers), minutes, f"{answer.resident / 1e9:.1f}")
-    return table
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """Returns the table as Markdown."""
-    lines = [
-        f"Memory of `llmqat quantize --method gptq`, GB, of random Llamas: {line_of(report)}.",
-        "",
-        "| weights | in bfloat16 | packed | `quantize`, resident | of it in no file | minutes | load and 8 tokens |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in report["rows"]:
-        quantize, answer = Peak(**row["quantize"]), Peak(**row["answer"])
-        cells = [2 * row["weights"], row["packed_bytes"], quantize.resident, quantize.anonymous]
-        shown = [f"{cell / 1e9:.1f}" for cell in cells]
-        ends = [f"{quantize.seconds / 60:.0f}", f"{answer.resident / 1e9:.1f}"]
-        lines.append(f"| {' | '.join([row['size'], *shown, *ends])} |")
-    return "\n".join(lines) + "\n"
+        sizes = (2 * row["weights"], row["packed_bytes"], quantize.resident, quantize.anonymous, answer.resident)
+        lines.append((row["size"], *(f"{size / 1e9:.1f}" for size in sizes), f"{quantize.seconds / 60:.0f}"))
+    return lines
 
 
 def main() -> None:
@@ -221,10 +204,14 @@ def main() -> None:
         if args.json:
             write_whole(args.json, json.dumps(report, indent=2) + "\n")
         if args.table:
-            write_whole(args.table, markdown(report))
+            title = f"Memory of `llmqat quantize --method gptq`, GB, of random Llamas: {line_of(report)}."
+            write_whole(args.table, f"{title}\n\n{markdown_table(HEADS, cells_of(report))}\n")
         shutil.rmtree(folder)
     report = {**made("quantize_memory.py"), "rows": [rows[name] for name in SIZES if name in rows]}
-    plain_console().print(render(report))
+    table = Table(*HEADS, title="GB in memory at most")
+    for cells in cells_of(report):
+        table.add_row(*cells)
+    plain_console().print(table)
     for row in report["rows"]:
         print(f"{row['size']}, GB resident: {row['quantize']['resident'] / 1e9:.2f}")
 

@@ -30,8 +30,9 @@ what tokens count.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, zip_longest
 from typing import Any
@@ -164,7 +165,7 @@ def round_by_gptq(
 
 
 @torch.no_grad()
-def choose_nonzero(weight: Tensor, hessian: Tensor, keep: int, of: int) -> Tensor:
+def choose_nonzero(weight: Tensor, inputs: Curvature, keep: int, of: int) -> Tensor:
     """Returns which weights stay, bool [O, I]: of every `of` of a row, the `keep` that the output misses most.
 
     Goes through the input features as GPTQ does. A weight that becomes zero moves those that are still free, so each
@@ -172,7 +173,7 @@ def choose_nonzero(weight: Tensor, hessian: Tensor, keep: int, of: int) -> Tenso
 
     Args:
         weight: [O, I] float32, what the layer is to compute.
-        hessian: [I, I] float32, damped.
+        inputs: of the layer; with no `of` features apart that follow each other, unless these are the whole row.
         keep: weights that stay, n.
         of: of so many, m; divides I.
 
@@ -180,8 +181,7 @@ def choose_nonzero(weight: Tensor, hessian: Tensor, keep: int, of: int) -> Tenso
     """
     size = weight.shape[1]
     if of == size:
-        return most_important(weight.square() / Curvature.of(hessian).inverse_diagonal, keep, of)
-    inputs = Curvature.of(hessian, of)
+        return most_important(weight.square() / inputs.inverse_diagonal, keep, of)
     left = weight.t()[inputs.order].contiguous()
     kept = torch.zeros_like(left, dtype=torch.bool)
     step = of * max(1, COLUMNS // of)
@@ -448,20 +448,20 @@ def gptq_block(
         halves = moments_by_half(block, group, chain, processes, clean)
         if not halves:
             continue
+        originals: dict[str, Tensor] = {}
         targets: dict[str, Tensor] = {}
+        ridge = None
         if clean is not None and halves[0].missing is not None:
             with holding(block, clean.weights):
                 originals = {name: layer.dense_matrix().float() for name, layer in group.layers.items()}
             ridge = stage.target_damping
             if ridge is None:
                 ridge = cross_validated(torch.cat(list(originals.values())), halves)
-            seen = joined(halves)
-            if ridge is not None:
-                hessian = _damped(seen.moments, ridge)
-                targets = {name: own + correction(own, hessian, seen) for name, own in originals.items()}
-                del hessian
-        else:
-            seen = joined(halves)
+        seen = joined(halves)
+        if ridge is not None:
+            hessian = _damped(seen.moments, ridge)
+            targets = {name: own + correction(own, hessian, seen) for name, own in originals.items()}
+            del hessian
         moments = damped(seen.moments, stage.damping)
         del seen, halves  # of a wide layer gigabytes, and so is what comes now
         rounded = gptq_layers(group.layers, Curvature.of(moments), stage.rounds, targets)
@@ -561,7 +561,12 @@ def gptq_layers(
 
     The rows of a weight do not know of each other, so that this is the same, in fewer and larger steps.
     """
-    all_problems = {name: _Problem.of(layer, inputs.hessian, targets.get(name)) for name, layer in layers.items()}
+    together_in = functools.cache(lambda of: Curvature.of(inputs.hessian, of))  # the same for all layers
+
+    def inputs_for(of: int) -> Curvature:
+        return inputs if of == len(inputs.order) else together_in(of)
+
+    all_problems = {name: _Problem.of(layer, inputs, targets.get(name), inputs_for) for name, layer in layers.items()}
     after: dict[str, Tensor] = {}
     together: dict[Any, dict[str, _Problem]] = {}
     for name, problem in all_problems.items():
@@ -617,12 +622,17 @@ class _Problem:
     before: Tensor
 
     @classmethod
-    def of(cls, layer: QuantLinear, hessian: Tensor, target: Tensor | None) -> _Problem:
-        """Returns that of `layer`, whose weight is float32; which of its weights are zero is chosen."""
-        own = layer.dense_matrix().float()
+    def of(
+        cls, layer: QuantLinear, inputs: Curvature, target: Tensor | None, inputs_for: Callable[[int], Curvature]
+    ) -> _Problem:
+        """Returns that of `layer`, whose weight is float32; which of its weights are zero is chosen.
+
+        `inputs_for` gives what `choose_nonzero` asks of the inputs, by how many weights it chooses from.
+        """
+        own, hessian = layer.dense_matrix().float(), inputs.hessian
         wanted = own if target is None else target
         codes, (scale, zero_point) = layer.codes(), layer.scale_and_zero_point()
-        layer.choose_zeros(lambda keep, of: choose_nonzero(wanted, hessian, keep, of))
+        layer.choose_zeros(lambda keep, of: choose_nonzero(wanted, inputs_for(of), keep, of))
         kept = layer.kept_groups()
         weight = wanted
         if kept is not None:

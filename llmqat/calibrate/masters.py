@@ -66,8 +66,8 @@ class Originals:
         }
         is_safe = hold and all(tensor.dtype != torch.float32 for tensor in tensors.values())
         if is_safe and all(map(WeightPages(model).hold, tensors.values())):
-            model.__dict__[_HELD] = cls(tensors)
-            return cls(tensors)
+            held = model.__dict__[_HELD] = cls(tensors)
+            return held
         save_whole(path, tensors)
         return cls(path)
 

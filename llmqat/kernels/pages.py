@@ -28,8 +28,7 @@ _SMAPS = Path("/proc/self/smaps")
 LEAST_BYTES = 1 << 29
 """Of weights in files: below it nothing is let go, as nobody would notice."""
 _FILE = re.compile(
-    r"([0-9a-f]+)-([0-9a-f]+) \S+p \S+ \S+ [1-9]\d* +/.*(?:\.safetensors|/blobs/[0-9a-f]{40,64})(?: \(deleted\))?$",
-    re.M,
+    r"([0-9a-f]+)-([0-9a-f]+) \S+p \S+ \S+ [1-9]\d* +/.*(?:\.safetensors|/blobs/[0-9a-f]{40,64})(?: \(deleted\))?$"
 )
 """A private mapping of a weights file; in the cache of the hub they have no names but their hashes."""
 _MAY_BE = re.compile(r"\.safetensors|/blobs/")
@@ -85,14 +84,10 @@ class FileMappings:
 
     def pages_of(self, *tensors: Tensor) -> FilePages | None:
         """Returns the whole pages inside those of `tensors` that lie in one of the files; None where none does."""
-        mapped = tuple(tensor for tensor in tensors if self._hold(tensor))
+        mapped = tuple(tensor for tensor in tensors if _lies_in(self._ranges, tensor))
         if not mapped:
             return None
         return FilePages(mapped, tuple(tensor._version for tensor in mapped), tuple(map(_whole_pages, mapped)))
-
-    def _hold(self, tensor: Tensor) -> bool:
-        start = tensor.data_ptr()
-        return any(low <= start and start + tensor.nbytes <= high for low, high in self._ranges)
 
 
 class WeightPages:
@@ -118,14 +113,11 @@ class WeightPages:
 
     def hold(self, tensor: Tensor) -> bool:
         """Returns whether `tensor` lies in one of the files."""
-        if not self._ranges or tensor.device.type != "cpu" or not tensor.numel():
-            return False
-        start = tensor.data_ptr()
-        return any(low <= start and start + tensor.nbytes <= high for low, high in self._ranges)
+        return tensor.device.type == "cpu" and tensor.numel() > 0 and _lies_in(self._ranges, tensor)
 
     def let_go(self, tensors: Iterable[Tensor]) -> None:
         """Lets the whole pages inside `tensors` go, where they lie in one of the files."""
-        for tensor in tensors if self._ranges else ():
+        for tensor in tensors:
             if self.hold(tensor):
                 _let_go(*_whole_pages(tensor))
 
@@ -169,6 +161,12 @@ def _unwritten() -> list[tuple[int, int]]:
             found.remove(here)  # pages were copied as they were written to
             here = None
     return found
+
+
+def _lies_in(ranges: Iterable[tuple[int, int]], tensor: Tensor) -> bool:
+    """Returns whether `tensor`, on a CPU, lies in one of some address ranges."""
+    start = tensor.data_ptr()
+    return any(low <= start and start + tensor.nbytes <= high for low, high in ranges)
 
 
 def _whole_pages(tensor: Tensor) -> tuple[int, int]:

@@ -159,19 +159,8 @@ class WeightConfig(Config):
             ValueError: when group_size, or the m of n:m sparsity, does not divide in_features; names `name` and the
                 choices.
         """
-        counts = None if self.sparsity is None else self.sparsity.kept_of(in_features)
-        if counts is not None and counts[0] == counts[1]:
-            raise ValueError(
-                f"quant.sparsity.share={self.sparsity.share} leaves no zero in the {in_features} weights of a row of "  # type: ignore[union-attr]
-                f"{name}; give a larger one, or no sparsity"
-            )
-        if counts is not None and in_features % counts[1]:
-            raise ValueError(
-                f"quant.sparsity={self.sparsity.label!r}: {counts[1]} does not divide in_features={in_features} of "  # type: ignore[union-attr]
-                f"{name}; leave it out with quant.ignore=['{name}'], or give it weights without sparsity with "
-                f"quant.overrides['{name}']={{num_bits: {self.num_bits}, strategy: {self.strategy}, "
-                f"group_size: {self.group_size or 'null'}}}"
-            )
+        if self.sparsity is not None:
+            self._check_zeros(self.sparsity, in_features, name)
         if self.strategy == "tensor":
             return 1, 1
         if self.group_size is None:
@@ -192,6 +181,22 @@ class WeightConfig(Config):
                 f"{{num_bits: {self.num_bits}, strategy: channel}}, or leave it out with quant.ignore=['{name}']"
             )
         return out_features, in_features // self.group_size
+
+    def _check_zeros(self, sparsity: SparsityConfig, in_features: int, name: str) -> None:
+        """Raises ValueError where rows of so many weights cannot have the zeros that are asked for."""
+        kept, of = sparsity.kept_of(in_features) or (0, 1)
+        if kept == of:
+            raise ValueError(
+                f"quant.sparsity.share={sparsity.share} leaves no zero in the {in_features} weights of a row of "
+                f"{name}; give a larger one, or no sparsity"
+            )
+        if in_features % of:
+            raise ValueError(
+                f"quant.sparsity={sparsity.label!r}: {of} does not divide in_features={in_features} of {name}; "
+                f"leave it out with quant.ignore=['{name}'], or give it weights without sparsity with "
+                f"quant.overrides['{name}']={{num_bits: {self.num_bits}, strategy: {self.strategy}, "
+                f"group_size: {self.group_size or 'null'}}}"
+            )
 
     @property
     def label(self) -> str:

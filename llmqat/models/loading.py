@@ -212,9 +212,7 @@ def load_adapter_base(spec: str, dtype: torch.dtype = torch.float32) -> PreTrain
     """
     source = resolve_spec(spec)
     config = read_config(source, spec)
-    quantization = getattr(config, "quantization_config", None)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method != "bitsandbytes":
+    if quantized_by(config) != "bitsandbytes":
         check_config_in_full_precision(config, str(source))
         return _load_weights(source, config, str(source), dtype)
     model = _load_weights(source, config, str(source), torch.float32, device_map="cpu").dequantize()

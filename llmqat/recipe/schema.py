@@ -33,6 +33,8 @@ Node = dict[str, Any]
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SCALARS = (str, int, float)
 """What a key=value shows of a given value."""
+SCHEME_EXAMPLES = ["int5", "int8-g128"]
+"""Names of schemes that are no presets."""
 MANY_KEYS = 30
 """A list of more keys is not shown in an error."""
 
@@ -46,10 +48,11 @@ def recipe_schema() -> Node:
         parts.update(stage.pop("$defs", {}))
         parts[kind.__name__] = {**stage, "required": ["stage", *stage.get("required", ())]}
     weights, scheme = parts["WeightConfig"]["properties"], parts.pop("QuantConfig")
-    weights["sparsity"]["anyOf"].insert(0, {"type": "string", "pattern": "^(?:[1-9][0-9]?:[1-9][0-9]?|unstructured)$"})
+    pattern = {"type": "string", "pattern": "^(?:[1-9][0-9]?:[1-9][0-9]?|unstructured)$"}
+    weights["sparsity"]["anyOf"].insert(0, {**pattern, "examples": ["2:4", "unstructured"]})
     parts["SchemeName"] = {
         "description": "A preset, or a name that says bits, inputs, KV cache and group size: int5, w4a16, int8-g128.",
-        "anyOf": [{"enum": [*PRESETS]}, {"type": "string", "pattern": _scheme_pattern()}],
+        "anyOf": [{"enum": [*PRESETS]}, {"type": "string", "pattern": _scheme_pattern(), "examples": SCHEME_EXAMPLES}],
     }
     preset = {"$ref": "#/$defs/SchemeName", "default": "int4", "description": "The scheme that the other keys change."}
     changes = {name: {**node} for name, node in weights.items()}
@@ -296,11 +299,7 @@ def _kind(schema: Node, node: Node) -> str:
         words = node.get("enum") or [node["const"]]
         return f"{'one of ' if len(words) > 1 else ''}{', '.join('null' if one is None else str(one) for one in words)}"
     if "pattern" in node:
-        return (
-            "n:m such as 2:4 or 'unstructured'"
-            if "unstructured" in node["pattern"]
-            else "such a name as int5 or int8-g128"
-        )
+        return f"such a name as {' or '.join(node['examples'])}"
     if "items" in node:
         return f"list of {_kind(schema, node['items'])}"
     kind = str(node.get("type", "anything"))

@@ -209,13 +209,15 @@ def test_a_weight_is_worth_what_the_output_misses_where_the_others_make_up_for_i
     alone = torch.ones(64, dtype=torch.bool)
     alone[17] = False
     assert fitted(weight[0], hessian, alone)[1] == pytest.approx(float(weight[0, 17] ** 2 / inverse[17]), rel=1e-3)
-    assert torch.equal(choose_nonzero(weight, hessian, 40, 64), most_important(weight.square() / inverse, 40, 64))
+    assert torch.equal(
+        choose_nonzero(weight, Curvature.of(hessian), 40, 64), most_important(weight.square() / inverse, 40, 64)
+    )
 
 
 def test_which_of_four_stay_is_what_the_definition_says() -> None:
     """Greedy, in float64: of the four features that count most, those go that the output misses least, and so on."""
     layer, hessian = problem()
-    weight, found = layer.weight.detach(), choose_nonzero(layer.weight.detach(), hessian, 2, 4)
+    weight, found = layer.weight.detach(), choose_nonzero(layer.weight.detach(), Curvature.of(hessian, 4), 2, 4)
     order = hessian.diagonal().view(-1, 4).sum(1).argsort(descending=True)
     same = 0
     for row in range(8):
@@ -239,7 +241,10 @@ def test_which_of_four_stay_is_what_the_definition_says() -> None:
 def test_chosen_zeros_cost_less_than_the_smallest_weights() -> None:
     layer, hessian = problem()
     weight = layer.weight.detach()
-    kinds = {"chosen": choose_nonzero(weight, hessian, 2, 4), "smallest": most_important(weight.abs(), 2, 4)}
+    kinds = {
+        "chosen": choose_nonzero(weight, Curvature.of(hessian, 4), 2, 4),
+        "smallest": most_important(weight.abs(), 2, 4),
+    }
     costs = {n: sum(fitted(w, hessian, k)[1] for w, k in zip(weight, kept, strict=True)) for n, kept in kinds.items()}
     assert costs["chosen"] < 0.9 * costs["smallest"]
 
