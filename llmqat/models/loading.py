@@ -184,6 +184,12 @@ def _load_weights(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {spec!r} could not be loaded as a causal language model: {error}") from error
     check_loading_info(info, spec)
+    left = [name for name, p in model.named_parameters() if p.is_floating_point() and p.element_size() == 1]
+    if left:
+        raise ValueError(
+            f"model {spec!r}: {len(left)} of its tensors are quantized (quant_method={method!r}) and were not "
+            f"dequantized ({shortened(left)}), so their scales are missing or named otherwise; get the checkpoint again"
+        )
     _check_finite(model, spec)
     if method in DEQUANTIZED:
         _in_dtype(model, dtype)

@@ -17,6 +17,9 @@ from llmqat.files import file_in_progress, give_usual_rights, write_whole
 
 logger = logging.getLogger(__name__)
 
+_SCALES = (".weight_scale", ".weight_scale_inv")
+"""How the names of scales end that belong to a quantized weight beside them."""
+
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),
     *("tekken.json", "sentencepiece.bpe.model"),
@@ -129,6 +132,11 @@ def check_loading_info(info: dict[str, Any], spec: str) -> None:
         )
     if mismatched:
         raise ValueError(f"model {spec!r}: tensors of another shape than config.json says: {shortened(mismatched)}")
+    if scales := sorted(name for name in info["unexpected_keys"] if name.endswith(_SCALES)):
+        raise ValueError(
+            f"model {spec!r}: the checkpoint holds scales of quantized weights ({shortened(scales)}), but its "
+            "config.json does not say how (quantization_config); get the config.json that belongs to it"
+        )
     if unexpected := sorted(info["unexpected_keys"]):
         logger.warning(
             "model %r: %d tensors of the checkpoint are not used: %s", spec, len(unexpected), shortened(unexpected)

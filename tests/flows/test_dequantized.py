@@ -111,6 +111,29 @@ def test_it_is_saved_as_the_plain_model_that_it_is_now(method: str, tmp_path: Pa
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 
 
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_weights_without_their_scales_are_refused(method: str, tmp_path: Path) -> None:
+    PUBLISHED[method](tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    del tensors[next(name for name in tensors if name.endswith(("_scales", "_scale_inv")))]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    wanted = {"mxfp4": "could not be loaded", "fp8": r"1 of its tensors are quantized .* so their scales are missing"}
+    with pytest.raises(ValueError, match=rf"^model '{tmp_path}'.*{wanted[method]}"):
+        load_model(str(tmp_path))
+
+
+def test_quantized_weights_of_which_the_configuration_does_not_say_so_are_refused(tmp_path: Path) -> None:
+    """Else their codes would be taken for weights, in silence."""
+    deepseek(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"holds scales of quantized weights \(.*weight_scale_inv.*quantization_config"
+    ):
+        load_model(str(tmp_path))
+
+
 def test_mxfp4_experts_stay_what_they_are(tmp_path: Path) -> None:
     """The lattice is recognized, so that MXFP4 to MXFP4 loses nothing, in memory and on disk."""
     gpt_oss(tmp_path / "theirs")
