@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.writer import Writer
+from llmqat.data.writer import ModelWriter
 from llmqat.export.checkpoint import load_any
 from llmqat.heap import keep_freed_memory
 from llmqat.terminal import plain_console, show_any_text
@@ -93,7 +93,7 @@ def main() -> None:
         words.rows,
         -(-(words.block_size - 1) // words.stretches),
     )
-    Writer(model, tokenizer, config).write(0, words.rows, stretches)
+    ModelWriter(model, tokenizer, config).write(0, words.rows, stretches)
     plain = 1 / median(stretches.generated)
     # Stretches are equally long and each is slower than the one before: their mean is the shard.
     own = words.rows * len(stretches.synthesis) / sum(stretches.synthesis)

@@ -33,7 +33,7 @@ from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import distinct_shares, merged, summary
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.teacher_cache import HEADER_FILE, model_fingerprint, tokenizer_fingerprint
-from llmqat.data.writer import WRITER_VERSION, Keeper, Shard, Writer
+from llmqat.data.writer import WRITER_VERSION, Keeper, ModelWriter, Shard, Writer
 from llmqat.files import write_whole
 from llmqat.models import name_of
 
@@ -64,17 +64,16 @@ class Manifest:
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SynthesisConfig, rows: int
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SynthesisConfig, writer: Writer
     ) -> Manifest:
-        """Returns the manifest of a folder without shards; a shard will have at most `rows` rows."""
+        """Returns the manifest of a folder without shards, which `writer` will write."""
         settings = config.model_dump(mode="json", exclude={"prompts", "batch_size"})
         prompts = None if config.prompts is None else hashlib.sha256(config.prompts.read_bytes()).hexdigest()
         made_with = {
             "model_sha256": model_fingerprint(model),
             "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-            "batch_size": rows,
+            **writer.made_with,
             "prompts_sha256": prompts,
             "writer_version": WRITER_VERSION,
             **settings,
@@ -135,8 +134,8 @@ def write_shards(
         ValueError: it was written by another model or with other settings; says which. And as `Writer`.
     """
     check_folder(folder)
-    writer = Writer(model, tokenizer, config, None if keeper is None else keeper.cache.top_k)
-    manifest = Manifest.of(model, tokenizer, config, writer.most_rows)
+    writer = ModelWriter(model, tokenizer, config, None if keeper is None else keeper.cache.top_k)
+    manifest = Manifest.of(model, tokenizer, config, writer)
     done: dict[int, Shard] = {}
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)

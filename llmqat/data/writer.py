@@ -28,8 +28,9 @@ from __future__ import annotations
 import logging
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,8 +146,11 @@ class Keeper:
         cache_teacher(self.model, self.tokenizer, blocks, folder, top_k=top_k, batch_size=size, header=self.header)
 
 
-class Writer:
-    """Writes shards with one model; made once for all of them."""
+class Writer(ABC):
+    """Writes shards, wherever the model runs; made once for all of them."""
+
+    made_with: Mapping[str, Any]
+    """What the text depends on beside model, tokenizer and settings."""
 
     def __init__(
         self,
@@ -161,14 +165,13 @@ class Writer:
             FileNotFoundError: as `read_script`.
             ValueError: the context is shorter than a block, the model writes no text of its own, and as `read_script`.
         """
-        check_next_token(model)
         longest = min((n for n in (declared_length(model.config), table_length(model)) if n is not None), default=None)
         size = config.block_size
         if longest is not None and size > longest:
             raise ValueError(f"data.block_size={size} is more than the model's context of {longest} tokens")
         self.model, self.config, self.top_k = model, config, top_k
         self.script = read_script(model, tokenizer, config)
-        self.most_rows = min(config.batch_size, max(CACHE_BYTES // (cache_bytes_per_token(model) * size), 1))
+        self.most_rows = config.batch_size
 
     def shards(
         self,
@@ -223,6 +226,28 @@ class Writer:
                 made |= {shard.number: shard for part in processes.gathered(own) for shard in part}
             yield made.pop(number)
 
+    @abstractmethod
+    def write(self, number: int, rows: int, watch: Progress | None = None) -> Shard:
+        """Returns shard `number` of `rows` tapes, whatever has been written before."""
+
+
+class ModelWriter(Writer):
+    """Writes shards with the model in this process."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SynthesisConfig,
+        top_k: int | None = None,
+    ) -> None:
+        """Checks as `Writer`, and that `model` predicts the next token; a large model writes fewer rows at once."""
+        check_next_token(model)
+        super().__init__(model, tokenizer, config, top_k)
+        most = CACHE_BYTES // (cache_bytes_per_token(model) * config.block_size)
+        self.most_rows = min(config.batch_size, max(most, 1))
+        self.made_with = {"device": model.device.type, "batch_size": self.most_rows}
+
     def write(self, number: int, rows: int, watch: Progress | None = None) -> Shard:
         """Returns shard `number` of `rows` tapes, whatever has been written before."""
         begun = time.perf_counter()
@@ -231,12 +256,10 @@ class Writer:
         generator = torch.Generator().manual_seed(draw.getrandbits(62))
         top = _write_tapes(self.model, tapes, self.config.sampling, generator, self.top_k, watch)
         documents = tapes.finished()
-        blocks, whole = _assemble(documents, self.config.block_size)
+        shard, whole = assembled(number, rows, documents, self.config.block_size, time.perf_counter() - begun)
         if top is not None:
             top = TopProbabilities(top.indices[whole], top.log_probs[whole], top.log_rest[whole])
-        seconds = round(time.perf_counter() - begun, 2)
-        facts = {**tally(documents), "tokens_written": rows * self.config.block_size, "seconds": seconds}
-        return Shard(number, rows, blocks, facts, top)
+        return replace(shard, top=top)
 
 
 def rows_of_shards(blocks: int, most_rows: int) -> list[int]:
@@ -408,10 +431,19 @@ def _write_tapes(
     return None if kept is None else kept.to(torch.device("cpu"))
 
 
-def _assemble(documents: Sequence[Document], block_size: int) -> tuple[Rows, list[int]]:
-    """Returns the kept documents as blocks, and which tapes the first of these are: those without a loss.
+def assembled(
+    number: int, rows: int, documents: Sequence[Document], block_size: int, seconds: float
+) -> tuple[Shard, list[int]]:
+    """Returns the shard of judged documents, and which tapes its first blocks are: those without a loss.
 
-    After them the rest is joined and cut. A block begins a document, if only what is left of one.
+    After them the rest of the kept documents is joined and cut. A block begins a document, if only what is left of one.
+
+    Args:
+        number: of the shard.
+        rows: tapes that were written.
+        documents: in the order of the tapes.
+        block_size: tokens a block.
+        seconds: that it took.
     """
     spoiled = {document.tape for document in documents if document.fault}
     whole = [document for document in documents if document.tape not in spoiled]
@@ -422,4 +454,6 @@ def _assemble(documents: Sequence[Document], block_size: int) -> tuple[Rows, lis
     count = len(ids) // block_size
     ids, starts = (part[: count * block_size].view(count, block_size) for part in (ids, starts))
     starts[:, 0] = 1
-    return Rows(ids, starts=starts), list(dict.fromkeys(document.tape for document in whole))
+    facts = {**tally(documents), "tokens_written": rows * block_size, "seconds": round(seconds, 2)}
+    tapes = list(dict.fromkeys(document.tape for document in whole))
+    return Shard(number, rows, Rows(ids, starts=starts), facts), tapes

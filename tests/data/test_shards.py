@@ -19,7 +19,7 @@ from llmqat.data.shards import WrittenFolder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import synthesize
 from llmqat.data.teacher_cache import CachePlace, TeacherCache
-from llmqat.data.writer import WRITER_VERSION, Keeper, Writer
+from llmqat.data.writer import WRITER_VERSION, Keeper, ModelWriter
 from tests.children import Moment, die_at
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -79,7 +79,7 @@ def test_a_run_that_is_killed_goes_on_and_writes_the_same(
 def test_a_shard_depends_on_number_and_rows_alone(undisturbed: Path):
     config = SynthesisConfig(block_size=48, batch_size=4)
     lines = json.loads((undisturbed / "llmqat.json").read_text())["shards"]
-    last = Writer(tiny_llama(), tiny_tokenizer(), config).write(lines[-1]["number"], lines[-1]["rows"])
+    last = ModelWriter(tiny_llama(), tiny_tokenizer(), config).write(lines[-1]["number"], lines[-1]["rows"])
     rows = load_dataset("parquet", data_files=str(undisturbed / lines[-1]["file"]), split="train")
     assert rows["input_ids"][:] == last.blocks.ids.tolist()
 
