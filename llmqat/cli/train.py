@@ -105,6 +105,10 @@ def synthesize(
         int | None,
         typer.Option(min=1, help="Keep so many of the model's most likely tokens a position, in OUT/teacher."),
     ] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(help="Server (vLLM) that runs the model and writes the text; may be repeated."),
+    ] = None,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -119,6 +123,8 @@ def synthesize(
         llmqat synthesize HuggingFaceTB/SmolLM2-135M --strategy prompts --prompts beginnings.txt --out written
 
         llmqat synthesize HuggingFaceTB/SmolLM2-135M --tokens 1M --teacher-top-k 64 --out written
+
+        llmqat synthesize HuggingFaceTB/SmolLM2-135M --tokens 1M --server http://localhost:8000 --out written
 
         llmqat train smollm2-135m-int4 data.path=written teacher_cache=written/teacher
     """
@@ -139,6 +145,7 @@ def synthesize(
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
+        "server": server or (),
     }
     written = synthesize_to(
         model,

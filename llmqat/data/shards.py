@@ -31,6 +31,7 @@ from llmqat.data.blocks import Progress, Rows, sha256_of_rows
 from llmqat.data.hub import MANIFEST_FILE
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import distinct_shares, merged, summary
+from llmqat.data.server import TAPES, WRITTEN_BY, ServerWriter, remove_tapes
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.teacher_cache import HEADER_FILE, model_fingerprint, tokenizer_fingerprint
 from llmqat.data.writer import WRITER_VERSION, Keeper, ModelWriter, Shard, Writer
@@ -67,7 +68,7 @@ class Manifest:
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SynthesisConfig, writer: Writer
     ) -> Manifest:
         """Returns the manifest of a folder without shards, which `writer` will write."""
-        settings = config.model_dump(mode="json", exclude={"prompts", "batch_size"})
+        settings = config.model_dump(mode="json", exclude={"prompts", "batch_size", "server"})
         prompts = None if config.prompts is None else hashlib.sha256(config.prompts.read_bytes()).hexdigest()
         made_with = {
             "model_sha256": model_fingerprint(model),
@@ -104,7 +105,7 @@ class WrittenFolder:
     def shards(self) -> Iterator[Shard]:
         """Yields the shards as they lie on disk."""
         for line in self.manifest.shards:
-            yield _shard_of(line, _read_blocks(self.path / line["file"]))
+            yield _shard_of(line, _read_blocks(self.path / line["file"], self.manifest.made_with["block_size"]))
 
 
 def write_shards(
@@ -134,14 +135,18 @@ def write_shards(
         ValueError: it was written by another model or with other settings; says which. And as `Writer`.
     """
     check_folder(folder)
-    writer = ModelWriter(model, tokenizer, config, None if keeper is None else keeper.cache.top_k)
+    is_begun = processes.is_first and (folder / MANIFEST_FILE).is_file()
+    found = processes.agreed(read_manifest(folder) if is_begun else None)
+    is_served = found is not None and WRITTEN_BY.items() <= found.made_with.items()
+    top_k = keeper.cache.top_k if keeper is not None and keeper.apart else None
+    writer = open_writer(model, tokenizer, config, top_k, is_served=is_served)
     manifest = Manifest.of(model, tokenizer, config, writer)
+    writer.keep_unfinished(folder, manifest.made_with)
     done: dict[int, Shard] = {}
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         _remove(folder, *_LEFT_OVERS)
-        if (folder / MANIFEST_FILE).is_file():
-            found = read_manifest(folder)
+        if found is not None:
             _check_same(found, manifest, folder)
             manifest = found
         done = {shard.number: shard for shard in _finished(manifest, folder)}
@@ -160,11 +165,37 @@ def write_shards(
             # What lies behind an unfinished shard was finished before it was damaged: it is kept.
             later = [line for line in manifest.shards if line["number"] > shard.number and line["number"] in done]
             _write_manifest(Manifest(manifest.made_with, manifest.facts, [*lines, *later]), folder)
+            remove_tapes(folder, shard.number)
     kept = [line for line in manifest.shards if line["number"] >= len(lines) and line["number"] in done]
     manifest = Manifest(manifest.made_with, manifest.facts, [*lines, *kept])
     if processes.is_first:
         manifest = _reported(WrittenFolder(folder, manifest), tokenizer).manifest
     return WrittenFolder(folder, processes.agreed(manifest))
+
+
+def open_writer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SynthesisConfig,
+    top_k: int | None = None,
+    *,
+    is_served: bool = False,
+) -> Writer:
+    """Returns what writes text as `config` says: this process, or servers.
+
+    Args:
+        model: causal language model.
+        tokenizer: of the model.
+        config: what makes the text.
+        top_k: tokens whose probabilities are kept at each position; None: none.
+        is_served: whether servers wrote what is there already.
+
+    Raises:
+        FileNotFoundError: there is no file of prompts.
+        ValueError: as `Writer`.
+    """
+    kind = ServerWriter if config.server or is_served else ModelWriter
+    return kind(model, tokenizer, config, top_k)
 
 
 def check_folder(folder: Path) -> None:
@@ -188,13 +219,13 @@ def remove_shards(folder: Path) -> None:
     check_folder(folder)
     if folder.exists():
         (folder / MANIFEST_FILE).unlink(missing_ok=True)  # first: without it nothing counts
-        _remove(folder, "shard-*.parquet", CARD_FILE, *_LEFT_OVERS)
+        _remove(folder, "shard-*.parquet", CARD_FILE, TAPES, *_LEFT_OVERS)
         shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)
 
 
 def _holds_shards(folder: Path) -> bool:
     """Whether there is a manifest of ours, or only what a run leaves that was killed before it wrote one."""
-    left_over = ["shard-*.parquet", *_LEFT_OVERS]
+    left_over = ["shard-*.parquet", TAPES, *_LEFT_OVERS]
     if (folder / TEACHER_FOLDER / HEADER_FILE).is_file():
         left_over.append(TEACHER_FOLDER)
     others = (path for path in folder.iterdir() if not any(path.match(pattern) for pattern in left_over))
@@ -258,35 +289,37 @@ def _finished(manifest: Manifest, folder: Path) -> Iterator[Shard]:
     for line in manifest.shards:
         path = folder / line["file"]
         try:
-            blocks = _read_blocks(path)
+            blocks = _read_blocks(path, size)
         except (OSError, ValueError, RuntimeError) as error:
             log.warning("%s is missing or damaged and is written again: %s", path, error)
             continue
-        if blocks.stored.shape[1:] == (size,) and sha256_of_rows(blocks) == line["sha256"]:
+        if sha256_of_rows(blocks) == line["sha256"]:
             yield _shard_of(line, blocks)
         else:
             log.warning("%s does not hold what the manifest says, and is written again", path)
 
 
 def _write_parquet(blocks: Rows, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    from datasets import Dataset
+    from datasets import Dataset, Features, List, Value
 
     ids, size = blocks.stored, blocks.stored.shape[1]
     assert blocks.starts is not None
     begins = [[*row.nonzero().squeeze(1).tolist(), size] for row in blocks.starts]
     lengths = [[after - before for before, after in pairwise(row)] for row in begins]
-    rows = {"input_ids": ids.tolist(), "seq_lengths": lengths, "text": tokenizer.batch_decode(ids)}
+    rows = {"input_ids": ids.tolist(), "seq_lengths": lengths, "text": [tokenizer.decode(row) for row in ids]}
+    # Said, as a shard of which nothing is kept has no rows to tell them from.
+    kinds = Features({"input_ids": List(Value("int64")), "seq_lengths": List(Value("int64")), "text": Value("string")})
     temporary = path.with_name(f".{path.name}.tmp")
-    Dataset.from_dict(rows).to_parquet(temporary)
+    Dataset.from_dict(rows, features=kinds).to_parquet(temporary)
     temporary.replace(path)
 
 
-def _read_blocks(path: Path) -> Rows:
+def _read_blocks(path: Path, size: int) -> Rows:
     import pyarrow.parquet as parquet
 
     table = parquet.read_table(path)
     column = table["input_ids"].combine_chunks()
-    ids = torch.tensor(column.values.to_numpy(), dtype=torch.int64).view(len(column), -1)
+    ids = torch.tensor(column.values.to_numpy(), dtype=torch.int64).view(len(column), size)
     if "seq_lengths" not in table.column_names:  # written by an earlier version
         return Rows(ids)
     lengths = torch.tensor(table["seq_lengths"].combine_chunks().values.to_numpy(), dtype=torch.int64)

@@ -14,9 +14,9 @@ arXiv 2406.08464. Deviations: 2 to 4 greedy tokens instead of 3 to 5.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmqat.config import Config
 from llmqat.data.sampling import Sampling
@@ -54,6 +54,25 @@ class SynthesisConfig(Config):
     """Source synthetic: only the most likely tokens that together have this probability are drawn."""
     top_k: int | None = Field(None, ge=1)
     """Source synthetic: only so many of the most likely tokens are drawn. None: all."""
+    server: tuple[str, ...] = ()
+    """Source synthetic: addresses of servers that run the same model and write the text in place of this process, such
+    as http://localhost:8000; of vLLM, or another whose completions return token ids. It changes the text as the seed
+    does."""
+
+    @field_validator("server", mode="before")
+    @classmethod
+    def _one_server(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("server")
+    @classmethod
+    def _check_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for url in value:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"server {url!r} is no address; write http://HOST:PORT")
+        if len(set(value)) < len(value):
+            raise ValueError(f"server names an address twice: {', '.join(value)}")
+        return value
 
     @model_validator(mode="after")
     def _check_strategy(self) -> SynthesisConfig:

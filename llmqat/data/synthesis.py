@@ -15,10 +15,10 @@ from llmqat.data.blocks import Progress, Rows, TokenBlocks, token_blocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS, DataConfig
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import distinct_shares, merged, summary
-from llmqat.data.shards import write_shards
+from llmqat.data.shards import open_writer, write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.teacher_cache import CachePlace
-from llmqat.data.writer import Keeper, ModelWriter, Shard, described, is_kept_apart
+from llmqat.data.writer import Keeper, Shard, described, is_kept_apart
 from llmqat.models import name_of
 from llmqat.paths import user_path
 from llmqat.terminal import terminal_bar
@@ -103,7 +103,7 @@ def synthesize(
         shards = list(written.shards())
     else:
         shards = []
-        writer = ModelWriter(model, tokenizer, config, None if cache is None else cache.top_k)
+        writer = open_writer(model, tokenizer, config, None if cache is None else cache.top_k)
         for shard in writer.shards(tokens, progress=progress, processes=processes):
             if keeper is not None and processes.is_first:
                 keeper.keep(shard)

@@ -25,12 +25,14 @@ Letters: B rows, L tokens a tape, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -172,6 +174,8 @@ class Writer(ABC):
         self.model, self.config, self.top_k = model, config, top_k
         self.script = read_script(model, tokenizer, config)
         self.most_rows = config.batch_size
+        self.kept: tuple[Path, str] | None = None
+        """Folder for parts of an unfinished shard, and what they are made with."""
 
     def shards(
         self,
@@ -225,6 +229,10 @@ class Writer(ABC):
                 ]
                 made |= {shard.number: shard for part in processes.gathered(own) for shard in part}
             yield made.pop(number)
+
+    def keep_unfinished(self, folder: Path, made_with: Mapping[str, Any]) -> None:
+        """Lets parts of a shard be kept in `folder` until it is finished, if this writer has any."""
+        self.kept = folder, json.dumps(dict(made_with), sort_keys=True)
 
     @abstractmethod
     def write(self, number: int, rows: int, watch: Progress | None = None) -> Shard:

@@ -56,7 +56,10 @@ CALIBRATION_FOLDER = "calibration"
 CHECKPOINT_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
 RESULTS_FILE = "results.json"
-MAY_DIFFER = ("output", "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "data.num_proc")
+MAY_DIFFER = (
+    *("output", "train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
+    *("data.num_proc", "data.server"),
+)
 """Keys that may change when an interrupted run goes on. With another number of processes a step must be cut up
 differently; that it has as many samples as before, the trainer checks."""
 LOCK_FILE = f".{RECIPE_FILE}.lock"

@@ -31,10 +31,9 @@ from llmqat.data.hub import check_name, open_rows, row_pieces, use_chat_template
 from llmqat.data.length import check_length, declared_length
 from llmqat.data.prompts import read_prompts
 from llmqat.data.pydoc import pydoc_text
-from llmqat.data.shards import check_folder
+from llmqat.data.shards import check_folder, open_writer
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.data.text import COMPRESSED, hash_file, is_rows, text_files
-from llmqat.data.writer import ModelWriter
 from llmqat.evaluate.generations import Prompts
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import record_of
@@ -363,7 +362,7 @@ def _check_data(flight: Preflight, data: DataConfig) -> None:
                 check_folder_output(data.path, "data.path")
                 check_folder(data.path)
             if flight.model is not None and tokenizer is not None and not starts_packed(flight.recipe):
-                ModelWriter(flight.model, tokenizer, data)
+                open_writer(flight.model, tokenizer, data)
         elif data.source == "dataset" and data.name is not None:
             check_name(data.name)
         elif data.path is not None and (data.source == "dataset" or (data.source == "text" and is_rows(data.path))):

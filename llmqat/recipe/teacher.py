@@ -156,4 +156,4 @@ def written_cache(
 
 def text_file(data: DataConfig) -> str:
     """Returns the name of the file in a cache that keeps the text a model has written as `data` says."""
-    return f"text-{hashlib.sha256(data.model_dump_json().encode()).hexdigest()[:12]}.safetensors"
+    return f"text-{hashlib.sha256(data.model_dump_json(exclude={'server'}).encode()).hexdigest()[:12]}.safetensors"

@@ -51,7 +51,8 @@ def synthesize_to(
     stage = Stages()
     with stage("load", spec):
         model, tokenizer = load_any(spec, torch.bfloat16)
-        to_accelerator(model)
+        if not config.server:  # which has the accelerator, where they share one
+            to_accelerator(model)
     if overwrite:
         remove_shards(folder)
     keeper = None

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from llmqat.data import DataConfig, load_blocks, shards
+from llmqat.data import DataConfig, load_blocks, shards, writer
 from llmqat.data.blocks import token_blocks
 from llmqat.data.shards import WrittenFolder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
@@ -186,6 +187,21 @@ def test_shards_that_do_not_say_where_documents_begin_are_read_as_one_text(
     assert "so a block of it is one text" in caplog.text
     with pytest.raises(ValueError, match=r"packing=documents: .* did not keep where documents begin"):
         synthesize(tiny_llama(), tiny_tokenizer(), 200, packing="documents", **settings)
+
+
+def test_a_shard_of_which_nothing_is_kept_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    judged = writer.judged
+
+    def refused_at_first(documents: list[Any]) -> list[Any]:
+        monkeypatch.setattr(writer, "judged", judged)
+        return [replace(document, fault="repeats itself") for document in judged(documents)]
+
+    monkeypatch.setattr(writer, "judged", refused_at_first)
+    written = fill(tmp_path, tokens=200)
+    assert [line["blocks"] == 0 for line in written.manifest.shards][:2] == [True, False]
+    before = contents(tmp_path)
+    assert fill(tmp_path, tokens=200).manifest == written.manifest
+    assert contents(tmp_path) == before
 
 
 def test_other_files_are_left_alone(tmp_path: Path):
