@@ -1,10 +1,10 @@
-"""Memory of `llmqat quantize` and of a first answer, for random Llamas that may be larger than memory.
+"""Memory of `llmqat quantize`, of a first answer and of `llmqat eval --reference`, for random Llamas.
 
-A model is made shard by shard, so that making it takes little memory. Each command runs in a process of its own, whose
-memory is looked at five times a second: all that is resident, and what of it lies in no file. The rest are pages of
-files, which the system takes back where it needs them. A run that was interrupted goes on, and its figures are those of
-all starts. The weights are random: the quality of what comes out means nothing. The last lines are the headline,
-`name: number`.
+They may be larger than memory. A model is made shard by shard, so that making it takes little memory. Each command runs
+in a process of its own, whose memory is looked at five times a second: all that is resident, and what of it lies in no
+file. The rest are pages of files, which the system takes back where it needs them. A run that was interrupted goes on,
+and its figures are those of all starts. The weights are random: the quality of what comes out means nothing. The last
+lines are the headline, `name: number`.
 
     python eval/quantize_memory.py --size 1.1G --text wikitext-2/valid.txt --work runs/memory \
         --json eval/results/quantize-memory.json --table eval/results/quantize-memory.md
@@ -46,7 +46,17 @@ DONE = "config.json"
 """The file of a model that is written last."""
 EVERY = 0.2
 """Seconds between two looks at a process."""
-HEADS = ("weights", "in bfloat16", "packed", "quantize, resident", "of it in no file", "load and 8 tokens", "minutes")
+HEADS = (
+    "weights",
+    "in bfloat16",
+    "packed",
+    "quantize, resident",
+    "quantize, in no file",
+    "load and 8 tokens",
+    "eval, resident",
+    "eval, in no file",
+    "minutes",
+)
 ANSWER = (
     "import sys, torch, llmqat; model = llmqat.load(sys.argv[1]); "
     "model.generate(torch.arange(2, 18)[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)"
@@ -143,7 +153,8 @@ def measure(size: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     """Returns the row of a size; what a start took that does not come to its end is kept in the folder."""
     weights = make_model(folder / "model", size, args.tokenizer)
     kept, out = folder / "peak.json", folder / "packed"
-    peak, answer = Peak(**json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else Peak(), Peak()
+    peak = Peak(**json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else Peak()
+    answer, judged = Peak(), Peak()
     words = ["--scheme", args.scheme, "--method", "gptq", "--text", str(args.text), "--out", str(out)]
     words += ["--synthetic", str(args.blocks * args.block_size), "--block-size", str(args.block_size)]
     if not out.is_dir():
@@ -152,6 +163,9 @@ def measure(size: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
         finally:
             write_whole(kept, json.dumps(asdict(peak)))
     watch([sys.executable, "-c", ANSWER, str(out)], answer)
+    words = ["--reference", str(folder / "model"), "--text", str(args.text), "--window", str(args.block_size)]
+    words += ["--max-windows", str(args.blocks), "--allow-trained-text"]
+    watch([sys.executable, "-m", "llmqat", "eval", str(out), *words], judged)
     return {
         "size": size,
         "weights": weights,
@@ -161,6 +175,7 @@ def measure(size: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
         "packed_bytes": disk_usage(out).weight_bytes,
         "quantize": asdict(peak),
         "answer": asdict(answer),
+        "judged": asdict(judged),
     }
 
 
@@ -168,8 +183,9 @@ def cells_of(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Returns a line of `HEADS` for each row."""
     lines = []
     for row in report["rows"]:
-        quantize, answer = Peak(**row["quantize"]), Peak(**row["answer"])
+        quantize, answer, judged = (Peak(**row[name]) for name in ("quantize", "answer", "judged"))
         sizes = (2 * row["weights"], row["packed_bytes"], quantize.resident, quantize.anonymous, answer.resident)
+        sizes += (judged.resident, judged.anonymous)
         lines.append((row["size"], *(f"{size / 1e9:.1f}" for size in sizes), f"{quantize.seconds / 60:.0f}"))
     return lines
 
@@ -204,7 +220,9 @@ def main() -> None:
         if args.json:
             write_whole(args.json, json.dumps(report, indent=2) + "\n")
         if args.table:
-            title = f"Memory of `llmqat quantize --method gptq`, GB, of random Llamas: {line_of(report)}."
+            title = (
+                f"Memory of `llmqat quantize --method gptq` and `llmqat eval`, GB, of random Llamas: {line_of(report)}."
+            )
             write_whole(args.table, f"{title}\n\n{markdown_table(HEADS, cells_of(report))}\n")
         shutil.rmtree(folder)
     report = {**made("quantize_memory.py"), "rows": [rows[name] for name in SIZES if name in rows]}

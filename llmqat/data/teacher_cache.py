@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data.blocks import Progress, Rows, rows_of
 from llmqat.files import write_whole
+from llmqat.kernels import WeightPages, weights_let_go
 from llmqat.layers.source import checksum
 from llmqat.metrics import Predictor, TopProbabilities, predictor_of, token_loss, top_probabilities
 from llmqat.models import capture_hidden, model_device, name_of, save_whole, vocabulary_size
@@ -108,7 +109,8 @@ def model_fingerprint(model: nn.Module) -> str:
     config: Any = model.config
     settings = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_COMPUTED_WITH}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():  # packed codes are no parameters
+    state = model.state_dict().items()  # packed codes are no parameters
+    for name, tensor in WeightPages(model).one_by_one(state):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}\n".encode())
     return digest.hexdigest()
 
@@ -397,7 +399,8 @@ def cache_teacher(
         FileExistsError: `folder` holds something else.
         ValueError: it holds the cache of another model, tokenizer or `top_k`; or `top_k` is out of range.
     """
-    with TeacherCacheWriter(folder, header or CacheHeader.of(model, tokenizer, top_k)) as writer:
+    header = header or CacheHeader.of(model, tokenizer, top_k)
+    with TeacherCacheWriter(folder, header) as writer, weights_let_go(model):
         rows = rows_of(blocks)
         wanted = {key: place for place, key in enumerate(_block_keys(rows)) if key not in writer}
         predictor, training = predictor_of(model), model.training

@@ -33,6 +33,7 @@ from torch.utils.data import Dataset, StackDataset
 
 from llmqat.data.blocks import Rows, sha256_of_rows
 from llmqat.data.length import check_length
+from llmqat.kernels import weights_let_go
 from llmqat.metrics import IGNORED_LABEL, Predictor, TokenScores, predictor_of, token_nll, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device, uploaded
 
@@ -330,7 +331,7 @@ def _predicting_states(
     check_length(model, windows.read_length, "window")
     device = model_device(model)
     done, total = 0, sum(windows.tokens_in(slice(None)))
-    with capture_hidden(model) as captured:
+    with weights_let_go(model), capture_hidden(model) as captured:
         for start in range(0, len(windows), batch_size):
             rows = slice(start, min(start + batch_size, len(windows)))
             lengths = windows.tokens_in(rows)

@@ -221,6 +221,7 @@ def test_quantize_memory(
         assert headline(capsys.readouterr().out)["tiny, GB resident"] > 0.1
     (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert 0 < row["quantize"]["anonymous"] <= row["quantize"]["resident"]
+    assert 0 < row["judged"]["anonymous"] <= row["judged"]["resident"]
     assert row["packed_bytes"] < 2 * row["weights"]
     assert "| tiny | 0.0 |" in (tmp_path / "found.md").read_text()
     assert not (tmp_path / "work" / "tiny").exists()

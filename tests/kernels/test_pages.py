@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from llmqat.data.teacher_cache import cache_teacher, model_fingerprint
+from llmqat.evaluate.perplexity import evaluate, keep_reference, windows_from_blocks
 from llmqat.kernels import WeightPages
 from llmqat.kernels import pages as pages_module
+from llmqat.layers.probe import probe_inputs
+from llmqat.models import load_model
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 PAGES = 64
 """Of each tensor."""
@@ -90,6 +98,31 @@ def test_little_is_not_worth_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> 
     tensors = load_file(file)
     assert not WeightPages()
     assert not WeightPages().hold(tensors["a"])
+
+
+def test_passes_over_a_model_in_files_leave_nothing_in_memory(tmp_path: Path) -> None:
+    """And find what they find with the same model in memory."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model, tokenizer = tiny_llama(**shape, head_dim=64, tied=False), tiny_tokenizer()
+    folder = tmp_path.resolve() / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    mapped, _ = load_model(str(folder), torch.float32)
+    file = folder / "model.safetensors"
+    model.config._name_or_path = mapped.config._name_or_path
+    numbers({name: p.detach() for name, p in mapped.named_parameters()})
+    assert in_memory(file) > file.stat().st_size // 2
+    ids = probe_inputs(model, 3, 24)["input_ids"]
+    passes: dict[str, Callable[[PreTrainedModel], Any]] = {
+        "evaluate": lambda one: evaluate(one, ids).nll,
+        "reference": lambda one: keep_reference(one, windows_from_blocks(ids)).evaluation.nll,
+        "teacher": lambda one: cache_teacher(one, tokenizer, ids, tmp_path / f"{one is model}", top_k=4).mass(),
+        "fingerprint": model_fingerprint,
+    }
+    for name, run in passes.items():
+        found = run(mapped)
+        assert in_memory(file) < 64 * 4096, name  # the ends of tensors, which share a page
+        assert found == run(model), name
 
 
 def test_files_in_the_cache_of_the_hub_are_known_by_their_hashes(file: Path) -> None:
