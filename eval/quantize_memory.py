@@ -156,7 +156,7 @@ def measure(size: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     peak = Peak(**json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else Peak()
     answer, judged = Peak(), Peak()
     words = ["--scheme", args.scheme, "--method", "gptq", "--text", str(args.text), "--out", str(out)]
-    words += ["--synthetic", str(args.blocks * args.block_size), "--block-size", str(args.block_size)]
+    words += ["--tokens", str(args.blocks * args.block_size), "--block-size", str(args.block_size)]
     if not out.is_dir():
         try:
             watch([sys.executable, "-m", "llmqat", "quantize", str(folder / "model"), *words], peak)

@@ -122,7 +122,18 @@ def test_the_largest_batch_is_the_largest_that_fits(llama: Any) -> None:
     ways = llama.cheaper(int(llama.memory.peak))
     assert all(memory.peak <= 0.9 * llama.memory.peak for memory in ways.values())
     assert any("trainable=scales" in name for name in ways)
+    spared = next(memory for name, memory in ways.items() if "adamw_bnb_8bit" in name)
+    assert spared.optimizer == llama.memory.optimizer / 4
     assert llama.cheaper(1000) == {}
+
+
+def test_weights_that_are_not_held_through_a_step_are_not_counted(llama: Any) -> None:
+    spared, held, told = (
+        memory_of(llama.size, replace(llama.method, checkpointing=True, accumulation=4, reuses=reuses), llama.devices)
+        for reuses in (False, True, None)
+    )
+    assert held == told
+    assert held.activations - spared.activations == 2 * llama.size.quantized
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
 EXIT_CODES = {
     0: "done",
-    1: "a fault of llmqat, shown with its traceback",
+    1: "a fault of llmqat, or no memory left; shown with its traceback",
     EXIT_USER: "a mistake in what was given, told in one message (its traceback: llmqat --traceback COMMAND ...)",
     EXIT_GATE: "a gate is broken, what was measured is written all the same",
     EXIT_INTERRUPTED: "interrupted",

@@ -51,8 +51,11 @@ def quantize(
         float | None, typer.Option(min=0, max=1, help="SmoothQuant's alpha, such as 0.5: smooth layer inputs first.")
     ] = None,
     text: CalibrationTextOption = None,
-    synthetic: Annotated[
-        int, typer.Option(min=1, help="Tokens to calibrate on; written by the model without --text.")
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens", "--synthetic", min=1, help="Tokens to calibrate on; written by the model without --text."
+        ),
     ] = 16384,
     block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block of calibration text.")] = 512,
     seed: SeedOption = 0,
@@ -77,7 +80,7 @@ def quantize(
 
     **Examples**
 
-        llmqat quantize HuggingFaceTB/SmolLM2-135M --scheme int4 --group-size 64 --synthetic 16384 --out smollm2-int4
+        llmqat quantize HuggingFaceTB/SmolLM2-135M --scheme int4 --group-size 64 --tokens 16384 --out smollm2-int4
 
         llmqat quantize ./model --scheme int8 --method rtn --out model-int8
 
@@ -109,7 +112,7 @@ def quantize(
         rotate=rotate,
         smooth=smooth,
         text=text,
-        tokens=synthetic,
+        tokens=tokens,
         block_size=block_size,
         seed=seed,
         overwrite=overwrite,

@@ -89,6 +89,8 @@ class Method:
     checkpointing: bool = False
     optimizer: float = 8.0
     """Bytes of the optimizer's state for one trained parameter."""
+    reuses: bool | None = None
+    """Whether quantized weights are held through a step; None: where it has several micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,8 @@ def _activation_bytes(size: ModelSize, method: Method, devices: Devices) -> floa
     ends = 12.0 * size.hidden * tokens  # hidden states of student and teacher before the head, and their gradients
     if method.checkpointing:
         whole = devices.kind == "ddp" and method.trains != "scales"
-        reused = 2.0 * size.quantized if method.accumulation > 1 and whole else 0.0
+        reuses = method.accumulation > 1 if method.reuses is None else method.reuses
+        reused = 2.0 * size.quantized if reuses and whole else 0.0
         return ends + 2.0 * size.hidden * tokens * size.layers + _block_bytes(size, method, devices) + reused
     kept = _kept_by_block(size) + _scores(size, method, devices)
     return ends + kept * tokens * size.layers + _made_weights(size, method)

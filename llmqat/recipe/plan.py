@@ -64,6 +64,9 @@ from llmqat.train.stability import check_lengths
 
 PROPOSED_RANK = 16
 """Of the adapters that are proposed where memory is short."""
+NO_REUSE = "train.reuse_quantized_weights=false"
+EIGHT_BIT_OPTIMIZER = optimizer_bytes("adamw_bnb_8bit")
+"""Bytes of its state for one trained parameter."""
 FEW_STEPS = 30
 """With fewer optimizer steps hardly any answer is learned."""
 FEW_CONVERSATIONS, EPOCHS_OF_FEW = 100, 8
@@ -134,27 +137,30 @@ class Plan:
     def cheaper(self, available: int) -> dict[str, Memory]:
         """Returns ways that fit into `available` bytes, by the keys of a recipe, those that change least first.
 
-        Adapters and scales are proposed with gradient checkpointing and a micro-batch of one; nothing in place of a
-        calibration.
+        Adapters and scales are proposed with what takes the least memory beside; nothing in place of a calibration.
         """
         if isinstance(self.method, Calibration):
             return {}
         training = self.method
         small = {"batch": 1, "accumulation": training.accumulation * training.batch}
-        least = {"checkpointing": True, **small}
+        least = {"checkpointing": True, "reuses": False, **small}
         ways: dict[str, dict[str, Any]] = {
             "train.gradient_checkpointing=true": {"checkpointing": True},
             f"train.per_device_train_batch_size=1 train.gradient_accumulation_steps={small['accumulation']}": small,
             "a teacher_cache (llmqat cache-teacher)": {"teacher": 0.0},
-            "these three together": {**least, "teacher": 0.0},
-            f"lora={{r: {PROPOSED_RANK}}} calibrate=[ranges], its own teacher, with gradient checkpointing": {
+            f"these three together, {NO_REUSE}": {**least, "teacher": 0.0},
+            f"train.optim=adamw_bnb_8bit, with checkpointing, a micro-batch of one and {NO_REUSE}": {
+                **least,
+                "optimizer": min(training.optimizer, EIGHT_BIT_OPTIMIZER),
+            },
+            f"lora={{r: {PROPOSED_RANK}}} calibrate=[ranges], its own teacher, with checkpointing and {NO_REUSE}": {
                 **least,
                 "trains": "lora",
                 "trained": self.trained_by.get("lora"),
                 "teacher": 0.0,
                 "head_trains": False,
             },
-            "train.trainable=scales, with gradient checkpointing": {
+            "train.trainable=scales, with checkpointing": {
                 **least,
                 "trains": "scales",
                 "trained": self.trained_by.get("scales"),
@@ -341,6 +347,7 @@ def method_of(recipe: Recipe, arguments: QATArguments, model: PreTrainedModel) -
         accumulation=arguments.gradient_accumulation_steps,
         checkpointing=bool(arguments.gradient_checkpointing),
         optimizer=optimizer_bytes(str(arguments.optim.value)),
+        reuses=arguments.reuse_quantized_weights,
     )
     return method, trained
 
