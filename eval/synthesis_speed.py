@@ -23,7 +23,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmqat.data.server import ServerWriter
+from llmqat.data.server_writer import ServerWriter
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.writer import ModelWriter
 from llmqat.export.checkpoint import load_any

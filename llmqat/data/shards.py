@@ -6,9 +6,11 @@
     teacher/              on demand: what the writer predicts at every position (see `teacher_cache.py`)
     README.md             the same for people, with samples to read; its head makes `datasets.load_dataset(FOLDER)` work
 
+    .tapes-*.jsonl        finished documents of an unfinished shard, where servers write (see `server_writer.py`)
+
 A shard counts once the manifest names it, and both are written beside their place and renamed. So a run that is killed
 loses the shard it was writing, and nothing else: the same command goes on, and what it writes then is what it would
-have written. More tokens asked of a finished folder are more shards.
+have written, unless servers write. More tokens asked of a finished folder are more shards.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from llmqat.data.blocks import Progress, Rows, sha256_of_rows
 from llmqat.data.hub import MANIFEST_FILE
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import distinct_shares, merged, summary
-from llmqat.data.server import TAPES, WRITTEN_BY, ServerWriter, remove_tapes
+from llmqat.data.server_writer import TAPES, WRITTEN_BY, ServerWriter, remove_tapes
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.teacher_cache import HEADER_FILE, model_fingerprint, tokenizer_fingerprint
 from llmqat.data.writer import WRITER_VERSION, Keeper, ModelWriter, Shard, Writer
@@ -131,6 +133,7 @@ def write_shards(
         processes: write the shards together, the first one to disk; what lies there is what one would write.
 
     Raises:
+        ConnectionError: no server answers any more.
         FileExistsError: `folder` holds something else.
         ValueError: it was written by another model or with other settings; says which. And as `Writer`.
     """
@@ -159,7 +162,7 @@ def write_shards(
         if not processes.is_first:
             continue
         if keeper is not None:  # first: a shard that counts is never written again
-            keeper.keep(shard)
+            keeper.keep(writer.with_predictions(shard) if shard.top is None and keeper.lacks(shard) else shard)
         if shard.number not in done:
             _write_parquet(shard.blocks, tokenizer, folder / lines[-1]["file"])
             # What lies behind an unfinished shard was finished before it was damaged: it is kept.
@@ -256,7 +259,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_same(found: Manifest, wanted: Manifest, folder: Path) -> None:
     keys = sorted(found.made_with.keys() | wanted.made_with.keys())
-    pairs = [(key, found.made_with.get(key), wanted.made_with.get(key)) for key in keys]
+    here = {"written_by": "llmqat"}
+    pairs = [(key, found.made_with.get(key, here.get(key)), wanted.made_with.get(key, here.get(key))) for key in keys]
     differing = [f"{key} was {before!r}, now {now!r}" for key, before, now in pairs if before != now]
     if differing:
         raise ValueError(

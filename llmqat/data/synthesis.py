@@ -69,7 +69,7 @@ def synthesize(
 ) -> TokenBlocks:
     """Returns text written by `model` itself, as token blocks.
 
-    The same model, settings, processor and versions give the same text.
+    The same model, settings, processor and versions give the same text, unless servers write it.
 
     Args:
         model: causal language model, packed or not; its training mode is restored.
@@ -84,6 +84,7 @@ def synthesize(
         settings: fields of `SynthesisConfig`: block_size, seed, batch_size, strategy, chat_share, temperature, ….
 
     Raises:
+        ConnectionError: no server answers any more; what is written is kept in `folder`.
         FileExistsError: `folder` holds something else.
         ValueError: for unknown settings, when the model cannot hold block_size tokens, when all it writes is
             degenerate, when `folder` was written by another model or with other settings, or `cache` made so; or when
@@ -103,7 +104,7 @@ def synthesize(
         shards = list(written.shards())
     else:
         shards = []
-        writer = open_writer(model, tokenizer, config, None if cache is None else cache.top_k)
+        writer = open_writer(model, tokenizer, config, cache.top_k if cache is not None and apart else None)
         for shard in writer.shards(tokens, progress=progress, processes=processes):
             if keeper is not None and processes.is_first:
                 keeper.keep(shard)

@@ -427,7 +427,7 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
     """Returns what enters the output head of `model` for ids [B, L]: [B, L, D]."""
     given = {"input_ids": input_ids} if position_ids is None else {"input_ids": input_ids, "position_ids": position_ids}
     device = model_device(model)
-    with capture_hidden(model) as captured:
+    with weights_let_go(model), capture_hidden(model) as captured:
         model(**{name: tensor.to(device) for name, tensor in given.items()}, use_cache=False)
         return captured.take()
 

@@ -14,9 +14,10 @@ Where asked for, the writer's most likely tokens at each position go into a teac
 tape without a loss they are what the model would predict for the block, and it need not be asked again. They are those
 of the model itself, whatever temperature or truncation the text is drawn with. The model runs over the other blocks.
 
-A *shard* is what one batch of tapes gives. It depends on the model, the settings, its number and its rows alone: tapes
-start empty, and all that is drawn comes from the seed and the number. So shards that an interrupted run has finished
-are as good as new ones (`shards.py`). Rows are part of it because bfloat16 products round by their number.
+A *shard* is what one batch of tapes gives. Written in this process, it depends on the model, the settings, its number
+and its rows alone: tapes start empty, and all that is drawn comes from the seed and the number. So shards that an
+interrupted run has finished are as good as new ones (`shards.py`). Rows are part of it because bfloat16 products round
+by their number. `server_writer.py` has shards that servers write.
 
 Source: LLM-QAT, arXiv 2305.17888, section 3.1. Deviations: documents packed, degenerate ones dropped.
 
@@ -127,6 +128,11 @@ class Keeper:
             for block in range(len(shard.top.log_rest)):
                 writer.add(shard.blocks.stored[block], shard.top.of_row(block), own[block])
 
+    def lacks(self, shard: Shard) -> bool:
+        """Returns whether predictions for a block of `shard` would be kept, and are not there."""
+        known = TeacherCacheWriter(self.cache.folder, self.header).known(shard.blocks) if self.apart else []
+        return self.apart and len(known) < len(shard.blocks)
+
     def complete(self, blocks: Rows) -> None:
         """Runs the model over those of `blocks` of which its predictions are not known.
 
@@ -139,8 +145,8 @@ class Keeper:
             off = cache.divergence(self.model, blocks[torch.tensor(known)])
             if not off <= MOST_DIVERGENCE:
                 log.warning(
-                    "what the model predicted while it wrote is KL %.3g from what it predicts for whole blocks, so it "
-                    "reads them all: its forward gives something else one token at a time",
+                    "what was kept as the text was written is KL %.3g from what the model predicts for whole blocks; "
+                    "it reads them all here",
                     off,
                 )
                 cache.remove_shards()
@@ -223,16 +229,26 @@ class Writer(ABC):
         for number in plan:
             if number not in made:
                 due = [other for other in plan if other >= number and other not in made][: processes.count]
-                own = [
-                    self.write(mine, plan[mine], watch.after(plan, mine, self.config.block_size))
-                    for mine in processes.share(due)
-                ]
-                made |= {shard.number: shard for part in processes.gathered(own) for shard in part}
+                own: list[Shard] = []
+                error: Exception | None = None
+                try:
+                    size = self.config.block_size
+                    own += [self.write(n, plan[n], watch.after(plan, n, size)) for n in processes.share(due)]
+                except Exception as found:  # raised in all processes: none waits for one that has failed
+                    error = found
+                for part, failed in processes.gathered((own, error)):
+                    if failed is not None:
+                        raise error or failed
+                    made |= {shard.number: shard for shard in part}
             yield made.pop(number)
 
     def keep_unfinished(self, folder: Path, made_with: Mapping[str, Any]) -> None:
         """Lets parts of a shard be kept in `folder` until it is finished, if this writer has any."""
         self.kept = folder, json.dumps(dict(made_with), sort_keys=True)
+
+    def with_predictions(self, shard: Shard) -> Shard:
+        """Returns `shard` with what is predicted for its blocks, where that can be had without the model here."""
+        return shard
 
     @abstractmethod
     def write(self, number: int, rows: int, watch: Progress | None = None) -> Shard:

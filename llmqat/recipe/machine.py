@@ -127,6 +127,7 @@ def _machine() -> str:
 def _others(recipe: Recipe) -> str:
     """Returns the hash of what text, calibration and evaluation follow."""
     sections = recipe.model_dump(mode="json", include={"data", "calibrate", "evaluate", "allocate"})
+    sections["data"].pop("server", None)
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
 
 

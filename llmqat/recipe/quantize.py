@@ -191,7 +191,7 @@ def _quantized(
     facts: dict[str, Any] = {"model": spec, "calibrate": [stage.model_dump(mode="json") for stage in stages]}
     settings = {**facts, "quant": quant.model_dump(mode="json"), "seed": seed}
     settings["allocate"] = None if allocate is None else allocate.model_dump(mode="json")
-    settings["data"] = None if data is None else data.model_dump(mode="json")
+    settings["data"] = None if data is None else data.model_dump(mode="json", exclude={"server"})
     # Rotation and smoothing are exact in float32 only; without them a block at a time is raised to it.
     folds = any(isinstance(stage, (RotateStage, SmoothStage)) for stage in stages)
     stage = Stages()

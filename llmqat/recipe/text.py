@@ -40,6 +40,7 @@ def synthesize_to(
         overwrite: whether text written earlier is deleted first.
 
     Raises:
+        ConnectionError: no server answers any more.
         FileExistsError: the folder holds something else.
         FileNotFoundError: the model or the prompts are not there.
         ValueError: the folder was begun by another model or with other settings, the model's context is shorter than a

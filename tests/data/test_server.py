@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llmqat.data import quality
+from llmqat.data import quality, server_writer
 from llmqat.data import server as server_module
 from llmqat.data.shards import WrittenFolder, write_shards
 from llmqat.data.strategy import SynthesisConfig
@@ -36,6 +37,8 @@ class Server(ThreadingHTTPServer):
         self.models = [{"id": "tiny", "parent": None, "max_model_len": context}]
         self.asked: list[dict[str, Any]] = []
         self.fails_after: int | None = None
+        self.most = 1 << 30
+        self.key = ""
         self.changed: Callable[[dict[str, Any]], dict[str, Any]] = lambda choice: choice
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -50,7 +53,7 @@ class Server(ThreadingHTTPServer):
         generator = torch.Generator().manual_seed(body.get("seed", 0))
         own: list[int] = []
         log_probs: list[float] = []
-        while len(own) < body["max_tokens"] and not (own and own[-1] in ends):
+        while len(own) < min(body["max_tokens"], self.most) and not (own and own[-1] in ends):
             found = self.model(torch.tensor([ids + own])).logits[0, -1].log_softmax(-1)
             greedy = body["temperature"] == 0
             drawn = (
@@ -78,7 +81,10 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.answer(200 if self.path == "/v1/models" else 404, {"data": self.server.models})
+        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+            self.answer(401, {"error": "no key"})
+        else:
+            self.answer(200 if self.path == "/v1/models" else 404, {"data": self.server.models})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -104,7 +110,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(autouse=True)
 def _without_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "WAITS", (0,))
-    monkeypatch.setattr(server_module, "REQUESTS", 2)
+    monkeypatch.setattr(server_module, "FIRST_WAITS", ())
+    monkeypatch.setattr(server_writer, "REQUESTS", 2)
 
 
 @pytest.fixture
@@ -178,7 +185,7 @@ def test_what_the_model_predicts_comes_from_the_server(tmp_path: Path, started: 
     for shard in written.shards():
         assert cache.missing(shard.blocks) == []
         assert cache.divergence(tiny_llama(), shard.blocks) < 1e-3
-    assert "writer" in written.manifest.made_with
+    assert written.manifest.made_with["written_by"] == "a server"
     assert not list((tmp_path / "text").glob(".*"))
 
 
@@ -189,13 +196,14 @@ def test_a_run_whose_server_dies_goes_on_where_it_was(tmp_path: Path, started: C
     with pytest.raises(ConnectionError, match="no server answers any more"):
         fill(tmp_path / "text", dying)
     tapes = next((tmp_path / "text").glob(".tapes-*"))
-    kept = len(tapes.read_text().split("\n")) - 1
-    assert kept > 0
-    tapes.write_text(tapes.read_text() + '\n{"row": 5, "docu')  # as a killed run leaves it
+    kept = [json.loads(line)["ids"] for line in tapes.read_text().splitlines() if line]
+    assert kept
+    tapes.write_text(tapes.read_text() + '\n{"tape": 5, "ids"')  # as a killed run leaves it
     other = started()
     assert ids_of(fill(tmp_path / "text", other)) == ids_of(whole)
-    rows = whole.manifest.shards[0]["rows"]
-    assert 0 < len({tuple(body["prompt"][:2]) for body in other.asked}) < len(dying.asked) * rows
+    compared = 1
+    asked = [body["prompt"] for body in other.asked[compared:]]
+    assert not any(prompt == ids[: len(prompt)] for prompt in asked for ids in kept)
     assert not list((tmp_path / "text").glob(".*"))
 
 
@@ -217,6 +225,46 @@ def test_another_server_does_the_work_of_one_that_dies(
     assert len(living.asked) > 4
 
 
+def test_a_server_that_returns_fewer_tokens_is_asked_to_go_on(
+    tmp_path: Path, started: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(quality, "MOST_REPEATED", 1.0)
+    (tmp_path / "prompts.txt").write_text("one thing\nanother\n")
+    settings = {"strategy": "prompts", "prompts": tmp_path / "prompts.txt", "temperature": 1e-6}
+    short = started()
+    short.most = 5
+    assert ids_of(fill(tmp_path / "short", short, **settings)) == ids_of(
+        fill(tmp_path / "whole", started(), **settings)
+    )
+
+
+def test_servers_are_asked_what_is_not_known_of_finished_text(tmp_path: Path, started: Callable[..., Server]):
+    server = started()
+    fill(tmp_path / "text", server)
+    fill(tmp_path / "text", server, top_k=8)
+    predictions = [body for body in server.asked if "prompt_logprobs" in body]
+    written = fill(tmp_path / "text", server, top_k=8)
+    assert predictions == [body for body in server.asked if "prompt_logprobs" in body]
+    cache = TeacherCache(tmp_path / "text" / "teacher")
+    assert [cache.missing(shard.blocks) for shard in written.shards()] == [[]] * len(written.manifest.shards)
+
+
+def test_an_error_does_not_wait_for_requests_under_way():
+    servers = server_module.Servers(["http://127.0.0.1:9"])
+    under_way = threading.Event()
+
+    def work(place: int) -> None:
+        if place:
+            under_way.wait(60)
+        raise ValueError("refused")
+
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match="refused"):
+        list(servers.together(work, range(3), threads=3))
+    assert time.monotonic() - begun < 30
+    under_way.set()
+
+
 def test_more_text_of_a_server_needs_one(tmp_path: Path, started: Callable[..., Server]):
     folder = tmp_path / "text"
     settings = {"block_size": SIZE, "batch_size": 6, "folder": folder}
@@ -230,7 +278,7 @@ def test_more_text_of_a_server_needs_one(tmp_path: Path, started: Callable[..., 
 
 def test_text_of_this_process_is_not_gone_on_with_by_a_server(tmp_path: Path, started: Callable[..., Server]):
     fill(tmp_path)
-    with pytest.raises(ValueError, match="writer was None, now 'server'"):
+    with pytest.raises(ValueError, match="written_by was 'llmqat', now 'a server'"):
         fill(tmp_path, started())
 
 
@@ -245,6 +293,7 @@ def without(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ({"context": 40}, None, r"takes 40 tokens, and 48 are needed; .*--max-model-len 48"),
         ({"context": 48}, 8, "takes 48 tokens, and 49 are needed"),
         ({"models": [{"id": "a"}, {"id": "b"}]}, None, r"has 2 models \(a, b\)"),
+        ({"key": "secret"}, None, r"wants a key .*; give it in the environment as LLMQAT_SERVER_KEY"),
         ({"changed": without("token_ids")}, None, "returns no token ids"),
         ({"changed": without("prompt_logprobs")}, 8, "does not tell what it predicts in a prompt"),
     ],
@@ -258,7 +307,15 @@ def test_servers_that_will_not_do_are_refused(
     server.models = changes.get("models", [{"id": "tiny", "max_model_len": server.context}])
     with pytest.raises(ValueError, match=message):
         fill(tmp_path / "text", server, top_k=top_k)
-    assert len(server.asked) <= 2  # before anything is written
+    assert len(server.asked) <= 2 * server_writer.COMPARED_TEXTS  # before anything is written
+
+
+def test_a_key_is_given_to_servers(tmp_path: Path, started: Callable[..., Server], monkeypatch: pytest.MonkeyPatch):
+    server = started()
+    server.key = "secret"
+    monkeypatch.setenv("LLMQAT_SERVER_KEY", "secret")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # of which a server on this machine knows nothing
+    assert fill(tmp_path, server).blocks
 
 
 def test_addresses_that_are_none_are_refused(tmp_path: Path, started: Callable[..., Server]):

@@ -16,6 +16,7 @@ from datasets import load_dataset
 
 from llmqat.data import DataConfig, load_blocks, shards, writer
 from llmqat.data.blocks import token_blocks
+from llmqat.data.processes import Processes
 from llmqat.data.shards import WrittenFolder, remove_shards, write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import synthesize
@@ -83,6 +84,18 @@ def test_a_shard_depends_on_number_and_rows_alone(undisturbed: Path):
     last = ModelWriter(tiny_llama(), tiny_tokenizer(), config).write(lines[-1]["number"], lines[-1]["rows"])
     rows = load_dataset("parquet", data_files=str(undisturbed / lines[-1]["file"]), split="train")
     assert rows["input_ids"][:] == last.blocks.ids.tolist()
+
+
+def test_what_fails_in_one_process_fails_in_all():
+    """None waits for shards that will not come."""
+
+    class Two(Processes):
+        def gathered(self, value: Any) -> list[Any]:
+            return [value, ([], ConnectionError("the other one's server is gone"))]
+
+    writer_here = ModelWriter(tiny_llama(), tiny_tokenizer(), SynthesisConfig(block_size=16, batch_size=2))
+    with pytest.raises(ConnectionError, match="the other one's server is gone"):
+        list(writer_here.shards(64, processes=Two(0, 2)))
 
 
 def test_datasets_and_recipes_read_it(undisturbed: Path, tmp_path: Path):

@@ -1,0 +1,276 @@
+"""Text that a model writes on servers (see `server.py`).
+
+A shard is what it is in `writer.py`: documents on tapes that are as long as a block. A tape is a chain of requests, one
+for each part of a document that the model writes; the tapes of a shard are written at the same time, and the servers
+batch them. What is drawn for a document depends on the seed and its place alone. A server computes in batches of its
+own, so the same command gives like text, and not the same.
+
+Finished documents are appended to a file beside the shards, so a run that is interrupted asks for the others alone.
+
+Before the first shard each server writes a few tokens whose probabilities are compared with those of the model here: a
+server is refused whose model is another, or is quantized so that it predicts something else.
+
+What the model predicts at each position is asked for when a shard's blocks are known (`prompt_logprobs`).
+
+Letters: N blocks, L tokens a block, K tokens kept a position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmqat.data.blocks import Progress
+from llmqat.data.quality import Document, judged
+from llmqat.data.script import Opening, Script
+from llmqat.data.server import Servers
+from llmqat.data.strategy import SynthesisConfig
+from llmqat.data.teacher_cache import hidden_states
+from llmqat.data.writer import Shard, Writer, assembled
+from llmqat.metrics import TopProbabilities, predictor_of, token_nll
+from llmqat.models import model_device, name_of
+
+log = logging.getLogger(__name__)
+
+WRITTEN_BY = {"written_by": "a server"}
+"""What the manifest of text from a server says that the text depends on."""
+TAPES = ".tapes-*.jsonl"
+"""Files of finished documents whose shard is not finished."""
+REQUESTS = 256
+"""At most so many at a time to a server, which lets those wait that it has no room for."""
+PREDICTIONS = 8
+"""The same, where a server tells what it predicts, which is megabytes for each block."""
+COMPARED_TOKENS = 64
+COMPARED_TEXTS = 8
+MOST_DIFFERENCE = 0.1
+"""Nats a token, on average, between the log-probabilities of a server and those of the model here: rounding."""
+
+
+class ServerWriter(Writer):
+    """Writes shards on servers."""
+
+    made_with = WRITTEN_BY
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SynthesisConfig,
+        top_k: int | None = None,
+    ) -> None:
+        """Checks as `Writer`; no server is asked yet.
+
+        Args:
+            model: what the servers run; it predicts a few tokens here, to compare.
+            tokenizer: of the model.
+            config: what makes the text, and the servers.
+            top_k: tokens of which the probabilities are kept at each position.
+        """
+        super().__init__(model, tokenizer, config, top_k)
+        self.servers = Servers(config.server)
+        self._is_compared = False
+
+    def write(self, number: int, rows: int, watch: Progress | None = None) -> Shard:
+        """Returns shard `number` of `rows` tapes.
+
+        Raises:
+            ConnectionError: no server answers any more.
+            ValueError: there is none, one has another model, or refuses.
+        """
+        if not self.servers.urls:
+            raise ValueError("this text was written by a server, and more of it is wanted; give data.server=URL")
+        begun = time.perf_counter()
+        self.compare()
+        size = self.config.block_size
+        script = self.script.shuffled(random.Random(f"{self.config.seed}/{number}"))
+        tapes = _Tapes(None if self.kept is None else _tapes_file(*self.kept, number, rows), rows, size, watch)
+
+        def tape(row: int) -> None:
+            while room := tapes.room(row):
+                place = len(tapes.of(row))
+                draw = random.Random(f"{self.config.seed}/{number}/{row}/{place}")
+                tapes.add(self._document(row, script, place * rows + row, room, draw))
+
+        for _ in self.servers.together(tape, range(rows), REQUESTS * len(self.servers.urls)):
+            pass
+        documents = judged([document for row in range(rows) for document in tapes.of(row)])
+        shard = self.with_predictions(assembled(number, rows, documents, size, 0.0)[0])
+        return replace(shard, facts={**shard.facts, "seconds": round(time.perf_counter() - begun, 2)})
+
+    def _document(self, row: int, script: Script, place: int, room: int, draw: random.Random) -> Document:
+        """Returns the shard's document `place`, of at most `room` tokens."""
+        opening = script.opening(draw, place)
+        ids = opening.ids[:room]
+        put_in, log_prob, ended = len(ids), 0.0, False
+        for step, (most, ends, settings) in enumerate(self._steps(opening, room)):
+            if ended or len(ids) >= most:
+                continue
+            seed = draw.getrandbits(31)
+            part = self.servers.complete(row, ids, ends, max_tokens=most - len(ids), seed=seed, **settings)
+            ids, log_prob, ended = ids + part.ids, log_prob + sum(part.log_probs), part.ended
+            if opening.kind == "chat" and step == 0 and ended:
+                turn_end, *rest = self.script.answer_opening
+                given = rest[: room - len(ids)]
+                ids, put_in, ended = [*ids[:-1], turn_end, *given], put_in + len(given), False
+        return Document(row, ids, opening.kind, min(len(opening.ids), room), len(ids) - put_in, ended, log_prob)
+
+    def _steps(self, opening: Opening, room: int) -> Iterator[tuple[int, frozenset[int], dict[str, Any]]]:
+        """Yields the requests of a document: its length after each at most, what ends it, and how tokens are drawn."""
+        ends = self.script.ends
+        if opening.kind == "chat":
+            yield room, ends | {self.script.answer_opening[0]}, self._drawn
+        elif opening.greedy:
+            yield min(len(opening.ids) + opening.greedy, room), ends, {"temperature": 0.0}
+        yield room, ends, self._drawn
+
+    @property
+    def _drawn(self) -> dict[str, Any]:
+        """How tokens are drawn, as servers take it."""
+        config = self.config
+        top_k = {} if config.top_k is None else {"top_k": config.top_k}
+        return {"temperature": config.temperature, "top_p": config.top_p, **top_k}
+
+    def with_predictions(self, shard: Shard) -> Shard:
+        """Returns `shard` with what the servers predict at each position of its blocks, where that is kept."""
+        if self.top_k is None or not len(shard.blocks) or not self.servers.urls:
+            return shard
+        self.compare()
+        stored, starts, top_k = shard.blocks.stored, shard.blocks.starts, self.top_k
+        assert starts is not None
+        count, length = stored.shape
+        top = TopProbabilities.empty((count, length - 1), top_k, torch.device("cpu"))
+
+        def block(row: int) -> None:
+            ids = stored[row].tolist()
+            for begin, end in pairwise([*starts[row].nonzero().squeeze(1).tolist(), length]):
+                # After a document's last token comes another document; what is predicted there is not trained on.
+                own = ids[begin:end] if end == length else [*ids[begin:end], ids[begin]]
+                if len(own) > 1:
+                    found = torch.tensor(self.servers.predicted(row, own, top_k), dtype=torch.float64)
+                    place = slice(begin, begin + len(own) - 1)
+                    log_probs = found[..., 1]
+                    top.indices[row, place] = found[..., 0].int()
+                    top.log_probs[row, place] = log_probs.half()
+                    top.log_rest[row, place] = (1 - log_probs.exp().sum(-1)).clamp(min=0).log().half()
+
+        for _ in self.servers.together(block, range(count), PREDICTIONS * len(self.servers.urls)):
+            pass
+        return replace(shard, top=top)
+
+    @torch.no_grad()
+    def compare(self) -> None:
+        """Sees that each server predicts what the model here does, once.
+
+        Raises:
+            ConnectionError: a server does not answer.
+            ValueError: it has another model.
+        """
+        if self._is_compared:
+            return
+        size = self.config.block_size
+        context = size + (self.top_k is not None)
+        self.servers.check(context)
+        for url in self.servers.urls:
+            alone = Servers([url])
+            alone.check(context)
+            off = self._difference(alone)
+            if not off <= MOST_DIFFERENCE:
+                raise ValueError(
+                    f"the server {url} does not predict what {name_of(self.model)} does: log-probabilities of its text "
+                    f"differ by {off:.2g} nats a token; serve this model there, in its own precision"
+                )
+            log.info("%s runs the same model: log-probabilities differ by %.2g nats a token", url, off)
+        self._is_compared = True
+
+    def _difference(self, server: Servers) -> float:
+        """Returns the mean difference of log-probabilities between a server and the model here, nats a token."""
+        size, found, tokens = self.config.block_size, 0.0, 0
+        for number in range(COMPARED_TEXTS):
+            draw = random.Random(f"{self.config.seed}/compared/{number}")
+            ids = self.script.opening(draw, number).ids[: size - 1]
+            most = min(COMPARED_TOKENS, size - len(ids))
+            part = server.complete(0, ids, frozenset(), max_tokens=most, seed=number, **self._drawn)
+            if self.top_k is not None and number == 0:
+                server.predicted(0, [*ids, *part.ids], self.top_k)
+            own = _log_probs(self.model, [*ids, *part.ids], len(ids))
+            found += float((own - torch.tensor(part.log_probs)).abs().sum())
+            tokens += len(part.ids)
+            if tokens >= COMPARED_TOKENS:
+                break
+        return found / tokens
+
+
+def _log_probs(model: PreTrainedModel, ids: list[int], first: int) -> Tensor:
+    """Returns the log-probabilities of `ids` from `first` on, float32."""
+    training = model.training
+    model.eval()
+    try:
+        given = torch.tensor([ids], device=model_device(model))
+        hidden = hidden_states(model, given)[0, first - 1 : -1]
+    finally:
+        model.train(training)
+    return -token_nll(hidden, predictor_of(model).detached(), given[0, first:]).cpu()
+
+
+class _Tapes:
+    """The documents of a shard that are finished, in memory and in a file; added to from many threads."""
+
+    def __init__(self, file: Path | None, rows: int, size: int, watch: Progress | None) -> None:
+        """Reads what a file has already; a killed run may have left part of a line at its end."""
+        self._file, self._size, self._watch = file, size, watch
+        self._lock = threading.Lock()
+        self._rows: list[list[Document]] = [[] for _ in range(rows)]
+        for line in file.read_text(encoding="utf-8").splitlines() if file is not None and file.is_file() else ():
+            try:
+                document = Document(**json.loads(line))
+            except (ValueError, TypeError):
+                continue
+            self._rows[document.tape].append(document)
+        self._done = sum(len(document.ids) for row in self._rows for document in row)
+        if self._done:
+            log.info("%d of %d tokens are there already", self._done, rows * size)
+
+    def of(self, row: int) -> Sequence[Document]:
+        """Returns the documents of a tape."""
+        return self._rows[row]
+
+    def room(self, row: int) -> int:
+        """Returns the tokens that a tape has room for."""
+        return self._size - sum(len(document.ids) for document in self._rows[row])
+
+    def add(self, document: Document) -> None:
+        """Takes the next document of its tape."""
+        with self._lock:
+            if self._file is not None:
+                with self._file.open("a", encoding="utf-8") as lines:
+                    # The end of a line first: a killed run may have left part of one.
+                    lines.write("\n" + json.dumps(asdict(document)))
+            self._rows[document.tape].append(document)
+            self._done += len(document.ids)
+            if self._watch is not None:
+                self._watch(self._done, len(self._rows) * self._size)
+
+
+def _tapes_file(folder: Path, made_with: str, number: int, rows: int) -> Path:
+    """Returns the file in `folder` for the documents of a shard; another where it is made with something else."""
+    known = hashlib.sha256(f"{made_with} {rows}".encode()).hexdigest()[:12]
+    return folder / TAPES.replace("*", f"{number:05d}-{known}")
+
+
+def remove_tapes(folder: Path, number: int) -> None:
+    """Deletes the documents in `folder` of a shard that is finished."""
+    for file in folder.glob(TAPES.replace("*", f"{number:05d}-*")):
+        file.unlink()
