@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 from budget_law import document, draw, laws_of, sentence
-from made import made
+from made import made, recorded, result_options
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,7 +163,11 @@ def reported(kind: type[Bench], options: argparse.Namespace) -> dict[str, Any]:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options, and the cells that are meant."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[result_options(json_file=False)],
+    )
     add_bench_options(parser)
     parser.add_argument("--texts", nargs="+", default=[OWN], help="texts to train on: own, or UTF-8 files")
     parser.add_argument("--tokens", nargs="+", type=amount, default=[0, 40_000, 100_000, 300_000, 1_000_000])
@@ -662,4 +666,5 @@ def _cells(entries: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("budget.py", json_file=False):
+        main()

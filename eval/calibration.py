@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made import made, recorded, result_options
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ def main() -> None:
                 }
             )
             if options.json:
-                write_whole(options.json, json.dumps(rows, indent=2) + "\n")
+                write_whole(options.json, json.dumps({**made("calibration.py"), "rows": rows}, indent=2) + "\n")
     plain_console(width=100).print(table(rows, reference.evaluation.perplexity))
     for row in rows:
         print(f"{row['scheme']} {row['method']}: {row['perplexity']:.3f}")
@@ -77,7 +78,11 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[result_options(json_file=False)],
+    )
     parser.add_argument("--model", required=True, help="full-precision model: hub id, folder, GGUF file")
     parser.add_argument("--text", type=user_path, help="UTF-8 file to calibrate on; the model's own text else")
     parser.add_argument("--test", type=user_path, required=True, help="UTF-8 file to score on; another text")
@@ -169,4 +174,5 @@ def table(rows: list[dict[str, Any]], full: float) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("calibration.py", json_file=False):
+        main()

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from made import made, recorded, result_options
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -42,7 +43,11 @@ Logits = Callable[[Tensor], Tensor]
 def main() -> None:
     """Exports, reads and runs each format, prints the table, then the headline."""
     show_any_text()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[result_options(json_file=False)],
+    )
     parser.add_argument("--model", required=True, help="packed checkpoint, weights only")
     parser.add_argument("--text", type=user_path, help="UTF-8 file; Python's own manual where not given")
     parser.add_argument("--window", type=int, default=512, help="tokens in a window")
@@ -61,7 +66,13 @@ def main() -> None:
         rows = measured(model, folder, windows)
     show(rows, windows)
     if options.json is not None:
-        facts = {"model": options.model, "text_sha256": windows.sha256, "windows": len(windows), "rows": rows}
+        facts = {
+            **made("formats.py"),
+            "model": options.model,
+            "text_sha256": windows.sha256,
+            "windows": len(windows),
+            "rows": rows,
+        }
         write_whole(options.json, json.dumps(facts, indent=2) + "\n")
 
 
@@ -187,4 +198,5 @@ def show(rows: dict[str, dict[str, Any]], windows: TokenWindows) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("formats.py", json_file=False):
+        main()

@@ -36,6 +36,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from made import recorded, result_options
+
 from llmqat.paths import user_path
 from llmqat.terminal import plain_console, show_any_text
 
@@ -96,7 +98,9 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="folder, hub id, GGUF file")
     source.add_argument("--random-llama", choices=list(SHAPES), help="a Llama with random weights instead")
@@ -387,4 +391,5 @@ def ratio(stock: list[float], own: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("inference.py"):
+        main()

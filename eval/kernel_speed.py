@@ -21,6 +21,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from made import recorded, result_options
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,7 +52,9 @@ class Measured(NamedTuple):
 def main() -> None:
     """Times every shape and number of rows, prints the table, then the headline."""
     show_any_text()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
+    )
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096"], help="OUTxIN of the weights")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 512], help="rows of activations")
     parser.add_argument("--bits", type=int, default=4, help="of the weights")
@@ -172,4 +175,5 @@ def timed(products: list[Callable[[], Tensor]], repeats: int, device: torch.devi
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("kernel_speed.py"):
+        main()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from made import recorded, result_options
 from rich.table import Table
 from transformers import DynamicCache
 
@@ -21,7 +22,9 @@ from llmqat.terminal import plain_console, show_any_text
 def main() -> None:
     """Fills each cache with the same prompt, prints the table, then the headline."""
     show_any_text()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
+    )
     parser.add_argument("--model", required=True, help="folder, hub id, GGUF file")
     parser.add_argument("--tokens", type=int, default=512, help="tokens in the prompt")
     parser.add_argument("--group-size", type=int, default=32, help="entries that share a scale at 4 bits")
@@ -50,4 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("kv_cache.py"):
+        main()

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from made import recorded, result_options
 from torch import nn
 from transformers import PreTrainedModel
 from wikitext import print_headline
@@ -40,7 +41,11 @@ RECOGNIZED = "grid recognized"
 def main() -> None:
     """Makes the model and its packed forms, prints the table, then the headline."""
     show_any_text()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[result_options(json_file=False)],
+    )
     parser.add_argument("--model", required=True, help="full-precision model")
     parser.add_argument("--text", type=user_path, required=True, help="UTF-8 file, used as it is")
     parser.add_argument("--window", type=int, default=512, help="tokens in a window")
@@ -102,4 +107,5 @@ def quantized(model: PreTrainedModel, way: str) -> PreTrainedModel:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("lattice.py", json_file=False):
+        main()

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from made import made
+from made import made, recorded, result_options
 from peer_methods import ARM_FILE, BLOCKS_FILE, METHODS, MISSING, MODEL_FOLDER, STEP_BLOCKS
 from rich.table import Table
 from safetensors import safe_open
@@ -128,7 +128,11 @@ def report_of(
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[result_options(json_file=False)],
+    )
     parser.add_argument("--model", required=True, help="full-precision model: hub id, folder, GGUF file")
     parser.add_argument("--text", type=user_path, required=True, help="UTF-8 file to calibrate and train on")
     parser.add_argument("--eval", nargs="+", required=True, help="texts to score: UTF-8 files, or pydoc")
@@ -473,4 +477,5 @@ def number(value: float | None, style: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("peers.py", json_file=False):
+        main()

@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from made import recorded, result_options
 from rich.table import Table
 
 from llmqat.paths import user_path
@@ -71,7 +72,9 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
+    )
     parser.add_argument("--model", required=True, help="folder, hub id, GGUF file")
     parser.add_argument("--text", type=user_path, required=True, help="file to train on")
     parser.add_argument("--test", type=user_path, required=True, help="file whose first windows are scored")
@@ -139,4 +142,5 @@ def apart(what: str, runs: list[dict[str, Any]]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("processes.py"):
+        main()

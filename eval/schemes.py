@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made import made, recorded, result_options
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
@@ -71,7 +72,7 @@ def main() -> None:
     for name in options.schemes or SCHEMES:
         rows.append(measured(name, options))
         if options.json:
-            write_whole(options.json, json.dumps(rows, indent=2) + "\n")
+            write_whole(options.json, json.dumps({**made("schemes.py"), "rows": rows}, indent=2) + "\n")
     plain_console(width=140).print(table(rows))
     for row in rows:
         print(f"{row['scheme']}: {row['trained']['perplexity']:.3f}")
@@ -79,7 +80,11 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[result_options(json_file=False)],
+    )
     parser.add_argument("--recipe", type=user_path, required=True, help="recipe that says model, budget and rates")
     parser.add_argument("--model", help="another model than the recipe's")
     parser.add_argument("--text", type=user_path, required=True, help="UTF-8 file to evaluate on, used as it is")
@@ -157,4 +162,5 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("schemes.py", json_file=False):
+        main()

@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from made import recorded, result_options
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -87,7 +88,9 @@ def server_speed(
 def main() -> None:
     """Writes one shard, prints the table and the ratio."""
     show_any_text()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
+    )
     parser.add_argument(
         "--model", required=True, help="hub id, folder, .gguf file, package:NAME/FILE, or packed folder"
     )
@@ -134,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("synthesis_speed.py"):
+        main()

@@ -30,6 +30,7 @@ from threading import Semaphore
 from typing import Any
 
 import torch
+from made import recorded, result_options
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -78,7 +79,9 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
+    )
     parser.add_argument("--model", required=True, help="folder, hub id or GGUF file")
     parser.add_argument("--text", type=user_path, help="UTF-8 text to cache, calibrate and train on; else the model's")
     parser.add_argument("--top-k", type=int, nargs="+", default=[64, 128, 256, 512], help="tokens kept a position")
@@ -253,4 +256,5 @@ def _cells(found: Evaluation | None) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("teacher_cache.py"):
+        main()

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from made import recorded, result_options
+
 from llmqat.paths import user_path
 from llmqat.terminal import show_any_text
 
@@ -55,7 +57,9 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
+    )
     parser.add_argument("--model", required=True, help="folder, hub id, GGUF file; its tokenizer is used")
     parser.add_argument("--megabytes", type=float, default=500, help="size of the text")
     parser.add_argument("--num-proc", type=int, default=2, help="processes that tokenize")
@@ -148,4 +152,5 @@ def tokenized(options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("tokenize_folder.py"):
+        main()

@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from made import recorded, result_options
+
 from llmqat.terminal import plain_console, show_any_text
 
 WAYS = ("all", "cached", "lora", "scales")
@@ -67,7 +69,9 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
+    )
     parser.add_argument("--model", required=True, help="folder, hub id, GGUF file")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="rows of the table")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps; the first two are not timed")
@@ -171,4 +175,5 @@ def random_blocks(options: argparse.Namespace, model: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("training_memory.py"):
+        main()

@@ -31,6 +31,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from made import recorded, result_options
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -287,7 +288,9 @@ def profile(clocks: Mapping[str, StepClock]) -> Table:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
+    )
     parser.add_argument("--model", required=True, help="folder, hub id or GGUF file")
     parser.add_argument("--steps", type=int, default=5, help=f"steps measured, after {WARM_UP_STEPS} that are not")
     parser.add_argument("--block-size", type=int, default=512, help="tokens in a block")
@@ -303,4 +306,5 @@ def parse_options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("training_speed.py"):
+        main()

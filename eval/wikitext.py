@@ -13,6 +13,8 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+from made import recorded, result_options
+
 from llmqat.data.text import read_text
 from llmqat.evaluate.compare import (
     Candidate,
@@ -62,7 +64,11 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[result_options(json_file=False)],
+    )
     parser.add_argument("--model", nargs="+", required=True, help="folders, hub ids, GGUF files")
     parser.add_argument("--reference", help="full-precision model that KL and top-1 are measured from")
     parser.add_argument("--text", type=user_path, required=True, help="UTF-8 file, used as it is")
@@ -108,4 +114,5 @@ def figures(row: Row, text: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("wikitext.py", json_file=False):
+        main()

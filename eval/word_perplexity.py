@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made import recorded, result_options
 from rich.table import Table
 
 from llmqat.evaluate.perplexity import evaluate
@@ -83,7 +84,9 @@ def lm_eval_word_perplexity(model: Any, tokenizer: Any, pages: Sequence[str], wi
 def main() -> None:
     """Measures both, prints the table and by how much they differ."""
     show_any_text()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
+    )
     parser.add_argument(
         "--model", required=True, help="hub id, folder, .gguf file, package:NAME/FILE, or packed folder"
     )
@@ -121,4 +124,5 @@ def _own_word_perplexity(model: Any, tokenizer: Any, pages: Sequence[str], windo
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("word_perplexity.py"):
+        main()

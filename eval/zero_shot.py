@@ -16,6 +16,8 @@ import gc
 import json
 from typing import Any
 
+from made import made, recorded, result_options
+
 from llmqat.evaluate.bootstrap import mean_difference
 from llmqat.evaluate.loading import load_to_judge
 from llmqat.evaluate.tasks import TaskSettings, average, opened_tasks, write_task_folder
@@ -55,7 +57,7 @@ def main() -> None:
             found[spec] = known
             print_row(spec, found[spec], found[options.reference])
             if options.json:
-                report = {"settings": questions(options), "models": {**before, **found}}
+                report = {**made("zero_shot.py"), "settings": questions(options), "models": {**before, **found}}
                 write_whole(options.json, json.dumps(report, indent=1) + "\n")
     print_headline(found, options.reference)
 
@@ -88,7 +90,11 @@ def found_before(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def parse_options() -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[result_options(json_file=False)],
+    )
     parser.add_argument("--model", nargs="+", default=[], help="folders, hub ids, GGUF files, adapters")
     parser.add_argument("--reference", help="model that the others are compared with; the first of --model if left out")
     parser.add_argument("--tasks", help="names, with commas between")
@@ -128,4 +134,5 @@ def print_headline(found: dict[str, dict[str, Any]], reference: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("zero_shot.py", json_file=False):
+        main()

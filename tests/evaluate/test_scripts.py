@@ -131,7 +131,7 @@ def test_schemes(
     names = ["int4", "int4, int8 embedding", "w4a8kv8"]
     run(monkeypatch, "schemes.py", *arguments, "--schemes", *names, "--set", *small)
     assert list(headline(capsys.readouterr().out)) == names
-    rows = {row["scheme"]: row for row in json.loads((tmp_path / "out.json").read_text())}
+    rows = {row["scheme"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert rows["int4"]["stock_transformers"] == "yes, equal logits"
     assert rows["int4, int8 embedding"]["stock_transformers"] == "no (AttributeError)"
     assert rows["w4a8kv8"]["stock_transformers"] == "yes, equal logits, KV cache in high precision"
@@ -148,7 +148,7 @@ def test_calibration(
     arguments += ["--window", "64", "--max-windows", "4", "--blocks", "4", "--group-size", "32"]
     run(monkeypatch, "calibration.py", *arguments, "--schemes", "int3", "--methods", "rtn", "search", "gptq")
     assert list(headline(capsys.readouterr().out)) == ["int3 rtn", "int3 search", "int3 gptq"]
-    rows = json.loads((tmp_path / "out.json").read_text())
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     divergences = [row["kl"] for row in rows]
     assert divergences == sorted(divergences, reverse=True)
     assert rows[2]["seconds"] > rows[0]["seconds"]
@@ -227,10 +227,34 @@ def test_quantize_memory(
     assert not (tmp_path / "work" / "tiny").exists()
 
 
-def test_kv_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run(monkeypatch, "kv_cache.py", "--model", str(folder), "--tokens", "48", "--group-size", "8")
-    found = headline(capsys.readouterr().out)
+NO_RESULTS = {
+    *("ablation_levers.py", "budget_law.py", "client_checkpoints.py", "client_table.py", "figures.py", "made.py"),
+    *("gpu.py", "gpu_models.py", "gpu_steps.py", "gpu_tables.py", "peer_methods.py", "references.py", "scaling.py"),
+}
+"""Scripts that measure nothing, are part of another, or (gpu.py) write their own report after each step."""
+
+
+@pytest.mark.parametrize("script", sorted({path.name for path in SCRIPTS.glob("*.py")} - NO_RESULTS))
+def test_every_script_writes_its_results_itself(script: str) -> None:
+    text = (SCRIPTS / script).read_text(encoding="utf-8")
+    assert '"--table"' in text or f'with recorded("{script}"' in text
+
+
+def test_kv_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model", str(folder), "--tokens", "48", "--group-size", "8")
+    files = ("--table", str(tmp_path / "cache.md"), "--json", str(tmp_path / "cache.json"))
+    run(monkeypatch, "kv_cache.py", *words, *files)
+    output = capsys.readouterr().out
+    found = headline(output)
     assert found["bfloat16"] > found["8 bits"] > found["4 bits, groups of 8"] > 0
+    kept = json.loads((tmp_path / "cache.json").read_text())
+    assert kept["headline"] == found
+    assert kept["command"].startswith("python eval/kv_cache.py --model ")
+    line, _, printed = (tmp_path / "cache.md").read_text().partition("\n\n")
+    assert kept["command"] in line
+    assert printed == f"```text\n{output.rstrip()}\n```\n"
 
 
 def test_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
