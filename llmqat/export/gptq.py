@@ -6,16 +6,16 @@ A quantized linear NAME is stored as
     NAME.scales   float16 [G, O]
     NAME.g_idx    int32 [I]: the group of each input
 and means weight[o, i] = (code - zero) * scale. Symmetric codes are shifted by their middle 2^(b-1), which is their
-zero. Two conventions are about. The first (`checkpoint_format: gptq`), which every loader reads, stores zero - 1 and
-cannot hold a zero of 0; the second (`gptq_v2`) stores the zero itself. Symmetric models are written in the first,
-models with zero points in the second. b is 2, 3, 4 or 8: codes of 5 to 7 bits are kept in 8.
+zero. Zero points have two conventions. `checkpoint_format: gptq`, which every loader reads, stores zero - 1 and cannot
+hold a zero of 0. `gptq_v2` stores the zero itself. Symmetric models are written in the first, models with zero points
+in the second. b is 2, 3, 4 or 8: codes of 5 to 7 bits are kept in 8.
 
-`config.json` alone says how to load it, `quantize_config.json` says the same to older tools. Layers that differ from
-the first scheme, and layers left alone, are named in `dynamic`: each by its own name, which GPTQModel looks for, and
-where the layers that vLLM runs as one are alike, by the name of that one too. GPTQModel reads all that is written here;
-vLLM reads symmetric codes of 4 and 8 bits. A quantized embedding or head, which the layout has no
-place for, is written as the numbers that it stands for; so is a layer whose scales are too small for float16. Conv1D
-and stacked experts are refused.
+`config.json` alone says how to load it, `quantize_config.json` says the same to older tools. `dynamic` lists the layers
+in high precision, and those whose scheme is not that of the first layer. GPTQModel looks for a layer's own name. vLLM
+fuses q, k and v, and gate and up, so `dynamic` also has the fused name where all parts are alike. GPTQModel reads all
+that is written here; vLLM reads symmetric codes of 4 and 8 bits. The layout has no place for a quantized embedding or
+head, so these are written dequantized. So is a layer whose scales are too small for float16. Stacked experts raise an
+error, and so does a model in which only Conv1D layers are quantized.
 
 Source: AutoGPTQ's QuantLinear and its successor GPTQModel's, `checkpoint_format` of GPTQModel's QuantizeConfig.
 Letters: O out features, I in features, G scales per row, b bits.
@@ -101,7 +101,8 @@ def write_gptq(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             parts[part] |= tensors
     for name, weight in weights.items():
         if name not in linears:
-            parts["dequantized"][f"{name}.weight"] = weight.dequantized(dtype)
+            matrix = weight.dequantized(dtype)
+            parts["dequantized"][f"{name}.weight"] = matrix.mT.contiguous() if weight.layer.transposed else matrix
     parts["other"] = others
     with folder_in_progress(folder) as temporary:
         _write_config(model, temporary, _settings(model, linears, v2))
@@ -174,7 +175,7 @@ def _settings(model: nn.Module, linears: Mapping[str, StoredWeight], v2: bool) -
 
 
 def _with_fused(schemes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns `schemes` by layer, and those of the layers that are run as one and all have the same."""
+    """Returns `schemes` by layer name, and by vLLM's fused name where all parts of a fused layer have one scheme."""
     found = dict(schemes)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in schemes):
         for fused, parts in FUSED.items():

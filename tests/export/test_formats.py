@@ -204,6 +204,22 @@ def test_gptq_names_layers_that_differ_and_keeps_an_embedding_s_numbers(tmp_path
     assert torch.equal(kept, model.model.embed_tokens.quantized_weight(torch.bfloat16))
 
 
+def test_gptq_writes_a_conv1d_in_its_own_layout(tmp_path: Path) -> None:
+    """Beside linear layers, which have the other."""
+    from safetensors.torch import load_file
+
+    model = tiny_gpt2()
+    inner = model.config.n_inner or 4 * model.config.n_embd
+    model.transformer.h[0].mlp.c_proj = torch.nn.Linear(inner, model.config.n_embd)
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    write_gptq(model, tiny_tokenizer(), tmp_path / "gptq")
+    written = load_file(tmp_path / "gptq" / "model.safetensors")
+    layer = model.transformer.h[0].attn.c_attn
+    expected = layer.quantized_weight(torch.bfloat16)
+    assert expected.shape == layer.weight.shape == (model.config.n_embd, 3 * model.config.n_embd)
+    assert torch.equal(written["transformer.h.0.attn.c_attn.weight"], expected)
+
+
 def test_gptq_names_layers_that_servers_run_as_one_where_they_are_alike(tmp_path: Path) -> None:
     """vLLM asks for the rule of qkv_proj and gate_up_proj, whose parts must not differ."""
     overrides = {r"re:.*\.1\..*(gate|up|q|k)_proj": {"num_bits": 8, "group_size": 32}}
