@@ -46,10 +46,10 @@ _state = {"kept": False}
 
 @contextmanager
 def large_tensors_given_back() -> Iterator[None]:
-    """Inside, glibc gives tensors of 32 MiB and more back when they are freed, where it was to keep them.
+    """Inside, glibc gives freed tensors of 32 MiB and more back to the system, if `keep_freed_memory` was on.
 
-    For work whose matrices are of many sizes, block by block on a model that may be larger than memory: kept, what one
-    of them leaves does not fit the next, and a process takes twice the memory.
+    Use it for work on matrices of many sizes, such as calibration block by block. There freed memory rarely fits the
+    next tensor, and keeping it doubles the memory of the process.
     """
     mallopt = _c_function("mallopt") if _state["kept"] else None
     if mallopt is None:

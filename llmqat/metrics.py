@@ -5,7 +5,8 @@ Everything here therefore starts from the final hidden states [T, D] and the out
 few hundred tokens at a time, takes from them what is asked for, and lets them go. Training and evaluation share this
 file, so that the divergence a run minimises is the one its table reports.
 
-Shapes: T tokens, D hidden size, V vocabulary, K most likely tokens of a cached teacher.
+Shapes: T tokens, S scored tokens (those with a label), D hidden size, V vocabulary, B rows of text, K most likely
+tokens of a cached teacher.
 """
 
 from __future__ import annotations
@@ -163,10 +164,11 @@ def _logit_scores(logits: Tensor, labels: Tensor, reference_logits: Tensor | Non
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns what `values.topk(count)` of values [T, V] does, in half its time on a CPU; among equals others may win.
+    """Returns `values.topk(count)` of values [T, V] in half the time on a CPU; ties may be resolved differently.
 
-    The largest lie in the parts whose maxima are largest, where a part is every so-many-th column, so that maxima are
-    taken of whole rows of memory. The fewer parts, the more is looked at inside them: their number balances the two.
+    The columns are divided into parts; the largest values lie in the parts with the largest maxima. A part has every
+    n-th column, so that the maxima are taken over neighboring memory. Fewer parts are larger, and more has to be read
+    inside them: the number of parts balances the two costs.
     """
     width = values.shape[-1]
     deep = 1 << max(round(math.log2(width / count) / 2), 0)  # columns in a part
@@ -208,7 +210,10 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TopProbabilities:
-    """What a teacher predicts, as its k most likely tokens and one bucket for the rest; the masses sum to one."""
+    """What a teacher predicts, as its k most likely tokens and one bucket for the rest; the masses sum to one.
+
+    While text is generated the shapes are [B, T, K] and [B, T], and the dtypes those of `empty`.
+    """
 
     indices: Tensor  # int64 [T, K]
     log_probs: Tensor  # float32 [T, K], of these tokens
@@ -300,7 +305,7 @@ def token_loss(
         student: the student's head; its weight and bias receive gradients if they require them.
         token_weights: [T] float; mask over tokens divided by the number of tokens of the optimizer step.
         teacher: no gradients.
-        labels: int64 [T], the next token; of positions whose weight is 0 any value will do.
+        labels: int64 [T], the next token; where the weight is 0, any token id or a negative number.
         kl_weight: a.
         cross_entropy_weight: b.
         chunk_tokens: tokens whose logits (in the head's dtype) exist at once.

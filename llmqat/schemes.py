@@ -1,6 +1,6 @@
-"""Names of schemes and methods, read without torch: the command line refuses a wrong one before it imports that.
+"""Reads names of schemes and methods without importing torch, so that the command line refuses a wrong one at once.
 
-What the names stand for is in layers/config.py and recipe/quantize.py.
+layers/config.py says what the schemes mean, and recipe/quantize.py what the methods do.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class SchemeName:
     """What a name of a scheme says.
 
     Attributes:
-        num_bits: of weights.
-        inputs: bits of inputs, `HIGH_PRECISION` for none; or `FP8`, or `OWN_KIND`.
-        cache: bits of the KV cache, likewise, but for `OWN_KIND`.
+        num_bits: bits of integer weights; a meaningless 2 for floats, whose `levels` says it.
+        inputs: bits of inputs, or `HIGH_PRECISION`, `FP8` or `OWN_KIND`.
+        cache: bits of the KV cache, or `HIGH_PRECISION` or `FP8`.
         levels: "ternary", "int2seq", "fp8", "nvfp4", "mxfp4", "mxfp8", or None for integers.
-        extent: "channel", "tensor" or "group", where it is said.
-        group: weights that share a scale, where it is said.
+        extent: "channel" or "tensor"; None where the name does not say it, or gives `group`.
+        group: weights that share a scale; None where the name does not say it.
         symmetric: without a zero point.
         sparsity: "2:4" or "4:8" where weights stay zero.
     """
@@ -92,7 +92,10 @@ def _parts_of(name: str) -> re.Match[str] | None:
 
 
 def unknown_scheme(name: str, presets: Iterable[str] = SHIPPED) -> str:
-    """Returns the error text for a name that is none: the nearest preset or beginning of it that is one, and all."""
+    """Returns the error text for a name of no scheme, with a guess and all presets.
+
+    The guess is the nearest of the presets and of the longest beginning of the name that is a scheme.
+    """
     names = list(presets)
     beginnings = (name[:end] for end in range(len(name) - 1, 1, -1))
     begins = next((text for text in beginnings if text[-1].isalnum() and read_scheme(text) is not None), None)

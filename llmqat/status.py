@@ -1,10 +1,10 @@
-"""What a run folder says of its run: whether it goes on, where it is, and what to do next. Loads no torch.
+"""What a run folder says of its run: whether it is running, how far it is, and what to do next. Imports no torch.
 
     status.json     written by the run (recipe/record.py): at each stage, at each logged step, and every few seconds
     results.json    there when the run has finished
-    checkpoints/    how far a training is whose status.json is gone
+    checkpoints/    tells how far training is when status.json is missing
 
-A process of this machine lives or not. Of another machine's, the folder says only when it was last heard of.
+On this machine, a dead process is recognized by its id. On another machine, only the age of the last status is known.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SILENT_SECONDS = 6 * SECONDS_BETWEEN_SIGNS
 RECIPE_FILE, RESULTS_FILE, TRAINER_FOLDER, CHECKPOINT_FOLDER = "recipe.yaml", "results.json", "checkpoints", "model"
 
 USER_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
-"""What a room raises when the input, the files or the installed packages are not what they must be."""
+"""Exceptions that mean a mistake of the user: wrong input, files or installed packages."""
 
 State = Literal["running", "finished", "interrupted", "failed"]
 Life = Literal["lives", "silent", "gone"]
@@ -79,7 +79,11 @@ class RunStatus:
             raise ValueError(f"it holds no status of a run ({error!r})") from error
 
     def life(self, now: float) -> Life:
-        """Returns whether the process lives: surely on this machine, by its last sign elsewhere."""
+        """Returns "gone" for a dead process of this machine, else by the last sign of life "lives" or "silent".
+
+        Args:
+            now: seconds since 1970.
+        """
         if self.host == socket.gethostname() and not _lives(self.pid):
             return "gone"
         return "lives" if now - self.updated <= SILENT_SECONDS else "silent"

@@ -1,13 +1,15 @@
-"""Calibration: what is set before training, from a little text and without gradients of the whole model.
+"""Calibration: sets scales, codes and activation ranges from a small text, before training.
 
-stages.py             stages in a row, each kept in a folder as it is finished
-rotate.py, smooth.py  change the full-precision model, not what it computes, before it is prepared
-moments.py            E[x^2] of layer inputs            ranges.py       scales of weights
-activations.py        static ranges of layer inputs     forward.py      the passes over text that these take
-walk.py               the walk from block to block      blocks.py       the blocks, and one of them run alone
-chains.py             what reaches a block              gptq.py         codes that make each other's errors good
-blockwise.py          training of one block at a time   report.py       what quantization did to each layer
-config.py             what a recipe says of stages, and the stages of a user's own
+stages.py             runs the stages in order; a folder keeps finished ones, so that a calibration can resume
+rotate.py, smooth.py  change the full-precision weights but not the output, before the model is prepared
+structure.py          finds which layers read the output of which norm, for rotate.py and smooth.py
+moments.py            E[x^2] of layer inputs            ranges.py       starting scales of weights
+activations.py        static ranges of layer inputs     forward.py      forward passes that record layer inputs
+walk.py               runs a model block by block       blocks.py       finds the blocks; runs one of them alone
+chains.py             the arguments of the next block   gptq.py         GPTQ: codes whose output errors cancel
+blockwise.py          trains one block at a time        report.py       quantization error of each layer
+masters.py            original weights of the blocks    probe.py        KL divergence before and after a stage
+config.py             the stages as a recipe gives them, and the base class for stages of your own
 sensitivity.py        what fewer bits would cost each layer, and the best assignment of bits
 """
 

@@ -32,9 +32,9 @@ Range = tuple[float, float]
 
 
 def calibrate_activations(model: nn.Module, blocks: Tensor | Rows, batch_size: int = 4, wrap: Wrap = iter) -> int:
-    """Sets every calibrated range of `model`, in place, from token `blocks` [N, L]; returns how many there are.
+    """Sets every static activation range of `model` in place, from token `blocks` [N, L]; returns their number.
 
-    They are those of inputs, and of keys and values in floats.
+    These are the ranges of layer inputs, and of keys and values in floating-point formats.
 
     Args:
         model: a prepared causal language model; runs with its quantizers off.

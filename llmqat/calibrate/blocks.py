@@ -28,12 +28,12 @@ class Block:
     """A transformer block.
 
     Attributes:
-        index: its number.
+        index: its number among the blocks of the model, from 0.
         name: dotted name of the module.
         module: the module.
-        dtype: what it computes in.
-        shared: ids of its parameters that something outside of it holds as well.
-        is_wide: whether transformers keeps the parameter of a name, in the model, in float32.
+        dtype: dtype of its forward pass.
+        shared: `id()` of every parameter that two blocks, or a block and the rest of the model, have in common.
+        is_wide: takes a parameter's name in the model; True where transformers keeps that parameter in float32.
     """
 
     index: int
@@ -75,12 +75,13 @@ class Block:
 
     @torch.no_grad()
     def run(self, chain: Chain, into: Chain, processes: Processes = ALONE) -> None:
-        """Runs the block on all token blocks of `chain`, and leaves what it gives in `into`.
+        """Runs the block on all token blocks of `chain` and stores its output in `into`.
 
         Args:
-            chain: that has reached the block.
-            into: `chain` itself, which then passes the block, or another of the walk, to keep the hidden states in.
-            processes: share the batches, and all get the states of all of them.
+            chain: a chain that has reached the block.
+            into: `chain` itself, which then moves past the block; or another chain of the same walk, which only stores
+                the hidden states.
+            processes: share the batches; each process gets the hidden states of all batches.
         """
         with self.cast(), quantized_once(self.module):
             chain.run(self, into, processes)
@@ -99,14 +100,15 @@ class Block:
         batches: Iterable[Some],
         calls: int = 0,
     ) -> None:
-        """Shows `record` each input of `layers`, modules of the block, while it runs on `batches` of `chain`.
+        """Runs the block on `batches` of `chain` and passes each input of `layers` to `record`.
 
         Args:
             layers: modules of the block.
             record: called with the layer and its input.
-            chain: that has reached the block; it stays where it is.
-            batches: token blocks of it.
-            calls: of `layers` in a forward, after which it goes no further; 0 where they are not known.
+            chain: a chain that has reached the block; it does not move past the block.
+            batches: which token blocks of the chain run together.
+            calls: number of calls of all `layers` in one forward pass, which ends after the last of them. 0: unknown,
+                so the pass runs to its end.
         """
         left = [0]
 

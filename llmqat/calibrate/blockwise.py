@@ -1,17 +1,18 @@
-"""Block-wise training: each transformer block learns to give, from quantized inputs, what full precision gave there.
+"""Block-wise training: each transformer block learns, from quantized inputs, to give its full-precision output.
 
-One block at a time is raised to float32 and trained by gradient descent on the error of its output, over a few thousand
-tokens; the next block then starts from what this one really computes. No graph of the whole model is ever built, so
-memory is that of the model, one block with its optimizer, and the hidden states. Two ways of training:
+One block at a time is raised to float32 and trained by gradient descent on the error of its output. The next block then
+starts from what this one really computes. No graph of the whole model is ever built. So memory is that of the model,
+one block with its optimizer, and the hidden states. Two ways of training:
 
 - "weights": weights, log-scales, zero points, norms and biases, by AdamW (EfficientQAT's Block-AP);
-- "rounding": each weight only within half a step of where it was, so that training chooses between rounding up and
-  down, and log-scales, both by the sign of the gradient (AutoRound).
+- "rounding": log-scales, and each weight within half a step of its start, so that training chooses between rounding up
+  and down. Both move by the sign of the gradient (AutoRound).
 
-The target comes from the full-precision chain, whose inputs no quantization has touched, so a block also learns to undo
-what the blocks before it have done. The error is the plain squared one: dividing each token's by its size was no better
-(SmolLM2-135M, int4 from the scale search: WikiText-2 KL 0.134 against 0.126). What comes out is never worse than what
-went in, on the text looked at.
+With `target="clean"` a block learns the output that full precision gives from inputs that no quantization has changed.
+So it also learns to undo the errors of the blocks before it. The loss is the plain squared error. Dividing each token's
+error by the size of its target was no better (SmolLM2-135M, int4 from the scale search: WikiText-2 KL 0.134 against
+0.126). Training keeps the best state on the check set, the last token blocks of the text. There a block never ends
+worse than it began.
 
 Letters: N token blocks, L length, B token blocks in an iteration, D hidden size.
 Source: EfficientQAT (2407.11062) section 3.2; AutoRound (2309.05516) equations 3 to 6.
@@ -75,10 +76,10 @@ def relative_error(output: Tensor, target: Tensor, size: Tensor | None = None) -
 
 
 class SignSGD(torch.optim.Optimizer):
-    """Steps of a fixed size against the sign of the gradient; a weight steps in its own quantization steps.
+    """Moves parameters by fixed steps against the sign of the gradient; weights move in their quantization steps.
 
-    Groups: `lr`, and for weights `steps` (|scale| broadcast to the weight) and `bounds` (low, high), tensors like the
-    parameters; without them a parameter steps by `lr` itself.
+    A group holds `lr`. For weights it also holds `steps` (distance of neighbouring levels at each weight) and `bounds`
+    (low, high), tensors of the parameters' shapes. Without `steps` a parameter moves by `lr` itself.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -110,22 +111,23 @@ def train_block(
     on_step: OnStep = lambda *_: None,
     processes: Processes = ALONE,
 ) -> BlockTraining:
-    """Trains `block` in place so that it gives `targets` from `inputs`; its parameters are float32.
+    """Trains `block` in place to give `targets` from `inputs`; its parameters must be float32.
 
-    Parameters that other blocks share stay as they are, and so do codes and scales of groups of weights that lay on the
-    lattice of their scheme before; a block of nothing else is not trained, unless inputs are quantized.
+    Parameters that something outside the block shares are not trained. Groups of weights that already were on the
+    lattice of their scheme (grid/lattice.py) keep their codes and scales. A block with no other quantized weights, and
+    without quantized activations, is not trained at all.
 
     Args:
         block: with its quantizers on.
         inputs: the quantized chain, which has reached the block.
-        targets: a chain with the hidden states that the block is to give.
-        stage: how long and how fast.
-        seed: of the order of token blocks, together with the block's number.
-        on_step: told of each iteration.
+        targets: a chain with the hidden states that the block should give.
+        stage: iterations, batch size, learning rates and patience.
+        seed: together with the block's number, seeds the order of token blocks.
+        on_step: called after each iteration.
         processes: share the token blocks of each iteration, and end with the same block.
 
     Raises:
-        FloatingPointError: the block gives, or learns, what is not finite.
+        FloatingPointError: the error of the block's output is NaN or infinite, before or during training.
     """
     parameters = list(block.own_parameters().values())
     trained_before = [parameter.requires_grad for parameter in parameters]
@@ -174,11 +176,11 @@ def train_block(
 
 @dataclass
 class _KeptCodes:
-    """What training of a block leaves as it is.
+    """The entries of parameters that training must not change: weights, scales and zero points of lattice groups.
 
     Attributes:
-        is_whole: that is all that quantization has touched.
-        parts: parameter, which of its entries, and the values they have.
+        is_whole: whether nothing else in the block is quantized, neither other weights nor activations.
+        parts: (parameter, bool mask of the entries that stay, copy of the parameter).
     """
 
     is_whole: bool

@@ -1,14 +1,15 @@
 """Chains: the token blocks of a calibration on their way through a model, from one transformer block to the next.
 
-A chain knows what a block gets for some token blocks: hidden states, and beside them masks, positions, rotary tables,
-and whatever else the model's own forward hands it. There are two kinds:
+A chain knows all arguments of the next block for some token blocks: hidden states, masks, positions, rotary tables,
+and whatever else the model's own forward passes on. There are two kinds:
 
-    RecordedChain   keeps hidden states alone, in memory or in files. What a block gets beside them is recorded once,
-                    and given to it for every batch. For models that give every text the same, which most do.
-    PausedChain     keeps the model's own forwards, one a batch, each in a thread that waits where the next block
-                    begins. So a block gets what the model gives it, whatever that is: tensors that belong to the text,
-                    keys and values of earlier blocks, dictionaries that blocks write to, hidden states of any shape.
-                    All that a forward holds at that point stays in memory.
+    RecordedChain   stores only hidden states, in memory or in files. The other arguments of a block are recorded once
+                    and used for every batch. For models that pass the same arguments for every text, which most do.
+                    Where documents are kept apart, arguments are recorded once per token block.
+    PausedChain     keeps the model's own forward passes, one per batch. Each runs in a thread that waits where the next
+                    block begins. So a block gets exactly what the model passes: tensors that belong to the text, keys
+                    and values of earlier blocks, dictionaries that blocks write to, hidden states of any shape.
+                    All that a forward pass holds at that point stays in memory.
 
 Which kind fits a model is found by trying both against the model's own forward (walk.py).
 
@@ -68,8 +69,8 @@ class Chain(ABC):
     """Token blocks on their way through a model.
 
     Attributes:
-        batches: how they are cut.
-        unit: token blocks that can only go through a block together; 1 where any can.
+        batches: slices of the token blocks, in order, each run as one batch.
+        unit: number of token blocks that only go through a block together; 1 where each can go alone.
     """
 
     batches: list[slice]
@@ -98,7 +99,7 @@ class Chain(ABC):
 
     @abstractmethod
     def call(self, block: Block, rows: Some) -> Call:
-        """Returns what `block`, the next one, gets for `rows`; it may write to it."""
+        """Returns the arguments that `block`, the next one, gets for the token blocks `rows`."""
 
     @abstractmethod
     def batches_of(self, processes: Processes) -> Sequence[slice]:

@@ -1,7 +1,7 @@
-"""The stages of a calibration: what is done to a model, and how codes and scales are set, before training.
+"""Configuration of the calibration stages: one class per stage, with the options that a recipe may set.
 
-A stage is a class and its name in `STAGES`. One of your own subclasses `CustomStage`, and is added by
-`@STAGES.register("name")`, which fills in its field `stage`.
+`STAGES` maps the name of a stage to its class. To add a stage of your own, subclass `CustomStage` and decorate the
+class with `@STAGES.register("name")`, which fills in its field `stage`.
 """
 
 from __future__ import annotations

@@ -1,25 +1,27 @@
 """GPTQ: rounds a layer's weights one input feature after another; later features compensate the errors of earlier ones.
 
-Plain rounding takes each weight's nearest code. What matters, though, is the error x (W - Ŵ)^T of the layer's output:
-its mean square over the inputs that occur is (w - ŵ) H (w - ŵ)^T for each row, with H = E[x^T x]. GPTQ goes through the
-input features in order of E[x_j^2], rounds column j, and moves the columns that are still free against the error, by
-the Cholesky factor of the inverse of H. Groups keep their scales while it goes on (static groups), so the order of
-features is free. A block of columns is worked in cache; the rest of the matrix follows by one product.
+Plain rounding takes the nearest code of each weight. What matters, though, is the error x (W - Ŵ)^T of the layer's
+output. Its mean square over the text is (w - ŵ) H (w - ŵ)^T for each row, with H = E[x^T x]. GPTQ visits the input
+features in order of E[x_j^2], the largest first. It rounds column j and moves the columns not yet rounded, to
+compensate the error, by the Cholesky factor of the inverse of H. The scales of groups stay fixed meanwhile (static
+groups), so any order of features is allowed. A block of columns is rounded in cache. One product then updates the rest.
 
-When the codes are known, the scales that suit them best solve a small linear system a row: with Ŵ = sum_g s_g C_g the
+When the codes are known, the scales that suit them best solve a small linear system per row: with Ŵ = sum_g s_g C_g the
 error is quadratic in the scales. Codes and scales are found in turn.
 
-A layer gets inputs y that the layers before it have already distorted. With `target="clean"` it is to give from them
-what the original layer gave from the original inputs x: the codes minimize E|y Ŵ^T - x W^T|^2. That is the same problem
-with another weight, W + W E[(x - y)^T y] H^-1, H = E[y^T y], the least-squares solution without rounding. A ridge on H
-keeps it near W in directions that the text says little about; how large it is, is cross-validated: what is found on one
-half of the text has to fit the other. A layer whose output is added to a residual stream r also makes up for what the
-stream lacks: its target is x W^T plus the stream of the original model less the present one. There the error of a token
-counts by the rms of its stream, which the next norm divides by: else the few tokens whose stream is a hundred times
-longer than that of others (massive activations, 2402.17762) would decide alone.
+The quantized layers before a layer change its inputs from x to y. With `target="clean"` the layer should give from y
+what the original layer gave from x: the codes minimize E|y Ŵ^T - x W^T|^2. This is the problem above for another
+weight, W + W E[(x - y)^T y] H^-1, H = E[y^T y], the least-squares solution without rounding. A ridge on H keeps it near
+W in directions that the text says little about. The ridge is cross-validated: a correction found on one half of the
+text has to fit the other half.
 
-The master weight is then moved to the point nearest to where it was that rounds to its code, so that training goes on
-from these very codes.
+Where the output of a layer is added to a residual stream r, the layer also corrects the error of that stream. Its
+target is x W^T plus the stream of the original model minus the present one. The error of a token is then divided by the
+rms of its original stream, as the next norm divides by it. Otherwise few tokens with a stream a hundred times longer
+(massive activations, 2402.17762) would decide alone.
+
+Finally the master weight moves to the nearest point that rounds to its code, so training starts from exactly these
+codes.
 
 Letters: O out features, I in features, G scales per row, g weights per scale.
 Source: GPTQ (2210.17323) section 3.3, algorithm 1; the refit of scales is ordinary least squares. The clean target: the
@@ -52,23 +54,25 @@ from llmqat.layers.finite import is_finite
 from llmqat.models import uploaded
 
 COLUMNS = 64
-"""Columns worked before the rest of the matrix follows."""
+"""Columns rounded as one block before the rest of the matrix is updated."""
 SYMMETRIC = 384
-"""Columns of the matrix of second moments that are taken at once, each with those after it."""
+"""Features per product when second moments are added up; only products on and above the diagonal are computed."""
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
-"""Shares of the mean diagonal of the second moments that a clean target is tried with."""
+"""Ridges that cross-validation tries, as shares of the mean of the diagonal of the second moments."""
 PRODUCT_ELEMENTS = 1 << 19
-"""Of a product with a part of the second moments, made at once on a CPU."""
+"""Elements of one product with a part of the second moments on a CPU, so that it fits the cache."""
 SAMPLED_ROWS = 128
-"""Rows of a weight that the trials are made with."""
+"""Rows of a weight that cross-validation uses: at least so many, where there are, and fewer than twice so many."""
 PIECE = 2
 """Batches whose original inputs are held in memory until the quantized chain has run on the same text."""
 COMPARED = 4096
-"""Entries of a residual stream that are looked at first."""
+"""Leading entries of two tensors that `stream_of` compares before it compares the whole."""
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """Returns H [I, I] with `damping` times its mean diagonal on the diagonal; a feature never seen counts as 1.
+    """Returns H [I, I] with `damping` times the mean of its diagonal added to the diagonal.
+
+    A feature that the text never uses has 0 there and gets the whole mean, or 1 where the mean is 0.
 
     Raises:
         ValueError: when H is not finite.
@@ -90,12 +94,12 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Curvature:
-    """What GPTQ asks of a layer's inputs; the same for all layers that read them.
+    """Second moments of a layer's inputs, in the form that GPTQ needs; the same for all layers that read these inputs.
 
     Attributes:
         hessian: [I, I] float32, damped E[x^T x]: positive definite.
-        order: [I], input features from the largest mean square to the least.
-        factor: [I, I] in that order, upper triangular: factor^T factor = H^-1.
+        order: [I] int64, input features from the largest mean square to the least.
+        factor: [I, I] float32, rows and columns in that order, upper triangular: factor^T factor = H^-1.
     """
 
     hessian: Tensor
@@ -112,7 +116,12 @@ class Curvature:
     @staticmethod
     @torch.no_grad()
     def of(hessian: Tensor, together: int = 1) -> Curvature:
-        """Returns that of a damped `hessian` [I, I] float32; of so many features that follow each other, none apart."""
+        """Returns the curvature for a damped `hessian` [I, I] float32.
+
+        Args:
+            hessian: [I, I] float32, damped.
+            together: number of adjacent features that stay next to each other in the order; divides I.
+        """
         sizes = hessian.diagonal().view(-1, together).sum(1)
         first = sizes.argsort(descending=True).unsqueeze(1) * together
         order = (first + torch.arange(together, device=first.device)).flatten()
@@ -166,16 +175,16 @@ def round_by_gptq(
 
 @torch.no_grad()
 def choose_nonzero(weight: Tensor, inputs: Curvature, keep: int, of: int) -> Tensor:
-    """Returns which weights stay, bool [O, I]: of every `of` of a row, the `keep` that the output misses most.
+    """Returns which weights stay, bool [O, I]: in every `of` of a row, the `keep` whose loss costs the output most.
 
-    Goes through the input features as GPTQ does. A weight that becomes zero moves those that are still free, so each
-    choice knows the ones before it. Where the whole row is chosen from, all is chosen at the start.
+    Visits the input features as GPTQ does. When a weight becomes zero, the weights not yet visited compensate for it.
+    So each choice takes the earlier ones into account. Where `of` is the whole row, all choices are made at the start.
 
     Args:
-        weight: [O, I] float32, what the layer is to compute.
-        inputs: of the layer; with no `of` features apart that follow each other, unless these are the whole row.
-        keep: weights that stay, n.
-        of: of so many, m; divides I.
+        weight: [O, I] float32, what the layer should compute.
+        inputs: curvature of the layer's inputs, made with `together=of` unless `of` is the whole row.
+        keep: number of weights that stay in each group, the n of n:m.
+        of: number of adjacent weights in a group, the m of n:m; divides I.
 
     Source: SparseGPT (2301.00774), algorithm 1, with groups of features in the order of their mean squares.
     """
@@ -283,7 +292,7 @@ def refit_scales(
 ) -> Tensor:
     """Returns the scales [O, G] with the least output error for given codes, snapped.
 
-    A row that would gain nothing keeps its own, and so does one whose system is singular.
+    A row keeps its old scales where new ones would not reduce its error, or where its linear system is singular.
 
     Args:
         weight: [O, I] float32, what the layer is to compute.
@@ -361,8 +370,8 @@ class LayerRounding:
     """What GPTQ did to one layer.
 
     Attributes:
-        before: error of the layer's output, as a share of the output, with the codes that were there.
-        after: and with GPTQ's.
+        before: mean square error of the layer's output over the mean square of the output, with the codes before GPTQ.
+        after: the same with the codes of GPTQ.
     """
 
     before: float
@@ -371,13 +380,13 @@ class LayerRounding:
 
 @dataclass
 class Clean:
-    """The original block, and the text that no quantization has touched.
+    """The original parameters of a block, and the full-precision chain that has reached it.
 
     Attributes:
-        chain: the full-precision chain, which has reached the block.
+        chain: the full-precision chain.
         weights: the original parameters of the block, by name inside it.
-        inputs: of the modules that are asked for, by module and then by call, in the batches that this process runs, on
-            the CPU; None while the chain has not passed the block.
+        inputs: recorded inputs [tokens, features] on the CPU, for each recorded module one per call, in the batches
+            that this process runs. None while the chain has not moved past the block.
     """
 
     chain: Chain
@@ -387,7 +396,10 @@ class Clean:
     def meet(
         self, block: Block, groups: Sequence[LayerGroup], chain: Chain, memory_limit: float, processes: Processes
     ) -> None:
-        """Finds what the layers of each group add to; where all inputs fit `memory_limit` bytes, passes the block."""
+        """Sets `stream` of each group, and records the original inputs where they fit in `memory_limit` bytes.
+
+        Recording runs the chain past the block. Otherwise `moments_by_half` computes the inputs anew for each group.
+        """
         paired = [group for group in groups if group.has_pairs]
         for group in paired:
             if group.calls == len(group.layers) == 1:
@@ -434,11 +446,14 @@ def gptq_block(
     Args:
         block: with its quantizers on.
         chain: the quantized chain, which has reached the block.
-        stage: damping and rounds.
+        stage: damping, rounds, target damping, and the memory for original inputs.
         processes: share the batches of the chain; all find the same codes and scales.
-        clean: what each layer is to give is taken from there, and its chain passes the block. None: what a layer gives
-            in full precision from the inputs that it gets. A layer that does not see every token, such as an expert,
-            has no clean target.
+        clean: source of the clean targets; its chain moves past the block. None: the target of a layer is what it gives
+            in full precision from the inputs that it gets. This also holds for a layer that does not see every token,
+            such as an expert.
+
+    Returns:
+        Full name of each layer -> its errors before and after.
     """
     found: dict[str, LayerRounding] = {}
     groups = layers_by_input(block, chain)
@@ -541,14 +556,15 @@ def _correction(weight: Tensor, hessian: Tensor, seen: Moments, rows: slice) -> 
 def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int, target: Tensor | None = None) -> LayerRounding:
     """Finds the codes of `layer` by GPTQ and the scales that suit them, in turn, and puts both in place.
 
-    Groups that lay on the lattice of the scheme before keep their codes and scales: there is no error to undo. Where
-    the scheme has sparsity, which weights are zero is chosen first, and the others make up for them.
+    Groups that already were on the lattice of the scheme keep their codes and scales, because they have no error. Other
+    groups in the same row keep their scales too. Where the scheme has sparsity, the zero weights are chosen first, and
+    the others compensate for them.
 
     Args:
-        layer: its weight is float32; its scales, as they are, are the start.
-        inputs: of the layer.
-        rounds: times that codes are found.
-        target: the weight [O, I] float32 that the codes are to stand for; None: the layer's own.
+        layer: has a float32 weight; its present scales are the start.
+        inputs: curvature of the layer's inputs.
+        rounds: number of times that codes are found; scales are refitted after each.
+        target: the weight [O, I] float32 that the codes should represent; None: the layer's own.
     """
     return gptq_layers({"": layer}, inputs, rounds, {} if target is None else {"": target})[""]
 
@@ -557,9 +573,10 @@ def gptq_layer(layer: QuantLinear, inputs: Curvature, rounds: int, target: Tenso
 def gptq_layers(
     layers: Mapping[str, QuantLinear], inputs: Curvature, rounds: int, targets: Mapping[str, Tensor]
 ) -> dict[str, LayerRounding]:
-    """Does what `gptq_layer` does for layers that read the same; those of one scheme are worked as one matrix.
+    """Finds codes and scales as `gptq_layer` does, for several layers that read the same inputs.
 
-    The rows of a weight do not know of each other, so that this is the same, in fewer and larger steps.
+    Layers of one scheme are stacked into one matrix. The rows of a weight are independent of each other. So the result
+    is the same, in fewer and larger steps.
     """
     together_in = functools.cache(lambda of: Curvature.of(inputs.hessian, of))  # the same for all layers
 
@@ -666,10 +683,10 @@ class LayerGroup:
 
     Attributes:
         layers: by name in the block.
-        calls: of each in a forward of the block; 0 where that depends on the text.
-        whole: whether each call reads the hidden states of all tokens.
-        stream: a module whose input is what the output of the only layer is added to, by `stream_of`; None where there
-            is none, or nobody asked.
+        calls: calls of each layer in a forward of the block, counted in the first batch that reaches it.
+        whole: whether each of these calls reads the hidden states of all tokens.
+        stream: the module whose input is the residual stream that the output of the only layer is added to, from
+            `stream_of`. None where there is none, or it was not looked for.
     """
 
     layers: dict[str, QuantLinear]
@@ -684,7 +701,7 @@ class LayerGroup:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether each input has its fellow in the original model."""
+        """Whether each input can be paired with the input of the original model for the same tokens."""
         return self.calls > 0 and self.whole
 
     @property
@@ -738,21 +755,21 @@ def _tokens(call: Call) -> int:
 
 
 _Place = tuple[int, torch.Size, tuple[int, ...], int]
-"""Where a tensor lies, and how often it has been written to."""
+"""Data pointer, shape, stride and version counter of a tensor: equal where two layers read the same tensor."""
 
 
 @dataclass
 class Moments:
-    """What text says of a layer's inputs: sums over its rows, or their means, where `count` is 1.
+    """Second moments of a layer's inputs: sums over tokens, or means where `count` is 1.
 
     Attributes:
-        moments: x^T x, [I, I] float32.
-        missing: (c - x)^T x, [I, I] float32, c being the inputs of the original model; None where there are none, or
-            not one for each.
-        stream: (r' - r)^T x, [O, I] float32, r being the residual stream that the layer's output is added to, and r'
-            that of the original model; None where it is added to none. Where it is known, all sums are weighted: a
+        moments: y^T y, [I, I] float32; y are the inputs that the layer gets.
+        missing: (x - y)^T y, [I, I] float32; x are the inputs of the original model. None where there are none, or
+            where not every y has its x.
+        stream: (r' - r)^T y, [O, I] float32; r is the residual stream that the layer's output is added to, r' that of
+            the original model. None where the output is added to none. Where it is known, all sums are weighted: a
             token counts by 1 / mean(r'^2).
-        count: rows that were added up.
+        count: number of tokens in the sums.
     """
 
     moments: Tensor
@@ -761,7 +778,7 @@ class Moments:
     count: int = 1
 
     def lacking(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Returns e^T x of some rows of `weight`, [O, I], e being what its output lacks of the clean target."""
+        """Returns e^T y for some rows of `weight`, [rows, I]; e is the clean target minus the layer's output."""
         assert self.missing is not None
         found = weight[rows] @ self.missing
         return found if self.stream is None else found + self.stream[rows]
@@ -769,7 +786,7 @@ class Moments:
 
 @torch.no_grad()
 def joined(parts: list[Moments]) -> Moments:
-    """Returns the means over the text of all `parts`, which it takes the place of: there are none afterwards."""
+    """Returns the means over the text of all `parts`; to save memory it reuses their tensors and empties the list."""
     first, *others = parts
     count = sum(part.count for part in parts)
     for name in ("moments", "missing", "stream"):
@@ -787,16 +804,16 @@ def joined(parts: list[Moments]) -> Moments:
 def moments_by_half(
     block: Block, group: LayerGroup, chain: Chain, processes: Processes = ALONE, clean: Clean | None = None
 ) -> list[Moments]:
-    """Returns the second moments of what the layers of `group` read, quantized where they do; none without inputs.
+    """Returns the second moments of the inputs of `group`, as its layers quantize them; empty where text reaches none.
 
-    They are sums: of even and of odd token blocks where there is a clean target, and of all text where there is not.
+    They are sums: of even and of odd token blocks where the original inputs can be paired, else of all text.
 
     Args:
-        block: that the layers are in.
-        group: of `layers_by_input`.
-        chain: that has reached the block.
+        block: the block that holds the layers.
+        group: one of `layers_by_input`.
+        chain: the quantized chain, which has reached the block.
         processes: share the batches of the chain.
-        clean: where the original inputs come from, if they are asked for; it has met the block.
+        clean: source of the original inputs, after its `meet`; None where there is no clean target.
     """
     own = list(processes.share(chain.batches))
     paired = clean is not None and group.has_pairs
@@ -918,10 +935,10 @@ def _shares(stream: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns left^T right, summed in float32 and rounded to `dtype`, that of the forward.
+    """Returns left^T right with factors and result in `dtype`, that of the forward; sums are float32.
 
-    In bfloat16 it takes less than half the time. Its rounding is far below the noise of some ten thousand tokens. The
-    second moments do not bear it: they are inverted, and of features that nearly agree only the difference counts.
+    In bfloat16 it takes less than half the time. Its rounding is far below the noise of some ten thousand tokens. It is
+    too coarse for y^T y: that is inverted, and of features that nearly agree only the small difference counts.
     """
     return left.to(dtype).t() @ right.to(dtype)
 

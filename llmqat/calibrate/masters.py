@@ -22,10 +22,11 @@ _HELD = "_llmqat_originals"
 
 
 class Originals:
-    """The weights of a model's blocks before any stage moved them, in the dtype that is computed in.
+    """The parameters of a model's blocks before any stage changed them, in the dtype of the forward pass.
 
-    They lie in a file that they were written to; or in the files of the model, where they are mapped from these, which
-    no stage writes to. Those that are no floats, or that transformers keeps in float32, are as they are.
+    They are in a file of their own, or mapped from the checkpoint files of the model, which no stage writes to.
+    Non-float parameters, and those that transformers keeps in float32, keep their dtype. Learned scales and zero points
+    are not included.
     """
 
     def __init__(self, source: Path | Mapping[str, Tensor]) -> None:
@@ -42,16 +43,16 @@ class Originals:
 
     @classmethod
     def set_aside(cls, model: nn.Module, path: Path, dtype: torch.dtype, *, hold: bool = True) -> Originals:
-        """Returns the originals in the file `path`; writes the parameters of the blocks of `model` where it is not.
+        """Returns the original parameters of the blocks of `model`; saves them to `path`, unless that file exists.
 
-        Nothing is written where all of them are mapped from files that no stage writes to: stages raise weights to
-        float32, so those that are float32 are written to where they are.
+        Nothing is saved where all of them are mapped from checkpoint files and none is float32. Stages work on a
+        float32 copy of other weights, but change float32 weights in place.
 
         Args:
-            model: prepared.
-            path: of the file.
-            dtype: what is computed in.
-            hold: whether they may be held where they are; not where something else writes to weights.
+            model: a prepared model.
+            path: the file.
+            dtype: dtype of the forward pass, which saved floats are cast to.
+            hold: whether mapped weights may stay where they are; False where a custom stage may write to weights.
         """
         if path.is_file():
             return cls(path)
@@ -111,7 +112,8 @@ def holding(block: Block, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 def in_float32(block: Block) -> Iterator[None]:
     """Inside, the parameters of `block` are float32; afterwards they are in their own dtype again, codes unchanged.
 
-    They come back to where they were, unless that is in a file: what is written there would stay in memory beside it.
+    Each parameter returns to its old memory. One that is mapped from a file gets new memory instead, because pages that
+    were written to would stay in memory next to the file's.
     """
     pages = WeightPages()
     parameters = [p for p in block.module.parameters() if p.is_floating_point() and p.dtype != torch.float32]
@@ -171,11 +173,11 @@ def map_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _narrowed(layer: QuantModule, dtype: torch.dtype) -> Tensor:
-    """Returns the weight of `layer`, float32 [O, I], in `dtype` and with its codes.
+    """Returns the float32 weight of `layer` as [O, I] in `dtype`, with its codes unchanged.
 
-    A weight whose rounding to `dtype` would cross into the next code is put on the level of its own, and with dynamic
-    scales, which depend on all of them, every weight. The others stay where they are, often near the edge of their
-    code: on their levels they would be half a step from any other, further than adapters move them.
+    Where rounding to `dtype` would change a code, the weight is set to the level of its own code. With dynamic scales,
+    which depend on all weights, every weight is set so. Other weights keep their values, often near the edge of their
+    code. On their levels they would be half a step from any other code, further than adapters move them.
     """
     levels = layer.quantized_matrix(dtype)
     if layer.weights.scales == "dynamic":

@@ -40,7 +40,7 @@ def collect_moments(
     if not any(isinstance(module, (QuantModule, KVQuantizer)) for module in model.modules()):
         raise ValueError("the model has no QuantLinear to calibrate; call llmqat.prepare(model, config) first")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    # Made before the pass: small tensors that stay would lie among its large ones, and the heap would grow by these.
+    # Allocated before the pass: small lasting tensors among its large short-lived ones would fragment the heap.
     found = {
         name: torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
         for name, layer in layers.items()

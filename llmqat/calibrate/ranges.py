@@ -33,7 +33,8 @@ def calibrate_ranges(
 ) -> None:
     """Sets the starting scale (and zero point) of every quantized weight of `model`, in place.
 
-    Groups that already lie on the lattice of their scheme get its scale, whatever the method.
+    Groups that already lie on the lattice of their scheme get its scale, whatever the method. Where the scheme has
+    sparsity and moments are used, the zero weights are chosen first, by |w| times the rms of the input.
 
     Args:
         model: a prepared model.

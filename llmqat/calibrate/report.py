@@ -87,7 +87,7 @@ def report_layers(
 
 
 def _walk(model: PreTrainedModel, ids: Tensor | Rows, dtype: torch.dtype) -> Walk | None:
-    """Returns the walk that shows the layers their inputs; None where there is none, which costs no more than that."""
+    """Returns the walk that gives the layers their inputs; logs a warning and returns None where none can be opened."""
     try:
         return open_walk(model, ids, len(ids), dtype=dtype)
     except ValueError as error:

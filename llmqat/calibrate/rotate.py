@@ -145,7 +145,7 @@ def _stream(model: nn.Module, size: int) -> _Stream:
     kind = model_kind(model)
     norms = {name: norm for name, norm in find_norms(model).items() if norm.gain.numel() == size}
     readers = {name for norm in norms.values() for name in norm.readers}
-    # A norm of a reader's output (of queries, of keys) lies beside the stream.
+    # A norm of queries or keys normalizes the output of a reader, not the residual stream.
     norms = {name: norm for name, norm in norms.items() if norm.readers or norm.source not in readers}
     for name, norm in norms.items():
         if isinstance(norm.module, nn.LayerNorm) or getattr(norm.module, "bias", None) is not None:

@@ -6,13 +6,15 @@
     gptq             codes whose errors cancel in the layer's output, and scales refitted to them
     blockwise        each block trained to give what it gave in full precision
 
-Each stage leaves in a folder what it did, ranges as a whole, gptq and blockwise block by block, each file written aside
-and renamed. When the same calibration is asked for again with that folder, what lies there is taken and the rest is
-done: an interrupted calibration goes on, and a finished one is simply read. Rotation and smoothing are quick and exact,
-and are done again. Every stage reports its time and the divergence from full precision before and after it.
+A folder keeps the results: ranges in one file, gptq and blockwise in one file per block. Each file is written under a
+temporary name and renamed. A calibration that is started again with the same folder reads these files and does the
+rest. So an interrupted calibration resumes, and a finished one is only read. Rotation and smoothing are quick and
+exact, and are done again, as are custom stages. Every stage reports its time and the KL divergence from full precision
+before and after it.
 
-gptq and blockwise walk through the model with two chains of hidden states (walk.py). The full-precision chain needs
-the original weights also when an earlier stage has moved them, so these are set aside in a file, in bfloat16.
+gptq and blockwise walk through the model with two chains of hidden states (walk.py). The full-precision chain needs the
+original weights, even after an earlier stage has changed them. So these are kept, in the dtype of the forward pass: in
+a file of the folder, or in the checkpoint files that the model is mapped from (masters.py).
 """
 
 from __future__ import annotations
@@ -99,8 +101,9 @@ class StageReport:
     Attributes:
         stage: its name.
         seconds: wall-clock time, all starts of an interrupted stage together.
-        kl_before: KL from full precision on the first token blocks before it, nats; None where no text was at hand.
-        kl_after: and after it.
+        kl_before: KL from full precision before it, nats per token, on the first token blocks. None without text, or
+            while static input ranges are not set.
+        kl_after: the same after it.
         parts: what the stage says of each block or layer, by name.
     """
 
@@ -218,8 +221,8 @@ def calibrate(
         stages: in order; none leaves the scales of plain rounding.
         ids: token ids [N, L], or token blocks with their documents (`TokenBlocks.rows`); None will do for stages that
             look at weights alone.
-        seed: of rotation and block-wise training.
-        folder: keeps what is finished, for another start; nothing is kept where not given.
+        seed: of rotation, block-wise training and custom stages.
+        folder: keeps finished work, so that the calibration can resume; None keeps nothing.
         dtype: what forwards compute in.
         bar: shows how far each stage is; where not given, a bar on a terminal and nothing elsewhere.
             `llmqat.terminal.progress` also logs a line a minute, where the log level of "llmqat" is INFO.
@@ -396,7 +399,7 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
         for block in bar:
             file = files[block.index]
             if isinstance(stage, BlockwiseStage) or (done[block.index] and stage.target == "clean"):
-                with originals.in_place(block):  # GPTQ runs it itself, as it asks what its layers got
+                with originals.in_place(block):  # gptq_block runs the original block itself, to record layer inputs
                     block.run_full(walk.full if stage.target == "clean" else walk.quantized, walk.full, processes)
             if done[block.index]:
                 found = _read_block(block.module, file)

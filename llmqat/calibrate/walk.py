@@ -1,10 +1,10 @@
-"""A model walked block by block, with two chains of text side by side: full precision and quantized.
+"""Runs a model block by block on a text, with two chains side by side: full precision and quantized.
 
-So a calibration holds one block's graph at a time, whatever the depth of the model, and no modeling file is known. A
-walk is right when every block gets what the model's own forward gives it. That is not believed but tried, each time a
-walk is opened: a few short texts of random tokens go through the model and through the walk, quantizers off and on, and
-the hidden states after every block must be equal. The kinds of chains (chains.py) are tried from the cheapest to the
-most faithful; a model that none of them fits is refused.
+So a calibration holds the graph of one block at a time, whatever the depth of the model, and reads no modeling file. A
+walk is right when every block gets what the model's own forward gives it. This is checked each time a walk is opened: a
+few short texts of random tokens go through the model and through the walk, with quantizers off and on. The hidden
+states after every block must agree up to rounding (`TOLERANCE`). Chains (chains.py) are tried from the cheapest kind to
+the most faithful. A model that fits none is an error.
 
 Letters: N token blocks, L length, B token blocks in a batch, D hidden size.
 """
@@ -186,12 +186,12 @@ def _sample(model: nn.Module, rows: Rows) -> Rows:
 def _right_ways(
     model: nn.Module, blocks: list[Block], sample: Rows, dtype: torch.dtype
 ) -> Iterator[tuple[list[Block], _Way]]:
-    """Yields `blocks` in the order they run, and a way to walk them that gives what the model gives on `sample`.
+    """Yields (`blocks` in the order they run, a way to open a walk) for each way that is right on `sample`.
 
-    The cheapest way first; what follows it is for text that it turns out not to fit.
+    The cheapest way comes first. The caller asks for the next one where the first does not fit the actual text.
 
     Raises:
-        ValueError: when there is none, or none left.
+        ValueError: when no way is left.
     """
     device = model_device(model)
     cut = batches(len(sample), 2)
@@ -447,7 +447,7 @@ def _recordings(
                 found[seen.block.index].keyword = seen.keyword
                 found[seen.block.index].of_size[size] = seen.others
         return found
-    # A token block that is one document would get no mask: each runs beside one that is two.
+    # transformers makes no mask for a batch of single documents, so each row runs in a batch with a row of two.
     two = torch.tensor([[1, 1, *[0] * (rows.stored.shape[1] - 2)]], dtype=torch.uint8)
     for index in range(len(rows)):
         row = rows[index : index + 1]

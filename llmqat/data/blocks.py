@@ -1,14 +1,15 @@
 """Token blocks: the one form in which text reaches calibration, training and evaluation.
 
-Documents are joined into one stream, an end-of-text token after each, and the stream is cut into blocks of equal
-length. Every position is text, so no padding exists anywhere behind this file. Two things may lie beside the ids:
+Documents are joined into one stream, with an end-of-text token after each. The stream is cut into blocks of equal
+length; packing.py has two other ways to fill blocks. Every position holds a token of the text, so there is no padding.
+Two optional tensors accompany the ids:
 
-    scored   which tokens are labels; in chats the assistant's alone. Without it all are.
-    starts   where documents begin. A block then gives position ids that begin anew there, of which transformers makes
-             attention within documents, and a document's first token is no label. Without it a block is one text.
+    scored   1 where a token is a label. In conversations only the assistant's tokens are. Without it, all tokens are.
+    starts   1 where a document begins. Position ids then restart there, and transformers limits attention to
+             documents by them. A document's first token is no label. Without it, a block is one text.
 
-On disk blocks are safetensors, ids in 16 bits where the vocabulary allows and else in 32, and are mapped from there:
-only what is looked at takes memory.
+On disk, blocks are safetensors files. Packed text stores ids in 16 bits where the vocabulary allows, otherwise in 32.
+Files are memory-mapped, so only the blocks that are read take memory.
 
 Letters: N blocks, L tokens a block, M documents.
 """

@@ -1,9 +1,11 @@
-"""Blocks that have been made once: kept in the cache folder under a hash of all that they depend on.
+"""Cache of token blocks on disk, so that the same text is not tokenized twice.
 
-That is the content of the text (the bytes of files, the fingerprint of a dataset), the tokenizer, and the settings that
-decide on blocks. So a changed file or tokenizer never meets old blocks, and an unchanged one is not tokenized again, by
-whatever run. The folder is `blocks` in the cache folder of models; it can be deleted at any time. Text whose content
-is not known before it is read (streaming) is not kept: its blocks go when the process ends, unless a run links them.
+A folder of blocks is named by a hash of everything that the blocks depend on: the content of the text, the tokenizer,
+and the settings that affect blocks. The content is the bytes of files, or the fingerprint of a dataset. A changed file
+or tokenizer therefore never gets old blocks, and any run may use the blocks of an earlier one.
+
+The cache is the folder `blocks` in llmqat's cache folder; it can be deleted at any time. The content of streamed text
+is not known before it is read. Its blocks are deleted when the process ends, unless a run has linked them.
 """
 
 from __future__ import annotations
@@ -62,11 +64,12 @@ def read_documents(
 
 
 def kept(settings: dict[str, Any] | None, make: Callable[[Path], None]) -> TextSplits:
-    """Returns the splits that `make` leaves in a folder, made unless they are in the cache.
+    """Returns the splits from the cache; `make` writes them first where the cache does not have them.
 
     Args:
-        settings: all that they depend on; None where that is not known, and nothing is kept.
-        make: writes them into the folder that it is given.
+        settings: everything that the splits depend on. None where that is not known: the splits are then deleted when
+            the process ends.
+        make: writes the splits into the folder that it is given.
     """
     if settings is None:
         folder = blocks_folder() / f"unnamed-{secrets.token_hex(8)}"

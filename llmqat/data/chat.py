@@ -1,14 +1,19 @@
-"""Conversations as token ids, and which of them the assistant wrote: those alone are labels.
+"""Converts conversations to token ids, and marks the assistant's tokens: only these are labels.
 
-A conversation is rendered by the tokenizer's chat template, which gets the row's tools, documents and variables. Where
-the template marks the assistant's words with `{% generation %}`, transformers says which tokens they are. Where it does
-not, they are found from prefixes: the template of the messages before an answer, opened for the answer, must begin the
-template of the messages up to it, and that must begin the whole; what lies between is the answer, up to its end-of-turn
-token. A template that rewrites earlier turns (one that drops their reasoning, for example) fails this, and is refused,
-never guessed at.
+The tokenizer's chat template renders a conversation. It also gets the row's tools, documents and variables. The
+assistant's tokens are found in one of two ways:
 
-Nothing of a conversation is dropped: what the template does not read (tools, a tool call, a role it does not know) is
-refused by name.
+    markers    the template encloses them in `{% generation %}`, and transformers reports them
+    prefixes   used without markers, or where the first messages are only a prompt (`Chat.answers_from`). The template
+               renders the messages before an answer with the generation prompt, and the messages up to the answer.
+               The first text must begin the second, and the second must begin the whole conversation. What lies
+               between their ends is the answer, with its end-of-turn token.
+
+A template that rewrites earlier turns, for example one that drops their reasoning, breaks the prefixes. Then an error
+is raised; labels are never guessed.
+
+Nothing of a conversation is dropped. Where the template does not read something (tools, a tool call, an unknown role),
+an error names it.
 """
 
 from __future__ import annotations
@@ -440,13 +445,15 @@ def _answer(chat: Chat, number: int, whole: str, tokenizer: PreTrainedTokenizerB
 def encode_completion(
     pair: Completion, tokenizer: PreTrainedTokenizerBase, before: list[int], after: list[int]
 ) -> tuple[list[int], list[int]]:
-    """Returns the ids of a prompt and its completion, tokenized apart, and 1 for each of the completion's and the end.
+    """Returns the token ids of a prompt with its completion, and for each id 1 where it is a label, else 0.
+
+    Prompt and completion are tokenized separately. The completion and the ids in `after` are labels.
 
     Args:
-        pair: the texts.
-        tokenizer: makes ids of them.
-        before: what stands before a text.
-        after: what ends it.
+        pair: the two texts.
+        tokenizer: tokenizes them, without special tokens.
+        before: ids put in front of the prompt, such as begin-of-text.
+        after: ids put behind the completion, such as end-of-text.
     """
     prompt, completion = (list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in pair)
     prompt, completion = before + prompt, completion + after

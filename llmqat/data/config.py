@@ -1,9 +1,10 @@
-"""What a recipe says about text: where it comes from, how much of it, cut to which length.
+"""The settings of a text source (DataConfig), and the registry of sources.
 
-A source is a module and one line in `SOURCES`; it is imported when it is used. It has a function `open_source(config)
--> DocumentSource`, whose documents are tokenized, split and packed like those of all others; or, as for the model's own
-text, `load(config, tokenizer, model, progress) -> TokenBlocks`. A source of a user's own is such a function, added by
-`@SOURCES.register("name")`; it may read every key of source `dataset`.
+A source is a module and one line in `SOURCES`; the module is imported when it is used. It has a function
+`open_source(config) -> DocumentSource`. The documents of every such source are tokenized, split and packed in the same
+way. Text that the model generates is different: its module has `load(config, tokenizer, model, progress, processes,
+cache) -> TokenBlocks`. Users add a source by decorating an `open_source` function with `@SOURCES.register("name")`.
+Such a source may read every key of source `dataset`.
 """
 
 from __future__ import annotations

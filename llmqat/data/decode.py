@@ -2,10 +2,11 @@
 
 What makes it fast, on a CPU above all:
 
-- **The key-value cache is contiguous at any length.** A view into a longer tensor is copied by the batched matrix
-  product, which wants its operands contiguous; products over several pieces read at half the rate of one. So keys and
-  values stand in memory as if they were `PIECE` positions longer at most, and are moved to a wider stride when these
-  are full: into the memory that the tensor moved before has left, since fresh memory costs more than the move.
+- **The key-value cache is contiguous at any length.** The batched matrix product copies operands that are not
+  contiguous, such as a view into a longer tensor. Separate products over pieces of the cache read at half the rate of
+  one product. So each cache tensor is stored at its present length, rounded up to a multiple of `PIECE`. When it is
+  full, the states are copied to a tensor that is `PIECE` positions longer. That tensor reuses the memory which the
+  previous copy has freed, because fresh memory costs more than the copy.
 - **Attention of one query is two batched matrix products**, with the query heads that share a key-value head as
   the rows of one product: Q K^T and W V, on states as they are stored, are bound by reading them. The same products
   turned around (K Q^T, V^T W^T) take two to four times as long. The fused CPU kernel is made for many queries and
@@ -72,7 +73,10 @@ class LockstepCache:
         self.bias = torch.zeros(hidden.shape, dtype=dtype, device=starts.device).masked_fill_(hidden, float("-inf"))
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts key and value [B, N, 1, D] of the open position in place; returns all of the layer's [B*N, L, D]."""
+        """Stores key and value [B, N, 1, D] of the open position, and returns all of the layer's, each [B*N, P, D].
+
+        P is `length` rounded up to a multiple of `PIECE`; `bias` hides the positions from `length` on.
+        """
         return self._written((layer, "key"), key.flatten(0, 2)), self._written((layer, "value"), value.flatten(0, 2))
 
     def keep(self, rows: Tensor) -> None:

@@ -120,10 +120,10 @@ def read_template(path: Path) -> str:
 
 
 def use_chat_template(config: DataConfig, tokenizer: Any) -> None:
-    """Gives `tokenizer` the chat template that a text's conversations are rendered by in place of its own.
+    """Replaces the chat template of `tokenizer` by `data.chat_template`, where all dataset sources name the same file.
 
-    So it is what held-out conversations are rendered by, and what a checkpoint carries. Where the sources of a mix have
-    several, the tokenizer keeps its own.
+    Held-out conversations are then rendered by that template, and checkpoints carry it. Where the sources of a mix
+    differ in it, the tokenizer keeps its own template.
     """
     given = {one.chat_template for one in config.mix or (config,) if one.source == "dataset"}
     path = given.pop() if len(given) == 1 else None

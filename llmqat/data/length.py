@@ -1,12 +1,13 @@
-"""How many tokens a model reads at once, and the one check of every command that cuts a text.
+"""Checks whether a model can read a number of tokens at once; every command that cuts text into blocks calls it.
 
-    learned positions       a table has a row for each: longer texts are refused
-    rotary positions        computed for any length; beyond what the configuration names, a warning
-    anything else           where a text is longer than what the configuration names, one token more is tried
+    learned positions       a table has one row per position: a longer text is an error
+    rotary positions        computed for any length: a text longer than the configuration names gives a warning
+    anything else           for a text longer than the configuration names, a forward pass with one token more than
+                            that is tried; its failure is an error
 
-The table is found in the model, not in a list of architectures: an embedding, or a buffer, that is not the vocabulary's
-and has a row for each position that the configuration names (OPT and BART keep two rows more, RoBERTa up to its padding
-token's).
+The table is found in the model, not in a list of architectures. It is an embedding or a buffer that is not the
+vocabulary's and has a row for each position that the configuration names. Some tables have more rows: OPT and BART keep
+two more, RoBERTa keeps those up to its padding token's.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def load(config: DataConfig, load_one: LoadSplits) -> TextSplits:
     assert config.mix is not None
     loaded = [load_one(component_config(config, one)) for one in config.mix]
     weights = [one.weight / sum(entry.weight for entry in config.mix) for one in config.mix]
-    # A model that writes text holds none out: the others do, by their weights among themselves.
+    # Generated text has no calibration or validation split; the other sources share these by their own weights.
     there = {name: [name in splits.given() for splits in loaded] for splits in loaded for name in splits.given()}
     parts = {
         name: [splits.given()[name] for splits, has in zip(loaded, has_one, strict=True) if has]

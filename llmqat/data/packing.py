@@ -1,14 +1,15 @@
-"""Pieces of documents packed to blocks in files, as they come; only the block being filled, and few chats, are held.
+"""Packs tokenized documents into blocks on disk, one file per split, without holding the text in memory.
 
-Each document goes to one split, by its hash and the seed: training, calibration or validation. So the same text never
-lies in two of them, in whatever file or order it comes. Of few conversations those with the smallest hashes are taken,
-as many as the share says, where a draw for each might hold out one of forty, or none. What fills no last block of a
-split is left out, and so is a block in which nothing is a label.
+Only the block being filled is held, and at first up to FEW_DOCUMENTS conversations, until it is known whether there
+are more. Each document goes to one split (training, calibration or validation) by its hash and the seed. So the same
+text is never in two splits, in whatever file or order it comes. With few conversations, a draw for each could hold
+out one of forty, or none. So these are ordered by that hash, and each split gets its share, rounded. Tokens at the end
+of a split that fill no block are left out, and so is a block without any label.
 
-Two splits are filled in another way: with `packing: whole` a document that does not fit into the rest of a block begins
-a new one, and held-out answers have a row for each conversation. Rests are filled by repeating what is in the block
-already, and are no labels; a document that is longer than a block has several rows, in which each label is once, behind
-as much of the document as fits.
+Two splits are filled in another way. With `packing: whole`, a document that does not fit the rest of a block begins a
+new one. Held-out answers have a row for each conversation. In both, a block is filled up by repeating its own tokens;
+the repeated tokens are no labels. A document longer than a block has several rows. Each label counts in one of them
+only, preceded by as much of the document as fits.
 
     pieces -> ids -> split -> raw files -> one safetensors file a split, under a temporary name until it is whole
 """
@@ -200,9 +201,10 @@ def read_splits(folder: Path) -> TextSplits:
 
 
 def cuts_of(piece: Encoded, size: int) -> Iterator[Encoded]:
-    """Yields a document in parts of at most `size` tokens.
+    """Yields a document in parts of at most `size` tokens; each token is a label in at most one part.
 
-    Each label is one in the first part that has it, behind as much of the document as fits; in those after it is not.
+    A document that fits is one part. Otherwise all parts have `size` tokens. A later part begins with tokens that
+    earlier parts had as well: these are context and no labels.
     """
     scored = np.ones(len(piece.ids), np.uint8) if piece.scored is None else piece.scored
     yield Encoded(piece.ids[:size], scored[:size], piece.document, piece.first)
@@ -214,12 +216,15 @@ def cuts_of(piece: Encoded, size: int) -> Iterator[Encoded]:
 
 
 def rows_alone(pieces: Iterable[Encoded], size: int, most_tokens: int | None = None) -> Rows:
-    """Returns documents as rows [N, L] of their own, L being `size` or the longest, without rows that have no label.
+    """Returns documents as rows [N, L] of their own: ids int32, scored uint8; rows without a label are left out.
+
+    L is the length of the longest row. Shorter rows are filled up by repeating their tokens, which are no labels there.
 
     Args:
-        pieces: the documents, none of them in parts.
-        size: most tokens in a row.
-        most_tokens: no more rows are made when they have so many tokens; the first is always made.
+        pieces: the documents, each in one piece.
+        size: most tokens in a row; longer documents have several rows.
+        most_tokens: no document is added that would bring all rows above so many tokens; the first one with a label is
+            always added.
     """
     kept: list[Encoded] = []
     tokens = 0
@@ -325,7 +330,13 @@ class BlockWriter:
         self._begun = self._begun[-1:] if self._length else []
 
     def append(self, rows: Mapping[str, np.ndarray[Any, Any]], documents: Iterable[int]) -> None:
-        """Writes whole blocks, each part [rows, L]; a part that is not given is all labels, or one text."""
+        """Writes whole blocks.
+
+        Args:
+            rows: arrays [N, L] named "ids", "scored" and "starts". Without "scored" every token is a label; without
+                "starts" each block is one document.
+            documents: hashes of the documents in them.
+        """
         count = len(rows["ids"])
         for name, dtype in self.types.items():
             part = rows.get(name)

@@ -1,7 +1,7 @@
-"""The processes of a run, where they share out work and all end with its result.
+"""The processes of a distributed run, for work that they share out and whose result all of them get.
 
-Sharing is asked for, never found out: `Processes.all()` is given by who knows that every process makes the same calls
-in the same order. Without it work is done by each process alone.
+Work is shared only where the caller passes `Processes.all()`. The caller must be certain that every process makes the
+same calls in the same order. By default (`ALONE`), each process does all of the work itself.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """Those that share out work; one alone does all of it.
+    """A group of processes that share out work; by default one process that does all of it.
 
     Attributes:
-        rank: of this one.
-        count: of all.
+        rank: number of this process, from 0.
+        count: number of processes in the group.
     """
 
     rank: int = 0

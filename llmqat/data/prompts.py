@@ -5,8 +5,9 @@
                                 in .jsonl files a line may also be the words alone, as a JSON string
     instructions                64 plain instructions that come with llmqat
 
-Words are a user's turn where the tokenizer has a chat template, else the beginning of a text. A `prompt` beside a
-`completion` that is text as well stays the beginning of a text, which is how it is trained.
+Words become a user's turn if the tokenizer has a chat template; otherwise they are the beginning of a text. Rows whose
+`prompt` and `completion` are both text are trained without the chat template. So their prompt is always the beginning
+of a text.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ LONG_NGRAM = 8
 MOST_SHARED = 0.5
 """A document is dropped if more than this share of its long n-grams have occurred in its shard's earlier documents."""
 FEWEST_LONG_NGRAMS = 16
-"""Fewer of them, as in a document cut short by the end of its tape, say nothing about that."""
+"""A document with fewer long n-grams, such as one cut off by the end of its tape, never counts as a near duplicate."""
 MOST_COUNTED_TOKENS = 4_000_000
 """Distinct n-grams are counted over the first so many tokens."""
 

@@ -1,6 +1,6 @@
-"""What a row of a dataset is: its format in TRL's words, what each of its columns means, and the document made of it.
+"""Reads rows of a dataset as documents: finds the format of the rows (as TRL names it) and what each column means.
 
-A column reaches the text, or is refused by its name, or says nothing and is named once in the log:
+A column is used, or an error names it, or it means nothing here and the log names it once. Columns that are used:
 
     text                        plain text
     messages                    a conversation

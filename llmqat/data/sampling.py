@@ -1,9 +1,9 @@
 """Drawing the next token of many rows from their logits.
 
-One uniform number a row is enough: it inverts the distribution function, in two levels, where drawing by exponentials
-would need a random number for each of the B x V probabilities. A few rows at a time are worked on, so that their
-probabilities in float32 stay in the processor's cache and never lie in memory for all rows; on a GPU all of them are,
-since it wants few and large operations.
+A token is drawn by inverting the cumulative distribution, so one uniform random number per row is enough. (Drawing by
+exponentials would need one for each of the B x V probabilities.) The search has two levels: first among buckets of the
+vocabulary, then within a bucket. On a CPU a few rows are processed at a time, so that their float32 probabilities stay
+in the processor's cache. On a GPU all rows are processed together, since it wants few and large operations.
 
 Letters: B rows, V vocabulary, K candidates.
 """

@@ -1,4 +1,7 @@
-"""What is put into a document rather than written by the model, and what ends it; made once of model and tokenizer."""
+"""How a generated document begins and ends: the ids put in before the model writes, and the ids that end it.
+
+`read_script` derives both once from the model, the tokenizer and the settings; writers then draw openings from them.
+"""
 
 from __future__ import annotations
 

@@ -89,17 +89,17 @@ class Servers:
     def complete(
         self, place: int, prompt: list[int], ends: frozenset[int], *, max_tokens: int, seed: int, **settings: Any
     ) -> Completion:
-        """Returns how the server of `place` goes on after the ids `prompt`, or another in its stead.
+        """Returns a continuation of `prompt` from the server of `place`, or from another server if that one is gone.
 
-        A server may return fewer tokens than it is asked for, of its own limits. Then it is asked to go on.
+        A server may return fewer tokens than requested, because of limits of its own. Then it is asked for the rest.
 
         Args:
-            place: any number; the same one means the same server while that answers.
-            prompt: ids, one at least.
-            ends: ids after which nothing is written.
-            max_tokens: ids that are wanted, unless it ends.
-            seed: of what is drawn.
-            settings: temperature and others of the API.
+            place: any number; equal numbers mean the same server while it answers.
+            prompt: token ids, at least one.
+            ends: token ids that end the continuation; the one that ends it is its last.
+            max_tokens: most token ids that are written.
+            seed: of the server's sampling.
+            settings: temperature and other sampling parameters of the API.
 
         Raises:
             ConnectionError: no server answers.

@@ -1,16 +1,17 @@
-"""Text that a model writes on servers (see `server.py`).
+"""Generates text with servers that run the model (see `server.py`), in place of the model in this process.
 
-A shard is what it is in `writer.py`: documents on tapes that are as long as a block. A tape is a chain of requests, one
-for each part of a document that the model writes; the tapes of a shard are written at the same time, and the servers
-batch them. What is drawn for a document depends on the seed and its place alone. A server computes in batches of its
-own, so the same command gives like text, and not the same.
+Shards, tapes and documents are those of `writer.py`. A tape is written by a chain of requests, one for each part of a
+document that the model writes. All tapes of a shard are requested at the same time, and the servers batch them. What is
+drawn for a document depends only on the seed and its place. But a server forms batches of its own, so the same command
+gives similar text, not identical text.
 
-Finished documents are appended to a file beside the shards, so a run that is interrupted asks for the others alone.
+Finished documents are appended to a file next to the shards. An interrupted run therefore requests only the others.
 
-Before the first shard each server writes a few tokens whose probabilities are compared with those of the model here: a
-server is refused whose model is another, or is quantized so that it predicts something else.
+Before the first shard, each server writes a few tokens. Their log-probabilities are compared with those of the model in
+this process. A server with another model, or with one whose quantization changes its predictions, is an error.
 
-What the model predicts at each position is asked for when a shard's blocks are known (`prompt_logprobs`).
+If a teacher cache is wanted, the servers are asked for the predictions at each position (`prompt_logprobs`) once the
+blocks of a shard are known.
 
 Letters: N blocks, L tokens a block, K tokens kept a position.
 """

@@ -8,9 +8,9 @@
 
     .tapes-*.jsonl        finished documents of an unfinished shard, where servers write (see `server_writer.py`)
 
-A shard counts once the manifest names it, and both are written beside their place and renamed. So a run that is killed
-loses the shard it was writing, and nothing else: the same command goes on, and what it writes then is what it would
-have written, unless servers write. More tokens asked of a finished folder are more shards.
+A shard counts once the manifest names it. Both are written under a temporary name and renamed, so a killed run loses
+only the shard that it was writing. The same command resumes the run, and gives the text of an uninterrupted one unless
+servers write. Asking a finished folder for more tokens adds shards.
 """
 
 from __future__ import annotations

@@ -86,10 +86,9 @@ def synthesize(
     Raises:
         ConnectionError: no server answers any more; what is written is kept in `folder`.
         FileExistsError: `folder` holds something else.
-        ValueError: for unknown settings, when the model cannot hold block_size tokens, when all it writes is
-            degenerate, when `folder` was written by another model or with other settings, or `cache` made so; or when
-            documents are to be kept apart by a model that cannot do so, or of a folder that does not say where they
-            begin.
+        ValueError: for unknown settings; when block_size is more than the model's context; when nothing that the model
+            writes is usable; when another model or other settings made `folder` or `cache`. With packing=documents
+            also when the model cannot keep documents apart, or `folder` does not say where they begin.
     """
     config = SynthesisConfig(**settings)
     if progress is None and processes.is_first:

@@ -5,9 +5,9 @@ position that has a next token, the K most likely tokens, their log-probabilitie
 what `metrics.token_loss` needs to compare a student on K tokens and one bucket. At K = 64 that is 258 bytes a token,
 where bfloat16 logits of 49,152 tokens are 98,304.
 
-A block of text is found by what the teacher read, a hash of its ids (and of its positions, where they do not simply
-count), not by its place: so shuffling, several processes, resumed runs, subsets and other orders all find it, and text
-that the teacher has not seen cannot be taken for text that it has.
+A block is looked up by a hash of what the teacher read: its ids, and its position ids unless they count up from 0. Its
+index in the text does not matter. So shuffled text, several processes, resumed runs and subsets all find their blocks.
+A block that the teacher has not read is never found.
 
     cache.json               the model, tokenizer and precision it was made with; written first
     shard-00000.safetensors  blocks [N, 32] uint8 (SHA-256), offsets [N + 1] int64, and of all their positions in a row:
@@ -101,7 +101,7 @@ class CachePlace:
     top_k: int
     """Tokens kept a position."""
     batch_size: int = 4
-    """Blocks in a forward pass over those that the model did not write as they are."""
+    """Blocks per forward pass, for blocks whose predictions were not kept while the model wrote them."""
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -109,6 +109,7 @@ def text_files(path: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: when there is no such file, or no such file in the folder.
+        ValueError: when what is found holds rows of a dataset and no prose.
     """
     if not path.exists():
         raise FileNotFoundError(

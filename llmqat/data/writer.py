@@ -1,23 +1,24 @@
 """Text that the model writes itself, for distillation without any data.
 
-How a document begins and how its tokens are drawn is the strategy's (see `strategy.py`). Ids are kept as drawn: nothing
-is decoded and tokenized again. In a chat the model writes the user's words, then the template's opening of the answer
-is put in, and it writes the answer.
+The strategy decides how a document begins and how its tokens are drawn (see `strategy.py`). Ids are kept as drawn:
+nothing is decoded and tokenized again. In a chat the model writes the user's words. Then the template's opening of the
+answer is put in, and the model writes the answer.
 
-Rows of the batch are *tapes* as long as a block. When a document ends, the next one begins on the same tape; it does
-not see what lies before it (see `decode.py`). So every step of every row writes text, and a tape is a block. Documents
-that end at once, repeat themselves or each other are dropped; tapes without a loss are blocks as they are, and what is
-left of the others is joined and cut anew. Blocks say where their documents begin, so that who trains on them sees each
-document alone, as its writer did.
+Rows of the batch are *tapes*, each as long as a block. When a document ends, the next one begins on the same tape and
+does not attend to what lies before it (see `decode.py`). So every row writes text at every step. Documents are dropped
+that end at once, repeat themselves or repeat each other. A tape without a dropped document is a block as it is. The
+remaining documents of the other tapes are joined and cut into blocks. Blocks mark where their documents begin, so that
+training sees each document alone, as its writer did.
 
-Where asked for, the writer's most likely tokens at each position go into a teacher cache (see `teacher_cache.py`): of a
-tape without a loss they are what the model would predict for the block, and it need not be asked again. They are those
-of the model itself, whatever temperature or truncation the text is drawn with. The model runs over the other blocks.
+On request, the writer's most likely tokens at each position go into a teacher cache (see `teacher_cache.py`). Where a
+tape is a block as it is, these are the model's predictions for the block, and no second forward pass is needed. The
+model runs over the other blocks afterwards. The probabilities are the model's own, whatever temperature or truncation
+the text is drawn with.
 
-A *shard* is what one batch of tapes gives. Written in this process, it depends on the model, the settings, its number
-and its rows alone: tapes start empty, and all that is drawn comes from the seed and the number. So shards that an
-interrupted run has finished are as good as new ones (`shards.py`). Rows are part of it because bfloat16 products round
-by their number. `server_writer.py` has shards that servers write.
+A *shard* is what one batch of tapes gives. A shard written in this process depends only on the model, the settings, its
+number and its rows. Its tapes start empty, and all its random numbers come from the seed and the number. So an
+interrupted run can reuse the shards that it has finished (`shards.py`). The number of rows matters because the rounding
+of bfloat16 products depends on it. `server_writer.py` writes shards on servers.
 
 Source: LLM-QAT, arXiv 2305.17888, section 3.1. Deviations: documents packed, degenerate ones dropped.
 
@@ -101,11 +102,11 @@ class Shard:
     rows: int
     """Tapes."""
     blocks: Rows
-    """N blocks, and where their documents begin; tapes without a loss first."""
+    """N blocks with document starts; first the M tapes of which no document was dropped, each a block as it is."""
     facts: Mapping[str, Any]
     """What `quality.tally` counts of the documents, and the seconds it took."""
     top: TopProbabilities | None = None
-    """What the writer predicted for the first M blocks, which are tapes: [M, L - 1, K]; None where nobody asked."""
+    """The writer's predictions for the first M blocks, [M, L - 1, K]; None where they were not asked for."""
 
 
 class Keeper:
@@ -119,7 +120,7 @@ class Keeper:
         self.header = CacheHeader.of(model, tokenizer, cache.top_k)
 
     def keep(self, shard: Shard) -> None:
-        """Takes what the writer of `shard` knew of its blocks; nothing where it did not see what they show."""
+        """Adds the writer's predictions for `shard` to the cache, but only if documents are kept apart."""
         if shard.top is None or not self.apart:
             return
         assert shard.blocks.starts is not None
@@ -192,8 +193,8 @@ class Writer(ABC):
     ) -> Iterator[Shard]:
         """Yields shards until they hold `tokens`, in the order of their numbers.
 
-        How many rows each has is planned in rounds: for what is wanted, then for what that has left wanting. So the
-        shards are the same whoever writes them.
+        The rows of the shards are planned in rounds. The first round is for all wanted blocks, each later one for the
+        blocks that are still missing. The plan does not depend on `processes`, so the shards do not either.
 
         Args:
             tokens: wanted.
@@ -458,16 +459,18 @@ def _write_tapes(
 def assembled(
     number: int, rows: int, documents: Sequence[Document], block_size: int, seconds: float
 ) -> tuple[Shard, list[int]]:
-    """Returns the shard of judged documents, and which tapes its first blocks are: those without a loss.
+    """Returns the shard of judged documents, and the numbers of the tapes that are its first blocks.
 
-    After them the rest of the kept documents is joined and cut. A block begins a document, if only what is left of one.
+    These are the tapes of which no document was dropped. After them come the kept documents of the other tapes, joined
+    and cut into blocks; what fills no block is left out. The first token of each block counts as the start of a
+    document, even where a document was cut.
 
     Args:
         number: of the shard.
         rows: tapes that were written.
         documents: in the order of the tapes.
         block_size: tokens a block.
-        seconds: that it took.
+        seconds: time that the writing took.
     """
     spoiled = {document.tape for document in documents if document.fault}
     whole = [document for document in documents if document.tape not in spoiled]

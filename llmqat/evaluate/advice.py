@@ -10,11 +10,11 @@ model learns that text's domain, and its noise is ten times that of the KL. A KL
     interval above it               calibrate, if it is rounded plainly; else train, if what training leaves is expected
                                     below the threshold; else more bits
 
-Of several texts the one on which most is lost decides. Models whose record or figures are the same (a checkpoint and
-its export) are one model and get one advice. A model that was trained on answers is to differ from its
-reference, so it is judged by the perplexity that it loses; perplexity alone never says to ship it.
+The text with the worst outcome decides. A checkpoint and its export are one model and get one advice: their records
+are the same, or their figures nearly are. A model that was trained on answers should differ from its reference, so it
+is judged by the perplexity that it loses. Perplexity alone never leads to "ship".
 
-What training leaves, and on how many tokens, says the law of the scheme (budget.py) where one was measured.
+The law of the scheme (budget.py), if one was measured, says how much KL training leaves after how many tokens.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _Judged:
 
     @property
     def outcome(self) -> Literal["kept", "lost", "unknown"]:
-        """Where the interval lies."""
+        """`kept` at or below the threshold, `lost` above it or infinite, `unknown` where the interval holds it."""
         if math.isinf(self.value):
             return "lost"
         if self.interval is None:

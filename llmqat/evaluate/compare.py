@@ -156,7 +156,7 @@ class Comparison:
         )
 
     def is_learned(self, text: str) -> bool:
-        """Returns whether `text` is of the kind that the trained model was to learn: it is to leave its original."""
+        """Returns whether `text` has answers as the model was trained on; there it is to differ from its original."""
         return self.fine_tuned and self.rows[0].evaluations[text].answers
 
     def findings(self) -> tuple[Finding, ...]:

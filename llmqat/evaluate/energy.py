@@ -20,7 +20,7 @@ POWERCAP = Path("/sys/class/powercap")
 
 @dataclass
 class EnergyMeter:
-    """Joules spent since it was made; never falls, though the counters wrap around."""
+    """Reads the energy counters of the machine. Only the difference of two readings means anything."""
 
     packages: tuple[Path, ...] = ()  # RAPL domains
     board: Any = None  # handle of NVML
@@ -36,7 +36,11 @@ class EnergyMeter:
         return cls(packages=tuple(path for path in sorted(domains) if _counter(path / "energy_uj") is not None))
 
     def joules(self) -> float | None:
-        """Returns the joules spent since the first call; None where the machine does not count them."""
+        """Returns a reading in joules, which never falls; None where the machine has no counter.
+
+        RAPL's readings begin at 0 with the first call, and counters that wrap around are unwrapped. NVML's reading is
+        the board's own counter.
+        """
         if self.board is not None:
             return float(require("pynvml", "energy of a GPU").nvmlDeviceGetTotalEnergyConsumption(self.board)) / 1e3
         if not self.packages:

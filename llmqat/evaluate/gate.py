@@ -65,7 +65,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Check:
-    """A rule held against one model."""
+    """The result of one rule for one model."""
 
     rule: Rule
     model: str
@@ -124,7 +124,9 @@ def parse_gate(text: str) -> tuple[Rule, ...]:
 def judge(
     rules: Sequence[Rule], report: Mapping[str, Any], baseline: Mapping[str, Any] | None = None
 ) -> tuple[Check, ...]:
-    """Returns each rule held against each model but the reference, on each text.
+    """Returns the result of each rule for each model, on each text where the figure depends on one.
+
+    The reference is judged only where it is the only model.
 
     Args:
         rules: from `parse_gate`.

@@ -14,7 +14,7 @@ Many answers are written side by side in lockstep (data/decode.py), prompts fed 
 whose answer has ended leave. Models that lockstep does not fit write with `generate`, prompts of one length together:
 no answer depends on padding.
 
-Letters: B rows, P prompts.
+Letters: B rows, L tokens of a prompt, T tokens written.
 """
 
 from __future__ import annotations
@@ -238,8 +238,8 @@ def _by_generate(
 def most_probable(model: PreTrainedModel, ids: Tensor, most: int, ends: frozenset[int]) -> Tensor:
     """Returns what `generate` writes after ids [B, L], the most probable token each time: at most `most` tokens [B, T].
 
-    Penalties, least lengths, forbidden tokens and the like in the model's generation_config do not count. A row that
-    has ended is filled up.
+    The model's generation_config (penalties, least lengths, forbidden tokens) is not used. A row that has ended is
+    padded with the smallest id of `ends`.
 
     Args:
         model: a causal language model.

@@ -118,7 +118,7 @@ def longest_of(spec: str) -> int | None:
 
 
 def check_window(spec: str, window: int, key: str = "window") -> None:
-    """Checks before anything is loaded that the model which `spec` names has learned so many positions.
+    """Raises where `window` is longer than the model `spec` can read at once; loads no weights.
 
     Args:
         spec: names it.
@@ -136,7 +136,7 @@ def check_window(spec: str, window: int, key: str = "window") -> None:
 
 
 def known_of(spec: str) -> Known:
-    """Returns what the files of the model `spec` say; nothing where it lies on the hub.
+    """Returns what the files of the model `spec` say; nothing for a model on the hub, and for an adapter.
 
     Raises:
         FileNotFoundError: it is not there.

@@ -62,7 +62,7 @@ class TokenWindows:
 
     @property
     def read_length(self) -> int:
-        """Tokens of a window that a model reads: of a rolling window, whose last token is only predicted, one less."""
+        """Tokens of a window that a model reads; with `lengths` one less, since the last is only predicted."""
         return self.window - (self.lengths is not None)
 
     @property

@@ -85,7 +85,8 @@ def check_files(files: Mapping[str, Path | None], read: Iterable[str | Path]) ->
 
     Args:
         files: by their options; None where one was not given.
-        read: models, texts and whatever else is read. In a folder of these, only an earlier report is replaced.
+        read: models, texts and whatever else is read. In a folder of these, an existing file is replaced only if it is
+            an earlier report, or its name ends with .html or .csv.
 
     Raises:
         OSError: a file cannot be written.

@@ -1,4 +1,16 @@
-"""Checkpoints: one file a format, and saving with proof on top of them.
+"""Packed checkpoints: saving and loading them, and writing them in the formats of other programs.
+
+checkpoint.py             saves, proves and loads packed checkpoints
+compressed_tensors.py     llmqat's own format (forms.py: one layer in it, experts.py and names.py: what others write)
+tensors.py                codes, scales and zero points that all other formats are written from
+gguf.py, gptq.py, onnx.py, peft.py    one other format each (gguf_tokenizer.py: the tokenizer in a GGUF file)
+settings.py, text_part.py             configuration that a format must hold, and the language model it is written of
+description.py            a quantized model without its weights
+serving.py, vllm.py       which programs can load a checkpoint
+stock.py                  what transformers without llmqat makes of it
+prepared.py               checkpoints of a model that is still in training
+card.py, hub.py, registry.py          model card, Hugging Face hub, MLflow
+commands.py               the commands that are proposed when another command has finished
 
 A format of your own is a function, added by `@CONVERSIONS.register("name")`.
 """

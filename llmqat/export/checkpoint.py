@@ -702,7 +702,7 @@ def _load_prepared(folder: Path, config: PreTrainedConfig, spec: str, plainly: b
 
 
 def _check_not_beside(spec: str) -> None:
-    """Raises for what stands for another model than it is, before that is looked for."""
+    """Raises ValueError where `spec` names a GGUF file or an adapter, which other functions load."""
     file = model_file(spec)
     if file is not None and file.suffix == ".gguf":
         raise ValueError(
@@ -731,9 +731,9 @@ def _not_packed(config: PreTrainedConfig, spec: str) -> str:
 
 @torch.no_grad()
 def compile_decoding(model: PreTrainedModel) -> None:
-    """Sets `generate` of a packed `model` up to compile, where it lies now.
+    """Makes `generate` of a packed `model` use a static cache and compile the decoding step, on its current device.
 
-    What kernels make at their first call is made here, not in a graph.
+    Every product runs once here, so that what kernels build at their first call is not built inside a graph.
     """
     for product in products(model):
         first = product if isinstance(product, PackedLinear) else product.members[0]

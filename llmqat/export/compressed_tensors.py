@@ -10,9 +10,9 @@ A quantized linear NAME of integers (forms.py has those of floats) is stored `pa
 or, 8-bit weights with one scale a channel whose inputs have 8 bits (W8A8), `int-quantized`, as
     NAME.weight             int8 [O, I]: the codes as they are
     NAME.weight_scale       [O, 1] in the checkpoint's dtype
-and bias and input ranges likewise: vLLM serves W8A8 in this form only. W4A8 is packed, which vLLM serves everywhere;
-as `int-quantized`, 8 bits on disk for each code (`int_quantized=True`), its build for CPUs computes with 8-bit
-inputs, in usable time on Arm.
+Bias and input ranges are as above. vLLM serves W8A8 in this form only. 4-bit weights with 8-bit inputs (W4A8) are
+`pack-quantized`, which vLLM serves everywhere. With `int_quantized=True` they are `int-quantized`, one byte per code:
+then vLLM's build for CPUs computes with 8-bit inputs, in usable time on Arm only.
 
 Everything else is as in any safetensors checkpoint. Stacked experts are one matrix [E * O, I] under the name of their
 parameter; a quantized embedding is stored like a linear layer, and a head tied to it not at all.
@@ -23,10 +23,11 @@ from the modules themselves, never from the configuration that once prepared the
 tensors. A KV cache of integers, whose scales come with each token, which the format cannot say, stands beside it
 as `llmqat_kv_cache`; one in FP8 is its `kv_cache_scheme`, with ATTENTION.k_scale and ATTENTION.v_scale [1].
 
-A checkpoint that stock transformers was seen to fill with random numbers (`stock.py`; Conv1D, stacked experts) has a
-key of ours in each group, which stock transformers refuses, and that is the point; vLLM, which serves packed Conv1D,
-does not look at it. One that transformers reads only when it dequantizes the weights at loading (zero points; models
-that look at weights while they are built) has the key `dequantize`, which is transformers' own.
+Stock transformers would leave Conv1D layers and stacked experts random, without an error (`stock.py` tries it). Such a
+checkpoint has a key of llmqat's in each group (`ONLY_HERE`), so that stock transformers refuses it. vLLM, which serves
+packed Conv1D, ignores the key. Some checkpoints load in transformers only if it dequantizes the weights at loading:
+those with zero points, and models that look at weights while they are built. They have the key `dequantize`, which is
+transformers' own.
 
 Letters: O out features, I in features, G scales per row, b bits.
 """
@@ -241,9 +242,9 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantModule | Pack
 def quantization_config(model: nn.Module, int_quantized: bool = False) -> dict[str, Any]:
     """Returns the `quantization_config` of `config.json` for a prepared or converted model.
 
-    With one scheme its target is the class `Linear`; with several, or with something else than linear layers, each
-    names its modules. So does a model with stacked (3-D) expert weights, which loaders take for linears too, though
-    llmqat may leave them alone. Linears left alone are listed in `ignore`.
+    If all quantized layers are linear and have one scheme, its target is the class `Linear`. Otherwise each scheme
+    lists its modules. It also does if the model has stacked (3-D) expert weights, which loaders take for linear layers.
+    `ignore` lists linear layers in high precision, and heads tied to a quantized embedding.
 
     Raises:
         ValueError: there is no quantized layer.
@@ -553,7 +554,7 @@ def _target_of_experts(name: str, schemes: Mapping[str, QuantizationScheme]) -> 
 
 
 def _holds_int8(scheme: QuantizationScheme, config: QuantizationConfig) -> bool:
-    """Returns whether codes are computed with as they lie on disk, one a byte."""
+    """Returns whether a layer keeps its codes in memory as they are on disk, int8, one per byte."""
     weights: QuantizationArgs = scheme.weights
     return (scheme.format or config.format) == PLAIN_FORMAT and weights.num_bits == 8 and weights.symmetric
 
@@ -595,10 +596,13 @@ def _read_tensors(folder: Path) -> dict[str, tuple[Tensor, Path]]:
 
 
 def _repacked(model: nn.Module, tensors: dict[str, tuple[Tensor, Path]]) -> dict[str, tuple[Tensor, Path]]:
-    """Returns `tensors`, those of the format `int-quantized` as the model's layers hold them: packed but for 8 bits.
+    """Returns `tensors` in the layout that the model's layers hold.
+
+    `int-quantized` codes are packed into int32 words, except in layers that hold 8-bit codes as int8. Float formats are
+    converted by `take_floats`.
 
     Raises:
-        ValueError: a code or a zero point lies outside the range of its bits; names it.
+        ValueError: a code or a zero point lies outside the range of its bits, or as `take_floats`; names it.
     """
     found = dict(tensors)
     for name, layer in quantized_layers(model):
@@ -709,6 +713,9 @@ def _put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _settled(name: str, tensor: Tensor) -> Tensor:
-    """Returns `tensor`; copied out of its file where it is small, and none whose pages kernels give back."""
+    """Returns `tensor`, copied out of its file if it is small: mapped, it would keep 64 KiB of the file in memory.
+
+    `weight_scale` stays mapped, because kernels give its pages back.
+    """
     small = tensor.is_floating_point() and tensor.nbytes < _NEIGHBOURHOOD
     return tensor.clone() if small and not name.endswith(".weight_scale") else tensor

@@ -56,7 +56,7 @@ class DescribedLayer:
         scheme: what lies on disk.
         rows: out features; of experts, those of all together.
         columns: in features.
-        form: how compressed-tensors calls its form on disk: `pack-quantized` or `int-quantized`.
+        form: name of its layout on disk in compressed-tensors, one of `forms.FORMS`.
     """
 
     name: str
@@ -116,7 +116,7 @@ class ModelDescription:
 
     @property
     def model_type(self) -> str:
-        """The name of its kind in transformers of model."""
+        """The model type in transformers, such as `llama`."""
         return str(self.config.model_type)
 
     def with_scheme(self, quant: QuantConfig, int_quantized: bool = False) -> ModelDescription:

@@ -1,9 +1,9 @@
-"""Experts that lie packed one by one, as others write them, read as the stacked weights that transformers' models have.
+"""Reads experts that other tools packed one by one as the stacked weights of transformers' models.
 
-compressed-tensors packs linear layers, so a checkpoint of it (Kimi K2, Qwen3-MoE) has `experts.7.gate_proj` and
-`experts.7.up_proj` of each expert, and the model one parameter `experts.gate_up_proj` [E, O, I]. Rows are packed each
-for itself, so the packed stack is nothing but their rows one below the other. Which tensors make which stack, and in
-what order, is what transformers reads full-precision checkpoints by.
+compressed-tensors packs linear layers one by one. So a checkpoint (Kimi K2, Qwen3-MoE) has `experts.7.gate_proj` and
+`experts.7.up_proj` for each expert, while the model has one parameter `experts.gate_up_proj` [E, O, I]. Each row is
+packed on its own, so the packed stack is the concatenation of the experts' rows. transformers' conversion mapping,
+which also loads full-precision checkpoints, says which tensors make which stack, and in what order.
 
 Letters: E experts, O out features of one of them, I in features.
 """

@@ -182,7 +182,7 @@ def scale_in_memory(stored: Tensor, global_scale: Tensor | None, grid: Grid) -> 
 def take_floats(name: str, layer: PackedModule, found: dict[str, tuple[Tensor, Path]]) -> None:
     """Puts codes and scales of a float format, as they lie on disk, in the form that the layer holds them in.
 
-    What is missing stays missing, and what has no place stays, to be told with all that is.
+    If none of the tensors is there, nothing is changed: the caller reports all missing tensors together.
 
     Args:
         name: of the layer.
@@ -190,8 +190,8 @@ def take_floats(name: str, layer: PackedModule, found: dict[str, tuple[Tensor, P
         found: tensors on disk by name, each with its file; changed.
 
     Raises:
-        ValueError: a tensor is of another dtype than the format has it in, a code is not a number, or a scale is none
-            that the layer can hold; names it.
+        ValueError: some of the tensors are missing, one has another dtype than the format or is not finite, or the
+            layer cannot hold a scale exactly; names it.
     """
     kind = layer.grid
     wanted: dict[str, torch.dtype | None] = {
@@ -340,7 +340,7 @@ def cache_config(cache: QuantizationArgs | None) -> KVCacheConfig | None:
 
 
 def runs_inputs(inputs: QuantizationArgs | None) -> bool:
-    """Returns whether inputs quantized so are what an `ActivationConfig` stands for."""
+    """Returns whether an `ActivationConfig` can express this scheme of inputs."""
     if inputs is None:
         return True
     try:

@@ -5,11 +5,11 @@
     int5 .. int8 symmetric         Q8_0   blocks of 32: d (float16) and int8 codes
     not quantized                  BF16 matrices (F16 of a float16 checkpoint), F32 vectors
 
-A block's d is our scale, repeated where a group or a channel is longer than 32; a bfloat16 scale of at least 2^-17 is a
-float16 exactly. The m of Q4_1 is -z * s. Of z and 15 - z one is even, so that its product with a bfloat16 scale fits
-into the 11 bits of a float16; where it is the latter, the block is written mirrored: codes 15 - q and scale -s are the
-same weights. Rounding the weights again instead would change most of them. What GGUF cannot hold (8-bit codes with zero
-points, quantized inputs, a quantized KV cache, groups that 32 does not divide) is refused by name.
+A block's d is the layer's scale s, repeated where a group or a channel is longer than 32. A bfloat16 scale of at least
+2^-17 is exact in float16. The m of Q4_1 is -z * s, z being the zero point. For an even z it fits into float16's 11
+significant bits. For an odd z the block is written mirrored: codes 15 - q, zero point 15 - z and scale -s give the same
+weights. Rounding the weights again instead would change most of them. The export raises an error for what GGUF cannot
+hold: zero points with more than 4 bits, quantized inputs, a quantized KV cache, groups that 32 does not divide.
 
 Letters: O rows, I in features, G scales per row, N blocks.
 """
@@ -122,9 +122,9 @@ def _check_gemma(config: Any, period: int, by_width: int) -> None:
 
 _SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
 _TIED = frozenset({"tie_word_embeddings"})
-"""A head of its own is a tensor of its own."""
+"""Needs no key in the file: a head that is not tied is a tensor there."""
 _BIASES = frozenset({"attention_bias", "mlp_bias"})
-"""So are biases, which llama.cpp takes in models of Llama's kind."""
+"""Need no key either: biases are tensors, which llama.cpp reads for the architecture of Llama."""
 _GEMMA: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh",),
     "hidden_activation": ("gelu_pytorch_tanh",),
@@ -297,7 +297,7 @@ def _blocks(name: str, weight: StoredWeight, order: Callable[[Tensor], Tensor] |
 
 
 def _by_block(values: Tensor, weight: StoredWeight) -> Tensor:
-    """Returns what there is one of a scale [O, G] as one of a block [O, N]."""
+    """Returns values per scale [O, G] as values per block [O, N]."""
     return values.repeat_interleave(weight.per_scale // BLOCK, dim=1)
 
 

@@ -449,7 +449,13 @@ class _Graph:
 
 
 def _block_size(name: str, per_scale: int, columns: int) -> int:
-    """Returns the largest power of two that divides the columns of a scale, up to 256."""
+    """Returns the weights in a block: the largest power of two that divides `per_scale`, at most 256.
+
+    With one scale for each row it is 32 where that power is below 16; the last block is then padded.
+
+    Raises:
+        ValueError: 16 does not divide the size of a group; names the layer.
+    """
     block = min(per_scale & -per_scale, _LARGEST_BLOCK)
     if block >= _SMALLEST_BLOCK:
         return block

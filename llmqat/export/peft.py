@@ -95,7 +95,7 @@ def write_peft(folder: Path, base: nn.Module, base_folder: Path, out: Path) -> d
 
 
 def scaling_of(config: dict[str, Any]) -> float:
-    """Returns what B A counts times: alpha / r, or alpha / sqrt(r) where it is rank-stabilized."""
+    """Returns the factor s of B A: alpha / r, or alpha / sqrt(r) where the adapter is rank-stabilized."""
     rank = config["r"]
     return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
 

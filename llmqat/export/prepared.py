@@ -56,9 +56,9 @@ def read_prepared(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _stored_name(name: str, stored: Mapping[str, Tensor]) -> str | None:
-    """Returns what the tensor `name` of a model that is not prepared is called when it is; None where it is not there.
+    """Returns the name in a prepared checkpoint of the unprepared model's tensor `name`; None where it is not there.
 
-    A stacked parameter of experts has become a module.
+    Preparing turns a stacked parameter of experts into a module, so its tensor becomes `name`.weight.
     """
     return next((place for place in (name, f"{name}.weight") if place in stored), None)
 

@@ -131,7 +131,7 @@ def _transformers(description: ModelDescription) -> Finding:
 
 
 def _why_not_transformers(description: ModelDescription) -> str:
-    """Returns what the trial of stock.py finds of schemes and kinds of layers, of a scheme that is only thought of."""
+    """Returns why transformers would not load a scheme that was not tried, by what earlier trials (stock.py) found."""
     kinds = {layer.kind for layer in description.layers}
     for kind, words in (("conv1d", "Conv1D layers"), ("experts", "stacked experts"), ("embedding", "embeddings")):
         if kind in kinds:
@@ -411,7 +411,8 @@ def check_served(description: ModelDescription, clients: Sequence[str], quant: Q
 def form_for(description: ModelDescription, clients: Sequence[str]) -> bool | None:
     """Returns whether W4A8 has to be `int-quantized` for all of `clients` to serve it; None where not all do.
 
-    Packed, it is served quickly everywhere, though with inputs as they are on CPUs; bytes are slow on x86.
+    The packed form is preferred: it is fast everywhere, though inputs stay unquantized on CPUs. `int-quantized` is slow
+    on x86.
     """
     forms = (description.in_form(form) for form in (False, True))
     served = [all(verdict(name, form).serves for name in clients) for form in forms]

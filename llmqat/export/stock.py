@@ -34,7 +34,7 @@ from llmqat.models import class_of, read_config, shortened, weight_files
 ONLY_HERE = "only_llmqat_loads_this"
 """Key of a group in a checkpoint that other loaders would get wrong; compressed-tensors refuses unknown keys."""
 MOST_PARAMETERS = 50_000_000
-"""Of a model that is loaded as it is, to compare logits."""
+"""Elements of all stored tensors, an int32 word of packed codes being one; logits are compared below this number."""
 MOST_DIFFERENCE = 0.01
 """Relative difference of its logits from ours that is rounding, no more."""
 
@@ -70,8 +70,9 @@ class StockTrial:
         loader: the class of transformers that loads it.
         loads: whether it does, to the model that was saved.
         dequantized: whether it has to dequantize the weights at loading.
-        silent: where it does not: whether nothing tells its user so.
-        reason: where it does not: why, in transformers' words as far as it has any.
+        silent: True if it does not load and transformers raises no error: tensors stay random or are left out, or the
+            logits differ.
+        reason: why it does not load, in transformers' words if it raises an error; empty if it loads.
         compared: "logits", or "tensors" where only names and shapes were.
     """
 

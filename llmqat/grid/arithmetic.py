@@ -7,7 +7,7 @@ has the same value in all three, bit for bit. What makes that possible:
 - code * scale is exact in float32 (8 bits times 8 bits of mantissa) and rounded once to the compute dtype.
 - The autograd Function saves the weight and the scale and recomputes the rest: no copy of the weight is kept.
 
-Which codes there are, and how a number is rounded to one, is for the `Grid` (levels.py) to say.
+The `Grid` (levels.py) defines which codes exist and how a number is rounded to one of them.
 
 Work is done in row chunks that stay in a core's cache: the arithmetic is a dozen elementwise passes, and done on a
 whole weight each of them would go through main memory.
@@ -50,13 +50,13 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
 
 
 def of_each_weight(of_groups: Tensor, rows: int, columns: int) -> Tensor:
-    """Returns what there is one of a scale, (O, G), (O, 1) or (1, 1), as one of each weight [O, I]."""
+    """Returns per-scale values, (O, G), (O, 1) or (1, 1), repeated for each weight: [O, I]."""
     size = rows * columns // of_groups.numel()
     return of_groups.reshape(-1, 1).expand(-1, size).reshape(rows, columns)
 
 
 def stored_codes(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid, float]:
-    """Returns `codes` without an offset, their grid, and the factor of the scale; the products stay the same numbers.
+    """Returns (codes, grid, factor) for storage: the same weights without an offset; the scale is multiplied by factor.
 
     No packed format knows half-integer levels: "seq" is stored as the odd codes -3, -1, 1, 3 of 3 bits at half the
     scale, which is exact. "ternary" is stored in 2 bits.

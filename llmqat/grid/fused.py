@@ -1,7 +1,7 @@
 """Fake quantization's forward and backward as one fused kernel each, made by torch.compile where a compiler is there.
 
 Eager, each is a handful of elementwise passes over slices that fit the cache; fused, it is one pass, three times as
-fast. Compiling takes seconds, so it happens only inside `fusing()`, which training opens. A fused pair is used only
+fast. Compiling takes seconds, so it happens only inside `fusing()`, as in training and gptq. A fused pair is used only
 after it gave the eager forward and weight gradient bit for bit in a trial; where there is no compiler or the trial
 fails, the reason is logged once and the eager passes stay.
 
@@ -118,7 +118,7 @@ def _passes(grid: Grid, dtype: torch.dtype) -> FusedKernels:
         return g * inside, ((q - v * inside) * g).sum(-1)
 
     for function in (forward, backward):
-        # The compiler counts what it has made for a code object and gives up at eight: each grid has a copy of its own.
+        # torch.compile gives up after eight variants of one code object, so each grid gets a copy of its own.
         function.__code__ = function.__code__.replace()
     return FusedKernels(forward, backward)
 

@@ -42,9 +42,10 @@ _CHUNK_ELEMENTS = 65_536
 def keep_lattice(
     weight: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor | None
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Returns scale and zero point, those of groups that lie on a lattice of `grid` replaced by its, and their number.
+    """Returns (scale, zero point, count): groups on a lattice of `grid` get its scale, others keep theirs.
 
-    A group of zeros is exact at any scale, and does not count.
+    The zero point is replaced likewise. `count` is the number of groups on a lattice. A group of zeros is exact at
+    any scale, and does not count.
 
     Args:
         weight: [O, I] float.
@@ -68,7 +69,7 @@ def keep_lattice(
 
 @torch.no_grad()
 def on_lattice(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
-    """Returns, bool of the scale's shape, which groups their codes give back, up to rounding of weight and scale.
+    """Returns which groups equal their dequantized codes, up to rounding; bool of the scale's shape.
 
     Args:
         weight: [O, I] float.
@@ -137,7 +138,7 @@ def _least_squares(w: Tensor, level: Tensor) -> Tensor:
 
 
 def _bounds(w: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns between which numbers [n, 1] those lie whose rounded products with `level` are `w`; none if turned."""
+    """Returns the least and the largest scale [n, 1] with round(scale * level) = w; least > largest where none has."""
     bits = torch.full((len(w), 1), float(_PRECISIONS[-1][1]), device=w.device)
     for dtype, kept in reversed(_PRECISIONS):
         bits[(w.to(dtype).float() == w).all(-1)] = kept

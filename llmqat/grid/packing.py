@@ -133,7 +133,7 @@ def _unpack_bytes(packed: Tensor, grid: Grid, columns: int) -> Tensor:
 
 
 def unpack_by_place(packed: Tensor, bits: int, out: Tensor) -> None:
-    """Writes what is stored of codes, int32 words of b bits on a little-endian machine, by their place among eight.
+    """Writes the unsigned codes of packed rows to `out`, sorted by position modulo eight; little-endian machines only.
 
     Args:
         packed: words [R, ceil(C * b / 32)] of rows of C codes, a multiple of eight.

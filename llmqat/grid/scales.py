@@ -38,9 +38,10 @@ _SQRT_HALF_UP = (1 << 23) - 0x3504F3
 
 
 def snap_scale(scale: Tensor, grid: Grid) -> Tensor:
-    """Returns `scale` on the grid that scales of `grid` lie on, as float32, with a straight-through gradient.
+    """Returns `scale` rounded to `grid.scale_dtype`, as float32 of its shape, with a straight-through gradient.
 
-    Magnitudes below `SCALE_FLOOR` become the floor and keep their sign; 0 becomes `ZERO_SCALE`.
+    "bfloat16": magnitudes below `SCALE_FLOOR` become the floor and keep their sign; 0 becomes `ZERO_SCALE`. "e8m0" and
+    "e4m3" drop the sign. "e4m3" raises small scales, and 0, to 2^-`E4M3_OCTAVES` of the largest.
     """
     return _SnapScale.apply(scale, grid)  # type: ignore[no-untyped-call]
 

@@ -1,8 +1,8 @@
-"""Which weights stay zero: the least important ones, so many of every few, or of each row.
+"""Sparsity: chooses the least important weights, which become zero, in every group of m weights or in each row.
 
-n:m sparsity keeps n of every m weights that follow each other along the input features. What a weight is worth is its
-score: its magnitude; its magnitude times the rms of its input (Wanda, 2306.11695, equation 1); or what the output loses
-without it where later weights of its row make up for it (SparseGPT, 2301.00774; calibrate/gptq.py).
+n:m sparsity keeps n of every m weights that follow each other along the input features. The importance of a weight is
+its score. It is the magnitude; the magnitude times the rms of the input (Wanda, 2306.11695, equation 1); or the error
+of the output without the weight, after later weights compensate for it (SparseGPT, 2301.00774; calibrate/gptq.py).
 
 Letters: O out features, I in features, n of m weights.
 """

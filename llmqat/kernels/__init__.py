@@ -1,8 +1,8 @@
 """Matrix products with a packed weight: one file a back end, and the choice among them.
 
-`packed_linear` takes the first registered kernel that accepts the shapes and dtypes at hand; one that declines says
-why, and that reason is logged once. "reference" always accepts: it dequantizes and multiplies, and is what the proof
-of an export compares against. Kernels take tensors only.
+On a CPU, `packed_linear` uses the first registered kernel that accepts the shapes and dtypes. On a GPU it times those
+that accept, and uses the fastest (registry.py). A kernel that declines says why, and that reason is logged once.
+"reference" always accepts: it dequantizes and multiplies. The proof of an export compares against it.
 """
 
 from llmqat.kernels.pages import FileMappings, FilePages, WeightPages, weights_let_go

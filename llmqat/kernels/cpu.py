@@ -7,12 +7,15 @@ channel. What these kernels read is made at their first call and kept; the packe
 Where inputs are quantized as well, `_int_mm` multiplies codes with codes, for any number of rows.
 
 Many rows are bound by arithmetic: the weight is dequantized, a slice of output rows at a time, and multiplied in
-bfloat16. Codes are unpacked without putting them into their order: words are shifted and masked as they lie, which
-gives the columns p, p + n, p + 2n, … for each of the n codes of a byte, or of eight codes of 3, 5, 6 or 7 bits, and the
-activations' columns are put into that order instead. One of 2, 4 or 8 bits stays in the upper bits of its byte, where
-it is a multiple of the code, and the scale is divided by the same power of two: the products are the same numbers, bit
-for bit. One pass made by Inductor takes longer than torch's six: 1.1 ms against 0.8 for 3072 x 576 in 4 bits, on one
-thread.
+bfloat16. Two shortcuts make this fast:
+
+- Codes are not put into the order of their columns. Shifting and masking the words gives the columns p, p + n,
+  p + 2n, … for each place p of n: n = 8 / b codes of a byte, or n = 8 codes of 3, 5, 6 or 7 bits. The columns of the
+  activations are put into that order instead.
+- A code of 2, 4 or 8 bits stays in the upper bits of its byte, where it is a multiple of the code. The scale is divided
+  by the same power of two, so the weights are the same numbers, bit for bit.
+
+One pass made by Inductor takes longer than torch's six: 1.1 ms, not 0.8, for 3072 x 576 in 4 bits, on one thread.
 
 Letters: M rows of activations, O out features, I in features, G scales per row, g weights per scale, b bits,
 n codes whose places are told apart: 8 / b, or 8.
@@ -288,7 +291,7 @@ def _repeated(value: int, bits: int) -> int:
 
 
 def _int8_codes(weight: PackedWeight) -> Tensor:
-    """Returns the codes [O, I] int8 of a weight of 8 bits, apart from its words; where it has none, its own."""
+    """Returns the codes [O, I] int8 of a weight of 8 bits: unpacked from words, or as held where not packed."""
     if len(weight.parts) == 1 and weight.packed.dtype == torch.int8:
         return weight.packed
     codes = torch.empty(weight.out_features, weight.in_features, dtype=torch.int8)  # what stays before what goes

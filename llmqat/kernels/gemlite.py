@@ -1,9 +1,9 @@
 """gemlite: a package of Triton products of 16-bit activations with weights of 2, 4 and 8 bits, on GPUs.
 
-It needs no compiler beside Triton's own. Its words hold the codes as ours do, transposed; weights of other widths are
-packed anew in the next that it has. The weight is formed as (code - zero point) * scale, rounded once, as the
-reference forms it. Two of its ways are turned off: sums that are added up in bfloat16, and scales of whole rows that
-multiply sums which were rounded before.
+It needs no compiler but Triton's own. It stores codes in words as the checkpoint does, transposed. Codes of 3 bits are
+stored in 4, and codes of 5 to 7 bits in 8. The weight is (code - zero point) * scale, rounded once, as in the
+reference. Two options of gemlite are turned off: adding up sums in bfloat16, and multiplying a sum that was rounded
+before by the scale of a whole row.
 
 Written from gemlite 0.6's sources and tested with Triton's interpreter; no GPU was at hand. So it is used only where
 it gives the right numbers in a trial on the device.

@@ -1,12 +1,12 @@
 """Marlin, vLLM's product of 16-bit activations with 4- and 8-bit weights on NVIDIA GPUs, through the `kernels` package.
 
-`kernels` takes compiled kernels from the Hugging Face hub. `kernels-community/vllm-quantization` is of version 0, which
-`kernels` leaves out of its promise of a stable interface, and it is built for some versions of torch only. So it is
-used only once it was loaded and gave the right numbers in a trial on the device at hand; what fails there, a changed
-signature included, is the reason for which it declines, and the next kernel is taken.
+`kernels` downloads compiled kernels from the Hugging Face hub. `kernels-community/vllm-quantization` has version 0, for
+which `kernels` promises no stable interface, and it is built for some versions of torch only. So Marlin is used only
+after it was loaded and gave the right numbers in a trial on the device. If the trial fails, for a changed signature or
+any other reason, Marlin declines with that reason and the next kernel is tried.
 
-Written from vLLM's and kernels-community's sources: it was never run, let alone timed, since no GPU was at hand. Tested
-is the layout, by a stand-in that reads it as the CUDA code does.
+Written from vLLM's and kernels-community's sources. It was never run or timed, since no GPU was at hand. The tests
+check the layout, with a stand-in that reads it as the CUDA code does.
 
 Marlin keeps tiles of 16 in features and 64 out features, in the order in which the threads of its four warps hold them
 for the tensor cores: thread 4 c + t of warp w has the in features 8 h + 2 t + e and the out features 16 w + 8 b + c,

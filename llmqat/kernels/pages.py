@@ -40,12 +40,15 @@ _C = ctypes.CDLL(None)
 
 @dataclass(frozen=True)
 class FilePages:
-    """The whole pages inside tensors that are mapped from a file. A copy of it is None: it would lie elsewhere.
+    """The whole memory pages inside tensors that are mapped from a file; calling it gives the pages back.
+
+    A copy or pickle of it is None, since copied tensors have other addresses.
 
     Attributes:
-        tensors: keep the mapping alive.
-        versions: the tensors' when they were mapped; what is written into one later is in no file.
-        ranges: address of the first page and bytes of all, for each tensor.
+        tensors: the mapped tensors, which keep the mapping alive.
+        versions: version counters of the tensors when they were mapped. A tensor that was written to since then is left
+            alone, because the file does not hold its new values.
+        ranges: for each tensor, the address of its first whole page and the bytes of all of them.
     """
 
     tensors: tuple[Tensor, ...]

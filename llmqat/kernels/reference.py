@@ -1,4 +1,4 @@
-"""The reference kernel: dequantize the whole weight, multiply. Slow, simple, and what every other kernel is held to.
+"""The reference kernel: dequantizes the whole weight and multiplies. It is slow and simple; all others must match it.
 
 Letters: O out features, I in features, G scales per row, b bits.
 """

@@ -89,8 +89,9 @@ def agrees(
 ) -> bool:
     """Returns whether the products of 1, 17 and 128 rows with a random weight are what they should be.
 
-    A product may be off by a unit of `dtype` of itself, and of each weight, since a scale may multiply sums instead.
-    All together may be off by a unit: what is wrong by a few percent everywhere would hide in the bound of each.
+    With eps that of `dtype`, each output y may be off by eps * (|y| + |x| @ |ŵ|.T): a kernel may round the sum, and may
+    apply scales to sums where the reference rounds each weight. The norm of all errors may be eps * norm(y) at most.
+    That finds errors of a few percent everywhere, which the first bound would let pass.
     """
     generator = torch.Generator().manual_seed(0)
     weight = random_weight(grid, group_size, dtype, generator, device)
@@ -136,7 +137,7 @@ def may_time(device: torch.device) -> bool:
 
 @torch.no_grad()
 def fastest(kernels: Sequence[TriedKernel], rows: int, dtype: torch.dtype, weight: PackedWeight) -> TriedKernel:
-    """Returns the fastest of `kernels`, all of which accept `rows` rows; layouts that the others made are dropped.
+    """Returns the fastest of `kernels`, all of which accept `rows` rows; layouts made while timing are dropped.
 
     Args:
         kernels: in order of preference, which decides where all of them fail.

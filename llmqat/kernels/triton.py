@@ -1,8 +1,8 @@
-"""Triton: the weight unpacked by a kernel of our own (`triton_unpack.py`), then torch's product.
+"""Unpacks the whole weight by a Triton kernel (`triton_unpack.py`), then multiplies by torch.
 
-On an H100 a product of 4,096 x 4,096 weights of 4 bits takes 51 microseconds with 32 rows, where the reference takes
-235 and bfloat16 weights 15, and 66 with 512. A kernel that multiplied as it unpacked took 44 with one row and 617 with
-512, each in the best of its tiles: not worth a second kernel (eval/results/kernels-h100.txt).
+On an H100 a product of 4,096 x 4,096 weights of 4 bits takes 51 microseconds with 32 rows, and 66 with 512. With 32
+rows the reference takes 235 and bfloat16 weights 15. A kernel that unpacked and multiplied in one took 44 with one row
+and 617 with 512, with the best tiles for each. That is not worth a second kernel (eval/results/kernels-h100.txt).
 
 Letters: O out features, I in features.
 """

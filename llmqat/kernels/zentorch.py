@@ -5,8 +5,9 @@ are rounded to 8 bits first, x = code * max |x| / 127. The codes are then multip
 bfloat16 can match on processors without AMX: 1.7 to 2.7 times as fast as a bfloat16 linear at one row, 1.25 to 1.7 at
 512, where the result is off by 0.8 %, and by 5 to 7 % where single activations are fifty times as large as others.
 
-zentorch keeps what it made of a weight under the weight's address, and forgets nothing. So the words that it is handed
-stay with the weight, and all is forgotten where one of these goes. One wheel fits one version of torch.
+zentorch caches its layout of a weight by the address of the tensor, and never drops an entry. So the tensor that is
+passed to it lives as long as the weight. When one is freed, the whole cache is cleared. A wheel of zentorch fits one
+version of torch.
 
 Source: https://github.com/amd/ZenDNN-pytorch-plugin (Apache-2.0 and others).
 Letters: M rows of activations, O out features, I in features, G scales per row.

@@ -1,15 +1,31 @@
-"""The modules that hold quantized weights, what puts them into a model, and the audit that says what they cover.
+"""The modules that hold quantized weights, the functions that put them into a model, and the coverage audit.
 
-config.py      schemes, in compressed-tensors' words    quantized.py   QuantModule: a fake-quantized weight
-activation.py  inputs of linear layers                  linear.py      QuantLinear
-attention.py   keys and values, in training             embedding.py   embeddings and the head tied to them
-cache.py       keys and values, in generation           experts.py     stacked weights of experts
-prepare.py     prepare and convert                      packed.py      PackedModule: packed codes
-shared.py      one product for q, k and v              decoding.py    a compiled step of generation
-probe.py       a tiny forward of any model
-source.py      whether weights are still the source's
-audit.py       what is covered                          lora.py        peft's LoRA inside the quantizer (not
-                                                                       imported here: peft takes seconds)
+config.py      schemes, in compressed-tensors' words
+prepare.py     prepare and convert: start here
+audit.py       what is quantized, and why the rest is not
+
+quantized.py   QuantModule: a fake-quantized weight
+linear.py      QuantLinear
+embedding.py   embeddings and the output head tied to them
+experts.py     stacked weights of experts
+activation.py  fake quantization of a linear layer's input
+attention.py   keys and values, in training
+cache.py       keys and values, in generation
+packed.py      PackedModule: a weight as packed codes
+lora.py        peft's LoRA inside the quantizer (not imported here: importing peft takes seconds)
+
+originals.py   refuses models that are quantized already or incomplete
+finite.py      refuses NaN, infinity, and scales that the checkpoint would round
+roles.py       finds routers, image towers and experts by watching a tiny forward pass
+probe.py       inputs for a tiny forward pass
+source.py      whether weights are still those of the original model
+buffers.py     buffers that no checkpoint holds, with the values that a loaded model has
+kept.py        tensors that keep their dtype when a model is cast
+
+reuse.py       one quantized weight for all micro-batches of an optimizer step
+causal.py      fast CPU attention for short sequences
+decoding.py    fast attention and fewer guards for one new token
+shared.py      one matrix product for q, k and v
 """
 
 from llmqat.layers.activation import ActivationQuantizer

@@ -1,13 +1,18 @@
 """Fake quantization of a layer's input: each token by its own range, or the whole tensor by a calibrated one.
 
-The arithmetic is that of compressed-tensors, in the dtype of the input and in its order of operations, so that stock
-transformers computes the same bits: scale = absmax / 127.5 for codes -128..127, or (max - min) / 255 with a rounded
-zero point; of floats absmax / 448, or in groups of a token. NVFP4's groups have E4M3 scales under one scale for the
-tensor, which calibration finds: it takes the largest entry seen to the largest product of the two. Scales are not
-differentiated; the gradient passes through unchanged, clipped or not.
+The arithmetic is that of compressed-tensors, in the dtype of the input and in its order of operations. So stock
+transformers computes the same bits.
 
-A tensor that several layers read (q, k and v; gate and up) is quantized once: the last result is kept until another
-tensor comes or the input dies, and is given again to whoever brings the same tensor.
+- Integers: scale = absmax / 127.5 for codes -128..127, or (max - min) / 255 with a rounded zero point.
+- Floats of 8 bits: scale = absmax / 448, of the tensor, a token, or a group of a token.
+- MX formats: each group of a token has a power of two.
+- NVFP4: each group of a token has an E4M3 scale, under one calibrated scale for the tensor. The latter gives the
+  largest entry seen the largest code under the largest E4M3 scale.
+
+Scales are not differentiated. The gradient passes through unchanged, clipped or not.
+
+A tensor that several layers read (q, k and v; gate and up) is quantized once. Each thread keeps the last result until
+another tensor is quantized or the input is freed, and returns it for the same tensor.
 
 Letters: B batch, L length, I in features.
 """
@@ -91,7 +96,8 @@ class ActivationQuantizer(RangedModule):
         """Returns x [*, I] fake-quantized, in `dtype` (x's own where not given).
 
         Raises:
-            RuntimeError: for a static range that was never calibrated.
+            RuntimeError: for a static range, or NVFP4's global scale, that was never calibrated.
+            ValueError: when the group size does not divide I.
         """
         dtype = dtype or x.dtype
         if not self.enabled:
@@ -161,7 +167,7 @@ def range_parameters(
 
 
 def row_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
-    """Returns the codes of x, integers or floats, in x's dtype; scale and zero point broadcast against x."""
+    """Returns the codes of x, integers or floats, in the dtype of x / scale; scale and zero point broadcast to x."""
     q = x / scale
     if grid.levels == "float":
         return grid.round_(q.clamp_(grid.qmin, grid.qmax).float()).to(q.dtype)

@@ -5,8 +5,8 @@ and the model an attention implementation `llmqat_<its own>`, which quantizes wh
 original. Keys arrive after rotary embedding, keys and values as the cache holds them. Each token and head is quantized
 by itself, so nothing of the future is seen and a cache (`layers.cache`) can store the codes as the tokens come.
 
-A layer that computes attention in its own forward (BLOOM, Falcon) would silently read full-precision keys and values;
-such a model is refused by name.
+A layer that computes attention in its own forward (BLOOM, Falcon) would silently read full-precision keys and values.
+`quantize_kv` raises a ValueError for such a model.
 
 The arithmetic is float32, rounded once to the dtype of the states. A symmetric scheme is code * scale; an asymmetric
 one is code * scale + offset, the offset being the smallest entry of the group: no zero point is rounded to a code.

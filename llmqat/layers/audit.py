@@ -197,7 +197,10 @@ def _share_notes(model: nn.Module, entries: Sequence[AuditEntry]) -> Iterator[st
 
 
 def is_asked_for(model: nn.Module, entries: Sequence[AuditEntry]) -> bool:
-    """Returns whether the configuration left alone so much of a model that what else was would need no note."""
+    """Returns whether the configuration explains what stays in high precision, so that no warning is due.
+
+    It does when the weights kept for other reasons are at most `MOST_KEPT` of the counted ones.
+    """
     counted = _counted(model, entries)
     others = [entry for entry in counted if entry.treatment == KEPT and not entry.reason.startswith(WISHES)]
     return sum(entry.numel for entry in others) <= MOST_KEPT * sum(entry.numel for entry in counted)
@@ -291,7 +294,10 @@ def _notes(model: nn.Module) -> list[str]:
 
 
 def lattice_note(model: nn.Module) -> str:
-    """Returns what to say of weights of a prepared model that lay on the lattice of their scheme before, or nothing."""
+    """Returns a note on weights that already were codes times a scale before `prepare`; empty where they are few.
+
+    Checkpoints from quantization-aware training have such weights (grid/lattice.py).
+    """
     layers = [module for module in model.modules() if isinstance(module, QuantModule)]
     found = [layer for layer in layers if layer.recognized]
     count, groups = sum(layer.recognized for layer in found), sum(prod(layer.scale_shape) for layer in layers)

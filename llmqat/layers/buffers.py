@@ -1,10 +1,10 @@
-"""Buffers that no checkpoint holds: what they are in a model that is loaded from one, in its dtype.
+"""Gives non-persistent buffers the values and dtypes that they have in a model loaded from the checkpoint.
 
-Tables of positions, rotary frequencies and scales of embeddings are made when a model is built. What they are depends
-on how that was done: `model.to(bfloat16)` rounds frequencies that a loaded model has in float32, and a float32 model
-has a scale in float32 that a bfloat16 checkpoint's has in bfloat16. Training has to compute with those of the
-checkpoint. So `prepare` builds the model's class once more, without weights, and compares; and while a model computes
-in the dtype of a checkpoint (`models.cast_parameters`), its buffers are those of the checkpoint.
+Position tables, rotary frequencies and embedding scales are in no checkpoint: they are made when a model is built, and
+depend on how it was built. `model.to(bfloat16)` rounds frequencies that a loaded model has in float32. A scale that is
+bfloat16 in a model loaded from a bfloat16 checkpoint is float32 in a float32 model. Training has to compute with the
+buffers of the loaded checkpoint. So `prepare` builds the model's class once more, without weights, and compares. While
+a model computes in the checkpoint's dtype (`models.cast_parameters`), it has the checkpoint's buffers.
 
 The numbers are those of a model built in float32, cast to the dtype that a model built in the checkpoint's dtype has
 there. This is what transformers' `from_pretrained` gives; a model built in bfloat16 computes some tables in bfloat16.
@@ -37,9 +37,9 @@ class Buffers:
     """The float buffers of a model's class.
 
     Attributes:
-        values: those that no checkpoint holds, built in float32, on the CPU.
-        dtypes: dtype of a checkpoint -> name of a buffer -> the dtype it has there.
-        ready: (name, dtype, device) -> one of `values` so.
+        values: non-persistent buffers by name, built in float32, on the CPU.
+        dtypes: dtype of a checkpoint -> name of a buffer -> its dtype in a model loaded from that checkpoint.
+        ready: (name, dtype, device) -> that buffer of `values` in this dtype on this device; a cache.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)

@@ -24,12 +24,12 @@ from llmqat.layers.config import KVCacheConfig, KVTensorConfig
 
 
 class QuantizedStates:
-    """The keys, or the values, of one layer.
+    """The keys, or the values ("states"), of one layer: F first tokens, Q quantized ones and R recent ones; T in all.
 
     Attributes:
-        codes: uint8 [B, H, T, D], or [B, H, T, D/2] with two codes a byte for schemes of up to 4 bits.
-        scale: [B, H, T, G] in the dtype of the states; [1] where it was calibrated.
-        offset: [B, H, T, G] in the dtype of the states, or None when symmetric.
+        codes: uint8 [B, H, Q, D]; [B, H, Q, D/2] with two codes a byte for up to 4 bits and even D.
+        scale: [B, H, Q, G] in the dtype of the states; [1] where it was calibrated.
+        offset: [B, H, Q, G] in the dtype of the states, or None when symmetric.
         first: [B, H, F, D], kept in full precision.
         recent: [B, H, R, D], kept in full precision.
     """

@@ -156,8 +156,8 @@ class WeightConfig(Config):
         """Returns the scale's shape (O, I/g), (O, 1) or (1, 1).
 
         Raises:
-            ValueError: when group_size, or the m of n:m sparsity, does not divide in_features; names `name` and the
-                choices.
+            ValueError: when group_size, or the m of n:m sparsity, does not divide in_features, or the share of zeros
+                leaves none in a row; names `name` and the choices.
         """
         if self.sparsity is not None:
             self._check_zeros(self.sparsity, in_features, name)
@@ -439,16 +439,20 @@ _CACHES: dict[int, dict[str, Any]] = {8: {"num_bits": 8}, 4: {"num_bits": 4, "sy
 def scheme_fields(name: str) -> dict[str, Any]:
     """Returns the fields of a QuantConfig that `name` stands for.
 
-    A name says, in this order, and with or without dashes, underscores and capitals: the weights (`int4`, `w4`, `4bit`,
-    `ternary`, `int2-seq`, `fp8`, `nvfp4`, `mxfp4`, `mxfp8`); the inputs (`a8`, `afp8`, or `a16` for high precision;
-    floats have inputs of their own kind where that is not said); the KV cache (`kv8`, `kv4`, `kvfp8` or `fp8kv`,
-    `kv16`); how many weights have a scale (`g32`, `channel`, `tensor`), with `asym` for a zero point; and `2:4` or
-    `4:8` for weights that stay zero. Where it is not said how many have a scale, 8 bits have one for each channel, and
-    fewer have groups of 64. GGUF's `q4_0` and `q8_0` are `int4-g32` and `int8-g32`. What a table calls a scheme ("int4
-    g32 asym") is such a name.
+    A name has these parts, in this order. Only the first is required; dashes, underscores and capitals do not count.
+
+    - Weights: `int4`, `w4`, `4bit`, `ternary`, `int2-seq`, `fp8`, `nvfp4`, `mxfp4`, `mxfp8`.
+    - Inputs: `a8`, `afp8`, or `a16` for high precision. By default floats have inputs of their own kind.
+    - KV cache: `kv8`, `kv4`, `kvfp8` or `fp8kv`, `kv16`.
+    - Weights per scale: `g32`, `channel`, `tensor`. By default int8 and fp8 have a scale per channel, nvfp4 and the mx
+      formats have their own groups, and all others groups of 64.
+    - `asym` for a zero point.
+    - `2:4` or `4:8` for weights that stay zero.
+
+    GGUF's `q4_0` and `q8_0` are `int4-g32` and `int8-g32`. A label from a table ("int4 g32 asym") is a name as well.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for a name of no scheme.
     """
     if not isinstance(name, str):
         raise ValueError(f"preset {name!r} is no name of a scheme; give one such as int4")

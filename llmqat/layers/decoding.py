@@ -97,9 +97,9 @@ def _asks_for_sdpa(module: str) -> bool:
 def is_checked(guards: Sequence[Any]) -> list[bool]:
     """Returns which of torch's guards stay: a `guard_filter_fn` for torch.compile.
 
-    Those on modules go, but for tensors and for what of a layer may change between two calls: other weights, scales in
-    training, its kernel, quantizers on or off. So a layer that is replaced, or given another forward, after the first
-    compiled call is not noticed.
+    Guards on modules are dropped, with two exceptions. Guards on tensors stay. So do those on what may change in a
+    layer between two calls: its weights, scales in training, its kernel, quantizers on or off. So a layer that is
+    replaced, or given another forward, after the first compiled call is not noticed.
     """
     return [
         guard.guard_type in _KINDS or _MODULES.search(guard.name) is None or _CHANGING.search(guard.name) is not None

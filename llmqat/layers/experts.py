@@ -56,7 +56,7 @@ class PackedExperts(PackedModule):
         return packed.train(layer.training)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """Returns the weight in the layout that the experts read."""
+        """Returns the weight as the experts read it: [E, O, I], or [E, I, O] when transposed."""
         stacked = super().dequantized_weight(dtype).view(self.experts, -1, self.columns)
         return stacked.mT if self.transposed else stacked
 

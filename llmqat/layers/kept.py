@@ -71,10 +71,10 @@ class RangedModule(nn.Module):
         return ""
 
     def check_range(self, low: float, high: float) -> None:
-        """Forgets the range that was, for one of [low, high].
+        """Checks that [low, high] is a finite range, and drops the cached numbers of the old range.
 
         Raises:
-            ValueError: when the new one is not finite.
+            ValueError: when it is not finite, or `low` is above `high`.
         """
         if not (low <= high and abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError(f"{self.name} cannot be [{low}, {high}], which is not finite")

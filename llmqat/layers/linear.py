@@ -83,7 +83,7 @@ class QuantLinear(QuantModule):
         dtype = self.compute_dtype or own.dtype
         if self.values_read:
             return self.quantized_weight(dtype)
-        # No numbers that could be computed with: whoever does, after all, sees it at once.
+        # Only the dtype or shape is read. NaN shows at once if code computes with the values after all.
         return own if dtype == own.dtype else own.new_full((), float("nan"), dtype=dtype).expand(own.shape)
 
     def to_linear(self) -> nn.Module:
@@ -116,7 +116,12 @@ class QuantLinear(QuantModule):
 
 
 def let_read(reader: nn.Module, path: str) -> None:
-    """Makes the weight of the QuantLinear `path` below `reader` readable by the latter while it runs."""
+    """Makes `weight` of a QuantLinear read as that of a packed layer while `reader` runs.
+
+    Args:
+        reader: a module whose code reads the weight.
+        path: dotted name of the QuantLinear below `reader`.
+    """
     known: tuple[str, ...] = reader.__dict__.get(_READ, ())
     reader.__dict__[_READ] = (*known, path)
     if not known:

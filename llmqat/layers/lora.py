@@ -1,10 +1,12 @@
 """LoRA inside the quantizer: ŵ = fake_quantize(W + (alpha/r) B A), with peft's own adapters.
 
-An adapter beside a quantizer cannot be folded into the codes: rounding anew erases most of a small change. Inside, the
-codes of the training forward are those of the folded weight. peft adapts a parameter (`LoraConfig.target_parameters`),
-so a stock adapter on the weight of a QuantModule is inside by itself. But peft makes B A in bfloat16 under autocast, of
-which other codes come than from the fold, and works by a call of the wrapped module, which stacked experts do not get.
-`adopt_adapters` therefore lets the quantized weight ask its adapters itself, in float32.
+The adapter is part of the weight that is quantized. So the training forward has the codes of the merged weight. An
+adapter added after the quantizer cannot be merged: rounding the sum again erases most of a small change.
+
+peft can adapt a parameter (`LoraConfig.target_parameters`). Such an adapter on the weight of a QuantModule is inside
+its quantizer. But peft computes B A in bfloat16 under autocast, which gives other codes than the merged weight. It also
+needs a call of the wrapped module, and stacked experts are not called. So `adopt_adapters` makes the quantized weight
+ask its adapters itself, in float32.
 
     config = lora_config(prepared, r=16)           # a peft.LoraConfig over all quantized weights
     model = peft.get_peft_model(prepared, config)
@@ -36,9 +38,10 @@ with hidden("bitsandbytes"):  # which `import peft` imports, for a helper that n
     from peft import LoraConfig
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.tuners_utils import check_adapters_to_merge
-peft.import_utils.is_bnb_available.cache_clear()  # it is available, for who asks later
+peft.import_utils.is_bnb_available.cache_clear()  # it was cached as absent while hidden
 peft.import_utils.is_bnb_4bit_available.cache_clear()
-# Where it comes later, for an optimizer or a teacher in few bits, it says that it lacks a kernel nothing here calls.
+# An optimizer or a teacher in few bits may import bitsandbytes later. It then logs that a kernel is missing, which
+# nothing here calls.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 WEIGHT = "weight"
@@ -146,11 +149,11 @@ def adopt_adapters(model: nn.Module) -> list[QuantLora]:
     """Puts peft's adapters of `model` inside the quantizers, in place; returns them.
 
     Args:
-        model: a peft model over a prepared one, or a prepared model in it.
+        model: a peft model whose base model is prepared, or that base model.
 
     Raises:
-        ValueError: when an adapter is on something else of a quantized weight than the weight, on an embedding, more
-            than one wraps it, or it starts from the rounding error (LoftQ).
+        ValueError: when an adapter is on a quantized embedding, on a parameter of a QuantModule other than `weight`, or
+            on a weight that has one already; or when it starts from the rounding error (LoftQ).
     """
     inner = without_adapters(model)
     for name, config in (getattr(inner, "peft_config", None) or {}).items():

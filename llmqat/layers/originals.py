@@ -35,7 +35,7 @@ PACKED_NAMES = ("weight", "packed", "qzeros", "codes", "w_q", "blocks")
 
 
 def check_original(model: nn.Module) -> None:
-    """Raises where `model` is not whole and in full precision; one that is on the meta device as a whole is.
+    """Raises unless `model` has all its weights in full precision; a model that is wholly on the meta device passes.
 
     Raises:
         ValueError: it is quantized already, offloaded, or has weights on the meta device beside others; says by what.

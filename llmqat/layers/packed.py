@@ -1,12 +1,12 @@
 """PackedModule: a weight held as packed codes, integers or floats. PackedLinear runs on the kernel that fits.
 
-The scales of a packed weight can be trained as they lie (EfficientQAT's end-to-end phase): `train_scales` gives it a
-log-scale, and gradients go through the dequantization. No full-precision weight is kept, not even between forward and
-backward, where the codes are dequantized anew.
+The scales of a packed weight can be trained while its codes stay (EfficientQAT's end-to-end phase). `train_scales` adds
+a log-scale, and gradients go through the dequantization. No full-precision weight is kept: the backward pass
+dequantizes the codes again.
 
 The buffers have the names, shapes and dtypes of compressed-tensors' `pack-quantized` files, so a checkpoint loads into
-them by name. The int8 codes of an `int-quantized` file, which are not packed, take the place of the words, and so do
-the bytes of floats; their scales are held in the checkpoint's dtype (export/forms.py).
+them by name. Two kinds of file have no int32 words: `int-quantized` has int8 codes, and floats have bytes. Both are
+held in `weight_packed` as they are, with scales in the checkpoint's dtype (export/forms.py).
 
 Source: EfficientQAT (2407.11062) section 3.3. Letters: O rows, I in features, G scales per row, b bits.
 """
@@ -106,7 +106,7 @@ class PackedModule(nn.Module):
         self.weight_packed = empty
 
     def mapped_by(self, mappings: FileMappings) -> None:
-        """Lets kernels give back the pages of the files that codes and scales are mapped from, once they were read."""
+        """Notes which file pages codes and scales are mapped from; kernels release them after reading."""
         self._pages = mappings.pages_of(self.weight_packed, self.weight_scale)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
-"""prepare: a model's linear maps, embeddings, attention -> their fake-quantized forms, in place; convert: -> packed.
+"""`prepare` replaces linear maps, embeddings and attention by fake-quantized forms, in place; `convert` packs these.
 
-The two are exact inverses in value: what the prepared model computes with, the converted one stores.
+Both models compute with the same numbers: the quantized weights of the prepared model are what the packed one stores.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
         ValueError: when the model is prepared already, a target, ignore or override matches nothing, a group size does
             not divide, the KV cache or the embeddings cannot be quantized, an adapter is beside the quantizer, a
             parameter holds NaN or infinity, the model is quantized already or offloaded, or a buffer was changed. The
-            model is then unchanged.
+            model is then unchanged, unless peft has put an adapter on it that a quantizer cannot have inside.
     """
     if (inner := without_adapters(model)) is not model:
         return prepare(inner, config)
@@ -417,7 +417,7 @@ def _plan(model: nn.Module, maps: Mapping[str, LinearMap], config: QuantConfig) 
 
 
 def _is_named(name: str, maps: Mapping[str, LinearMap], config: QuantConfig) -> bool:
-    """Returns whether a pattern means this linear map, and only such as text does not reach: its user wants it."""
+    """Returns whether the user asks for this linear map: by a pattern that matches only maps text does not reach."""
     wanted = (pattern for pattern, override in config.overrides.items() if override is not None)
     return any(
         matches(pattern, name, maps[name].kinds)
@@ -581,7 +581,7 @@ def _all_quantized(
 
 
 def _check_zeros(modules: Iterable[nn.Module]) -> None:
-    """Raises ValueError where the zeros that weights have are to stay, and they have none."""
+    """Raises ValueError where 'unstructured' sparsity without a share finds no zero to keep."""
     asked = [
         module.nonzero
         for module in modules

@@ -52,7 +52,7 @@ class Adapter(Protocol):
     """What is added to a master weight inside its quantizer."""
 
     def adapted(self, weight: Tensor) -> Tensor:
-        """Returns the weight with what is added, float32; differentiable in the factors."""
+        """Returns the weight plus what the adapter adds, float32; the weight itself where the adapter is inactive."""
         ...
 
     def factors(self) -> Iterator[nn.Parameter]:
@@ -60,7 +60,7 @@ class Adapter(Protocol):
         ...
 
     def state(self) -> tuple[Any, ...]:
-        """Returns what else it depends on, hashable."""
+        """Returns what `adapted` depends on besides the parameters; hashable."""
         ...
 
 
@@ -79,8 +79,10 @@ class QuantModule(nn.Module):
         enabled: False makes the forward use the master weight.
         adapters: what adds LoRA to the master weight (lora.py), or nothing.
         strength: share of the quantized weight in the forward, below 1 only during the warm-up of training.
-        recognized: groups that lay on the lattice of the scheme when the module was made; it starts from their codes.
-        compute_dtype: what the weight is read as where no input says it; None is the master's own dtype.
+        recognized: number of groups that already were codes times a scale when the module was made. The scale starts so
+            that they keep their codes.
+        compute_dtype: dtype of the forward where no float input says it (token ids, code that reads the weight). None
+            means the master's own.
     """
 
     weight: Tensor
@@ -183,10 +185,10 @@ class QuantModule(nn.Module):
     def choose_zeros(self, choose: Callable[[int, int], Tensor] | None = None) -> None:
         """Chooses which weights are zero from now on, where the scheme has sparsity.
 
-        Where all that is asked for is that zeros stay, they are those that the weights had when the module was made.
+        For 'unstructured' sparsity without a share, the zeros are those that the weights had when the module was made.
 
         Args:
-            choose: returns which weights stay, bool [O, I], given how many of how many; the largest where not given.
+            choose: takes (n, m), returns which n of every m weights of a row stay, bool [O, I]. By default the largest.
         """
         if self.weights.sparsity is None:
             return

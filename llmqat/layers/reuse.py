@@ -38,7 +38,7 @@ class ReusedWeight:
             RuntimeError: when what the weight depends on (`key`) changes between micro-batches.
         """
         if self._made is None:
-            # Hooks of our own: what the quantizer saves is not thrown away with a checkpointed layer's activations.
+            # Identity hooks replace those of gradient checkpointing, which would drop what the quantizer saves.
             with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
                 self._key, self._made = key, make()
         elif key != self._key:
@@ -57,7 +57,7 @@ class ReusedWeight:
             self.gradient += gradient
 
     def finish(self) -> None:
-        """Hands on what the last micro-batch has not, of a layer that it did not use, and forgets the weight."""
+        """Runs the backward that is still due if the last micro-batch did not use the layer, and drops the weight."""
         if self.gradient is not None and self._made is not None:
             self._made.backward(self.gradient.to(self._made.dtype))
         self.gradient = self._made = None

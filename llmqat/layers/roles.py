@@ -1,7 +1,7 @@
-"""What the parts of a model are for: told by one tiny forward, by classes and places, and by what the code reads.
+"""Finds routers, unused modules and stacked experts of any model, so that `prepare` knows what not to quantize.
 
-A name says little: the linear layer that chooses experts is called `gate`, `router.proj`, `layer` or `wg`, and `gate`
-is elsewhere half of a gated activation. So one forward of a few random tokens is watched, function by function:
+A name says little: the linear layer that chooses experts is called `gate`, `router.proj`, `layer` or `wg`. In other
+models, `gate` is half of a gated activation. So one forward of a few random tokens is watched, function by function:
 - a linear layer whose output goes to a top-k over its features is a router;
 - a module that does not run is not reached by text: an image tower, a layer whose inputs are shared with another's;
 - a layer beside the transformer layers whose output goes nowhere is without effect: the pooler of an encoder;
@@ -279,7 +279,7 @@ class _Flow:
                 self.nodes[tensor] = node
 
     def lost(self, output: Any) -> set[int]:
-        """Returns the layers that gave something of which the model's output has no part."""
+        """Returns the layers, by `id`, whose outputs do not reach the logits of `output`; none if it has no logits."""
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             return set()
@@ -553,10 +553,10 @@ def _descendant(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def unreached(model: nn.Module, trial: Trial, names: Iterable[str]) -> dict[str, str]:
-    """Returns those of the modules `names` that a forward on text does not run, with the outermost such module around.
+    """Returns the modules among `names` that a forward on text does not run, each with the outermost such one around.
 
-    An expert that no token of the tiny forward was sent to counts as run where one of its kind did.
-    Without a forward, they are what is called a tower of another modality.
+    An expert that no token was sent to counts as run if another expert of its kind ran. Where no forward was possible,
+    the idle modules are those inside a tower of another modality, known by its class.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if trial.failure:

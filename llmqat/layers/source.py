@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmqat.kernels import WeightPages
 
 SOURCE = "llmqat_source"
-"""Attribute of a prepared model: name of a parameter -> what it was; None when it had been moved before."""
+"""Attribute of a prepared model: name of a parameter -> its `Checksum` before `prepare`; None when not known."""
 MOVED = "llmqat_moved"
 """Attribute of a model whose weights were changed before it was prepared (rotated, smoothed)."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

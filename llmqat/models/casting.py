@@ -26,14 +26,15 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype, stays: Callable[[str],
 
     The exported checkpoint holds norms, embeddings and biases in `dtype`; with this the training forward uses those
     numbers too, and the residual stream runs in `dtype`. It must enclose the backward pass as well, so that gradient
-    checkpointing recomputes the same forward. Tied parameters stay tied. Nothing is done when all are in `dtype`.
-    Buffers of a prepared model are those that a model loaded from the checkpoint has.
+    checkpointing recomputes the same forward. Tied parameters stay tied. Parameters that have `dtype` already are left
+    alone, and so are those of quantizers and adapters. Buffers of a prepared model become those that a model loaded
+    from the checkpoint has.
 
     Args:
         model: the unwrapped model, or a part of one.
         dtype: what parameters read as.
-        stays: whether the parameter of a name is read as it is; by default those that transformers keeps in float32,
-            which only a whole model knows.
+        stays: returns whether the parameter of a given name is left alone. By default these are the ones that
+            transformers keeps in float32, which only a whole model knows.
     """
     stays = kept_in_float32(model) if stays is None else stays
     names = {module: found for module, found in _cast_names(model, dtype, stays).items() if found}

@@ -55,8 +55,8 @@ class CapturedHidden:
 def capture_hidden(model: nn.Module) -> Iterator[CapturedHidden]:
     """Inside, a forward of `model` stops short of its output head and leaves the head's input in the yielded object.
 
-    The head returns an empty-width tensor instead of logits, so no [B, L, V] tensor is ever made. Works through
-    wrappers (DDP) because the forward itself is the model's own.
+    The head returns a tensor [B, L, 1] in place of logits, so no [B, L, V] tensor is ever made. This works through
+    wrappers (DDP), because the forward itself is the model's own.
 
     Args:
         model: a transformers causal language model (not a wrapper of one).
@@ -75,8 +75,8 @@ def capture_hidden(model: nn.Module) -> Iterator[CapturedHidden]:
 def loss_in_forward(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, a forward of `model` returns `loss_of(hidden)`, made where the output head runs, and makes no logits.
 
-    Where parameters are gathered for the forward alone (FSDP2, ZeRO-3), that is where the head's weight is whole; and
-    a wrapper that looks at what head and model return sees the loss, and so the beginning of the backward pass.
+    FSDP2 and ZeRO-3 gather parameters only for the forward pass, so only there is the head's weight whole. Head and
+    model return the loss, so a wrapper that hooks their outputs sees where the backward pass begins.
 
     Args:
         model: a causal language model, perhaps inside peft's wrapper of a model, but in no other wrapper.
@@ -182,9 +182,10 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def uploaded(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns `tensor` on `device`, and in `dtype` where it is given; from ordinary memory CUDA is not waited for.
+    """Returns `tensor` on `device`, in `dtype` if given; a copy from pageable memory to CUDA does not block.
 
-    CUDA has read ordinary memory when this returns, so that it may be written to at once; pinned memory it has not.
+    CUDA has read pageable memory when such a copy returns, so the caller may overwrite it at once. For pinned memory
+    that does not hold, so its copy blocks.
     """
     at_once = tensor.device.type == "cpu" and torch.device(device).type in ("cpu", "cuda") and not tensor.is_pinned()
     return tensor.to(device, dtype or tensor.dtype, non_blocking=at_once)
@@ -192,9 +193,10 @@ def uploaded(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | No
 
 @torch.no_grad()
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
-    """Returns whether position ids that begin anew separate documents: the second gives what it gives alone.
+    """Returns whether `model` keeps the documents of a row apart where position ids restart at 0.
 
-    Tried on 16 tokens. Models that do not, such as Falcon, BLOOM and OPT, differ by tens of percent.
+    This is tried on 16 tokens: the second of two documents must give the hidden states that it gives alone. Models that
+    do not keep documents apart, such as Falcon, BLOOM and OPT, differ by tens of percent.
     """
     device, training = model_device(model), model.training
     ids = torch.randint(vocabulary_size(model), (1, 16), generator=torch.Generator().manual_seed(0)).to(device)

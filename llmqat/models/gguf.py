@@ -52,8 +52,8 @@ def cache_folder() -> Path:
 def gguf_folder(path: Path) -> Path:
     """Returns a folder with the dequantized bfloat16 weights and the tokenizer of a GGUF file.
 
-    The folder lies in the cache under the file's SHA-256 and the transformers version that dequantized it, so a changed
-    file or a mended reader never meets old weights. It is written beside its place and renamed.
+    The folder is named by the start of the file's SHA-256, `GGUF_READER` and the version of transformers. So a changed
+    file or a fixed reader never gets old weights. The folder is written under a temporary name and renamed.
 
     Raises:
         ImportError: `gguf` is not installed.

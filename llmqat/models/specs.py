@@ -36,7 +36,7 @@ PACKAGE_PREFIX = "package:"
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """What peft calls the files of an adapter."""
 MOST_LAYERS = 10_000
-"""Layers of a model whose configuration is believed."""
+"""A config.json with more layers than this is taken for damaged."""
 DEQUANTIZED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 """Methods of models that are published in no other form (gpt-oss; DeepSeek-V3), and what tells transformers to turn
 their weights into plain numbers as it reads them."""

@@ -1,9 +1,9 @@
 """The recipe: one YAML file that says everything about a run.
 
-A recipe names the model, the output folder and a seed, and holds one section for each room of the package: `quant`,
-`data`, `calibrate`, `train`, `evaluate`. Each section is the configuration class of its room, so this file only puts
-them together; `train` takes the fields of `transformers.TrainingArguments` verbatim. Any key can be given on the
-command line as `train.learning_rate=1e-4`. What nobody understands is refused, with the nearest key that exists.
+A recipe names the model, the output folder and a seed. It has one section for each step: `quant`, `data`, `calibrate`,
+`train`, `evaluate`. The subpackage that reads a section defines its configuration class; this file only puts them
+together. `train` takes the fields of `transformers.TrainingArguments` verbatim. Any key can be given on the command
+line as `train.learning_rate=1e-4`. An unknown key is an error that names the nearest key.
 
     recipe.yaml + key=value  ->  load_recipe  ->  Recipe (immutable)
 """

@@ -1,4 +1,4 @@
-"""What checks find wrong, collected and told together: who starts a command is to mend all of it at once."""
+"""Collects the errors that checks find and raises them together, so that a user can mend all of them at once."""
 
 from __future__ import annotations
 

@@ -97,9 +97,8 @@ _FOLDS = (RotateStage, SmoothStage)
 def open_run_folder(recipe: Recipe, *, overwrite: bool = False) -> bool:
     """Makes the run folder of `recipe`, or finds what an interrupted run has left for it.
 
-    A run holds its folder by what it has made. Where that is nothing that costs more than seconds, another recipe
-    starts anew there. Where its stages up to some point are those of `recipe`, they are used, and what an interrupted
-    run has begun after that is removed.
+    What an interrupted run has made is used again up to the first stage that `recipe` changes. What it made after that
+    is removed if it cost only seconds; otherwise FileExistsError is raised.
 
     Args:
         recipe: its `output` is the folder.

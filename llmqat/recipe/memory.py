@@ -302,7 +302,8 @@ def _kept_by_block(size: ModelSize) -> float:
 def _made_weights(size: ModelSize, method: Method) -> float:
     """Returns the bytes that quantized weights leave for the backward pass.
 
-    The weight; with adapters the sum before; and where zeros are kept, what is quantized, in float32.
+    Each weight takes 2 for its quantized value in bfloat16. With adapters, 4 more for the sum W + s B A. With sparsity,
+    4 more for the masked weight in float32. Where only scales train, nothing is kept but for sparsity.
     """
     return {"all": 2.0, "lora": 6.0, "scales": 0.0}[method.trains] * size.quantized + 4.0 * size.sparse
 

@@ -1,10 +1,10 @@
-"""The run: through the rooms in order, from the model to a packed checkpoint that is compared as it lies on disk.
+"""The run of a recipe: calibrates, trains, saves a packed checkpoint, and compares it as it lies on disk.
 
     load teacher and text -> rotate, smooth -> prepare -> calibrate -> train -> save with proof -> load -> compare
 
-The table puts the trained artefact beside full precision, plain rounding and the calibration without training, all on
-the same windows. Every stage but training is quick or kept in the run folder, and training goes on from the trainer's
-last checkpoint: so an interrupted run is gone on with by giving the same command again.
+The table compares the trained checkpoint with full precision, plain rounding and calibration without training, all on
+the same windows. The same command resumes an interrupted run: stages before training are quick or keep their results in
+the run folder, and training continues from the trainer's last checkpoint.
 """
 
 from __future__ import annotations
@@ -340,9 +340,9 @@ def _unlearned_answers(arguments: QATArguments, blocks: TokenBlocks) -> str | No
 
 
 def calibration_rows_of(recipe: Recipe, text: TextSplits) -> Rows:
-    """Returns the blocks that are calibrated on; of text that the model wrote each is one text.
+    """Returns the token blocks for calibration; a block of text that the model wrote counts as one document.
 
-    Its documents apart would want a mask for each block, found by a pass over the text.
+    Keeping its documents apart would need an attention mask for each block, found by a pass over the text.
     """
     rows = text.calibrated_on.rows
     return Rows(rows.stored) if recipe.data.source == "synthetic" else rows
@@ -525,7 +525,7 @@ def _candidates(
     arguments: QATArguments,
     unlearned: str | None,
 ) -> list[Candidate]:
-    """Returns the rows of the run's table; all but full precision are packed, and the last one comes from disk."""
+    """Returns the rows of the run's table; all but the originals are packed, and the last comes from disk."""
     bits, size = report.bits_per_weight, report.weight_bytes
     # Rotation unties the head; plain rounding, which does not rotate, is smaller by that.
     plain = coverage_of(recipe.model, recipe.quant) if rotates(recipe.calibrate) else coverage

@@ -137,7 +137,8 @@ class Plan:
     def cheaper(self, available: int) -> dict[str, Memory]:
         """Returns ways that fit into `available` bytes, by the keys of a recipe, those that change least first.
 
-        Adapters and scales are proposed with what takes the least memory beside; nothing in place of a calibration.
+        Adapters and scales are proposed together with the other settings that save most. A recipe that only calibrates
+        has none.
         """
         if isinstance(self.method, Calibration):
             return {}
@@ -312,7 +313,7 @@ def prepared_model(recipe: Recipe) -> tuple[PreTrainedModel, CoverageAudit]:
 
 
 def packed_bytes(coverage: CoverageAudit) -> float:
-    """Returns the bytes of a quantized weight, without its scale in bfloat16, on average."""
+    """Returns the bytes of a quantized weight without its scale, from the average bits rounded down to whole bits."""
     weights = sum(entry.numel for entry in coverage.quantized)
     return int(coverage.average_bits) / 8 if weights else 0.0
 

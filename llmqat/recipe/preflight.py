@@ -1,10 +1,11 @@
 """Everything about a run that can be known before its first minute is spent, checked at once.
 
-A recipe is wrong in several places as often as in one, and a run that is refused for one of them after the other is
-started many times. So each check here notes what it finds, and all findings are told together. They come from the
-recipe, the model's configuration (the model is made without weights), the tokenizer, the files and the disk; no weights
-are loaded and no text is tokenized but that of the evaluation. What needs weights or text is checked by the run as soon
-as these are there, before it calibrates.
+A recipe often has several mistakes. If a run reported only the first, the user would have to start it once for each.
+So each check here notes what it finds, and all findings are reported together. They come from the recipe, the model's
+configuration (the model is made without weights), the tokenizer, the files and the disk. Weights are loaded only of a
+model that is packed already. The checks tokenize only the evaluation's texts and prompts, and the first row of a
+dataset; `count_blocks`, for plans, reads small texts whole. What needs more is checked by the run before it calibrates,
+as soon as it has weights and text.
 """
 
 from __future__ import annotations

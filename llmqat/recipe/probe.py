@@ -51,8 +51,8 @@ class Probe:
         step_seconds: median of an optimizer step.
         first_seconds: of the first one.
         tokens_per_second: trained on, by all processes together.
-        peak_bytes: memory at most while training; above what the process held before on a CPU, of torch's own counting
-            on a GPU. None where nobody counted.
+        peak_bytes: most memory held while training, beyond what was held before the model was loaded: by the process on
+            a CPU, by torch's allocator on a GPU. None where nobody counted.
     """
 
     step_seconds: float
@@ -131,7 +131,10 @@ def probe(recipe: Recipe) -> Probe:
 
 
 def _random_cache(rows: Rows, student: Any, top_k: int, folder: Path) -> TeacherCache:
-    """Returns a cache that says of every position of `rows` that some tokens are equally likely, and others as well."""
+    """Returns a teacher cache with made-up predictions for every position of `rows`.
+
+    The first `top_k` token ids have probability 1 / (top_k + 1) each, and so have all other tokens together.
+    """
     vocabulary = vocabulary_size(without_adapters(student))
     header = CacheHeader("", "", vocabulary, min(top_k, vocabulary), "bfloat16")
     count = rows.stored.shape[1] - 1

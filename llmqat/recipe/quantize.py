@@ -1,7 +1,7 @@
-"""Quantization without end-to-end training: a recipe's rooms up to calibration, then straight to the packed checkpoint.
+"""Quantization without end-to-end training: calibrates a model and saves it packed.
 
-What has been calibrated lies beside the output folder until that is written, so the same command goes on with it after
-an interruption.
+Finished parts of the calibration lie in a hidden folder beside the output until that is written. So the same command
+resumes an interrupted calibration.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The teacher of a recipe, run once over its text; and the text, which a cache keeps where the model wrote it."""
+"""The teacher's predictions for a recipe's text, cached on disk, with the text itself if the model wrote it."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def written_cache(
     text: TextSplits,
     processes: Processes = ALONE,
 ) -> TeacherCache:
-    """Returns what `model` predicts for the text that it wrote; it runs over blocks of which that is not known.
+    """Returns the cache of what `model` predicts for the text that it wrote; runs it over blocks that the cache lacks.
 
     Args:
         place: of the cache; `synthesize` has filled it, unless an earlier start wrote the text and kept none.

@@ -31,7 +31,7 @@ BESIDE_BAR = {"beside_bar": True}
 
 
 class Bar:
-    """How far something is. Iterated, it hands on its items; else it is entered and told."""
+    """The progress of something: iterate over it to get its items, or enter it and call `update`."""
 
     _last_line = 0.0  # when any bar was last written about in the log
     _entered: ClassVar[list[Bar]] = []

@@ -1,9 +1,9 @@
-"""Adapters in a training: their checkpoint, and the teacher that their frozen base already is.
+"""LoRA adapters in training: how they are saved and loaded, and how their frozen base model serves as the teacher.
 
-With its base weights frozen, a model with LoRA inside the quantizers holds its own teacher: the same modules with
-quantizers and adapters off, in one copy of the weights. That is the original model only while every parameter it reads
-is bit-identical to the source, so `prepare` notes a checksum of each, and what has been moved since (by gptq or
-block-wise training, by rotation, or because it trains) is refused by name.
+With its base weights frozen, a model with LoRA inside the quantizers holds its own teacher. The teacher is the same
+modules with quantizers and adapters off, so there is only one copy of the weights. It is the original model only while
+every parameter that it reads is bit-identical to the source. So `prepare` notes a checksum of each parameter. If one
+has changed since (by GPTQ, block-wise training or rotation), or would be trained, an error is raised.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
 
     Args:
         model: prepared with the same QuantConfig, and with the weights of the original model.
-        folder: or a hub id.
-        is_trainable: whether training goes on with it.
+        folder: written by `save_adapter`, or a hub id. The QuantConfig is compared only for a local folder.
+        is_trainable: whether the adapter is to be trained further.
 
     Raises:
         ValueError: when the adapter was trained under another QuantConfig.

@@ -241,7 +241,7 @@ _INHERITED = """
 it; the last is of older transformers."""
 
 _ELSEWHERE = ["fsdp"]
-"""Fields that `distribution.check_distribution` looks at, when the processes are there; so it does at the next two."""
+"""Fields checked only by `distribution.check_distribution`, which also checks `fsdp_config` and `deepspeed`."""
 
 _HALF = "small scales and their gradients underflow; use bf16 or float32"
 _FULL_EVAL = (

@@ -1,13 +1,13 @@
-"""Checkpoints of a training: written aside, forced to disk, and renamed, so that one is there whole or not at all.
+"""Checkpoints of a training: each is written in another folder, synced to disk and renamed, so none is ever partial.
 
     OUTPUT/checkpoint-40/               as transformers.Trainer writes it, and MANIFEST_FILE
     OUTPUT/unfinished/checkpoint-60/    being written; what a killed process leaves there is deleted at the next saving
 
-The manifest lists every file with its size, so a folder that was cut short later (a full disk, a copy that broke off, a
-deletion that was interrupted) is told from a whole one. Older checkpoints are deleted only when the new one is in
-place. The manifest also holds how many tokens were trained on, and how many samples a step had: the order of the data
-depends on the seed alone, so a run goes on with another number of processes as long as a step has as many samples as
-before.
+The manifest lists every file with its size. So a folder that was cut short later (a full disk, a broken copy, an
+interrupted deletion) is recognized as incomplete. Older checkpoints are deleted only when the new one is in place.
+
+The manifest also holds how many tokens were trained on, and how many samples a step had. The order of the data depends
+on the seed alone. So a run can resume with another number of processes if the samples per step stay the same.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def check_resumable(path: Path, samples: int) -> None:
 
 
 def check_steps(path: Path, steps: int) -> None:
-    """Raises ValueError where the checkpoint `path` cannot be gone on with to a training of `steps` steps.
+    """Raises ValueError where a training of `steps` optimizer steps cannot resume from the checkpoint `path`.
 
-    It has made more, or it holds the model alone and there are steps to make.
+    The checkpoint has made more steps, or steps remain and it holds no optimizer state.
     """
     made = checkpoint_step(path)
     if made > steps:

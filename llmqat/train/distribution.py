@@ -1,8 +1,8 @@
-"""That a run is distributed as it was asked to be, or stops.
+"""Checks that a run is distributed as the launcher and the arguments ask, and raises otherwise.
 
-accelerate and transformers fall back without a word: `accelerate launch --cpu --num_processes 2` starts one process,
-and FSDP or DeepSpeed on a CPU becomes plain data parallelism. What was asked for is in the environment that the
-launcher leaves and in the arguments; what came of it is in accelerate's state.
+accelerate and transformers fall back silently: `accelerate launch --cpu --num_processes 2` starts one process, and FSDP
+or DeepSpeed on a CPU becomes plain data parallelism. The request is in the environment that the launcher sets, and in
+the arguments. The outcome is in accelerate's state.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def check_distribution(args: TrainingArguments) -> None:
         args: made in the process that is to train, since making them starts its process group.
 
     Raises:
-        ValueError: there are fewer processes than asked for, the model would not be sharded, or its float32 masters
-            would be held in bfloat16.
+        ValueError: there are fewer processes than asked for, the kind of parallelism is not supported, the model would
+            not be sharded, or its float32 masters would be held in bfloat16.
     """
     asked = asked_processes(os.environ)
     if asked > args.world_size:

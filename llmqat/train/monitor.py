@@ -1,10 +1,11 @@
 """What quantization does while a model trains: logged through the Trainer, to whatever trackers it reports to.
 
-Weights that sit near the border of two codes make low-bit training restless: their codes flip to and fro while
-the loss hardly moves. Every `every` steps this looks at some rows of some layers, over three steps in a row, and logs
+Weights near the boundary of two codes make low-bit training unstable: their codes flip back and forth while the loss
+hardly moves. Every `every` optimizer steps, the monitor compares codes of some rows of some layers over three
+consecutive steps, and logs
 
     quantization/flipped       share of codes that the last step changed
-    quantization/oscillating   share of codes that it changed back to what they were one step before
+    quantization/oscillating   share of codes that the last step changed back to their value of two steps ago
     quantization/scale_drift   mean |log(scale / starting scale)| of the layers looked at
     quantization/clipped       share of weights beyond the reach of the grid; with trackers also by layer
     quantization/dead_scales   share of groups whose scale does nothing: at its floor, unmoved while others have moved,

@@ -120,7 +120,7 @@ def check_own_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> N
 
 
 def keep_weights_of(optimizer: Any) -> None:
-    """Puts into the model the weights that `optimizer` stands for, where it has two sets of them (schedule-free)."""
+    """Puts the evaluation weights of `optimizer` into the model, where it has two sets of weights (schedule-free)."""
     switch = getattr(optimizer, "eval", None)
     if callable(switch):
         switch()

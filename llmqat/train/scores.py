@@ -14,10 +14,11 @@ from transformers.trainer_utils import EvalPrediction
 
 
 class EvaluationMetrics:
-    """A `compute_metrics` of transformers.Trainer: perplexity, and what the user's own function makes of the logits.
+    """A `compute_metrics` for transformers.Trainer: perplexity, and the metrics of the user's own function.
 
-    It gets each sample's negative log-likelihood in nats and count of scored tokens [N], and after them the logits
-    [N, L, V] where there is an own function; whole, or with `batch_eval_metrics` a batch at a time.
+    An evaluation passes, for each sample, the negative log-likelihood in nats and the number of scored tokens, both
+    [N]. If the user gives a function, the logits [N, L, V] follow, and the function gets these. They come whole, or a
+    batch at a time with `batch_eval_metrics`.
     """
 
     def __init__(self, own: Callable[..., dict[str, Any]] | None = None) -> None:

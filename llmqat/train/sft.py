@@ -17,10 +17,10 @@ table at the end. In Python, for those who have TRL's trainer in their code alre
     trainer.train()
     llmqat.save(model.merge_and_unload(), "run/model", tokenizer)  # then: llmqat chat run/model
 
-`answer_rows` reads what a recipe reads, and tells answers from the rest as a recipe does. A dataset of TRL's forms does
-as well: TRL then applies the chat template, and takes the loss on the answers where it knows them (completions, or
-assistant_only_loss with a template that marks them). The loss is QATTrainer's: cross-entropy on the labels and forward
-KL from the original model, each by its weight.
+`answer_rows` reads the same data as a recipe, and finds the answers in the same way. A dataset in one of TRL's formats
+works as well. TRL then applies the chat template. It takes the loss on the answers where it knows them: in completions,
+or by assistant_only_loss with a template that marks them. The loss is that of QATTrainer: cross-entropy on the labels
+and forward KL from the original model, each by its weight.
 """
 
 from __future__ import annotations

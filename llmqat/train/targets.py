@@ -14,11 +14,12 @@ from llmqat.metrics import IGNORED_LABEL
 
 
 def scored_labels(inputs: Mapping[str, Any]) -> Tensor:
-    """Returns the labels [B, L] of a batch, -100 where a token is not scored; the first of a row never counts.
+    """Returns the labels [B, L] of a batch, -100 where a token is not scored; callers leave out column 0.
 
-    Where labels are given, they say what is scored, and what `attention_mask` hides is left out. Without labels every
-    token is one, but for those that are hidden and the first after `position_ids` begin anew (another document). A
-    token whose predecessor is hidden is left out as well: it would be predicted from padding.
+    Where labels are given, they decide what is scored. Without labels all tokens are scored, except those at which
+    `position_ids` restart at 0: each begins another document. In both cases a token that `attention_mask` hides is not
+    scored. A token whose predecessor is hidden is not scored either: it would be predicted from padding. No position
+    predicts column 0.
 
     Args:
         inputs: "input_ids" [B, L]; "labels", "attention_mask" and "position_ids" of the same shape where there are any.

@@ -13,9 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_teacher(model: nn.Module, teacher: nn.Module) -> None:
-    """Raises ValueError where `teacher` is `model`, is quantized, or would be changed by the training of `model`.
+    """Raises ValueError where `teacher` is `model`, is prepared itself, or would change while `model` trains.
 
-    Weights that neither trains (under adapters, or with trainable="scales") may be shared.
+    A packed teacher is allowed, with a warning. The two models may share weights that are not trained (under adapters,
+    or with trainable="scales").
 
     Args:
         model: the student, with what trains chosen and raised to its masters.

@@ -6,10 +6,11 @@ the student is compared with it on its most likely tokens and a bucket for the r
 With peft's LoRA on the model (layers/lora.py) the adapters are inside the quantizers, and the model with both off is
 its own teacher where no other is given (adapter.py).
 
-One step: the teacher's forward without gradients, the student's forward with fake-quantized weights, the forward KL of
-their next-token distributions made a few hundred tokens at a time (no logits are stored), one backward. The loss is
-divided by the tokens of the whole optimizer step over all processes. It is made inside the student's forward, where its
-output head runs: a student that is sharded (FSDP2, ZeRO-3) has its head's weight there and nowhere else.
+One step: the teacher's forward pass without gradients, the student's forward pass with fake-quantized weights, the
+forward KL between their next-token distributions, one backward pass. The KL is computed a few hundred tokens at a time,
+so no logits are stored. The loss is divided by the scored tokens of the whole optimizer step over all processes. It
+is computed inside the student's forward pass, in place of the output head. Only there does a sharded student (FSDP2,
+ZeRO-3) have the whole weight of its head.
 
 The student's masters are float32. With `bf16` every other parameter reads as bfloat16 inside a step
 (`models.cast_parameters`), so the training forward computes with the very numbers that the exported checkpoint holds,
@@ -115,10 +116,10 @@ class QATTrainer(Trainer):
         Args:
             model: a prepared model, or peft's LoRA over one; trainable parameters below float32 are raised to float32
                 masters.
-            teacher: the original model, any dtype; frozen here. Or a cache of what it predicts for the very samples
-                that are trained and evaluated on; whether it was the original model that made it, `TeacherCache.check`
-                says. None: `model` itself with quantizers and adapters off, which must then be what it was before it
-                was prepared, and train nothing but adapters and scales.
+            teacher: the original model, any dtype; it is frozen here. Or a TeacherCache with its predictions for all
+                samples of training and evaluation; `TeacherCache.check` verifies which model made a cache. None: the
+                student itself with quantizers and adapters off. Its weights must then be unchanged since `prepare`, and
+                only adapters, scales and zero points may train.
             args: `QATArguments`; or `TrainingArguments`, where the fields that only QATArguments has take its defaults.
             **options: of transformers.Trainer. `train_dataset` yields {"input_ids", "labels", "attention_mask"};
                 tokens whose label is -100, or that are hidden, are not distilled (targets.py). Evaluations yield
@@ -265,7 +266,10 @@ class QATTrainer(Trainer):
         return found
 
     def _finalize_training(self, *args: Any, **options: Any) -> Any:
-        """Ends the training as Trainer does, but keeps the last checkpoint beside the best: a finished run knows it."""
+        """Ends the training as Trainer does, but keeps the last checkpoint as well as the best.
+
+        By the last checkpoint, a later `train` sees that no step is left.
+        """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **options)
@@ -354,7 +358,10 @@ class QATTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _check_length(self, student: nn.Module, length: int) -> None:
-        """Raises ValueError for a row that is longer than the model's positions; one process tries what it must."""
+        """Raises ValueError for rows longer than the model's positions; with several processes it checks nothing.
+
+        The check may run a forward pass of its own.
+        """
         if length > self._longest and self.args.world_size == 1:
             check_length(without_adapters(student), length, "tokens in a row")
             self._longest = length
