@@ -14,7 +14,7 @@ from llmqat.cli.show import print_next
 
 if TYPE_CHECKING:
     from llmqat.recipe import Plan
-    from llmqat.recipe.machine import Expected
+    from llmqat.recipe.machine import ExpectedTime
     from llmqat.recipe.probe import Probe
 
 
@@ -116,7 +116,7 @@ def _print_plan(planned: Plan, available: int | None) -> None:
         _print_fit(planned, available)
 
 
-def answer(plan: Plan, available: int | None, time: Expected | None) -> str:
+def answer(plan: Plan, available: int | None, time: ExpectedTime | None) -> str:
     """Returns what a plan comes to: does it fit, how long, how much disk, which programs can load it."""
     peak = plan.memory.peak
     if available is None:
@@ -132,7 +132,7 @@ def answer(plan: Plan, available: int | None, time: Expected | None) -> str:
     )
 
 
-def _duration(time: Expected | None, *, probes: bool) -> str:
+def _duration(time: ExpectedTime | None, *, probes: bool) -> str:
     from llmqat.terminal.bars import duration
 
     if time is None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmqat.data.blocks import Progress
 from llmqat.data.config import DataConfig
-from llmqat.data.documents import DocumentSource, tokenizer_fingerprint
+from llmqat.data.documents import DocumentSource, encoding_fingerprint
 from llmqat.data.packing import TextSplits, pack, read_splits
 from llmqat.files import folder_in_progress, rename_unless_there
 from llmqat.models import cache_folder
@@ -53,17 +53,17 @@ def read_documents(
         settings = {
             "source": source.name,
             "text": source.fingerprint,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "tokenizer": encoding_fingerprint(tokenizer),
             "block_size": config.block_size,
             "tokens": config.tokens,
             "packing": config.packing or "concatenate",
             "splits": [config.calibration_share, config.validation_share],
             "seed": config.seed if config.calibration_share or config.validation_share else None,
         }
-    return kept(settings, lambda folder: pack(source, config, tokenizer, folder, progress))
+    return load_or_make_splits(settings, lambda folder: pack(source, config, tokenizer, folder, progress))
 
 
-def kept(settings: dict[str, Any] | None, make: Callable[[Path], None]) -> TextSplits:
+def load_or_make_splits(settings: dict[str, Any] | None, make: Callable[[Path], None]) -> TextSplits:
     """Returns the splits from the cache; `make` writes them first where the cache does not have them.
 
     Args:

@@ -71,7 +71,7 @@ class Chat(NamedTuple):
         """Characters, about."""
         return sum(len(str(message.get("content"))) for message in self.messages)
 
-    def beside(self) -> dict[str, Any]:
+    def template_arguments(self) -> dict[str, Any]:
         """Returns what the template gets beside the messages; `variables` win, as in TRL."""
         return {"tools": self.tools, "documents": self.documents, **(self.variables or {})}
 
@@ -204,7 +204,7 @@ def _template_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the conversation's template; of several that the tokenizer has, the one that transformers would take."""
     asked = (chat.variables or {}).get("chat_template") or chat.template
     try:
-        return tokenizer.get_chat_template(asked, chat.beside()["tools"])
+        return tokenizer.get_chat_template(asked, chat.template_arguments()["tools"])
     except ValueError as error:
         raise ValueError(
             "the tokenizer has no chat template (or several, none of them the default), and conversations need one; "
@@ -228,7 +228,7 @@ def _check_beside(chat: Chat, template: str) -> None:
     reserved = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
         *("tools", "documents", "chat_template", "kwargs")
     }
-    for name, value in chat.beside().items():
+    for name, value in chat.template_arguments().items():
         if name in reserved or name == "messages":
             raise ValueError(f"{chat.where}: {name!r} in `chat_template_kwargs` is not for rows to say; leave it out")
         if value and name not in known and name != "chat_template":
@@ -370,7 +370,7 @@ def _applied(messages: list[dict[str, Any]], chat: Chat, tokenizer: PreTrainedTo
     Raises:
         ValueError: when the template cannot render them.
     """
-    given = {**chat.beside(), "chat_template": chat.template}
+    given = {**chat.template_arguments(), "chat_template": chat.template}
     try:
         return tokenizer.apply_chat_template(messages, **given, **options)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:

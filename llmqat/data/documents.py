@@ -188,7 +188,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def encoding_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a hash of all that decides on ids: vocabulary, merges, chat template, special tokens."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = backend.to_str() if hasattr(backend, "to_str") else json.dumps(tokenizer.get_vocab(), sort_keys=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llmqat.data.blocks import Rows, TokenBlocks
-from llmqat.data.cache import kept
+from llmqat.data.cache import load_or_make_splits
 from llmqat.data.config import DataConfig, MixedSource
 from llmqat.data.packing import BlockWriter, TextSplits
 from llmqat.files import folder_in_progress
@@ -57,7 +57,7 @@ def load(config: DataConfig, load_one: LoadSplits) -> TextSplits:
             shares = [weight / sum(own) for weight in own]
             _write(blocks_of, counts_of(blocks_of, shares, wanted), shares, config.seed, folder, name)
 
-    return kept(settings, make)
+    return load_or_make_splits(settings, make)
 
 
 def component_config(config: DataConfig, one: MixedSource) -> DataConfig:

@@ -95,7 +95,7 @@ class RowReader:
             variables=_variables(given["chat_template_kwargs"], f"{where}: `chat_template_kwargs`"),
             unread=self.unread,
         )
-        beside = {name: value for name, value in chat.beside().items() if value}
+        beside = {name: value for name, value in chat.template_arguments().items() if value}
         return Piece(chat, document_hash(chat_content([*messages, beside] if beside else messages)))
 
 

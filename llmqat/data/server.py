@@ -33,7 +33,7 @@ _R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
-class Completion:
+class ServerAnswer:
     """What a server wrote."""
 
     ids: list[int]
@@ -88,7 +88,7 @@ class Servers:
 
     def complete(
         self, place: int, prompt: list[int], ends: frozenset[int], *, max_tokens: int, seed: int, **settings: Any
-    ) -> Completion:
+    ) -> ServerAnswer:
         """Returns a continuation of `prompt` from the server of `place`, or from another server if that one is gone.
 
         A server may return fewer tokens than requested, because of limits of its own. Then it is asked for the rest.
@@ -134,8 +134,8 @@ class Servers:
             count = next((n for n, token in enumerate(part, 1) if token in ends), len(part))
             ids, log_probs = ids + part[:count], log_probs + [float(one) for one in found[:count]]
             if ids[-1] in ends:
-                return Completion(ids, log_probs, ended=True)
-        return Completion(ids, log_probs, ended=False)
+                return ServerAnswer(ids, log_probs, ended=True)
+        return ServerAnswer(ids, log_probs, ended=False)
 
     def predicted(self, place: int, ids: list[int], top_k: int) -> list[list[tuple[int, float]]]:
         """Returns the `top_k` most likely tokens at each of `ids` but the first, given those before, most likely first.

@@ -35,7 +35,7 @@ from llmqat.data.processes import ALONE, Processes
 from llmqat.data.quality import distinct_shares, merged, summary
 from llmqat.data.server_writer import TAPES, WRITTEN_BY, ServerWriter, remove_tapes
 from llmqat.data.strategy import SynthesisConfig
-from llmqat.data.teacher_cache import HEADER_FILE, model_fingerprint, tokenizer_fingerprint
+from llmqat.data.teacher_cache import HEADER_FILE, model_fingerprint, vocabulary_fingerprint
 from llmqat.data.writer import WRITER_VERSION, Keeper, ModelWriter, Shard, Writer
 from llmqat.files import write_whole
 from llmqat.models import name_of
@@ -74,7 +74,7 @@ class Manifest:
         prompts = None if config.prompts is None else hashlib.sha256(config.prompts.read_bytes()).hexdigest()
         made_with = {
             "model_sha256": model_fingerprint(model),
-            "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+            "tokenizer_sha256": vocabulary_fingerprint(tokenizer),
             "dtype": str(model.dtype).removeprefix("torch."),
             **writer.made_with,
             "prompts_sha256": prompts,

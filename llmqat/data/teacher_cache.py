@@ -63,7 +63,7 @@ class CacheHeader:
     model_sha256: str
     """Of configuration and weights, as `model_fingerprint` computes it."""
     tokenizer_sha256: str
-    """As `tokenizer_fingerprint` computes it."""
+    """As `vocabulary_fingerprint` computes it."""
     vocabulary: int
     """Logits that the model makes."""
     top_k: int
@@ -85,7 +85,7 @@ class CacheHeader:
             raise ValueError(f"top_k={top_k} is not between 1 and the model's vocabulary of {vocabulary}")
         return cls(
             model_sha256=model_fingerprint(model),
-            tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+            tokenizer_sha256=vocabulary_fingerprint(tokenizer),
             vocabulary=vocabulary,
             top_k=top_k,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -115,7 +115,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the SHA-256 of the tokenizer's vocabulary: every token and its id, added and special ones included."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
@@ -290,7 +290,7 @@ class TeacherCache:
             header |= {"model_sha256": model_fingerprint(model), "vocabulary": vocabulary_size(model), "dtype": dtype}
             header["model"] = model.config._name_or_path
         if tokenizer is not None:
-            header["tokenizer_sha256"] = tokenizer_fingerprint(tokenizer)
+            header["tokenizer_sha256"] = vocabulary_fingerprint(tokenizer)
         _check_same(
             self.header,
             CacheHeader(**header),

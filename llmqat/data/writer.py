@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 WRITER_VERSION = 2
 """Raised whenever the same model, settings and seed come to give another text."""
 
-EXPECTED_LOSS = 0.02
+EXPECTED_DROPPED_SHARE = 0.02
 """Share of tokens expected to be dropped; so much more is written in the first round."""
 
 MOST_FRUITLESS_SHARDS = 3
@@ -289,7 +289,7 @@ class ModelWriter(Writer):
 
 def rows_of_shards(blocks: int, most_rows: int) -> list[int]:
     """Returns the rows of each shard that together should give `blocks` blocks: as equal as can be."""
-    rows = -int(-blocks * (1 + EXPECTED_LOSS) // 1)
+    rows = -int(-blocks * (1 + EXPECTED_DROPPED_SHARE) // 1)
     shards = -(-rows // most_rows)
     return [rows // shards + (index < rows % shards) for index in range(shards)]
 

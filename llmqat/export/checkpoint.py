@@ -42,7 +42,7 @@ from llmqat.export import compressed_tensors
 from llmqat.export.description import describe
 from llmqat.export.prepared import is_prepared, read_prepared
 from llmqat.export.serving import Verdict, served_by
-from llmqat.export.stock import Expected, StockTrial, loader_of, try_stock
+from llmqat.export.stock import ExpectedLogits, StockTrial, loader_of, try_stock
 from llmqat.export.tensors import stored_dtype
 from llmqat.files import folder_in_progress, write_whole
 from llmqat.hub import may_be_hub_id, why_unreachable
@@ -464,7 +464,7 @@ def _prove(
     format: Format,
     probe: Tensor | Mapping[str, Tensor] | None,
     written: Mapping[str, Tensor],
-) -> tuple[dict[str, int], Expected]:
+) -> tuple[dict[str, int], ExpectedLogits]:
     """Returns how much was compared, and what the model computes on the probe."""
     inputs = _probe_of(model, probe)
     _prove_tensors(folder, written)
@@ -473,7 +473,7 @@ def _prove(
     layers = _prove_weights(model, reloaded, dtype)
     logits = _prove_logits(model, reloaded, dtype, inputs)
     compared = {"tensors": len(written), "packed_layers": layers, "probe_tokens": _tokens(inputs)}
-    return compared, Expected(_inputs_for(model, inputs, dtype), logits)
+    return compared, ExpectedLogits(_inputs_for(model, inputs, dtype), logits)
 
 
 def _attention_of(config: PreTrainedConfig) -> dict[str, str] | None:
@@ -630,7 +630,7 @@ def load(
         raise ValueError(f"kernel={kernel!r} is unknown; choose auto, {', '.join(KERNELS)}")
     place, most_bytes = _device(device), _bytes(memory)
     spec = str(folder)
-    _check_not_beside(spec)
+    _check_neither_gguf_nor_adapter(spec)
     source = resolve_spec(spec)
     config = read_config(source, spec)
     format = _format_of(config)
@@ -701,7 +701,7 @@ def _load_prepared(folder: Path, config: PreTrainedConfig, spec: str, plainly: b
     return model
 
 
-def _check_not_beside(spec: str) -> None:
+def _check_neither_gguf_nor_adapter(spec: str) -> None:
     """Raises ValueError where `spec` names a GGUF file or an adapter, which other functions load."""
     file = model_file(spec)
     if file is not None and file.suffix == ".gguf":

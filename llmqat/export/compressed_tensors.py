@@ -108,7 +108,7 @@ KV_KEY = "llmqat_kv_cache"
 STACKED_KEY = "llmqat_stacked"
 """Key of `config.json`: stacked experts whose class does not say how they lie -> whether as [E, I, O]."""
 
-_BESIDE = ("version", "sparsity_config", "transform_config", "dequantize", "run_compressed")
+_EXTRA_KEYS = ("version", "sparsity_config", "transform_config", "dequantize", "run_compressed")
 """Keys of a `quantization_config` that do not belong to compressed-tensors' own QuantizationConfig."""
 _RENAMED = {
     "input_quantizer.scale": "input_scale",
@@ -398,7 +398,7 @@ def read(
 
 def _read_schemes(config: PreTrainedConfig, folder: Path) -> QuantizationConfig:
     described = deepcopy(config.quantization_config)
-    _take_beside(described, folder)
+    _pop_extra_keys(described, folder)
     try:
         for group in described.get("config_groups", {}).values():
             group.pop(ONLY_HERE, None)
@@ -415,9 +415,9 @@ def _read_schemes(config: PreTrainedConfig, folder: Path) -> QuantizationConfig:
     return parsed
 
 
-def _take_beside(described: dict[str, Any], folder: Path) -> None:
-    """Takes the keys `_BESIDE` out of a `quantization_config`; raises where they say what is not run here."""
-    beside = {key: described.pop(key, None) for key in _BESIDE}
+def _pop_extra_keys(described: dict[str, Any], folder: Path) -> None:
+    """Takes the keys `_EXTRA_KEYS` out of a `quantization_config`; raises where they say what is not run here."""
+    beside = {key: described.pop(key, None) for key in _EXTRA_KEYS}
     sparsity = (beside["sparsity_config"] or {}).get("format", "dense")
     if sparsity != "dense" or beside["transform_config"]:
         what = f"sparse weights ({sparsity})" if sparsity != "dense" else "transforms of weights and inputs"

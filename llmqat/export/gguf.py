@@ -76,7 +76,7 @@ class Architecture:
 
 
 def _gemma2_settings(writer: Any, config: Any) -> None:
-    _check_gemma(config, period=2, by_width=46)
+    _check_gemma(config, period=2, layers_of_27b=46)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if not getattr(config, name):
             raise ValueError(f"{name}={getattr(config, name)} of gemma2 cannot be said in GGUF; {KEPT}")
@@ -86,7 +86,7 @@ def _gemma2_settings(writer: Any, config: Any) -> None:
 
 
 def _gemma3_settings(writer: Any, config: Any) -> None:
-    _check_gemma(config, period=6, by_width=62)
+    _check_gemma(config, period=6, layers_of_27b=62)
     if config.attn_logit_softcapping or config.final_logit_softcapping:
         raise ValueError("GGUF's gemma3 has no soft-capping of logits, but the model has")
     writer.add_sliding_window(config.sliding_window)
@@ -97,13 +97,13 @@ def _phi3_settings(writer: Any, config: Any) -> None:
     check_no_window(config, KIND)  # llama.cpp reads the key of this architecture, and leaves the window out
 
 
-def _check_gemma(config: Any, period: int, by_width: int) -> None:
+def _check_gemma(config: Any, period: int, layers_of_27b: int) -> None:
     """Raises unless the model is as llama.cpp assumes: it is told neither layer types nor scale.
 
-    It takes the model of `by_width` layers for the one of 27 billion weights, whose scale is hidden size / heads.
+    It takes the model of `layers_of_27b` layers for the one of 27 billion weights, whose scale is hidden size / heads.
     """
     assumed, name = config.head_dim, "head_dim"
-    if config.num_hidden_layers == by_width:
+    if config.num_hidden_layers == layers_of_27b:
         assumed, name = config.hidden_size // config.num_attention_heads, "hidden_size / num_attention_heads"
     if config.query_pre_attn_scalar != assumed:
         raise ValueError(

@@ -383,7 +383,7 @@ class _Graph:
         levels = self._numbers(self.node("Gather", [codes, ids]), bits)
         middle: str = self.array(f"middle_{bits}", np.array([2 ** (bits - 1)], dtype=np.float32))
         if zeros:
-            count = self.integers([self.weights_blocks(name)])
+            count = self.integers([self.block_count(name)])
             packed = self._numbers(self.node("Gather", [zeros[0], ids]), bits)
             kept = self.node("Slice", [packed, self.integers([0]), count, self.integers([-1])])
             middle = self.node("Unsqueeze", [kept, self.integers([-1])])
@@ -405,7 +405,7 @@ class _Graph:
         target = self.node("Concat", [shape, self.integers([-1])], axis=0)
         return self.cast(self.node("Reshape", [pairs, target]), "FLOAT")
 
-    def weights_blocks(self, name: str) -> int:
+    def block_count(self, name: str) -> int:
         """Returns the number of blocks in a row of the quantized weight `name`."""
         return int(self.initializers[f"{name}.scales"].dims[1])
 

@@ -93,7 +93,7 @@ class StockTrial:
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedLogits:
     """What a model computes.
 
     Attributes:
@@ -105,7 +105,7 @@ class Expected:
     logits: Tensor
 
 
-def try_stock(folder: Path, expected: Expected | None = None) -> StockTrial:
+def try_stock(folder: Path, expected: ExpectedLogits | None = None) -> StockTrial:
     """Returns what stock transformers makes of the packed checkpoint in `folder`.
 
     Args:
@@ -128,7 +128,7 @@ def try_tensors(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> Stoc
 
 
 def _trial(
-    folder: Path | None, config: PreTrainedConfig, tensors: Mapping[str, Tensor], expected: Expected | None
+    folder: Path | None, config: PreTrainedConfig, tensors: Mapping[str, Tensor], expected: ExpectedLogits | None
 ) -> StockTrial:
     loader, compared = loader_of(config), "tensors" if expected is None else "logits"
     described: Any = config.quantization_config
@@ -171,7 +171,7 @@ def _tried(
     folder: Path | None,
     config: PreTrainedConfig,
     tensors: Mapping[str, Tensor],
-    expected: Expected | None,
+    expected: ExpectedLogits | None,
     dequantize: bool,
 ) -> tuple[bool, str]:
     """Returns whether a failure is silent, and what fails; nothing where the model is loaded as it was saved."""
@@ -198,7 +198,7 @@ def _tried(
     return bool(different), different
 
 
-def _difference(model: Any, expected: Expected) -> str:
+def _difference(model: Any, expected: ExpectedLogits) -> str:
     """Returns how far the model's logits are from those expected, in words; nothing where they are near."""
     device = expected.logits.device
     model = model.to(device).eval()

@@ -109,7 +109,7 @@ def why_not(description: ModelDescription, cpu: bool) -> tuple[str, str]:
 
 def losses(description: ModelDescription, cpu: bool) -> tuple[str, ...]:
     """Returns what vLLM leaves out of a model that it serves."""
-    lost = [] if cpu or all(map(_is_marlin_s, description.layers)) else [HUMMING]
+    lost = [] if cpu or all(map(_runs_on_all_gpus, description.layers)) else [HUMMING]
     if not cpu:
         lost += [loss for layer in description.layers if (loss := _lost_on_other_gpus(layer))]
     for layer in description.layers if cpu else ():
@@ -125,7 +125,7 @@ def losses(description: ModelDescription, cpu: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(lost))
 
 
-def _is_marlin_s(layer: DescribedLayer) -> bool:
+def _runs_on_all_gpus(layer: DescribedLayer) -> bool:
     """Returns whether a layer runs on any GPU that vLLM supports, not with Humming's kernels only.
 
     Source: `query_marlin_supported_quant_types` and `MARLIN_SUPPORTED_GROUP_SIZES`.

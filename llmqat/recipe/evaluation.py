@@ -102,7 +102,9 @@ def held_out_windows(text: TextSplits, settings: EvaluationSettings) -> dict[str
     return {HELD_OUT: windows_from_rows(held_out.rows, held_out.source, most)}
 
 
-def asked_again(windows: Mapping[str, TokenWindows], tokenizer: PreTrainedTokenizerBase, own: str) -> dict[str, Extra]:
+def answer_extras(
+    windows: Mapping[str, TokenWindows], tokenizer: PreTrainedTokenizerBase, own: str
+) -> dict[str, Extra]:
     """Returns what lets the original and the row `own` answer the first conversations of the table, if any."""
     chats = next((one for one in windows.values() if one.answers), None)
     if chats is None:
@@ -131,7 +133,7 @@ def evaluation_prompts(settings: EvaluationSettings, tokenizer: PreTrainedTokeni
     return open_prompts(settings.prompts, tokenizer, settings.max_prompts, settings.max_new_tokens)
 
 
-def asked(
+def generation_extras(
     prompts: Prompts | None, tokenizer: PreTrainedTokenizerBase, progress: ComparisonProgress
 ) -> dict[str, Extra]:
     """Returns what lets every model of a comparison answer `prompts`, if any."""
@@ -316,7 +318,7 @@ def compare_models(
             speed=settings.speed,
             progress=progress,
             tokenizer=tokenizer,
-            extras={**extras, **asked(prompts, tokenizer, progress)},
+            extras={**extras, **generation_extras(prompts, tokenizer, progress)},
             settings=given_settings,
         )
 

@@ -48,7 +48,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedTime:
     """The time that a run is expected to take here."""
 
     seconds: float
@@ -94,7 +94,7 @@ def remember_probe(recipe: Recipe, coverage: CoverageAudit, processes: int, toke
         _keep(key, Measured(tokens_per_second, None, "", _today(), "a probe"))
 
 
-def expected_time(recipe: Recipe, coverage: CoverageAudit, processes: int, tokens: int | None) -> Expected | None:
+def expected_time(recipe: Recipe, coverage: CoverageAudit, processes: int, tokens: int | None) -> ExpectedTime | None:
     """Returns how long a training on `tokens` would take here; None where nothing like it was measured, or asked."""
     found = _read().get(_key(recipe, coverage, processes))
     if found is None or tokens is None:
@@ -103,8 +103,8 @@ def expected_time(recipe: Recipe, coverage: CoverageAudit, processes: int, token
     whole = measured.other_seconds is not None and measured.others == _others(recipe)
     others = measured.other_seconds if whole and measured.other_seconds is not None else 0.0
     if tokens == 0 or measured.tokens_per_second is None:
-        return Expected(others, whole, measured) if whole and tokens == 0 else None
-    return Expected(tokens / measured.tokens_per_second + others, whole, measured)
+        return ExpectedTime(others, whole, measured) if whole and tokens == 0 else None
+    return ExpectedTime(tokens / measured.tokens_per_second + others, whole, measured)
 
 
 def _key(recipe: Recipe, coverage: CoverageAudit, processes: int) -> str:

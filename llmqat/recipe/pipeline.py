@@ -60,11 +60,11 @@ from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_d
 from llmqat.recipe.evaluation import (
     ANSWERED,
     EARLIER_TEXTS,
-    asked,
-    asked_again,
+    answer_extras,
     check_untrained,
     documents_learned,
     documents_recorded,
+    generation_extras,
     held_out_windows,
     texts_seen,
 )
@@ -255,8 +255,8 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
                 speed=recipe.evaluate.speed,
                 progress=advance,
                 extras={
-                    **asked_again(windows, tokenizer, candidates[-1].name),
-                    **asked(flight.prompts, tokenizer, advance),
+                    **answer_extras(windows, tokenizer, candidates[-1].name),
+                    **generation_extras(flight.prompts, tokenizer, advance),
                 },
                 fine_tuned=recipe.trains and learns_answers(arguments, blocks),
             )

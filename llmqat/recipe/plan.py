@@ -60,7 +60,7 @@ from llmqat.recipe.memory import (
 from llmqat.recipe.reading import parse_yaml
 from llmqat.recipe.start import starts_packed
 from llmqat.train import LoraSettings, QATArguments, check_batch, choose_trained
-from llmqat.train.stability import check_lengths
+from llmqat.train.stability import check_warmups
 
 PROPOSED_RANK = 16
 """Of the adapters that are proposed where memory is short."""
@@ -270,7 +270,7 @@ def check_blocks(arguments: QATArguments, blocks: TokenBlocks, processes: int) -
         ValueError: the blocks fill no batch, or a warm-up does not end within the training.
     """
     check_batch(arguments, len(blocks))
-    check_lengths(steps_of(arguments, len(blocks), processes) or 0, arguments)
+    check_warmups(steps_of(arguments, len(blocks), processes) or 0, arguments)
     return few_steps(arguments, blocks, processes) if learns_answers(arguments, blocks) else None
 
 

@@ -80,7 +80,7 @@ from llmqat.recipe.start import check_packed_start, starts_packed
 from llmqat.status import USER_MISTAKES
 from llmqat.train import QATArguments, check_distribution
 from llmqat.train.checkpoints import check_resumable, last_checkpoint
-from llmqat.train.stability import check_lengths
+from llmqat.train.stability import check_warmups
 from llmqat.train.trial import refused_by_training
 
 MOST_HASHED_BYTES = 100_000_000
@@ -155,7 +155,7 @@ def check_run(flight: Preflight, *, overwrite: bool = False, elsewhere: bool = F
         with found.noting():
             _check_hub(arguments)
     with found.noting():
-        check_lengths(steps_of(arguments, blocks_of(recipe), arguments.world_size) or 0, arguments)
+        check_warmups(steps_of(arguments, blocks_of(recipe), arguments.world_size) or 0, arguments)
     _check_model(flight)
     _check_texts(flight)
     _check_data(flight, recipe.data)

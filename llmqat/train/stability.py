@@ -99,7 +99,7 @@ def not_finite_error(step: int, what: str, where: str, folder: Path) -> Floating
     )
 
 
-def check_lengths(total: int, arguments: TrainingArguments) -> None:
+def check_warmups(total: int, arguments: TrainingArguments) -> None:
     """Raises ValueError where a warm-up does not end before training does; of no steps at all there is no warm-up.
 
     Args:

@@ -86,7 +86,7 @@ from llmqat.train.checkpoints import (
 from llmqat.train.distribution import check_distribution
 from llmqat.train.optimizers import check_own_optimizer, keep_weights_of
 from llmqat.train.scores import EvaluationMetrics, known_metrics, logits_of
-from llmqat.train.stability import check_lengths, is_finite, not_finite_error, not_finite_parameter, where_not_finite
+from llmqat.train.stability import check_warmups, is_finite, not_finite_error, not_finite_parameter, where_not_finite
 from llmqat.train.targets import scored_labels
 from llmqat.train.teacher import check_teacher
 
@@ -350,7 +350,7 @@ class QATTrainer(Trainer):
         Raises:
             ValueError: a warm-up does not end within the training.
         """
-        check_lengths(num_training_steps, self.args)
+        check_warmups(num_training_steps, self.args)
         if self.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             # Trainer waits for a smaller metric, whatever greater_is_better says.
             mode = "max" if self.args.greater_is_better else "min"

@@ -96,10 +96,10 @@ def test_what_transformers_computes_otherwise_is_found_by_its_logits(tmp_path: P
     assert report.stock.loads
     ours = load(tmp_path / "out", kernel="reference")
     inputs = probe_inputs(ours, 2, 16)
-    from llmqat.export.stock import Expected
+    from llmqat.export.stock import ExpectedLogits
 
     with torch.no_grad():
-        other = Expected(inputs, ours(**inputs, use_cache=False).logits + 1)
+        other = ExpectedLogits(inputs, ours(**inputs, use_cache=False).logits + 1)
     found = try_stock(tmp_path / "out", other)
     assert (found.loads, found.silent) == (False, True)
     assert "logits" in found.reason
