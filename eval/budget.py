@@ -339,7 +339,7 @@ class Bench:
         recipe = self.recipes[scheme].model_dump(mode="json", include={"quant", "calibrate", "train", "data"})
         steps, warmup = (recipe["train"].pop(key) for key in ("max_steps", "warmup_steps"))
         train = {key: value for key, value in recipe["train"].items() if key not in ("save_steps", "logging_steps")}
-        data = {key: recipe["data"][key] for key in SynthesisConfig.model_fields}
+        data = {key: recipe["data"][key] for key in SynthesisConfig.model_fields if key != "server"}
         return {**recipe, "train": {**train, "warm-up share": round(warmup / steps, 4)}, "data": data}
 
     # Cells

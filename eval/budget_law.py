@@ -194,13 +194,14 @@ def draw(rows: Rows, laws: Sequence[Law], path: Path) -> None:
         for number, text in enumerate(sorted({row["text"] for row in rows})):
             own = [row for row in rows if (row["scheme"], row["text"]) == (scheme, text)]
             law = next((law for law in laws if (law.scheme, law.text) == (scheme, text)), None)
-            _draw_curve(axes, own, law, f"C{number}", "own text" if text == OWN_TEXT else text)
+            _draw_curve(axes, own, law, f"C{number}", f"trained on {'own text' if text == OWN_TEXT else text}")
         axes.set_xscale("symlog", linthresh=min((row["tokens"] for row in rows if row["tokens"]), default=1))
         axes.set_ylim(bottom=0)
         axes.set_title(scheme)
         axes.set_xlabel("tokens trained on")
         axes.legend()
-    figure.axes[0].set_ylabel("KL from full precision, nats a token")
+    scored = " and ".join(_scored(rows[0])) if rows else ""
+    figure.axes[0].set_ylabel(f"KL from full precision, nats per token\nmean over {scored}")
     with file_in_progress(path) as temporary:
         figure.savefig(temporary, dpi=120, format=path.suffix[1:])
 
@@ -208,7 +209,7 @@ def draw(rows: Rows, laws: Sequence[Law], path: Path) -> None:
 def _draw_curve(axes: Any, rows: Rows, law: Law | None, color: str, label: str) -> None:
     if not rows:
         return
-    names = [name for name in rows[0]["texts"] if name != OWN_TEXT] or [*rows[0]["texts"]]
+    names = _scored(rows[0])
     windows = [pooled(row, names) for row in rows]
     tokens, means = [row["tokens"] for row in rows], [fmean(one) for one in windows]
     intervals = [mean_interval(one) for one in windows]
@@ -218,3 +219,8 @@ def _draw_curve(axes: Any, rows: Rows, law: Law | None, color: str, label: str) 
     if law is not None:
         line = np.concatenate([np.linspace(0, law.least, 30), np.geomspace(law.least, law.most, 60)])
         axes.plot(line, [law.kl(tokens) for tokens in line], color=color, linewidth=1)
+
+
+def _scored(row: dict[str, Any]) -> list[str]:
+    """Returns the texts whose KL is drawn: those that the model has not written, where there are some."""
+    return [name for name in row["texts"] if name != OWN_TEXT] or [*row["texts"]]

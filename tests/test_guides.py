@@ -183,8 +183,9 @@ OF_OTHERS = ("No such option: --KEY", "CUDA out of memory", "high precision", "I
 def cited(page: str, part: str) -> list[Path]:
     """Files of results that a part of a page links to."""
     links = re.findall(r"\]\(([^)#]*eval/results/[^)#]+)\)", part)
+    absolute = re.compile(r"https://.*?/main/(?=eval/results/)")
     return [
-        ROOT / link.partition("/blob/main/")[2] if "/blob/main/" in link else (PAGES[page].parent / link).resolve()
+        ROOT / absolute.sub("", link) if absolute.match(link) else (PAGES[page].parent / link).resolve()
         for link in links
     ]
 
@@ -207,7 +208,7 @@ def test_a_figure_that_cites_a_file_of_results_is_in_it(page: str) -> None:
     wrong = []
     for number, part in enumerate(parts[1:-1], 1):
         around = parts[number - 1 : number + 2] if part.startswith("|") else [part]
-        if not (files := [file for one in around for file in cited(page, one)]):
+        if not (files := [file for one in around for file in cited(page, one) if file.suffix != ".png"]):
             continue
         whole = " ".join(file.read_text(encoding="utf-8") for file in files)
         known = [float(one.replace(",", "")) for one in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?", whole)]
