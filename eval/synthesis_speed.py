@@ -131,9 +131,7 @@ def main() -> None:
     console.print(table)
     console.print(f"ratio: {own / plain:.1f}")
     if words.server:
-        console.print(
-            f"server: {', '.join(f'{one:.0f}' for one in served)} tokens/s, ratio: {median(served) / own:.2f}"
-        )
+        console.print(f"server tokens/s: {median(served):.1f}\nserver against synthesize: {median(served) / own:.3f}")
 
 
 if __name__ == "__main__":

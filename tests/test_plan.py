@@ -123,7 +123,11 @@ def test_the_largest_batch_is_the_largest_that_fits(llama: Any) -> None:
     assert all(memory.peak <= 0.9 * llama.memory.peak for memory in ways.values())
     assert any("trainable=scales" in name for name in ways)
     spared = next(memory for name, memory in ways.items() if "adamw_bnb_8bit" in name)
-    assert spared.optimizer == llama.memory.optimizer / 4
+    embedding = llama.method.embedding
+    assert embedding > 0
+    assert spared.optimizer == 2 * (llama.method.trained - embedding) + 8 * embedding
+    small = replace(llama, method=replace(llama.method, optimizer=1.0))
+    assert not any("adamw_bnb_8bit" in name for name in small.cheaper(int(llama.memory.peak)))
     assert llama.cheaper(1000) == {}
 
 

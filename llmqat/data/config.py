@@ -164,6 +164,8 @@ class DataConfig(SynthesisConfig):
                 f"data.calibration_share={self.calibration_share} and data.validation_share={self.validation_share} "
                 "leave nothing to train on; together they must be below 1"
             )
+        if self.server and self.path is None:
+            raise ValueError("data.server needs data.path=FOLDER, which keeps what is written if a server dies")
         if self.source == "synthetic" and self.packing == "whole":
             raise ValueError(
                 "data.packing=whole: synthetic text fills its blocks by itself; give documents, or concatenate"
@@ -202,6 +204,11 @@ class MixedSource(DataConfig):
     def _check_keys(self) -> MixedSource:
         if self.source == MIX:
             raise ValueError("data.mix: a mix in a mix is one mix; list all sources side by side")
+        if self.server:
+            raise ValueError(
+                "data.mix: server is no key of a source in a mix; write the text with `llmqat synthesize --server` "
+                "first, and give its folder as the path of this source"
+            )
         shared = sorted(self.model_fields_set & ((_COMMON | _DOCUMENTS) - {"source"}))
         if shared:
             raise ValueError(f"data.mix: {shared[0]} holds for the whole mix; give it as data.{shared[0]}")

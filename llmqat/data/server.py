@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 log = logging.getLogger(__name__)
@@ -25,11 +27,17 @@ TIMEOUT = (10, 1800)
 """Seconds to connect, and for an answer: a request waits on the server for those before it."""
 BUSY = (429, 500, 502, 503, 504)
 """HTTP status of a server that may answer later."""
+REST = 60
+"""Seconds for which a server that did not answer is left alone."""
+TICK = 1.0
+"""Seconds between two looks at what threads have done."""
 KEY_VARIABLE = "LLMQAT_SERVER_KEY"
 """Environment variable of the key that servers ask for."""
 _LOOPBACK = ("localhost", "127.", "::1")
 
-_R = TypeVar("_R")
+
+class _RequestFailed(ConnectionError):
+    """A server fails on one request, again and again."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Servers:
         """Takes their addresses, such as http://localhost:8000; nothing is sent yet."""
         self.urls = [_with_version(url) for url in urls]
         self._models: dict[str, str] = {}
-        self._gone: dict[str, str] = {}
+        self._gone: dict[str, tuple[float, str]] = {}
         self._sessions = threading.local()
         self._stopped = threading.Event()
 
@@ -132,6 +140,11 @@ class Servers:
                     "give one that does, such as vLLM"
                 )
             count = next((n for n, token in enumerate(part, 1) if token in ends), len(part))
+            if choice.get("finish_reason") == "stop" and part[count - 1] not in ends:
+                raise ValueError(
+                    f"the server {url} ended a text without saying by which token, so documents would not end; give "
+                    "one that knows ignore_eos and returns the last token, such as vLLM"
+                )
             ids, log_probs = ids + part[:count], log_probs + [float(one) for one in found[:count]]
             if ids[-1] in ends:
                 return ServerAnswer(ids, log_probs, ended=True)
@@ -154,60 +167,85 @@ class Servers:
             )
         return [_most_likely(entry, top_k) for entry in found[1:]]
 
-    def together(self, work: Callable[[int], _R], places: Sequence[int], threads: int) -> Iterator[tuple[int, _R]]:
-        """Yields place and result of `work`, which asks servers, for each of `places`, as they get ready.
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a request has failed, so that nothing more is wanted."""
+        return self._stopped.is_set()
+
+    def together(self, work: Callable[[int], None], places: Sequence[int], threads: int) -> Iterator[int]:
+        """Does `work`, which asks servers, for each of `places` in threads; yields each second how many are done.
 
         When one fails, no request begins any more, and the error is raised at once.
         """
         wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
-        results: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+        results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._stopped.clear()
         for place in places:
             wanted.put(place)
 
-        def worker() -> None:
-            while not self._stopped.is_set():
-                try:
-                    place = wanted.get_nowait()
-                except queue.Empty:
-                    return
-                try:
-                    results.put((place, work(place), None))
-                except BaseException as error:  # told in the thread that waits
-                    results.put((place, None, error))
-
-        for number in range(min(len(places), threads)):  # none of which keeps the process from ending
-            threading.Thread(target=worker, name=f"llmqat-server-{number}", daemon=True).start()
+        for _ in range(min(len(places), threads)):  # none of which keeps the process from ending
+            threading.Thread(target=self._works, args=(work, wanted, results), daemon=True).start()
         try:
-            for _ in places:
-                place, result, error = results.get()
+            done = 0
+            while done < len(places):
+                try:
+                    error = results.get(timeout=TICK)
+                except queue.Empty:
+                    yield done
+                    continue
                 if error is not None:
                     raise error
-                yield place, result
+                done += 1
+            yield done
         except BaseException:
             self._stopped.set()
             raise
 
+    def _works(
+        self,
+        work: Callable[[int], None],
+        wanted: queue.SimpleQueue[int],
+        results: queue.SimpleQueue[BaseException | None],
+    ) -> None:
+        """Does the work of one thread: places that are `wanted`, until there is none or an error elsewhere."""
+        while not self._stopped.is_set():
+            try:
+                place = wanted.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                work(place)
+                results.put(None)
+            except BaseException as error:  # raised in the thread that waits
+                results.put(error)
+
     def _choice(self, place: int, body: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Returns the server that answered, and its answer."""
         turn = place % len(self.urls)
+        reasons = []
         for url in (*self.urls[turn:], *self.urls[:turn]):
-            if url in self._gone:
+            since, reason = self._gone.get(url, (-REST, ""))
+            if time.monotonic() - since < REST:
+                reasons.append(reason)
                 continue
             try:
                 found = self._asked(url, "completions", {"model": self._models[url], **body}, WAITS)
+            except _RequestFailed as error:  # which may be the request's own fault
+                reasons.append(str(error))
+                continue
             except ConnectionError as error:
                 if url not in self._gone:
                     log.warning("%s", error)
-                self._gone[url] = str(error)
+                self._gone[url] = (time.monotonic(), str(error))
+                reasons.append(str(error))
                 continue
             choices = found.get("choices")
             if not choices:
                 raise ValueError(f"the server {url} returns no completion: {found}")
             return url, choices[0]
         raise ConnectionError(
-            f"no server answers any more: {'; '.join(self._gone.values())}. See what each says itself, start it again, "
-            "and repeat the command: finished documents are kept"
+            f"no server answers any more: {'; '.join(reasons)}. See what each says itself, start it again, and repeat "
+            "the command"
         )
 
     def _asked(self, url: str, path: str, body: Mapping[str, Any] | None, waits: Sequence[int]) -> dict[str, Any]:
@@ -219,7 +257,7 @@ class Servers:
         """
         import requests
 
-        reason = ""
+        reason, status = "", 0
         for wait in (*waits, None):
             if body is not None and self._stopped.is_set():
                 raise Stopped
@@ -227,17 +265,18 @@ class Servers:
                 answer = self._sent(url, path, body)
                 if answer.ok:
                     return dict(answer.json())
-                reason = f"status {answer.status_code}: {answer.text[:300]}"
-                _check_status(answer.status_code, url, path, reason)
+                status, reason = answer.status_code, f"status {answer.status_code}: {answer.text[:300]}"
+                _check_status(status, url, path, reason)
             except requests.ReadTimeout:
                 raise ConnectionError(f"the server {url} does not answer within {TIMEOUT[1]} s") from None
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-                reason = str(error)
+                status, reason = 0, str(error)
             except requests.exceptions.JSONDecodeError as error:
                 raise ValueError(f"the server {url} does not answer in JSON; give the address of its API") from error
             if wait is not None:
-                self._stopped.wait(wait) if body is not None else threading.Event().wait(wait)
-        raise ConnectionError(f"the server {url} does not answer ({reason})")
+                self._stopped.wait(wait * random.uniform(0.5, 1.5))
+        kind = _RequestFailed if status == 500 else ConnectionError
+        raise kind(f"the server {url} does not answer ({reason})")
 
     def _sent(self, url: str, path: str, body: Mapping[str, Any] | None) -> Any:
         """Returns the answer to one trial of a request."""

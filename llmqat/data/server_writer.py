@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from llmqat.data.server import Servers
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.teacher_cache import hidden_states
 from llmqat.data.writer import Shard, Writer, assembled
+from llmqat.files import is_locked_by_us
 from llmqat.metrics import TopProbabilities, predictor_of, token_nll
 from llmqat.models import model_device, name_of
 
@@ -50,8 +51,8 @@ WRITTEN_BY = {"written_by": "a server"}
 """What the manifest of text from a server says that the text depends on."""
 TAPES = ".tapes-*.jsonl"
 """Files of finished documents whose shard is not finished."""
-REQUESTS = 256
-"""At most so many at a time to a server, which lets those wait that it has no room for."""
+REQUESTS, MOST_REQUESTS = 256, 512
+"""At most so many at a time to a server, which lets those wait that it has no room for; and to all of them."""
 PREDICTIONS = 8
 """The same, where a server tells what it predicts, which is megabytes for each block."""
 COMPARED_TOKENS = 64
@@ -97,19 +98,31 @@ class ServerWriter(Writer):
         self.compare()
         size = self.config.block_size
         script = self.script.shuffled(random.Random(f"{self.config.seed}/{number}"))
-        tapes = _Tapes(None if self.kept is None else _tapes_file(*self.kept, number, rows), rows, size, watch)
+        file = None if self.kept is None else _tapes_file(*self.kept, number, rows)
+        with _Tapes(file, rows, size) as tapes:
+            before = tapes.done
 
-        def tape(row: int) -> None:
-            while room := tapes.room(row):
-                place = len(tapes.of(row))
-                draw = random.Random(f"{self.config.seed}/{number}/{row}/{place}")
-                tapes.add(self._document(row, script, place * rows + row, room, draw))
+            def tape(row: int) -> None:
+                while (room := tapes.room(row)) > 0 and not self.servers.is_stopped:
+                    place = len(tapes.of(row))
+                    draw = random.Random(f"{self.config.seed}/{number}/{row}/{place}")
+                    document = self._document(row, script, place * rows + row, room, draw)
+                    if not self.servers.is_stopped:  # else the file may be another's by now
+                        tapes.add(document)
 
-        for _ in self.servers.together(tape, range(rows), REQUESTS * len(self.servers.urls)):
-            pass
-        documents = judged([document for row in range(rows) for document in tapes.of(row)])
+            threads = min(REQUESTS * len(self.servers.urls), MOST_REQUESTS)
+            try:
+                for _ in self.servers.together(tape, range(rows), threads):
+                    if watch is not None:
+                        watch(tapes.done, rows * size)
+            except ConnectionError as error:
+                kept = "nothing is kept without a folder" if file is None else "finished documents are kept"
+                raise ConnectionError(f"{error}; {kept}") from error
+            documents = judged([document for row in range(rows) for document in tapes.of(row)])
         shard = self.with_predictions(assembled(number, rows, documents, size, 0.0)[0])
-        return replace(shard, facts={**shard.facts, "seconds": round(time.perf_counter() - begun, 2)})
+        # What earlier starts took is not known: as if all had been written now, at this rate.
+        seconds = (time.perf_counter() - begun) * rows * size / max(rows * size - before, 1)
+        return replace(shard, facts={**shard.facts, "seconds": round(seconds, 2)})
 
     def _document(self, row: int, script: Script, place: int, room: int, draw: random.Random) -> Document:
         """Returns the shard's document `place`, of at most `room` tokens."""
@@ -229,20 +242,49 @@ def _log_probs(model: PreTrainedModel, ids: list[int], first: int) -> Tensor:
 class _Tapes:
     """The documents of a shard that are finished, in memory and in a file; added to from many threads."""
 
-    def __init__(self, file: Path | None, rows: int, size: int, watch: Progress | None) -> None:
-        """Reads what a file has already; a killed run may have left part of a line at its end."""
-        self._file, self._size, self._watch = file, size, watch
+    def __init__(self, file: Path | None, rows: int, size: int) -> None:
+        """Reads what a file has already, and holds it alone until the end of a `with` block.
+
+        A killed run may have left part of a line at its end.
+
+        Raises:
+            ValueError: another process writes there now.
+        """
+        self._size = size
         self._lock = threading.Lock()
         self._rows: list[list[Document]] = [[] for _ in range(rows)]
-        for line in file.read_text(encoding="utf-8").splitlines() if file is not None and file.is_file() else ():
+        self._lines: TextIO | None = None
+        if file is None:
+            return
+        self._lines = file.open("a+", encoding="utf-8")
+        if not is_locked_by_us(self._lines):
+            self._lines.close()
+            raise ValueError(f"another process writes text into {file.parent} now; wait for it, or give another folder")
+        self._lines.seek(0)
+        for line in self._lines:
             try:
                 document = Document(**json.loads(line))
             except (ValueError, TypeError):
                 continue
-            self._rows[document.tape].append(document)
-        self._done = sum(len(document.ids) for row in self._rows for document in row)
-        if self._done:
-            log.info("%d of %d tokens are there already", self._done, rows * size)
+            if len(document.ids) <= self.room(document.tape):
+                self._rows[document.tape].append(document)
+        if self.done:
+            log.info("%d of %d tokens are there already", self.done, rows * size)
+
+    def __enter__(self) -> _Tapes:
+        """Returns the tapes themselves."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the file."""
+        with self._lock:
+            if self._lines is not None:
+                self._lines.close()
+
+    @property
+    def done(self) -> int:
+        """Tokens of all finished documents."""
+        return sum(len(document.ids) for row in self._rows for document in row)
 
     def of(self, row: int) -> Sequence[Document]:
         """Returns the documents of a tape."""
@@ -255,14 +297,11 @@ class _Tapes:
     def add(self, document: Document) -> None:
         """Takes the next document of its tape."""
         with self._lock:
-            if self._file is not None:
-                with self._file.open("a", encoding="utf-8") as lines:
-                    # The end of a line first: a killed run may have left part of one.
-                    lines.write("\n" + json.dumps(asdict(document)))
+            if self._lines is not None:
+                # The end of a line first: a killed run may have left part of one.
+                self._lines.write("\n" + json.dumps(asdict(document)))
+                self._lines.flush()
             self._rows[document.tape].append(document)
-            self._done += len(document.ids)
-            if self._watch is not None:
-                self._watch(self._done, len(self._rows) * self._size)
 
 
 def _tapes_file(folder: Path, made_with: str, number: int, rows: int) -> Path:

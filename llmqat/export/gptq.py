@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 import llmqat
 from llmqat.export.description import FUSED, ModelDescription, describe
@@ -158,7 +159,9 @@ def _settings(model: nn.Module, linears: Mapping[str, StoredWeight], v2: bool) -
     left: dict[str, dict[str, Any]] = {
         name: {}
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or _is_linear(module)) and module is not head and name not in linears
+        if isinstance(module, (nn.Linear, Conv1D, QuantLinear, PackedLinear))
+        and module is not head
+        and name not in linears
     }
     dynamic = {f"+:^{re.escape(name)}$": scheme for name, scheme in _with_fused(differs).items()}
     dynamic |= {f"-:^{re.escape(name)}$": {} for name in _with_fused(left)}

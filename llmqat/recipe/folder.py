@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -38,7 +37,7 @@ from llmqat.data.shards import TEACHER_FOLDER
 from llmqat.data.teacher_cache import HEADER_FILE, CachePlace, read_header
 from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
 from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
-from llmqat.files import write_whole
+from llmqat.files import is_locked_by_us, write_whole
 from llmqat.recipe.allocation import PLAN_FILE
 from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, kept_top_k, master_dtype
 from llmqat.recipe.reading import load_recipe
@@ -194,7 +193,7 @@ def held_run_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK_FILE
     with lock.open("w") as file:
-        if not _locked(file):
+        if not is_locked_by_us(file):
             raise FileExistsError(
                 f"output={folder} is in use: another process runs a recipe there now; wait for it, or choose another "
                 "output=FOLDER"
@@ -213,19 +212,6 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and all(
         path.name.startswith(left) or (path.suffix == ".log" and path.is_file()) for path in folder.iterdir()
     )
-
-
-def _locked(file: IO[str]) -> bool:
-    """Returns whether `file` is locked now by this process; where the file system has no locks, it counts as locked."""
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return os.fstat(file.fileno()).st_nlink > 0  # else who had it has just ended and removed it
 
 
 def _write_recipe(recipe: Recipe, file: Path) -> None:

@@ -89,6 +89,10 @@ class Method:
     checkpointing: bool = False
     optimizer: float = 8.0
     """Bytes of the optimizer's state for one trained parameter."""
+    embedding: int = 0
+    """Trained weights of embeddings."""
+    wide_embedding: bool = False
+    """Whether the optimizer keeps 32 bits a number for embeddings, as the 8-bit ones of bitsandbytes do."""
     reuses: bool | None = None
     """Whether quantized weights are held through a step; None: where it has several micro-batches."""
 
@@ -195,7 +199,7 @@ def memory_of(size: ModelSize, method: Method, devices: Devices) -> Memory:
     gradients = 4.0 * method.trained / states
     if devices.kind == "ddp" and devices.processes > 1:
         gradients *= 2
-    optimizer = method.optimizer * method.trained / states
+    optimizer = method.optimizer * (method.trained + 3 * method.wide_embedding * method.embedding) / states
     teacher = _teacher_bytes(size, method)
     if method.shards_teacher:
         teacher = teacher / devices.processes + method.teacher * size.block + 2.0 * _outside(size)

@@ -152,7 +152,9 @@ class Plan:
             f"these three together, {NO_REUSE}": {**least, "teacher": 0.0},
             f"train.optim=adamw_bnb_8bit, with checkpointing, a micro-batch of one and {NO_REUSE}": {
                 **least,
-                "optimizer": min(training.optimizer, EIGHT_BIT_OPTIMIZER),
+                "optimizer": EIGHT_BIT_OPTIMIZER,
+                "wide_embedding": True,
+                "trained": training.trained if training.optimizer > EIGHT_BIT_OPTIMIZER else None,
             },
             f"lora={{r: {PROPOSED_RANK}}} calibrate=[ranges], its own teacher, with checkpointing and {NO_REUSE}": {
                 **least,
@@ -348,9 +350,16 @@ def method_of(recipe: Recipe, arguments: QATArguments, model: PreTrainedModel) -
         accumulation=arguments.gradient_accumulation_steps,
         checkpointing=bool(arguments.gradient_checkpointing),
         optimizer=optimizer_bytes(str(arguments.optim.value)),
+        embedding=_trained_embedding(model),
+        wide_embedding="8bit" in arguments.optim.value and "torch" not in arguments.optim.value,
         reuses=arguments.reuse_quantized_weights,
     )
     return method, trained
+
+
+def _trained_embedding(model: PreTrainedModel) -> int:
+    weights = {id(p): p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    return sum(weight.numel() for weight in weights.values() if weight.requires_grad)
 
 
 def _head_trains(model: PreTrainedModel) -> bool:

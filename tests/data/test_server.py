@@ -14,13 +14,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llmqat.data import quality, server_writer
+from llmqat.data import DataConfig, quality, server_writer
 from llmqat.data import server as server_module
 from llmqat.data.shards import WrittenFolder, write_shards
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.synthesis import synthesize
 from llmqat.data.teacher_cache import CachePlace, TeacherCache
 from llmqat.data.writer import Keeper
+from llmqat.files import is_locked_by_us
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 SIZE = 48
@@ -128,11 +129,11 @@ def started() -> Iterator[Callable[..., Server]]:
         one.server_close()
 
 
-def fill(folder: Path, *servers: Server, tokens: int = 400, top_k: int | None = None, **settings: Any) -> WrittenFolder:
+def fill(folder: Path, *servers: Server, tokens: int = 400, kept: int | None = None, **settings: Any) -> WrittenFolder:
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     urls = tuple(one.url for one in servers)
     config = SynthesisConfig(**{"block_size": SIZE, "batch_size": 6, "server": urls, **settings})
-    keeper = None if top_k is None else Keeper(model, tokenizer, CachePlace(folder / "teacher", top_k), apart=True)
+    keeper = None if kept is None else Keeper(model, tokenizer, CachePlace(folder / "teacher", kept), apart=True)
     return write_shards(model, tokenizer, tokens, folder, config, keeper=keeper)
 
 
@@ -164,11 +165,51 @@ def test_chats_have_the_template_s_words_between_turns(tmp_path: Path, started: 
     assert turned
     assert all("<user>" in text for text in turned)
     newline = tokenizer.encode("\n", add_special_tokens=False)[0]
-    users, answers = (
-        [body for body in server.asked if (newline in body["stop_token_ids"]) is is_user] for is_user in (True, False)
-    )
-    assert users
-    assert answers
+    written = [body for body in server.asked if body["stop_token_ids"]]  # without those that compare
+    assert {newline in body["stop_token_ids"] for body in written} == {True, False}  # users' turns and answers
+
+
+def test_tokens_are_drawn_as_the_recipe_says(tmp_path: Path, started: Callable[..., Server]):
+    server = started()
+    fill(tmp_path / "text", server, strategy="sampling", temperature=0.7, top_p=0.9, top_k=20, chat_share=0.0)
+    drawn = {(body["temperature"], body["top_p"], body["top_k"], body["ignore_eos"]) for body in server.asked}
+    assert drawn == {(0.7, 0.9, 20, True)}
+
+
+def test_two_processes_do_not_write_one_shard(tmp_path: Path, started: Callable[..., Server]):
+    dying = started()
+    dying.fails_after = 6
+    with pytest.raises(ConnectionError):
+        fill(tmp_path / "text", dying)
+    with next((tmp_path / "text").glob(".tapes-*")).open("a") as other:
+        assert is_locked_by_us(other)
+        with pytest.raises(ValueError, match="another process writes text into"):
+            fill(tmp_path / "text", started())
+
+
+def test_documents_that_do_not_fit_are_left_out(tmp_path: Path, started: Callable[..., Server]):
+    """As two processes may have left them."""
+    dying = started()
+    dying.fails_after = 6
+    with pytest.raises(ConnectionError):
+        fill(tmp_path / "text", dying)
+    tapes = next((tmp_path / "text").glob(".tapes-*"))
+    tapes.write_text(2 * tapes.read_text())
+    assert fill(tmp_path / "text", started()).blocks > 0
+
+
+def test_a_server_that_leaves_out_the_last_token_is_refused(tmp_path: Path, started: Callable[..., Server]):
+    server = started()
+    server.changed = lambda choice: {**choice, "finish_reason": "stop"}
+    with pytest.raises(ValueError, match="ended a text without saying by which token"):
+        fill(tmp_path / "text", server)
+
+
+def test_a_recipe_keeps_what_a_server_writes() -> None:
+    with pytest.raises(ValueError, match=r"data\.server needs data\.path=FOLDER"):
+        DataConfig(server="http://localhost:8000")
+    with pytest.raises(ValueError, match=r"data\.mix: server is no key of a source in a mix"):
+        DataConfig(mix=[{"source": "pydoc"}, {"server": "http://localhost:8000", "path": "written"}])
 
 
 def test_the_first_tokens_of_plain_documents_are_the_likeliest(tmp_path: Path, started: Callable[..., Server]):
@@ -180,7 +221,7 @@ def test_the_first_tokens_of_plain_documents_are_the_likeliest(tmp_path: Path, s
 
 
 def test_what_the_model_predicts_comes_from_the_server(tmp_path: Path, started: Callable[..., Server]):
-    written = fill(tmp_path / "text", started(), top_k=8)
+    written = fill(tmp_path / "text", started(), kept=8)
     cache = TeacherCache(tmp_path / "text" / "teacher")
     for shard in written.shards():
         assert cache.missing(shard.blocks) == []
@@ -241,9 +282,9 @@ def test_a_server_that_returns_fewer_tokens_is_asked_to_go_on(
 def test_servers_are_asked_what_is_not_known_of_finished_text(tmp_path: Path, started: Callable[..., Server]):
     server = started()
     fill(tmp_path / "text", server)
-    fill(tmp_path / "text", server, top_k=8)
+    fill(tmp_path / "text", server, kept=8)
     predictions = [body for body in server.asked if "prompt_logprobs" in body]
-    written = fill(tmp_path / "text", server, top_k=8)
+    written = fill(tmp_path / "text", server, kept=8)
     assert predictions == [body for body in server.asked if "prompt_logprobs" in body]
     cache = TeacherCache(tmp_path / "text" / "teacher")
     assert [cache.missing(shard.blocks) for shard in written.shards()] == [[]] * len(written.manifest.shards)
@@ -251,7 +292,7 @@ def test_servers_are_asked_what_is_not_known_of_finished_text(tmp_path: Path, st
 
 def test_an_error_does_not_wait_for_requests_under_way():
     servers = server_module.Servers(["http://127.0.0.1:9"])
-    under_way = threading.Event()
+    under_way = threading.Event()  # set at the end, so that no thread is left
 
     def work(place: int) -> None:
         if place:
@@ -287,7 +328,7 @@ def without(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "top_k", "message"),
+    ("changes", "kept", "message"),
     [
         ({"model": tiny_llama(seed=1)}, None, "does not predict what .* does: log-probabilities of its text differ by"),
         ({"context": 40}, None, r"takes 40 tokens, and 48 are needed; .*--max-model-len 48"),
@@ -299,14 +340,14 @@ def without(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     ],
 )
 def test_servers_that_will_not_do_are_refused(
-    changes: dict[str, Any], top_k: int | None, message: str, tmp_path: Path, started: Callable[..., Server]
+    changes: dict[str, Any], kept: int | None, message: str, tmp_path: Path, started: Callable[..., Server]
 ):
     server = started()
     for name, value in changes.items():
         setattr(server, name, value)
     server.models = changes.get("models", [{"id": "tiny", "max_model_len": server.context}])
     with pytest.raises(ValueError, match=message):
-        fill(tmp_path / "text", server, top_k=top_k)
+        fill(tmp_path / "text", server, kept=kept)
     assert len(server.asked) <= 2 * server_writer.COMPARED_TEXTS  # before anything is written
 
 

@@ -218,6 +218,7 @@ def test_gptq_writes_a_conv1d_in_its_own_layout(tmp_path: Path) -> None:
     expected = layer.quantized_weight(torch.bfloat16)
     assert expected.shape == layer.weight.shape == (model.config.n_embd, 3 * model.config.n_embd)
     assert torch.equal(written["transformer.h.0.attn.c_attn.weight"], expected)
+    assert quantization_config(tmp_path / "gptq")["dynamic"][r"-:^transformer\.h\.0\.attn\.c_attn$"] == {}
 
 
 def test_gptq_names_layers_that_servers_run_as_one_where_they_are_alike(tmp_path: Path) -> None:
