@@ -20,13 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmqat.models import head_weight, logit_transform, uploaded
+from llmqat.models import capture_hidden, head_weight, logit_transform, model_device, uploaded
 
 LogitTransform = Callable[[Tensor], Tensor]
 """What a model does to its logits after the head (soft-capping, scaling); same shape in and out."""
 
 IGNORED_LABEL = -100
 _CACHED_ROWS = 16
+
+
+MOST_DIFFERENCE = 0.05
+"""Of logits that are computed from hidden states, relative to the model's own: rounding in bfloat16, and no more."""
+_IS_CHECKED = "_llmqat_logits_are_checked"
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,31 @@ def predictor_of(model: nn.Module) -> Predictor:
     """Returns the predictor of a causal language model, its head as the forward computes with it."""
     head, bias = head_weight(model)
     return Predictor(head, bias, logit_transform(getattr(model, "config", None)))
+
+
+@torch.no_grad()
+def check_predictor(model: nn.Module) -> None:
+    """Raises ValueError where `predictor_of` does not give the logits of `model` itself; tried once, on a few tokens.
+
+    Perplexity, KL and the loss of distillation would be those of another model.
+    """
+    if model.__dict__.get(_IS_CHECKED) or any(p.is_meta for p in model.parameters()):
+        return
+    training, ids = model.training, torch.arange(1, 5, device=model_device(model))[None]
+    model.eval()
+    try:
+        wanted = model(input_ids=ids, use_cache=False).logits[0].float()
+        with capture_hidden(model) as captured:
+            model(input_ids=ids, use_cache=False)
+            found = predictor_of(model).logits(captured.take()[0]).float()
+    finally:
+        model.train(training)
+    if found.shape != wanted.shape or not float((found - wanted).norm()) <= MOST_DIFFERENCE * float(wanted.norm()):
+        raise ValueError(
+            f"{type(model).__name__} computes its logits from the output head in a way that llmqat does not know, so "
+            "perplexity, KL and distillation would be wrong; `llmqat quantize --method rtn` needs none of them"
+        )
+    model.__dict__[_IS_CHECKED] = True
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from llmqat.data.blocks import Progress, Rows, rows_of
 from llmqat.files import write_whole
 from llmqat.kernels import WeightPages, weights_let_go
 from llmqat.layers.source import checksum
-from llmqat.metrics import Predictor, TopProbabilities, predictor_of, token_loss, top_probabilities
+from llmqat.metrics import Predictor, TopProbabilities, check_predictor, predictor_of, token_loss, top_probabilities
 from llmqat.models import capture_hidden, model_device, name_of, save_whole, vocabulary_size
 from llmqat.paths import user_path
 
@@ -403,6 +403,7 @@ def cache_teacher(
     with TeacherCacheWriter(folder, header) as writer, weights_let_go(model):
         rows = rows_of(blocks)
         wanted = {key: place for place, key in enumerate(_block_keys(rows)) if key not in writer}
+        check_predictor(model)
         predictor, training = predictor_of(model), model.training
         size = rows.stored.shape[1]
         done = (len(rows) - len(wanted)) * size

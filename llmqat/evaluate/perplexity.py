@@ -34,7 +34,7 @@ from torch.utils.data import Dataset, StackDataset
 from llmqat.data.blocks import Rows, sha256_of_rows
 from llmqat.data.length import check_length
 from llmqat.kernels import weights_let_go
-from llmqat.metrics import IGNORED_LABEL, Predictor, TokenScores, predictor_of, token_nll, token_scores
+from llmqat.metrics import IGNORED_LABEL, Predictor, TokenScores, check_predictor, predictor_of, token_nll, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device, uploaded
 
 Progress = Callable[[int, int], None]
@@ -329,6 +329,7 @@ def _predicting_states(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} evaluates nothing; choose at least 1")
     check_length(model, windows.read_length, "window")
+    check_predictor(model)
     device = model_device(model)
     done, total = 0, sum(windows.tokens_in(slice(None)))
     with weights_let_go(model), capture_hidden(model) as captured:

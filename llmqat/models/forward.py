@@ -219,12 +219,15 @@ def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
     """Returns what the model does to logits after its head (scaling, soft-capping), or None for nothing.
 
     Args:
-        config: a transformers model configuration (Cohere's `logit_scale`, Granite's `logits_scaling`, Gemma's
-            `final_logit_softcapping` and its names elsewhere).
+        config: a transformers model configuration (Cohere's `logit_scale`, Granite's `logits_scaling`, Falcon-H1's
+            `lm_head_multiplier`, Muse's `output_multiplier`, Gemma's `final_logit_softcapping` and its other names).
     """
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    factor = getattr(config, "logit_scale", None) or 1.0
+    names = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+    factor = next((getattr(config, name) for name in names if getattr(config, name, None)), 1.0)
     divisor = getattr(config, "logits_scaling", None) or 1.0
+    if getattr(config, "model_type", None) == "hyperclovax":  # the only one that multiplies by it
+        divisor = 1 / divisor
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     cap = next((getattr(config, name) for name in caps if getattr(config, name, None) is not None), None)
     if factor == 1.0 and divisor == 1.0 and cap is None:

@@ -305,7 +305,14 @@ def adapter_base(spec: str) -> str | None:
             f"model {spec!r}: {file} names no base model; write its id or folder as base_model_name_or_path"
         )
     beside = folder / base
-    return str(beside) if beside.is_dir() else base
+    base = str(beside) if beside.is_dir() else base
+    below = user_path(base, "model")
+    if (below / ADAPTER_CONFIG_FILE).is_file() and not (below / "config.json").is_file():
+        raise ValueError(
+            f"model {spec!r} is an adapter on the adapter {base!r}, and only one is merged at a time; merge that one "
+            f"first: llmqat.models.load_model({base!r})[0].save_pretrained(FOLDER), and name FOLDER in {file}"
+        )
+    return base
 
 
 def _package_path(spec: str) -> Path:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from llmqat.evaluate.perplexity import TokenWindows, evaluate, keep_reference, windows_from_blocks, windows_from_text
 from llmqat.layers import QuantConfig, prepare
 from llmqat.metrics import IGNORED_LABEL
-from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_qwen3, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_model, tiny_qwen2, tiny_qwen3, tiny_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog; " * 40
 
@@ -162,14 +162,24 @@ def test_a_kept_reference_serves_without_its_model_and_counts_itself() -> None:
     assert reference.evaluation == evaluate(model, windows, reference, batch_size=2)
 
 
-def test_soft_capped_logits_are_scored_as_the_model_gives_them() -> None:
-    model = tiny_llama()
-    model.config.final_logit_softcapping = 2.0
-    blocks = random_blocks()
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite", "cohere", "falcon_h1"])
+def test_logits_that_are_scaled_or_capped_are_scored_as_the_model_gives_them(model_type: str) -> None:
+    model, blocks = tiny_model(model_type), random_blocks()
+    changes = {"final_logit_softcapping": 2.0, "logits_scaling": 3.0, "logit_scale": 0.3, "lm_head_multiplier": 0.25}
+    for name, value in changes.items():
+        if hasattr(model.config, name):
+            setattr(model.config, name, value)
+    model = type(model)(model.config).eval()  # which may keep such a number
     with torch.no_grad():
-        logits = torch.tanh(model(input_ids=blocks).logits[:, :-1] / 2) * 2
-    expected = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+        expected = F.cross_entropy(model(input_ids=blocks).logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
     assert evaluate(model, blocks).nll == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_logits_that_are_made_in_an_unknown_way_are_refused() -> None:
+    model = tiny_llama()
+    model.lm_head.register_forward_hook(lambda module, args, output: 3 * output)
+    with pytest.raises(ValueError, match="computes its logits from the output head in a way that llmqat does not know"):
+        evaluate(model, random_blocks())
 
 
 def test_float32_masters_are_evaluated_as_their_checkpoint() -> None:
