@@ -162,13 +162,24 @@ class BlockwiseStage(WeightStage):
     """Of weights, norms and biases; where not given 1e-4, and for weights of 3 bits 2e-4, of 2 bits 5e-4. Not used for
     rounding, whose step follows from the iterations."""
     scale_learning_rate: float = Field(5e-3, ge=0)
-    """Of log-scales: a relative change of the scale per iteration."""
+    """Of log-scales: a relative change of the scale per iteration. Not used for rounding."""
     zero_point_learning_rate: float = Field(1e-2, ge=0)
-    """Of zero points of asymmetric schemes, in codes per iteration."""
+    """Of zero points of asymmetric schemes, in codes per iteration. Not used for rounding, which leaves them."""
     patience: int = Field(2, ge=1)
     """Checks without gain (there are four in a training) after which a block's training ends."""
     hidden_memory: float = Field(4.0, ge=0)
     """Gigabytes of hidden states kept in memory; above that they lie in temporary files."""
+
+    @model_validator(mode="after")
+    def _refuse_rates_of_rounding(self) -> BlockwiseStage:
+        names = ("learning_rate", "scale_learning_rate", "zero_point_learning_rate")
+        given = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        if self.trains == "rounding" and given:
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])} means nothing with trains=rounding, whose step follows from "
+                "iterations; leave it out, or give trains=weights"
+            )
+        return self
 
 
 class AllocationConfig(Config):

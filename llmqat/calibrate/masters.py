@@ -69,6 +69,10 @@ class Originals:
         if is_safe and all(map(WeightPages(model).hold, tensors.values())):
             held = model.__dict__[_HELD] = cls(tensors)
             return held
+        places: set[int] = set()
+        for name, tensor in tensors.items():  # blocks that share weights are in a file once each
+            tensors[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+            places.add(tensor.data_ptr())
         save_whole(path, tensors)
         return cls(path)
 

@@ -8,17 +8,28 @@ from transformers import PreTrainedModel
 
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.kernels import weights_let_go
-from llmqat.metrics import Predictor, predictor_of, token_scores
+from llmqat.metrics import Predictor, check_predictor, predictor_of, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device
 
 
 class Probe:
     """The full-precision model's final hidden states on a little text, to measure divergence from."""
 
-    def __init__(self, model: PreTrainedModel, blocks: Tensor | Rows, dtype: torch.dtype) -> None:
-        """Runs `model`, full precision, over token blocks, computing in `dtype`."""
+    def __init__(
+        self, model: PreTrainedModel, blocks: Tensor | Rows, dtype: torch.dtype, *, copy_head: bool = False
+    ) -> None:
+        """Runs `model`, full precision, over token blocks, computing in `dtype`.
+
+        Args:
+            model: in full precision.
+            blocks: a few.
+            dtype: of the forward pass.
+            copy_head: whether stages may write to the output head, as rotation does.
+        """
+        check_predictor(model)
         self.rows, self.dtype = rows_of(blocks), dtype
-        self.hidden, self.predictor = self._forward(model)
+        self.hidden, found = self._forward(model)
+        self.predictor = Predictor(found.head.clone(), found.bias, found.transform) if copy_head else found
 
     def divergence(self, model: PreTrainedModel) -> float:
         """Returns KL(full precision || model) a token on the probe, nats."""

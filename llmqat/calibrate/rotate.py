@@ -168,9 +168,32 @@ def _stream(model: nn.Module, size: int) -> _Stream:
         for view in _output_last(entry)
         if view.shape[-1] == size
     ]
+    _check_towers(model, readers, size)
     if not norms or not writers:
         raise ValueError(f"calibrate.rotate: no residual stream was found in {kind}; leave out calibrate.rotate")
     return _Stream(tuple(norms.values()), tuple(writers))
+
+
+def _check_towers(model: nn.Module, readers: set[str], size: int) -> None:
+    """Raises ValueError where it is not clear which layers for pictures or sound write to the residual stream.
+
+    Text does not reach them, so `unchanged_logits` sees nothing of them.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or config.get_text_config(decoder=True) is config:
+        return
+    text = {id(p) for p in model.get_decoder().parameters()}  # type: ignore[operator]
+    found = [
+        name
+        for name, entry in linear_maps(model).items()
+        if name not in readers and id(entry.weight) not in text and _output_last(entry)[0].shape[-1] == size
+        if entry.owner is not model.get_output_embeddings()  # type: ignore[operator]
+    ]
+    if len(found) > 1:
+        raise ValueError(
+            f"calibrate.rotate: {', '.join(found[:3])} of {model_kind(model)} are as wide as the residual stream, and "
+            "text does not reach them, so which of them write to it is not known; leave out calibrate.rotate"
+        )
 
 
 def _reads(entry: LinearMap) -> bool:

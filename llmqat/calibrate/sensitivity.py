@@ -29,6 +29,7 @@ from llmqat.calibrate.forward import Wrap, check_seen
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.grid import fake_quantize, keep_lattice, search_scale
 from llmqat.layers import Override, QuantConfig, QuantModule, WeightConfig, prepare, quantizers_off
+from llmqat.layers.prepare import overridden
 from llmqat.metrics import Predictor, predictor_of
 from llmqat.models import capture_hidden, cast_parameters, model_device
 
@@ -125,11 +126,14 @@ def measure_sensitivity(
     if len(ids) == 0:
         raise ValueError("sensitivity got no token block; give it at least one")
     check_choices(quant, choices)
+    own = overridden(model, quant)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    ends_named = {name for name, module in model.named_modules() if any(module is end for end in ends)}
     prepare(model, quant)
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantModule) and module.weights == quant.weights
+        if isinstance(module, QuantModule) and module.weights == quant.weights and name not in own | ends_named
     }
     if not layers:
         raise ValueError("no layer has the scheme of quant.weights, so there is none to choose bits for")

@@ -61,12 +61,14 @@ def smooth(model: nn.Module, blocks: Tensor | Rows, alpha: float = 0.5, batch_si
         reach[name] = torch.maximum(reach[name], top) if name in reach else top
 
     observe_inputs(model, first, record, blocks, batch_size, wrap)
-    check_seen({name: name in reach for name in first})
+    if not reach:
+        check_seen(dict.fromkeys(first, False))
     check_finite({name: bool(torch.isfinite(top).all()) for name, top in reach.items()})
     with unchanged_logits(model, "smoothing"):
         for number, fold in enumerate(folds):
-            _apply(fold, reach[str(number)], alpha)
-    return len(folds)
+            if str(number) in reach:  # not of a tower for pictures, or an expert, that the text does not reach
+                _apply(fold, reach[str(number)], alpha)
+    return len(reach)
 
 
 def check_smoothing(model: nn.Module) -> None:

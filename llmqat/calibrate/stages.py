@@ -59,9 +59,10 @@ from llmqat.calibrate.ranges import calibrate_ranges
 from llmqat.calibrate.rotate import check_rotation, rotate
 from llmqat.calibrate.smooth import check_smoothing, smooth
 from llmqat.calibrate.walk import Walk, open_walk
-from llmqat.data.blocks import Rows, rows_of
+from llmqat.data.blocks import Rows, rows_of, sha256_of_rows
 from llmqat.data.length import check_length
 from llmqat.data.processes import ALONE, Processes
+from llmqat.data.teacher_cache import model_fingerprint
 from llmqat.files import write_whole
 from llmqat.grid import fusing
 from llmqat.heap import give_back_freed_memory, large_tensors_given_back
@@ -89,6 +90,7 @@ PROBE_BLOCKS = 4
 REPORT_FILE = "report.json"
 STATE_FILE = "state.safetensors"
 ORIGINALS_FILE = "originals.safetensors"
+MADE_WITH_FILE = "made-with.json"
 
 Bars = Callable[[str, str], Callable[[Iterable[Any]], Bar]]
 """(what, unit) -> a wrapper of an iterable in a bar, which shows how far it is."""
@@ -251,6 +253,8 @@ def calibrate(
             folder = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="llmqat-", ignore_cleanup_errors=True))
             )
+        else:
+            _check_made_with(model, quant, ids, seed, dtype, folder, processes)
         folder.mkdir(parents=True, exist_ok=True)
         stack.callback(model.train, model.training)
         model.eval()
@@ -265,6 +269,41 @@ def calibrate(
             reports.append(run.do(number, stage))
         run.prepare()
     return reports
+
+
+def _check_made_with(
+    model: PreTrainedModel,
+    quant: QuantConfig,
+    ids: Tensor | Rows | None,
+    seed: int,
+    dtype: torch.dtype,
+    folder: Path,
+    processes: Processes,
+) -> None:
+    """Writes into `folder` what its work is made of, or compares it with what it was begun with.
+
+    Raises:
+        ValueError: it was begun with another model, scheme or text, or in another dtype or with another seed.
+    """
+    now = {
+        "model": model_fingerprint(model),
+        "scheme": quant.model_dump(mode="json"),
+        "text": None if ids is None else sha256_of_rows(rows_of(ids)),
+        "seed": seed,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    file, differing = folder / MADE_WITH_FILE, []
+    if processes.is_first:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+        differing = [name for name, value in now.items() if before.get(name) != value]
+        if not differing:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(now, indent=1) + "\n")
+    if differing := processes.agreed(differing):
+        raise ValueError(
+            f"{folder} holds a calibration that was begun with another {', '.join(differing)}; give the same again, "
+            "another folder, or delete that one"
+        )
 
 
 class _Calibration:
@@ -285,7 +324,8 @@ class _Calibration:
         self.model, self.quant, self.stages, self.ids, self.seed = model, quant, stages, ids, seed
         self.folder, self.dtype, self.bar, self.processes = folder, dtype, bar, processes
         self.bits: int | None = None
-        self.probe = None if ids is None else Probe(model, ids[:PROBE_BLOCKS], dtype)
+        writes = any(isinstance(stage, (RotateStage, CustomStage)) for stage in stages)
+        self.probe = None if ids is None else Probe(model, ids[:PROBE_BLOCKS], dtype, copy_head=writes)
 
     @property
     def is_prepared(self) -> bool:
@@ -298,7 +338,10 @@ class _Calibration:
         prepare(self.model, self.quant)
         if has_blocks(self.model):
             own = any(isinstance(stage, CustomStage) for stage in self.stages)  # which may write to any weight
-            Originals.set_aside(self.model, self.folder / ORIGINALS_FILE, self.dtype, hold=not own)
+            for turn in (True, False):  # the first process writes the file that the others read
+                if self.processes.is_first is turn:
+                    Originals.set_aside(self.model, self.folder / ORIGINALS_FILE, self.dtype, hold=not own)
+                self.processes.agreed(None)
 
     def text(self, stage: TextStage) -> Tensor | Rows:
         """Returns the token blocks that `stage` looks at."""

@@ -472,6 +472,17 @@ def _scheme(model: nn.Module, name: str, entry: LinearMap, config: QuantConfig) 
     return None, "no quant.targets entry matches it"
 
 
+def overridden(model: nn.Module, config: QuantConfig) -> set[str]:
+    """Returns the linear maps of a model, not prepared yet, that an entry of `config.overrides` is for."""
+    return {
+        name
+        for name, entry in linear_maps(model).items()
+        for pattern, override in config.overrides.items()
+        if matches(pattern, name, entry.kinds)
+        and (override is None or _in_layers(override.layers, block_index(model, name)))
+    }
+
+
 def _in_layers(layers: tuple[int, ...] | None, place: tuple[int, int] | None) -> bool:
     if layers is None:
         return True

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from llmqat import QuantConfig, prepare
 from llmqat.calibrate import calibrate_activations, calibrate_ranges, rotate, smooth
@@ -205,3 +211,12 @@ def test_a_reader_without_a_weight_is_named() -> None:
     model = tiny_model("mamba", state_size=16, time_step_rank=16)
     with pytest.raises(ValueError, match=r"backbone\.layers\.0\.mixer of mamba reads backbone\.layers\.0\.norm with"):
         rotate(model)
+
+
+def test_rotation_refuses_what_text_does_not_show() -> None:
+    """Both layers of LLaVA's projector are as wide as the residual stream, and one of them writes to it."""
+    text = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=384)
+    vision = CLIPVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=3))
+    with pytest.raises(ValueError, match=r"linear_1, .*linear_2 of llava are as wide as the residual stream"):
+        rotate(model.eval())

@@ -152,3 +152,15 @@ def test_what_a_plan_changes() -> None:
     assert set(changed.overrides) == {"b", "c"}
     assert changed.overrides["b"].weights.num_bits == 3
     assert changed.overrides["b"].weights.group_size == 64
+
+
+PINNED = {"num_bits": 8, "strategy": "channel", "group_size": None}
+
+
+def test_layers_of_an_override_and_the_ends_keep_what_they_have() -> None:
+    quant = QuantConfig.preset("int8", embeddings="int8", overrides={"re:.*o_proj": PINNED})
+    ids = torch.randint(384, (2, 16))
+    found = measure_sensitivity(tiny_llama(tied=False), quant, (4, 8), ids, dtype=torch.float32)
+    names = {layer.name for layer in found}
+    assert "model.layers.0.self_attn.q_proj" in names
+    assert not any(name.endswith(("o_proj", "embed_tokens", "lm_head")) for name in names)

@@ -112,6 +112,25 @@ def test_an_interrupted_calibration_goes_on_to_the_very_same_model(
     assert not list(tmp_path.rglob("*.tmp")) + list(tmp_path.rglob(".*"))
 
 
+@pytest.mark.parametrize(("changed", "what"), [("model", "model"), ("scheme", "scheme"), ("text", "text")])
+def test_a_folder_of_another_calibration_is_refused(changed: str, what: str, tmp_path: Path) -> None:
+    calibrate(tiny_llama(), INT3, stages("ranges"), text(), folder=tmp_path)
+    model = tiny_llama(seed=5) if changed == "model" else tiny_llama()
+    scheme = QuantConfig.preset("int2", group_size=32) if changed == "scheme" else INT3
+    other = text().flip(0) if changed == "text" else text()
+    with pytest.raises(ValueError, match=f"was begun with another {what}; give the same again"):
+        calibrate(model, scheme, stages("ranges"), other, folder=tmp_path)
+    calibrate(tiny_llama(), INT3, stages("ranges"), text(), folder=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_stages_report_does_not_depend_on_the_rotation_s_dtype(dtype: torch.dtype) -> None:
+    """The head that predictions are compared by is the original one, which rotation writes to."""
+    quant = QuantConfig.preset("int8")
+    reports = calibrate(tiny_llama(tied=False), quant, stages("rotate", "ranges"), text(), dtype=dtype)
+    assert all(report.kl_after < 0.01 for report in reports)
+
+
 def test_a_damaged_block_is_named(tmp_path: Path) -> None:
     wanted = stages({"stage": "ranges", "blocks": 4}, {"stage": "gptq", "blocks": 4}, {**BLOCKWISE, "iterations": 2})
     calibrate(tiny_llama(), INT3, wanted, text(), folder=tmp_path)
