@@ -149,6 +149,14 @@ def test_override_that_is_none_is_refused(override: str):
         apply_override({}, override)
 
 
+def test_an_override_that_begins_a_comment_is_refused():
+    with pytest.raises(ValueError, match=r"' #' begins a comment in YAML, .*; put the value in quotes"):
+        apply_override({}, "output=runs/try #2")
+    values: dict[str, Any] = {}
+    apply_override(values, 'output="runs/try #2"')
+    assert values == {"output": "runs/try #2"}
+
+
 @pytest.mark.parametrize("key", ["gptq", "2", "ranges"])
 def test_an_override_of_no_one_stage_is_refused(key: str):
     with pytest.raises(ValueError, match=rf"calibrate\.{key} means .* of the stages \['ranges', 'ranges'\]"):

@@ -250,7 +250,8 @@ def lockstep_obstacle(model: PreTrainedModel, length: int) -> str | None:
     window = getattr(config, "sliding_window", None)
     if kinds - {"full_attention", "sliding_attention"}:
         return f"it has layers of kind {', '.join(sorted(kinds))}"
-    if window is not None and window < length and (getattr(config, "layer_types", None) is None or len(kinds) > 1):
+    slides = getattr(config, "layer_types", None) is None or "sliding_attention" in kinds
+    if window is not None and window < length and slides:
         return f"its attention window of {window} tokens is shorter than {length}"
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(2 * _TRIAL_TOKENS, device=model.device) * 7919 % vocabulary).view(2, _TRIAL_TOKENS)

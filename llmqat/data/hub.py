@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,14 @@ from llmqat.metrics import IGNORED_LABEL
 
 BUILDERS = {**ROW_BUILDERS, ".txt": "text"}
 """File suffixes that can be read, and the `datasets` builder for each."""
+log = logging.getLogger(__name__)
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> words in names of files that say so (those of the `datasets` library)."""
 MANIFEST_FILE = "llmqat.json"
 """Lies beside shards of text that a model has written, and is no data."""
 
@@ -193,7 +202,7 @@ def open_local(path: Path, split: str, streaming: bool = False) -> Any:
             loaded = datasets.load_from_disk(str(path))
         rows = _choose_split(loaded, split, path)
         return rows.to_iterable_dataset() if streaming else _with_rows(rows, path)
-    files = _data_files(path)
+    files = _of_split(_data_files(path), path, split)
     builder = BUILDERS[suffix_of(files[0])]
     options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
     if suffix_of(files[0]) == ".tsv":
@@ -276,6 +285,39 @@ def _data_files(path: Path) -> list[Path]:
     if len({BUILDERS[kind] for kind in kinds}) > 1:
         raise ValueError(f"the folder {path} mixes {' and '.join(kinds)} files; give the path of one of them")
     return files
+
+
+def _of_split(files: list[Path], path: Path, split: str) -> list[Path]:
+    """Returns those of a folder's files that are of a split, where files are named after splits, as `datasets` does.
+
+    Raises:
+        ValueError: there are such names, and none is of this split; or another than train is asked of files without.
+    """
+    if path.is_file():
+        return files
+    named = {file: _split_in(file.relative_to(path)) for file in files}
+    known = sorted({found for found in named.values() if found})
+    chosen = [file for file, found in named.items() if found == split]
+    if chosen:
+        left = len(files) - len(chosen)
+        if left:
+            log.info("%s: %d files of the split %s are read, %d others are not", path, len(chosen), split, left)
+        return chosen
+    if known or split != "train":
+        raise ValueError(
+            f"data.split={split!r}: no file in {path} is named after it; "
+            + (f"there are {', '.join(known)}" if known else "none is named after a split, so leave data.split out")
+            + ", or give the path of a file"
+        )
+    return files
+
+
+def _split_in(file: Path) -> str | None:
+    """Returns the split that a relative path is named after, or None: train.jsonl, data/valid-00001.parquet."""
+    for split, words in SPLIT_WORDS.items():
+        if re.search(rf"(?:^|[-._ 0-9/])(?:{'|'.join(words)})(?:[-._ 0-9/]|$)", file.as_posix().lower()):
+            return split
+    return None
 
 
 def _choose_split(loaded: Any, split: str, path: Path) -> Any:

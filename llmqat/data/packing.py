@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +35,8 @@ from llmqat.data.blocks import CHUNK, PARTS, Progress, Rows, TokenBlocks, read_b
 from llmqat.data.config import DataConfig
 from llmqat.data.documents import DocumentSource, Encoded, encoded
 from llmqat.files import folder_in_progress
+
+log = logging.getLogger(__name__)
 
 TRAIN, CALIBRATION, VALIDATION = "train", "calibration", "validation"
 Filling = Literal["joined", "whole", "alone"]
@@ -173,6 +176,12 @@ def shares_as_arguments(config: DataConfig) -> dict[str, float]:
 
 def _check_length(packer: BlockWriter, source: DocumentSource, config: DataConfig, name: str) -> None:
     if packer.blocks:
+        wanted = config.wanted_blocks
+        if name == TRAIN and wanted is not None and packer.blocks < wanted:
+            log.warning(
+                "%s: data.tokens=%s asks for %d blocks of %d tokens, and the text has %d",
+                *(source.name, config.tokens, wanted, config.block_size, packer.blocks),
+            )
         return
     if packer.tokens and packer.filling != "joined":
         raise ValueError(f"{source.name}: no token of its {name} split is a label; is there an answer in the data?")

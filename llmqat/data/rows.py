@@ -216,6 +216,12 @@ def _answer_row(row: Row, reader: RowReader, where: str) -> Iterator[Piece]:
             )
         yield Piece(Completion(prompt, answer), document_hash(chat_content([{"prompt": prompt, "answer": answer}])))
         return
+    for name, value in (("prompt", prompt), (reader.column, answer)):
+        if value is not None and not isinstance(value, (str, list, tuple, dict)):
+            raise ValueError(
+                f"{where}: `{name}` is {value!r}, a {type(value).__name__}, and text or messages are needed; write it "
+                "as text"
+            )
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
     answer = list(answer or ())
     if answer[: len(before)] == before:  # the answer holds the prompt

@@ -69,7 +69,9 @@ def is_rows(path: Path) -> bool:
         return True
     files = sorted(file for file in path.rglob("*") if file.is_file())
     rows = [file for file in files if suffix_of(file) in ROW_BUILDERS]
-    if not any(file.suffix in SUFFIXES for file in files) or any(file.name.startswith("shard-") for file in rows):
+    if not any(file.suffix.lower() in SUFFIXES for file in files) or any(
+        file.name.startswith("shard-") for file in rows
+    ):
         return bool(rows)  # beside shards of text that a model has written lies a README.md
     if rows:
         others = "" if len(rows) == 1 else f" and {len(rows) - 1} more"
@@ -118,7 +120,7 @@ def text_files(path: Path) -> list[Path]:
         )
     if is_rows(path):
         raise ValueError(f"{path} holds rows and no prose; give it as data.source=dataset data.path={path}")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"the folder {path} holds no {' or '.join(SUFFIXES)} file")
     for file in files:

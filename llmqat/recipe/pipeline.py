@@ -301,9 +301,11 @@ def _register(recipe: Recipe, result: RunResult, stage: Stages) -> None:
 def _taught_by(
     recipe: Recipe, model: PreTrainedModel | PeftModel, cache: TeacherCache | None, arguments: QATArguments
 ) -> PreTrainedModel | TeacherCache | None:
-    """Returns what `model` learns from; None for itself with quantizers and adapters off."""
+    """Returns what `model` learns from; None for nobody, or for itself with quantizers and adapters off."""
     if cache is not None:
         return cache
+    if arguments.kl_weight == 0:
+        return None
     if recipe.teacher_bits is not None:
         return load_with_few_bits(recipe.source, recipe.teacher_bits)
     if recipe.lora is not None and is_own_teacher(model):

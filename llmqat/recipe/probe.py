@@ -148,6 +148,8 @@ def _random_cache(rows: Rows, student: Any, top_k: int, folder: Path) -> Teacher
 
 
 def _teacher(recipe: Recipe, student: Any) -> PreTrainedModel | None:
+    if training_arguments(recipe).kl_weight == 0:
+        return None
     if recipe.teacher_bits is not None:
         return load_with_few_bits(recipe.source, recipe.teacher_bits)
     return None if recipe.lora is not None and is_own_teacher(student) else load_model(recipe.source, torch.bfloat16)[0]

@@ -241,6 +241,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, (dict, list)):
             raise ValueError(f"{override!r}: {inside} is {inner!r}, which has no key {last!r}")
         section = inner
+    if re.search(r"(?:^|\s)#", re.sub(r"'[^']*'|\"[^\"]*\"", "", text)):
+        raise ValueError(
+            f"{override!r}: ' #' begins a comment in YAML, so the rest would be left out; put the value in quotes: "
+            f"'{key}=\"{text}\"'"
+        )
     value = parse_yaml(text, f"the value of {key}")
     if isinstance(section, list):
         section[section.index(_entry(section, last, key))] = value

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from llmqat.data import decode
-from llmqat.data.decode import LockstepDecoder, StockDecoder, lockstep_attention_in, open_decoder
+from llmqat.data.decode import LockstepDecoder, StockDecoder, lockstep_attention_in, lockstep_obstacle, open_decoder
 from llmqat.layers import QuantConfig, prepare
-from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_qwen3
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_model, tiny_qwen2, tiny_qwen3
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama with grouped queries": tiny_llama,
@@ -132,6 +132,12 @@ def test_other_attention_falls_back_and_says_why(
     with caplog.at_level(logging.WARNING), open_decoder(model().eval(), 16) as decoder:
         assert isinstance(decoder, StockDecoder)
     assert reason in caplog.text
+
+
+def test_layers_that_all_slide_are_an_obstacle():
+    model = tiny_model("qwen3", layer_types=["sliding_attention"] * 2, sliding_window=8, use_sliding_window=True)
+    assert "window of 8 tokens is shorter than 24" in str(lockstep_obstacle(model, 24))
+    assert lockstep_obstacle(model, 8) is None
 
 
 def test_a_long_enough_window_is_no_obstacle():

@@ -133,6 +133,20 @@ class TestDataset:
         given = load(source="dataset", path=rows_file, column="body", block_size=16)
         assert load(source="dataset", path=path, column="body", block_size=16).sha256 == given.sha256
 
+    def test_files_that_are_named_after_splits(self, tmp_path: Path):
+        for name in ("train", "validation-00001", "data/test"):
+            file = tmp_path / f"{name}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("".join(json.dumps({"text": f"{name} {n} words in a row"}) + "\n" for n in range(9)))
+        texts = {}
+        for split in (None, "validation", "test"):
+            blocks = load(source="dataset", path=tmp_path, split=split, block_size=16)
+            texts[split] = tiny_tokenizer().decode(blocks.ids[0])
+        assert [text.split()[0] for text in texts.values()] == ["train", "validation-00001", "data/test"]
+        (tmp_path / "train.jsonl").unlink()
+        with pytest.raises(ValueError, match=r"data.split='train': no file in .* there are test, validation"):
+            load(source="dataset", path=tmp_path, block_size=16)
+
     def test_saved_to_disk_with_splits(self, tmp_path: Path):
         rows = datasets.Dataset.from_list([{"text": row["body"]} for row in ROWS])
         datasets.DatasetDict({"train": rows, "valid": rows}).save_to_disk(tmp_path / "saved")
