@@ -424,6 +424,17 @@ def compare(
     return Comparison(rows, environment(), settings or {}, fine_tuned)
 
 
+def _timed(candidate: Candidate) -> tuple[nn.Module, Costs | None]:
+    """Returns the model and what loading and decoding take; None for a model that does not decode as others do."""
+    try:
+        return measure_costs(candidate.load, from_files=candidate.from_files)
+    except (AttributeError, IndexError, TypeError) as error:
+        log.warning(
+            "speed and memory of %s are not measured, as it decodes in a way of its own: %s", candidate.name, error
+        )
+    return candidate.load(), None
+
+
 def _measured(
     candidate: Candidate,
     texts: Mapping[str, TokenWindows],
@@ -436,7 +447,7 @@ def _measured(
 ) -> Row:
     """Loads one model and returns what is measured of it; the full-precision one also fills `references`."""
     begun = time.perf_counter()
-    model, costs = measure_costs(candidate.load, from_files=candidate.from_files) if speed else (candidate.load(), None)
+    model, costs = _timed(candidate) if speed else (candidate.load(), None)
     start = time.perf_counter()
     evaluations = _evaluations(model, candidate, texts, references, batch_size, progress)
     row = Row(

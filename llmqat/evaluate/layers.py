@@ -19,7 +19,7 @@ from llmqat.calibrate import LayerReport
 from llmqat.extras import check_installed
 from llmqat.files import file_in_progress, write_whole
 from llmqat.layers import PackedModule, QuantModule
-from llmqat.models import adapter_base, resolve_spec, weight_files
+from llmqat.models import adapter_base, quantized_by, read_config, resolve_spec, weight_files
 from llmqat.terminal import Column, FittedTable
 
 BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
@@ -82,6 +82,8 @@ def weight_errors(model: nn.Module, original: str) -> dict[str, float]:
     if adapter_base(original) is not None:
         return {}
     source = resolve_spec(original)
+    if quantized_by(read_config(source, original)) is not None:  # whose codes are no weights
+        return {}
     try:
         folder = source if isinstance(source, Path) else Path(snapshot_download(source, local_files_only=True))
         shards = weight_files(folder)
@@ -110,7 +112,8 @@ def _matrix_of(model: nn.Module, key: str) -> torch.Tensor | None:
     if leaf != "weight" or not BLOCK_NUMBER.search(key):
         return None
     if isinstance(module, PackedModule):
-        return module.dequantized_weight(torch.float32)
+        matrix: torch.Tensor = module.dequantized_weight(torch.float32)
+        return matrix.mT if getattr(module, "transposed", False) else matrix
     if isinstance(module, QuantModule):
         return module.quantized_weight(torch.float32)
     weight = getattr(module, "weight", None)

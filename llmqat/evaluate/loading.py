@@ -213,7 +213,10 @@ def _nearest_scheme(found: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the preset and group size of a `quantization_config` of integers; nothing of any other."""
     if found.get("quant_method") in ("gptq", "awq"):
         return _preset(found.get("bits", 4), group_size=found.get("group_size"))
-    group = next(iter((found.get("config_groups") or {}).values()), None) or {}
+    groups = (found.get("config_groups") or {}).values()
+    # Of the layers, not of the embedding or the output head: the group for a class, or else with the most names.
+    sizes = ((("Linear" in one.get("targets", ()), len(one.get("targets", ()))), one) for one in groups)
+    group: Mapping[str, Any] = max(sizes, key=lambda pair: pair[0], default=((), {}))[1]
     weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
     if weights.get("type") == "float":
         return {} if found.get("kv_cache_scheme") else _floats(weights, inputs)

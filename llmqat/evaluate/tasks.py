@@ -176,11 +176,20 @@ def average(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 
 def _summary(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    metrics = [name for name in ordered[0]["metrics"] if isinstance(ordered[0].get(name), (int, float))]
-    values = {name: [float(sample[name]) for sample in ordered] for name in metrics}
+    """Returns figures of a task and what each question scored; where answers are filtered, those of each filter."""
+    filters = [*dict.fromkeys(str(sample.get("filter", "none")) for sample in samples)]
+    values: dict[str, list[float]] = {}
+    count = 0
+    for one in filters:
+        own = [sample for sample in samples if str(sample.get("filter", "none")) == one]
+        ordered = sorted(own, key=lambda sample: int(sample["doc_id"]))
+        count = len(ordered)
+        for name in ordered[0]["metrics"]:
+            if isinstance(ordered[0].get(name), (int, float)):
+                key = name if len(filters) == 1 else f"{name},{one}"
+                values[key] = [float(sample[name]) for sample in ordered]
     means = {name: sum(entries) / len(entries) for name, entries in values.items()}
-    return {"questions": len(ordered), **means, "samples": values}
+    return {"questions": count, **means, "samples": values}
 
 
 def _check_questions(file: Path) -> None:

@@ -103,7 +103,9 @@ def write_gptq(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     for name, weight in weights.items():
         if name not in linears:
             matrix = weight.dequantized(dtype)
-            parts["dequantized"][f"{name}.weight"] = matrix.mT.contiguous() if weight.layer.transposed else matrix
+            parts["dequantized"][f"{name}.weight"] = (
+                matrix.mT.contiguous() if getattr(weight.layer, "transposed", False) else matrix
+            )
     parts["other"] = others
     with folder_in_progress(folder) as temporary:
         _write_config(model, temporary, _settings(model, linears, v2))

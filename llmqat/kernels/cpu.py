@@ -78,7 +78,7 @@ class CpuInt4Kernel:
             weight.read()
         blob, scales_and_zeros = weight.layouts[self.name]
         group_size = weight.in_features // scales_and_zeros.shape[0]
-        rows = x.reshape(-1, weight.in_features)
+        rows = x.reshape(-1, weight.in_features).contiguous()
         out = _INT4_PRODUCT(rows, blob, group_size, scales_and_zeros)
         out = out.view(*x.shape[:-1], -1)
         return out if bias is None else out + bias

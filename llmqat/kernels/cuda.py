@@ -44,7 +44,7 @@ class CudaInt4Kernel:
         if self.name not in weight.layouts:
             weight.layouts[self.name] = int4_layout(weight, group_size)
         blob, scales_and_zeros = weight.layouts[self.name]
-        rows = x.reshape(-1, weight.in_features)
+        rows = x.reshape(-1, weight.in_features).contiguous()
         out = torch.ops.aten._weight_int4pack_mm(rows, blob, group_size, scales_and_zeros)
         out = out.view(*x.shape[:-1], -1)
         return out if bias is None else out + bias

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmqat.evaluate.tasks import TaskSettings, average, opened_tasks, write_task_folder
+from llmqat.evaluate.tasks import TaskSettings, _summary, average, opened_tasks, write_task_folder
 from llmqat.layers import PackedLinear, QuantConfig, convert, prepare
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -136,3 +136,15 @@ def test_what_lm_eval_cannot_read_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(ValueError, match="task things cannot be read"), opened_tasks(TaskSettings(folder=folder)):
         pass
+
+
+def test_each_filter_of_answers_has_its_figures() -> None:
+    samples = [
+        {"doc_id": doc, "filter": name, "metrics": ["exact_match"], "exact_match": float(name == "flexible-extract")}
+        for doc in range(2)
+        for name in ("strict-match", "flexible-extract")
+    ]
+    found = _summary(samples)
+    assert found["questions"] == 2
+    assert (found["exact_match,strict-match"], found["exact_match,flexible-extract"]) == (0.0, 1.0)
+    assert found["samples"]["exact_match,flexible-extract"] == [1.0, 1.0]

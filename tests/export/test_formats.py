@@ -204,6 +204,14 @@ def test_gptq_names_layers_that_differ_and_keeps_an_embedding_s_numbers(tmp_path
     assert torch.equal(kept, model.model.embed_tokens.quantized_weight(torch.bfloat16))
 
 
+def test_gptq_of_a_packed_model_with_a_quantized_embedding(tmp_path: Path) -> None:
+    model = prepared(tiny_llama(), group_size=32, embeddings="int8")
+    save(model, tmp_path / "packed", tiny_tokenizer())
+    packed = load(tmp_path / "packed")
+    write_gptq(packed, tiny_tokenizer(), tmp_path / "gptq")
+    assert quantization_config(tmp_path / "gptq")["quant_method"] == "gptq"
+
+
 def test_gptq_writes_a_conv1d_in_its_own_layout(tmp_path: Path) -> None:
     """Beside linear layers, which have the other."""
     from safetensors.torch import load_file
