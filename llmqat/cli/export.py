@@ -86,7 +86,7 @@ def export(
     write = CONVERSIONS[format]
     if FORMS.get((format, served_by)):
         write = functools.partial(save_again, int_quantized=True)
-    sizes = write(*load_any(model), out)
+    sizes = write(*load_any(model, None), out)  # in its own dtype: nothing is rounded again
     keep_record(model, out)
     parts = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]

@@ -323,6 +323,12 @@ def _check_arguments(model: nn.Module, dtype: torch.dtype, run: Mapping[str, Any
         raise ValueError(f"run holds a value that {RUN_FILE} cannot: {error}; give JSON values only") from error
 
 
+_MODEL_FOLDERS = ("additional_chat_templates", ".cache")
+_MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".md", ".txt", ".model", ".tiktoken", ".png")
+_MODEL_FILES = (".gitattributes", ".gitignore", "LICENSE")
+"""What a folder of a model consists of; `overwrite` deletes no folder with something else in it."""
+
+
 def _check_destination(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
@@ -332,6 +338,17 @@ def _check_destination(folder: Path, overwrite: bool) -> None:
         )
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file()):
         raise ValueError(f"{folder} exists and holds no model (no config.json), so it is not deleted; choose another")
+    foreign = sorted(
+        path.name
+        for path in folder.iterdir()
+        if (path.is_dir() and path.name not in _MODEL_FOLDERS)
+        or (path.is_file() and path.suffix not in _MODEL_SUFFIXES and path.name not in _MODEL_FILES)
+    )
+    if foreign:
+        raise ValueError(
+            f"{folder} holds other things than a model ({', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''}), "
+            "so it is not deleted; move them away, or choose another"
+        )
 
 
 def _write_run_file(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -749,12 +766,15 @@ def compile_decoding(model: PreTrainedModel) -> None:
     model.generation_config.compile_config = settings
 
 
-def load_any(spec: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_any(
+    spec: str | Path, dtype: torch.dtype | None = torch.bfloat16
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns the model that `spec` names, packed or in full precision, and its tokenizer.
 
     Args:
         spec: a packed folder, or anything `llmqat.models.load_model` takes. A prepared checkpoint is packed on the way.
-        dtype: of the parameters that are not packed.
+        dtype: of the parameters that are not packed, and of scales. None: a packed checkpoint's own, so that nothing
+            is rounded; bfloat16 for other models.
 
     Raises:
         FileNotFoundError: as `load` and `load_model`.
@@ -767,9 +787,9 @@ def load_any(spec: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Pre
             return load(spec, dtype), load_tokenizer(source, str(spec))
         if is_prepared(config):
             model = load(spec)
-            convert(model, dtype)
+            convert(model, dtype or torch.bfloat16)
             return model, load_tokenizer(source, str(spec))
-    return load_model(str(spec), dtype)
+    return load_model(str(spec), dtype or torch.bfloat16)
 
 
 def is_packed(spec: str | Path) -> bool:

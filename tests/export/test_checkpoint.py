@@ -631,6 +631,24 @@ def test_overwrite_does_not_delete_what_is_no_model(tmp_path: Path) -> None:
     assert (tmp_path / "precious" / "thesis.tex").exists()
 
 
+def test_overwrite_does_not_delete_what_lies_with_a_model(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    save(prepared(), out)
+    (out / "src").mkdir()
+    (out / "src" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds other things than a model \(src\), so it is not deleted"):
+        save(prepared(), out, overwrite=True)
+    assert (out / "src" / "thesis.tex").exists()
+
+
+def test_a_checkpoint_of_another_tool_keeps_its_dtype_where_nothing_is_to_be_rounded(tmp_path: Path) -> None:
+    save(prepared(), tmp_path / "out", tiny_tokenizer(), dtype=torch.float16)
+    own, _ = load_any(tmp_path / "out", None)
+    layer = own.model.layers[0].mlp.up_proj
+    assert layer.weight_scale.dtype == own.model.norm.weight.dtype == torch.float16
+    assert load_any(tmp_path / "out")[0].model.norm.weight.dtype == torch.bfloat16
+
+
 def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
     model = prepared()
     cases: list[tuple[Any, dict[str, Any], str]] = [
