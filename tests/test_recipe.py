@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -472,3 +473,28 @@ def test_a_teacher_that_reads_text_as_other_tokens_is_refused(
     tokenizer.save_pretrained(tmp_path / "packed")
     with pytest.raises(ValueError, match="has another tokenizer than model"):
         check_packed_start(recipe)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"seed": 5, "data": {"seed": 0, "source": "pydoc"}},
+        {"data": {"mix": [{"source": "pydoc", "weight": 2.0}, {"source": "text", "path": "a.txt"}], "block_size": 64}},
+    ],
+)
+def test_a_recorded_recipe_is_the_one_that_was_run(given: dict[str, Any], tmp_path: Path):
+    own = Recipe.model_validate({"model": "some/model", "output": "runs/x", **given})
+    (tmp_path / "llmqat.json").write_text(json.dumps({"run": {"recipe": own.model_dump(mode="json")}}))
+    again = load_recipe(tmp_path / "llmqat.json", [])
+    assert again.model_dump(exclude={"output"}) == own.model_dump(exclude={"output"})
+
+
+def test_bits_that_were_chosen_are_not_chosen_again(tmp_path: Path):
+    quant = {"preset": "int4", "overrides": {"model.layers.0.mlp.up_proj": {"num_bits": 8, "group_size": 64}}}
+    own = Recipe.model_validate(
+        {"model": "some/model", "output": "runs/x", "quant": quant, "allocate": {"target_bits": 3.5}}
+    )
+    (tmp_path / "llmqat.json").write_text(json.dumps({"run": {"recipe": own.model_dump(mode="json")}}))
+    again = load_recipe(tmp_path / "llmqat.json", [])
+    assert again.allocate is None
+    assert again.quant == own.quant

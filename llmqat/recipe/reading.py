@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from llmqat.config import UnknownKeyError
-from llmqat.data.config import DataConfig
+from llmqat.data.config import DataConfig, MixedSource
 from llmqat.data.text import read_text
 from llmqat.export.checkpoint import RUN_FILE
 from llmqat.paths import user_path
@@ -100,12 +100,26 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _without_defaults(recorded: Any) -> Any:
-    """Returns a recorded recipe, which names every key, without the keys of `data` that say nothing to its source."""
+    """Returns a recorded recipe, which names every key, as its writer gave it.
+
+    Keys of `data` that say nothing to its source are left out. Where bits were chosen by layer, the overrides hold them
+    already, so they are not chosen again.
+    """
     if not isinstance(recorded, dict) or not isinstance(recorded.get("data"), dict):
         return recorded
-    fields = DataConfig.model_fields
-    given = {key: value for key, value in recorded["data"].items() if key not in fields or value != fields[key].default}
-    return {**recorded, "data": given}
+    data = _given(recorded["data"], DataConfig) | {"seed": recorded["data"].get("seed", 0)}
+    if isinstance(mix := recorded["data"].get("mix"), list):
+        shared = {"block_size", "seed", "packing", "num_proc", "calibration_share", "validation_share", "tokens"}
+        data["mix"] = [
+            {key: value for key, value in _given(one, MixedSource).items() if key not in shared} for one in mix
+        ]
+    return {**recorded, "data": data, "allocate": None}
+
+
+def _given(recorded: Mapping[str, Any], kind: type[DataConfig]) -> dict[str, Any]:
+    """Returns what differs from the defaults of a configuration."""
+    fields = kind.model_fields
+    return {key: value for key, value in recorded.items() if key not in fields or value != fields[key].default}
 
 
 def recipe_from(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
