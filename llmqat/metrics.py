@@ -75,6 +75,8 @@ def check_predictor(model: nn.Module) -> None:
             found = predictor_of(model).logits(captured.take()[0]).float()
     finally:
         model.train(training)
+    if not bool(torch.isfinite(wanted).all()):
+        return  # which others name
     if found.shape != wanted.shape or not float((found - wanted).norm()) <= MOST_DIFFERENCE * float(wanted.norm()):
         raise ValueError(
             f"{type(model).__name__} computes its logits from the output head in a way that llmqat does not know, so "

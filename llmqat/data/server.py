@@ -255,7 +255,7 @@ class Servers:
             ConnectionError: there is none.
             ValueError: it refuses.
         """
-        import requests
+        import requests  # which comes with datasets
 
         reason, status = "", 0
         for wait in (*waits, None):

@@ -146,8 +146,8 @@ class Keeper:
             off = cache.divergence(self.model, blocks[torch.tensor(known)])
             if not off <= MOST_DIVERGENCE:
                 log.warning(
-                    "what was kept as the text was written is KL %.3g from what the model predicts for whole blocks; "
-                    "it reads them all here",
+                    "what was kept as the text was written is KL %.3g from what the model predicts for whole blocks, "
+                    "so it reads them all",
                     off,
                 )
                 cache.remove_shards()

@@ -119,6 +119,11 @@ def test_weights_are_quantized_once_and_never_under_gradients(monkeypatch: pytes
         assert not torch.equal(model(ids()).logits, first)
 
 
+def test_rates_that_rounding_has_no_use_for_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"scale_learning_rate=0\.1 means nothing with trains=rounding"):
+        BlockwiseStage(trains="rounding", scale_learning_rate=0.1)
+
+
 @pytest.mark.parametrize("trains", ["weights", "rounding"])
 def test_training_brings_a_block_nearer_to_full_precision(trains: str) -> None:
     model = tiny_llama()
@@ -128,7 +133,7 @@ def test_training_brings_a_block_nearer_to_full_precision(trains: str) -> None:
     block.run_full(walk.full, walk.full)
     before = {name: parameter.detach().clone() for name, parameter in block.module.named_parameters()}
     steps: list[int] = []
-    stage = BlockwiseStage(trains=trains, iterations=40, learning_rate=1e-3)
+    stage = BlockwiseStage(trains=trains, iterations=40, learning_rate=1e-3 if trains == "weights" else None)
     found = train_block(block, walk.quantized, walk.full, stage, 0, lambda step, loss: steps.append(step))
     assert found.after < 0.8 * found.before
     assert steps == list(range(1, 41))
