@@ -156,7 +156,8 @@ def test_the_master_weight_rounds_to_the_codes(name: str, seed: int) -> None:
     assert torch.equal(quantize(placed, scale, zero_point, grid), codes)
     kept = quantize(weight, scale, zero_point, grid) == codes
     low, high = grid.cell(codes.float())
-    near = (placed - weight).abs() <= 0.0115 * (high - low) * scale.abs().repeat_interleave(8, 1)
+    # 2 % of the distance to the next level is kept free, of floats on the wider side of a cell.
+    near = (placed - weight).abs() <= 0.0137 * (high - low) * scale.abs().repeat_interleave(8, 1)
     assert near[kept].all()
 
 
