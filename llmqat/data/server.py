@@ -94,6 +94,12 @@ class Servers:
                 )
             self._models[url] = str(entry["id"])
 
+    def alone(self, url: str) -> Servers:
+        """Returns one of the checked servers by itself, which no other stands in for."""
+        one = Servers([url])
+        one._models = self._models
+        return one
+
     def complete(
         self, place: int, prompt: list[int], ends: frozenset[int], *, max_tokens: int, seed: int, **settings: Any
     ) -> ServerAnswer:
@@ -172,8 +178,8 @@ class Servers:
         """Whether a request has failed, so that nothing more is wanted."""
         return self._stopped.is_set()
 
-    def together(self, work: Callable[[int], None], places: Sequence[int], threads: int) -> Iterator[int]:
-        """Does `work`, which asks servers, for each of `places` in threads; yields each second how many are done.
+    def together(self, work: Callable[[int], None], places: Sequence[int], threads: int) -> Iterator[None]:
+        """Does `work`, which asks servers, for each of `places` in threads; yields each second, and at the end.
 
         When one fails, no request begins any more, and the error is raised at once.
         """
@@ -191,12 +197,12 @@ class Servers:
                 try:
                     error = results.get(timeout=TICK)
                 except queue.Empty:
-                    yield done
+                    yield
                     continue
                 if error is not None:
                     raise error
                 done += 1
-            yield done
+            yield
         except BaseException:
             self._stopped.set()
             raise

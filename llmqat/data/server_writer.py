@@ -26,19 +26,19 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from llmqat.data.blocks import Progress
 from llmqat.data.quality import Document, judged
 from llmqat.data.script import Opening, Script
 from llmqat.data.server import Servers
-from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.teacher_cache import hidden_states
 from llmqat.data.writer import Shard, Writer, assembled
 from llmqat.files import is_locked_by_us
@@ -66,24 +66,12 @@ class ServerWriter(Writer):
 
     made_with = WRITTEN_BY
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: SynthesisConfig,
-        top_k: int | None = None,
-    ) -> None:
-        """Checks as `Writer`; no server is asked yet.
+    _is_compared = False
 
-        Args:
-            model: what the servers run; it predicts a few tokens here, to compare.
-            tokenizer: of the model.
-            config: what makes the text, and the servers.
-            top_k: tokens of which the probabilities are kept at each position.
-        """
-        super().__init__(model, tokenizer, config, top_k)
-        self.servers = Servers(config.server)
-        self._is_compared = False
+    @cached_property
+    def servers(self) -> Servers:
+        """Those of the configuration, which run the model; none is asked before something is written."""
+        return Servers(self.config.server)
 
     def write(self, number: int, rows: int, watch: Progress | None = None) -> Shard:
         """Returns shard `number` of `rows` tapes.
@@ -194,13 +182,9 @@ class ServerWriter(Writer):
         """
         if self._is_compared:
             return
-        size = self.config.block_size
-        context = size + (self.top_k is not None)
-        self.servers.check(context)
+        self.servers.check(self.config.block_size + (self.top_k is not None))
         for url in self.servers.urls:
-            alone = Servers([url])
-            alone.check(context)
-            off = self._difference(alone)
+            off = self._difference(self.servers.alone(url))
             if not off <= MOST_DIFFERENCE:
                 raise ValueError(
                     f"the server {url} does not predict what {name_of(self.model)} does: log-probabilities of its text "

@@ -16,7 +16,7 @@ from llmqat.evaluate.compare import Comparison, render, render_parts, to_json
 from llmqat.evaluate.documents import head
 from llmqat.evaluate.gate import REFERENCE, Check, Rule, judge, read_report
 from llmqat.evaluate.html import to_html
-from llmqat.evaluate.tables import to_csv, to_markdown
+from llmqat.evaluate.tables import accuracy_metric, to_csv, to_markdown
 from llmqat.files import write_whole
 from llmqat.paths import check_outputs, same_place
 
@@ -158,10 +158,11 @@ def _task_lines(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for row in report["rows"]:
         for name, task in (row.get("tasks") or {}).items():
-            metric = next((one for one in ("acc_norm", "acc") if one in task), next(iter(task["samples"]), None))
+            judged_by = accuracy_metric(task)
+            metric = judged_by or next(iter(task["samples"]), None)
             if metric is None:  # it has no figure for each question
                 continue
-            shown = "" if metric in ("acc_norm", "acc") else f" {metric}"
+            shown = "" if judged_by else f" {metric}"
             line = f"{row['name']}: {name}{shown} {task[metric]:.4f} of {task['questions']} questions"
             if reference is not None and row is not reference and name in (reference.get("tasks") or {}):
                 apart = mean_difference(task["samples"][metric], reference["tasks"][name]["samples"][metric])

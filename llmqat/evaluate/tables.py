@@ -76,8 +76,13 @@ def _lines(report: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
 def accuracy(row: Mapping[str, Any], task: str) -> float | None:
     """Returns a task's headline figure of a row: `acc_norm`, or else `acc`; None where it was not run."""
     found = (row.get("tasks") or {}).get(task, {})
-    value: float | None = found.get("acc_norm", found.get("acc"))
-    return value
+    metric = accuracy_metric(found)
+    return None if metric is None else found[metric]
+
+
+def accuracy_metric(task: Mapping[str, Any]) -> str | None:
+    """Returns the name of the figure that a task is judged by: `acc_norm`, or else `acc`; None where it has neither."""
+    return next((name for name in ("acc_norm", "acc") if name in task), None)
 
 
 def _half_width(text: Mapping[str, Any], metric: str) -> float | None:

@@ -30,7 +30,7 @@ from llmqat.layers.audit import (
     lattice_note,
 )
 from llmqat.layers.buffers import note_buffers
-from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Policy, QuantConfig
+from llmqat.layers.config import POLICY_WEIGHTS, LayerScheme, Override, Policy, QuantConfig
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts, replace_stacked, stacked_weights
 from llmqat.layers.finite import check_held, check_packable, check_parameters
@@ -457,13 +457,10 @@ def _scheme(model: nn.Module, name: str, entry: LinearMap, config: QuantConfig) 
     if place is not None and place[0] >= place[1] - config.skip_last:
         return None, f"quant.skip_last={config.skip_last}"
     default = LayerScheme(weights=config.weights, input_activations=config.input_activations)
-    for pattern, override in reversed(config.overrides.items()):
-        if not matches(pattern, name, entry.kinds):
-            continue
+    if (found := _override_of(name, entry, config, place)) is not None:
+        pattern, override = found
         if override is None:
             return None, f"quant.overrides[{pattern!r}] is null"
-        if not _in_layers(override.layers, place):
-            continue
         weights = default.weights if override.weights == "default" else override.weights
         inputs = default.input_activations if override.input_activations == "default" else override.input_activations
         return LayerScheme(weights=weights, input_activations=inputs), ""
@@ -477,10 +474,18 @@ def overridden(model: nn.Module, config: QuantConfig) -> set[str]:
     return {
         name
         for name, entry in linear_maps(model).items()
-        for pattern, override in config.overrides.items()
-        if matches(pattern, name, entry.kinds)
-        and (override is None or _in_layers(override.layers, block_index(model, name)))
+        if _override_of(name, entry, config, block_index(model, name)) is not None
     }
+
+
+def _override_of(
+    name: str, entry: LinearMap, config: QuantConfig, place: tuple[int, int] | None
+) -> tuple[str, Override | None] | None:
+    """Returns the last entry of `config.overrides` that is for a linear map; None where none is."""
+    for pattern, override in reversed(config.overrides.items()):
+        if matches(pattern, name, entry.kinds) and (override is None or _in_layers(override.layers, place)):
+            return pattern, override
+    return None
 
 
 def _in_layers(layers: tuple[int, ...] | None, place: tuple[int, int] | None) -> bool:
