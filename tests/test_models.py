@@ -653,3 +653,12 @@ def test_capturing_hidden_states_leaves_a_forward_of_the_head_s_own():
         model(torch.ones(1, 3, dtype=torch.long))
     assert captured.take().shape == (1, 3, 64)
     assert model.lm_head.forward is hooked
+
+
+def test_an_adapter_on_an_adapter_is_refused(tmp_path: Path) -> None:
+    """Only the second would be merged."""
+    for name, base in (("sft", "some/base"), ("dpo", str(tmp_path / "sft"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(ValueError, match=r"is an adapter on the adapter .*, and only one is merged at a time"):
+        models.load_model(str(tmp_path / "dpo"))

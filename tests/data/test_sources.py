@@ -203,3 +203,16 @@ class TestDataset:
 def test_synthesis_needs_a_model():
     with pytest.raises(ValueError, match="pass model="):
         load_blocks(DataConfig(), tiny_tokenizer())
+
+
+def test_less_text_than_asked_for_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "A.TXT").write_text("few words " * 20)  # which is read, whatever the case of its suffix
+    blocks = load(source="text", path=tmp_path, tokens=100_000, block_size=16)
+    assert 0 < len(blocks.ids) < 100
+    assert f"data.tokens=100000 asks for 6250 blocks of 16 tokens, and the text has {len(blocks.ids)}" in caplog.text
+
+
+def test_a_number_in_place_of_an_answer_is_refused(tmp_path: Path):
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"prompt": "1+1=", "completion": 2}) + "\n")
+    with pytest.raises(ValueError, match=r"`completion` is 2, a int, and text or messages are needed"):
+        load(source="dataset", path=tmp_path / "sums.jsonl", block_size=16)

@@ -16,13 +16,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from llmqat import adopt_adapters, lora_config, save_adapter
 from llmqat.evaluate.compare import candidate_from
 from llmqat.evaluate.layers import weight_errors
-from llmqat.evaluate.loading import known_of, load_to_judge, longest_of
+from llmqat.evaluate.loading import _nearest_scheme, known_of, load_to_judge, longest_of
 from llmqat.export import CONVERSIONS, save, write_gguf
 from llmqat.layers import PackedLinear, QuantConfig, convert, prepare
 from llmqat.models import adapter_base, load_model, load_tokenizer, resolve_spec
 from llmqat.recipe import EvaluationSettings, compare_models
 from llmqat.recipe.evaluation import short_names, text_names
-from tests.tiny import tiny_llama, tiny_tokenizer, with_ranges
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer, with_ranges
 
 WEIGHTS = (".gguf", ".safetensors")
 INT4 = QuantConfig.preset("int4", group_size=32)
@@ -210,3 +210,32 @@ def test_the_scheme_of_floats_is_known_and_llmqat_loads_it(preset: str, tmp_path
     assert QuantConfig.preset(known.scheme["preset"]) == QuantConfig.preset(preset)
     loaded = load_to_judge(str(tmp_path / "packed"))
     assert any(isinstance(module, PackedLinear) for module in loaded.modules())
+
+
+def test_the_scheme_is_that_of_the_layers_and_not_of_the_embedding() -> None:
+    def group(bits: int, size: int | None, *targets: str) -> dict[str, Any]:
+        weights = {"num_bits": bits, "type": "int", "group_size": size, "strategy": "group" if size else "channel"}
+        return {"targets": [*targets], "weights": weights}
+
+    groups = {"group_0": group(8, None, "model.embed_tokens"), "group_1": group(4, 32, "q_proj", "k_proj")}
+    assert _nearest_scheme({"config_groups": groups}) == {"preset": "int4", "group_size": 32}
+    groups["group_1"]["targets"] = ["Linear"]
+    assert _nearest_scheme({"config_groups": groups}) == {"preset": "int4", "group_size": 32}
+
+
+def test_errors_of_a_packed_conv1d_are_those_of_its_own_layout(tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    model.save_pretrained(tmp_path / "original")
+    prepare(model, QuantConfig.preset("int8"))
+    found = weight_errors(convert(model), str(tmp_path / "original"))
+    assert {name.rpartition(".")[2] for name in found} >= {"c_attn", "c_proj", "c_fc"}
+    assert max(found.values()) < 1e-3
+
+
+def test_mamba_s_packed_layers_take_inputs_that_are_not_contiguous(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    model = torch.nn.Sequential(layer)
+    prepare(model, QuantConfig.preset("int4", group_size=32))
+    packed = convert(model)
+    x = torch.randn(1, 64, 8, dtype=torch.bfloat16)
+    assert torch.equal(packed(x.transpose(1, 2)), packed(x.transpose(1, 2).contiguous()))
