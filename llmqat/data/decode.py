@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ ATTENTION_NAME = "llmqat_lockstep"
 _CHANGE_ARITHMETIC = ("softcap", "s_aux", "position_bias")
 """Keywords of attention functions (other than a window, which is checked) that change what attention computes."""
 _TRIAL_TOKENS = 6
+MOST_ROUNDING = 0.05
+"""Share of their size by which logits in bfloat16 or float16 may differ between two ways of computing them."""
 
 
 class LockstepError(RuntimeError):
@@ -188,27 +191,43 @@ class LockstepDecoder:
 
 
 class StockDecoder:
-    """Decodes with the model's own attention and a `DynamicCache`: slower, for models that lockstep does not fit."""
+    """Decodes with the model's own attention and a `DynamicCache`: slower, for models that lockstep does not fit.
+
+    Layers that keep a state in place of keys and values (Mamba, gated delta rule, short convolutions) begin each
+    document with a state of zeros.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.cache = DynamicCache(config=model.config)
         self.length = 0
+        takes = signature(model.forward).parameters
+        self._only_states = "past_key_values" not in takes and "cache_params" in takes
 
     def step(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """Feeds one token a row and returns the logits [B, V] of what follows; arguments as in LockstepDecoder."""
+        if self.length > 0:
+            self._forget(starts == self.length)
         visible = torch.arange(self.length + 1, device=tokens.device) >= starts[:, None]
+        known = {"past_key_values": self.cache, "attention_mask": visible.long()}
         output = self.model(
             input_ids=tokens[:, None],
             position_ids=(self.length - starts)[:, None],
-            attention_mask=visible.long(),
-            past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
+            **({"cache_params": self.cache} if self._only_states else known),
         )
         self.length += 1
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def _forget(self, rows: Tensor) -> None:
+        """Sets to zero what layers with a state know of the `rows`, bool [B], where a document begins."""
+        for layer in self.cache.layers:
+            for name in ("conv_states", "recurrent_states"):
+                for state in (getattr(layer, name, None) or {}).values():
+                    if state is not None:
+                        state[rows.to(state.device)] = 0
 
 
 Decoder = LockstepDecoder | StockDecoder
@@ -219,12 +238,16 @@ def open_decoder(model: PreTrainedModel, length: int) -> Iterator[Decoder]:
     """Yields a decoder for rows of up to `length` tokens: in lockstep where that is right for `model`, else stock.
 
     Which one is decided by the model's own logits on a few tokens; the reason for the stock one is logged.
+
+    Raises:
+        ValueError: neither gives the model's own logits.
     """
     obstacle = lockstep_obstacle(model, length)
     if obstacle is None:
         with lockstep_attention_in(model):
             yield LockstepDecoder(model, length)
     else:
+        check_stock(model)
         log.warning("decoding with %s's own attention, which is slower: %s", type(model).__name__, obstacle)
         yield StockDecoder(model)
 
@@ -253,8 +276,7 @@ def lockstep_obstacle(model: PreTrainedModel, length: int) -> str | None:
     slides = getattr(config, "layer_types", None) is None or "sliding_attention" in kinds
     if window is not None and window < length and slides:
         return f"its attention window of {window} tokens is shorter than {length}"
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(2 * _TRIAL_TOKENS, device=model.device) * 7919 % vocabulary).view(2, _TRIAL_TOKENS)
+    ids = _trial_ids(model)
     starts = torch.zeros(2, dtype=torch.int64, device=model.device)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float()
@@ -262,10 +284,44 @@ def lockstep_obstacle(model: PreTrainedModel, length: int) -> str | None:
             with lockstep_attention_in(model):
                 decoder = LockstepDecoder(model, _TRIAL_TOKENS)
                 found = torch.stack([decoder.step(column, starts) for column in ids.unbind(1)], dim=1).float()
-        except (LockstepError, TypeError) as error:
+        except Exception as error:  # whatever a model's own attention makes of arguments that it does not expect
             return str(error)
     if decoder.cache.layers != config.num_hidden_layers:
         return f"{decoder.cache.layers} of its {config.num_hidden_layers} layers use the attention registry"
     difference = float((found - expected).norm() / expected.norm())
-    tolerance = 1e-4 if expected.dtype == model.dtype else 0.05
+    tolerance = 1e-4 if expected.dtype == model.dtype else MOST_ROUNDING
     return None if difference < tolerance else f"logits differ by {difference:.2g} of their size in a trial"
+
+
+@torch.no_grad()
+def check_stock(model: PreTrainedModel) -> None:
+    """Sees that `StockDecoder` gives `model`'s own logits, where a document begins within a row as well.
+
+    Raises:
+        ValueError: it does not.
+    """
+    name, way_out = type(model).__name__, "give text (data.path), or let a server write it (llmqat synthesize --server)"
+    ids, decoder = _trial_ids(model), StockDecoder(model)
+    half = _TRIAL_TOKENS // 2
+    begins = torch.tensor([[0] * _TRIAL_TOKENS, [0] * half + [half] * (_TRIAL_TOKENS - half)], device=model.device)
+    try:
+        found = torch.stack([decoder.step(*at) for at in zip(ids.unbind(1), begins.unbind(1), strict=True)], dim=1)
+    except Exception as error:
+        raise ValueError(f"{name} cannot write text: decoding token by token fails ({error}); {way_out}") from error
+    for row, begin, end in ((0, 0, _TRIAL_TOKENS), (1, 0, half), (1, half, _TRIAL_TOKENS)):
+        expected = model(input_ids=ids[row : row + 1, begin:end], use_cache=False).logits[0].float()
+        size = expected.norm(dim=-1).clamp(min=1e-6)  # that of a padding token may be 0
+        off = (found[row, begin:end].float() - expected).norm(dim=-1) / size
+        difference = float(off.median())  # one router that decides otherwise, within rounding, is no fault
+        if not difference < (1e-3 if model.dtype == torch.float32 else MOST_ROUNDING):
+            after = " after another document" if begin else ""
+            raise ValueError(
+                f"{name} cannot write text: its logits, token by token{after}, differ by {difference:.2g} of their size "
+                f"from those of the whole text; {way_out}"
+            )
+
+
+def _trial_ids(model: PreTrainedModel) -> Tensor:
+    """Returns ids [2, _TRIAL_TOKENS] of the model's vocabulary."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return (torch.arange(2 * _TRIAL_TOKENS, device=model.device) * 7919 % vocabulary).view(2, _TRIAL_TOKENS)

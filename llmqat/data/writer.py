@@ -53,7 +53,7 @@ from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCache, Tea
 from llmqat.layers import dequantized_once
 from llmqat.layers.packed import FEW_ROWS
 from llmqat.metrics import TopProbabilities
-from llmqat.models import check_next_token, keeps_documents_apart, uploaded
+from llmqat.models import check_next_token, heads_of, keeps_documents_apart, uploaded
 
 log = logging.getLogger(__name__)
 
@@ -297,9 +297,8 @@ def rows_of_shards(blocks: int, most_rows: int) -> list[int]:
 def cache_bytes_per_token(model: PreTrainedModel) -> int:
     """Returns the bytes that keys and values of one token take."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
+    heads = heads_of(config)
+    return int(2 * config.num_hidden_layers * heads.keys * heads.size * model.dtype.itemsize)
 
 
 def described(config: SynthesisConfig) -> str:

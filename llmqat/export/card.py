@@ -179,8 +179,8 @@ def _introduction(base: str | None, run: Mapping[str, Any]) -> str:
     origin = f"[{base}](https://huggingface.co/{base})" if base else "its original"
     how = "trained with its quantizers in the forward" if run.get("training") else "calibrated"
     return (
-        f"A low-bit form of {origin}, {how} by llmqat. The weights are packed integers in safetensors; `config.json` "
-        f"alone says how they are read."
+        f"A low-bit form of {origin}, {how} by llmqat. The weights are packed in safetensors; `config.json` alone says "
+        f"how they are read."
     )
 
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.export.description import ModelDescription, describe
 from llmqat.export.gguf_tokenizer import write_tokenizer
-from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size, stop_tokens
+from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, stop_tokens
 from llmqat.export.tensors import (
     StoredWeight,
     check_language_model,
@@ -40,6 +40,7 @@ from llmqat.export.tensors import (
 )
 from llmqat.export.text_part import text_part
 from llmqat.extras import require
+from llmqat.models import heads_of
 from llmqat.paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -343,8 +344,8 @@ def _write_config(writer: Any, gguf: Any, config: Any, blocks: dict[str, tuple[s
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_size(config))
-    writer.add_value_length(head_size(config))
+    writer.add_key_length(heads_of(config).size)
+    writer.add_value_length(heads_of(config).size)
     rope = _rope(config)
     writer.add_rope_dimension_count(_rotated(config, rope))
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -367,9 +368,9 @@ def _check_settings(description: ModelDescription) -> None:
     if architecture.settings.written >= WINDOWS and architecture.own is None:
         check_no_window(config, KIND)
     plain = config.hidden_size // config.num_attention_heads
-    if architecture.fixed_head and head_size(config) != plain:
+    if architecture.fixed_head and heads_of(config).size != plain:
         raise ValueError(
-            f"head_dim={head_size(config)} of {config.model_type} is not hidden_size / num_attention_heads={plain}, "
+            f"head_dim={heads_of(config).size} of {config.model_type} is not hidden_size / num_attention_heads={plain}, "
             f"which llama.cpp takes it for; {KEPT}"
         )
     _check_rotation(config, description.rotary, architecture)
@@ -404,7 +405,7 @@ def _check_rotation(config: Any, rotary: Any, architecture: Architecture) -> Non
 
 def _rotated(config: Any, rope: dict[str, Any]) -> int:
     """Returns how many features of a head are turned."""
-    return int(head_size(config) * rope.get("partial_rotary_factor", 1.0))
+    return int(heads_of(config).size * rope.get("partial_rotary_factor", 1.0))
 
 
 def _rope(config: Any) -> dict[str, Any]:

@@ -19,7 +19,10 @@ from llmqat.hub import may_be_hub_id
 from llmqat.models import check_safetensors, read_config, weight_files
 from llmqat.paths import user_path
 
-PUBLISHED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+PUBLISHED = (
+    *("*.json", "*.safetensors", "*.jinja", "additional_chat_templates/*.jinja"),
+    *("*.model", "*.tiktoken", "merges.txt", "vocab.txt"),
+)
 """Patterns of the files that are published; README.md is written anew."""
 
 
@@ -99,10 +102,12 @@ def _stated_license(folder: Path) -> str | None:
 def _stage(folder: Path, target: Path, card: str, link: bool = False) -> None:
     """Puts the files to publish into `target`: copies, or links to save the space."""
     for path in sorted({path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()}):
+        staged = target / path.relative_to(folder)
+        staged.parent.mkdir(exist_ok=True)
         if link:
-            (target / path.name).symlink_to(path.resolve())
+            staged.symlink_to(path.resolve())
         else:
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(path, staged)
     (target / "README.md").write_text(card, encoding="utf-8")
 
 

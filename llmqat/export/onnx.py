@@ -39,10 +39,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmqat
 from llmqat.export.description import ModelDescription, describe
-from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, head_size, stop_tokens
+from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, stop_tokens
 from llmqat.export.tensors import StoredWeight, check_language_model, stored_tensors
 from llmqat.extras import require
 from llmqat.files import folder_in_progress, give_usual_rights
+from llmqat.models import heads_of
 from llmqat.paths import user_path
 
 _SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
@@ -121,9 +122,9 @@ def check_onnx(description: ModelDescription) -> None:
         )
     rotary: Any = description.rotary
     rotated = 2 * len(rotary.inv_freq)
-    if rotated != head_size(config):
+    if rotated != heads_of(config).size:
         raise ValueError(
-            f"partial_rotary_factor: {rotated} of {head_size(config)} features of a head are rotated, which is not "
+            f"partial_rotary_factor: {rotated} of {heads_of(config).size} features of a head are rotated, which is not "
             f"written to {KIND} here; {KEPT}"
         )
     for layer in description.layers:
@@ -163,7 +164,7 @@ def _write_genai_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
                 "filename": FILE,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "hidden_size": config.hidden_size,
-                "head_size": head_size(config),
+                "head_size": heads_of(config).size,
                 "num_attention_heads": config.num_attention_heads,
                 "num_key_value_heads": config.num_key_value_heads,
                 "num_hidden_layers": config.num_hidden_layers,
@@ -191,7 +192,7 @@ def _write_genai_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def _decoder(graph: _Graph, model: PreTrainedModel) -> None:
     """Adds the whole model to `graph`."""
     config: Any = model.config
-    size = head_size(config)
+    size = heads_of(config).size
     cache = ["batch", config.num_key_value_heads, "past", size]
     grown = ["batch", config.num_key_value_heads, "total", size]
     columns = ("length", "total", "length")

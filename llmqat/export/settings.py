@@ -91,11 +91,6 @@ def check_no_window(config: Any, format: str) -> None:
         )
 
 
-def head_size(config: Any) -> int:
-    """Returns the size of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def stop_tokens(model: PreTrainedModel) -> list[int]:
     """Returns the tokens that end a generation of `model`."""
     found = None if model.generation_config is None else model.generation_config.eos_token_id

@@ -12,6 +12,7 @@ from llmqat.models.casting import cast_parameters, is_sharded
 from llmqat.models.forward import (
     capture_hidden,
     head_weight,
+    heads_of,
     keeps_documents_apart,
     logit_transform,
     loss_in_forward,
@@ -69,6 +70,7 @@ __all__ = [
     "empty_model",
     "gguf_folder",
     "head_weight",
+    "heads_of",
     "is_dequantized_at_loading",
     "is_sharded",
     "keeps_documents_apart",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,22 @@ def vocabulary_size(model: nn.Module) -> int:
     """Returns the number of logits that the output head makes."""
     source: Any = _head_source(model)
     return int(source.rows if isinstance(source, (QuantModule, PackedModule)) else source.weight.shape[0])
+
+
+class Heads(NamedTuple):
+    """Attention's heads as a configuration states them."""
+
+    queries: int
+    keys: int
+    """Heads of keys, and as many of values."""
+    size: int
+
+
+def heads_of(config: Any) -> Heads:
+    """Returns the heads of a text model's `config`; a model without attention counts as one head of its width."""
+    queries = getattr(config, "num_attention_heads", None) or 1
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    return Heads(queries, keys, int(getattr(config, "head_dim", None) or config.hidden_size // queries))
 
 
 def _head_source(model: nn.Module) -> nn.Module:

@@ -30,6 +30,7 @@ from torch import nn
 
 from llmqat.layers import PackedModule, QuantModule
 from llmqat.layers.causal import LONGEST
+from llmqat.models import heads_of
 
 CHUNK_TOKENS = 512
 """Tokens whose logits exist at once (metrics.token_loss)."""
@@ -157,9 +158,7 @@ def size_of(model: nn.Module, config: Any, packed_bytes: float = 0.5) -> ModelSi
     """
     text = config.get_text_config()
     hidden = text.hidden_size
-    heads = text.num_attention_heads
-    head = getattr(text, "head_dim", None) or hidden // heads
-    keys = getattr(text, "num_key_value_heads", None) or heads
+    heads = heads_of(text)
     experts = getattr(text, "num_experts_per_tok", None) or 1
     wide = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 4 * hidden
     weights = [module for module in model.modules() if isinstance(module, (QuantModule, PackedModule))]
@@ -176,9 +175,9 @@ def size_of(model: nn.Module, config: Any, packed_bytes: float = 0.5) -> ModelSi
         layers=text.num_hidden_layers,
         hidden=hidden,
         intermediate=wide * experts,
-        heads=heads,
-        attention=heads * head,
-        key_value=keys * head,
+        heads=heads.queries,
+        attention=heads.queries * heads.size,
+        key_value=heads.keys * heads.size,
         vocabulary=text.vocab_size,
         sparse=sum(m.rows * m.columns for m in weights if isinstance(m, QuantModule) and m.nonzero is not None),
     )

@@ -134,6 +134,39 @@ def test_other_attention_falls_back_and_says_why(
     assert reason in caplog.text
 
 
+STATES: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8, "time_step_rank": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8, "mamba_d_state": 8, "num_experts": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("model_type", STATES)
+@torch.no_grad()
+def test_layers_with_a_state_begin_each_document_without_one(model_type: str):
+    model = tiny_model(model_type, **STATES[model_type])
+    ids = random_ids(2, 12).clamp(min=3)
+    starts = torch.tensor([[0] * 12, [0] * 5 + [5] * 7])
+    with open_decoder(model, 12) as decoder:
+        assert isinstance(decoder, StockDecoder)
+        found = decoded(decoder, ids, starts)
+    for row, begin, end in ((0, 0, 12), (1, 0, 5), (1, 5, 12)):
+        alone = model(input_ids=ids[row : row + 1, begin:end], use_cache=False).logits
+        torch.testing.assert_close(found[row : row + 1, begin:end], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["rwkv", "recurrent_gemma"])
+def test_a_model_whose_decoding_gives_other_logits_is_refused(model_type: str):
+    sizes = {"rwkv": {"attention_hidden_size": 64}, "recurrent_gemma": {"lru_width": 64, "num_hidden_layers": 3}}
+    with (
+        pytest.raises(ValueError, match="cannot write text: its logits, token by token.* give text"),
+        open_decoder(tiny_model(model_type, **sizes[model_type]), 16),
+    ):
+        pass
+
+
 def test_layers_that_all_slide_are_an_obstacle():
     model = tiny_model("qwen3", layer_types=["sliding_attention"] * 2, sliding_window=8, use_sliding_window=True)
     assert "window of 8 tokens is shorter than 24" in str(lockstep_obstacle(model, 24))

@@ -65,10 +65,15 @@ def folder(tmp_path: Path) -> Path:
 def test_a_dry_run_writes_what_would_be_sent_and_it_loads(folder: Path, tmp_path: Path) -> None:
     (folder / "notes-of-mine.txt").touch()
     (folder / "optimizer.pt").touch()
+    for name in ("additional_chat_templates/tool_use.jinja", "spiece.model"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("of the tokenizer")
     assert push(folder, REPOSITORY, dry_run=tmp_path / "tree") == str(tmp_path / "tree")
     names = {path.name for path in (tmp_path / "tree").iterdir()}
     assert names >= {"README.md", "config.json", "model.safetensors", "tokenizer.json", "llmqat.json"}
     assert not names & {"notes-of-mine.txt", "optimizer.pt"}
+    for name in ("additional_chat_templates/tool_use.jinja", "spiece.model"):
+        assert (tmp_path / "tree" / name).read_text() == "of the tokenizer"
     ids = torch.arange(8)[None]
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "tree")(ids).logits, load(folder)(ids).logits)
