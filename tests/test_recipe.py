@@ -121,6 +121,10 @@ def test_shipped_recipe_takes_a_hub_model(path: Path):
         ("runs/1e-4", "runs/1e-4"),
         ("no", "no"),
         ("on", "on"),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("2026-11-30", "2026-11-30"),
+        ("0x10", "0x10"),
         ("False", False),
         ("", None),
     ],
@@ -285,6 +289,8 @@ def test_what_is_watched_may_not_choose_the_result_nor_lack_a_teacher(tmp_path: 
     chosen = refusal(tmp_path, train={**train, "load_best_model_at_end": True})
     assert "train.load_best_model_at_end would choose by the text that judges the result; set data.valid" in chosen
     assert "evaluate.texts, which are not in teacher_cache" in refusal(tmp_path, train=train, teacher_cache="cache")
+    begins = refusal(tmp_path, train={"eval_on_start": True}, teacher_cache="cache")
+    assert "train.eval_on_start=true without data.validation_share evaluates on evaluate.texts" in begins
     data = {"source": "text", "path": str(tmp_path), "validation_share": 0.1}
     recipe = load_recipe(written(tmp_path, train={**train, "load_best_model_at_end": True}, data=data))
     assert recipe.train["load_best_model_at_end"] is True
@@ -454,9 +460,10 @@ def test_accelerate_reads_every_configuration_that_is_shipped() -> None:
 )
 def test_texts_of_one_name_are_watched_apart(texts: tuple[str, ...], watched: list[str]):
     windows = {name: windows_from_blocks(torch.zeros(1, 4, dtype=torch.int64)) for name in texts}
-    found = _watched(SimpleNamespace(eval_strategy="steps"), SimpleNamespace(validation=None), windows)  # type: ignore[arg-type]
-    assert isinstance(found, dict)
-    assert list(found) == watched
+    for asked in ({"eval_strategy": "steps", "eval_on_start": False}, {"eval_strategy": "no", "eval_on_start": True}):
+        found = _watched(SimpleNamespace(**asked), SimpleNamespace(validation=None), windows)  # type: ignore[arg-type]
+        assert isinstance(found, dict)
+        assert list(found) == watched
 
 
 def test_a_teacher_that_reads_text_as_other_tokens_is_refused(

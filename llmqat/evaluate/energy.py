@@ -68,7 +68,9 @@ def _nvml_handle(device: torch.device) -> Any:
 
     with suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+        # NVML numbers all boards, torch those that CUDA_VISIBLE_DEVICES names
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         return handle
     return None

@@ -240,9 +240,10 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_watched_text(self) -> Recipe:
-        if self.train.get("eval_strategy", "no") == "no" or self.data.validation_share:
+        asked = asked_evaluation(self)
+        if asked is None or self.data.validation_share:
             return self
-        where = f"train.eval_strategy={self.train['eval_strategy']!r} without data.validation_share evaluates on"
+        where = f"{asked} without data.validation_share evaluates on"
         if self.teacher_cache is not None:
             raise ValueError(f"{where} evaluate.texts, which are not in teacher_cache; set data.validation_share")
         if self.train.get("load_best_model_at_end"):
@@ -307,9 +308,16 @@ def teacher_obstacle(recipe: Recipe) -> str | None:
         return "train.kl_weight=0 learns from no teacher"
     if recipe.teacher_bits is not None:
         return f"teacher_bits={recipe.teacher_bits} asks for a teacher in memory"
-    if recipe.train.get("eval_strategy", "no") != "no":
-        return f"train.eval_strategy={recipe.train['eval_strategy']} needs the teacher for evaluate.texts"
+    if (asked := asked_evaluation(recipe)) is not None:
+        return f"{asked} needs the teacher for evaluate.texts"
     return None
+
+
+def asked_evaluation(recipe: Recipe) -> str | None:
+    """Returns what of the recipe asks for evaluations while it trains; None where nothing does."""
+    if (strategy := recipe.train.get("eval_strategy", "no")) != "no":
+        return f"train.eval_strategy={strategy}"
+    return "train.eval_on_start=true" if recipe.train.get("eval_on_start") else None
 
 
 def kept_top_k(recipe: Recipe) -> int | None:

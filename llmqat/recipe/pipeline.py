@@ -432,7 +432,7 @@ def _watched(
     """
     if text.validation is not None:
         return text.validation.dataset()
-    if arguments.eval_strategy == "no":
+    if arguments.eval_strategy == "no" and not arguments.eval_on_start:
         return None
     stems = [Path(name).stem for name in windows]  # short names for metrics, where they tell texts apart
     names = stems if len(set(stems)) == len(stems) else [*windows]

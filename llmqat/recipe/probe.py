@@ -33,6 +33,7 @@ SHORT: dict[str, Any] = {
     "max_steps": PROBE_STEPS,
     "save_strategy": "no",
     "eval_strategy": "no",
+    "eval_on_start": False,
     "logging_strategy": "no",
     "report_to": "none",
     "warmup_steps": 0,

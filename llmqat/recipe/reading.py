@@ -23,17 +23,20 @@ from llmqat.shipped import advice, shipped_recipes
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: numbers as in 1e-4, `no` as text, and no key twice.
 
-    YAML 1.1 calls 1e-4 text and no false, which transformers has as a setting (save_strategy: no).
+    YAML 1.1 calls 1e-4 text and no false, which transformers has as a setting (save_strategy: no). It calls the folder
+    010 the number 8, 1:30 the number 90, and 2026-11-30 a date; here these are text.
     """
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+_BOOL, _INT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "timestamp"))
 _Loader.yaml_implicit_resolvers = {
-    letter: [resolver for resolver in resolvers if resolver[0] != _BOOL]
+    letter: [resolver for resolver in resolvers if resolver[0] not in (_BOOL, _INT, _DATE)]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+_Loader.add_implicit_resolver(_INT, re.compile("^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
 _FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)$")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +130,21 @@ def test_joules_of_all_packages_through_a_wrap(tmp_path: Path) -> None:
     second.write_text("1500000")
     assert meter.joules() == pytest.approx(3.5)
     assert EnergyMeter.of(torch.device("cpu"), tmp_path / "absent").joules() is None
+
+
+def test_the_board_is_the_one_that_torch_computes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=lambda board: {"GPU-second": 5000}[board],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", boards)
+    monkeypatch.setattr("llmqat.evaluate.energy.missing", lambda _: None)
+    monkeypatch.setattr("llmqat.evaluate.energy.require", lambda *_: boards)
+    visible = {torch.device("cuda", 0): SimpleNamespace(uuid="second")}  # CUDA_VISIBLE_DEVICES=1
+    monkeypatch.setattr(torch.cuda, "get_device_properties", visible.get)
+    assert EnergyMeter.of(torch.device("cuda", 0)).joules() == 5
 
 
 def test_decoding_nothing_is_refused() -> None:
