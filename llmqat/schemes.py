@@ -14,15 +14,15 @@ from dataclasses import dataclass
 SHIPPED = (
     *("int8", "int4", "int4-g32", "int3", "int2", "int2-seq", "ternary"),
     *("w8a8", "w4a8", "w4a8kv8", "w4a8kv4"),
-    *("fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "int4-fp8kv"),
+    *("fp8", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "int4-fp8kv"),
 )
 """The presets that llmqat has."""
 METHODS = ("rtn", "search", "gptq", "blockwise")
 """What `--method` takes."""
 SCHEME_NAMES = (
     "int2 to int8, or w2 to w8, or fp8, nvfp4, mxfp4, mxfp8; then a8 or afp8 for inputs, kv8, kv4 or kvfp8 for the KV "
-    "cache, -g32 or another group size, or -channel, and -2:4 or -4:8 for weights that stay zero: int5, w4a16, "
-    "int8-g128, w4a8kv8-g64, nvfp4a16, int4-2:4"
+    "cache, -g32 or another group size, or -channel, or -block for fp8, and -2:4 or -4:8 for weights that stay zero: "
+    "int5, w4a16, int8-g128, w4a8kv8-g64, nvfp4a16, int4-2:4"
 )
 """What `read_scheme` reads, in words."""
 BITS = "weights have 2 to 8 bits, inputs (a) 2 to 8, 16 or fp8, the KV cache (kv) 4, 8, 16 or fp8"
@@ -39,7 +39,7 @@ _BLOCKS = {"q40": "int4-g32", "q80": "int8-g32"}
 _NAME = re.compile(
     r"(?:(?:int|w)(?P<bits>\d+)|(?P<plain_bits>\d+)bits?|(?P<levels>ternary|int2seq|fp8|nvfp4|mxfp4|mxfp8))"
     r"(?:a(?P<inputs>\d+|fp8))?(?:kv(?P<cache>\d+|fp8)|(?P<fp8kv>fp8kv))?"
-    r"(?:(?P<extent>channel|tensor)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?(?P<sparsity>2:4|4:8)?"
+    r"(?:(?P<extent>channel|tensor|block)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?(?P<sparsity>2:4|4:8)?"
 )
 
 
@@ -52,7 +52,7 @@ class SchemeName:
         inputs: bits of inputs, or `HIGH_PRECISION`, `FP8` or `OWN_KIND`.
         cache: bits of the KV cache, or `HIGH_PRECISION` or `FP8`.
         levels: "ternary", "int2seq", "fp8", "nvfp4", "mxfp4", "mxfp8", or None for integers.
-        extent: "channel" or "tensor"; None where the name does not say it, or gives `group`.
+        extent: "channel", "tensor" or "block"; None where the name does not say it, or gives `group`.
         group: weights that share a scale; None where the name does not say it.
         symmetric: without a zero point.
         sparsity: "2:4" or "4:8" where weights stay zero.

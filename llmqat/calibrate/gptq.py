@@ -298,13 +298,11 @@ def refit_scales(
         weight: [O, I] float32, what the layer is to compute.
         hessian: [I, I] float32, damped.
         codes: [O, I].
-        scale: [O, G] float32, as the codes were found; one scale for all rows, [1, 1], is returned as it is.
+        scale: [O, G] float32, as the codes were found; each row has its own.
         zero_point: [O, G] or None.
         grid: the code range.
         product: weight @ hessian, where it is known.
     """
-    if scale.shape[0] != weight.shape[0]:
-        return scale
     rows, groups = scale.shape
     level = _levels(codes.view(rows, groups, -1), zero_point, grid)
     flat = level.view(rows, -1)
@@ -602,6 +600,8 @@ def gptq_layers(
         product = weight @ inputs.hessian
         for _ in range(rounds):
             codes = round_by_gptq(weight, inputs, scale, zero_point, grid, kept, nonzero)
+            if not all(problem.rows_alike for problem in problems.values()):
+                break  # a scale of several rows stays as it is, and other rounds would find the same codes
             better = refit_scales(weight, inputs.hessian, codes, scale, zero_point, grid, product)
             # The scales of a row suit each other, so those of a row with a group that is kept stay as they are.
             scale = better if kept is None else torch.where(kept.any(-1, keepdim=True), scale, better)
@@ -661,7 +661,7 @@ class _Problem:
     @property
     def rows_alike(self) -> bool:
         """Whether each row has scales of its own."""
-        return len(self.scale) == len(self.weight)
+        return self.layer.kept_shape[0] == len(self.weight)
 
     @property
     def is_kept(self) -> bool:

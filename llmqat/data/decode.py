@@ -316,8 +316,8 @@ def check_stock(model: PreTrainedModel) -> None:
         if not difference < (1e-3 if model.dtype == torch.float32 else MOST_ROUNDING):
             after = " after another document" if begin else ""
             raise ValueError(
-                f"{name} cannot write text: its logits, token by token{after}, differ by {difference:.2g} of their size "
-                f"from those of the whole text; {way_out}"
+                f"{name} cannot write text: its logits, token by token{after}, differ by {difference:.2g} of their "
+                f"size from those of the whole text; {way_out}"
             )
 
 

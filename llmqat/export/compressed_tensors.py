@@ -123,7 +123,7 @@ _INPUT_DTYPES = {"input_quantizer.zero_point": torch.int8, "input_quantizer.glob
 """What they are stored as, where that is not the checkpoint's dtype."""
 _OF_THE_WEIGHT = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 _SCALES = (".weight_scale", *(f".{name}" for name in _RENAMED if not name.endswith("zero_point")))
-_STRATEGIES = {"int": ("group", "channel"), "float": ("group", "channel", "tensor_group", "tensor")}
+_STRATEGIES = {"int": ("group", "channel"), "float": ("group", "channel", "tensor_group", "tensor", "block")}
 """What a scale of weights may govern."""
 _NEIGHBOURHOOD = 65_536
 """Bytes that Linux maps of a file when one of them is touched: a small norm would keep its neighbours in memory."""

@@ -8,7 +8,8 @@ Floats (grid/levels.py):
                             what a group is multiplied with is weight_scale / weight_global_scale
     mxfp4-pack-quantized    weight_packed uint8 [O, I / 2], weight_scale uint8 [O, I / 32]: its exponent, plus 127
     mxfp8-quantized         weight E4M3 [O, I], weight_scale likewise
-    float-quantized         weight E4M3 [O, I], weight_scale [O, G], inputs quantized
+    float-quantized         weight E4M3 [O, I], weight_scale [O, G], or [ceil(O / 128), I / 128] where it is for blocks;
+                            inputs quantized
     naive-quantized         the same, inputs as they are
 In memory all of them are a `PackedModule`: codes as `grid.pack_codes` gives them, scales in the checkpoint's dtype.
 
@@ -40,7 +41,7 @@ from llmqat.layers import (
     QuantModule,
     WeightConfig,
 )
-from llmqat.layers.config import Observer
+from llmqat.layers.config import BLOCK, Observer
 from llmqat.layers.finite import is_finite
 
 PACKED_FORMAT = "pack-quantized"
@@ -114,6 +115,8 @@ def tensors_on_disk(
         ValueError: a scale is not one of its format; names the layer.
     """
     scale = packed.scale().detach()
+    if packed.weights.strategy == "block":
+        scale = scale[::BLOCK]
     if form in (PACKED_FORMAT, PLAIN_FORMAT):
         tensors = {"weight_scale": scale.to(dtype)}
         if form == PLAIN_FORMAT:
@@ -144,7 +147,7 @@ def tensors_on_disk(
 def shapes_on_disk(layer: QuantModule | PackedModule, form: str, dtype: torch.dtype, name: str) -> Mapping[str, Any]:
     """Returns shape and dtype of what `tensors_on_disk` gives, by the last part of the name."""
     weights = layer.weights.stored
-    rows, groups = weights.scale_shape(layer.rows, layer.columns, name)
+    rows, groups = weights.stored_shape(layer.rows, layer.columns, name)
     shapes: dict[str, Any] = {"weight_scale": ((rows, groups), SCALE_DTYPES.get(weights.scale_dtype, dtype))}
     codes = packed_shape(layer.rows, layer.columns, weights.grid)
     if form == PLAIN_FORMAT:
@@ -230,7 +233,11 @@ def _scale_of(where: str, layer: PackedModule, stored: Tensor, shared: Tensor | 
             f"{where} has scales that {held} does not hold ({why}), which llmqat does not run; load it with "
             "dtype=torch.bfloat16, or with transformers' AutoModelForCausalLM.from_pretrained"
         )
-    return (scale.reshape(1, 1).expand(layer.rows, 1) if scale.numel() == 1 else scale).to(held).contiguous()
+    if layer.weights.strategy == "block":
+        scale = scale.repeat_interleave(BLOCK, dim=0)[: layer.rows]
+    elif scale.numel() == 1:
+        scale = scale.reshape(1, 1).expand(layer.rows, 1)
+    return scale.to(held).contiguous()
 
 
 def global_scales(layers: Mapping[str, QuantModule | PackedModule]) -> dict[str, float]:
@@ -260,7 +267,8 @@ def weight_args(weights: WeightConfig) -> QuantizationArgs:
         type="float" if weights.levels == "float" else "int",
         symmetric=weights.symmetric,
         strategy="tensor_group" if weights.scale_dtype == "e4m3" else weights.strategy,
-        group_size=weights.group_size,
+        group_size=weights.group_size if weights.strategy == "group" else None,
+        block_structure=[BLOCK, BLOCK] if weights.strategy == "block" else None,
         dynamic=False,
         scale_dtype=SCALE_DTYPES.get(weights.scale_dtype),
     )
@@ -273,13 +281,20 @@ def weight_config(weights: QuantizationArgs) -> WeightConfig:
         ValueError: it is none of llmqat's.
     """
     strategy = {"tensor_group": "group", "tensor": "channel"}.get(str(weights.strategy), weights.strategy)
+    sizes = {"group": weights.group_size, "block": _block_size(weights)}
     return WeightConfig(
         num_bits=weights.num_bits,
         symmetric=weights.symmetric,
         strategy=strategy,
-        group_size=weights.group_size if strategy == "group" else None,
+        group_size=sizes.get(strategy),
         **_levels(weights),
     )
+
+
+def _block_size(weights: QuantizationArgs) -> int | None:
+    """Returns the size of square blocks; None for others, which no scheme of weights has."""
+    sizes = weights.block_structure or [0, 1]
+    return sizes[0] if sizes[0] == sizes[1] else None
 
 
 def input_args(config: ActivationConfig | None) -> QuantizationArgs | None:

@@ -370,8 +370,8 @@ def _check_settings(description: ModelDescription) -> None:
     plain = config.hidden_size // config.num_attention_heads
     if architecture.fixed_head and heads_of(config).size != plain:
         raise ValueError(
-            f"head_dim={heads_of(config).size} of {config.model_type} is not hidden_size / num_attention_heads={plain}, "
-            f"which llama.cpp takes it for; {KEPT}"
+            f"head_dim={heads_of(config).size} of {config.model_type} is not hidden_size / num_attention_heads="
+            f"{plain}, which llama.cpp takes it for; {KEPT}"
         )
     _check_rotation(config, description.rotary, architecture)
 

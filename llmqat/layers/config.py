@@ -19,7 +19,7 @@ from llmqat.config import Config, Registry, UnknownKeyError
 from llmqat.grid import Grid, Levels, ScaleDtype
 from llmqat.schemes import FP8, HIGH_PRECISION, OWN_KIND, SHIPPED, read_scheme, unknown_scheme
 
-Strategy = Literal["tensor", "channel", "group"]
+Strategy = Literal["tensor", "channel", "group", "block"]
 ScaleMode = Literal["learned", "fixed", "dynamic"]
 Observer = Literal["minmax", "moving_average", "percentile", "mse"]
 Policy = Literal["keep", "int8", "int4"]
@@ -30,6 +30,8 @@ _FLOATS: dict[tuple[int, str, int | None], str] = {
 }
 """Bits, dtype of scales and group size of floats that have a name of their own, and that name."""
 _GROUPS_OF_FLOATS = ", ".join(f"{name} has groups of {size}" for (*_, size), name in sorted(_FLOATS.items()))
+BLOCK = 128
+"""Outputs and inputs of a block that has one scale."""
 _EIGHT = (8, "bfloat16")
 """Bits and dtype of scales of integers and floats that go by any strategy, by channel where nothing else is said."""
 
@@ -91,9 +93,10 @@ class WeightConfig(Config):
     symmetric: bool = True
     """Signed codes around zero (True), or unsigned codes with a zero point (False)."""
     strategy: Strategy = "group"
-    """What one scale governs: the tensor, an output channel, or `group_size` inputs of a channel."""
+    """What one scale governs: the tensor, an output channel, `group_size` inputs of a channel, or a block of 128 outputs
+    by 128 inputs, which FP8 alone has."""
     group_size: int | None = Field(None, ge=1)
-    """Weights per scale along the input features; only with strategy 'group'."""
+    """Weights per scale along the input features; only with strategy 'group', and 128 with 'block'."""
     levels: Levels = "integer"
     """Integers; at 2 bits 'ternary' (-1, 0, 1: BitNet b1.58) or 'seq' (-1.5, -0.5, 0.5, 1.5: ParetoQ); or 'float', E2M1
     at 4 bits and E4M3 at 8."""
@@ -112,12 +115,14 @@ class WeightConfig(Config):
 
     @model_validator(mode="after")
     def _check_together(self) -> WeightConfig:
-        if (self.strategy == "group") != (self.group_size is not None):
+        if (self.strategy in ("group", "block")) != (self.group_size is not None):
             raise ValueError(
                 f"group_size={self.group_size} with strategy={self.strategy!r}; "
-                "give group_size exactly when strategy is 'group'"
+                "give group_size exactly when strategy is 'group' (any) or 'block' (128)"
             )
         grid = self.grid  # says what is wrong with the levels
+        if self.strategy == "block":
+            self._check_blocks()
         if grid.levels == "seq" and self.sparsity is not None:
             raise ValueError("levels='seq' with sparsity: none of its levels is zero; choose 'ternary' or 'integer'")
         kind = (grid.num_bits, grid.scale_dtype)
@@ -128,6 +133,18 @@ class WeightConfig(Config):
                 "size out, or give num_bits=8 with scale_dtype='bfloat16'"
             )
         return self
+
+    def _check_blocks(self) -> None:
+        """Raises ValueError where a scheme with one scale a block is not the one that others read."""
+        kind = self.levels, self.num_bits, self.scale_dtype, self.group_size
+        if kind != ("float", *_EIGHT, BLOCK):
+            raise ValueError(
+                f"strategy='block' with levels={self.levels!r}, num_bits={self.num_bits}, scale_dtype="
+                f"{self.scale_dtype!r}, group_size={self.group_size}; blocks are of {BLOCK} by {BLOCK} FP8 weights: "
+                f"levels='float', num_bits=8, scale_dtype='bfloat16', group_size={BLOCK} (fp8-block)"
+            )
+        if self.scales == "dynamic":
+            raise ValueError("strategy='block' with scales='dynamic'; choose learned or fixed")
 
     @property
     def grid(self) -> Grid:
@@ -152,8 +169,19 @@ class WeightConfig(Config):
             scale_dtype=self.scale_dtype,
         )
 
+    def stored_shape(self, out_features: int, in_features: int, name: str = "the layer") -> tuple[int, int]:
+        """Returns the shape of the scales that are kept: `scale_shape`, but (ceil(O/128), I/128) for blocks.
+
+        Raises:
+            ValueError: as `scale_shape`.
+        """
+        rows, groups = self.scale_shape(out_features, in_features, name)
+        return (-(-rows // BLOCK), groups) if self.strategy == "block" else (rows, groups)
+
     def scale_shape(self, out_features: int, in_features: int, name: str = "the layer") -> tuple[int, int]:
-        """Returns the scale's shape (O, I/g), (O, 1) or (1, 1).
+        """Returns the shape (O, I/g), (O, 1) or (1, 1) of the scales that weights are divided by.
+
+        The rows of a block have the same scales.
 
         Raises:
             ValueError: when group_size, or the m of n:m sparsity, does not divide in_features, or the share of zeros
@@ -170,6 +198,12 @@ class WeightConfig(Config):
                 f"{self.label}: groups of {self.group_size} do not divide in_features={in_features} of {name}; "
                 f"leave it out with quant.ignore=['{name}'], or give it another scheme with quant.overrides['{name}']="
                 "{weights: {num_bits: 8, strategy: channel}, input_activations: null}"
+            )
+        if in_features % self.group_size and self.strategy == "block":
+            raise ValueError(
+                f"{self.label}: blocks of {BLOCK} do not divide in_features={in_features} of {name}; give the layer "
+                f"one scale a channel with quant.overrides['{name}']={{strategy: channel, group_size: null}}, take the "
+                f"preset fp8 for all, or leave it out with quant.ignore=['{name}']"
             )
         if in_features % self.group_size:
             choices = [g for g in (32, 64, 96, 128, 192, 256) if in_features % g == 0]
@@ -201,7 +235,7 @@ class WeightConfig(Config):
     @property
     def label(self) -> str:
         """Short name for tables: 'int4 g64', 'int4 g32 asym', 'ternary g64', 'int2-seq g64 fixed', 'int4 g64 2:4'."""
-        extent = f"g{self.group_size}" if self.group_size else self.strategy
+        extent = f"g{self.group_size}" if self.strategy == "group" else self.strategy
         names = {"integer": f"int{self.num_bits}", "ternary": "ternary", "seq": "int2-seq", "float": "fp8"}
         kind = _FLOATS.get((self.num_bits, self.scale_dtype, self.group_size), names[self.levels])
         ends = (
@@ -405,7 +439,7 @@ class QuantConfig(Config):
         if "group_size" in weights and "strategy" not in weights:
             weights["strategy"] = "group" if weights["group_size"] else "channel"
         elif weights.get("strategy", "group") != "group":
-            weights["group_size"] = None
+            weights["group_size"] = BLOCK if weights["strategy"] == "block" else None
         fields = {**scheme_fields(name), **changes}
         base = fields["weights"]
         base = base.model_dump() if isinstance(base, WeightConfig) else base
@@ -444,8 +478,8 @@ def scheme_fields(name: str) -> dict[str, Any]:
     - Weights: `int4`, `w4`, `4bit`, `ternary`, `int2-seq`, `fp8`, `nvfp4`, `mxfp4`, `mxfp8`.
     - Inputs: `a8`, `afp8`, or `a16` for high precision. By default floats have inputs of their own kind.
     - KV cache: `kv8`, `kv4`, `kvfp8` or `fp8kv`, `kv16`.
-    - Weights per scale: `g32`, `channel`, `tensor`. By default int8 and fp8 have a scale per channel, nvfp4 and the mx
-      formats have their own groups, and all others groups of 64.
+    - Weights per scale: `g32`, `channel`, `tensor`, and for fp8 `block` (128 x 128). By default int8 and fp8 have a
+      scale per channel, nvfp4 and the mx formats have their own groups, and all others groups of 64.
     - `asym` for a zero point.
     - `2:4` or `4:8` for weights that stay zero.
 
@@ -465,11 +499,12 @@ def scheme_fields(name: str) -> dict[str, Any]:
     levels = "float" if floats else {"ternary": "ternary", "int2seq": "seq"}.get(found.levels or "", "integer")
     num_bits, scale_dtype, group = floats or (found.num_bits, "bfloat16", 64)
     extent = "group" if found.group else found.extent or ("channel" if (num_bits, scale_dtype) == _EIGHT else "group")
+    group = BLOCK if extent == "block" else group
     weights = {
         "num_bits": num_bits,
         "levels": levels,
         "strategy": extent,
-        "group_size": (found.group or group) if extent == "group" else None,
+        "group_size": (found.group or group) if extent in ("group", "block") else None,
         "symmetric": found.symmetric,
         "scale_dtype": scale_dtype,
         "sparsity": found.sparsity,

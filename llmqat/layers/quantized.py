@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llmqat.grid import (
     Grid,
@@ -37,7 +38,7 @@ from llmqat.grid import (
     scale_from_log,
     snap_scale,
 )
-from llmqat.layers.config import WeightConfig
+from llmqat.layers.config import BLOCK, WeightConfig
 from llmqat.layers.kept import dtypes_kept
 from llmqat.layers.reuse import ReusedWeight
 
@@ -69,8 +70,9 @@ class QuantModule(nn.Module):
 
     Attributes:
         weight: master weight, float32 where it trains; [O, I] or the layout of the module it came from.
-        log_scale: [O, G] float32 parameter theta, 0 at the start; None unless scales are learned.
-        initial_scale: [O, G] float32 buffer, signed; None when scales are dynamic.
+        log_scale: [O, G] float32 parameter theta, 0 at the start; None unless scales are learned. With one scale a
+            block of 128 rows it is [ceil(O / 128), G].
+        initial_scale: of its shape, float32 buffer, signed; None when scales are dynamic.
         clip_ratio: [O, G] float32 buffer, signed; only when scales are dynamic.
         zero_point: [O, G] float32 in codes, or None: a parameter when learned (rounded in the forward), else a buffer.
         nonzero: [O, I] bool buffer, which weights are not held at zero; None without sparsity.
@@ -109,10 +111,17 @@ class QuantModule(nn.Module):
         self.register_buffer("nonzero", None)
         self.rows, self.columns = self.dense_matrix().shape
         self.scale_shape = weights.scale_shape(self.rows, self.columns, name or "the layer")
+        self.kept_shape = weights.stored_shape(self.rows, self.columns, name or "the layer")
+        if weights.strategy == "block" and weight.dim() == 3 and self.rows // len(weight) % BLOCK:
+            raise ValueError(
+                f"{name or 'the layer'}: blocks of {BLOCK} rows do not divide the {self.rows // len(weight)} of an "
+                f"expert; give it one scale a channel with quant.overrides['{name}']={{strategy: channel, group_size: "
+                "null}"
+            )
         self.choose_zeros()
         matrix = self.matrix()
         learned, dynamic = weights.scales == "learned", weights.scales == "dynamic"
-        theta = nn.Parameter(torch.zeros(self.scale_shape, device=weight.device)) if learned else None
+        theta = nn.Parameter(torch.zeros(self.kept_shape, device=weight.device)) if learned else None
         self.register_parameter("log_scale", theta)
         scale, zero_point = (None, None) if dynamic else minmax_scale(matrix, self.grid, self.scale_shape)
         self.recognized = 0
@@ -121,7 +130,7 @@ class QuantModule(nn.Module):
                 f"{name or 'the layer'} has weights beyond what a scale can stand for (NaN, infinity, or the end of "
                 f"bfloat16's range); leave it out with quant.ignore, or check where its weights come from"
             )
-        self.register_buffer("initial_scale", scale)
+        self.register_buffer("initial_scale", None if scale is None else self._of_blocks(scale))
         self.register_buffer("clip_ratio", torch.ones(self.scale_shape, device=weight.device) if dynamic else None)
         if learned and zero_point is not None:
             self.zero_point = nn.Parameter(zero_point)
@@ -131,6 +140,8 @@ class QuantModule(nn.Module):
             found, zeros, self.recognized = keep_lattice(matrix, self.grid, *self.scale_and_zero_point())
             if self.recognized:
                 self.set_scale(found, zeros)
+                if self.kept_shape != self.scale_shape:  # the rows of a block may have had scales of their own
+                    self.recognized = int(on_lattice(matrix, *self.scale_and_zero_point(), self.grid).sum())
 
     @property
     def grid(self) -> Grid:
@@ -139,7 +150,7 @@ class QuantModule(nn.Module):
 
     @property
     def _gradient_factor(self) -> float:
-        return gradient_factor(self.rows * self.columns // (self.scale_shape[0] * self.scale_shape[1]), self.grid)
+        return gradient_factor(self.rows * self.columns // (self.kept_shape[0] * self.kept_shape[1]), self.grid)
 
     def parameter(self) -> Tensor:
         """Returns the master weight as peft's parametrization, if there is one, gives it."""
@@ -208,8 +219,8 @@ class QuantModule(nn.Module):
             return self._dynamic_range(self.clip_ratio)
         assert self.initial_scale is not None
         if self.log_scale is None:
-            return snap_scale(self.initial_scale, self.grid), self.zero_point
-        scale = scale_from_log(self.initial_scale, self.log_scale, self._gradient_factor, self.grid)
+            return self.of_rows(snap_scale(self.initial_scale, self.grid)), self.zero_point
+        scale = self.of_rows(scale_from_log(self.initial_scale, self.log_scale, self._gradient_factor, self.grid))
         if self.zero_point is None:
             return scale, None
         return scale, round_zero_point(self.zero_point, self.grid, self._gradient_factor)
@@ -218,7 +229,8 @@ class QuantModule(nn.Module):
     def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Makes `scale` [O, G] (and `zero_point`) the starting point: log_scale returns to 0.
 
-        A dynamic scale keeps the ratio of `scale` to the weight's range now, and makes its zero point of it.
+        A dynamic scale keeps the ratio of `scale` to the weight's range now, and makes its zero point of it. A block
+        takes the largest scale of its rows.
 
         Raises:
             ValueError: when a shape differs, a value is not finite, or a zero point is missing or not wanted.
@@ -231,7 +243,7 @@ class QuantModule(nn.Module):
             self.clip_ratio.copy_(scale / self._dynamic_range(torch.ones_like(self.clip_ratio))[0])
             return
         assert self.initial_scale is not None
-        self.initial_scale.copy_(scale)
+        self.initial_scale.copy_(self._of_blocks(scale))
         if self.log_scale is not None:
             self.log_scale.zero_()
         if zero_point is not None and self.zero_point is not None:
@@ -304,6 +316,19 @@ class QuantModule(nn.Module):
         if not self.transposed:
             return matrix.view(shape)
         return matrix.view(*shape[:-2], shape[-1], shape[-2]).mT
+
+    def of_rows(self, kept: Tensor) -> Tensor:
+        """Returns what is kept for each scale, [*kept_shape], as [O, G] where the rows of a block share a scale."""
+        if self.kept_shape == self.scale_shape:
+            return kept
+        return kept.repeat_interleave(BLOCK, dim=0)[: self.rows]
+
+    def _of_blocks(self, scale: Tensor) -> Tensor:
+        """Returns the largest scale of the rows of each block, [*kept_shape], from those of all rows [O, G]."""
+        if self.kept_shape == self.scale_shape:
+            return scale
+        padded = F.pad(scale, (0, 0, 0, self.kept_shape[0] * BLOCK - self.rows))
+        return padded.view(-1, BLOCK, self.kept_shape[1]).amax(1)
 
     def _dynamic_range(self, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
         scale, zero_point = minmax_scale(self.matrix(), self.grid, self.scale_shape)

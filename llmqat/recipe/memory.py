@@ -186,7 +186,7 @@ def size_of(model: nn.Module, config: Any, packed_bytes: float = 0.5) -> ModelSi
 def _scales(module: QuantModule | PackedModule) -> int:
     if isinstance(module, PackedModule):
         return module.weight_scale.numel()
-    return module.scale_shape[0] * module.scale_shape[1]
+    return module.kept_shape[0] * module.kept_shape[1]
 
 
 def memory_of(size: ModelSize, method: Method, devices: Devices) -> Memory:

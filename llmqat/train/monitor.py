@@ -272,7 +272,7 @@ def _first_rows(layer: QuantModule, weights: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def _log_scale(layer: QuantModule) -> Tensor | None:
-    return None if layer.log_scale is None else layer.log_scale.detach().clone()
+    return None if layer.log_scale is None else layer.of_rows(layer.log_scale.detach()).clone()
 
 
 def _share(masks: Sequence[Tensor]) -> Tensor:

@@ -161,7 +161,7 @@ def test_layers_with_a_state_begin_each_document_without_one(model_type: str):
 def test_a_model_whose_decoding_gives_other_logits_is_refused(model_type: str):
     sizes = {"rwkv": {"attention_hidden_size": 64}, "recurrent_gemma": {"lru_width": 64, "num_hidden_layers": 3}}
     with (
-        pytest.raises(ValueError, match="cannot write text: its logits, token by token.* give text"),
+        pytest.raises(ValueError, match=r"cannot write text: its logits, token by token.* give text"),
         open_decoder(tiny_model(model_type, **sizes[model_type]), 16),
     ):
         pass
