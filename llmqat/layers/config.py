@@ -31,7 +31,7 @@ _FLOATS: dict[tuple[int, str, int | None], str] = {
 """Bits, dtype of scales and group size of floats that have a name of their own, and that name."""
 _GROUPS_OF_FLOATS = ", ".join(f"{name} has groups of {size}" for (*_, size), name in sorted(_FLOATS.items()))
 BLOCK = 128
-"""Outputs and inputs of a block that has one scale."""
+"""Outputs and inputs of a block that has one scale, where a name does not say it."""
 _EIGHT = (8, "bfloat16")
 """Bits and dtype of scales of integers and floats that go by any strategy, by channel where nothing else is said."""
 
@@ -93,10 +93,10 @@ class WeightConfig(Config):
     symmetric: bool = True
     """Signed codes around zero (True), or unsigned codes with a zero point (False)."""
     strategy: Strategy = "group"
-    """What one scale governs: the tensor, an output channel, `group_size` inputs of a channel, or a block of 128 outputs
-    by 128 inputs, which FP8 alone has."""
+    """What one scale governs: the tensor, an output channel, `group_size` inputs of a channel, or, of FP8, a block of
+    `group_size` outputs by as many inputs."""
     group_size: int | None = Field(None, ge=1)
-    """Weights per scale along the input features; only with strategy 'group', and 128 with 'block'."""
+    """Weights per scale along the input features; only with strategy 'group', or the side of a 'block'."""
     levels: Levels = "integer"
     """Integers; at 2 bits 'ternary' (-1, 0, 1: BitNet b1.58) or 'seq' (-1.5, -0.5, 0.5, 1.5: ParetoQ); or 'float', E2M1
     at 4 bits and E4M3 at 8."""
@@ -118,7 +118,7 @@ class WeightConfig(Config):
         if (self.strategy in ("group", "block")) != (self.group_size is not None):
             raise ValueError(
                 f"group_size={self.group_size} with strategy={self.strategy!r}; "
-                "give group_size exactly when strategy is 'group' (any) or 'block' (128)"
+                "give group_size exactly when strategy is 'group' or 'block'"
             )
         grid = self.grid  # says what is wrong with the levels
         if self.strategy == "block":
@@ -136,15 +136,12 @@ class WeightConfig(Config):
 
     def _check_blocks(self) -> None:
         """Raises ValueError where a scheme with one scale a block is not the one that others read."""
-        kind = self.levels, self.num_bits, self.scale_dtype, self.group_size
-        if kind != ("float", *_EIGHT, BLOCK):
+        if (self.levels, self.num_bits, self.scale_dtype) != ("float", *_EIGHT):
             raise ValueError(
                 f"strategy='block' with levels={self.levels!r}, num_bits={self.num_bits}, scale_dtype="
-                f"{self.scale_dtype!r}, group_size={self.group_size}; blocks are of {BLOCK} by {BLOCK} FP8 weights: "
-                f"levels='float', num_bits=8, scale_dtype='bfloat16', group_size={BLOCK} (fp8-block)"
+                f"{self.scale_dtype!r}; blocks are of FP8 weights: levels='float', num_bits=8, scale_dtype='bfloat16' "
+                f"(fp8-block)"
             )
-        if self.scales == "dynamic":
-            raise ValueError("strategy='block' with scales='dynamic'; choose learned or fixed")
 
     @property
     def grid(self) -> Grid:
@@ -170,13 +167,18 @@ class WeightConfig(Config):
         )
 
     def stored_shape(self, out_features: int, in_features: int, name: str = "the layer") -> tuple[int, int]:
-        """Returns the shape of the scales that are kept: `scale_shape`, but (ceil(O/128), I/128) for blocks.
+        """Returns the shape of the scales that are kept: `scale_shape`, but (ceil(O/g), I/g) for blocks.
 
         Raises:
             ValueError: as `scale_shape`.
         """
         rows, groups = self.scale_shape(out_features, in_features, name)
-        return (-(-rows // BLOCK), groups) if self.strategy == "block" else (rows, groups)
+        return (-(-rows // self.block), groups) if self.strategy == "block" else (rows, groups)
+
+    @property
+    def block(self) -> int:
+        """Rows that share their scales: the side of a block, and 1 for all other strategies."""
+        return self.group_size if self.strategy == "block" and self.group_size else 1
 
     def scale_shape(self, out_features: int, in_features: int, name: str = "the layer") -> tuple[int, int]:
         """Returns the shape (O, I/g), (O, 1) or (1, 1) of the scales that weights are divided by.
@@ -201,7 +203,7 @@ class WeightConfig(Config):
             )
         if in_features % self.group_size and self.strategy == "block":
             raise ValueError(
-                f"{self.label}: blocks of {BLOCK} do not divide in_features={in_features} of {name}; give the layer "
+                f"{self.label}: blocks of {self.block} do not divide in_features={in_features} of {name}; give it "
                 f"one scale a channel with quant.overrides['{name}']={{strategy: channel, group_size: null}}, take the "
                 f"preset fp8 for all, or leave it out with quant.ignore=['{name}']"
             )
@@ -236,6 +238,7 @@ class WeightConfig(Config):
     def label(self) -> str:
         """Short name for tables: 'int4 g64', 'int4 g32 asym', 'ternary g64', 'int2-seq g64 fixed', 'int4 g64 2:4'."""
         extent = f"g{self.group_size}" if self.strategy == "group" else self.strategy
+        extent += str(self.block) if self.block not in (1, BLOCK) else ""
         names = {"integer": f"int{self.num_bits}", "ternary": "ternary", "seq": "int2-seq", "float": "fp8"}
         kind = _FLOATS.get((self.num_bits, self.scale_dtype, self.group_size), names[self.levels])
         ends = (
@@ -436,14 +439,20 @@ class QuantConfig(Config):
             if key not in known:
                 raise UnknownKeyError(key, known, f"the scheme {name}")
         weights = {key: changes.pop(key) for key in list(changes) if key in WeightConfig.model_fields}
-        if "group_size" in weights and "strategy" not in weights:
-            weights["strategy"] = "group" if weights["group_size"] else "channel"
-        elif weights.get("strategy", "group") != "group":
-            weights["group_size"] = BLOCK if weights["strategy"] == "block" else None
-        fields = {**scheme_fields(name), **changes}
+        fields = scheme_fields(name)
         base = fields["weights"]
         base = base.model_dump() if isinstance(base, WeightConfig) else base
-        return cls(**{**fields, "weights": WeightConfig(**{**base, **weights})})
+        blocks = weights.get("strategy", base.get("strategy") if weights.get("group_size") else None) == "block"
+        if blocks:
+            weights = {"strategy": "block", "group_size": BLOCK, **weights}
+            inputs = fields.get("input_activations")
+            if inputs is not None and "input_activations" not in changes:  # they have groups of a block's side
+                fields["input_activations"] = {**dict(inputs), "group_size": weights["group_size"]}
+        elif "group_size" in weights and "strategy" not in weights:
+            weights["strategy"] = "group" if weights["group_size"] else "channel"
+        elif weights.get("strategy", "group") != "group":
+            weights["group_size"] = None
+        return cls(**{**fields, **changes, "weights": WeightConfig(**{**base, **weights})})
 
 
 def _override(entry: Any) -> Any:
@@ -478,8 +487,8 @@ def scheme_fields(name: str) -> dict[str, Any]:
     - Weights: `int4`, `w4`, `4bit`, `ternary`, `int2-seq`, `fp8`, `nvfp4`, `mxfp4`, `mxfp8`.
     - Inputs: `a8`, `afp8`, or `a16` for high precision. By default floats have inputs of their own kind.
     - KV cache: `kv8`, `kv4`, `kvfp8` or `fp8kv`, `kv16`.
-    - Weights per scale: `g32`, `channel`, `tensor`, and for fp8 `block` (128 x 128). By default int8 and fp8 have a
-      scale per channel, nvfp4 and the mx formats have their own groups, and all others groups of 64.
+    - Weights per scale: `g32`, `channel`, `tensor`, and for fp8 `block` (128 x 128) or `block64`. By default int8 and
+      fp8 have a scale per channel, nvfp4 and the mx formats have their own groups, and all others groups of 64.
     - `asym` for a zero point.
     - `2:4` or `4:8` for weights that stay zero.
 
@@ -498,8 +507,12 @@ def scheme_fields(name: str) -> dict[str, Any]:
     floats = _FLOAT_NAMES.get(found.levels or "")
     levels = "float" if floats else {"ternary": "ternary", "int2seq": "seq"}.get(found.levels or "", "integer")
     num_bits, scale_dtype, group = floats or (found.num_bits, "bfloat16", 64)
-    extent = "group" if found.group else found.extent or ("channel" if (num_bits, scale_dtype) == _EIGHT else "group")
-    group = BLOCK if extent == "block" else group
+    extent = (
+        found.extent
+        or ("group" if found.group else None)
+        or ("channel" if (num_bits, scale_dtype) == _EIGHT else "group")
+    )
+    group = (found.group or BLOCK) if extent == "block" else group
     weights = {
         "num_bits": num_bits,
         "levels": levels,

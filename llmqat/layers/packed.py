@@ -34,7 +34,7 @@ from llmqat.grid import (
 )
 from llmqat.kernels import FileMappings, FilePages, PackedWeight, QuantizedInput, packed_linear
 from llmqat.layers.activation import ActivationQuantizer
-from llmqat.layers.config import BLOCK, ActivationConfig, WeightConfig
+from llmqat.layers.config import ActivationConfig, WeightConfig
 from llmqat.layers.kept import dtypes_kept
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.quantized import QuantModule, compute_dtype
@@ -161,8 +161,8 @@ class PackedModule(nn.Module):
         """
         if self.weights.strategy == "block":
             raise ValueError(
-                f"scales of {self.weights.label} are for blocks of {BLOCK} rows, and packed ones are trained by row; "
-                "train the model that is not packed (train.trainable=scales from the original), or all its weights"
+                f"scales of {self.weights.label} are for blocks of {self.weights.block} rows, and packed ones are "
+                "trained by row; train the model that is not packed"
             )
         if not torch.equal(snap_scale(self.weight_scale.float(), self.grid), self.weight_scale.float()):
             raise ValueError(

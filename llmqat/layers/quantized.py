@@ -38,7 +38,7 @@ from llmqat.grid import (
     scale_from_log,
     snap_scale,
 )
-from llmqat.layers.config import BLOCK, WeightConfig
+from llmqat.layers.config import WeightConfig
 from llmqat.layers.kept import dtypes_kept
 from llmqat.layers.reuse import ReusedWeight
 
@@ -70,10 +70,10 @@ class QuantModule(nn.Module):
 
     Attributes:
         weight: master weight, float32 where it trains; [O, I] or the layout of the module it came from.
-        log_scale: [O, G] float32 parameter theta, 0 at the start; None unless scales are learned. With one scale a
-            block of 128 rows it is [ceil(O / 128), G].
+        log_scale: [O, G] float32 parameter theta, 0 at the start; None unless scales are learned. With one scale for
+            a block of rows it is [ceil(O / block), G].
         initial_scale: of its shape, float32 buffer, signed; None when scales are dynamic.
-        clip_ratio: [O, G] float32 buffer, signed; only when scales are dynamic.
+        clip_ratio: of its shape, float32 buffer, signed; only when scales are dynamic.
         zero_point: [O, G] float32 in codes, or None: a parameter when learned (rounded in the forward), else a buffer.
         nonzero: [O, I] bool buffer, which weights are not held at zero; None without sparsity.
         weights: the scheme.
@@ -112,11 +112,11 @@ class QuantModule(nn.Module):
         self.rows, self.columns = self.dense_matrix().shape
         self.scale_shape = weights.scale_shape(self.rows, self.columns, name or "the layer")
         self.kept_shape = weights.stored_shape(self.rows, self.columns, name or "the layer")
-        if weights.strategy == "block" and weight.dim() == 3 and self.rows // len(weight) % BLOCK:
+        if weight.dim() == 3 and self.rows // len(weight) % weights.block:
             raise ValueError(
-                f"{name or 'the layer'}: blocks of {BLOCK} rows do not divide the {self.rows // len(weight)} of an "
-                f"expert; give it one scale a channel with quant.overrides['{name}']={{strategy: channel, group_size: "
-                "null}"
+                f"{name or 'the layer'}: blocks of {weights.block} rows do not divide the {self.rows // len(weight)} "
+                f"of an expert; give it one scale a channel with quant.overrides['{name}']={{strategy: channel, "
+                "group_size: null}"
             )
         self.choose_zeros()
         matrix = self.matrix()
@@ -131,7 +131,7 @@ class QuantModule(nn.Module):
                 f"bfloat16's range); leave it out with quant.ignore, or check where its weights come from"
             )
         self.register_buffer("initial_scale", None if scale is None else self._of_blocks(scale))
-        self.register_buffer("clip_ratio", torch.ones(self.scale_shape, device=weight.device) if dynamic else None)
+        self.register_buffer("clip_ratio", torch.ones(self.kept_shape, device=weight.device) if dynamic else None)
         if learned and zero_point is not None:
             self.zero_point = nn.Parameter(zero_point)
         else:
@@ -240,7 +240,8 @@ class QuantModule(nn.Module):
         if (zero_point is None) != self.grid.symmetric:
             raise ValueError("a zero point belongs to an asymmetric scheme and only to it")
         if self.clip_ratio is not None:
-            self.clip_ratio.copy_(scale / self._dynamic_range(torch.ones_like(self.clip_ratio))[0])
+            plain = self._dynamic_range(torch.ones_like(self.clip_ratio))[0]
+            self.clip_ratio.copy_(self._of_blocks(scale) / self._of_blocks(plain))
             return
         assert self.initial_scale is not None
         self.initial_scale.copy_(self._of_blocks(scale))
@@ -321,20 +322,20 @@ class QuantModule(nn.Module):
         """Returns what is kept for each scale, [*kept_shape], as [O, G] where the rows of a block share a scale."""
         if self.kept_shape == self.scale_shape:
             return kept
-        return kept.repeat_interleave(BLOCK, dim=0)[: self.rows]
+        return kept.repeat_interleave(self.weights.block, dim=0)[: self.rows]
 
     def _of_blocks(self, scale: Tensor) -> Tensor:
         """Returns the largest scale of the rows of each block, [*kept_shape], from those of all rows [O, G]."""
         if self.kept_shape == self.scale_shape:
             return scale
-        padded = F.pad(scale, (0, 0, 0, self.kept_shape[0] * BLOCK - self.rows))
-        return padded.view(-1, BLOCK, self.kept_shape[1]).amax(1)
+        padded = F.pad(scale, (0, 0, 0, self.kept_shape[0] * self.weights.block - self.rows))
+        return padded.view(self.kept_shape[0], -1, self.kept_shape[1]).amax(1)
 
     def _dynamic_range(self, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
         scale, zero_point = minmax_scale(self.matrix(), self.grid, self.scale_shape)
-        clipped = snap_scale(scale * ratio, self.grid)
+        clipped = snap_scale(self._of_blocks(scale) * ratio, self.grid)
         if zero_point is None:
-            return clipped, None
+            return self.of_rows(clipped), None
         low = self.matrix().detach().reshape(clipped.numel(), -1).amin(-1).clamp(max=0).view(clipped.shape)
         return clipped, torch.round(-low.float() * ratio / clipped).clamp_(self.grid.qmin, self.grid.qmax)
 

@@ -111,7 +111,9 @@ def test_models_of_other_weights_are_quantized_as_ever(preset: str) -> None:
     for layer in layers(model).values():
         assert layer.recognized == 0
         assert layer.kept_groups() is None
-        assert torch.equal(layer.scale(), minmax_scale(layer.matrix(), layer.grid, layer.scale_shape)[0])
+        plain = minmax_scale(layer.matrix(), layer.grid, layer.scale_shape)[0]
+        of_blocks = plain.view(-1, layer.weights.block, plain.shape[1]).amax(1)
+        assert torch.equal(layer.scale(), of_blocks.repeat_interleave(layer.weights.block, 0))
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,8 @@ def test_zero_shot(
     assert (tmp_path / "made" / "quiz.yaml").is_file()
 
 
-def test_every_row_of_schemes_is_a_recipe() -> None:
+def test_every_row_of_schemes_is_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
     schemes = runpy.run_path(str(SCRIPTS / "schemes.py"))["SCHEMES"]
     recipe = SCRIPTS.parent / "recipes" / "smollm2-135m-int4.yaml"
     for changes in schemes.values():

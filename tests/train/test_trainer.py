@@ -246,6 +246,7 @@ PRESETS_TO_TRAIN: dict[str, dict[str, Any]] = {
     "int4 fixed": {"group_size": 32, "scales": "fixed"},
     "int4 asymmetric": {"group_size": 32, "symmetric": False},
     "fp8": {},
+    "fp8-block32": {},
     "mxfp4": {},
     "nvfp4a16": {},
     "int4 embeddings": {"group_size": 32, "embeddings": "int4"},
