@@ -37,10 +37,10 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            help="rtn: plain rounding; search: scales from calibration; gptq: codes as well; blockwise: each "
-            "transformer block trained, which is the best and the slowest."
+            help="rtn: plain rounding; search: scales from calibration; gptq: codes as well; blockwise: then each "
+            "transformer block trained, which is the slowest."
         ),
-    ] = "blockwise",
+    ] = "gptq",
     target_bits: Annotated[
         float | None, typer.Option(min=2, max=8, help="Bits a weight on average: 2, 3, 4 or 8 chosen for each layer.")
     ] = None,

@@ -103,7 +103,7 @@ def quantize_model(
     *,
     scheme: str = "int4",
     group_size: int | None = None,
-    method: str = "blockwise",
+    method: str = "gptq",
     target_bits: float | None = None,
     rotate: bool = False,
     smooth: float | None = None,

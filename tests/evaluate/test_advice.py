@@ -137,7 +137,7 @@ def test_each_next_step_is_one_that_the_words_call_for() -> None:
     assert steps(0.025) == ["train one"]
     assert steps(0.08) == ["quantize mixed", "quantize one"]
     (one,) = advice(report(row("a", 0.07, **plain)))
-    words = "--scheme int4 --group-size 64 --method blockwise --out a-blockwise"
+    words = "--scheme int4 --group-size 64 --method gptq --out a-gptq"
     assert one.next == (f"llmqat quantize {ORIGINAL} {words}",)
 
 
