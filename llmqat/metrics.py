@@ -69,10 +69,11 @@ def check_predictor(model: nn.Module) -> None:
     training, ids = model.training, torch.arange(1, 5, device=model_device(model))[None]
     model.eval()
     try:
-        wanted = model(input_ids=ids, use_cache=False).logits[0].float()
-        with capture_hidden(model) as captured:
-            model(input_ids=ids, use_cache=False)
-            found = predictor_of(model).logits(captured.take()[0]).float()
+        with torch.no_grad():
+            wanted = model(input_ids=ids, use_cache=False).logits[0].float()
+            with capture_hidden(model) as captured:
+                model(input_ids=ids, use_cache=False)
+                found = predictor_of(model).logits(captured.take()[0]).float()
     finally:
         model.train(training)
     if not bool(torch.isfinite(wanted).all()):

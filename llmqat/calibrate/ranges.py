@@ -64,13 +64,15 @@ def calibrate_ranges(
         if name in known:
             rms = known[name].to(layer.weight.device).sqrt()
             layer.choose_zeros(lambda keep, of: most_important(layer.dense_matrix().abs() * rms, keep, of))
-        weight, grid, shape = layer.matrix(), layer.grid, layer.scale_shape
+        weight, grid, shape = layer.as_groups(layer.matrix()), layer.grid, layer.kept_shape
         if method == "minmax":
             found = minmax_scale(weight, grid, shape)
         elif method == "percentile":
             found = percentile_scale(weight, grid, shape, percentile)
         else:
-            found = search_scale(weight, grid, shape, known.get(name))
+            importance = known.get(name)
+            of_groups = None if importance is None else layer.importance_of_groups(importance)
+            found = search_scale(weight, grid, shape, of_groups)
         return keep_lattice(weight, grid, *found)[:2]
 
     on_cpu = all(layer.weight.device.type == "cpu" for layer in layers.values())

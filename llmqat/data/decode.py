@@ -284,8 +284,10 @@ def lockstep_obstacle(model: PreTrainedModel, length: int) -> str | None:
             with lockstep_attention_in(model):
                 decoder = LockstepDecoder(model, _TRIAL_TOKENS)
                 found = torch.stack([decoder.step(column, starts) for column in ids.unbind(1)], dim=1).float()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a model's own attention makes of arguments that it does not expect
-            return str(error)
+            return str(error) or type(error).__name__
     if decoder.cache.layers != config.num_hidden_layers:
         return f"{decoder.cache.layers} of its {config.num_hidden_layers} layers use the attention registry"
     difference = float((found - expected).norm() / expected.norm())
@@ -312,7 +314,7 @@ def check_stock(model: PreTrainedModel) -> None:
         expected = model(input_ids=ids[row : row + 1, begin:end], use_cache=False).logits[0].float()
         size = expected.norm(dim=-1).clamp(min=1e-6)  # that of a padding token may be 0
         off = (found[row, begin:end].float() - expected).norm(dim=-1) / size
-        difference = float(off.median())  # one router that decides otherwise, within rounding, is no fault
+        difference = float(off.kthvalue(len(off) - 1).values)  # of one position a router may decide otherwise
         if not difference < (1e-3 if model.dtype == torch.float32 else MOST_ROUNDING):
             after = " after another document" if begin else ""
             raise ValueError(

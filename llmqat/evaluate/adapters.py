@@ -74,9 +74,8 @@ def write_beside(adapter: Path, base: Path, out: Path) -> AdapterBeside:
 def adapter_beside(model: nn.Module, folder: Path) -> Iterator[None]:
     """Inside, linear layers of `model` also give what the adapter of a plain peft folder adds, as peft computes it."""
     config, factors = read_adapter(folder)
-    scaling = scaling_of(config)
 
-    def hook(down: Tensor, up: Tensor) -> Callable[..., Tensor]:
+    def hook(down: Tensor, up: Tensor, scaling: float) -> Callable[..., Tensor]:
         def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             x = inputs[0].to(down.dtype)
             return (output + F.linear(F.linear(x, down), up) * scaling).to(output.dtype)
@@ -88,5 +87,5 @@ def adapter_beside(model: nn.Module, folder: Path) -> Iterator[None]:
             layer = model.get_submodule(name)
             device = next(iter(layer.buffers())).device
             down, up = (parts[key].to(device).float() for key in "AB")
-            stack.callback(layer.register_forward_hook(hook(down, up)).remove)
+            stack.callback(layer.register_forward_hook(hook(down, up, scaling_of(config, name))).remove)
         yield

@@ -97,8 +97,8 @@ class _Judged:
 
     @property
     def outcome(self) -> Literal["kept", "lost", "unknown"]:
-        """`kept` at or below the threshold, `lost` above it or infinite, `unknown` where the interval holds it."""
-        if math.isinf(self.value):
+        """`kept` at or below the threshold, `lost` above it or no number, `unknown` where the interval holds it."""
+        if not math.isfinite(self.value):
             return "lost"
         if self.interval is None:
             return "unknown"

@@ -46,6 +46,10 @@ UNITS: dict[str, tuple[float, str, str]] = {
 }
 """Figure -> factor, form and unit in which tables show it; the rest are shown as they are."""
 REFERENCE = "full precision"
+DIVERGENCES = ("kl", "reverse_kl", "top1", "top5")
+"""Figures that are measured from the reference."""
+SAME_REFERENCE = 1e-3
+"""Share of its perplexity by which one reference may differ between two machines."""
 
 _RULE = re.compile(r"^(?P<metric>[\w.-]+)\s*(?P<operator><=|>=)\s*(?P<limit>[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*(?P<x>x?)$")
 
@@ -76,8 +80,8 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the limit is kept; a figure that is no number keeps none."""
-        if math.isnan(self.value):
+        """Whether the limit is kept; a figure that is no number keeps none, nor one that is compared with none."""
+        if math.isnan(self.value) or not math.isfinite(self.bound):
             return False
         return self.value <= self.bound if self.rule.operator == "<=" else self.value >= self.bound
 
@@ -145,6 +149,8 @@ def judge(
             against = _compared_with(row, report, baseline) if rule.relative else None
             if against is not None and rule.metric in WRITTEN and "generations" in row:
                 check_same_prompts(row["generations"]["prompts"], against)
+            if against is not None and baseline is not None:
+                _check_same_measure(rule.metric, row, against, report, baseline)
             for text in report["texts"] if rule.metric in ON_TEXT else (None,):
                 value = _figure(row, rule.metric, text)
                 base = None if against is None else _figure(against, rule.metric, text)
@@ -253,6 +259,38 @@ def check_same_texts(texts: Mapping[str, Mapping[str, Any]], baseline: Mapping[s
                 f"the baseline read {name} with another tokenizer, so figures by the token cannot be compared; give a "
                 "baseline of models with this tokenizer"
             )
+
+
+def _check_same_measure(
+    metric: str,
+    row: Mapping[str, Any],
+    before: Mapping[str, Any],
+    report: Mapping[str, Any],
+    baseline: Mapping[str, Any],
+) -> None:
+    """Raises ValueError where a figure of the baseline's row `before` was taken from another reference or questions."""
+    asked, earlier = ((found.get("tasks") or {}).get(metric) for found in (row, before))
+    if asked is not None and earlier is not None and asked["questions"] != earlier["questions"]:
+        raise ValueError(
+            f"{before['name']} in the baseline has answered {earlier['questions']} questions of {metric}, and "
+            f"{row['name']} {asked['questions']}; give --task-limit as the baseline had it"
+        )
+    if metric not in DIVERGENCES:
+        return
+    for text in report["texts"]:
+        ours, theirs = (_perplexity_of_reference(found, text) for found in (report, baseline))
+        if ours is not None and theirs is not None and not math.isclose(ours, theirs, rel_tol=SAME_REFERENCE):
+            raise ValueError(
+                f"{metric} in the baseline was measured from another reference than here (its perplexity on {text} is "
+                f"{theirs:.4g}, here {ours:.4g}); give the same --reference, or a baseline that was measured from it"
+            )
+
+
+def _perplexity_of_reference(report: Mapping[str, Any], text: str) -> float | None:
+    """Returns the perplexity of the model that KL is measured from; None where the report has none."""
+    rows = [row for row in report["rows"] if row["role"] == REFERENCE]
+    found: float | None = rows[0]["texts"].get(text, {}).get("perplexity") if rows else None
+    return found
 
 
 def check_same_prompts(prompts: Mapping[str, Any], row: Mapping[str, Any]) -> None:

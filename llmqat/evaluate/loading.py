@@ -48,7 +48,7 @@ from llmqat.models import (
     to_accelerator,
     token_model_class,
 )
-from llmqat.train.adapter import load_adapter
+from llmqat.train.adapter import check_has_scales, load_adapter
 
 _BITS_OF_TYPE = re.compile(r"I?Q(\d)")
 PACKED_FORMATS = (*FORMS, None)
@@ -196,6 +196,8 @@ def _scheme_of(folder: Path) -> QuantConfig | None:
     check_safetensors(file)
     with safe_open(file, framework="pt") as opened:
         found = json.loads((opened.metadata() or {}).get(CONFIG_KEY, "null"))
+    if found is None:
+        check_has_scales(folder)
     return None if found is None else QuantConfig.model_validate(found)
 
 

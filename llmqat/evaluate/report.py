@@ -164,8 +164,9 @@ def _task_lines(report: Mapping[str, Any]) -> list[str]:
                 continue
             shown = "" if judged_by else f" {metric}"
             line = f"{row['name']}: {name}{shown} {task[metric]:.4f} of {task['questions']} questions"
-            if reference is not None and row is not reference and name in (reference.get("tasks") or {}):
-                apart = mean_difference(task["samples"][metric], reference["tasks"][name]["samples"][metric])
+            others = {} if reference is None else (reference.get("tasks") or {}).get(name, {}).get("samples", {})
+            if reference is not None and row is not reference and metric in others and metric in task["samples"]:
+                apart = mean_difference(task["samples"][metric], others[metric])
                 noise = ", noise" if apart.holds_zero else ""
                 line += f" ({apart.low:+.4f} to {apart.high:+.4f} from {reference['name']}{noise})"
             lines.append(line)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -165,7 +166,7 @@ class Tasks:
                 limit=self.settings.limit,
                 bootstrap_iters=0,
             )
-        return {name: _summary(samples) for name, samples in found["samples"].items()}
+        return {name: _summary(samples, found["results"][name]) for name, samples in found["samples"].items()}
 
 
 def average(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -175,20 +176,32 @@ def average(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _summary(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns figures of a task and what each question scored; where answers are filtered, those of each filter."""
+def _summary(samples: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns figures of a task and what each question scored; where answers are filtered, those of each filter.
+
+    Args:
+        samples: lm-eval's record of each question.
+        results: lm-eval's figures by "metric,filter". What is no mean over questions, such as a perplexity, is taken
+            from here, and has no value for each question.
+    """
     filters = [*dict.fromkeys(str(sample.get("filter", "none")) for sample in samples)]
     values: dict[str, list[float]] = {}
+    means: dict[str, float] = {}
     count = 0
     for one in filters:
         own = [sample for sample in samples if str(sample.get("filter", "none")) == one]
         ordered = sorted(own, key=lambda sample: int(sample["doc_id"]))
         count = len(ordered)
         for name in ordered[0]["metrics"]:
+            key = name if len(filters) == 1 else f"{name},{one}"
+            figure = results.get(f"{name},{one}")
             if isinstance(ordered[0].get(name), (int, float)):
-                key = name if len(filters) == 1 else f"{name},{one}"
-                values[key] = [float(sample[name]) for sample in ordered]
-    means = {name: sum(entries) / len(entries) for name, entries in values.items()}
+                entries = [float(sample[name]) for sample in ordered]
+                means[key] = sum(entries) / count if figure is None else float(figure)
+                if math.isclose(means[key], sum(entries) / count, rel_tol=1e-6, abs_tol=1e-9):
+                    values[key] = entries
+            elif isinstance(figure, (int, float)):
+                means[key] = float(figure)
     return {"questions": count, **means, "samples": values}
 
 

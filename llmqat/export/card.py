@@ -241,6 +241,8 @@ def _schemes(config: Mapping[str, Any]) -> str:
         targets = group["targets"]
         named = f"`{targets[0]}`" if len(targets) == 1 else f"`{targets[0]}` and {len(targets) - 1} more"
         extent = f"groups of {weights['group_size']}" if weights.get("group_size") else "channel"
+        if weights.get("block_structure"):
+            extent = "blocks of " + " x ".join(map(str, weights["block_structure"]))
         zero = "symmetric" if weights.get("symmetric", True) else "with zero points"
         kind = "kept" if inputs is None else f"{_bits(inputs)} bits by {inputs['strategy'].replace('_', ' ')}"
         rows.append((named, _bits(weights), extent, zero, kind))

@@ -434,7 +434,7 @@ def _unsupported(scheme: QuantizationScheme, config: QuantizationConfig) -> str 
         (weights is not None and 2 <= weights.num_bits <= 8, "weights of fewer than 2 or more than 8 bits"),
         (
             weights is not None and weights.strategy in _STRATEGIES[weights.type],
-            "weights not scaled by group or channel",
+            "weights not scaled by group, channel or block",
         ),
         (
             runs_inputs(scheme.input_activations),

@@ -226,6 +226,9 @@ def _scale_of(where: str, layer: PackedModule, stored: Tensor, shared: Tensor | 
     """Returns the scale that a layer holds, of its stored form; `where` begins what is said of a wrong one."""
     if shared is not None and (shared.numel() != 1 or float(shared) <= 0):
         raise ValueError(f"{where}.weight_global_scale is {shared.flatten()[:3].tolist()}; it is one positive number")
+    wanted = layer.weights.stored_shape(layer.rows, layer.columns)
+    if layer.weights.block > 1 and stored.shape != wanted:
+        raise ValueError(f"{where}.weight_scale is of {list(stored.shape)}, but config.json makes it {list(wanted)}")
     scale, held = scale_in_memory(stored, shared, layer.grid), layer.weight_scale.dtype
     if not torch.equal(scale.to(held).float(), scale):
         why = "its weight_global_scale is no power of two" if shared is not None else f"they are {stored.dtype}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,9 @@ def write_peft(folder: Path, base: nn.Module, base_folder: Path, out: Path) -> d
     also_meant = [name for name in modules if name.rpartition(".")[2] in targets and name not in factors]
     plain = {**config, "target_parameters": None, "base_model_name_or_path": str(base_folder)}
     plain["target_modules"] = sorted(factors) if also_meant else sorted(targets)
+    for key, pattern in _PATTERNS.items():
+        own = {name: _of_layer(config, key, name) for name in sorted(factors)}
+        plain[pattern] = {name: value for name, value in own.items() if value != config[key]}
     state = {f"{_PREFIX}{name}.lora_{key}.weight": part for name, both in factors.items() for key, part in both.items()}
     out.mkdir(parents=True)
     save_whole(out / SAFETENSORS_WEIGHTS_NAME, state, {"format": "pt"})
@@ -94,10 +98,22 @@ def write_peft(folder: Path, base: nn.Module, base_folder: Path, out: Path) -> d
     return {"A and B": sum(tensor.nbytes for tensor in state.values())}
 
 
-def scaling_of(config: dict[str, Any]) -> float:
-    """Returns the factor s of B A: alpha / r, or alpha / sqrt(r) where the adapter is rank-stabilized."""
-    rank = config["r"]
-    return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+def scaling_of(config: dict[str, Any], name: str) -> float:
+    """Returns the factor s of B A of the layer `name`: alpha / r, or alpha / sqrt(r) where it is rank-stabilized."""
+    rank, alpha = (_of_layer(config, key, name) for key in ("r", "lora_alpha"))
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+
+
+def _of_layer(config: dict[str, Any], key: str, name: str) -> Any:
+    """Returns rank or alpha of the layer `name`, by peft's rule: the first pattern that its name ends with."""
+    patterns = config.get(_PATTERNS[key]) or {}
+    for pattern, value in patterns.items():
+        if any(re.match(rf"(.*\.)?({pattern})$", own) for own in (name, f"{name}.weight")):
+            return value
+    return config[key]
 
 
 def _check_layer(name: str, layer: nn.Module | None, parts: dict[str, Tensor], base_folder: Path) -> None:

@@ -266,7 +266,11 @@ def _why_no_floats(layer: DescribedLayer) -> tuple[str, str] | None:
     if weights.num_bits == 8 and weights.scale_dtype == "bfloat16":
         if weights.strategy == "group":
             return f"FP8 weights have a scale a channel, a tensor or a block, not for {weights.group_size}", CONFIG
-        return _why_no_blocks(layer) if weights.strategy == "block" else None
+        if weights.strategy == "block":
+            return _why_no_blocks(layer)
+        if inputs is not None and inputs.dynamic and inputs.group_size is not None:
+            return "inputs of FP8 weights by channel or tensor have a scale a token", "compressed_tensors_w8a8_fp8.py"
+        return None
     if weights.scale_dtype == "e4m3" and inputs is not None and inputs.scale_dtype != "e4m3":
         return "inputs of NVFP4 weights are NVFP4 too, or in high precision", CONFIG
     if weights.scale_dtype == "e8m0" and inputs is not None and inputs.scale_dtype == "e4m3":
@@ -280,6 +284,8 @@ def _why_no_blocks(layer: DescribedLayer) -> tuple[str, str] | None:
     Source: `CompressedTensorsW8A8Fp8`, which asserts it.
     """
     inputs, block = layer.scheme.input_activations, layer.scheme.weights.block
+    if inputs is None and block != 128:
+        return f"FP8 weights alone are in blocks of 128, not of {block}", "compressed_tensors_w8a16_fp8.py"
     if inputs is not None and (not inputs.dynamic or inputs.group_size != block):
         return f"inputs of FP8 weights in these blocks have a scale for {block}", "compressed_tensors_w8a8_fp8.py"
     return None

@@ -203,9 +203,10 @@ class WeightConfig(Config):
             )
         if in_features % self.group_size and self.strategy == "block":
             raise ValueError(
-                f"{self.label}: blocks of {self.block} do not divide in_features={in_features} of {name}; give it "
-                f"one scale a channel with quant.overrides['{name}']={{strategy: channel, group_size: null}}, take the "
-                f"preset fp8 for all, or leave it out with quant.ignore=['{name}']"
+                f"{self.label}: blocks of {self.block} do not divide in_features={in_features} of {name}; leave "
+                f"it out with quant.ignore=['{name}'], take the preset fp8 for all, or give it a scale a channel with "
+                f"quant.overrides['{name}']={{weights: {{num_bits: 8, levels: float, strategy: channel}}, "
+                "input_activations: {num_bits: 8, levels: float}}"
             )
         if in_features % self.group_size:
             choices = [g for g in (32, 64, 96, 128, 192, 256) if in_features % g == 0]
@@ -230,8 +231,8 @@ class WeightConfig(Config):
             raise ValueError(
                 f"quant.sparsity={sparsity.label!r}: {of} does not divide in_features={in_features} of {name}; "
                 f"leave it out with quant.ignore=['{name}'], or give it weights without sparsity with "
-                f"quant.overrides['{name}']={{num_bits: {self.num_bits}, strategy: {self.strategy}, "
-                f"group_size: {self.group_size or 'null'}}}"
+                f"quant.overrides['{name}']={{num_bits: {self.num_bits}, levels: {self.levels}, strategy: "
+                f"{self.strategy}, group_size: {self.group_size or 'null'}, scale_dtype: {self.scale_dtype}}}"
             )
 
     @property
@@ -442,16 +443,19 @@ class QuantConfig(Config):
         fields = scheme_fields(name)
         base = fields["weights"]
         base = base.model_dump() if isinstance(base, WeightConfig) else base
-        blocks = weights.get("strategy", base.get("strategy") if weights.get("group_size") else None) == "block"
-        if blocks:
-            weights = {"strategy": "block", "group_size": BLOCK, **weights}
-            inputs = fields.get("input_activations")
-            if inputs is not None and "input_activations" not in changes:  # they have groups of a block's side
-                fields["input_activations"] = {**dict(inputs), "group_size": weights["group_size"]}
+        was = base.get("strategy") == "block"
+        blocks = weights.get("strategy", "block" if was and weights.get("group_size", BLOCK) else None) == "block"
+        if blocks and weights.keys() & {"strategy", "group_size"}:
+            weights = {"strategy": "block", "group_size": base.get("group_size") or BLOCK, **weights}
         elif "group_size" in weights and "strategy" not in weights:
             weights["strategy"] = "group" if weights["group_size"] else "channel"
         elif weights.get("strategy", "group") != "group":
             weights["group_size"] = None
+        inputs = fields.get("input_activations")
+        inputs = None if inputs is None else dict(inputs)
+        if inputs is not None and (blocks or was) and inputs.get("levels") == "float":  # they have a block's side
+            size = weights.get("group_size", base.get("group_size")) if blocks else None
+            fields["input_activations"] = {**inputs, "group_size": size}
         return cls(**{**fields, **changes, "weights": WeightConfig(**{**base, **weights})})
 
 
@@ -527,7 +531,8 @@ def scheme_fields(name: str) -> dict[str, Any]:
         own = {"num_bits": num_bits, "levels": "float", "group_size": group, "scale_dtype": scale_dtype}
         fields["input_activations"] = own
     elif found.inputs == FP8:
-        fields["input_activations"] = {"num_bits": 8, "levels": "float"}
+        side = group if extent == "block" else None
+        fields["input_activations"] = {"num_bits": 8, "levels": "float", "group_size": side}
     elif found.inputs not in (HIGH_PRECISION, OWN_KIND):
         fields["input_activations"] = {"num_bits": found.inputs}
     if found.cache == FP8:

@@ -33,6 +33,8 @@ from llmqat.layers.embedding import QuantEmbedding
 from llmqat.layers.quantized import QuantModule, without_adapters
 from llmqat.layers.source import forget_source
 
+log = logging.getLogger(__name__)
+
 with hidden("bitsandbytes"):  # which `import peft` imports, for a helper that nothing here calls
     import peft.import_utils
     from peft import LoraConfig
@@ -156,7 +158,14 @@ def adopt_adapters(model: nn.Module) -> list[QuantLora]:
             on a weight that has one already; or when it starts from the rounding error (LoftQ).
     """
     inner = without_adapters(model)
-    for name, config in (getattr(inner, "peft_config", None) or {}).items():
+    configs = getattr(inner, "peft_config", None) or {}
+    if len(configs) > 1:
+        log.warning(
+            "adapters %s share the scales of the quantizers, so only the one whose scales were loaded or trained last "
+            "gives what it was trained to give; load one adapter a model",
+            ", ".join(configs),
+        )
+    for name, config in configs.items():
         start = getattr(config, "init_lora_weights", None)
         if start == "loftq":
             raise ValueError(
@@ -218,7 +227,15 @@ def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **option
     suffixes = wanted if wanted is not None else sorted({name.rpartition(".")[2] for name in layers})
     if _means_more(model, suffixes, layers):
         suffixes = [name for name in layers if any(name == part or name.endswith(f".{part}") for part in suffixes)]
+    for key in ("rank_pattern", "alpha_pattern"):  # peft looks for the names of weights in them
+        if options.get(key):
+            options[key] = {_of_weight(name): value for name, value in options[key].items()}
     return LoraConfig(target_modules=[], target_parameters=[f"{name}.{WEIGHT}" for name in suffixes], **options)
+
+
+def _of_weight(name: str) -> str:
+    """Returns the name, or the pattern, of a layer as that of its weight."""
+    return name if name.endswith(f".{WEIGHT}") else f"{name}.{WEIGHT}"
 
 
 def _means_more(model: nn.Module, suffixes: list[str], layers: list[str]) -> bool:

@@ -115,22 +115,23 @@ class QuantModule(nn.Module):
         if weight.dim() == 3 and self.rows // len(weight) % weights.block:
             raise ValueError(
                 f"{name or 'the layer'}: blocks of {weights.block} rows do not divide the {self.rows // len(weight)} "
-                f"of an expert; give it one scale a channel with quant.overrides['{name}']={{strategy: channel, "
-                "group_size: null}"
+                f"of an expert; give it one scale a channel with quant.overrides['{name}']={{num_bits: 8, "
+                "levels: float, strategy: channel}"
             )
         self.choose_zeros()
         matrix = self.matrix()
         learned, dynamic = weights.scales == "learned", weights.scales == "dynamic"
         theta = nn.Parameter(torch.zeros(self.kept_shape, device=weight.device)) if learned else None
         self.register_parameter("log_scale", theta)
-        scale, zero_point = (None, None) if dynamic else minmax_scale(matrix, self.grid, self.scale_shape)
+        groups = self.as_groups(matrix)
+        scale, zero_point = (None, None) if dynamic else minmax_scale(groups, self.grid, self.kept_shape)
         self.recognized = 0
         if scale is not None and not scale.is_meta and not bool(torch.isfinite(scale).all()):
             raise ValueError(
                 f"{name or 'the layer'} has weights beyond what a scale can stand for (NaN, infinity, or the end of "
                 f"bfloat16's range); leave it out with quant.ignore, or check where its weights come from"
             )
-        self.register_buffer("initial_scale", None if scale is None else self._of_blocks(scale))
+        self.register_buffer("initial_scale", scale)
         self.register_buffer("clip_ratio", torch.ones(self.kept_shape, device=weight.device) if dynamic else None)
         if learned and zero_point is not None:
             self.zero_point = nn.Parameter(zero_point)
@@ -140,8 +141,6 @@ class QuantModule(nn.Module):
             found, zeros, self.recognized = keep_lattice(matrix, self.grid, *self.scale_and_zero_point())
             if self.recognized:
                 self.set_scale(found, zeros)
-                if self.kept_shape != self.scale_shape:  # the rows of a block may have had scales of their own
-                    self.recognized = int(on_lattice(matrix, *self.scale_and_zero_point(), self.grid).sum())
 
     @property
     def grid(self) -> Grid:
@@ -227,24 +226,30 @@ class QuantModule(nn.Module):
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Makes `scale` [O, G] (and `zero_point`) the starting point: log_scale returns to 0.
+        """Makes `scale` (and `zero_point`) the starting point: log_scale returns to 0.
 
-        A dynamic scale keeps the ratio of `scale` to the weight's range now, and makes its zero point of it. A block
-        takes the largest scale of its rows.
+        A dynamic scale keeps the ratio of `scale` to the weight's range now, and makes its zero point of it.
+
+        Args:
+            scale: of `kept_shape`; or of `scale_shape`, where the rows of a block have one scale.
+            zero_point: of its shape, or None.
 
         Raises:
             ValueError: when a shape differs, a value is not finite, or a zero point is missing or not wanted.
         """
-        if scale.shape != self.scale_shape or not bool(torch.isfinite(scale).all()):
-            raise ValueError(f"scale must be finite of shape {tuple(self.scale_shape)}, got {tuple(scale.shape)}")
+        shape: tuple[int, int] = self.kept_shape
+        if shape != self.scale_shape and scale.shape == self.scale_shape:
+            scale = scale[:: self.weights.block]
+        if tuple(scale.shape) != shape or not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"scale must be finite of shape {shape}, got {tuple(scale.shape)}")
         if (zero_point is None) != self.grid.symmetric:
             raise ValueError("a zero point belongs to an asymmetric scheme and only to it")
         if self.clip_ratio is not None:
-            plain = self._dynamic_range(torch.ones_like(self.clip_ratio))[0]
-            self.clip_ratio.copy_(self._of_blocks(scale) / self._of_blocks(plain))
+            plain = minmax_scale(self.as_groups(self.matrix()), self.grid, shape)[0]
+            self.clip_ratio.copy_(scale / plain)
             return
         assert self.initial_scale is not None
-        self.initial_scale.copy_(self._of_blocks(scale))
+        self.initial_scale.copy_(scale)
         if self.log_scale is not None:
             self.log_scale.zero_()
         if zero_point is not None and self.zero_point is not None:
@@ -324,16 +329,27 @@ class QuantModule(nn.Module):
             return kept
         return kept.repeat_interleave(self.weights.block, dim=0)[: self.rows]
 
-    def _of_blocks(self, scale: Tensor) -> Tensor:
-        """Returns the largest scale of the rows of each block, [*kept_shape], from those of all rows [O, G]."""
+    def as_groups(self, matrix: Tensor) -> Tensor:
+        """Returns a matrix [O, I] with the weights of each kept scale side by side: [*kept_shape[0], *], or as it is.
+
+        A block's rows follow one another; rows of zeros fill the last block.
+        """
         if self.kept_shape == self.scale_shape:
-            return scale
-        padded = F.pad(scale, (0, 0, 0, self.kept_shape[0] * self.weights.block - self.rows))
-        return padded.view(self.kept_shape[0], -1, self.kept_shape[1]).amax(1)
+            return matrix
+        (rows, groups), block = self.kept_shape, self.weights.block
+        padded = F.pad(matrix, (0, 0, 0, rows * block - self.rows))
+        return padded.view(rows, block, groups, block).transpose(1, 2).reshape(rows, -1)
+
+    def importance_of_groups(self, importance: Tensor) -> Tensor:
+        """Returns the importance of input features [I] as that of the columns of `as_groups`."""
+        if self.kept_shape == self.scale_shape:
+            return importance
+        block = self.weights.block
+        return importance.view(-1, 1, block).expand(-1, block, -1).reshape(-1)
 
     def _dynamic_range(self, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale, zero_point = minmax_scale(self.matrix(), self.grid, self.scale_shape)
-        clipped = snap_scale(self._of_blocks(scale) * ratio, self.grid)
+        scale, zero_point = minmax_scale(self.as_groups(self.matrix()), self.grid, self.kept_shape)
+        clipped = snap_scale(scale * ratio, self.grid)
         if zero_point is None:
             return self.of_rows(clipped), None
         low = self.matrix().detach().reshape(clipped.numel(), -1).amin(-1).clamp(max=0).view(clipped.shape)

@@ -176,20 +176,32 @@ class Heads(NamedTuple):
 
 def heads_of(config: Any) -> Heads:
     """Returns the heads of a text model's `config`; a model without attention counts as one head of its width."""
-    queries = getattr(config, "num_attention_heads", None) or 1
+    if not getattr(config, "num_attention_heads", None):
+        return Heads(1, 1, int(config.hidden_size))
+    queries = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
     return Heads(queries, keys, int(getattr(config, "head_dim", None) or config.hidden_size // queries))
 
 
 def _head_source(model: nn.Module) -> nn.Module:
     """Returns the module that holds the head's weight: the embedding, where the head is tied to a quantized one."""
-    head = output_head(model)
+    head = _active_copy(output_head(model))
     inner = without_adapter(head)
     if inner is not head:
         if not isinstance(inner, QuantModule):
             raise ValueError("an adapter on an output head that is not quantized is not trained; leave the head out")
         return inner
     return head.embedding if isinstance(head, TiedHead) else head
+
+
+def _active_copy(head: nn.Module) -> nn.Module:
+    """Returns the copy of the head that peft's `modules_to_save` trains, where it is active, or `head` itself."""
+    copies = getattr(head, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return head
+    active = [name for name in head.active_adapters if name in copies]  # type: ignore[union-attr]
+    found: nn.Module = copies[active[0]] if active and not head.disable_adapters else head.original_module  # type: ignore[assignment]
+    return found
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -239,7 +251,9 @@ def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
             `lm_head_multiplier`, Muse's `output_multiplier`, Gemma's `final_logit_softcapping` and its other names).
     """
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    names = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+    names: tuple[str, ...] = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+    if getattr(config, "model_type", None) == "mpt":  # whose configuration has one that its model does not read
+        names = ()
     factor = next((getattr(config, name) for name in names if getattr(config, name, None)), 1.0)
     divisor = getattr(config, "logits_scaling", None) or 1.0
     if getattr(config, "model_type", None) == "hyperclovax":  # the only one that multiplies by it

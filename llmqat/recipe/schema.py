@@ -150,7 +150,8 @@ def _scheme_pattern() -> str:
     weights = f"(?:{bits}|{word('ternary')}|{word('int2seq')}|{floats})"
     inputs = f"(?:{gap}[aA]{gap}(?:[2-8]|16|{word('fp8')}))?"
     cache = f"(?:{gap}{word('kv')}{gap}(?:4|8|16|{word('fp8')})|{gap}{word('fp8kv')})?"
-    extent = f"(?:{gap}(?:{word('channel')}|{word('tensor')}|[gG]{gap}[1-9][0-9]*))?(?:{gap}{word('asym')})?"
+    block = f"{word('block')}(?:{gap}[1-9][0-9]*)?"
+    extent = f"(?:{gap}(?:{word('channel')}|{word('tensor')}|{block}|[gG]{gap}[1-9][0-9]*))?(?:{gap}{word('asym')})?"
     zeros = f"(?:{gap}(?:2:4|4:8))?"
     return f"^(?:{weights}{inputs}{cache}{extent}{zeros}|[qQ]{gap}[48]{gap}0)$"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -126,9 +126,16 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
         is_trainable: whether the adapter is to be trained further.
 
     Raises:
-        ValueError: when the adapter was trained under another QuantConfig.
+        ValueError: when the model is not prepared, the adapter was trained under another QuantConfig, or its files lack
+            the scales that it was trained with.
     """
     folder = user_path(folder, "folder")
+    if not any(isinstance(module, QuantModule) for module in model.modules()):
+        raise ValueError(
+            f"the model is not prepared, so the scales of {folder} have no place; call llmqat.prepare(model, config) "
+            "with the scheme that the adapter was trained in"
+        )
+    check_has_scales(folder)
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if file.is_file():
@@ -143,6 +150,22 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
             )
     adopt_adapters(adapted)
     return adapted
+
+
+def check_has_scales(folder: Path) -> None:
+    """Raises ValueError where `folder` holds an adapter on weights inside quantizers, and no scales of these."""
+    config, file = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    if not config.is_file() or not file.is_file():
+        return  # a hub id, or what peft says is missing
+    names = json.loads(config.read_text(encoding="utf-8")).get("target_parameters") or []
+    if not names or not all(name.endswith(".weight") for name in names):
+        return  # an ordinary one
+    with safe_open(file, framework="pt") as opened:
+        if CONFIG_KEY not in (opened.metadata() or {}):
+            raise ValueError(
+                f"{folder} holds an adapter that was trained inside quantizers, without the scales that it was trained "
+                "with: peft's save_pretrained leaves them out; save it with llmqat.save_adapter(model, folder)"
+            )
 
 
 def add_quantizers(model: PeftModel, folder: Path) -> None:

@@ -58,7 +58,16 @@ from llmqat.layers import (
     without_adapters,
 )
 from llmqat.layers.lora import adopt_adapters
-from llmqat.metrics import IGNORED_LABEL, Predictor, Teacher, TopProbabilities, predictor_of, token_loss, token_nll
+from llmqat.metrics import (
+    IGNORED_LABEL,
+    Predictor,
+    Teacher,
+    TopProbabilities,
+    check_predictor,
+    predictor_of,
+    token_loss,
+    token_nll,
+)
 from llmqat.models import (
     capture_hidden,
     cast_parameters,
@@ -189,6 +198,7 @@ class QATTrainer(Trainer):
             teacher.requires_grad_(False).eval()
             if not getattr(teacher, "is_quantized", False):  # bitsandbytes has put its weights where they stay
                 teacher.to(self.args.device)
+        self._check_logits()
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -223,6 +233,14 @@ class QATTrainer(Trainer):
         output: TrainOutput = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         keep_weights_of(self.optimizer)
         return output if "train_loss" in output.metrics else output._replace(training_loss=float("nan"))
+
+    def _check_logits(self) -> None:
+        """Raises ValueError where the loss would be of other logits than the model's or the teacher's own."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # weights whole in no process
+        for model in (self.model, self.teacher):
+            if isinstance(model, nn.Module) and not is_sharded(model):
+                check_predictor(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as Trainer does; of no step there is no mean loss, which Trainer would call 0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from llmqat.evaluate.compare import Comparison, Row, write_report
-from llmqat.evaluate.gate import OF_MODEL, ON_TEXT, check_rules, judge, parse_gate, read_report
+from llmqat.evaluate.gate import OF_MODEL, ON_TEXT, Check, check_rules, judge, parse_gate, read_report
 from llmqat.evaluate.html import to_html
 from llmqat.evaluate.perplexity import Evaluation
 from llmqat.evaluate.report import check_files, verdict_on
@@ -233,6 +234,30 @@ def test_a_baseline_of_another_tokenizer_is_refused() -> None:
     judge((), own, own)
     with pytest.raises(ValueError, match="with another tokenizer"):
         judge((), own, other)
+
+
+def test_a_baseline_of_other_questions_or_another_reference_is_refused() -> None:
+    report = comparison().to_dict()
+    rules = parse_gate("quiz>=0.9x, kl<=1.1x")
+    judge(rules, report, report)
+    fewer = json.loads(json.dumps(report))
+    for row in fewer["rows"]:
+        row["tasks"] = {"quiz": {"acc": 0.5, "questions": 7, "samples": {}}}
+    with pytest.raises(ValueError, match=r"has answered 7 questions of quiz, and .* 2; give --task-limit"):
+        judge(rules, report, fewer)
+    other = json.loads(json.dumps(report))
+    for row in other["rows"]:
+        for values in row["texts"].values():
+            values["perplexity"] *= 1.01 if row["role"] == "full precision" else 1
+    with pytest.raises(ValueError, match="kl in the baseline was measured from another reference than here"):
+        judge(parse_gate("kl<=1.1x"), report, other)
+    judge(parse_gate("perplexity<=1.1x"), report, other)
+
+
+def test_no_limit_is_kept_beside_a_figure_that_is_no_number() -> None:
+    for value, base in ((math.nan, 1.0), (math.inf, math.inf), (1.0, math.inf), (1.0, math.nan)):
+        check = Check(parse_gate("perplexity<=1.02x")[0], "a", "t", value, 1.02 * base, ("b", base))
+        assert not check.passed
 
 
 def test_files_that_can_be_written_are_written_where_another_cannot(tmp_path: Path) -> None:

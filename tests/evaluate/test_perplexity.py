@@ -6,6 +6,7 @@ import hashlib
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,14 @@ def test_other_windows_than_the_reference_saw_are_refused() -> None:
     reference = keep_reference(model, windows_from_blocks(random_blocks(), "one.txt"))
     with pytest.raises(ValueError, match=r"one\.txt and the model is evaluated on those of two\.txt"):
         evaluate(model, windows_from_blocks(random_blocks(seed=1), "two.txt"), reference)
+    answers = windows_from_blocks(random_blocks(), "one.txt")
+    labels = answers.labels.clone()
+    labels[:, :8] = -100
+    reference = keep_reference(model, replace(answers, labels=labels))
+    other = answers.ids.clone()
+    other[:, :8] = 5
+    with pytest.raises(ValueError, match="a divergence needs the same windows"):
+        evaluate(model, replace(answers, ids=other, labels=labels), reference)
     with pytest.raises(ValueError, match="batch_size=0"):
         evaluate(model, random_blocks(), batch_size=0)
 

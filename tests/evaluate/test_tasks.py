@@ -144,7 +144,17 @@ def test_each_filter_of_answers_has_its_figures() -> None:
         for doc in range(2)
         for name in ("strict-match", "flexible-extract")
     ]
-    found = _summary(samples)
+    found = _summary(samples, {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0})
     assert found["questions"] == 2
     assert (found["exact_match,strict-match"], found["exact_match,flexible-extract"]) == (0.0, 1.0)
     assert found["samples"]["exact_match,flexible-extract"] == [1.0, 1.0]
+
+
+def test_what_is_no_mean_over_questions_is_lm_eval_s_own_figure() -> None:
+    samples = [
+        {"doc_id": doc, "filter": "none", "metrics": ["perplexity", "acc"], "perplexity": -24.0, "acc": float(doc)}
+        for doc in range(2)
+    ]
+    found = _summary(samples, {"perplexity,none": 2.6e10, "acc,none": 0.5})
+    assert (found["perplexity"], found["acc"]) == (2.6e10, 0.5)
+    assert found["samples"] == {"acc": [0.0, 1.0]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,23 +11,25 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize as their_fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmqat
 from llmqat.calibrate import GPTQStage, RangesStage, calibrate
 from llmqat.calibrate.gptq import Curvature, gptq_layer
+from llmqat.calibrate.ranges import calibrate_ranges
 from llmqat.export import save
 from llmqat.export.compressed_tensors import packed_state_dict, quantized_layers
 from llmqat.export.description import describe
 from llmqat.export.forms import weight_args, weight_config
 from llmqat.export.serving import served_by
-from llmqat.layers import QuantConfig, QuantLinear, WeightConfig, prepare
+from llmqat.layers import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, prepare
 from llmqat.train import QATArguments, QATTrainer
 from tests.tiny import tiny_llama, tiny_model
 
 BLOCKS = QuantConfig.preset("fp8-block")
+FP8 = ActivationConfig(levels="float")
 WIDE = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -40,6 +43,7 @@ def layer_of(rows: int, columns: int) -> QuantLinear:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     size = torch.exp2(torch.arange(-(-rows // 128) * (columns // 128)).view(-1, columns // 128) % 40 - 20.0)
     size[1, 1] = 0
+    weight[5] = 0  # in a block of others
     weight *= size.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)
     linear = nn.Linear(columns, rows, bias=False)
     linear.weight = nn.Parameter(weight)
@@ -136,6 +140,54 @@ def test_a_label_is_a_name():
     assert small.input_activations.group_size == 64
 
 
+def test_inputs_have_groups_of_a_block_s_side_and_of_no_other_scheme():
+    def inputs(name: str, **changes: Any) -> int | None:
+        found = QuantConfig.preset(name, **changes).input_activations
+        assert found is not None
+        return found.group_size
+
+    assert inputs("fp8-block", strategy="channel") is None
+    assert inputs("fp8-block", group_size=None) is None
+    assert inputs("fp8-g64", strategy="block") == inputs("fp8-block64", strategy="block") == 64
+    assert inputs("fp8afp8-block") == inputs("fp8afp8", strategy="block") == 128
+    assert inputs("fp8a8-block", group_size=64) is None
+
+
+@pytest.mark.parametrize("rows", [128, 129, 300])
+@pytest.mark.parametrize("scales", ["learned", "dynamic"])
+def test_the_search_loses_no_more_than_the_plain_range(rows: int, scales: str):
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(256, rows, bias=False)
+    linear.weight = nn.Parameter(torch.randn(rows, 256, generator=generator).pow(3) * 0.01)
+    with torch.no_grad():
+        linear.weight[3, 7] = -5.0  # the extreme of its block is below zero
+        linear.weight[-1] = -linear.weight[-1].abs()
+    model = nn.ModuleDict({"layer": linear})
+    prepare(model, QuantConfig.preset("fp8-block", scales=scales))
+    layer = model["layer"]
+    assert isinstance(layer, QuantLinear)
+    plain = float((layer.quantized_weight(torch.float32) - layer.weight).square().sum())
+    calibrate_ranges(model, "mse")
+    found = float((layer.quantized_weight(torch.float32) - layer.weight).square().sum())
+    assert found <= plain * 1.001
+    moments = {"layer": torch.rand(256, generator=generator) + 0.1}
+    before = float(((layer.quantized_weight(torch.float32) - layer.weight).square() @ moments["layer"]).sum())
+    calibrate_ranges(model, "weighted_mse", moments)
+    after = float(((layer.quantized_weight(torch.float32) - layer.weight).square() @ moments["layer"]).sum())
+    assert after <= before * 1.001
+
+
+def test_a_file_with_other_scales_is_refused(tmp_path: Path):
+    save(prepared(), tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    tensors[name] = torch.cat([tensors[name]] * 2)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"weight_scale is of \[6, 1\], but config\.json makes it \[3, 1\]"):
+        llmqat.load(tmp_path / "packed")
+
+
 def test_others_than_fp8_have_no_blocks():
     with pytest.raises(ValueError, match="blocks are of FP8 weights"):
         WeightConfig(num_bits=4, strategy="block", group_size=128)
@@ -146,11 +198,13 @@ def test_others_than_fp8_have_no_blocks():
 def test_what_does_not_fit_is_told():
     with pytest.raises(ValueError, match=r"blocks of 128 do not divide in_features=64 of .*strategy: channel"):
         prepare(tiny_llama(), BLOCKS)
-    experts = tiny_model("mixtral", hidden_size=128, intermediate_size=64, num_local_experts=2)
-    with pytest.raises(
-        ValueError, match=r"blocks of 128 (rows do not divide the 64 of an expert|do not divide in_feat)"
-    ):
-        prepare(experts, BLOCKS)
+    shape = {"hidden_size": 128, "intermediate_size": 96, "num_local_experts": 2}
+    with pytest.raises(ValueError, match=r"blocks of 128 rows do not divide the 192 of an expert.*levels: float"):
+        prepare(tiny_model("mixtral", head_dim=32, **shape), BLOCKS)
+    override = {"weights": WeightConfig(num_bits=8, levels="float", strategy="channel"), "input_activations": FP8}
+    model = tiny_llama(**{**WIDE, "intermediate_size": 320}, head_dim=32)
+    prepare(model, QuantConfig.preset("fp8-block", overrides={"re:.*down_proj": override}))
+    model(torch.arange(8)[None])
     packed = llmqat.convert(prepared())
     with pytest.raises(ValueError, match="scales of fp8 block are for blocks of 128 rows"):
         packed.get_submodule("model.layers.0.mlp.up_proj").train_scales()  # type: ignore[operator]

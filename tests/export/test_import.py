@@ -150,7 +150,10 @@ def test_what_is_not_run_is_refused_by_name(tmp_path: Path) -> None:
         ({"transform_config": {}, "format": "nvfp4-pack-quantized", "config_groups": group(format=None)}, "nvfp4-pack"),
         ({"config_groups": group(format="float-quantized")}, "format 'float-quantized'"),
         ({"config_groups": group(weights={"num_bits": 4, "type": "float"})}, r"weights of a format \(4 bits, float"),
-        ({"config_groups": group(weights={"num_bits": 8, "strategy": "tensor"})}, "not scaled by group or channel"),
+        (
+            {"config_groups": group(weights={"num_bits": 8, "strategy": "tensor"})},
+            "not scaled by group, channel or block",
+        ),
         ({"config_groups": group(weights={"num_bits": 4, "group_size": 32, "actorder": "group"})}, "actorder"),
         ({"config_groups": group(), "kv_cache_scheme": {"num_bits": 8}}, "a KV cache quantized otherwise than in FP8"),
     ]

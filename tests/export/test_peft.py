@@ -54,7 +54,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"targets": ["q_proj", "model.layers.1.mlp.up_proj"]}], ids=str
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"targets": ["q_proj", "model.layers.1.mlp.up_proj"]},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 64, r"layers\.1\.mlp\..*": 32}},
+    ],
+    ids=str,
 )
 def test_stock_peft_computes_base_and_adapter_side_by_side(options: dict[str, Any], tmp_path: Path) -> None:
     adapter, base = folders(tmp_path, tiny_llama(), **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from llmqat import QuantConfig, adopt_adapters, convert, load_adapter, lora_conf
 from llmqat.grid import fake_quantize
 from llmqat.layers import QuantModule, quantized_once, quantizers_off
 from llmqat.layers.lora import QuantLora, adapters_off
-from llmqat.models import head_weight
+from llmqat.metrics import predictor_of
+from llmqat.models import capture_hidden, head_weight
 from tests.tiny import tiny_architecture, tiny_llama
 
 INT4 = QuantConfig.preset("int4", group_size=16)
@@ -197,6 +199,57 @@ def test_an_adapter_of_another_scheme_or_base_is_refused(tmp_path: Path) -> None
         layers_of(moved)[0].weight.add_(0.01)
     with pytest.raises(ValueError, match="the adapter alone does not make this model"):
         save_adapter(moved, tmp_path / "moved")
+
+
+def test_an_adapter_without_its_scales_or_their_place_is_refused(tmp_path: Path) -> None:
+    model = adapted(tiny_llama())
+    save_adapter(model, tmp_path / "whole")
+    model.save_pretrained(str(tmp_path / "peft"))
+    fresh = tiny_llama()
+    with pytest.raises(ValueError, match=r"not prepared, so the scales of .* have no place"):
+        load_adapter(fresh, tmp_path / "whole")
+    prepare(fresh, INT4)
+    with pytest.raises(ValueError, match=r"without the scales .*; save it with llmqat\.save_adapter"):
+        load_adapter(fresh, tmp_path / "peft")
+
+
+def test_ranks_and_alphas_of_single_layers_are_kept() -> None:
+    model = tiny_llama()
+    prepare(model, INT4)
+    options = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 64}}
+    found = get_peft_model(model, lora_config(model, r=4, lora_alpha=8, **options))
+    layers = {name: module for name, module in found.named_modules() if hasattr(module, "lora_A")}
+    ranks = {name.rpartition(".")[2]: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()}
+    assert ranks["q_proj"] == (2, 4.0)
+    assert ranks["k_proj"] == (4, 16.0)
+    assert ranks["v_proj"] == (4, 2.0)
+
+
+def test_adapters_that_share_scales_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_adapter(adapted(tiny_llama()), tmp_path)
+    model = tiny_llama()
+    prepare(model, INT4)
+    found = PeftModel.from_pretrained(model, str(tmp_path))
+    found.load_adapter(str(tmp_path), "second")
+    adopt_adapters(found)
+    assert "adapters default, second share the scales of the quantizers" in caplog.text
+
+
+def test_a_head_that_is_trained_whole_is_the_one_that_the_loss_reads() -> None:
+    model = tiny_llama(tied=False)
+    prepare(model, QuantConfig.preset("int4", group_size=16, lm_head="int4"))
+    found = get_peft_model(model, lora_config(model, ["q_proj"], r=2, modules_to_save=["lm_head"]))
+    adopt_adapters(found)
+    head = found.get_base_model().lm_head
+    with torch.no_grad():
+        head.modules_to_save["default"].log_scale.add_(5.0)
+        for switch in (found.disable_adapter, contextlib.nullcontext):
+            with switch():
+                own = found(input_ids=ids()).logits
+                with capture_hidden(found) as captured:
+                    found(input_ids=ids())
+                    made = predictor_of(found).logits(captured.take())
+            torch.testing.assert_close(made, own, atol=1e-5, rtol=1e-5)
 
 
 def test_adapters_of_any_name_keep_the_scales(tmp_path: Path) -> None:

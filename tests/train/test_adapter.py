@@ -83,7 +83,9 @@ def test_checkpointing_makes_each_quantized_weight_twice_a_step_or_once(
     model = adapted(tiny_llama())
     options = {"gradient_checkpointing": True, "reuse_quantized_weights": reuse}
     arguments = _arguments(tmp_path, max_steps=1, bf16=True, **options)
-    QATTrainer(model=model, args=arguments, train_dataset=Blocks()).train()
+    trainer = QATTrainer(model=model, args=arguments, train_dataset=Blocks())
+    made.clear()
+    trainer.train()
     layers = [module for module in model.modules() if isinstance(module, QuantModule)]
     # In the forward, and once more for the backward; the teacher's forward makes none.
     assert sorted(made.values()) == [1 if reuse else 2] * len(layers)

@@ -107,6 +107,7 @@ def test_the_training_forward_computes_with_the_numbers_of_the_checkpoint(tmp_pa
     layer = student.model.layers[1].mlp.down_proj
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
     trainer = QATTrainer(model=student, teacher=teacher, args=_arguments(tmp_path, bf16=True), train_dataset=Blocks())
+    seen.clear()
     ids = Blocks(2).ids
     trainer.training_step(student, {"input_ids": ids, "labels": ids}, torch.tensor(2 * 31))
     student.eval()
@@ -171,8 +172,9 @@ def test_a_weight_that_is_quantized_once_a_step_gets_the_same_gradients(
         prepare(student, QuantConfig.preset(**scheme, group_size=32))
         options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "optim": "sgd"}
         arguments = _arguments(tmp_path, bf16=False, reuse_quantized_weights=reuse, **options, **changes)
+        trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
         made.clear()
-        QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks()).train()
+        trainer.train()
         moved.append({key: value.detach().clone() for key, value in student.named_parameters()})
         counts.append(max(made.values()))
     assert counts[0] >= 6
@@ -279,6 +281,7 @@ def test_the_warm_up_blends_in_training_only_and_ends_whole(tmp_path: Path) -> N
     layer.register_forward_hook(lambda module, inputs, output: seen.append(module.strength))
     arguments = _arguments(tmp_path, max_steps=5, quantization_warmup_steps=3)
     trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks(), eval_dataset=Blocks(4))
+    seen.clear()
     trainer.train()
     assert seen == [0.25, 0.5, 0.75, 1.0, 1.0]
     trainer.evaluate()
@@ -565,3 +568,11 @@ def test_a_cache_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     prepare(larger, QuantConfig.preset("int3", group_size=32))
     with pytest.raises(ValueError, match="vocabulary has 400 entries, the teacher's 384"):
         QATTrainer(model=larger, teacher=cache, args=_arguments(tmp_path), train_dataset=Blocks())
+
+
+def test_logits_that_are_made_in_an_unknown_way_are_not_trained_on(tmp_path: Path) -> None:
+    teacher, student = tiny_llama(), tiny_llama()
+    prepare(student, QuantConfig.preset("int4", group_size=32))
+    teacher.lm_head.register_forward_hook(lambda module, args, output: 3 * output)
+    with pytest.raises(ValueError, match="computes its logits from the output head in a way that llmqat does not know"):
+        QATTrainer(model=student, teacher=teacher, args=_arguments(tmp_path, bf16=False), train_dataset=Blocks())
