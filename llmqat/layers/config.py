@@ -440,7 +440,7 @@ class QuantConfig(Config):
             if key not in known:
                 raise UnknownKeyError(key, known, f"the scheme {name}")
         weights = {key: changes.pop(key) for key in list(changes) if key in WeightConfig.model_fields}
-        fields = scheme_fields(name)
+        fields = {**scheme_fields(name), **changes}
         base = fields["weights"]
         base = base.model_dump() if isinstance(base, WeightConfig) else base
         was = base.get("strategy") == "block"
@@ -451,12 +451,12 @@ class QuantConfig(Config):
             weights["strategy"] = "group" if weights["group_size"] else "channel"
         elif weights.get("strategy", "group") != "group":
             weights["group_size"] = None
-        inputs = fields.get("input_activations")
-        inputs = None if inputs is None else dict(inputs)
-        if inputs is not None and (blocks or was) and inputs.get("levels") == "float":  # they have a block's side
+        inputs = None if fields.get("input_activations") is None else dict(fields["input_activations"])
+        own = "input_activations" not in changes and (blocks or was)
+        if own and inputs is not None and inputs.get("levels") == "float":  # they have a block's side
             size = weights.get("group_size", base.get("group_size")) if blocks else None
             fields["input_activations"] = {**inputs, "group_size": size}
-        return cls(**{**fields, **changes, "weights": WeightConfig(**{**base, **weights})})
+        return cls(**{**fields, "weights": WeightConfig(**{**base, **weights})})
 
 
 def _override(entry: Any) -> Any:

@@ -181,11 +181,13 @@ def test_a_format_that_nothing_reads_is_refused() -> None:
 
 
 def test_other_peoples_words_are_read() -> None:
-    """llm-compressor's presets, but for blocks of weights."""
+    """llm-compressor's presets."""
     tensor = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True)
     assert weight_config(tensor).label == "fp8 channel"  # the one scale is written out for every row
-    with pytest.raises(ValueError, match="strategy"):
-        weight_config(QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[128, 128]))
+    blocks = {"num_bits": 8, "type": "float", "strategy": "block"}
+    assert weight_config(QuantizationArgs(**blocks, block_structure=[128, 128])).label == "fp8 block"
+    with pytest.raises(ValueError, match="group_size"):
+        weight_config(QuantizationArgs(**blocks, block_structure=[128, 64]))
 
 
 Q = "model.layers.0.self_attn.q_proj"
