@@ -671,7 +671,8 @@ class _Problem:
     def place(self, codes: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
         """Puts codes and scales into the layer; returns the error of the output with them, a scalar."""
         after = output_error(self.weight, hessian, codes, scale, self.zero_point, self.layer.grid)
-        self.layer.set_scale(scale, self.zero_point)
+        if self.rows_alike:  # else it is as it was
+            self.layer.set_scale(scale, self.zero_point)
         placed = placed_weight(self.weight, codes, *self.layer.scale_and_zero_point(), self.layer.grid)
         self.layer.weight.copy_(self.layer.restored(placed))
         return after

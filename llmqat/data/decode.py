@@ -308,6 +308,8 @@ def check_stock(model: PreTrainedModel) -> None:
     begins = torch.tensor([[0] * _TRIAL_TOKENS, [0] * half + [half] * (_TRIAL_TOKENS - half)], device=model.device)
     try:
         found = torch.stack([decoder.step(*at) for at in zip(ids.unbind(1), begins.unbind(1), strict=True)], dim=1)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise ValueError(f"{name} cannot write text: decoding token by token fails ({error}); {way_out}") from error
     for row, begin, end in ((0, 0, _TRIAL_TOKENS), (1, 0, half), (1, half, _TRIAL_TOKENS)):

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
@@ -34,12 +33,9 @@ from llmqat.export.compressed_tensors import MIXED_FORMAT
 from llmqat.export.forms import FORMS, input_config, weight_config
 from llmqat.extras import check_all_installed, require
 from llmqat.layers import QuantConfig, convert, prepare
-from llmqat.layers.prepare import CONFIG_KEY
 from llmqat.models import (
-    ADAPTER_WEIGHTS_FILE,
     DEQUANTIZED,
     adapter_base,
-    check_safetensors,
     empty_model,
     load_adapter_base,
     model_file,
@@ -48,7 +44,7 @@ from llmqat.models import (
     to_accelerator,
     token_model_class,
 )
-from llmqat.train.adapter import check_has_scales, load_adapter
+from llmqat.train.adapter import load_adapter, scheme_in
 
 _BITS_OF_TYPE = re.compile(r"I?Q(\d)")
 PACKED_FORMATS = (*FORMS, None)
@@ -159,9 +155,9 @@ def known_of(spec: str) -> Known:
 
 
 def _loaded(spec: str, dtype: torch.dtype) -> nn.Module:
-    if adapter_base(spec) is not None and (scheme := _scheme_of(Path(spec).expanduser())) is not None:
+    if adapter_base(spec) is not None and (scheme := scheme_in(Path(spec).expanduser())) is not None:
         base = load_adapter_base(spec, dtype)
-        prepare(base, scheme)
+        prepare(base, QuantConfig.model_validate(scheme))
         return convert(load_adapter(base, Path(spec).expanduser()).merge_and_unload(), dtype)
     found = _quantization_of_others(spec)
     if found is None:
@@ -186,19 +182,6 @@ def _quantization_of_others(spec: str) -> dict[str, Any] | None:
     forms = {group.get("format") for group in groups} if kind == MIXED_FORMAT else {kind}
     own = method is None or method in DEQUANTIZED or (method == "compressed-tensors" and forms <= set(PACKED_FORMATS))
     return None if own else found
-
-
-def _scheme_of(folder: Path) -> QuantConfig | None:
-    """Returns the scheme that an adapter was trained inside of; None for an ordinary one, and where it has no file."""
-    file = folder / ADAPTER_WEIGHTS_FILE
-    if not file.is_file():
-        return None  # load_model says what is missing
-    check_safetensors(file)
-    with safe_open(file, framework="pt") as opened:
-        found = json.loads((opened.metadata() or {}).get(CONFIG_KEY, "null"))
-    if found is None:
-        check_has_scales(folder)
-    return None if found is None else QuantConfig.model_validate(found)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -269,10 +269,8 @@ def evaluate(
     """
     windows = windows_from_blocks(windows, "ids") if isinstance(windows, Tensor) else windows
     kept = keep_reference(reference, windows, batch_size=batch_size) if isinstance(reference, nn.Module) else reference
-    same = kept is None or all(
-        torch.equal(getattr(kept.windows, part), getattr(windows, part)) for part in ("ids", "labels")
-    )
-    if kept is not None and not same:
+    pairs = [] if kept is None else [(kept.windows.ids, windows.ids), (kept.windows.labels, windows.labels)]
+    if kept is not None and not all(torch.equal(*pair) for pair in pairs):
         raise ValueError(
             f"the reference was kept for the windows of {kept.windows.source} and the model is evaluated on those of "
             f"{windows.source}; a divergence needs the same windows"

@@ -30,7 +30,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from llmqat.grid import Grid, pack_int32, packed_shape, unpack_int32
+from llmqat.grid import Grid, of_all_rows, pack_int32, packed_shape, unpack_int32
 from llmqat.layers import (
     SIBLINGS,
     ActivationConfig,
@@ -115,8 +115,7 @@ def tensors_on_disk(
         ValueError: a scale is not one of its format; names the layer.
     """
     scale = packed.scale().detach()
-    if packed.weights.block > 1:
-        scale = scale[:: packed.weights.block]
+    scale = scale[:: packed.weights.block]
     if form in (PACKED_FORMAT, PLAIN_FORMAT):
         tensors = {"weight_scale": scale.to(dtype)}
         if form == PLAIN_FORMAT:
@@ -236,11 +235,9 @@ def _scale_of(where: str, layer: PackedModule, stored: Tensor, shared: Tensor | 
             f"{where} has scales that {held} does not hold ({why}), which llmqat does not run; load it with "
             "dtype=torch.bfloat16, or with transformers' AutoModelForCausalLM.from_pretrained"
         )
-    if layer.weights.block > 1:
-        scale = scale.repeat_interleave(layer.weights.block, dim=0)[: layer.rows]
-    elif scale.numel() == 1:
+    if layer.weights.block == 1 and scale.numel() == 1:
         scale = scale.reshape(1, 1).expand(layer.rows, 1)
-    return scale.to(held).contiguous()
+    return of_all_rows(scale, layer.weights.block, layer.rows).to(held).contiguous()
 
 
 def global_scales(layers: Mapping[str, QuantModule | PackedModule]) -> dict[str, float]:
@@ -284,7 +281,8 @@ def weight_config(weights: QuantizationArgs) -> WeightConfig:
         ValueError: it is none of llmqat's.
     """
     strategy = {"tensor_group": "group", "tensor": "channel"}.get(str(weights.strategy), weights.strategy)
-    sizes = {"group": weights.group_size, "block": _block_size(weights)}
+    sides = set(weights.block_structure or ())
+    sizes = {"group": weights.group_size, "block": sides.pop() if len(sides) == 1 else None}  # square blocks alone
     return WeightConfig(
         num_bits=weights.num_bits,
         symmetric=weights.symmetric,
@@ -292,12 +290,6 @@ def weight_config(weights: QuantizationArgs) -> WeightConfig:
         group_size=sizes.get(strategy),
         **_levels(weights),
     )
-
-
-def _block_size(weights: QuantizationArgs) -> int | None:
-    """Returns the size of square blocks; None for others, which no scheme of weights has."""
-    sizes = weights.block_structure or [0, 1]
-    return sizes[0] if sizes[0] == sizes[1] else None
 
 
 def input_args(config: ActivationConfig | None) -> QuantizationArgs | None:

@@ -12,7 +12,15 @@ from llmqat.grid.packing import (
     unpack_codes,
     unpack_int32,
 )
-from llmqat.grid.scales import SCALE_FLOOR, gradient_factor, range_scale, round_zero_point, scale_from_log, snap_scale
+from llmqat.grid.scales import (
+    SCALE_FLOOR,
+    gradient_factor,
+    of_all_rows,
+    range_scale,
+    round_zero_point,
+    scale_from_log,
+    snap_scale,
+)
 from llmqat.grid.search import minmax_scale, percentile_scale, search_scale
 from llmqat.grid.sparsity import most_important
 
@@ -28,6 +36,7 @@ __all__ = [
     "keep_lattice",
     "minmax_scale",
     "most_important",
+    "of_all_rows",
     "of_each_weight",
     "on_lattice",
     "pack_codes",

@@ -82,6 +82,11 @@ def round_zero_point(zero_point: Tensor, grid: Grid, gradient_factor: float) -> 
     return _RoundZeroPoint.apply(factored, grid.qmin, grid.qmax)  # type: ignore[no-untyped-call]
 
 
+def of_all_rows(scale: Tensor, block: int, rows: int) -> Tensor:
+    """Returns scales [ceil(rows / block), G], each for `block` rows, as those of every row, [rows, G]."""
+    return scale if block == 1 else scale.repeat_interleave(block, dim=0)[:rows]
+
+
 def range_scale(extreme: Tensor, grid: Grid) -> Tensor:
     """Returns the scale that takes weights up to `extreme` in magnitude to the levels of `grid`, snapped.
 

@@ -443,19 +443,18 @@ class QuantConfig(Config):
         fields = {**scheme_fields(name), **changes}
         base = fields["weights"]
         base = base.model_dump() if isinstance(base, WeightConfig) else base
-        was = base.get("strategy") == "block"
+        was, regrouped = base.get("strategy") == "block", bool(weights.keys() & {"strategy", "group_size"})
         blocks = weights.get("strategy", "block" if was and weights.get("group_size", BLOCK) else None) == "block"
-        if blocks and weights.keys() & {"strategy", "group_size"}:
+        if blocks:
             weights = {"strategy": "block", "group_size": base.get("group_size") or BLOCK, **weights}
         elif "group_size" in weights and "strategy" not in weights:
             weights["strategy"] = "group" if weights["group_size"] else "channel"
         elif weights.get("strategy", "group") != "group":
             weights["group_size"] = None
         inputs = None if fields.get("input_activations") is None else dict(fields["input_activations"])
-        own = "input_activations" not in changes and (blocks or was)
-        if own and inputs is not None and inputs.get("levels") == "float":  # they have a block's side
-            size = weights.get("group_size", base.get("group_size")) if blocks else None
-            fields["input_activations"] = {**inputs, "group_size": size}
+        follow = regrouped and (blocks or was) and "input_activations" not in changes
+        if follow and inputs is not None and inputs.get("levels") == "float":  # they have a block's side
+            fields["input_activations"] = {**inputs, "group_size": weights["group_size"] if blocks else None}
         return cls(**{**fields, "weights": WeightConfig(**{**base, **weights})})
 
 
@@ -511,11 +510,8 @@ def scheme_fields(name: str) -> dict[str, Any]:
     floats = _FLOAT_NAMES.get(found.levels or "")
     levels = "float" if floats else {"ternary": "ternary", "int2seq": "seq"}.get(found.levels or "", "integer")
     num_bits, scale_dtype, group = floats or (found.num_bits, "bfloat16", 64)
-    extent = (
-        found.extent
-        or ("group" if found.group else None)
-        or ("channel" if (num_bits, scale_dtype) == _EIGHT else "group")
-    )
+    usual = "channel" if (num_bits, scale_dtype) == _EIGHT and not found.group else "group"
+    extent = found.extent or usual
     group = (found.group or BLOCK) if extent == "block" else group
     weights = {
         "num_bits": num_bits,

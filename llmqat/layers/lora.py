@@ -21,6 +21,7 @@ Source: LoRA (2106.09685) section 4.1, under the quantizer as in LLM-QAT's maste
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -198,7 +199,8 @@ def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **option
     Args:
         model: a prepared model.
         targets: last parts of the names of layers, such as 'q_proj'; all quantized linear weights where not given.
-        **options: of peft.LoraConfig: r, lora_alpha, use_rslora, …
+        **options: of peft.LoraConfig: r, lora_alpha, use_rslora, … Names in rank_pattern and alpha_pattern are those of
+            layers, or regular expressions. peft warns that they match no module, because they are to match weights.
 
     Raises:
         ValueError: for a target that no quantized weight has, and options that would put the adapter outside.
@@ -235,7 +237,9 @@ def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **option
 
 def _of_weight(name: str) -> str:
     """Returns the name, or the pattern, of a layer as that of its weight."""
-    return name if name.endswith(f".{WEIGHT}") else f"{name}.{WEIGHT}"
+    if name.endswith(f".{WEIGHT}"):
+        return name
+    return f"{name}.{WEIGHT}" if re.fullmatch(r"[\w.]+", name) else rf"(?:{name})\.{WEIGHT}"
 
 
 def _means_more(model: nn.Module, suffixes: list[str], layers: list[str]) -> bool:

@@ -31,6 +31,7 @@ from llmqat.grid import (
     keep_lattice,
     minmax_scale,
     most_important,
+    of_all_rows,
     of_each_weight,
     on_lattice,
     quantize,
@@ -123,8 +124,8 @@ class QuantModule(nn.Module):
         learned, dynamic = weights.scales == "learned", weights.scales == "dynamic"
         theta = nn.Parameter(torch.zeros(self.kept_shape, device=weight.device)) if learned else None
         self.register_parameter("log_scale", theta)
-        groups = self.as_groups(matrix)
-        scale, zero_point = (None, None) if dynamic else minmax_scale(groups, self.grid, self.kept_shape)
+        plain = self._plain_range(matrix)
+        scale, zero_point = (None, None) if dynamic else plain
         self.recognized = 0
         if scale is not None and not scale.is_meta and not bool(torch.isfinite(scale).all()):
             raise ValueError(
@@ -138,7 +139,7 @@ class QuantModule(nn.Module):
         else:
             self.register_buffer("zero_point", zero_point)
         if not matrix.is_meta:
-            found, zeros, self.recognized = keep_lattice(matrix, self.grid, *self.scale_and_zero_point())
+            found, zeros, self.recognized = keep_lattice(self.as_groups(matrix), self.grid, *plain)
             if self.recognized:
                 self.set_scale(found, zeros)
 
@@ -231,22 +232,18 @@ class QuantModule(nn.Module):
         A dynamic scale keeps the ratio of `scale` to the weight's range now, and makes its zero point of it.
 
         Args:
-            scale: of `kept_shape`; or of `scale_shape`, where the rows of a block have one scale.
+            scale: of `kept_shape`.
             zero_point: of its shape, or None.
 
         Raises:
             ValueError: when a shape differs, a value is not finite, or a zero point is missing or not wanted.
         """
-        shape: tuple[int, int] = self.kept_shape
-        if shape != self.scale_shape and scale.shape == self.scale_shape:
-            scale = scale[:: self.weights.block]
-        if tuple(scale.shape) != shape or not bool(torch.isfinite(scale).all()):
-            raise ValueError(f"scale must be finite of shape {shape}, got {tuple(scale.shape)}")
+        if scale.shape != self.kept_shape or not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"scale must be finite of shape {tuple(self.kept_shape)}, got {tuple(scale.shape)}")
         if (zero_point is None) != self.grid.symmetric:
             raise ValueError("a zero point belongs to an asymmetric scheme and only to it")
         if self.clip_ratio is not None:
-            plain = minmax_scale(self.as_groups(self.matrix()), self.grid, shape)[0]
-            self.clip_ratio.copy_(scale / plain)
+            self.clip_ratio.copy_(scale / self._plain_range(self.matrix())[0])
             return
         assert self.initial_scale is not None
         self.initial_scale.copy_(scale)
@@ -325,16 +322,14 @@ class QuantModule(nn.Module):
 
     def of_rows(self, kept: Tensor) -> Tensor:
         """Returns what is kept for each scale, [*kept_shape], as [O, G] where the rows of a block share a scale."""
-        if self.kept_shape == self.scale_shape:
-            return kept
-        return kept.repeat_interleave(self.weights.block, dim=0)[: self.rows]
+        return of_all_rows(kept, self.weights.block, self.rows)
 
     def as_groups(self, matrix: Tensor) -> Tensor:
         """Returns a matrix [O, I] with the weights of each kept scale side by side: [*kept_shape[0], *], or as it is.
 
         A block's rows follow one another; rows of zeros fill the last block.
         """
-        if self.kept_shape == self.scale_shape:
+        if self.weights.block == 1:
             return matrix
         (rows, groups), block = self.kept_shape, self.weights.block
         padded = F.pad(matrix, (0, 0, 0, rows * block - self.rows))
@@ -342,13 +337,17 @@ class QuantModule(nn.Module):
 
     def importance_of_groups(self, importance: Tensor) -> Tensor:
         """Returns the importance of input features [I] as that of the columns of `as_groups`."""
-        if self.kept_shape == self.scale_shape:
-            return importance
         block = self.weights.block
+        if block == 1:
+            return importance
         return importance.view(-1, 1, block).expand(-1, block, -1).reshape(-1)
 
+    def _plain_range(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns scale and zero point [*kept_shape] of plain rounding of a matrix [O, I]."""
+        return minmax_scale(self.as_groups(matrix), self.grid, self.kept_shape)
+
     def _dynamic_range(self, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale, zero_point = minmax_scale(self.as_groups(self.matrix()), self.grid, self.kept_shape)
+        scale, zero_point = self._plain_range(self.matrix())
         clipped = snap_scale(scale * ratio, self.grid)
         if zero_point is None:
             return self.of_rows(clipped), None

@@ -26,7 +26,7 @@ from llmqat.config import Config
 from llmqat.layers import QuantModule, changed_since_prepared, quantizer_state, quantizers_off
 from llmqat.layers.lora import QuantLora, adapters_off, adopt_adapters, lora_config
 from llmqat.layers.prepare import CONFIG_KEY
-from llmqat.models import save_whole, shortened
+from llmqat.models import check_safetensors, save_whole, shortened
 from llmqat.paths import user_path
 
 
@@ -135,37 +135,41 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
             f"the model is not prepared, so the scales of {folder} have no place; call llmqat.prepare(model, config) "
             "with the scheme that the adapter was trained in"
         )
-    check_has_scales(folder)
+    theirs = scheme_in(folder)
+    ours: dict[str, Any] = getattr(getattr(model, "config", None), CONFIG_KEY, None) or {}
+    differing = [key for key in ours if theirs is not None and theirs.get(key) != ours[key]]
+    if theirs is not None and differing:
+        raise ValueError(
+            f"{folder} was trained with another scheme than the model is prepared with: "
+            + ", ".join(f"{key}={theirs.get(key)} (here {ours[key]})" for key in differing)
+        )
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    if file.is_file():
-        with safe_open(file, framework="pt") as opened:
-            theirs = json.loads((opened.metadata() or {}).get(CONFIG_KEY, "null"))
-        ours: dict[str, Any] = getattr(adapted.get_base_model().config, CONFIG_KEY, None) or {}
-        differing = [key for key in ours if theirs is not None and theirs.get(key) != ours[key]]
-        if differing:
-            raise ValueError(
-                f"{folder} was trained with another scheme than the model is prepared with: "
-                + ", ".join(f"{key}={theirs.get(key)} (here {ours[key]})" for key in differing)
-            )
     adopt_adapters(adapted)
     return adapted
 
 
-def check_has_scales(folder: Path) -> None:
-    """Raises ValueError where `folder` holds an adapter on weights inside quantizers, and no scales of these."""
+def scheme_in(folder: Path) -> dict[str, Any] | None:
+    """Returns the QuantConfig, as JSON, that the adapter in `folder` was trained in.
+
+    None for an ordinary adapter, and where no file is there, as of a hub id.
+
+    Raises:
+        ValueError: the file is damaged, or the adapter is on weights inside quantizers and lacks their scales.
+    """
     config, file = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
-    if not config.is_file() or not file.is_file():
-        return  # a hub id, or what peft says is missing
-    names = json.loads(config.read_text(encoding="utf-8")).get("target_parameters") or []
-    if not names or not all(name.endswith(".weight") for name in names):
-        return  # an ordinary one
+    if not file.is_file():
+        return None
+    check_safetensors(file)
     with safe_open(file, framework="pt") as opened:
-        if CONFIG_KEY not in (opened.metadata() or {}):
-            raise ValueError(
-                f"{folder} holds an adapter that was trained inside quantizers, without the scales that it was trained "
-                "with: peft's save_pretrained leaves them out; save it with llmqat.save_adapter(model, folder)"
-            )
+        metadata = opened.metadata() or {}
+    found: dict[str, Any] | None = json.loads(metadata.get(CONFIG_KEY, "null"))
+    adapted = json.loads(config.read_text(encoding="utf-8")).get("target_parameters") if config.is_file() else None
+    if CONFIG_KEY not in metadata and adapted and all(name.endswith(".weight") for name in adapted):
+        raise ValueError(
+            f"{folder} holds an adapter that was trained inside quantizers, without the scales that it was trained "
+            "with: peft's save_pretrained leaves them out; save it with llmqat.save_adapter(model, folder)"
+        )
+    return found
 
 
 def add_quantizers(model: PeftModel, folder: Path) -> None:

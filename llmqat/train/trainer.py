@@ -240,8 +240,7 @@ class QATTrainer(Trainer):
             return  # weights whole in no process
         for model in (self.model, self.teacher):
             if isinstance(model, nn.Module) and not is_sharded(model):
-                as_stored = self._checkpoint_numbers(model) if model is self.model else nullcontext()
-                with as_stored, self.compute_loss_context_manager():
+                with self.accelerator.autocast():
                     check_predictor(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

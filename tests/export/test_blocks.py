@@ -24,7 +24,7 @@ from llmqat.export.compressed_tensors import packed_state_dict, quantized_layers
 from llmqat.export.description import describe
 from llmqat.export.forms import weight_args, weight_config
 from llmqat.export.serving import served_by
-from llmqat.layers import ActivationConfig, QuantConfig, QuantLinear, WeightConfig, prepare
+from llmqat.layers import PRESETS, ActivationConfig, QuantConfig, QuantLinear, WeightConfig, prepare
 from llmqat.train import QATArguments, QATTrainer
 from tests.tiny import tiny_llama, tiny_model
 
@@ -151,6 +151,11 @@ def test_inputs_have_groups_of_a_block_s_side_and_of_no_other_scheme():
     assert inputs("fp8-g64", strategy="block") == inputs("fp8-block64", strategy="block") == 64
     assert inputs("fp8afp8-block") == inputs("fp8afp8", strategy="block") == 128
     assert inputs("fp8a8-block", group_size=64) is None
+    PRESETS.register("mine-in-blocks", QuantConfig(weights=BLOCKS.weights, input_activations=FP8))
+    try:
+        assert inputs("mine-in-blocks") is None  # as its author has them
+    finally:
+        del PRESETS["mine-in-blocks"]
 
 
 @pytest.mark.parametrize("rows", [128, 129, 300])

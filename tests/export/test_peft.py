@@ -59,7 +59,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         {},
         {"use_rslora": True},
         {"targets": ["q_proj", "model.layers.1.mlp.up_proj"]},
-        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 64, r"layers\.1\.mlp\..*": 32}},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj|v_proj": 64, r"layers\.1\.mlp\..*": 32}},
     ],
     ids=str,
 )
