@@ -451,9 +451,9 @@ class QuantConfig(Config):
             weights["strategy"] = "group" if weights["group_size"] else "channel"
         elif weights.get("strategy", "group") != "group":
             weights["group_size"] = None
-        inputs = None if fields.get("input_activations") is None else dict(fields["input_activations"])
         follow = regrouped and (blocks or was) and "input_activations" not in changes
-        if follow and inputs is not None and inputs.get("levels") == "float":  # they have a block's side
+        inputs = dict(fields.get("input_activations") or {}) if follow else {}
+        if inputs.get("levels") == "float":  # they have groups of a block's side
             fields["input_activations"] = {**inputs, "group_size": weights["group_size"] if blocks else None}
         return cls(**{**fields, "weights": WeightConfig(**{**base, **weights})})
 
