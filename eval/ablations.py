@@ -76,7 +76,7 @@ from made import line_of, made
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from llmqat.calibrate import BlockwiseStage, Stage, rotates
+from llmqat.calibrate import BlockwiseStage, RotateStage, Stage, rotates
 from llmqat.data import TokenBlocks, token_blocks
 from llmqat.evaluate.bootstrap import mean_difference
 from llmqat.evaluate.compare import write_report
@@ -108,8 +108,10 @@ class Arm:
     """Settings under `train` of the recipe."""
     times: Mapping[str, float] = field(default_factory=dict)
     """Settings under `train` -> factor of what the recipe says."""
-    calibrate: str | None = None
-    """Stages in place of `--calibrate`."""
+    first: tuple[Stage, ...] = ()
+    """Stages before those of `--calibrate`."""
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name of a stage of `--calibrate` -> its settings that change."""
     then: tuple[Stage, ...] = ()
     """Stages after those."""
     levers: tuple[type[Lever], ...] = ()
@@ -122,14 +124,30 @@ class Arm:
     @property
     def starts_otherwise(self) -> bool:
         """Whether its calibration is not the baseline's."""
-        return self.calibrate is not None or bool(self.then) or self.within is not None
+        return bool(self.first or self.stages or self.then) or self.within is not None
+
+    def calibration(self, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+        """Returns the stages that it calibrates with, from those of `--calibrate`.
+
+        Raises:
+            ValueError: it changes a stage that is not among them.
+        """
+        if missing := self.stages.keys() - {stage.stage for stage in stages}:
+            raise ValueError(f"the arm changes the stage {min(missing)}, which --calibrate does not have")
+        changed = (type(stage)(**{**stage.model_dump(), **self.stages.get(stage.stage, {})}) for stage in stages)
+        return (*self.first, *changed, *self.then)
 
     def facts(self) -> dict[str, Any]:
         """Returns what decides its figures, as JSON takes it."""
         return {
             "train": dict(self.train),
             "times": dict(self.times),
-            "calibrate": self.calibrate,
+            "calibrate": {
+                "first": [stage.model_dump(mode="json") for stage in self.first],
+                "stages": {name: dict(settings) for name, settings in self.stages.items()},
+            }
+            if self.first or self.stages
+            else None,
             "then": [stage.model_dump(mode="json") for stage in self.then],
             "levers": [lever.label() for lever in self.levers],
             "within": None if self.within is None else self.within.__name__,
@@ -195,22 +213,22 @@ ARMS: dict[str, Arm] = {
     "gptq-feature-order": Arm("GPTQ without activation order", within=feature_order),
     "gptq-quantized-target": Arm(
         "GPTQ aims at what a layer gives from the inputs it gets (2210.17323)",
-        calibrate="[ranges, {stage: gptq, target: quantized}]",
+        stages={"gptq": {"target": "quantized"}},
     ),
-    "gptq-80": Arm("GPTQ looks at 80 blocks, not 32", calibrate="[ranges, {stage: gptq, blocks: 80}]"),
-    "rotate": Arm("the residual stream is rotated first (R1; QuaRot, 2404.00456)", calibrate="[rotate, ranges, gptq]"),
+    "gptq-80": Arm("GPTQ looks at 80 blocks", stages={"gptq": {"blocks": 80}}),
+    "rotate": Arm("the residual stream is rotated first (R1; QuaRot, 2404.00456)", first=(RotateStage(),)),
     "rotate-heads": Arm(
         "and what each head writes (R1 and R2; SpinQuant, 2405.16406)",
-        calibrate="[rotate, ranges, gptq]",
+        first=(RotateStage(),),
         within=rotated_heads,
     ),
     "ranges-minmax": Arm(
         "scales of the plain range, clipping learned by training alone",
-        calibrate="[{stage: ranges, method: minmax}, gptq]",
+        stages={"ranges": {"method": "minmax"}},
     ),
     "ranges-mse": Arm(
         "clipping of the least error of weights, inputs not looked at",
-        calibrate="[{stage: ranges, method: mse}, gptq]",
+        stages={"ranges": {"method": "mse"}},
     ),
 }
 """Name -> change."""
@@ -228,8 +246,8 @@ def arm_of(name: str) -> Arm:
     arms = [ARMS[part] for part in parts]
     if len(arms) == 1:
         return arms[0]
-    keys = [key for arm in arms for key in (*arm.train, *arm.times)]
-    stages = [arm.calibrate for arm in arms if arm.calibrate is not None]
+    keys = [key for arm in arms for key in (*arm.train, *arm.times, *arm.stages)]
+    stages = [arm.first for arm in arms if arm.first]
     contexts = [arm.within for arm in arms if arm.within is not None]
     kinds = [
         OwnOptimizer if issubclass(lever, OwnOptimizer) else lever.__name__ for arm in arms for lever in arm.levers
@@ -240,7 +258,8 @@ def arm_of(name: str) -> Arm:
         about=" and ".join(arm.about for arm in arms),
         train={key: value for arm in arms for key, value in arm.train.items()},
         times={key: value for arm in arms for key, value in arm.times.items()},
-        calibrate=stages[0] if stages else None,
+        first=stages[0] if stages else (),
+        stages={key: value for arm in arms for key, value in arm.stages.items()},
         then=tuple(stage for arm in arms for stage in arm.then),
         levers=tuple(lever for arm in arms for lever in arm.levers),
         within=contexts[0] if contexts else None,
@@ -405,8 +424,8 @@ class Ablations(Bench):
             ValueError: a stage looks at text that training is to have for itself.
         """
         arm = arm_of(name)
-        recipe = self.recipe_of(scheme, arm.calibrate)
-        recipe = recipe.model_copy(update={"calibrate": (*recipe.calibrate, *arm.then)})
+        recipe = self.recipe_of(scheme)
+        recipe = recipe.model_copy(update={"calibrate": arm.calibration(recipe.calibrate)})
         looked = max((getattr(stage, "blocks", 0) for stage in recipe.calibrate), default=0)
         if looked > self.options.reserved:
             raise ValueError(f"arm {name}: a stage looks at {looked} blocks; give --reserved {looked}")

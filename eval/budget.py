@@ -271,10 +271,9 @@ class Bench:
         self.recipes = {scheme: self.recipe_of(scheme) for scheme in options.schemes}
         self.model = options.model or next(iter(self.recipes.values())).model
 
-    def recipe_of(self, scheme: str, calibrate: str | None = None) -> Recipe:
-        """Returns the scheme's recipe with what the options change in it, or with other stages than theirs."""
-        stages = self.options.calibrate if calibrate is None else calibrate
-        changes = [f"calibrate={stages}", f"quant.group_size={self.options.group_size}"]
+    def recipe_of(self, scheme: str) -> Recipe:
+        """Returns the scheme's recipe with what the options change in it."""
+        changes = [f"calibrate={self.options.calibrate}", f"quant.group_size={self.options.group_size}"]
         if self.options.model:
             changes.append(f"model={self.options.model}")
         return load_recipe(RECIPES / f"smollm2-135m-{scheme}.yaml", [*changes, *self.options.set])

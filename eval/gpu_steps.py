@@ -409,9 +409,9 @@ class GpuBench(budget.Bench):
         self.piece = sizes.text_blocks
         super().__init__(options)
 
-    def recipe_of(self, scheme: str, calibrate: str | None = None) -> Recipe:
+    def recipe_of(self, scheme: str) -> Recipe:
         """Returns the scheme's recipe with larger batches and rates; no checkpoint is written."""
-        recipe = super().recipe_of(scheme, calibrate)
+        recipe = super().recipe_of(scheme)
         factor = math.sqrt(self._batch / RECIPE_BATCH)
         rates = {key: value * factor for key, value in recipe.train.items() if key.endswith("learning_rate")}
         train = {**recipe.train, **rates, "per_device_train_batch_size": self._batch, "save_strategy": "no"}

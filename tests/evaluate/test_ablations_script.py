@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llmqat import metrics
-from llmqat.calibrate import stages
+from llmqat.calibrate import GPTQStage, RangesStage, stages
 from llmqat.calibrate.gptq import Curvature
 from llmqat.layers import QuantConfig, QuantModule, prepare
 from llmqat.metrics import top_probabilities
@@ -62,7 +62,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def bench(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     work = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
-        calibration = ["--calibrate", "[{stage: ranges, blocks: 4}]"]
+        calibration = ["--calibrate", "[{stage: ranges, blocks: 4}, {stage: gptq, blocks: 4}]"]
         patch.setattr(sys, "argv", ["ablations.py", *words, *calibration, "--work", str(work)])
         found = SCRIPT["Ablations"](SCRIPT["parse_options"]())
         found.begin()
@@ -76,6 +76,9 @@ def test_every_arm_trains(name: str, bench: Any, tmp_path: Path) -> None:
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     recipe, clock = bench.recipe(scheme, name, 3, 0, tmp_path), SCRIPT["Clock"]()
     assert [one["stage"] for one in calibration] == [stage.stage for stage in recipe.calibrate]
+    own = {name: settings for name, settings in ARMS[name].stages.items() if "blocks" in settings}
+    for stage in recipe.calibrate:  # an arm looks at as much text as the baseline, unless that is what it changes
+        assert stage in ARMS[name].then or getattr(stage, "blocks", 4) == own.get(stage.stage, {}).get("blocks", 4)
     blocks = bench.blocks(0, recipe)
     facts = bench.train(bench.options.text, model, blocks, recipe, bench.maker(name, clock))
     assert facts["steps"] == 3
@@ -161,7 +164,8 @@ def test_steps_of_equal_seconds() -> None:
         ("lr-2+lr-4", "two of its arms change the same thing"),
         ("cell-0.25+cell-0.4", "two of its arms change the same thing"),
         ("muon+adam-row", "two of its arms change the same thing"),
-        ("rotate+ranges-mse", "two of its arms change the same thing"),
+        ("rotate+rotate-heads", "two of its arms change the same thing"),
+        ("ranges-minmax+ranges-mse", "two of its arms change the same thing"),
     ],
 )
 def test_arms_that_cannot_be(name: str, message: str) -> None:
@@ -171,7 +175,14 @@ def test_arms_that_cannot_be(name: str, message: str) -> None:
 
 def test_arms_are_combined() -> None:
     both = arm_of("rotate+blockwise")
-    assert (both.calibrate, [stage.stage for stage in both.then]) == ("[rotate, ranges, gptq]", ["blockwise"])
+    baseline = (RangesStage(blocks=8), GPTQStage(blocks=80))
+    stages = both.calibration(baseline)
+    assert [stage.stage for stage in stages] == ["rotate", "ranges", "gptq", "blockwise"]
+    assert stages[1:3] == baseline
+    changed = arm_of("gptq-quantized-target+ranges-mse").calibration(baseline)
+    assert changed == (RangesStage(blocks=8, method="mse"), GPTQStage(blocks=80, target="quantized"))
+    with pytest.raises(ValueError, match="changes the stage gptq, which --calibrate does not have"):
+        arm_of("gptq-80").calibration(baseline[:1])
     arm = arm_of("average+cell-0.25+lr-2")
     assert arm.times == {"learning_rate": 2}
     assert [lever.label() for lever in arm.levers] == ["Averaged()", "Centred(cell=0.25)"]
