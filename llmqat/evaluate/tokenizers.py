@@ -6,7 +6,8 @@ on the same windows, and their tokenizers must agree. They are compared by what 
     every token that both have has one id in both, and every id that both have is one token
     the very windows that are scored are the same
 
-Padding may differ, and so may chat templates where no conversation is scored. A model without a chat template is scored
+Padding may differ, and so may chat templates where no conversation is scored. Prompts are written by the template of
+the first model for all, and it is said where another model's differs. A model without a chat template is scored
 on conversations as the first model's template writes them, and it is said. Where an id has another name because an
 added token was renamed, such as <|reserved_1|> to <|im_start|>, or where one tokenizer has more tokens than the other,
 the models are compared and it is said. A GGUF file's tokenizer is what transformers makes of it: where that alone cuts
@@ -52,7 +53,7 @@ class Shared:
     notes: Mapping[str, tuple[str, ...]]  # by model, what its reader must know
 
 
-def shared_tokenizer(models: Mapping[str, str], windows_of: Callable[[Any], Windows]) -> Shared:
+def shared_tokenizer(models: Mapping[str, str], windows_of: Callable[[Any], Windows], prompted: bool = False) -> Shared:
     """Returns the tokenizer that all models are judged with, and the windows that it makes.
 
     It is that of the first model that has one; a model without one is judged with it too.
@@ -60,6 +61,7 @@ def shared_tokenizer(models: Mapping[str, str], windows_of: Callable[[Any], Wind
     Args:
         models: specs by the names that tables call the models.
         windows_of: cuts the texts with a tokenizer.
+        prompted: the models also answer prompts, which the first model's chat template writes.
 
     Raises:
         ValueError: no model has a tokenizer, one cannot be read, or two read the texts as other tokens.
@@ -78,8 +80,18 @@ def shared_tokenizer(models: Mapping[str, str], windows_of: Callable[[Any], Wind
         if own[name] is None:
             notes[name] = (f"{name} has no tokenizer beside it: it is judged on the tokens of {first}.",)
         elif name != first:
-            notes[name] = _noted(name, spec, own[name], first, own[first], windows, windows_of)
+            templates = _prompts_noted(name, own[name], first, own[first]) if prompted else ()
+            notes[name] = (*templates, *_noted(name, spec, own[name], first, own[first], windows, windows_of))
     return Shared(own[first], windows, {name: said for name, said in notes.items() if said})
+
+
+def _prompts_noted(name: str, tokenizer: Any, first: str, reference: Any) -> tuple[str, ...]:
+    """Returns what is to be said of a model that would be asked in another way than the first model."""
+    own, theirs = tokenizer.chat_template, reference.chat_template
+    if own == theirs:
+        return ()
+    asked = f"without, as {first} has none" if theirs is None else f"with that of {first}"
+    return (f"{name} has {'no' if own is None else 'another' if theirs else 'a'} chat template: it is asked {asked}.",)
 
 
 def _noted(

@@ -438,7 +438,8 @@ def _candidates() -> Iterator[Proposal]:
     for preset, fields in PRESETS.items():
         yield Proposal(preset)
         weights = QuantConfig(**dict(fields)).weights
-        for group in (0, *GROUPS) if weights.scale_dtype == "bfloat16" else ():  # others have groups of their own
+        free = weights.scale_dtype == "bfloat16" and weights.strategy != "block"  # others have sizes of their own
+        for group in (0, *GROUPS) if free else ():
             yield Proposal(preset, group)
 
 

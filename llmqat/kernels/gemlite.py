@@ -24,7 +24,7 @@ from llmqat.extras import missing, require
 from llmqat.grid import Grid
 from llmqat.kernels.reference import PackedWeight, first_failing
 from llmqat.kernels.trial import TRIAL_FEATURES, refusal
-from llmqat.kernels.triton import is_interpreted
+from llmqat.kernels.triton import is_interpreted, on_device_of
 
 _BITS = (2, 4, 8)
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
@@ -73,7 +73,8 @@ class GemliteKernel:
             weight.layouts[self.name] = gemlite_layout(weight)
             weight.read()
         tensors, settings = weight.layouts[self.name]
-        out: Tensor = torch.ops.gemlite.forward_functional(x, None, tensors, settings)
+        with on_device_of(x):
+            out: Tensor = torch.ops.gemlite.forward_functional(x, None, tensors, settings)
         return out if bias is None else out + bias
 
 

@@ -10,6 +10,8 @@ Letters: O out features, I in features.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,23 +52,32 @@ def is_interpreted(x: Tensor) -> bool:
     return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Returns a context in which the GPU of `x` is the current one, on which Triton runs whatever holds the tensors.
+
+    What torch.compile makes cares for that itself.
+    """
+    return torch.cuda.device_of(x) if x.is_cuda and not torch.compiler.is_compiling() else nullcontext()
+
+
 def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Returns the weight [O, I] in `dtype`, as `weight.dequantized(dtype)` does."""
     from llmqat.kernels.triton_unpack import unpacked_weight
 
     out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.packed.device)
     tiles = -(-weight.out_features // _TILE[0]), -(-weight.in_features // _TILE[1])
-    unpacked_weight[tiles](
-        weight.words().contiguous(),
-        weight.scale.contiguous(),
-        None if weight.zero_point is None else weight.zero_point.to(torch.int32).contiguous(),
-        out,
-        weight.out_features,
-        I=weight.in_features,
-        GROUP=weight.group_size,
-        BITS=weight.grid.num_bits,
-        OFFSET=-weight.grid.qmin,
-        BLOCK_O=_TILE[0],
-        BLOCK_I=_TILE[1],
-    )
+    with on_device_of(out):
+        unpacked_weight[tiles](
+            weight.words().contiguous(),
+            weight.scale.contiguous(),
+            None if weight.zero_point is None else weight.zero_point.to(torch.int32).contiguous(),
+            out,
+            weight.out_features,
+            I=weight.in_features,
+            GROUP=weight.group_size,
+            BITS=weight.grid.num_bits,
+            OFFSET=-weight.grid.qmin,
+            BLOCK_O=_TILE[0],
+            BLOCK_I=_TILE[1],
+        )
     return out

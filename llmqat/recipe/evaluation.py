@@ -283,7 +283,7 @@ def compare_models(
     def windows_of(tokenizer: Any) -> dict[str, TokenWindows]:
         return evaluation_windows(settings, tokenizer, longest_of(listed[0]))
 
-    shared = shared_tokenizer(models, windows_of)
+    shared = shared_tokenizer(models, windows_of, prompted=settings.prompts is not None)
     candidates = [
         candidate_from(spec, "full precision" if spec == reference else "other", name, notes=shared.notes.get(name, ()))
         for name, spec in models.items()

@@ -24,13 +24,13 @@ class _Loader(yaml.SafeLoader):
     """YAML as people write it: numbers as in 1e-4, `no` as text, and no key twice.
 
     YAML 1.1 calls 1e-4 text and no false, which transformers has as a setting (save_strategy: no). It calls the folder
-    010 the number 8, 1:30 the number 90, and 2026-11-30 a date; here these are text.
+    010 the number 8, 1:30 the number 90, 1:30.5 the number 90.5, and 2026-11-30 a date; here these are text.
     """
 
 
-_BOOL, _INT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "timestamp"))
+_BOOL, _INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp"))
 _Loader.yaml_implicit_resolvers = {
-    letter: [resolver for resolver in resolvers if resolver[0] not in (_BOOL, _INT, _DATE)]
+    letter: [resolver for resolver in resolvers if resolver[0] not in (_BOOL, _INT, _FLOAT, _DATE)]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -38,9 +38,10 @@ _Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FA
 
 _Loader.add_implicit_resolver(_INT, re.compile("^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
-_FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)$")
+_DECIMAL = r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+_NO_NUMBER = r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(f"^({_DECIMAL}|{_NO_NUMBER})$"), list("-+0123456789."))
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:

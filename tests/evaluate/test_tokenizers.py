@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +194,21 @@ def test_conversations_are_scored_where_templates_write_them_alike(tmp_path: Pat
     assert shared.notes == {"none": ("none has no chat template: it is judged on conversations as first writes them.",)}
     with pytest.raises(ValueError, match=r"other has another chat template than first.*token 0 of chats is '\['"):
         shared_tokenizer({name: models[name] for name in ("first", "other")}, windows_of)
+
+
+def test_it_is_said_whose_chat_template_writes_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizers = {name: tiny_tokenizer() for name in ("plain", "chat", "same", "other")}
+    tokenizers["plain"].chat_template = None
+    for name, template in {"chat": CHAT_TEMPLATE, "same": CHAT_TEMPLATE, "other": "{{ messages }}"}.items():
+        tokenizers[name].chat_template = template
+    monkeypatch.setattr("llmqat.evaluate.tokenizers.own_tokenizer", tokenizers.get)
+
+    def said(*names: str, prompted: bool = True) -> Mapping[str, tuple[str, ...]]:
+        return shared_tokenizer({name: name for name in names}, lambda _: {}, prompted=prompted).notes
+
+    assert said("chat", "plain", "same", "other") == {
+        "plain": ("plain has no chat template: it is asked with that of chat.",),
+        "other": ("other has another chat template: it is asked with that of chat.",),
+    }
+    assert said("plain", "chat") == {"chat": ("chat has a chat template: it is asked without, as plain has none.",)}
+    assert said("chat", "plain", prompted=False) == {}

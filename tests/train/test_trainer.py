@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -452,6 +453,7 @@ def test_a_stock_trainer_trains_a_prepared_model(tmp_path: Path) -> None:
 
 def test_a_plain_accelerate_loop_trains_a_prepared_model() -> None:
     student, _ = _pair()
+    AcceleratorState._reset_state()  # a Trainer of another test has set the precision of the whole process
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=0.0)
     model, optimizer, loader = accelerator.prepare(student, optimizer, DataLoader(Blocks(8), batch_size=4))
