@@ -44,7 +44,7 @@ from llmqat.models import (
     to_accelerator,
     token_model_class,
 )
-from llmqat.train.adapter import load_adapter, scheme_in
+from llmqat.train.adapter import load_adapter, scheme_in, trained_dtype
 
 _BITS_OF_TYPE = re.compile(r"I?Q(\d)")
 PACKED_FORMATS = (*FORMS, None)
@@ -156,9 +156,10 @@ def known_of(spec: str) -> Known:
 
 def _loaded(spec: str, dtype: torch.dtype) -> nn.Module:
     if adapter_base(spec) is not None and (scheme := scheme_in(Path(spec).expanduser())) is not None:
-        base = load_adapter_base(spec, dtype)
+        folder = Path(spec).expanduser()
+        base = load_adapter_base(spec, trained_dtype(folder) or torch.float32)
         prepare(base, QuantConfig.model_validate(scheme))
-        return convert(load_adapter(base, Path(spec).expanduser()).merge_and_unload(), dtype)
+        return convert(load_adapter(base, folder).merge_and_unload(), dtype)
     found = _quantization_of_others(spec)
     if found is None:
         return load_any(spec, dtype)[0]

@@ -50,7 +50,7 @@ from llmqat.layers.roles import (
     tried,
     unreached,
 )
-from llmqat.layers.source import SOURCE, changed_since, note_source
+from llmqat.layers.source import SOURCE, Checksum, changed_since, note_source
 
 logger = logging.getLogger(__name__)
 
@@ -634,13 +634,21 @@ def changed_since_prepared(model: nn.Module) -> list[str] | None:
     Adapters and quantizers do not count. None when it is not known: the model was rotated or smoothed, or was not
     prepared in this process.
     """
-    model = without_adapters(model)
-    noted = getattr(model, SOURCE, None)
-    if noted is None:
-        return None
-    now = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    noted = noted_source(model)
+    return None if noted is None else other_than(model, noted)
+
+
+def noted_source(model: nn.Module) -> dict[str, Checksum] | None:
+    """Returns checksums of what a prepared model was made from, by the names of its parameters then; None as above."""
+    noted: Mapping[str, Checksum] | None = getattr(without_adapters(model), SOURCE, None)
+    return None if noted is None else {plain_name(name): entry for name, entry in noted.items()}
+
+
+def other_than(model: nn.Module, noted: Mapping[str, Checksum]) -> list[str]:
+    """Returns the names in `noted`, of `noted_source`, whose parameters in a prepared model are others or not there."""
+    now = {plain_name(name): parameter for name, parameter in without_adapters(model).named_parameters()}
     now |= {name.removesuffix(".weight"): parameter for name, parameter in now.items()}  # stacked experts
-    return changed_since({plain_name(name): entry for name, entry in noted.items()}, now)
+    return changed_since(noted, now)
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:

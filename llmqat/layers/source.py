@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -59,6 +60,16 @@ def changed_since(noted: Mapping[str, Checksum], parameters: Mapping[str, Tensor
     there = WeightPages().one_by_one((name, parameters[name].detach()) for name in noted if name in parameters)
     same = {name for name, tensor in there if checksum(tensor.to(noted[name].dtype)) == noted[name].value}
     return [name for name in noted if name not in same]
+
+
+def checksums_to_json(noted: Mapping[str, Checksum]) -> str:
+    """Returns what `note_source` found, as text that a file keeps."""
+    return json.dumps({name: [str(entry.dtype).removeprefix("torch."), entry.value] for name, entry in noted.items()})
+
+
+def checksums_from_json(text: str) -> dict[str, Checksum]:
+    """Returns what `checksums_to_json` wrote."""
+    return {name: Checksum(getattr(torch, dtype), value) for name, (dtype, value) in json.loads(text).items()}
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ has changed since (by GPTQ, block-wise training or rotation), or would be traine
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,13 @@ from torch import nn
 from llmqat.config import Config
 from llmqat.layers import QuantModule, changed_since_prepared, quantizer_state, quantizers_off
 from llmqat.layers.lora import QuantLora, adapters_off, adopt_adapters, lora_config
-from llmqat.layers.prepare import CONFIG_KEY
+from llmqat.layers.prepare import CONFIG_KEY, noted_source, other_than
+from llmqat.layers.source import Checksum, checksums_from_json, checksums_to_json
 from llmqat.models import check_safetensors, save_whole, shortened
 from llmqat.paths import user_path
+
+_BASE_KEY = "llmqat_base"
+"""Key in the metadata of adapters, of the checksums of the weights that they were trained on."""
 
 
 class LoraSettings(Config):
@@ -102,7 +107,8 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Writes an ordinary peft folder in which the quantizers travel with the adapter.
 
     `adapter_model.safetensors` also holds the scales and zero points as they are, which stock
-    `PeftModel.from_pretrained(prepared, folder)` loads with it, and in its metadata the QuantConfig.
+    `PeftModel.from_pretrained(prepared, folder)` loads with it, and in its metadata the QuantConfig and checksums of
+    the weights of the original model.
 
     Raises:
         ValueError: when the base weights are not those of the original model, which whoever loads the adapter has.
@@ -114,7 +120,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
         )
     folder = user_path(folder, "folder")
     model.save_pretrained(str(folder))
-    add_quantizers(model, folder)
+    add_quantizers(model, folder, noted_source(model))
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -122,12 +128,13 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
 
     Args:
         model: prepared with the same QuantConfig, and with the weights of the original model.
-        folder: written by `save_adapter`, or a hub id. The QuantConfig is compared only for a local folder.
+        folder: written by `save_adapter`, or a hub id. The QuantConfig and the weights are compared only for a local
+            folder.
         is_trainable: whether the adapter is to be trained further.
 
     Raises:
-        ValueError: when the model is not prepared, the adapter was trained under another QuantConfig, or its files lack
-            the scales that it was trained with.
+        ValueError: when the model is not prepared, the adapter was trained under another QuantConfig or on other
+            weights, or its files lack the scales that it was trained with.
     """
     folder = user_path(folder, "folder")
     if not any(isinstance(module, QuantModule) for module in model.modules()):
@@ -142,6 +149,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
         raise ValueError(
             f"{folder} was trained with another scheme than the model is prepared with: "
             + ", ".join(f"{key}={theirs.get(key)} (here {ours[key]})" for key in differing)
+        )
+    others = other_than(model, checksums_in(folder))
+    if others:
+        raise ValueError(
+            f"{folder} was trained on other weights than the model has, in {shortened(others)}; load the model that it "
+            "was trained on, in no narrower dtype than then, and prepare it"
         )
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     adopt_adapters(adapted)
@@ -159,9 +172,7 @@ def scheme_in(folder: Path) -> dict[str, Any] | None:
     config, file = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         return None
-    check_safetensors(file)
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
+    metadata = _metadata_of(file)
     found: dict[str, Any] | None = json.loads(metadata.get(CONFIG_KEY, "null"))
     adapted = json.loads(config.read_text(encoding="utf-8")).get("target_parameters") if config.is_file() else None
     if CONFIG_KEY not in metadata and adapted and all(name.endswith(".weight") for name in adapted):
@@ -172,10 +183,40 @@ def scheme_in(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def add_quantizers(model: PeftModel, folder: Path) -> None:
-    """Puts the state of the quantizers of `model` into the adapter files that peft wrote to `folder`, atomically."""
+def checksums_in(folder: Path) -> dict[str, Checksum]:
+    """Returns checksums of the weights that the adapter in `folder` was trained on; empty where they are not known.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    return checksums_from_json(_metadata_of(file).get(_BASE_KEY, "{}")) if file.is_file() else {}
+
+
+def trained_dtype(folder: Path) -> torch.dtype | None:
+    """Returns the dtype of the base weights that the adapter in `folder` was trained on; None where it is not known."""
+    dtypes = Counter(entry.dtype for entry in checksums_in(folder).values())
+    return dtypes.most_common(1)[0][0] if dtypes else None
+
+
+def _metadata_of(file: Path) -> dict[str, str]:
+    check_safetensors(file)
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
+def add_quantizers(model: PeftModel, folder: Path, base: Mapping[str, Checksum] | None = None) -> None:
+    """Puts the state of the quantizers of `model` into the adapter files that peft wrote to `folder`, atomically.
+
+    Args:
+        model: has the adapters.
+        folder: holds their files.
+        base: checksums of the weights that whoever loads the adapter must have; None where they are not known.
+    """
     config = getattr(model.get_base_model().config, CONFIG_KEY, None)
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(config)}
+    if base is not None:
+        metadata[_BASE_KEY] = checksums_to_json(base)
     for name in model.peft_config:
         file = (folder if name == "default" else folder / name) / SAFETENSORS_WEIGHTS_NAME
         save_whole(file, {**load_file(file), **quantizer_state(model)}, metadata)

@@ -76,6 +76,23 @@ def test_an_adapter_inside_quantizers_is_judged_packed(base: Path, tmp_path: Pat
     assert torch.equal(logits(judged), logits(convert(copy.deepcopy(adapted).merge_and_unload())))
 
 
+def test_an_adapter_is_judged_on_weights_in_the_dtype_it_was_trained_on(tmp_path: Path) -> None:
+    original = tiny_llama()  # float32, which bfloat16 rounds
+    original.save_pretrained(tmp_path / "base")
+    prepare(original, INT4)
+    adapted = get_peft_model(original, lora_config(original, r=4))
+    adopt_adapters(adapted)
+    moved(adapted).peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    save_adapter(adapted, tmp_path / "adapter")
+    judged = load_to_judge(str(tmp_path / "adapter"))
+    merged = convert(adapted.merge_and_unload())
+    codes, expected = (
+        {name: module.weight_packed for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+        for model in (judged, merged)
+    )
+    assert all(torch.equal(codes[name], expected[name]) for name in expected)
+
+
 def test_an_adapter_without_weights_or_base_is_told(tmp_path: Path, base: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")

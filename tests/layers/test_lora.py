@@ -201,6 +201,21 @@ def test_an_adapter_of_another_scheme_or_base_is_refused(tmp_path: Path) -> None
         save_adapter(moved, tmp_path / "moved")
 
 
+@pytest.mark.parametrize(("trained", "loaded"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_an_adapter_is_loaded_on_the_weights_it_was_trained_on(trained: str, loaded: str, tmp_path: Path) -> None:
+    original = tiny_llama().to(torch.bfloat16)  # as files on the hub are
+    save_adapter(adapted(copy.deepcopy(original).to(getattr(torch, trained))), tmp_path)
+    same = copy.deepcopy(original).to(getattr(torch, loaded))
+    prepare(same, INT4)
+    load_adapter(same, tmp_path)
+    other = copy.deepcopy(original).to(getattr(torch, loaded))
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[3, 3] += 0.25
+    prepare(other, INT4)
+    with pytest.raises(ValueError, match=r"on other weights than the model has, in model\.layers\.0\.mlp\.up_proj"):
+        load_adapter(other, tmp_path)
+
+
 def test_an_adapter_without_its_scales_or_their_place_is_refused(tmp_path: Path) -> None:
     model = adapted(tiny_llama())
     save_adapter(model, tmp_path / "whole")
