@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -67,8 +68,8 @@ def main() -> None:
         print(f"{way}: {row['peak'] / 1e6:.0f}")
 
 
-def parse_options() -> argparse.Namespace:
-    """Returns the command line's options."""
+def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the options of the command line, or those that `words` say."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[result_options()]
     )
@@ -81,7 +82,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--way", choices=[*WAYS, *MADE_BEFORE.values()], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def run(options: argparse.Namespace, way: str, folder: str) -> dict[str, Any]:

@@ -356,6 +356,13 @@ def test_training_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert set(headline(capsys.readouterr().out)) == {"lora", "scales"}
 
 
+def test_long_context(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "long_context.py", "--lengths", "32", "4096", "--vocabularies", "512")
+    output = capsys.readouterr().out
+    assert headline(output)["kB a token, 512 entries"] > 0
+    assert "4,096" in output
+
+
 def test_teacher_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
