@@ -31,7 +31,7 @@ from llmqat.models import cache_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Raised when the same text, tokenizer and settings give other blocks."""
 
 

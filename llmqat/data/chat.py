@@ -44,6 +44,8 @@ _CONTENT_FIELDS = ("tool_calls", "function_call", "tool_plan", "documents", "cit
 _LOSS_FIELDS = ("weight", "train", "training", "trainable", "loss")
 """Fields of a message by which other programs leave it out of the loss."""
 _WORDS = "USERWORDS"
+_THINK = re.compile(r"</?think(?:ing)?>")
+"""What encloses reasoning within an answer."""
 
 
 class Chat(NamedTuple):
@@ -244,7 +246,7 @@ def _check_beside(chat: Chat, template: str) -> None:
         )
 
 
-_said: set[tuple[str, ...]] = set()
+_said: set[str] = set()
 
 
 def _check_fields(chat: Chat, template: str) -> None:
@@ -257,9 +259,15 @@ def _check_fields(chat: Chat, template: str) -> None:
             f"{chat.where}: messages have {lost[0]!r}, which the chat template does not read; give one that does: "
             "data.chat_template=FILE"
         )
-    if unread and tuple(unread) not in _said:
-        _said.add(tuple(unread))
-        log.warning("%s: fields of messages that the chat template does not read: %s", chat.where, ", ".join(unread))
+    if unread:
+        names = ", ".join(unread)
+        _say_once(names, "%s: fields of messages that the chat template does not read: %s", chat.where, names)
+
+
+def _say_once(key: str, *said: str) -> None:
+    if key not in _said:
+        _said.add(key)
+        log.warning(*said)
 
 
 def _as_taken(chat: Chat, message: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -340,9 +348,11 @@ def _with_parsed_arguments(message: dict[str, Any], where: str) -> dict[str, Any
 
 
 def _check_words(chat: Chat, whole: str) -> None:
-    """Raises where the template has left out what somebody other than the assistant says."""
+    """Raises where the template has left out what somebody says; of reasoning in earlier answers it is logged."""
+    last = max((number for number, one in enumerate(chat.messages) if one["role"] == ASSISTANT), default=None)
     for number, message in enumerate(chat.messages):
         if message["role"] == ASSISTANT:
+            _check_answer(chat, number, whole, is_last=number == last)
             continue
         for text in _texts(message.get("content"), chat.where):
             if not _is_in(text.strip(), whole, exact=message["role"] not in ("system", "developer")):
@@ -350,6 +360,17 @@ def _check_words(chat: Chat, whole: str) -> None:
                     f"{chat.where}: the chat template leaves out the words of message {number} (role "
                     f"{message['role']!r}); give one that has them: data.chat_template=FILE"
                 )
+
+
+def _check_answer(chat: Chat, number: int, whole: str, is_last: bool) -> None:
+    """Raises where the template has left out reasoning, or the rest, of the last answer; of others it logs it once."""
+    parts = [part for text in _texts(chat.messages[number].get("content"), chat.where) for part in _THINK.split(text)]
+    if all(_is_in(part.strip(), whole, exact=False) for part in parts):
+        return
+    lost = f"{chat.where}: the chat template leaves out words of message {number}, an answer"
+    if is_last:
+        raise ValueError(f"{lost}, such as its reasoning; give one that has them: data.chat_template=FILE")
+    _say_once("answers", "%s; they are not learned", lost)
 
 
 def _is_in(text: str, whole: str, exact: bool) -> bool:
@@ -418,10 +439,21 @@ def _by_prefixes(chat: Chat, whole: str, tokenizer: PreTrainedTokenizerBase) -> 
             continue
         start, end = _answer(chat, number, whole, tokenizer)
         low, high = bisect_left(begins, start), bisect_right(begins, end - 1)
+        if low > 0 and found["offset_mapping"][low - 1][1] > start:
+            low -= 1
+            token = whole[slice(*found["offset_mapping"][low])]
+            _say_once("within", "%s: %s", chat.where, _WITHIN.format(token=token, number=number))
         scored[low:high] = [1] * (high - low)
     if not any(scored):
         raise ValueError(f"{chat.where}: all answers are empty, so there is nothing to learn from")
     return list(found["input_ids"]), scored
+
+
+_WITHIN = (
+    "the token {token!r} begins in the generation prompt and ends in the answer (message {number}). It is learned, but "
+    "a server cuts the prompt before it; where the prompt ends in a space, move that space to the front of the answer: "
+    "data.chat_template=FILE"
+)
 
 
 def _answer(chat: Chat, number: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

@@ -20,7 +20,16 @@ import numpy as np
 from llmqat.data.config import DataConfig
 from llmqat.data.documents import DocumentSource, Piece, encoded
 from llmqat.data.rows import RowReader, row_reader, shortened
-from llmqat.data.text import ROW_BUILDERS, nearest, read_text, stream_text, suffix_of, text_config
+from llmqat.data.text import (
+    ROW_BUILDERS,
+    files_under,
+    is_saved,
+    nearest,
+    read_text,
+    stream_text,
+    suffix_of,
+    text_config,
+)
 from llmqat.hub import check_dataset_in_reach, looks_like_path
 from llmqat.metrics import IGNORED_LABEL
 
@@ -100,16 +109,18 @@ def open_rows(config: DataConfig) -> tuple[Any, RowReader]:
 
 
 def _content_hash(config: DataConfig, rows: Any) -> str:
-    """Returns a hash of local files' bytes, or the fingerprint of a hub dataset."""
-    if config.path is None:
+    """Returns a hash of the names and bytes of the local files that are read, or the fingerprint of a hub dataset."""
+    path = config.path
+    if path is None:
         return str(rows._fingerprint)
-    files = sorted(config.path.rglob("*")) if config.path.is_dir() else [config.path]
+    files = files_under(path) if is_saved(path) else _of_split(_data_files(path), path, config.split or "train")
     digest = hashlib.sha256()
     for file in files:
-        if file.is_file():
-            with file.open("rb") as content:
-                while data := content.read(1 << 20):
-                    digest.update(data)
+        if path.is_dir():  # rows that move from one file to another may be in other order, or another split
+            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as content:
+            while data := content.read(1 << 20):
+                digest.update(data)
     return digest.hexdigest()
 
 
@@ -197,7 +208,7 @@ def open_local(path: Path, split: str, streaming: bool = False) -> Any:
         raise FileNotFoundError(
             f"no dataset at {path}{nearest(path)}; give a file of rows, a folder of them, or hub:NAME"
         )
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if is_saved(path):
         with _named(path, [], opening=True):
             loaded = datasets.load_from_disk(str(path))
         rows = _choose_split(loaded, split, path)
@@ -205,6 +216,8 @@ def open_local(path: Path, split: str, streaming: bool = False) -> Any:
     files = _of_split(_data_files(path), path, split)
     builder = BUILDERS[suffix_of(files[0])]
     options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+    if builder == "csv":
+        options["keep_default_na"] = False  # words such as NA and None are text, too
     if suffix_of(files[0]) == ".tsv":
         options["sep"] = "\t"
     if not any(file.stat().st_size for file in files):
@@ -278,7 +291,7 @@ def _data_files(path: Path) -> list[Path]:
             raise ValueError(f"{path} has an unknown kind of file; allowed: {', '.join(BUILDERS)}")
         return [path]
     pattern = "shard-*.parquet" if (path / MANIFEST_FILE).is_file() else "*"
-    files = sorted(file for file in path.rglob(pattern) if file.is_file() and suffix_of(file) in BUILDERS)
+    files = [file for file in files_under(path, pattern) if suffix_of(file) in BUILDERS]
     if not files:
         raise FileNotFoundError(f"the folder {path} holds no file of a known kind: {', '.join(BUILDERS)}")
     kinds = sorted({suffix_of(file) for file in files})

@@ -19,9 +19,10 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
-from llmqat.data.chat import Chat, Completion, chat_content, check_messages
+from llmqat.data.chat import ASSISTANT, Chat, Completion, chat_content, check_messages
 from llmqat.data.documents import Piece, document_hash, pieces_of
 
 log = logging.getLogger(__name__)
@@ -204,6 +205,8 @@ def _answer_row(row: Row, reader: RowReader, where: str) -> Iterator[Piece]:
     if not _is_wanted(row.get("label", True), where):
         return
     prompt, answer = row.get("prompt"), row[reader.column]
+    if answer is None:
+        raise ValueError(f"{where}: `{reader.column}` is empty; write the answer into it, or leave the row out")
     if prompt is None and row.get("rejected"):
         prompt, answer = _common_prompt(answer, row["rejected"])
     if isinstance(answer, str):
@@ -216,17 +219,50 @@ def _answer_row(row: Row, reader: RowReader, where: str) -> Iterator[Piece]:
             )
         yield Piece(Completion(prompt, answer), document_hash(chat_content([{"prompt": prompt, "answer": answer}])))
         return
-    for name, value in (("prompt", prompt), (reader.column, answer)):
+    _check_kinds({"prompt": prompt, reader.column: answer}, where)
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
+    before, after = (check_messages(part, where, answered=False) for part in (asked, answer))
+    messages, count = _joined(before, after, reader.column, where)
+    yield reader.chat(row, check_messages(messages, where), where, count)
+
+
+def _check_kinds(given: Mapping[str, Any], where: str) -> None:
+    """Raises where a prompt or an answer is neither text nor messages."""
+    for name, value in given.items():
+        if isinstance(value, date):
+            raise ValueError(
+                f"{where}: `{name}` was read as a date, {value}, since each of its values looks like one; give the "
+                "rows as Parquet, where a column says that it is text"
+            )
         if value is not None and not isinstance(value, (str, list, tuple, dict)):
             raise ValueError(
                 f"{where}: `{name}` is {value!r}, a {type(value).__name__}, and text or messages are needed; write it "
                 "as text"
             )
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
-    answer = list(answer or ())
-    if answer[: len(before)] == before:  # the answer holds the prompt
-        before = []
-    yield reader.chat(row, check_messages([*before, *answer], where), where, len(before))
+
+
+def _joined(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], column: str, where: str
+) -> tuple[list[dict[str, Any]], int]:
+    """Returns the messages of a prompt and its answer, which may hold the prompt, and how many are the prompt.
+
+    Raises:
+        ValueError: the answer looks like a whole conversation, and the prompt is not in it, or is so several times.
+    """
+    if after[: len(before)] == before:
+        return after, len(before)
+    continued = not before or before[-1]["role"] in (ASSISTANT, "system", "developer")
+    if continued or not after or after[0]["role"] == ASSISTANT:
+        return [*before, *after], len(before)
+    plain, whole = ([(one["role"], str(one.get("content")).strip()) for one in part] for part in (before, after))
+    ends = [end for end in range(len(before), len(after) + 1) if whole[end - len(before) : end] == plain]
+    if len(ends) != 1:
+        found = "nowhere" if not ends else f"{len(ends)} times"
+        raise ValueError(
+            f"{where}: `{column}` begins with the role {after[0]['role']!r}, as a whole conversation does, and has "
+            f"`prompt` in it {found}; give the answer alone there, or {_SET_ASIDE.format(column='prompt')}"
+        )
+    return after, ends[0]
 
 
 def _is_wanted(label: Any, where: str) -> bool:

@@ -65,9 +65,9 @@ def is_rows(path: Path) -> bool:
     """
     if not path.is_dir():
         return suffix_of(path) in ROW_BUILDERS
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if is_saved(path):
         return True
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = files_under(path)
     rows = [file for file in files if suffix_of(file) in ROW_BUILDERS]
     if not any(file.suffix.lower() in SUFFIXES for file in files) or any(
         file.name.startswith("shard-") for file in rows
@@ -77,6 +77,20 @@ def is_rows(path: Path) -> bool:
         others = "" if len(rows) == 1 else f" and {len(rows) - 1} more"
         log.warning("the folder %s holds prose and rows; the rows are not read: %s%s", path, rows[0].name, others)
     return False
+
+
+def is_saved(path: Path) -> bool:
+    """Returns whether `path` is a folder that `save_to_disk` of datasets made."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def files_under(folder: Path, pattern: str = "*") -> list[Path]:
+    """Returns the files under a folder whose names match `pattern`, sorted, without hidden ones.
+
+    Hidden is what has a dot before its name, or lies in such a folder: editors and notebooks keep copies there.
+    """
+    found = sorted(file for file in folder.rglob(pattern) if file.is_file())
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def text_config(text: str, hub_split: str = "train", labels: str = "answers", **more: Any) -> DataConfig:
@@ -120,7 +134,7 @@ def text_files(path: Path) -> list[Path]:
         )
     if is_rows(path):
         raise ValueError(f"{path} holds rows and no prose; give it as data.source=dataset data.path={path}")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = [path] if path.is_file() else [file for file in files_under(path) if file.suffix.lower() in SUFFIXES]
     if not files:
         raise FileNotFoundError(f"the folder {path} holds no {' or '.join(SUFFIXES)} file")
     for file in files:

@@ -34,7 +34,7 @@ from llmqat.data.prompts import read_prompts
 from llmqat.data.pydoc import pydoc_text
 from llmqat.data.shards import check_folder, open_writer
 from llmqat.data.teacher_cache import TeacherCache
-from llmqat.data.text import COMPRESSED, hash_file, is_rows, text_files
+from llmqat.data.text import COMPRESSED, files_under, hash_file, is_rows, text_files
 from llmqat.evaluate.generations import Prompts
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import record_of
@@ -197,7 +197,7 @@ def _local_bytes(data: DataConfig) -> int | None:
     """Returns the size of the files of a text; None of other text, and of what is compressed."""
     if data.source not in ("text", "dataset") or data.path is None or not data.path.exists():
         return None
-    files = [file for file in data.path.rglob("*") if file.is_file()] if data.path.is_dir() else [data.path]
+    files = files_under(data.path) if data.path.is_dir() else [data.path]
     return None if any(file.suffix in COMPRESSED for file in files) else sum(file.stat().st_size for file in files)
 
 

@@ -52,3 +52,16 @@ def scored_labels(inputs: Mapping[str, Any]) -> Tensor:
     if labels is None and isinstance(positions, Tensor) and positions.dim() == 2:
         scored = scored.masked_fill((positions == 0).expand_as(ids), IGNORED_LABEL)
     return scored
+
+
+def documents_begin(positions: Tensor, mask: Tensor | None = None) -> bool:
+    """Returns whether a document begins within a row: position ids [B, L] do not go up by one.
+
+    Args:
+        positions: [B, L].
+        mask: [B, L], 0 where a token is padding, whose position ids mean nothing.
+    """
+    begins = positions[:, 1:] != positions[:, :-1] + 1
+    if mask is not None and mask.shape == positions.shape:
+        begins = begins & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    return bool(begins.any())

@@ -23,10 +23,11 @@ quantizers are normalized in their backward, so a prepared model also trains in 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ from llmqat.models import (
     check_can_be_rebuilt,
     check_next_token,
     is_sharded,
+    keeps_documents_apart,
     loss_in_forward,
     vocabulary_size,
 )
@@ -96,7 +98,7 @@ from llmqat.train.distribution import check_distribution
 from llmqat.train.optimizers import check_own_optimizer, keep_weights_of
 from llmqat.train.scores import EvaluationMetrics, known_metrics, logits_of
 from llmqat.train.stability import check_warmups, is_finite, not_finite_error, not_finite_parameter, where_not_finite
-from llmqat.train.targets import scored_labels
+from llmqat.train.targets import documents_begin, scored_labels
 from llmqat.train.teacher import check_teacher
 
 logger = logging.getLogger(__name__)
@@ -189,6 +191,7 @@ class QATTrainer(Trainer):
         self._micro_batches: list[tuple[dict[str, Any], Tensor | int | None, Tensor]] = []
         self._gathers_logits = False
         self._longest = 0
+        self._keeps_apart: bool | None = None
         self._tokens_before: int | None = 0
         self._tokens_here = 0
         self._steps_before = 0
@@ -240,8 +243,63 @@ class QATTrainer(Trainer):
             return  # weights whole in no process
         for model in (self.model, self.teacher):
             if isinstance(model, nn.Module) and not is_sharded(model):
-                with self.accelerator.autocast():
+                with self._tried(model):
                     check_predictor(model)
+
+    @contextmanager
+    def _tried(self, model: nn.Module) -> Iterator[None]:
+        """Inside, a whole forward of `model` can be run, whose parameters may be of several dtypes."""
+        with ExitStack() as stack:
+            stack.enter_context(self.accelerator.autocast())
+            if not self.args.bf16:  # masters of norms are float32 before a head in bfloat16
+                stack.enter_context(cast_parameters(model, predictor_of(without_adapters(model)).head.dtype))
+            yield
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keeps `position_ids` for models that do not take them as well: where documents begin is looked at here."""
+        super()._set_signature_columns_if_needed()
+        if "position_ids" not in self._signature_columns:
+            self._signature_columns.append("position_ids")
+
+    def _keep_documents_apart(self, student: nn.Module, inputs: dict[str, Any]) -> None:
+        """Sees to it that documents of a row, which `position_ids` begin, do not see each other.
+
+        transformers keeps them apart only where there is no attention mask. Padding collators add one that hides
+        nothing: it is taken out. Position ids are taken out where the model takes none and no document begins.
+
+        Raises:
+            ValueError: documents begin in rows that are padded too, or the model or its teacher cannot keep them apart.
+        """
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        if not isinstance(positions, Tensor) or positions.dim() != 2:
+            return
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            if bool(mask.all()):
+                del inputs["attention_mask"]
+            elif documents_begin(positions, mask):
+                raise ValueError(
+                    "rows hold several documents (position_ids restart) and padding (attention_mask has zeros), and "
+                    "transformers keeps documents apart only without a mask; give rows without padding, or a document "
+                    "a row"
+                )
+        if self._keeps_apart is None:
+            self._keeps_apart = all(map(self._is_known_to_keep_apart, (without_adapters(student), self.teacher)))
+        if self._keeps_apart:
+            return
+        if documents_begin(positions, mask):
+            raise ValueError(
+                f"rows hold several documents (position_ids restart), and {type(without_adapters(student)).__name__} "
+                "or its teacher attends beyond them; give blocks made with packing='concatenate'"
+            )
+        if "position_ids" not in inspect.signature(without_adapters(student).forward).parameters:
+            del inputs["position_ids"]
+
+    def _is_known_to_keep_apart(self, model: Any) -> bool:
+        """Returns whether `model` keeps documents apart; True where it is no model, or cannot be tried."""
+        if not isinstance(model, nn.Module) or self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(model):
+            return True
+        with self._tried(model):
+            return keeps_documents_apart(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as Trainer does; of no step there is no mean loss, which Trainer would call 0."""
@@ -403,9 +461,10 @@ class QATTrainer(Trainer):
             num_items_in_batch: scored tokens of the whole optimizer step.
         """
         inputs = dict(inputs)
+        student = self.accelerator.unwrap_model(model)
+        self._keep_documents_apart(student, inputs)
         labels = scored_labels(inputs)
         inputs.pop("labels", None)
-        student = self.accelerator.unwrap_model(model)
         if "position_ids" not in inputs:  # which begin anew in rows that hold several texts
             self._check_length(student, labels.shape[1])
         # The state at position t predicts the label of t + 1.

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from llmqat.data import DataConfig, TokenBlocks, load_blocks
+from llmqat.data import DataConfig, TokenBlocks, chat, load_blocks
 from llmqat.data.chat import Chat, encode_chat
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -162,3 +164,45 @@ def test_a_block_without_an_answer_is_left_out(tmp_path: Path):
     blocks = blocks_of(tmp_path, [{"messages": long}] * 3)
     assert len(blocks) < 3 * 140 // 8 // 2
     assert all("y" in tiny_tokenizer().decode(row) for row in blocks.ids)
+
+
+THINKING = CHAT_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'].split('</think>')[-1] }}")
+
+
+def test_reasoning_that_the_template_drops_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "_said", set())
+    assert THINKING != CHAT_TEMPLATE
+    thought = {"role": "assistant", "content": "<think>two and two make it</think>4"}
+    asked = {"role": "user", "content": "2 + 2?"}
+    with pytest.raises(ValueError, match="row 0: the chat template leaves out words of message 1, an answer"):
+        encode_chat(Chat([asked, thought], "row 0", template=THINKING), tiny_tokenizer())
+    ids, scored = encode_chat(Chat([asked, thought], "row 0", template=CHAT_TEMPLATE), tiny_tokenizer())
+    assert scored_text(ids, scored).startswith("<think>two and two make it</think>4")
+    later = [asked, thought, {"role": "user", "content": "and 3?"}, {"role": "assistant", "content": "7"}]
+    encode_chat(Chat(later, "row 0", template=THINKING), tiny_tokenizer())
+    assert "words of message 1, an answer; they are not learned" in caplog.text
+
+
+def test_a_token_across_the_beginning_of_an_answer_is_learned(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "_said", set())
+    vocabulary = {one: number for number, one in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    merges = [("y", "e"), ("ye", "s"), ("Ġ", "yes")]
+    vocabulary |= {"".join(pair): len(vocabulary) + number for number, pair in enumerate(merges)}
+    words = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    messages = [{"role": "user", "content": "rain?"}, {"role": "assistant", "content": "yes"}]
+    ids, scored = encode_chat(Chat(messages, "row 0", template=template), tokenizer)
+    assert [tokenizer.convert_ids_to_tokens(one) for one, mark in zip(ids, scored, strict=True) if mark] == [
+        "Ġyes",
+        "</s>",
+    ]
+    assert "the token ' yes' begins in the generation prompt and ends in the answer" in caplog.text

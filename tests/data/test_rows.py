@@ -243,3 +243,87 @@ def test_of_several_templates_the_one_for_tools_is_taken():
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "<use>" + TEMPLATE}
     assert render_chat(Chat(ASKED + TOLD, "row 0", tools=TOOLS), tokenizer).startswith("<use><tools>")
     assert render_chat(Chat(ASKED + TOLD, "row 0"), tokenizer).startswith("<user>")
+
+
+def _user(words: str) -> dict[str, str]:
+    return {"role": "user", "content": words}
+
+
+def _answer(words: str) -> dict[str, str]:
+    return {"role": "assistant", "content": words}
+
+
+EARLIER = [_user("Sun?"), _answer("Never."), *ASKED]
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        (EARLIER, TOLD),
+        (EARLIER, [*EARLIER, *TOLD]),  # the answer holds the prompt
+        ("Rain?", [SYSTEM, *ASKED, *TOLD]),
+        ("Rain?", [_user("Rain? "), *TOLD]),
+        ("Rain?", [*EARLIER, *TOLD]),  # the prompt is the last of several turns
+        ([SYSTEM], [*ASKED, *TOLD]),  # which is the prompt's beginning alone
+    ],
+)
+@pytest.mark.parametrize("columns", [("completion", None), ("chosen", "rejected")])
+def test_a_prompt_is_in_the_text_once_and_is_not_learned(
+    prompt: Any, answer: Any, columns: tuple[str, str | None], tmp_path: Path
+) -> None:
+    wanted, other = columns
+    row = {"prompt": prompt, wanted: answer} | ({other: [*answer[:-1], *NO]} if other else {})
+    blocks = blocks_of(tmp_path, [row], packing="whole")
+    assert set(answers_of(blocks).split("Some.")) == {""}
+    assert text_of(blocks).partition("Some.")[0].count("Rain?") == 1
+
+
+def test_a_conversation_that_does_not_hold_its_prompt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`completion` begins with the role 'user'.* has `prompt` in it nowhere"):
+        blocks_of(tmp_path, [{"prompt": "Snow?", "completion": [*ASKED, *TOLD]}])
+    twice = [*ASKED, *NO, *ASKED, *TOLD]
+    with pytest.raises(ValueError, match=r"`prompt` in it 2 times"):
+        blocks_of(tmp_path, [{"prompt": "Rain? ", "completion": twice}])
+
+
+def test_answers_that_look_like_something_else(tmp_path: Path) -> None:
+    table = tmp_path / "answers.csv"
+    table.write_text("prompt,completion\n" + "Rain?,NA\n" * ROWS)
+    blocks = load_splits(DataConfig(source="dataset", path=table, block_size=32), teller()).train
+    assert "NA" in answers_of(blocks)
+    with pytest.raises(ValueError, match=r"`completion` was read as a date, .* give the rows as Parquet"):
+        blocks_of(tmp_path, [{"prompt": "When?", "completion": "2024-01-01 10:00:00"}])
+    with pytest.raises(ValueError, match=r"`completion` is empty; write the answer into it"):
+        blocks_of(
+            tmp_path, [{"prompt": "Rain?", "completion": "Some."}] * 15 + [{"prompt": "Sun?", "completion": None}]
+        )
+
+
+def test_rows_that_move_to_another_file_make_new_blocks(tmp_path: Path) -> None:
+    rows = [json.dumps({"messages": [*ASKED, _answer("secret" if number < 8 else "plain")]}) for number in range(40)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def secrets(**files: list[str]) -> int:
+        for name, lines in files.items():
+            (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        config = DataConfig(source="dataset", path=folder, block_size=64, packing="whole")
+        return answers_of(load_splits(config, teller()).train).count("secret")
+
+    assert secrets(train=rows) == 8
+    assert secrets(test=rows[:8], train=rows[8:]) == 0  # the same bytes, one file after the other
+
+
+def test_hidden_copies_are_not_read(tmp_path: Path) -> None:
+    for suffix, words in (
+        (".jsonl", json.dumps({"text": "words of rows " * 9}) + "\n"),
+        (".txt", "words of prose " * 9),
+    ):
+        folder = tmp_path / suffix[1:]
+        (folder / ".ipynb_checkpoints").mkdir(parents=True)
+        (folder / f"a{suffix}").write_text(words)
+        (folder / ".ipynb_checkpoints" / f"a-checkpoint{suffix}").write_text("hidden " + words)
+        (folder / f".a{suffix}").write_text("hidden " + words)
+        config = DataConfig(source="text" if suffix == ".txt" else "dataset", path=folder, block_size=32)
+        assert "hidden" not in text_of(load_splits(config, teller()).train)

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from llmqat import QATArguments, QATTrainer, QuantConfig, convert, prepare, save
+from llmqat.data.blocks import Rows, TokenBlocks, token_blocks
 from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
 from llmqat.layers import QuantLinear, QuantModule, short_attention
 from llmqat.metrics import top_probabilities
 from llmqat.models import cast_parameters
-from tests.tiny import VOCAB_SIZE, tiny_architecture, tiny_llama, tiny_qwen2, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, tiny_architecture, tiny_llama, tiny_model, tiny_qwen2, tiny_tokenizer
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
@@ -60,6 +61,63 @@ def _kl(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -
     q = torch.log_softmax(student(ids).logits[:, :-1].float(), -1)
     p = torch.log_softmax(teacher(ids).logits[:, :-1].float(), -1)
     return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def _documents(length: int = 32) -> TokenBlocks:
+    ids = torch.randint(2, 258, (8, length), generator=torch.Generator().manual_seed(0))
+    starts = torch.zeros(8, length, dtype=torch.uint8)
+    starts[:, [0, 8, 20]] = 1
+    return token_blocks(Rows(ids, starts=starts), "documents")
+
+
+@pytest.mark.parametrize("teacher", ["live", "cached"])
+def test_documents_stay_apart_with_any_collator(teacher: str, tmp_path: Path) -> None:
+    student, original = _pair(bits=8)
+    blocks = _documents()
+    known: Any = original
+    if teacher == "cached":
+        known = cache_teacher(original, tiny_tokenizer(), blocks.rows, tmp_path / "cache", top_k=VOCAB_SIZE)
+    losses = []
+    for options in ({}, {"processing_class": tiny_tokenizer()}):  # which brings padding, and a mask of ones
+        arguments = _arguments(tmp_path, bf16=False)
+        trainer = QATTrainer(model=student, teacher=known, args=arguments, train_dataset=blocks.dataset(), **options)
+        assert ("attention_mask" in next(iter(trainer.get_train_dataloader()))) == bool(options)
+        losses.append(trainer.evaluate(blocks.dataset())["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+def test_documents_that_cannot_be_kept_apart_are_refused(tmp_path: Path) -> None:
+    for model_type in ("opt", "bloom"):  # one takes position ids, the other none
+        teacher = tiny_model(model_type)
+        student = copy.deepcopy(teacher)
+        prepare(student, QuantConfig.preset("int8"))
+        arguments = _arguments(tmp_path, max_steps=1, bf16=False)
+        trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=_documents().dataset())
+        with pytest.raises(ValueError, match=r"several documents .* attends beyond them"):
+            trainer.train()
+        plain = token_blocks(Rows(_documents().ids), "one text")
+        QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=plain.dataset()).train()
+
+
+def test_documents_in_padded_rows_are_refused(tmp_path: Path) -> None:
+    student, teacher = _pair()
+    trainer = QATTrainer(model=student, teacher=teacher, args=_arguments(tmp_path), train_dataset=Blocks())
+    batch = {name: part[None] for name, part in _documents().dataset()[0].items()}
+    mask = torch.ones_like(batch["input_ids"])
+    mask[:, -3:] = 0
+    with pytest.raises(ValueError, match=r"several documents .* and padding"):
+        trainer.compute_loss(student, {**batch, "attention_mask": mask})
+    ids = batch["input_ids"]
+    left = (mask.flip(-1).cumsum(-1) - 1).clamp(min=0)  # padding on the left begins no document
+    trainer.compute_loss(student, {"input_ids": ids, "attention_mask": mask.flip(-1), "position_ids": left})
+
+
+def test_packed_scales_train_without_bf16(tmp_path: Path) -> None:
+    student, teacher = _pair(bits=4)
+    convert(student)  # a head in bfloat16, behind norms whose masters are float32
+    arguments = _arguments(tmp_path, trainable="scales", bf16=False, max_steps=2)
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=_documents().dataset())
+    assert trainer.train().training_loss > 0
 
 
 def test_distillation_brings_the_student_nearer(tmp_path: Path) -> None:
