@@ -15,7 +15,7 @@ writer.py     how a model writes text                  server_writer.py  how ser
 script.py     how generated documents begin and end    server.py         requests to servers, such as vLLM
 decode.py     decoding many rows at once               sampling.py       drawing the next token
 quality.py    which generated documents are kept       teacher_cache.py  the teacher's predictions, on disk
-processes.py  work shared between processes
+processes.py  work shared between processes            origin.py         whether files of a text have changed since
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ A folder that holds anything else is never touched, not even with `--overwrite`;
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,8 @@ from typing import Any
 import yaml
 
 from llmqat.calibrate import RotateStage, SmoothStage
-from llmqat.data import TextSplits, read_blocks, save_blocks
+from llmqat.data import DataConfig, TextSplits, read_blocks, save_blocks
+from llmqat.data.origin import has_changed, origin_of
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.shards import TEACHER_FOLDER
 from llmqat.data.teacher_cache import HEADER_FILE, CachePlace, read_header
@@ -51,6 +53,8 @@ BLOCKS_FILES = {
     "validation": "validation.safetensors",
 }
 """Split of the text -> its file."""
+ORIGIN_FILE = "text.json"
+"""Says which files those were made from."""
 CALIBRATION_FOLDER = "calibration"
 CHECKPOINT_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
@@ -65,7 +69,7 @@ LOCK_FILE = f".{RECIPE_FILE}.lock"
 """Is locked while a process runs the recipe, and removed by it."""
 
 _MADE_BY: dict[str, tuple[str, ...]] = {
-    "text": tuple(BLOCKS_FILES.values()),
+    "text": (*BLOCKS_FILES.values(), ORIGIN_FILE),
     "allocate": (PLAN_FILE,),
     "calibrate": (CALIBRATION_FOLDER,),
     "teacher": (TEACHER_FOLDER,),
@@ -339,17 +343,35 @@ def kept_place(recipe: Recipe) -> CachePlace | None:
     return CachePlace(folder, top_k)
 
 
-def kept_text(folder: Path, make: Callable[[], TextSplits], processes: Processes = ALONE) -> TextSplits:
+def kept_text(
+    folder: Path, data: DataConfig, make: Callable[[], TextSplits], processes: Processes = ALONE
+) -> TextSplits:
     """Returns the run's text: from the folder where an earlier start has left it there, else made and left there.
 
     Where `processes` make it together, the first one leaves it there.
+
+    Raises:
+        ValueError: the files that it was made from have changed since.
     """
     files = {split: folder / name for split, name in BLOCKS_FILES.items()}
     if processes.agreed(files["train"].is_file()):
+        _check_unchanged(folder, data)
         return TextSplits(**{split: read_blocks(file) for split, file in files.items() if file.is_file()})
+    origin = origin_of(data) if processes.is_first else {}
     text = make()
     if not processes.is_first:
         return text
+    write_whole(folder / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
     for split, blocks in reversed(text.given().items()):  # the training text last: where it is, all are
         save_blocks(blocks, files[split])
     return text
+
+
+def _check_unchanged(folder: Path, data: DataConfig) -> None:
+    """Raises ValueError where `folder` holds blocks of other text than `data` names now."""
+    file = folder / ORIGIN_FILE
+    if file.is_file() and has_changed(data, json.loads(file.read_text(encoding="utf-8"))):
+        raise ValueError(
+            f"the text has changed since {folder} was begun with it; put it back, or begin anew (--overwrite, or "
+            "another output)"
+        )

@@ -40,6 +40,7 @@ from llmqat.calibrate import (
 from llmqat.calibrate.sensitivity import check_choices
 from llmqat.calibrate.stages import REPORT_FILE
 from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits, open_text
+from llmqat.data.origin import origin_of
 from llmqat.data.text import text_config
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.export.serving import known_clients
@@ -192,6 +193,7 @@ def _quantized(
     settings = {**facts, "quant": quant.model_dump(mode="json"), "seed": seed}
     settings["allocate"] = None if allocate is None else allocate.model_dump(mode="json")
     settings["data"] = None if data is None else data.model_dump(mode="json", exclude={"server"})
+    settings["text"] = None if data is None else origin_of(data)["fingerprints"]
     # Rotation and smoothing are exact in float32 only; without them a block at a time is raised to it.
     folds = any(isinstance(stage, (RotateStage, SmoothStage)) for stage in stages)
     stage = Stages()
@@ -207,7 +209,7 @@ def _quantized(
                 return load_splits(data, tokenizer, writer, bar.update)
 
         with stage("text", data.source), _no_empty_work(work):
-            blocks = kept_text(work, read).train
+            blocks = kept_text(work, data, read).train
         facts["text"] = blocks.record()
         ids = blocks.rows
     dtype = forward_dtype(processor_has_bf16())

@@ -97,14 +97,14 @@ class QuantizationMonitor(TrainerCallback):
         count = min(self.settings.layers, len(names))
         chosen = [names[round(index * (len(names) - 1) / max(count - 1, 1))] for index in range(count)]
         self._layers = {name: found[name] for name in dict.fromkeys(chosen)}
+        self._starts = [_log_scale(layer) for layer in self._layers.values()]  # a checkpoint is not loaded yet
         self._trainer = trainer
         trainer.add_callback(self)
         return self
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Notes where scales start: those of the calibration, or of the checkpoint that is resumed from."""
+        """Forgets the codes of an earlier training."""
         self._codes.clear()
-        self._starts = [_log_scale(layer) for layer in self._layers.values()]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any

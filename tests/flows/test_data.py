@@ -13,10 +13,12 @@ from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainingArguments
 
 from llmqat.calibrate import BlockwiseStage, GPTQStage, RangesStage, calibrate, open_walk
-from llmqat.data import DataConfig, blocks, load_blocks
+from llmqat.data import DataConfig, blocks, load_blocks, load_splits
+from llmqat.data.origin import has_changed, origin_of
 from llmqat.layers import QuantConfig, prepare
 from llmqat.models import keeps_documents_apart
 from llmqat.recipe import EvaluationSettings, compare_models, load_recipe, quantize_model, run
+from llmqat.recipe.folder import kept_text
 from tests.flows.small import small
 from tests.tiny import tiny_architecture, tiny_llama, tiny_tokenizer
 
@@ -182,3 +184,47 @@ def test_the_order_depends_on_the_seed_and_not_on_the_number_of_processes(tmp_pa
     one, two = order(1, 4), order(2, 2)
     assert one[: len(two)] == two
     assert one != sorted(one)
+
+
+def test_a_text_that_has_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    text, run_folder = tmp_path / "text.txt", tmp_path / "run"
+    run_folder.mkdir()
+    data = DataConfig(source="text", path=text, block_size=32)
+    text.write_text("The text of the first start. " * 40)
+
+    def kept() -> str:
+        return kept_text(run_folder, data, lambda: load_splits(data, tiny_tokenizer())).train.sha256
+
+    first = kept()
+    text.write_text(text.read_text())  # written again, the same
+    assert kept() == first
+    text.write_text("Quite another text. " * 40)
+    with pytest.raises(ValueError, match=r"the text has changed since .*run was begun with it"):
+        kept()
+    mixed = DataConfig(mix=[{"source": "text", "path": text}, {"source": "text", "path": tmp_path}], block_size=32)
+    origin = origin_of(mixed)
+    assert not has_changed(mixed, origin)
+    (tmp_path / "more.txt").write_text("A file more. ")
+    assert has_changed(mixed, origin)
+
+
+def test_an_interrupted_calibration_begins_anew_with_another_text(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = tmp_path / "text.txt"
+    options = {"scheme": "int4", "group_size": 32, "method": "search", "text": text, "tokens": 512, "block_size": 64}
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    text.write_text("The wrong language. " * 60)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmqat.recipe.quantize.calibrate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_model(str(tiny_folder), tmp_path / "out", **options)
+    text.write_text("The right text, quite another. " * 60)
+    for name in ("out", "fresh"):
+        quantize_model(str(tiny_folder), tmp_path / name, **options)
+    assert "an unfinished calibration with other settings (text done); it is deleted" in caplog.text
+    records = [json.loads((tmp_path / name / "llmqat.json").read_text())["run"]["text"] for name in ("out", "fresh")]
+    assert records[0] == records[1]

@@ -77,6 +77,19 @@ def test_flips_and_oscillation_are_those_of_all_codes(tmp_path: Path, every: int
     assert found[8]["grad_norm/log_scales"] > 0
 
 
+def test_drift_counts_from_the_calibration_after_a_resume(tmp_path: Path) -> None:
+    def drift(resume: str | None) -> list[float]:
+        student, teacher = _pair(bits=2)
+        arguments = _arguments(tmp_path, max_steps=4, scale_learning_rate=1e-2, save_strategy="steps", save_steps=2)
+        trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks())
+        QuantizationMonitor(MonitorSettings(every=1)).attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry["quantization/scale_drift"] for entry in looks(trainer).values()]
+
+    whole = drift(None)
+    assert drift(str(tmp_path / "checkpoint-2"))[-2:] == whole[-2:]
+
+
 def test_watching_changes_nothing(tmp_path: Path) -> None:
     watched, _ = trained(tmp_path / "a", MonitorSettings(every=1, layers=3, weights=100))
     alone, _ = trained(tmp_path / "b", None)
