@@ -48,6 +48,11 @@ def looks_like_path(given: str) -> bool:
     return not may_be_hub_id(given) or given.startswith("~") or Path(given).suffix.lower() in FILE_SUFFIXES
 
 
+def is_local(spec: str) -> bool:
+    """Returns whether `spec` names a file or folder that is there."""
+    return Path(spec).expanduser().exists()
+
+
 def why_unreachable() -> str | None:
     """Returns why the hub does not answer; None where it does, and where HF_HUB_OFFLINE says not to ask."""
     if constants.HF_HUB_OFFLINE:

@@ -57,7 +57,7 @@ def model_card(folder: Path, repository: str, *, license: str | None = None, bas
     served = _verdicts(folder, facts, trial)
     task = PIPELINES.get(trial.loader)
     run = facts.get("run", {})
-    base = base_model or _hub_id(_source(run))
+    base = base_model or (None if run.get("model_is_local") else _hub_id(_source(run)))
     metadata = ModelCardData(
         license=license,
         base_model=base,
@@ -65,7 +65,12 @@ def model_card(folder: Path, repository: str, *, license: str | None = None, bas
         library_name="transformers",
         pipeline_tag=task,
         datasets=[name for name in [_dataset(run)] if name] or None,
-        tags=["llmqat", "quantized", config["quantization_config"]["quant_method"], *_bit_tags(config)],
+        tags=[
+            *(["llmqat"] if facts else []),
+            "quantized",
+            config["quantization_config"]["quant_method"],
+            *_bit_tags(config),
+        ],
         model_name=repository.rpartition("/")[2],
         eval_results=_results(run, task) or None,
     )
@@ -177,9 +182,14 @@ def _slug(text: str) -> str:
 
 def _introduction(base: str | None, run: Mapping[str, Any]) -> str:
     origin = f"[{base}](https://huggingface.co/{base})" if base else "its original"
-    how = "trained with its quantizers in the forward" if run.get("training") else "calibrated"
+    if run.get("training"):
+        how = "trained with its quantizers in the forward by llmqat"
+    elif run:
+        how = "calibrated by llmqat" if stages_of(run) else "rounded by llmqat"
+    else:
+        how = "in the format of compressed-tensors"
     return (
-        f"A low-bit form of {origin}, {how} by llmqat. The weights are packed in safetensors; `config.json` alone says "
+        f"A low-bit form of {origin}, {how}. The weights are packed in safetensors; `config.json` alone says "
         f"how they are read."
     )
 

@@ -21,7 +21,6 @@ import gc
 import importlib.metadata
 import json
 import platform
-import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,17 +34,18 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 import llmqat
 from llmqat.export import compressed_tensors
+from llmqat.export.companions import cached, keep_companions
 from llmqat.export.description import describe
+from llmqat.export.forms import has_integer_inputs
 from llmqat.export.prepared import is_prepared, read_prepared
 from llmqat.export.serving import Verdict, served_by
 from llmqat.export.stock import ExpectedLogits, StockTrial, loader_of, try_stock
 from llmqat.export.tensors import stored_dtype
 from llmqat.files import folder_in_progress, write_whole
-from llmqat.hub import may_be_hub_id, why_unreachable
+from llmqat.hub import may_be_hub_id
 from llmqat.kernels import KERNELS, packed_linear
 from llmqat.layers import (
     PackedEmbedding,
@@ -65,6 +65,7 @@ from llmqat.layers import (
     share_products,
 )
 from llmqat.layers.audit import kept_notes
+from llmqat.layers.prepare import refuse_save_pretrained
 from llmqat.layers.probe import probe_inputs
 from llmqat.models import (
     adapter_base,
@@ -80,8 +81,6 @@ from llmqat.models import (
 from llmqat.paths import user_path
 
 RUN_FILE = "llmqat.json"
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-"""What transformers' processors of images and sound keep beside a tokenizer."""
 RECORDED_PACKAGES = ("llmqat", "torch", "transformers", "compressed-tensors", "safetensors")
 PARTS = ("codes", "scales", "shapes", "zero_points", "embeddings", "head", "norms", "other", "headers")
 """What the bytes of the weight files are counted as; they add up to the files' sizes."""
@@ -223,16 +222,20 @@ def save(
         ProofError: what was written is not what the model computes with.
     """
     folder = user_path(folder, "folder")
+    if folder.is_symlink() or not folder.name:  # what a link names is replaced, not the link; "." has no name
+        folder = folder.resolve()
     _check_arguments(model, dtype, run, format)
+    if int_quantized and not has_integer_inputs(model):
+        raise ValueError(
+            "int_quantized=True is a form of 4-bit weights with 8-bit inputs (W4A8), and the model has none; leave it "
+            "out"
+        )
     _check_destination(folder, overwrite)
     with folder_in_progress(folder) as temporary:
         written = FORMATS[format].write(model, temporary, dtype, max_shard_size, int_quantized)
-        # Not save_pretrained, which refuses settings that many published models have; this only records them.
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.to_json_file(temporary / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        _keep_processor(model, temporary)
+        keep_companions(model, temporary)
         proof, expected = _prove(model, temporary, dtype, FORMATS[format], probe, written)
         # What others make of a KV cache of integers, which they do not quantize, is no matter of logits.
         cache = kv_scheme(model)
@@ -255,30 +258,6 @@ def save(
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     notes = (*audit(model).notes, *([stock.note] if stock.note else []))
     return ExportReport(folder, format, sizes, files, _quantized_weights(model), proof, stock, served, notes)
-
-
-def _keep_processor(model: PreTrainedModel, folder: Path) -> None:
-    """Copies what the model's source says of images and sound (AutoProcessor) into `folder`, where it is not yet."""
-    source = model.config.name_or_path
-    for name in PROCESSOR_FILES:
-        file: str | Path | None = Path(source) / name
-        if source and not Path(source).exists() and may_be_hub_id(source):
-            file = _cached(source, name)
-        if source and file is not None and Path(file).is_file() and not (folder / name).exists():
-            shutil.copyfile(file, folder / name)
-
-
-def _cached(repository: str, name: str) -> str | None:
-    """Returns where a file of a hub repository lies; None where it has none, or cannot be asked."""
-    found: str | None = cached_file(
-        repository,
-        name,
-        local_files_only=why_unreachable() is not None,  # it would be asked for half a minute
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return found
 
 
 def save_again(
@@ -362,7 +341,7 @@ def record_of(spec: str) -> dict[str, Any]:
     folder = user_path(spec)
     file: str | Path | None = folder / RUN_FILE
     if not folder.exists() and may_be_hub_id(spec):
-        file = _cached(spec, RUN_FILE)
+        file = cached(spec, RUN_FILE)
     if file is None or not Path(file).is_file():
         return {}
     return json.loads(Path(file).read_text(encoding="utf-8")).get("run") or {}
@@ -658,7 +637,7 @@ def load(
         plainly = dtype is None and kernel == "auto" and not compile and place.type == "cpu" and not most_bytes
         return _load_prepared(local, config, spec, plainly)
     model = format.read(local, config, dtype or _dtype_of(config))
-    model.config.name_or_path = spec
+    model.config.name_or_path = str(local.resolve()) if isinstance(source, Path) else spec
     for module in model.modules():
         if isinstance(module, (PackedLinear, TiedHead)):
             module.kernel = kernel
@@ -666,6 +645,7 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(local)
     share_products(model)
     decode_in_groups(model)
+    refuse_save_pretrained(model)
     if place.type != "cpu":
         model.to(place)
     keep_dequantized(model, most_bytes)
@@ -714,7 +694,7 @@ def _load_prepared(folder: Path, config: PreTrainedConfig, spec: str, plainly: b
             f"llmqat.save(llmqat.load({spec!r}), folder)"
         )
     model = read_prepared(folder, config)
-    model.config.name_or_path = spec
+    model.config.name_or_path = str(folder.resolve()) if Path(spec).exists() else spec
     return model
 
 

@@ -99,6 +99,7 @@ from llmqat.layers import (
 from llmqat.layers.attention import IMPLEMENTATION_PREFIX
 from llmqat.layers.buffers import make_buffers
 from llmqat.layers.embedding import embedding_multiplier
+from llmqat.layers.packed import check_cast
 from llmqat.models import check_safetensors, class_of, empty_model, shortened, weight_files, write_shards
 
 QUANT_METHOD = "compressed-tensors"
@@ -306,6 +307,9 @@ def _config_of(model: PreTrainedModel, dtype: torch.dtype, int_quantized: bool) 
     if hasattr(config, "llmqat"):
         del config.llmqat
     config.architectures = [type(model).__name__]
+    if _is_untied(model):  # by hand: some servers would take the embedding for the head
+        for part in {id(one): one for one in (config, config.get_text_config())}.values():
+            part.tie_word_embeddings = False
     config.dtype = dtype
     config.quantization_config = quantization_config(model, int_quantized)
     if (scheme := kv_scheme(model)) is not None and not scheme.calibrated:
@@ -313,6 +317,12 @@ def _config_of(model: PreTrainedModel, dtype: torch.dtype, int_quantized: bool) 
     if stacked := _unmarked_stacks(model):
         setattr(config, STACKED_KEY, stacked)
     return config
+
+
+def _is_untied(model: PreTrainedModel) -> bool:
+    """Returns whether the head has weights of its own, whatever the configuration says."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return type(head) is nn.Linear and isinstance(embedding, nn.Embedding) and head.weight is not embedding.weight
 
 
 def _unmarked_stacks(model: nn.Module) -> dict[str, bool]:
@@ -683,6 +693,9 @@ def _assign(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in wanted and parameter.is_floating_point() and not in_float32(name):
             wanted[name] = dtype
+    for name, tensor in tensors.items():
+        if name.endswith(_SCALES):
+            check_cast(tensor, wanted[name], name)
     state = {name: _settled(name, tensor.to(wanted[name])) for name, tensor in tensors.items()}
     _put(model, state)
     # As from_pretrained does: tied to whichever was stored, and not at all where both were and differ.

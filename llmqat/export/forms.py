@@ -28,7 +28,7 @@ from typing import Any, get_args
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmqat.grid import Grid, of_all_rows, pack_int32, packed_shape, unpack_int32
 from llmqat.layers import (
@@ -69,6 +69,13 @@ def stored_scheme(layer: QuantModule | PackedModule) -> LayerScheme:
     """Returns the scheme on disk."""
     quantizer = getattr(layer, "input_quantizer", None)
     return LayerScheme(weights=layer.weights.stored, input_activations=None if quantizer is None else quantizer.config)
+
+
+def has_integer_inputs(model: nn.Module) -> bool:
+    """Returns whether a layer of `model` quantizes its inputs to integers; else `int_quantized` says nothing."""
+    layers = [one for one in model.modules() if isinstance(one, (QuantModule, PackedModule))]
+    inputs = [stored_scheme(layer).input_activations for layer in layers]
+    return any(one is not None and one.levels == "integer" for one in inputs)
 
 
 def form_of(scheme: LayerScheme, int_quantized: bool) -> str:

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 import llmqat
+from llmqat.export.companions import keep_companions
 from llmqat.export.description import FUSED, ModelDescription, describe
 from llmqat.export.tensors import (
     StoredWeight,
@@ -110,9 +111,8 @@ def write_gptq(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     with folder_in_progress(folder) as temporary:
         _write_config(model, temporary, _settings(model, linears, v2))
         write_shards({name: tensor for part in parts.values() for name, tensor in part.items()}, temporary)
-        if model.generation_config is not None:
-            model.generation_config.to_json_file(temporary / "generation_config.json")
         tokenizer.save_pretrained(temporary)
+        keep_companions(model, temporary)
         temporary.rename(folder)
     return {part: sum(tensor.nbytes for tensor in tensors.values()) for part, tensors in parts.items()}
 

@@ -24,6 +24,8 @@ PUBLISHED = (
     *("*.model", "*.tiktoken", "merges.txt", "vocab.txt"),
 )
 """Patterns of the files that are published; README.md is written anew."""
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+"""Patterns of the files with weights: of a repository they are all replaced."""
 
 
 def push(
@@ -117,6 +119,10 @@ def _upload(staged: Path, repository: str, private: bool, revision: str | None) 
     if revision is not None:
         api.create_branch(repository, branch=revision, exist_ok=True)
     done = api.upload_folder(
-        repo_id=repository, folder_path=staged, revision=revision, commit_message="Upload a checkpoint packed by llmqat"
+        repo_id=repository,
+        folder_path=staged,
+        revision=revision,
+        commit_message="Upload a checkpoint packed by llmqat",
+        delete_patterns=list(WEIGHTS),  # those of an earlier upload; what is uploaded now stays
     )
     return str(done.commit_url)

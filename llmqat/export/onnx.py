@@ -38,6 +38,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmqat
+from llmqat.export.companions import keep_companions
 from llmqat.export.description import ModelDescription, describe
 from llmqat.export.settings import KEPT, WINDOWS, Settings, check_no_window, check_settings, stop_tokens
 from llmqat.export.tensors import StoredWeight, check_language_model, stored_tensors
@@ -100,6 +101,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         _write_config(model, temporary)
         _write_genai_config(model, tokenizer, temporary)
         tokenizer.save_pretrained(temporary)
+        keep_companions(model, temporary)
         temporary.rename(folder)
     return sizes
 
@@ -138,8 +140,6 @@ def _write_config(model: PreTrainedModel, folder: Path) -> None:
             delattr(config, name)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.to_json_file(folder / "generation_config.json")
 
 
 def _write_genai_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -73,9 +73,6 @@ def decode_in_groups(model: PreTrainedModel) -> None:
     """
     if any(map(_asks_for_sdpa, {type(module).__module__ for module in model.modules()})):
         return
-    if GROUPED not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS[_OWN])
     found = str(model.config._attn_implementation)
     if found == _OWN:
         model.set_attn_implementation(GROUPED)
@@ -105,3 +102,10 @@ def is_checked(guards: Sequence[Any]) -> list[bool]:
         guard.guard_type in _KINDS or _MODULES.search(guard.name) is None or _CHANGING.search(guard.name) is not None
         for guard in guards
     ]
+
+
+# At import, by which a model that was pickled finds them in another process.
+ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS[_OWN])
+for _name in (_OWN, GROUPED):
+    quantizing_implementation(_name)

@@ -13,6 +13,8 @@ Source: EfficientQAT (2407.11062) section 3.3. Letters: O rows, I in features, G
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -39,11 +41,41 @@ from llmqat.layers.kept import dtypes_kept
 from llmqat.layers.linear import QuantLinear
 from llmqat.layers.quantized import QuantModule, compute_dtype
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from llmqat.layers.shared import SharedProduct
 
 FEW_ROWS = 8
 """So few rows are faster on the kernels that read packed weights than on dequantized ones."""
+
+
+@torch.no_grad()
+def check_cast(scale: Tensor, dtype: torch.dtype, where: str = "the model") -> None:
+    """Raises ValueError where scales would become zero or infinite in `dtype`; logs where they lose more than digits.
+
+    float16 has fewer exponents than bfloat16 and float32: from 6e-5 on down it loses digits, below 6e-8 all of them.
+    """
+    if scale.is_meta or dtype != torch.float16 or scale.dtype == dtype or not scale.is_floating_point():
+        return
+    cast, wide = scale.to(dtype).float(), scale.float()
+    if bool((~torch.isfinite(cast) | (cast == 0) & (wide != 0)).any()):
+        raise ValueError(
+            f"{where} has scales from {float(wide.abs().min()):.3g} to {float(wide.abs().max()):.3g}, which float16 "
+            "does not hold; use bfloat16 or float32"
+        )
+    if bool(((cast - wide).abs() > torch.finfo(dtype).eps * wide.abs()).any()):
+        _warn_of_float16()
+
+
+@functools.cache
+def _warn_of_float16() -> None:
+    log.warning("scales below 6e-5 lose digits in float16, so the model is another one; use bfloat16 or float32")
+
+
+def version_of(x: Tensor) -> int | None:
+    """Returns what counts the changes of a tensor; an inference tensor does not tell, nor does one being traced."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class PackedModule(nn.Module):
@@ -98,6 +130,7 @@ class PackedModule(nn.Module):
         self.register_buffer("weight_shape", empty(2, dtype=torch.int64))
         self.register_parameter("log_scale", None)
         self._runtime: PackedWeight | None = None
+        self._versions: tuple[int | None, int | None] | None = None
         self._pages: FilePages | None = None
 
     def hold_int8(self) -> None:
@@ -135,8 +168,11 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._runtime = None  # moved or cast buffers: what kernels derived from the old ones is stale
+        before = self.weight_scale
         with dtypes_kept(self, ("weight_packed",)):
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            found: PackedModule = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        check_cast(before, self.weight_scale.dtype)
+        return found
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         self._runtime = None
@@ -144,14 +180,32 @@ class PackedModule(nn.Module):
 
     def packed_weight(self) -> PackedWeight:
         """Returns the weight as kernels take it; rebuilt when the buffers were loaded, moved or replaced."""
-        if self._runtime is None or self._runtime.packed is not self.weight_packed:
+        if self._runtime is None or not self.is_current():
             zero_point = None
             if self.weight_zero_point is not None:
                 zero_point = unpack_int32(self.weight_zero_point.t().contiguous(), self.grid, self.rows).t()
             self._runtime = PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.grid, self.columns)
             if self._pages is not None and self._pages.tensors[0] is self.weight_packed:
                 self._runtime.release = self._pages
+            self._versions = self._versions_now()
         return self._runtime
+
+    def is_current(self) -> bool:
+        """Returns whether codes and scales are those that kernels were given, not replaced or changed since."""
+        # Buffers are looked up where modules keep them: this is asked for every token.
+        return (
+            self._runtime is not None
+            and self._runtime.packed is self._buffers["weight_packed"]
+            and self._versions == self._versions_now()
+        )
+
+    def _versions_now(self) -> tuple[int | None, int | None] | None:
+        if torch.compiler.is_compiling():
+            return self._versions
+        packed, scale = self._buffers["weight_packed"], self._buffers["weight_scale"]
+        assert packed is not None
+        assert scale is not None
+        return version_of(packed), version_of(scale)
 
     def train_scales(self) -> None:
         """Makes the scales trainable, from where they are.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -211,7 +212,33 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
             if parameter.is_floating_point() and not in_float32(name):
                 check_held(name, parameter, dtype)
                 parameter.data = parameter.data.to(dtype)
+    refuse_save_pretrained(model)
     return model
+
+
+def refuse_save_pretrained(model: nn.Module) -> None:
+    """Makes `save_pretrained` and `push_to_hub` of `model` say that packed models are written by `llmqat.save`."""
+    model.__dict__.update(dict.fromkeys(_REFUSED, _refuse))
+
+
+@contextmanager
+def save_pretrained_allowed(model: nn.Module) -> Iterator[None]:
+    """Inside, `model.save_pretrained` writes what the model holds in memory, for checkpoints of a training."""
+    refused = {name: model.__dict__.pop(name) for name in _REFUSED if name in model.__dict__}
+    try:
+        yield
+    finally:
+        model.__dict__.update(refused)
+
+
+_REFUSED = ("save_pretrained", "push_to_hub")
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise ValueError(
+        "the model is packed, and save_pretrained would write its weights as they lie in memory, under a configuration "
+        "that says how they lie on disk; call llmqat.save(model, folder, tokenizer), and `llmqat push` for the hub"
+    )
 
 
 def check_merged(model: nn.Module) -> None:

@@ -12,12 +12,13 @@ Letters: I in features, O out features of all members together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
 
 from llmqat.kernels import JoinedWeight, PackedWeight, packed_linear
-from llmqat.layers.packed import PackedLinear
+from llmqat.layers.packed import PackedLinear, version_of
 from llmqat.layers.quantized import compute_dtype
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -37,27 +38,31 @@ class SharedProduct:
         self.members = tuple(members)
         self._rows = [member.out_features for member in members]
         self._weight: JoinedWeight | None = None
-        self._input: Tensor | None = None
-        self._version: int | None = None
-        self._waiting: dict[int, Tensor] = {}
+        # Of each thread, so that two of them that run the model do not take each other's parts: the input, its version,
+        # and the parts that wait for their members.
+        self._waiting: dict[int, tuple[Tensor, int | None, dict[int, Tensor]]] = {}
         self._misses = 0
 
     def take(self, member: PackedLinear, x: Tensor) -> Tensor | None:
         """Returns the product [*, O of the member] of `x` [*, I], or None where the member must compute by itself."""
         index = self.members.index(member)
-        if self._input is x and self._version == _version(x) and index in self._waiting:
-            part = self._waiting.pop(index)
-            if not self._waiting:
-                self._input, self._misses = None, 0
-            return part
-        if self._waiting:  # somebody did not come with the same input
-            self._input, self._waiting = None, {}
+        thread = 0 if torch.compiler.is_compiling() else get_ident()
+        found = self._waiting.get(thread)
+        if found is not None:
+            given, version, waiting = found
+            if given is x and version == version_of(x) and index in waiting:
+                part = waiting.pop(index)
+                if not waiting:
+                    del self._waiting[thread]
+                    self._misses = 0
+                return part
+            del self._waiting[thread]  # somebody did not come with the same input
             self._misses += 1
         if self._misses >= MAX_MISSES or not self._usable(x):
             return None
         parts = dict(enumerate(self._product(x)))
         own = parts.pop(index)
-        self._input, self._version, self._waiting = x, _version(x), parts
+        self._waiting[thread] = (x, version_of(x), parts)
         return own
 
     def _usable(self, x: Tensor) -> bool:
@@ -118,9 +123,4 @@ def _alike(members: Sequence[PackedLinear]) -> bool:
 
 
 def _is_current(member: PackedLinear, weight: PackedWeight) -> bool:
-    return member._runtime is weight and member._buffers["weight_packed"] is weight.packed
-
-
-def _version(x: Tensor) -> int | None:
-    """Returns what counts the changes of a tensor; an inference tensor does not tell, nor does one being traced."""
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+    return member._runtime is weight and member.is_current()

@@ -99,6 +99,8 @@ def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrain
         check_config_in_full_precision(config, spec)
         model = _load_weights(source, config, spec, dtype)
     setattr(model, _GIVEN_AS, spec)
+    if isinstance(source, Path):  # found again from another working directory
+        model.config.name_or_path = str(source.resolve())
     tokenizer = load_tokenizer(source, spec)
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], spec)
     return model, tokenizer

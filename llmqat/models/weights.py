@@ -57,18 +57,22 @@ def check_safetensors(path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a checkpoint folder: those its index names, or the single one.
+    """Returns the safetensors files of a checkpoint folder: the single one, or those its index names.
+
+    Of a folder that has both, transformers reads the single file, and so does this; it is logged.
 
     Raises:
         FileNotFoundError: The folder holds no safetensors.
         ValueError: The index is unreadable, or names a file outside of the folder.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.is_file():
-        if not single.is_file():
-            what = other_folder(folder) or f"holds neither {single.name} nor {index.name}: there are no weights in it"
-            raise FileNotFoundError(f"{folder} {what}")
+    if single.is_file():
+        if index.is_file():
+            logger.warning("%s holds %s and %s; the first is read", folder, single.name, index.name)
         return [single]
+    if not index.is_file():
+        what = other_folder(folder) or f"holds neither {single.name} nor {index.name}: there are no weights in it"
+        raise FileNotFoundError(f"{folder} {what}")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:

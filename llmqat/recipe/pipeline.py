@@ -53,6 +53,7 @@ from llmqat.export.registry import register, tracked_run
 from llmqat.extras import missing
 from llmqat.files import write_whole
 from llmqat.heap import give_back_freed_memory
+from llmqat.hub import is_local
 from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert, without_adapters
 from llmqat.models import adapter_base, keeps_documents_apart, load_adapter_base, load_model, load_with_few_bits
 from llmqat.recipe.allocation import PLAN_FILE, plan_bits, planned
@@ -232,6 +233,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         return None
     facts: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", exclude=set(UNPACKED_ONLY) if starts_packed(recipe) else None),
+        "model_is_local": is_local(recipe.model),
         **text.record(),
         **({EARLIER_TEXTS: earlier} if earlier else {}),
         "calibration": [dataclasses.asdict(report) for report in calibration],

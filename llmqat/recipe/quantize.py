@@ -45,6 +45,7 @@ from llmqat.data.text import text_config
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.export.serving import known_clients
 from llmqat.files import write_whole
+from llmqat.hub import is_local
 from llmqat.layers import QuantConfig, lattice_note
 from llmqat.models import check_full_precision, default_device, load_model, to_accelerator
 from llmqat.paths import check_new
@@ -189,7 +190,8 @@ def _quantized(
     overwrite: bool,
     int_quantized: bool,
 ) -> Quantization:
-    facts: dict[str, Any] = {"model": spec, "calibrate": [stage.model_dump(mode="json") for stage in stages]}
+    facts: dict[str, Any] = {"model": spec, "model_is_local": is_local(spec)}
+    facts["calibrate"] = [stage.model_dump(mode="json") for stage in stages]
     settings = {**facts, "quant": quant.model_dump(mode="json"), "seed": seed}
     settings["allocate"] = None if allocate is None else allocate.model_dump(mode="json")
     settings["data"] = None if data is None else data.model_dump(mode="json", exclude={"server"})

@@ -59,6 +59,7 @@ from llmqat.layers import (
     without_adapters,
 )
 from llmqat.layers.lora import adopt_adapters
+from llmqat.layers.prepare import save_pretrained_allowed
 from llmqat.metrics import (
     IGNORED_LABEL,
     Predictor,
@@ -672,8 +673,9 @@ class QATTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Writes the model as Trainer does; an adapter's folder takes the quantizers along."""
-        super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model)
+        with save_pretrained_allowed(model) if self._is_saving else nullcontext():
+            super()._save(output_dir, state_dict)
         if isinstance(model, PeftModel) and self.args.should_save:  # every process is here, and one has written
             add_quantizers(model, Path(output_dir or self.args.output_dir))
 

@@ -21,7 +21,7 @@ from tests.export.test_import import INT8_INPUTS, foreign
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-WEIGHTS = "model.safetensors"
+WEIGHTS, SHARD = "model.safetensors", "model-00001-of-00001.safetensors"
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -47,6 +47,7 @@ def with_config(folder: Path, **changes: Any) -> None:
 
 
 def with_index(folder: Path, **names: Any) -> None:
+    (folder / WEIGHTS).rename(folder / SHARD)  # a single file would be read without the index
     index = {"metadata": {}, "weight_map": names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -86,7 +87,7 @@ def entry(value: float) -> Callable[[Path], None]:
 
 def two_files(folder: Path) -> None:
     save_file({f"{UP}.weight_scale": torch.ones(1)}, folder / "other.safetensors")
-    with_index(folder, a=WEIGHTS, b="other.safetensors")
+    with_index(folder, a=SHARD, b="other.safetensors")
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -102,7 +103,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "absolute path": (lambda folder: with_index(folder, a="/etc/x.safetensors"), "'/etc/x.safetensors'"),
     "pickle in the index": (lambda folder: with_index(folder, a="model.bin"), "'model.bin'"),
     "index of other types": (lambda folder: with_index(folder, a=3), "names the file 3"),
-    "tensor in two files": (two_files, rf"{UP}.weight_scale lies in {WEIGHTS} as well"),
+    "tensor in two files": (two_files, rf"{UP}.weight_scale lies in {SHARD} as well"),
     "too many layers": (lambda folder: with_config(folder, num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
     "too large a vocabulary": (lambda folder: with_config(folder, vocab_size=10**12), r"vocab_size \* hidden_size is"),
     "too large a head": (lambda folder: with_config(folder, head_dim=10**13), "head_dim is"),

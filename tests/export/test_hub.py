@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import CompressedTensorsConfig
 
 from llmqat import load, save
-from llmqat.export import checkpoint
+from llmqat.export import checkpoint, companions
 from llmqat.export.card import model_card
 from llmqat.export.commands import VLLM_ON_CPU
 from llmqat.export.hub import push
@@ -208,10 +208,10 @@ def test_what_is_not_published_is_said(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_record_of_a_checkpoint_on_the_hub_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "cached_file", lambda repository, name, **_: str(folder / name))
+    monkeypatch.setattr(companions, "cached_file", lambda repository, name, **_: str(folder / name))
     assert checkpoint.record_of(REPOSITORY) == RUN == checkpoint.record_of(str(folder))
     assert checkpoint.record_of(str(folder.parent)) == {}
-    monkeypatch.setattr(checkpoint, "cached_file", lambda *_, **__: None)
+    monkeypatch.setattr(companions, "cached_file", lambda *_, **__: None)
     assert checkpoint.record_of(REPOSITORY) == {}
 
 
