@@ -187,25 +187,19 @@ class PackedModule(nn.Module):
             self._runtime = PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.grid, self.columns)
             if self._pages is not None and self._pages.tensors[0] is self.weight_packed:
                 self._runtime.release = self._pages
-            self._versions = self._versions_now()
+            versions = version_of(self.weight_packed), version_of(self.weight_scale)
+            self._versions = None if None in versions else versions
         return self._runtime
 
     def is_current(self) -> bool:
         """Returns whether codes and scales are those that kernels were given, not replaced or changed since."""
         # Buffers are looked up where modules keep them: this is asked for every token.
-        return (
-            self._runtime is not None
-            and self._runtime.packed is self._buffers["weight_packed"]
-            and self._versions == self._versions_now()
-        )
-
-    def _versions_now(self) -> tuple[int | None, int | None] | None:
-        if torch.compiler.is_compiling():
-            return self._versions
-        packed, scale = self._buffers["weight_packed"], self._buffers["weight_scale"]
-        assert packed is not None
-        assert scale is not None
-        return version_of(packed), version_of(scale)
+        runtime, buffers = self._runtime, self._buffers
+        if runtime is None or runtime.packed is not buffers["weight_packed"]:
+            return False
+        if self._versions is None or torch.compiler.is_compiling():
+            return True
+        return self._versions == (buffers["weight_packed"]._version, buffers["weight_scale"]._version)  # type: ignore[union-attr]
 
     def train_scales(self) -> None:
         """Makes the scales trainable, from where they are.
