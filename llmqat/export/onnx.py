@@ -93,10 +93,10 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     graph = _Graph(onnx, *stored_tensors(model))
     _decoder(graph, model)
     proto = graph.model()
-    onnx.checker.check_model(proto)
     sizes = {part: sum(graph.bytes[name] for name in names) for part, names in graph.parts().items()}
     with folder_in_progress(folder) as temporary:
         onnx.save_model(proto, temporary / FILE, save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
+        onnx.checker.check_model(temporary / FILE)  # the file: in memory it checks 2 GiB at most
         give_usual_rights(temporary)
         _write_config(model, temporary)
         _write_genai_config(model, tokenizer, temporary)
