@@ -114,12 +114,12 @@ def front() -> str:
     return markdown_table(heads, rows)
 
 
-def means(figure: str) -> dict[str, dict[int, float]]:
-    """Returns scheme -> tokens of training on text of the domain -> a figure on WikiText-2 test, a mean of seeds."""
+def means(figure: str, text: str = DOMAIN, judged_on: str = "test") -> dict[str, dict[int, float]]:
+    """Returns scheme -> tokens of training on a text -> a figure on another text, WikiText-2 test; a mean of seeds."""
     seeds: dict[tuple[str, int], list[float]] = {}
     for row in run_of(BUDGET)["rows"]:
-        if row["text"] == DOMAIN:
-            seeds.setdefault((row["scheme"], row["asked_tokens"]), []).append(row["texts"]["test"][figure])
+        if row["text"] == text:
+            seeds.setdefault((row["scheme"], row["asked_tokens"]), []).append(row["texts"][judged_on][figure])
     found: dict[str, dict[int, float]] = {}
     for (scheme, tokens), values in seeds.items():
         found.setdefault(scheme, {})[tokens] = mean(values)
@@ -143,13 +143,23 @@ def by_scheme() -> str:
 
 def by_tokens() -> str:
     """Returns KL on WikiText-2 test by tokens of training, of all schemes."""
-    found = means("kl")
+    return _by_tokens(means("kl"), {})
+
+
+def by_own_tokens() -> str:
+    """Returns the same of text that the model writes itself, with KL on the Python manual after a slash."""
+    return _by_tokens(means("kl", "own"), means("kl", "own", "pydoc"))
+
+
+def _by_tokens(found: dict[str, dict[int, float]], others: dict[str, dict[int, float]]) -> str:
     tokens = sorted({one for cells in found.values() for one in cells})
     heads = ["scheme", *(f"{one // 1000:,} k tokens" if one else "0" for one in tokens)]
-    rows = [
-        [f"`{scheme}`", *(f"{cells[one]:.3g}" if one in cells else "" for one in tokens)]
-        for scheme, cells in sorted(found.items(), reverse=True)
-    ]
+
+    def cell(scheme: str, one: int) -> str:
+        figures = [cells[scheme][one] for cells in (found, others) if one in cells.get(scheme, {})]
+        return " / ".join(f"{figure:.3g}" for figure in figures)
+
+    rows = [[f"`{scheme}`", *(cell(scheme, one) for one in tokens)] for scheme in sorted(found, reverse=True)]
     return markdown_table(heads, rows)
 
 
@@ -196,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "by-scheme": by_scheme,
     "by-tokens": by_tokens,
+    "by-own-tokens": by_own_tokens,
     "fine-tuning": finetuning,
     "one-gpu": lambda: one_gpu(IN_README),
     "memory": lambda: one_gpu(IN_MEMORY),
