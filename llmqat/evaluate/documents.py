@@ -521,6 +521,8 @@ class RunDocument(Head):
     """What the document is."""
     recipe: dict[str, Any]
     """As it was run, all defaults filled in."""
+    model_is_local: bool | None = None
+    """Whether its model is a file or folder, and no id of the hub."""
     text: dict[str, Any]
     """Source, hash, tokens and documents of the training text."""
     calibration_text: dict[str, Any] | None = None
