@@ -6,7 +6,7 @@ memory above that of the weights must not grow with the vocabulary, and must gro
 is what others are compared with: `above the first` is what the tokens beyond it took. Linux only. The last lines are
 the headline: kB that a token takes from the first length to the longest, by vocabulary.
 
-    python eval/long_context.py --table eval/results/long-context.txt --json eval/results/long-context.json
+    python eval/long_context.py --table eval/results/long-context.txt
 """
 
 from __future__ import annotations

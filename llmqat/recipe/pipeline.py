@@ -192,8 +192,12 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
     together = recipe.data.source == "synthetic"
     with stage("text", recipe.data.source), nullcontext() if together else arguments.main_process_first(local=False):
         writers = Processes.all() if together else ALONE
-        make = partial(text_of, recipe, tokenizer, teacher, writers, place)
-        text = kept_text(recipe.output, recipe.data, make, writers)
+        text = kept_text(
+            recipe.output,
+            recipe.data,
+            partial(text_of, recipe, tokenizer, teacher, writers, place),  # not kept: it holds the teacher in memory
+            writers,
+        )
         blocks, calibration_rows = text.train, calibration_rows_of(recipe, text)
         earlier = texts_seen(record_of(recipe.model))
         check_untrained(recipe.evaluate, documents_learned(text), "this recipe")

@@ -103,8 +103,13 @@ class QuantizationMonitor(TrainerCallback):
         return self
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Forgets the codes of an earlier training."""
+        """Forgets the codes of an earlier training, and moves the scales that it began with to where layers are now."""
         self._codes.clear()
+        layers = self._layers.values()
+        self._starts = [
+            None if start is None else start.to(layer.weight.device)
+            for start, layer in zip(self._starts, layers, strict=True)
+        ]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -189,7 +194,6 @@ class QuantizationMonitor(TrainerCallback):
             asked["dead", name] = torch.stack(list(causes.values())).any(dim=0).sum()
             now = _log_scale(layer)
             if now is not None and start is not None:
-                start = start.to(now.device)
                 asked["scale_drift", name] = (now - start).abs().mean()
                 asked["moved", name] = (now != start).any()
                 causes[UNMOVED] = (now == start)[: len(causes[FLOOR])]
