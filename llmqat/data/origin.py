@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmqat.data import files, hub
+from llmqat.data import open_text
 from llmqat.data.config import DataConfig
 from llmqat.data.mix import component_config
 from llmqat.data.text import files_under
@@ -45,18 +45,14 @@ def _local(config: DataConfig) -> Iterator[DataConfig]:
 
 
 def _fingerprints(config: DataConfig) -> dict[str, str | None]:
-    found = {}
-    for one in _local(config):
-        source = files.open_source(one) if one.source == "text" else hub.open_source(one)
-        found[source.name] = source.fingerprint
-    return found
+    return {source.name: source.fingerprint for source in map(open_text, _local(config))}
 
 
 def _stamps(config: DataConfig) -> dict[str, list[int]]:
     paths: list[Path] = []
     for one in _local(config):
         assert one.path is not None
-        paths += files_under(one.path) if one.path.is_dir() else [one.path]
+        paths += files_under(one.path)
         paths += [] if one.chat_template is None else [one.chat_template]
     stats = {str(path): path.stat() for path in paths if path.exists()}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}

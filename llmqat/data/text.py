@@ -85,10 +85,12 @@ def is_saved(path: Path) -> bool:
 
 
 def files_under(folder: Path, pattern: str = "*") -> list[Path]:
-    """Returns the files under a folder whose names match `pattern`, sorted, without hidden ones.
+    """Returns the files under a folder whose names match `pattern`, sorted, without hidden ones; of a file, itself.
 
     Hidden is what has a dot before its name, or lies in such a folder: editors and notebooks keep copies there.
     """
+    if folder.is_file():
+        return [folder]
     found = sorted(file for file in folder.rglob(pattern) if file.is_file())
     return [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 

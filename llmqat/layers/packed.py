@@ -180,26 +180,28 @@ class PackedModule(nn.Module):
 
     def packed_weight(self) -> PackedWeight:
         """Returns the weight as kernels take it; rebuilt when the buffers were loaded, moved or replaced."""
-        if self._runtime is None or not self.is_current():
+        runtime = self._runtime
+        if runtime is None or not self.is_current():
             zero_point = None
             if self.weight_zero_point is not None:
                 zero_point = unpack_int32(self.weight_zero_point.t().contiguous(), self.grid, self.rows).t()
-            self._runtime = PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.grid, self.columns)
+            runtime = PackedWeight(self.weight_packed, self.weight_scale, zero_point, self.grid, self.columns)
             if self._pages is not None and self._pages.tensors[0] is self.weight_packed:
-                self._runtime.release = self._pages
+                runtime.release = self._pages
             versions = version_of(self.weight_packed), version_of(self.weight_scale)
-            self._versions = None if None in versions else versions
-        return self._runtime
+            self._runtime, self._versions = runtime, None if None in versions else versions
+        return runtime
 
     def is_current(self) -> bool:
         """Returns whether codes and scales are those that kernels were given, not replaced or changed since."""
         # Buffers are looked up where modules keep them: this is asked for every token.
         runtime, buffers = self._runtime, self._buffers
-        if runtime is None or runtime.packed is not buffers["weight_packed"]:
+        packed, scale = buffers["weight_packed"], buffers["weight_scale"]
+        if runtime is None or runtime.packed is not packed or runtime.scale is not scale:
             return False
         if self._versions is None or torch.compiler.is_compiling():
             return True
-        return self._versions == (buffers["weight_packed"]._version, buffers["weight_scale"]._version)  # type: ignore[union-attr]
+        return self._versions == (packed._version, scale._version)
 
     def train_scales(self) -> None:
         """Makes the scales trainable, from where they are.

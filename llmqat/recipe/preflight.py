@@ -197,7 +197,7 @@ def _local_bytes(data: DataConfig) -> int | None:
     """Returns the size of the files of a text; None of other text, and of what is compressed."""
     if data.source not in ("text", "dataset") or data.path is None or not data.path.exists():
         return None
-    files = files_under(data.path) if data.path.is_dir() else [data.path]
+    files = files_under(data.path)
     return None if any(file.suffix in COMPRESSED for file in files) else sum(file.stat().st_size for file in files)
 
 

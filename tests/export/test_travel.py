@@ -193,6 +193,13 @@ def test_scales_that_change_in_place_are_seen(tmp_path: Path) -> None:
         for name in ("down_proj", "up_proj"):
             getattr(model.model.layers[0].mlp, name).weight_scale.mul_(3)
     assert off(logits(after), logits(before)) == 0
+    for model in (before, after):
+        layer = model.model.layers[0].mlp.down_proj
+        layer.weight_scale = layer.weight_scale / 3  # another tensor, as yet unchanged
+    fresh = load(tmp_path / "packed")
+    fresh.model.layers[0].mlp.up_proj.weight_scale.mul_(3)
+    fresh.model.layers[0].mlp.down_proj.weight_scale = before.model.layers[0].mlp.down_proj.weight_scale
+    assert off(logits(after), logits(fresh)) == 0
 
 
 def test_threads_do_not_take_each_others_products(tmp_path: Path) -> None:
