@@ -46,6 +46,7 @@ from llmqat.calibrate.blocks import Block, showing_inputs
 from llmqat.calibrate.chains import Call, Chain, Some
 from llmqat.calibrate.config import GPTQStage
 from llmqat.calibrate.forward import input_of
+from llmqat.calibrate.graphs import Recorder
 from llmqat.calibrate.masters import holding
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import Grid, most_important, of_each_weight, quantize, snap_scale
@@ -67,6 +68,7 @@ PIECE = 2
 """Batches whose original inputs are held in memory until the quantized chain has run on the same text."""
 COMPARED = 4096
 """Leading entries of two tensors that `stream_of` compares before it compares the whole."""
+_recorder = Recorder()
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -165,8 +167,8 @@ def round_by_gptq(
     known = None if known is None else known.t()[order]
     for start in range(0, in_features, COLUMNS):
         rows = slice(start, min(start + COLUMNS, in_features))
-        parts = _part(zeros, rows), _part(known, rows)
-        errors = _round_rows(left[rows], codes[rows], factor[rows, rows], scales[rows], *parts, grid)
+        tensors = left[rows], factor[rows, rows], scales[rows], _part(zeros, rows), _part(known, rows)
+        codes[rows], errors = _recorder((_round_rows, grid), functools.partial(_round_rows, grid), *tensors)
         left[rows.stop :].addmm_(factor[rows, rows.stop :].t(), errors, alpha=-1)
     result = torch.empty_like(codes)
     result[order] = codes
@@ -239,19 +241,13 @@ def _known_codes(
 
 
 def _round_rows(
-    left: Tensor,
-    codes: Tensor,
-    factor: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    known: Tensor | None,
-    grid: Grid,
-) -> Tensor:
-    """Rounds input features `left` [n, O] one after the other into `codes`; returns their errors [n, O].
+    grid: Grid, left: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor | None, known: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Rounds input features `left` [n, O] one after the other; returns their codes and errors [n, O].
 
-    Where `known` [n, O] is a number, that is the code.
+    Where `known` [n, O] is a number, that is the code. The features are changed as those before them are rounded.
     """
-    errors = torch.empty_like(left)
+    codes, errors = torch.empty_like(left), torch.empty_like(left)
     inverse_diagonal = factor.diagonal().reciprocal().unbind()  # tensors: as numbers they would be waited for
     rows = zip(left.unbind(), codes.unbind(), errors.unbind(), scales.unbind(), inverse_diagonal, strict=True)
     for row, (w, q, error, s, inverse) in enumerate(rows):
@@ -267,7 +263,7 @@ def _round_rows(
         error.mul_(inverse)
         if row + 1 < left.shape[0]:
             left[row + 1 :].addr_(factor[row, row + 1 :], error, alpha=-1)
-    return errors
+    return codes, errors
 
 
 def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:

@@ -1,0 +1,89 @@
+"""CUDA graphs of loops that start many small kernels: GPTQ starts some eight for every column of a matrix.
+
+On a GPU such a loop takes as long as Python needs to start its kernels. A graph holds them all and starts them at once.
+It is recorded at the first call with tensors of some shapes, and used from then on if it gave the same numbers then.
+
+Written without a GPU at hand: recording was never run. The tests put a stand-in in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., tuple[Tensor, ...]]
+"""Of tensors, or None in the place of one; it may write to them. It must not wait for the device."""
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Runs a function of tensors as a CUDA graph where they are on an NVIDIA GPU, and as it is elsewhere."""
+
+    def __init__(self) -> None:
+        self._recorded: dict[Hashable, _Recorded | None] = {}
+
+    def __call__(self, name: Hashable, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """Returns what `function` gives; read it before the next call, which overwrites it.
+
+        Args:
+            name: tells apart functions, and what they do besides by the tensors.
+            function: to be run.
+            tensors: its arguments. A graph reads copies, so what the function writes to them does not arrive.
+        """
+        if not _may_record(tensors):
+            return function(*tensors)
+        key = name, *(None if one is None else (one.shape, one.dtype, one.device) for one in tensors)
+        if key not in self._recorded:
+            self._recorded[key] = _tried(function, tensors)
+        recorded = self._recorded[key]
+        return function(*tensors) if recorded is None else recorded(tensors)
+
+
+class _Recorded:
+    """A graph, the tensors that it reads and those that it writes."""
+
+    def __init__(self, function: Function, tensors: Sequence[Tensor | None]) -> None:
+        self.inputs = [None if one is None else one.clone(memory_format=torch.contiguous_format) for one in tensors]
+        self.replay, self.outputs = _record(lambda: function(*self.inputs))
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        for own, given in zip(self.inputs, tensors, strict=True):
+            if own is not None and given is not None:
+                own.copy_(given)
+        self.replay()
+        return self.outputs
+
+
+def _tried(function: Function, tensors: Sequence[Tensor | None]) -> _Recorded | None:
+    """Returns a recording that gives what `function` gives, or None."""
+    expected = function(*(None if one is None else one.clone() for one in tensors))
+    try:
+        recorded = _Recorded(function, tensors)
+        same = all(map(torch.equal, recorded(tensors), expected))
+    except Exception as error:  # of a driver, of memory: the function itself is right
+        logger.info("a CUDA graph could not be recorded, so kernels are started one by one: %s", error)
+        return None
+    if not same:
+        logger.info("a CUDA graph gave other numbers, so kernels are started one by one")
+    return recorded if same else None
+
+
+def _may_record(tensors: Sequence[Tensor | None]) -> bool:
+    return all(one is None or one.is_cuda for one in tensors) and not torch.cuda.is_current_stream_capturing()
+
+
+def _record(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    """Returns what runs `run` again, and the tensors in which its results are then."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # what kernels and libraries set up at their first call must not be recorded
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    return graph.replay, outputs
