@@ -61,7 +61,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 """The quick tests, by the name that --parts takes: files under tests/, chosen where other packages are called most."""
 MARKED = "not real and not slow"
 """Which of them run."""
-EXTRAS = ("energy", "eval", "gguf", "marlin", "mlflow", "onnx", "plots", "trackers", "triton", "trl")
+EXTRAS = ("energy", "eval", "gguf", "kernels", "mlflow", "onnx", "plots", "trackers", "triton", "trl")
 """All but `dev`: whether their bounds fit together is tried too."""
 TEST_TOOLS = ("hypothesis", "pytest")
 """Of the extra `dev`: what runs the tests. The rest of it reads the code alone."""

@@ -6,6 +6,7 @@ work is done. The extras are those of pyproject.toml: `pip install 'llmqat[gguf]
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import sys
@@ -18,7 +19,7 @@ from packaging.version import Version
 
 EXTRAS = {
     "gguf": "gguf",
-    "kernels": "marlin",
+    "kernels": "kernels",
     "lm_eval": "eval",
     "matplotlib": "plots",
     "mlflow": "mlflow",
@@ -123,6 +124,7 @@ def hidden(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
+@functools.cache  # kernels ask for every layer
 def _lowest(distribution: str) -> Version | None:
     """Returns the lowest version that llmqat's own metadata allows; None where llmqat runs without being installed."""
     try:

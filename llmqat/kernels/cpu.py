@@ -4,7 +4,6 @@
 rows. It computes (q - 8) * scale + zero with q in 0..15, so any grid of up to 4 bits runs on it by shifting its
 codes: 2 and 3 bits and ternary take 4 bits a weight in memory then. `_weight_int8pack_mm` does the same for 8 bits a
 channel. What these kernels read is made at their first call and kept; the packed words are not read again by them.
-Where inputs are quantized as well, `_int_mm` multiplies codes with codes, for any number of rows.
 
 Many rows are bound by arithmetic: the weight is dequantized, a slice of output rows at a time, and multiplied in
 bfloat16. Two shortcuts make this fast:
@@ -34,15 +33,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmqat.grid import Grid, dequantize, unpack_by_place, unpack_codes, unpack_int32
-from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, QuantizedInput, native_group, native_scales
+from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, int8_codes, native_group, native_scales
 
 MAX_INT8_ROWS = 16
 _INNER_K_TILES = 2
 _BLOCK_ROWS = 64
 """Rows that torch's int4 layout keeps together, on any processor, or a multiple: such blocks are packed alone."""
 _PACKED_ELEMENTS = 131_072
-_MOST_IN_FEATURES = 65_536
-_MULTIPLIES_INT8 = torch.cpu._is_vnni_supported()
 _CHUNK_ELEMENTS = 2_097_152
 _INT4_PACK = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 _INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default
@@ -109,51 +106,11 @@ class CpuInt8Kernel:
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias; the int8 codes are taken out of their words at the first call and kept."""
         if self.name not in weight.layouts:
-            weight.layouts[self.name] = _int8_codes(weight), weight.scale.view(-1).to(torch.bfloat16)
+            weight.layouts[self.name] = int8_codes(weight), weight.scale.view(-1).to(torch.bfloat16)
             weight.read()
         codes, scale = weight.layouts[self.name]
         out = torch._weight_int8pack_mm(x.reshape(-1, weight.in_features).contiguous(), codes, scale)
         out = out.view(*x.shape[:-1], -1)
-        return out if bias is None else out + bias
-
-
-class CpuIntegerKernel:
-    """torch's product of int8 matrices, for inputs that are quantized as well: sums are exact, whatever their order.
-
-    With AVX512-VNNI and 2 cores, 576 x 3072: 0.03 ms at one row (weight-only int8: 0.05), 0.7 ms at 128 (dequantized:
-    1.4; a bfloat16 linear: 1.0).
-    """
-
-    name = "cpu-integer"
-    differentiable = False
-    exact = True
-
-    def declines(self, x: QuantizedInput, weight: PackedWeight) -> str | None:
-        """Returns why inputs and weight cannot be multiplied as integers here, or None."""
-        if x.codes.device.type != "cpu":
-            return f"it runs on the CPU, not on {x.codes.device.type}"
-        if not _MULTIPLIES_INT8:
-            return "it is slow on processors without AVX512-VNNI"
-        if not weight.grid.symmetric or weight.grid.num_bits != 8 or weight.grid.levels == "float":
-            return "it needs a symmetric grid of integers of 8 bits"
-        if weight.group_size != weight.in_features:
-            return "it needs one scale a channel"
-        most = _MOST_IN_FEATURES
-        return None if weight.in_features <= most else f"sums over more than {most} in features could pass 32 bits"
-
-    def linear(self, x: QuantizedInput, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        """Returns x @ ŵ.T + bias [*, O] in the dtype of x's scale, rounded to it once before the bias."""
-        if self.name not in weight.layouts:
-            codes = _int8_codes(weight)
-            sums = codes.sum(-1, dtype=torch.int32)
-            weight.layouts[self.name] = codes, weight.scale.view(-1).float(), sums
-            weight.read()
-        codes, scale, sums = weight.layouts[self.name]
-        rows = x.codes.reshape(-1, weight.in_features).to(torch.int8)
-        total = torch._int_mm(rows, codes.t()).view(*x.codes.shape[:-1], -1)
-        if x.zero_point is not None:
-            total.sub_(x.zero_point.to(torch.int32) * sums)
-        out = (total.float() * scale).mul_(x.scale.float()).to(x.scale.dtype)
         return out if bias is None else out + bias
 
 
@@ -288,14 +245,6 @@ def _repeated(value: int, bits: int) -> int:
     """Returns the int32 that has `value` in each of its fields of `bits` bits."""
     word = sum(value << place for place in range(0, 32, bits))
     return word - 2**32 if word >= 2**31 else word
-
-
-def _int8_codes(weight: PackedWeight) -> Tensor:
-    """Returns the codes [O, I] int8 of a weight of 8 bits: unpacked from words, or as held where not packed."""
-    if len(weight.parts) == 1 and weight.packed.dtype == torch.int8:
-        return weight.packed
-    codes = torch.empty(weight.out_features, weight.in_features, dtype=torch.int8)  # what stays before what goes
-    return torch.cat([unpack_int32(part.packed, part.grid, part.in_features) for part in weight.parts], out=codes)
 
 
 def _int4_layout(weight: PackedWeight, group_size: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmqat.grid import Grid, dequantize, unpack_codes
+from llmqat.grid import Grid, dequantize, unpack_codes, unpack_int32
 
 MAX_DECODE_ROWS = 32
 """Rows up to which kernels for decoding win, on CPUs and on an H100; the choice of a kernel is kept for each number of
@@ -170,6 +170,14 @@ def native_scales(weight: PackedWeight, group_size: int) -> Tensor:
         zeros = (2 ** (weight.grid.num_bits - 1) - weight.zero_point.float()) * scale.float()
     both = torch.stack([scale.to(torch.bfloat16), zeros.to(torch.bfloat16)], dim=-1)
     return both.transpose(0, 1).repeat_interleave(weight.group_size // group_size, dim=0)
+
+
+def int8_codes(weight: PackedWeight) -> Tensor:
+    """Returns the codes [O, I] int8 of a weight of 8 bits: unpacked from words, or as held where not packed."""
+    if len(weight.parts) == 1 and weight.packed.dtype == torch.int8:
+        return weight.packed
+    codes = torch.empty(weight.out_features, weight.in_features, dtype=torch.int8)  # what stays before what goes
+    return torch.cat([unpack_int32(part.packed, part.grid, part.in_features) for part in weight.parts], out=codes)
 
 
 class ReferenceKernel:

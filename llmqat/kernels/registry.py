@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmqat.config import Registry
-from llmqat.kernels.cpu import CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel, CpuIntegerKernel
+from llmqat.kernels.brgemm import CpuBrgemmKernel
+from llmqat.kernels.cpu import CpuDequantizeKernel, CpuInt4Kernel, CpuInt8Kernel
 from llmqat.kernels.cuda import CudaInt4Kernel
 from llmqat.kernels.gemlite import GemliteKernel
 from llmqat.kernels.humming import HummingKernel
+from llmqat.kernels.integer import IntegerKernel
 from llmqat.kernels.marlin import MarlinKernel
 from llmqat.kernels.reference import MAX_DECODE_ROWS, PackedWeight, QuantizedInput, ReferenceKernel
 from llmqat.kernels.trial import fastest, may_time, rows_class
@@ -50,6 +52,7 @@ class Kernel(Protocol):
 
 
 _IN_ORDER: tuple[Kernel, ...] = (
+    CpuBrgemmKernel(),
     CpuInt4Kernel(),
     CpuInt8Kernel(),
     CpuDequantizeKernel(),
@@ -75,7 +78,7 @@ KERNELS: Registry[Kernel] = Registry("kernel", _check_kernel)
 """Kernels by the name that `llmqat.load(kernel=)` takes, in the order in which "auto" asks them."""
 for _kernel in _IN_ORDER:
     KERNELS.register(_kernel.name, _kernel)
-INTEGERS = CpuIntegerKernel()
+INTEGERS = IntegerKernel()
 """Takes quantized inputs as they are; not in `KERNELS`, since it is not asked for by name: the inputs decide."""
 _logged: set[str] = set()
 

@@ -6,9 +6,9 @@ import logging
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llmqat.kernels import KERNELS, JoinedWeight, cpu, packed_linear, registry
+from llmqat.kernels import KERNELS, JoinedWeight, cpu, integer, packed_linear, registry
 from llmqat.kernels.zentorch import rounded_to_8_bits
 from llmqat.layers import ActivationConfig, ActivationQuantizer, PackedLinear, QuantLinear, WeightConfig
 
@@ -96,7 +96,7 @@ def test_quantized_inputs_are_multiplied_as_integers(
     ) * found.scale.double()
     weight = layer.dequantized_weight(torch.float32).double()
     exact = taken @ weight.T
-    monkeypatch.setattr(cpu, "_MULTIPLIES_INT8", True)  # where it is slow, it is right all the same
+    monkeypatch.setattr(integer, "_MULTIPLIES_INT8", True)  # where it is slow, it is right all the same
     monkeypatch.setattr(cpu.CpuDequantizeKernel, "linear", None)  # it is not what runs
     got = layer(x).double()
     # The sums are exact in 32 bits; what is left are four roundings in float32 (2^-24 each) and one to the dtype.
@@ -109,7 +109,7 @@ def test_quantized_inputs_of_other_weights_are_taken_as_they_were(monkeypatch: p
     x = ActivationQuantizer(ActivationConfig()).integers(torch.randn(3, 384).bfloat16())
     weight = layer.packed_weight()
     assert torch.equal(packed_linear(x, weight), packed_linear(x.values(), weight))
-    monkeypatch.setattr(cpu, "_MULTIPLIES_INT8", False)
+    monkeypatch.setattr(integer, "_MULTIPLIES_INT8", False)
     eight = packed_layer(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
     assert torch.equal(packed_linear(x, eight), packed_linear(x.values(), eight))
     assert torch.equal(
@@ -172,7 +172,7 @@ def test_a_reason_for_falling_back_is_logged_once(
         for _ in range(3):
             packed_linear(torch.randn(1, 384).bfloat16(), weight)
     assert [r.getMessage() for r in caplog.records] == [
-        "kernel cpu-int4 is not used: it needs a grid of at most 4 bits"
+        f"kernel {name} is not used: it needs a grid of at most 4 bits" for name in ("cpu-brgemm", "cpu-int4")
     ]
 
 
@@ -180,7 +180,7 @@ def test_a_kernel_asked_for_by_name_must_fit() -> None:
     weight = packed_layer(WeightConfig(num_bits=8, strategy="channel")).packed_weight()
     with pytest.raises(ValueError, match="cannot run here: it needs a grid of at most 4 bits"):
         packed_linear(torch.randn(1, 384).bfloat16(), weight, kernel="cpu-int4")
-    with pytest.raises(ValueError, match="kernel='cuda' is unknown; choose auto, cpu-int4"):
+    with pytest.raises(ValueError, match="kernel='cuda' is unknown; choose auto, cpu-brgemm, cpu-int4"):
         packed_linear(torch.randn(1, 384).bfloat16(), weight, kernel="cuda")
 
 
@@ -220,3 +220,33 @@ def test_a_large_weight_is_dequantized_in_slices(bits: int, monkeypatch: pytest.
     ]
     torch.testing.assert_close(packed_linear(x, joined, None, "cpu-dequantize"), whole, rtol=2**-6, atol=2**-6)
     torch.testing.assert_close(packed_linear(x, joined, None, "reference"), whole, rtol=2**-6, atol=2**-6)
+
+
+def test_integers_are_multiplied_on_a_gpu_after_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in checks what torch asks of the shapes there."""
+    given: list[tuple[int, ...]] = []
+    of_torch = torch._int_mm
+
+    def on_a_gpu(rows: Tensor, columns: Tensor) -> Tensor:
+        assert rows.shape[0] > 16  # torch's own condition there, as are the next two
+        assert rows.shape[1] % 8 == 0
+        assert columns.shape[1] % 8 == 0
+        given.append(tuple(rows.shape))
+        return of_torch(rows, columns)
+
+    monkeypatch.setattr(torch, "_int_mm", on_a_gpu)
+    monkeypatch.setitem(integer._LEAST_ROWS, "cpu", integer._LEAST_ROWS["cuda"])
+    x = ActivationQuantizer(ActivationConfig()).integers(torch.randn(3, 384).bfloat16())
+    layer = packed_layer(WeightConfig(num_bits=8, strategy="channel"))
+    weight = layer.packed_weight()
+    expected = packed_linear(x.values(), weight, None, "reference")
+    torch.testing.assert_close(integer.IntegerKernel().linear(x, weight, None), expected, rtol=2**-7, atol=2**-7)
+    assert given == [(32, 384)]
+    integer._trial.cache_clear()
+    assert integer._refusal(torch.device("cpu"), weight) is None
+    ragged = packed_layer(WeightConfig(num_bits=8, strategy="channel"), 60).packed_weight()
+    assert integer._refusal(torch.device("cpu"), ragged) == "60 x 384 features are not multiples of 8"
+    monkeypatch.setattr(torch, "_int_mm", lambda rows, columns: of_torch(rows, columns) + 1)
+    integer._trial.cache_clear()
+    assert integer._refusal(torch.device("cpu"), weight) == "torch gave other numbers"
+    integer._trial.cache_clear()

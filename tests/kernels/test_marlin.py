@@ -222,7 +222,7 @@ def test_without_the_package_a_build_or_a_recent_gpu_the_reason_says_so(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     refused("it needs a GPU of compute capability 8.0, not 7.5")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "kernels" else name)
-    refused("it needs kernels, which is not installed; run `pip install 'llmqat[marlin]'`")
+    refused("it needs kernels, which is not installed; run `pip install 'llmqat[kernels]'`")
 
 
 def test_the_kernel_is_asked_for_by_repository_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
