@@ -88,7 +88,8 @@ def main() -> None:
     if options.child:
         print(json.dumps(measured_alone(options.child, Path(options.folder))))
         return
-    print(f"{processor()}; torch threads: {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()}")
+    threads, waiting = os.environ.get("OMP_NUM_THREADS") or os.cpu_count(), os.environ.get("OMP_WAIT_POLICY")
+    print(f"{processor()}; torch threads: {threads}; OMP_WAIT_POLICY: {waiting or 'not set'}")
     with tempfile.TemporaryDirectory() as temporary:
         folders = model_folders(options, options.work or Path(temporary))
         alone = {} if options.no_memory else {name: runs_alone(name, folders[name], options) for name in folders}
@@ -194,9 +195,9 @@ def round_to(stock: Path, packed: Path, scheme: str, group_size: int) -> None:
 
 def take_turns(options: argparse.Namespace, folders: dict[str, Path]) -> dict[str, Times]:
     """Returns the times of all models, a turn each in turn."""
-    turns = {name: transformers_turn(load(name, folder), options) for name, folder in folders.items()}
-    for name, ways in variants(options).items():
-        turns[name] = transformers_turn(load(PACKED, folders[PACKED], **ways), options)
+    models = {name: load(name, folder) for name, folder in folders.items()}
+    models |= {name: load(PACKED, folders[PACKED], **ways) for name, ways in variants(options).items()}
+    turns = {name: transformers_turn(model, options) for name, model in models.items()}
     if importlib.util.find_spec("llama_cpp") is None:
         print("llama.cpp: skipped, llama_cpp cannot be imported (pip install llama-cpp-python)")
     else:
@@ -207,7 +208,18 @@ def take_turns(options: argparse.Namespace, folders: dict[str, Path]) -> dict[st
     for _ in range(options.repeats):
         for name, turn in turns.items():
             times[name].add(turn)
+    for name, model in models.items():
+        if name != STOCK:
+            print(f"kernels of {name}: {', '.join(kernels_of(model)) or 'none'}")
     return times
+
+
+def kernels_of(model: Any) -> list[str]:
+    """Returns the names of the kernels that have computed products of a packed model."""
+    from llmqat.layers import PackedLinear, products
+
+    weights = [one.packed_weight() if isinstance(one, PackedLinear) else one.weight() for one in products(model)]
+    return sorted({kernel.name for weight in weights for kernel in weight.chosen.values()})
 
 
 def variants(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

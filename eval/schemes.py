@@ -52,6 +52,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "mxfp4": ("quant={preset: mxfp4}",),
     "mxfp4a16": ("quant={preset: mxfp4a16}",),
     "int4-fp8kv": ("quant={preset: int4-fp8kv}",),
+    "w4afp8": ("quant={preset: w4afp8}",),
     "int8, kv4": (
         "quant={preset: int8, kv_cache: {key: {num_bits: 4, symmetric: false, group_size: 32}, "
         "value: {num_bits: 4, symmetric: false, group_size: 32}}}",
@@ -61,7 +62,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
 """Rows of the table: name -> what is changed in the recipe."""
 
 PROBE = torch.arange(100, 148)[None]
-COLUMNS = ("scheme", "bits", "MB", "rounded", "calibrated", "trained", "KL", "top-1", "stock transformers")
+COLUMNS = ("scheme", "bits", "MB", "rounded", "calibrated", "KL", "trained", "KL", "top-1", "stock transformers")
 
 
 def main() -> None:
@@ -141,10 +142,10 @@ def stock(folder: Path) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Returns the figures as a table; perplexities, and KL and top-1 of the trained checkpoint."""
+    """Returns the figures as a table; perplexities, KL after calibration and training, and the trained top-1."""
     shown = Table(*COLUMNS)
     shown.add_row(
-        "full precision", "16", "", "", "", f"{rows[0]['full precision']['perplexity']:.2f}", "0", "100 %", ""
+        "full precision", "16", "", "", "", "", f"{rows[0]['full precision']['perplexity']:.2f}", "0", "100 %", ""
     )
     for row in rows:
         trained, calibrated = row["trained"], row.get("training-free")
@@ -154,6 +155,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['weight_bytes'] / 1e6:.1f}",
             f"{row['plain rounding']['perplexity']:.4g}",
             "" if calibrated is None else f"{calibrated['perplexity']:.4g}",
+            "" if calibrated is None else f"{calibrated['kl']:.4f}",
             f"{trained['perplexity']:.2f}",
             f"{trained['kl']:.4f}",
             f"{trained['top1']:.1%}",
