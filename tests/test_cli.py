@@ -495,6 +495,28 @@ def test_sensitivity_plans_bits_and_quantize_takes_them(tiny: Path, tmp_path: Pa
     }
 
 
+def test_schemes_are_chosen_by_layer_in_one_checkpoint(tiny: Path, tmp_path: Path):
+    words = ("--scheme", "nvfp4", "--choices", "nvfp4", "--choices", "fp8", "--target-bits", "6")
+    done = call("sensitivity", str(tiny), *words, "--blocks", "4", "--block-size", "32")
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert re.search(r"5\.\d+ bits a weight \(target 6\), .* layers: \d+ of nvfp4, \d+ of fp8", said), said
+    assert "--target-bits 6 --choices nvfp4 --choices fp8" in said
+    out = tmp_path / "out"
+    done = call(
+        "quantize", str(tiny), *words, "--tokens", "128", "--block-size", "32", "--method", "search", "--out", str(out)
+    )
+    assert done.exit_code == 0, done.output
+    chosen = json.loads((out / "llmqat.json").read_text())["run"]["allocation"]["bits"]
+    entries = {e.name: e.treatment for e in coverage_of(str(out), QuantConfig()).entries}
+    kinds = {"nvfp4": "nvfp4 g16 ", "fp8": "fp8 channel "}
+    assert {kinds[one] for one in chosen.values()} == set(kinds.values())
+    for name, one in chosen.items():
+        assert entries[f"{name}.weight"].startswith(kinds[one]), entries[f"{name}.weight"]
+    done = call("quantize", str(tiny), "--choices", "nvfp4", "--out", str(tmp_path / "none"))
+    assert "--choices are for --target-bits" in " ".join(done.output.split())
+
+
 def test_a_terminal_is_shown_the_most_sensitive_layers(capsys: pytest.CaptureFixture[str]):
     costs = {f"model.layers.{block}.mlp.up_proj": 0.001 * (block * 7 % 30) for block in range(30)}
     layers = tuple(LayerSensitivity(name, 64, {2: cost, 4: cost / 10}) for name, cost in costs.items())
@@ -531,7 +553,7 @@ def test_a_dry_run_of_push_says_what_would_be_sent_and_what_is_missing(packed: P
 def test_sensitivity_refuses_bits_that_no_grid_has(tiny: Path):
     done = call("sensitivity", str(tiny), "--choices", "9")
     assert done.exit_code == 2
-    assert re.search("less than or equal to 8|range 2<=x<=8", done.output)  # click's words, and typer's own since 0.27
+    assert "9 bits are not possible: choose 2 to 8, or the name of a scheme" in " ".join(done.output.split())
 
 
 def test_quantize_writes_a_report_on_layers(tiny: Path, tmp_path: Path):

@@ -6,10 +6,10 @@ class with `@STAGES.register("name")`, which fills in its field `stage`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from llmqat.config import Config, Registry
@@ -185,12 +185,33 @@ class BlockwiseStage(WeightStage):
 class AllocationConfig(Config):
     """Bits chosen layer by layer under an average, by what they would cost the model's predictions."""
 
-    target_bits: float = Field(ge=2, le=8)
-    """Bits a weight on average over the layers of the default scheme; scales are not counted."""
-    choices: tuple[Annotated[int, Field(ge=2, le=8)], ...] = Field((2, 3, 4, 8), min_length=1)
-    """Bits to choose among."""
+    target_bits: float = Field(ge=2, le=9)
+    """Bits a weight on average over the layers of the default scheme. Scales count where choices name schemes."""
+    choices: tuple[int | str, ...] = Field((2, 3, 4, 8), min_length=1)
+    """What to choose among: bits, 2 to 8, for the weights of the default scheme, or names of schemes, as nvfp4, fp8."""
     blocks: int = Field(16, ge=1)
     """Token blocks of the text that gradients are taken on, from its start."""
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _read_numbers(cls, value: Any) -> Any:
+        """Takes "4" for 4, as the command line gives it."""
+        listed = [value] if isinstance(value, (str, int)) else value
+        if not isinstance(listed, Sequence):
+            return value
+        return tuple(int(one) if isinstance(one, str) and one.isdecimal() else one for one in listed)
+
+    @field_validator("choices")
+    @classmethod
+    def _of_one_kind(cls, value: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        bits = [one for one in value if isinstance(one, int)]
+        if bits and len(bits) < len(value):
+            raise ValueError("give either bits, such as 3 and 4, or names of schemes, such as nvfp4 and fp8, not both")
+        if wrong := [one for one in bits if not 2 <= one <= 8]:
+            raise ValueError(f"{wrong[0]} bits are not possible: choose 2 to 8, or the name of a scheme")
+        if len(set(value)) < len(value):
+            raise ValueError("a choice is given twice")
+        return value
 
 
 BlockStage = GPTQStage | BlockwiseStage

@@ -5,6 +5,10 @@ the model's own predictions: the second moment of the gradient of log p(y) with 
 of different weights are nearly independent, so the diagonal of F does: one backward pass for each of a few token
 blocks, squared and added up. Then every layer and every candidate scheme costs one rounding and one sum, no forward.
 
+Candidates are bits of one scheme, or schemes by name, such as nvfp4 and fp8. Named ones may quantize inputs, which
+costs as well: 1/2 E[sum_i (d log p / d x_i)^2 (x̂_i - x_i)^2], over the tokens of the text. For bits, whose inputs are
+alike, this is left out.
+
 The assignment is a knapsack with one choice a layer, solved exactly by dynamic programming over bits.
 
 Letters: N token blocks, L length, O out features, I in features, C candidate schemes.
@@ -18,6 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,13 +30,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmqat.calibrate.forward import Wrap, check_seen
+from llmqat.calibrate.forward import Wrap, check_seen, input_of
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.grid import fake_quantize, keep_lattice, search_scale
-from llmqat.layers import Override, QuantConfig, QuantModule, WeightConfig, prepare, quantizers_off
+from llmqat.layers import (
+    ActivationQuantizer,
+    LayerScheme,
+    Override,
+    QuantConfig,
+    QuantLinear,
+    QuantModule,
+    prepare,
+    quantizers_off,
+    stored_bytes,
+)
 from llmqat.layers.prepare import overridden
 from llmqat.metrics import Predictor, predictor_of
 from llmqat.models import capture_hidden, cast_parameters, model_device
+
+Choice = int | str
+"""Bits of the weights, or the name of a scheme."""
 
 MAX_CELLS = 2_000_000
 """Budget steps of the dynamic programme; sizes are rounded up to units so coarse that no more are needed."""
@@ -45,12 +63,18 @@ class LayerSensitivity:
     Attributes:
         name: dotted name.
         weights: number of weights.
-        cost: bits -> predicted KL from full precision a token, nats, of quantizing this layer alone.
+        cost: choice -> predicted KL from full precision a token, nats, of quantizing this layer alone.
+        bits_per_weight: choice -> bits a weight in the checkpoint, scales counted; None where choices are bits.
     """
 
     name: str
     weights: int
-    cost: dict[int, float]
+    cost: dict[Choice, float]
+    bits_per_weight: dict[Choice, float] | None = None
+
+    def size(self, choice: Choice) -> int:
+        """Returns the bits that the layer takes, which count against the budget."""
+        return round(self.weights * (float(choice) if self.bits_per_weight is None else self.bits_per_weight[choice]))
 
 
 @dataclass(frozen=True)
@@ -58,63 +82,107 @@ class Allocation:
     """An assignment of bits to layers.
 
     Attributes:
-        target_bits: the budget, bits a weight on average; scales not counted.
+        target_bits: the budget, bits a weight on average; scales count where choices are names of schemes.
         average_bits: what the assignment takes.
         predicted_kl: sum of the chosen costs, nats a token.
-        bits: layer name -> bits.
+        bits: layer name -> its choice, bits or the name of a scheme.
     """
 
     target_bits: float
     average_bits: float
     predicted_kl: float
-    bits: dict[str, int]
+    bits: dict[str, Choice]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready form."""
         return asdict(self)
 
     def applied_to(self, quant: QuantConfig) -> QuantConfig:
-        """Returns `quant` with an override of `num_bits` for every layer whose bits are not the scheme's own."""
-        changed = {
-            name: Override(weights=quant.weights.model_copy(update={"num_bits": bits}))
-            for name, bits in self.bits.items()
-            if bits != quant.weights.num_bits
-        }
+        """Returns `quant` with an override for every layer whose choice is not the scheme's own."""
+        own = scheme_of_layers(quant)
+        schemes = schemes_of(quant, sorted(set(self.bits.values()), key=str))
+        changed = {}
+        for name, choice in self.bits.items():
+            if (scheme := schemes[choice]) != own:
+                inputs = "default" if scheme.input_activations == own.input_activations else scheme.input_activations
+                changed[name] = Override(weights=scheme.weights, input_activations=inputs)
         return quant.model_copy(update={"overrides": {**quant.overrides, **changed}})
 
 
-def check_choices(quant: QuantConfig, choices: Sequence[int]) -> None:
-    """Raises where the weights of a scheme cannot have each of `choices` of bits.
+def scheme_of_layers(quant: QuantConfig) -> LayerScheme:
+    """Returns what layers without an override get."""
+    return LayerScheme(weights=quant.weights, input_activations=quant.input_activations)
+
+
+def schemes_of(quant: QuantConfig, choices: Sequence[Choice]) -> dict[Choice, LayerScheme]:
+    """Returns what each of `choices` gives a layer: bits change the default scheme, and names are presets.
 
     Raises:
-        ValueError: names the scheme, the bits and the way out.
+        ValueError: bits for a scheme that has no others, a name that is no scheme of layers; with the way out.
     """
-    weights = quant.weights
-    if weights.levels != "integer":
-        raise ValueError(
-            f"bits are chosen for each layer among {', '.join(map(str, choices))}, and quant.weights is "
-            f"{weights.label}, which has no others; give a scheme of integers, such as preset int4, or no target"
-        )
+    weights, found = quant.weights, dict[Choice, LayerScheme]()
+    for choice in choices:
+        if isinstance(choice, str):
+            named = QuantConfig.preset(choice)
+            if named.kv_cache is not None:
+                raise ValueError(
+                    f"allocate.choices: {choice} has a KV cache, which is not a layer's; give its weights and inputs "
+                    "there, and the cache in quant.kv_cache"
+                )
+            found[choice] = scheme_of_layers(named)
+        elif weights.levels != "integer":
+            raise ValueError(
+                f"bits are chosen for each layer among {', '.join(map(str, choices))}, and quant.weights is "
+                f"{weights.label}, which has no others; give a scheme of integers, such as preset int4, or name "
+                "schemes to choose among, such as allocate.choices=[nvfp4, fp8]"
+            )
+        else:
+            changed = weights.model_copy(update={"num_bits": choice})
+            found[choice] = LayerScheme(weights=changed, input_activations=quant.input_activations)
+    return found
+
+
+def possible_schemes(quant: QuantConfig, choices: Sequence[Choice]) -> list[QuantConfig]:
+    """Returns `quant` with the scheme that each of `choices` gives its layers.
+
+    Raises:
+        ValueError: as `schemes_of`.
+    """
+    return [quant.model_copy(update=dict(scheme)) for scheme in schemes_of(quant, choices).values()]
+
+
+def sizes_of(schemes: Mapping[Choice, LayerScheme], rows: int, columns: int, name: str) -> dict[Choice, float] | None:
+    """Returns the bits a weight of a matrix [rows, columns] by each scheme, scales counted; None where these are bits.
+
+    Raises:
+        ValueError: the groups of a scheme do not fit the layer `name`.
+    """
+    if not all(isinstance(choice, str) for choice in schemes):
+        return None
+    return {
+        choice: 8 * stored_bytes(scheme.weights, rows, columns, name) / (rows * columns)
+        for choice, scheme in schemes.items()
+    }
 
 
 def measure_sensitivity(
     model: nn.Module,
     quant: QuantConfig,
-    choices: Sequence[int],
+    choices: Sequence[Choice],
     ids: Tensor | Rows,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     wrap: Wrap = iter,
 ) -> list[LayerSensitivity]:
-    """Prepares `model` in place and returns what `choices` of bits would cost each layer under the default scheme.
+    """Prepares `model` in place and returns what each of `choices` would cost each layer under the default scheme.
 
     Layers under an override keep what it says, and are left out.
 
     Args:
         model: a full-precision causal language model; its weights are not changed.
         quant: says which layers, and the scheme but for its bits.
-        choices: bits to choose among.
+        choices: bits to choose among, or names of schemes.
         ids: token ids [N, L], or token blocks with their documents.
         seed: of the labels that the model draws.
         dtype: what forwards compute in.
@@ -125,7 +193,7 @@ def measure_sensitivity(
     """
     if len(ids) == 0:
         raise ValueError("sensitivity got no token block; give it at least one")
-    check_choices(quant, choices)
+    schemes = schemes_of(quant, choices)
     own = overridden(model, quant)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     ends_named = {name for name, module in model.named_modules() if any(module is end for end in ends)}
@@ -137,11 +205,68 @@ def measure_sensitivity(
     }
     if not layers:
         raise ValueError("no layer has the scheme of quant.weights, so there is none to choose bits for")
-    information = fisher_diagonal(model, layers, ids, seed=seed, dtype=dtype, wrap=wrap)
-    return [
-        LayerSensitivity(name, layer.rows * layer.columns, _costs(layer, information.pop(name), quant.weights, choices))
-        for name, layer in layers.items()
-    ]
+    sizes = {name: sizes_of(schemes, layer.rows, layer.columns, name) for name, layer in layers.items()}
+    noise = InputNoise(layers, {} if None in sizes.values() else schemes)
+    information = fisher_diagonal(model, layers, ids, seed=seed, dtype=dtype, wrap=wrap, noise=noise)
+    found = []
+    for name, layer in layers.items():
+        cost = _costs(layer, information.pop(name), schemes)
+        cost = {choice: of_weights + noise.cost(name, choice) for choice, of_weights in cost.items()}
+        found.append(LayerSensitivity(name, layer.rows * layer.columns, cost, sizes[name]))
+    return found
+
+
+class InputNoise:
+    """What quantized inputs cost: 1/2 sum_i (d log p / d x_i)^2 (x̂_i - x_i)^2, added up over tokens and features."""
+
+    def __init__(self, layers: Mapping[str, QuantModule], schemes: Mapping[Choice, LayerScheme]) -> None:
+        """Makes a quantizer for each layer and each scheme that quantizes inputs.
+
+        Args:
+            layers: by name. Experts that are stacked as one matrix have no quantized inputs.
+            schemes: candidates.
+        """
+        self.tokens = 0
+        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, QuantLinear)}
+        self._total: dict[tuple[str, Choice], Tensor] = {}
+        self._quantizers: dict[str, dict[Choice, ActivationQuantizer]] = {}
+        for name, layer in self.layers.items():
+            configs = {choice: scheme.input_activations for choice, scheme in schemes.items()}
+            made = {c: ActivationQuantizer(one, layer.weight.device, name) for c, one in configs.items() if one}
+            if made:
+                self._quantizers[name] = made
+
+    def cost(self, name: str, choice: Choice) -> float:
+        """Returns the cost a token, nats."""
+        total = self._total.get((name, choice))
+        return 0.0 if total is None else 0.5 * float(total) / self.tokens
+
+    def watch(self, stack: ExitStack) -> None:
+        """Watches the inputs and their gradients until `stack` is left."""
+        for name in self._quantizers:
+            hook = partial(self._enter, name)
+            stack.callback(self.layers[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _enter(
+        self, name: str, layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Gives the layer a view of its input, since layers that read the same tensor have gradients of their own."""
+        x = input_of(inputs, options)
+        own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        own.register_hook(partial(self._add, name, x.detach()))
+        if inputs:
+            return (own, *inputs[1:]), options
+        return (), {**options, next(iter(options)): own}
+
+    @torch.no_grad()
+    def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        weight = gradient.float().square()
+        for choice, quantizer in self._quantizers[name].items():
+            if any(bool(one.isnan().any()) for one in quantizer.found()):  # as large as the first block
+                quantizer.set_range(*torch.stack(torch.aminmax(x)).tolist())
+            added = (weight * (quantizer(x) - x).float().square()).sum(dtype=torch.float64)
+            key = name, choice
+            self._total[key] = self._total[key] + added if key in self._total else added
 
 
 def fisher_diagonal(
@@ -152,6 +277,7 @@ def fisher_diagonal(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     wrap: Wrap = iter,
+    noise: InputNoise | None = None,
 ) -> dict[str, Tensor]:
     """Returns for each layer the diagonal of the Fisher information a token, [O, I] float32.
 
@@ -162,6 +288,7 @@ def fisher_diagonal(
         seed: of the labels drawn from the model's own distribution.
         dtype: what forwards compute in.
         wrap: put around the iteration over token blocks.
+        noise: of inputs, added up in the same passes.
 
     Raises:
         ValueError: when the text does not reach a layer.
@@ -178,6 +305,9 @@ def fisher_diagonal(
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(id(parameter) in wanted)
         stack.enter_context(quantizers_off(model))
+        if noise is not None:
+            noise.tokens = rows.stored.numel()
+            noise.watch(stack)
         for index in wrap(range(len(rows))):
             with cast_parameters(model, dtype), capture_hidden(model) as captured:
                 model(**rows[index : index + 1].inputs(device), use_cache=False)
@@ -207,16 +337,16 @@ def _label_gradient(hidden: Tensor, predictor: Predictor, generator: torch.Gener
 
 
 @torch.no_grad()
-def _costs(layer: QuantModule, information: Tensor, weights: WeightConfig, choices: Sequence[int]) -> dict[int, float]:
+def _costs(layer: QuantModule, information: Tensor, schemes: Mapping[Choice, LayerScheme]) -> dict[Choice, float]:
     original, dense = layer.matrix().float(), layer.dense_matrix().float()
     importance = information.sum(0)
-    costs = {}
-    for bits in choices:
-        grid = weights.model_copy(update={"num_bits": bits}).grid
-        found = search_scale(original, grid, layer.scale_shape, importance)
+    costs: dict[Choice, float] = {}
+    for choice, scheme in schemes.items():
+        grid, shape = scheme.weights.grid, scheme.weights.scale_shape(layer.rows, layer.columns)
+        found = search_scale(original, grid, shape, importance)
         scale, zero_point, _ = keep_lattice(original, grid, *found)
         error = fake_quantize(original, scale, zero_point, grid) - dense
-        costs[bits] = 0.5 * float((information * error.square()).sum(dtype=torch.float64))
+        costs[choice] = 0.5 * float((information * error.square()).sum(dtype=torch.float64))
     return costs
 
 
@@ -230,36 +360,36 @@ def allocate_bits(layers: Sequence[LayerSensitivity], target_bits: float) -> All
     Raises:
         ValueError: when the budget is below the smallest choice of every layer.
     """
-    choices = sorted(layers[0].cost)
-    total = sum(layer.weights for layer in layers)
-    smallest = choices[0]
-    if target_bits < smallest:
-        raise ValueError(f"target_bits={target_bits} is below the smallest choice of {smallest}; choose at least that")
-    # Steps of budget above the smallest choice for all: a layer takes (bits - smallest) * weights / unit of them.
-    unit = math.gcd(*(layer.weights for layer in layers))
-    spare = (target_bits - smallest) * total
-    unit = max(unit, math.ceil(spare / MAX_CELLS))
-    most = sum(math.ceil(layer.weights / unit) for layer in layers) * (choices[-1] - smallest)
-    budget = min(int(spare / unit + 1e-9), most)
+    choices = sorted(layers[0].cost, key=layers[0].size)
+    sizes = [[layer.size(choice) for choice in choices] for layer in layers]
+    total, smallest = sum(layer.weights for layer in layers), [min(of_layer) for of_layer in sizes]
+    if target_bits * total < sum(smallest) * (1 - 1e-9):
+        least = choices[0] if layers[0].bits_per_weight is None else f"{sum(smallest) / total:.4g} ({choices[0]})"
+        raise ValueError(f"target_bits={target_bits} is below the smallest choice of {least}; choose at least that")
+    # Steps of budget above the smallest choice of each layer: a choice takes its further bits / unit of them.
+    further = [[size - least for size in of_layer] for of_layer, least in zip(sizes, smallest, strict=True)]
+    spare = target_bits * total - sum(smallest)
+    unit = max(math.gcd(*(bits for of_layer in further for bits in of_layer)) or 1, math.ceil(spare / MAX_CELLS))
+    steps = [[-(-bits // unit) for bits in of_layer] for of_layer in further]
+    budget = min(int(spare / unit + 1e-9), sum(map(max, steps)))
     best = np.zeros(budget + 1)
     taken = []
-    for layer in layers:
+    for layer, of_layer in zip(layers, steps, strict=True):
         options = np.full((len(choices), budget + 1), np.inf)
-        for number, bits in enumerate(choices):
-            steps = (bits - smallest) * math.ceil(layer.weights / unit)
-            if steps <= budget:
-                options[number, steps:] = best[: budget + 1 - steps] + layer.cost[bits]
+        for number, (choice, step) in enumerate(zip(choices, of_layer, strict=True)):
+            if step <= budget:
+                options[number, step:] = best[: budget + 1 - step] + layer.cost[choice]
         taken.append(options.argmin(0).astype(np.uint8))
         best = options.min(0)
     left, chosen = budget, {}
-    for layer, options in zip(reversed(layers), reversed(taken), strict=True):
-        bits = choices[options[left]]
-        chosen[layer.name] = bits
-        left -= (bits - smallest) * math.ceil(layer.weights / unit)
+    for layer, of_layer, options in zip(reversed(layers), reversed(steps), reversed(taken), strict=True):
+        number = int(options[left])
+        chosen[layer.name] = choices[number]
+        left -= of_layer[number]
     bits_of = {layer.name: chosen[layer.name] for layer in layers}
     return Allocation(
         target_bits=target_bits,
-        average_bits=sum(bits_of[layer.name] * layer.weights for layer in layers) / total,
+        average_bits=sum(layer.size(bits_of[layer.name]) for layer in layers) / total,
         predicted_kl=sum(layer.cost[bits_of[layer.name]] for layer in layers),
         bits=bits_of,
     )

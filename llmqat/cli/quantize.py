@@ -42,7 +42,14 @@ def quantize(
         ),
     ] = "gptq",
     target_bits: Annotated[
-        float | None, typer.Option(min=2, max=8, help="Bits a weight on average: 2, 3, 4 or 8 chosen for each layer.")
+        float | None, typer.Option(min=2, max=9, help="Bits a weight on average: 2, 3, 4 or 8 chosen for each layer.")
+    ] = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --target-bits: other bits to choose among, or a scheme such as nvfp4; may be given again.",
+            metavar="CHOICE",
+        ),
     ] = None,
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Rotate the residual stream first; unties the head.")
@@ -109,6 +116,7 @@ def quantize(
         group_size=group_size,
         method=method,
         target_bits=target_bits,
+        choices=choices,
         rotate=rotate,
         smooth=smooth,
         text=text,
@@ -131,9 +139,10 @@ def quantize(
 @command()
 def sensitivity(
     model: ModelArgument,
-    target_bits: Annotated[float, typer.Option(min=2, max=8, help="Bits a weight on average.")] = 3.5,
+    target_bits: Annotated[float, typer.Option(min=2, max=9, help="Bits a weight on average.")] = 3.5,
     choices: Annotated[
-        list[int] | None, typer.Option(min=2, max=8, help="Bits to choose among; may be given again.")
+        list[str] | None,
+        typer.Option(help="Bits to choose among, or a scheme such as nvfp4; may be given again.", metavar="CHOICE"),
     ] = None,
     scheme: SchemeOption = "int4",
     group_size: GroupSizeOption = None,
@@ -148,13 +157,16 @@ def sensitivity(
 ) -> None:
     """Predicts what fewer bits would cost each layer, and finds the best bits for each under an average.
 
-    The same choice is made by `quantize --target-bits`, and in a recipe by `allocate: {target_bits: 3.5}`.
+    The same choice is made by `quantize --target-bits`, and in a recipe by `allocate: {target_bits: 3.5}`. Where
+    `--choices` names schemes, the bits of scales count, and so does what quantized inputs cost.
 
     **Examples**
 
         llmqat sensitivity HuggingFaceTB/SmolLM2-135M --target-bits 3.5 --json plan.json
 
         llmqat sensitivity ./model --scheme int4 --group-size 32 --choices 3 --choices 4 --choices 8 --text notes.txt
+
+        llmqat sensitivity ./model --scheme nvfp4 --choices nvfp4 --choices fp8 --target-bits 5.5
     """
     check_scheme(scheme)
     _check_text(text)
@@ -173,7 +185,8 @@ def sensitivity(
     if json_file is not None:
         found.write(json_file)
     words: list[object] = ["--scheme", scheme, *option("--group-size", group_size), *option("--text", text)]
-    words += ["--target-bits", f"{target_bits:g}", "--out", f"{name_of_folder(model)}-{target_bits:g}-bits"]
+    words += ["--target-bits", f"{target_bits:g}", *(word for one in choices or () for word in ("--choices", one))]
+    words += ["--out", f"{name_of_folder(model)}-{target_bits:g}-bits"]
     print_next(command_of("llmqat", "quantize", model, *words))
 
 
@@ -191,10 +204,13 @@ def _check_text(text: str | None) -> None:
 def _print_plan(plan: BitPlan, *, every: bool) -> None:
     """Shows the answer, then the layers, `every` one or the most sensitive."""
     chosen = plan.allocation
-    counts = sorted(Counter(chosen.bits.values()).items())
+    by_size = plan.choices
+    from llmqat.recipe.allocation import choice_name
+
+    counts = sorted(Counter(chosen.bits.values()).items(), key=lambda item: by_size.index(item[0]))
     console.print(
         f"{chosen.average_bits:.3f} bits a weight (target {chosen.target_bits:g}), predicted KL "
-        f"{chosen.predicted_kl:.4f}; layers: {', '.join(f'{count} of {bits} bits' for bits, count in counts)}"
+        f"{chosen.predicted_kl:.4f}; layers: {', '.join(f'{count} of {choice_name(one)}' for one, count in counts)}"
     )
     shown = len(plan.layers) if every else min(MOST_SENSITIVE, len(plan.layers))
     console.print(sensitivity_table(plan, shown))
@@ -207,11 +223,13 @@ MOST_SENSITIVE = 20
 
 
 def sensitivity_table(plan: BitPlan, most: int | None = None) -> FittedTable:
-    """Returns what each layer costs at each number of bits: all, or the `most` sensitive, those of most KL first."""
-    bits = sorted(plan.layers[0].cost)
-    costs = [Column(f"{count} bits", 2) for count in bits]
+    """Returns what each layer costs by each choice: all, or the `most` sensitive, those of most KL first."""
+    from llmqat.recipe.allocation import choice_name
+
+    bits = plan.choices
+    costs = [Column(choice_name(count), 2) for count in bits]
     columns = [Column("layer", 0, "name"), *costs, Column("chosen", 1), Column("weights", 3)]
-    title = f"predicted KL, nats a token, of quantizing one layer alone; the most at {bits[0]} bits first"
+    title = f"predicted KL, nats a token, of quantizing one layer alone; the most at {choice_name(bits[0])} first"
     table = FittedTable(columns, title)
     for layer in sorted(plan.layers, key=lambda layer: -layer.cost[bits[0]])[:most]:
         figures = (f"{layer.cost[count]:.2e}" for count in bits)

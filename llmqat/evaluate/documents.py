@@ -450,7 +450,9 @@ class LayerCost(_Described):
     weights: int
     """How many it has."""
     cost: dict[str, float]
-    """Bits -> predicted KL of quantizing this layer alone, nats a token."""
+    """Choice, bits or the name of a scheme -> predicted KL of quantizing this layer alone, nats a token."""
+    bits_per_weight: dict[str, float] | None = None
+    """Choice -> bits a weight in the checkpoint, scales counted; null where choices are bits."""
 
 
 class SensitivityDocument(Head):
@@ -459,13 +461,13 @@ class SensitivityDocument(Head):
     kind: Literal["sensitivity"]
     """What the document is."""
     target_bits: float
-    """Bits a weight on average that may be spent; scales not counted."""
+    """Bits a weight on average that may be spent; scales count where choices are names of schemes."""
     average_bits: float
     """What the assignment takes."""
     predicted_kl: float
     """Sum of the chosen costs, nats a token."""
-    bits: dict[str, int]
-    """Layer -> its bits."""
+    bits: dict[str, int | str]
+    """Layer -> its bits, or the name of its scheme."""
     sensitivity: list[LayerCost]
     """What the choice was made from."""
 

@@ -30,7 +30,7 @@ shared.py      one matrix product for q, k and v
 
 from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.attention import KVQuantizer, StateQuantizer, attention_layers, model_kind, quantize_kv
-from llmqat.layers.audit import AuditEntry, CoverageAudit, audit, lattice_note
+from llmqat.layers.audit import AuditEntry, CoverageAudit, audit, lattice_note, stored_bytes
 from llmqat.layers.cache import QuantizedCache, kv_scheme, new_cache
 from llmqat.layers.causal import short_attention
 from llmqat.layers.config import (
@@ -139,6 +139,7 @@ __all__ = [
     "reused_in_step",
     "share_products",
     "short_attention",
+    "stored_bytes",
     "untied_keys",
     "without_adapter",
     "without_adapters",

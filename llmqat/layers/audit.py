@@ -16,6 +16,7 @@ from torch import nn
 
 from llmqat.grid import packed_shape
 from llmqat.layers.attention import KVQuantizer
+from llmqat.layers.config import WeightConfig
 from llmqat.layers.embedding import PackedEmbedding, QuantEmbedding, TiedHead
 from llmqat.layers.experts import PackedExperts, QuantExperts
 from llmqat.layers.originals import dequantized_note
@@ -240,14 +241,22 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def _quantized_entry(name: str, layer: QuantModule | PackedModule) -> AuditEntry:
-    weights = layer.weights.stored
-    scales = weights.stored_shape(layer.rows, layer.columns, name)
+def stored_bytes(weights: WeightConfig, rows: int, columns: int, name: str = "") -> int:
+    """Returns the bytes of a matrix [rows, columns] in a checkpoint: codes, scales and zero points.
+
+    Raises:
+        ValueError: the group size does not divide `columns`; names `name`.
+    """
+    weights = weights.stored
+    scales = weights.stored_shape(rows, columns, name)
     zeros = 0 if weights.symmetric else -(-scales[0] * weights.num_bits // 32) * 4 * scales[1]
-    shape, kind = packed_shape(layer.rows, layer.columns, weights.grid)
-    packed = prod(shape) * kind.itemsize
+    shape, kind = packed_shape(rows, columns, weights.grid)
     scale_bytes = BYTES_HIGH_PRECISION if weights.scale_dtype == "bfloat16" else 1
-    after = packed + scales[0] * scales[1] * scale_bytes + zeros + SHAPE_BYTES
+    return prod(shape) * kind.itemsize + scales[0] * scales[1] * scale_bytes + zeros
+
+
+def _quantized_entry(name: str, layer: QuantModule | PackedModule) -> AuditEntry:
+    after = stored_bytes(layer.weights, layer.rows, layer.columns, name) + SHAPE_BYTES
     before = layer.rows * layer.columns * BYTES_HIGH_PRECISION
     label = layer.weights.label if isinstance(layer, QuantModule) else layer.label
     inputs = getattr(layer, "input_quantizer", None)

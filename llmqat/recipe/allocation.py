@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmqat.calibrate import Allocation, AllocationConfig, LayerSensitivity, allocate_bits, measure_sensitivity
+from llmqat.calibrate.sensitivity import Choice
 from llmqat.data import Rows
 from llmqat.evaluate.documents import check_schema, head
 from llmqat.files import write_whole
@@ -28,6 +29,11 @@ class BitPlan:
 
     allocation: Allocation
     layers: Sequence[LayerSensitivity]
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What was chosen among, the smallest first."""
+        return sorted(self.layers[0].cost, key=self.layers[0].size)
 
     def write(self, path: Path) -> None:
         """Writes the plan as JSON."""
@@ -50,13 +56,23 @@ class BitPlan:
             content = json.loads(path.read_text(encoding="utf-8"))
             check_schema(content, path)
             layers = [
-                LayerSensitivity(e["name"], e["weights"], {int(b): cost for b, cost in e["cost"].items()})
+                LayerSensitivity(e["name"], e["weights"], _by_choice(e["cost"]), _by_choice(e.get("bits_per_weight")))
                 for e in content["sensitivity"]
             ]
             names = (field.name for field in fields(Allocation))
             return cls(Allocation(**{name: content[name] for name in names}), layers)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} holds no plan of bits ({error!r}); delete it and run again") from error
+
+
+def _by_choice(found: dict[str, float] | None) -> Any:
+    """Returns what JSON says by choice, of which bits are numbers again."""
+    return None if found is None else {int(key) if key.isdecimal() else key: value for key, value in found.items()}
+
+
+def choice_name(choice: Choice) -> str:
+    """Returns a choice in words: "4 bits", or the name of a scheme."""
+    return f"{choice} bits" if isinstance(choice, int) else choice
 
 
 def plan_bits(

@@ -56,7 +56,7 @@ from llmqat.heap import give_back_freed_memory
 from llmqat.hub import is_local
 from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert, without_adapters
 from llmqat.models import adapter_base, keeps_documents_apart, load_adapter_base, load_model, load_with_few_bits
-from llmqat.recipe.allocation import PLAN_FILE, plan_bits, planned
+from llmqat.recipe.allocation import PLAN_FILE, choice_name, plan_bits, planned
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, unread
 from llmqat.recipe.evaluation import (
     ANSWERED,
@@ -365,7 +365,7 @@ def with_planned_bits(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> 
     how = {"seed": recipe.seed, "dtype": dtype, "device": arguments.device}
     plan = planned(file, partial(plan_bits, recipe.model, recipe.quant, recipe.allocate, blocks, **how)).allocation
     counts = {bits: sum(1 for chosen in plan.bits.values() if chosen == bits) for bits in recipe.allocate.choices}
-    shown = ", ".join(f"{count} layers of {bits} bits" for bits, count in counts.items())
+    shown = ", ".join(f"{count} layers of {choice_name(bits)}" for bits, count in counts.items())
     log.info("%.3f bits a weight: %s; predicted KL %.4f (%s)", plan.average_bits, shown, plan.predicted_kl, file)
     return recipe.model_copy(update={"quant": plan.applied_to(recipe.quant)})
 

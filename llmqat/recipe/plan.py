@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmqat.calibrate import AllocationConfig, RangesStage, rotates, untie
+from llmqat.calibrate.sensitivity import possible_schemes
 from llmqat.data import TokenBlocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
 from llmqat.data.length import check_length
@@ -525,10 +526,7 @@ def check_plan_served(
             f"serve: {', '.join(one)}: bits are chosen for each layer, and it needs one scheme for layers that are one "
             "product there (q, k and v; gate and up); give all layers the same bits, or leave it out of `serve`"
         )
-    schemes = [
-        quant.model_copy(update={"weights": quant.weights.model_copy(update={"num_bits": bits})})
-        for bits in allocate.choices
-    ]
+    schemes = possible_schemes(quant, allocate.choices)
     forms = [check_served(description.with_scheme(scheme), clients, scheme) for scheme in schemes]
     return any(forms)
 

@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llmqat.calibrate import BlockwiseStage, GPTQStage
 from llmqat.calibrate.blocks import find_blocks
-from llmqat.calibrate.sensitivity import LayerSensitivity, allocate_bits, check_choices
+from llmqat.calibrate.sensitivity import LayerSensitivity, allocate_bits, schemes_of, sizes_of
 from llmqat.data import DataConfig, load_blocks
 from llmqat.data.chat import Completion
 from llmqat.data.config import HUB_PREFIX, MIX
@@ -301,10 +301,12 @@ def _check_model(flight: Preflight) -> None:
 def _check_allocation(recipe: Recipe, model: PreTrainedModel) -> None:
     if recipe.allocate is None:
         return
-    check_choices(recipe.quant, recipe.allocate.choices)
+    schemes = schemes_of(recipe.quant, recipe.allocate.choices)
     costs = dict.fromkeys(recipe.allocate.choices, 0.0)
     layers = [
-        LayerSensitivity(name, module.rows * module.columns, costs)
+        LayerSensitivity(
+            name, module.rows * module.columns, costs, sizes_of(schemes, module.rows, module.columns, name)
+        )
         for name, module in model.named_modules()
         if isinstance(module, QuantModule) and module.weights == recipe.quant.weights
     ]

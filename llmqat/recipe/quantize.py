@@ -37,7 +37,7 @@ from llmqat.calibrate import (
     report_layers,
     rotates,
 )
-from llmqat.calibrate.sensitivity import check_choices
+from llmqat.calibrate.sensitivity import possible_schemes
 from llmqat.calibrate.stages import REPORT_FILE
 from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits, open_text
 from llmqat.data.origin import origin_of
@@ -107,6 +107,7 @@ def quantize_model(
     group_size: int | None = None,
     method: str = "gptq",
     target_bits: float | None = None,
+    choices: Sequence[int | str] | None = None,
     rotate: bool = False,
     smooth: float | None = None,
     text: str | Path | None = None,
@@ -126,6 +127,7 @@ def quantize_model(
         method: `rtn` (plain rounding), `search` (clip ratios weighted by the inputs' mean squares), `gptq`, or
             `blockwise` (each transformer block trained to give what it gave).
         target_bits: bits a weight on average; 2, 3, 4 or 8 are then chosen for each layer.
+        choices: what to choose among instead: bits, or names of schemes.
         rotate: rotate the residual stream first.
         smooth: SmoothQuant's alpha, to smooth layer inputs first.
         text: what to calibrate on: `pydoc`, a file or folder of prose or rows, or hub:NAME[:CONFIG[:SPLIT]]. Of
@@ -144,9 +146,10 @@ def quantize_model(
     clients = known_clients(serve)
     stages = stages_of(method, math.ceil(tokens / block_size), rotate=rotate, smooth=smooth)
     quant = scheme_of(scheme, group_size)
-    allocate = None if target_bits is None else AllocationConfig(target_bits=target_bits)
+    allocate = _allocation(target_bits, choices)
     data = text_source(text, tokens, block_size, seed)
-    needed = needs_text(stages, quant)
+    possible = [quant, *(() if allocate is None else possible_schemes(quant, allocate.choices))]
+    needed = any(needs_text(stages, one) for one in possible)
 
     def check_text() -> None:
         if text is not None and not needed and target_bits is None:
@@ -158,18 +161,27 @@ def quantize_model(
 
     def check_model() -> bool:
         check_full_precision(spec)
-        check_stages(stages, quant)
-        if allocate is not None:
-            check_choices(quant, allocate.choices)
+        for one in possible:
+            check_stages(stages, one)
         return check_spec_served(spec, clients, quant, allocate, rotates(stages))
 
     # Now: a scheme that does not do should not cost the text.
     int_quantized: bool = all_of([check_model, check_text, partial(check_new, folder, "--out", overwrite=overwrite)])[0]
-    if needs_text((), quant) and not any(isinstance(stage, RangesStage) for stage in stages):
+    if any(needs_text((), one) for one in possible) and not any(isinstance(stage, RangesStage) for stage in stages):
         # Static input ranges, which plain rounding of weights needs as well.
         stages = (*stages, RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)))
     read = data if needed or allocate else None
     return _quantized(spec, folder, quant, stages, allocate, read, seed, overwrite, int_quantized)
+
+
+def _allocation(target_bits: float | None, choices: Sequence[int | str] | None) -> AllocationConfig | None:
+    if target_bits is None:
+        if choices:
+            raise ValueError(
+                "--choices are for --target-bits, the bits a weight to be spent; give it, or drop --choices"
+            )
+        return None
+    return AllocationConfig(target_bits=target_bits, **({"choices": tuple(choices)} if choices else {}))
 
 
 def text_source(text: str | Path | None, tokens: int, block_size: int, seed: int) -> DataConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmqat import QuantConfig, prepare
-from llmqat.calibrate import Allocation, LayerSensitivity, allocate_bits, calibrate, measure_sensitivity
+from llmqat.calibrate import (
+    Allocation,
+    AllocationConfig,
+    LayerSensitivity,
+    allocate_bits,
+    calibrate,
+    measure_sensitivity,
+)
 from llmqat.calibrate import sensitivity as sensitivity_module
 from llmqat.calibrate.probe import Probe
-from llmqat.calibrate.sensitivity import fisher_diagonal
-from llmqat.layers import QuantModule, quantizers_off
+from llmqat.calibrate.sensitivity import fisher_diagonal, schemes_of
+from llmqat.layers import QuantLinear, QuantModule, quantizers_off
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral
 
 INT4 = QuantConfig.preset("int4", group_size=32)
@@ -164,3 +172,82 @@ def test_layers_of_an_override_and_the_ends_keep_what_they_have() -> None:
     names = {layer.name for layer in found}
     assert "model.layers.0.self_attn.q_proj" in names
     assert not any(name.endswith(("o_proj", "embed_tokens", "lm_head")) for name in names)
+
+
+NAMES = ("nvfp4", "fp8", "int4-g32", "nvfp4a16")
+
+
+def test_named_schemes_count_scales_and_inputs() -> None:
+    found = {layer.name: layer for layer in measure_sensitivity(tiny_llama(), INT4, NAMES, IDS)}
+    layer = found["model.layers.0.mlp.up_proj"]
+    assert layer.weights == 128 * 64
+    bits = {"nvfp4": 4 + 8 / 16, "nvfp4a16": 4 + 8 / 16, "fp8": 8 + 16 / 64, "int4-g32": 4 + 16 / 32}
+    assert layer.bits_per_weight == bits
+    for one in found.values():
+        assert one.cost["nvfp4"] > 1.2 * one.cost["nvfp4a16"] > 0  # the same weights, and inputs of 4 bits
+        assert one.cost["fp8"] < one.cost["nvfp4"]
+
+
+def test_what_inputs_cost_is_of_the_size_of_what_is_measured() -> None:
+    """Quantizing the inputs of one layer alone, at 4 bits: weights of FP8 cost a hundredth of that."""
+    torch.manual_seed(0)
+    ids = torch.randint(2, 258, (48, 16))
+    named = ("w8a4-channel", "w8a16-channel")
+    predicted = {one.name: one.cost for one in measure_sensitivity(tiny_llama(), INT4, named, ids, dtype=torch.float32)}
+    probe = Probe(tiny_llama(), ids, torch.float32)
+    ratios = []
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"):
+        alone = tiny_llama()
+        calibrate(alone, QuantConfig.preset("w8a4-channel", targets=(name,)), [], None)
+        cost = predicted[name]
+        assert cost["w8a4-channel"] > 10 * cost["w8a16-channel"]
+        ratios.append(cost["w8a4-channel"] / probe.divergence(alone))
+    assert all(0.2 < ratio < 3 for ratio in ratios), ratios
+
+
+def test_a_budget_in_bits_of_the_checkpoint_is_spent_on_named_schemes() -> None:
+    found = measure_sensitivity(tiny_llama(), INT4, ("nvfp4", "fp8"), IDS)
+    plan = allocate_bits(found, 6.0)
+    assert {"nvfp4", "fp8"} == set(plan.bits.values())
+    assert plan.average_bits <= 6.0
+    everywhere = sum(layer.cost["nvfp4"] for layer in found)
+    assert plan.predicted_kl < everywhere
+    with pytest.raises(ValueError, match=r"target_bits=4\.2 is below the smallest choice of 4\.5\d* \(nvfp4\)"):
+        allocate_bits(found, 4.2)
+    model, changed = tiny_llama(), plan.applied_to(QuantConfig.preset("nvfp4"))
+    assert set(changed.overrides) == {name for name, choice in plan.bits.items() if choice == "fp8"}
+    prepare(model, changed)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            named = QuantConfig.preset(str(plan.bits[name]))
+            assert module.weights == named.weights
+            assert module.input_quantizer is not None
+            assert module.input_quantizer.config == named.input_activations
+
+
+def test_named_schemes_of_experts_have_no_inputs_to_pay_for() -> None:
+    found = measure_sensitivity(tiny_mixtral(), INT4, ("int4-g32", "w4a8-g32"), IDS)
+    for layer in found:
+        same = layer.cost["int4-g32"] == layer.cost["w4a8-g32"]
+        assert same == ("experts" in layer.name), layer.name
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ([3, "fp8"], "give either bits, such as 3 and 4, or names of schemes"),
+        (["9"], "9 bits are not possible: choose 2 to 8"),
+        (["fp8", "fp8"], "a choice is given twice"),
+        ([], "at least 1 item"),
+    ],
+)
+def test_choices_that_cannot_be_are_refused(choices: list[Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AllocationConfig(target_bits=5, choices=choices)
+
+
+def test_names_that_are_no_schemes_of_layers_are_refused() -> None:
+    for name, said in (("int4-fp8kv", "has a KV cache, which is not a layer's"), ("fp3", "fp3")):
+        with pytest.raises(ValueError, match=said):
+            schemes_of(INT4, [name])
+    assert AllocationConfig(target_bits=5, choices=["3", "4"]).choices == (3, 4)
