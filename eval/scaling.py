@@ -7,12 +7,14 @@ Nothing is run: models are made without weights, prepared, and counted. Prints M
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from llmqat.layers import QuantConfig, prepare
+from llmqat.recipe import load_recipe
 from llmqat.recipe.memory import (
     CHUNK_TOKENS,
     Devices,
@@ -23,6 +25,7 @@ from llmqat.recipe.memory import (
     size_of,
     traffic_of,
 )
+from llmqat.recipe.plan import plan_run
 from llmqat.terminal import show_any_text
 from llmqat.train import LoraSettings, choose_trained
 
@@ -63,6 +66,21 @@ SHAPES = {
     },
 }
 """SmolLM2-135M, Llama-3.2-1B, Llama-3-8B and Llama-3-70B."""
+QWEN3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
+SETTINGS = (
+    "train.gradient_checkpointing=true",
+    "train.per_device_train_batch_size=1",
+    "train.optim=adamw_bnb_8bit",
+)
 MANY_GPUS = ("8B", "70B")
 ONE_GPU = {
     "LoRA, its own teacher": ("lora", False),
@@ -99,7 +117,13 @@ def main() -> None:
 def page() -> str:
     """Returns eval/scaling.md."""
     sizes = {name: counted(name) for name in SHAPES}
-    parts = [HEAD, _one_gpu(sizes), *(_section(name, *sizes[name]) for name in MANY_GPUS), _assumptions()]
+    parts = [
+        HEAD,
+        _one_gpu(sizes),
+        _with_settings(),
+        *(_section(name, *sizes[name]) for name in MANY_GPUS),
+        _assumptions(),
+    ]
     return "\n".join(parts).rstrip()
 
 
@@ -133,6 +157,16 @@ def _one_gpu(sizes: dict[str, tuple[ModelSize, dict[str, int]]]) -> str:
     for label, peaks in rows.items():
         lines.append(f"| {label} | {' | '.join(_gigabytes(peak, 1 if peak < 1e10 else 0) for peak in peaks)} |")
     return "\n".join([*lines, ""])
+
+
+def _with_settings() -> str:
+    """Returns what `llmqat plan` says of a model and settings, which README names."""
+    with tempfile.TemporaryDirectory() as temporary:
+        Qwen3Config(**QWEN3_8B, architectures=["Qwen3ForCausalLM"]).save_pretrained(temporary)
+        recipe = load_recipe("lora-int4", [f"model={temporary}", *SETTINGS])
+        peak = plan_run(recipe, Devices(1, "ddp", "cuda")).memory.peak
+    command = f"llmqat plan lora-int4 model=Qwen/Qwen3-8B {' '.join(SETTINGS)} --processes 1"
+    return f"`{command}`: {peak / 1e9:.1f} GB.\n"
 
 
 def _gigabytes(peak: float, digits: int = 0) -> str:
