@@ -132,7 +132,8 @@ def load_brgemm() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
     Raises:
         Exception: of any kind, where it cannot be had here.
     """
-    module = require("kernels", "the kernel cpu-brgemm").get_kernel(REPOSITORY, version=VERSION)
+    package = require("kernels", "the kernel cpu-brgemm")
+    module = package.get_kernel(REPOSITORY, version=VERSION, backend="cpu")  # torch may be built for CUDA
     product: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] = module.gemm_int4_forward
     with suppress(AttributeError, RuntimeError):  # named otherwise, or known: a compiled step is divided here then
         name = module._ops.add_op_namespace_prefix("gemm_int4_forward")

@@ -117,7 +117,7 @@ def test_it_comes_first_on_a_cpu_where_it_was_loaded_and_gave_the_right_numbers(
         x = torch.randn(rows, weight.in_features).bfloat16()
         assert registry._choice(x, weight, wants_gradient=False).name == "cpu-brgemm"
         assert registry._choice(x, weight, wants_gradient=True).name != "cpu-brgemm"
-    assert hub["asked"] == [(("kernels-community/quantization-gptq",), {"version": 1})]
+    assert hub["asked"] == [(("kernels-community/quantization-gptq",), {"version": 1, "backend": "cpu"})]
 
 
 @pytest.mark.parametrize(
