@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -459,3 +460,45 @@ def test_word_perplexity(
     assert "2 pages of" in output
     assert list(headline(output)) == ["relative difference"]
     assert headline(output)["relative difference"] < 0.2  # 33 nats a word, in bfloat16
+
+
+LAUNCHER = """
+import os, pathlib, subprocess, sys, time
+out, ends = pathlib.Path(sys.argv[1]), sys.argv[2]
+children = [subprocess.Popen(["sleep", ends], env={**os.environ, "RANK": str(rank)}) for rank in range(2)]
+out.mkdir(exist_ok=True)
+(out / "status.json").write_text('{"stage": "train"}')
+while any(child.poll() is None for child in children):
+    if any(child.poll() for child in children):
+        [child.kill() for child in children]
+        sys.exit(1)
+    time.sleep(0.02)
+(out / "model").mkdir(exist_ok=True)
+(out / "model" / "config.json").write_text("{}")
+(out / "model" / "model.safetensors").write_bytes(BYTES)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="processes are looked up in /proc")
+@pytest.mark.parametrize("same", [True, False])
+def test_kills(same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A launcher of two processes that sleep stands in for torchrun; its files are always, or never, the same."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import kills
+
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(LAUNCHER.replace("BYTES", "b'weights'" if same else "os.urandom(8)"))
+
+    def started(folder: Path, processes: int) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, str(launcher), str(folder), "0.6"], text=True)
+
+    monkeypatch.setattr(kills, "started", started)
+    monkeypatch.setattr(sys, "argv", ["kills.py", "--out", str(tmp_path / "runs"), "--kills", "2"])
+    kills.main()
+    output = capsys.readouterr().out
+    found = headline(output)
+    assert found["kills"] == 2
+    assert found["same bytes"] == (2 if same else 0)
+    assert "main process" in output
+    assert "process 1" in output
+    assert "train" in output
