@@ -513,8 +513,20 @@ def test_schemes_are_chosen_by_layer_in_one_checkpoint(tiny: Path, tmp_path: Pat
     assert {kinds[one] for one in chosen.values()} == set(kinds.values())
     for name, one in chosen.items():
         assert entries[f"{name}.weight"].startswith(kinds[one]), entries[f"{name}.weight"]
-    done = call("quantize", str(tiny), "--choices", "nvfp4", "--out", str(tmp_path / "none"))
-    assert "--choices are for --target-bits" in " ".join(done.output.split())
+    refused = {
+        ("quantize", "--choices", "nvfp4"): "--choices are for --target-bits",
+        ("quantize", *words[:-1], "4.2"): "target_bits=4.2 is below the smallest choice of 4.5 (nvfp4)",
+        ("quantize", *words[2:], "--group-size", "32"): "--group-size 32 changes --scheme",
+        ("sensitivity", "--choices", "nvpf4"): "nvpf4",
+        ("sensitivity", *words[:-2]): "target_bits=3.5 is below the smallest choice of 4.5 (nvfp4)",
+    }
+    for (name, *given), reason in refused.items():  # before the model is loaded, or writes text
+        to = ("--out", str(tmp_path / "none")) if name == "quantize" else ()
+        done = call(name, str(tiny), *given, *to)
+        assert done.exit_code == 2
+        assert reason in " ".join(done.output.split())
+        assert "text" not in done.output.split("error")[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_a_terminal_is_shown_the_most_sensitive_layers(capsys: pytest.CaptureFixture[str]):

@@ -199,7 +199,8 @@ class AllocationConfig(Config):
         listed = [value] if isinstance(value, (str, int)) else value
         if not isinstance(listed, Sequence):
             return value
-        return tuple(int(one) if isinstance(one, str) and one.isdecimal() else one for one in listed)
+        words = (one.strip() if isinstance(one, str) else one for one in listed)
+        return tuple(int(one) if isinstance(one, str) and one.isdecimal() else one for one in words)
 
     @field_validator("choices")
     @classmethod

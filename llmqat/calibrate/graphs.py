@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,28 +50,41 @@ class _Recorded:
 
     def __init__(self, function: Function, tensors: Sequence[Tensor | None]) -> None:
         self.inputs = [None if one is None else one.clone(memory_format=torch.contiguous_format) for one in tensors]
-        self.replay, self.outputs = _record(lambda: function(*self.inputs))
+        self.device = next(one.device for one in tensors if one is not None)
+        with _current(self.device):
+            self.replay, self.outputs = _record(lambda: function(*self.inputs))
+        for output in self.outputs:  # what a graph that holds nothing does not write is not taken for its result
+            output.fill_(torch.nan)
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         for own, given in zip(self.inputs, tensors, strict=True):
             if own is not None and given is not None:
                 own.copy_(given)
-        self.replay()
+        with _current(self.device):
+            self.replay()
         return self.outputs
 
 
 def _tried(function: Function, tensors: Sequence[Tensor | None]) -> _Recorded | None:
     """Returns a recording that gives what `function` gives, or None."""
     expected = function(*(None if one is None else one.clone() for one in tensors))
+    before = torch.cuda.current_stream() if torch.cuda.is_available() else None
     try:
         recorded = _Recorded(function, tensors)
         same = all(map(torch.equal, recorded(tensors), expected))
     except Exception as error:  # of a driver, of memory: the function itself is right
         logger.info("a CUDA graph could not be recorded, so kernels are started one by one: %s", error)
+        if before is not None:  # a capture that failed leaves its own stream
+            torch.cuda.set_stream(before)
         return None
     if not same:
         logger.info("a CUDA graph gave other numbers, so kernels are started one by one")
     return recorded if same else None
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Returns what makes a GPU the one on which streams and graphs are made."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _may_record(tensors: Sequence[Tensor | None]) -> bool:

@@ -40,6 +40,7 @@ from llmqat.layers import (
     QuantConfig,
     QuantLinear,
     QuantModule,
+    WeightConfig,
     prepare,
     quantizers_off,
     stored_bytes,
@@ -123,13 +124,7 @@ def schemes_of(quant: QuantConfig, choices: Sequence[Choice]) -> dict[Choice, La
     weights, found = quant.weights, dict[Choice, LayerScheme]()
     for choice in choices:
         if isinstance(choice, str):
-            named = QuantConfig.preset(choice)
-            if named.kv_cache is not None:
-                raise ValueError(
-                    f"allocate.choices: {choice} has a KV cache, which is not a layer's; give its weights and inputs "
-                    "there, and the cache in quant.kv_cache"
-                )
-            found[choice] = scheme_of_layers(named)
+            found[choice] = _named_scheme(choice, weights)
         elif weights.levels != "integer":
             raise ValueError(
                 f"bits are chosen for each layer among {', '.join(map(str, choices))}, and quant.weights is "
@@ -140,6 +135,42 @@ def schemes_of(quant: QuantConfig, choices: Sequence[Choice]) -> dict[Choice, La
             changed = weights.model_copy(update={"num_bits": choice})
             found[choice] = LayerScheme(weights=changed, input_activations=quant.input_activations)
     return found
+
+
+def _named_scheme(choice: str, own: WeightConfig) -> LayerScheme:
+    """Returns the scheme of layers that a name stands for; `own` is that of layers that are not chosen for."""
+    named = QuantConfig.preset(choice)
+    scheme, plain = scheme_of_layers(named), QuantConfig()
+    fields = set(QuantConfig.model_fields) - set(LayerScheme.model_fields)
+    more = {key for key in fields if getattr(named, key) != getattr(plain, key)}
+    if more:
+        raise ValueError(
+            f"allocate.choices: {choice} also says {', '.join(sorted(more))}, which is not a layer's; name the scheme "
+            "of its weights and inputs there, and give the rest in quant"
+        )
+    for label, weights in ((choice, scheme.weights), ("quant", own)):
+        if weights.sparsity is not None:
+            raise ValueError(
+                f"allocate.choices: {label} has weights that stay zero, and what these cost is not predicted; leave "
+                "sparsity out where schemes are chosen by layer"
+            )
+    if scheme.weights.strategy == "block":
+        raise ValueError(
+            f"allocate.choices: {choice} has one scale for a block, and what that costs is not predicted; choose among "
+            "schemes with scales of rows or groups, such as fp8"
+        )
+    return scheme
+
+
+def with_choices(quant: QuantConfig, choices: Sequence[Choice]) -> QuantConfig:
+    """Returns `quant` with overrides for no layer that have all of `choices`, for checks of the schemes of a model.
+
+    Raises:
+        ValueError: as `schemes_of`.
+    """
+    schemes = schemes_of(quant, choices).items()
+    entries = {f"allocate.choices {choice}": Override(**dict(scheme)) for choice, scheme in schemes}
+    return quant.model_copy(update={"overrides": {**quant.overrides, **entries}})
 
 
 def possible_schemes(quant: QuantConfig, choices: Sequence[Choice]) -> list[QuantConfig]:
@@ -252,6 +283,8 @@ class InputNoise:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gives the layer a view of its input, since layers that read the same tensor have gradients of their own."""
         x = input_of(inputs, options)
+        if not x.numel():  # an expert that no token chose
+            return inputs, options
         own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         own.register_hook(partial(self._add, name, x.detach()))
         if inputs:
@@ -350,22 +383,30 @@ def _costs(layer: QuantModule, information: Tensor, schemes: Mapping[Choice, Lay
     return costs
 
 
+def check_budget(layers: Sequence[LayerSensitivity], target_bits: float) -> None:
+    """Raises ValueError when `target_bits` a weight are fewer than the smallest choice of every layer takes."""
+    choices = sorted(layers[0].cost, key=layers[0].size)
+    total = sum(layer.weights for layer in layers)
+    smallest = sum(min(map(layer.size, choices)) for layer in layers)
+    if target_bits * total < smallest * (1 - 1e-9):
+        least = choices[0] if layers[0].bits_per_weight is None else f"{smallest / total:.4g} ({choices[0]})"
+        raise ValueError(f"target_bits={target_bits} is below the smallest choice of {least}; choose at least that")
+
+
 def allocate_bits(layers: Sequence[LayerSensitivity], target_bits: float) -> Allocation:
     """Returns the assignment with the least total cost whose average is `target_bits` a weight at most.
 
     Exact where the sizes of layers have a common divisor that leaves at most `MAX_CELLS` steps of budget, as those of
-    real models do; else sizes are rounded up, and the budget is kept but may not be used up, by less than one unit a
+    most models have; else sizes are rounded up, and the budget is kept but may not be used up, by less than one unit a
     layer.
 
     Raises:
         ValueError: when the budget is below the smallest choice of every layer.
     """
+    check_budget(layers, target_bits)
     choices = sorted(layers[0].cost, key=layers[0].size)
     sizes = [[layer.size(choice) for choice in choices] for layer in layers]
     total, smallest = sum(layer.weights for layer in layers), [min(of_layer) for of_layer in sizes]
-    if target_bits * total < sum(smallest) * (1 - 1e-9):
-        least = choices[0] if layers[0].bits_per_weight is None else f"{sum(smallest) / total:.4g} ({choices[0]})"
-        raise ValueError(f"target_bits={target_bits} is below the smallest choice of {least}; choose at least that")
     # Steps of budget above the smallest choice of each layer: a choice takes its further bits / unit of them.
     further = [[size - least for size in of_layer] for of_layer, least in zip(sizes, smallest, strict=True)]
     spare = target_bits * total - sum(smallest)

@@ -31,6 +31,10 @@ from llmqat.kernels.reference import PackedWeight, first_failing, native_group
 from llmqat.kernels.trial import TRIAL_FEATURES, refusal
 
 REPOSITORY, VERSION = "kernels-community/quantization-gptq", 1
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+_loaded: list[Product] = []
+"""What `load_brgemm` has found. A layout does not hold it: other processes could not read it from a pickle."""
+_MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()
 _BLOCK_ROWS = 32
 _MOST_WHOLE_ROWS = 100
 """Above so many rows of activations the kernel writes the whole weight that it is given in bfloat16."""
@@ -58,7 +62,7 @@ class CpuBrgemmKernel:
             (weight.out_features % _BLOCK_ROWS == 0, f"out_features={weight.out_features} is not a multiple of 32"),
             (native_group(weight) is not None, f"group size {weight.group_size} does not fit"),
             (sys.byteorder == "little", "it needs a little-endian machine"),
-            (torch.cpu._is_avx512_bf16_supported(), "it is slow on processors without AVX512-BF16"),
+            (_MULTIPLIES_BF16, "it is slow on processors without AVX512-BF16"),
         )
         if (reason := first_failing(checks)) is not None:
             return reason
@@ -67,9 +71,10 @@ class CpuBrgemmKernel:
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Returns x @ ŵ.T + bias; the kernel's own layout is built at the first call and kept with the weight."""
         if self.name not in weight.layouts:
-            weight.layouts[self.name] = load_brgemm(), *brgemm_layout(weight)
+            weight.layouts[self.name] = brgemm_layout(weight)
             weight.read()
-        product, blob, zeros, scales = weight.layouts[self.name]
+        product = _loaded[0] if _loaded else load_brgemm()  # torch.compile reads the first, and calls it
+        blob, zeros, scales = weight.layouts[self.name]
         rows = x.reshape(-1, weight.in_features).contiguous()
         group = weight.in_features // scales.shape[0]
         most = _SLICE_ELEMENTS // weight.in_features // _BLOCK_ROWS * _BLOCK_ROWS or _BLOCK_ROWS
@@ -126,7 +131,7 @@ def _trial() -> str | None:
 
 
 @functools.cache
-def load_brgemm() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
+def load_brgemm() -> Product:
     """Returns the product, of a kernel from the hub or its cache; torch.compile is told the shape that it gives.
 
     Raises:
@@ -134,10 +139,11 @@ def load_brgemm() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
     """
     package = require("kernels", "the kernel cpu-brgemm")
     module = package.get_kernel(REPOSITORY, version=VERSION, backend="cpu")  # torch may be built for CUDA
-    product: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] = module.gemm_int4_forward
+    product: Product = module.gemm_int4_forward
     with suppress(AttributeError, RuntimeError):  # named otherwise, or known: a compiled step is divided here then
         name = module._ops.add_op_namespace_prefix("gemm_int4_forward")
         torch.library.register_fake(name, lambda x, blob, *rest: x.new_empty(x.shape[0], blob.shape[0]))
+    _loaded[:] = [product]
     return product
 
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmqat.grid import Grid
 from llmqat.kernels.reference import PackedWeight, QuantizedInput, first_failing, int8_codes
+from llmqat.kernels.trial import TRIAL_FEATURES, random_weight
 
 _MOST_IN_FEATURES = 65_536
 _MULTIPLIES_INT8 = torch.cpu._is_vnni_supported()
@@ -76,13 +78,22 @@ def _refusal(device: torch.device, weight: PackedWeight) -> str | None:
     return _trial(device)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _trial(device: torch.device) -> str | None:
-    """Returns why int8 matrices are not multiplied on `device`, or None where the numbers are right."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randint(-128, 128, (rows, 128), generator=generator).to(torch.int8) for rows in (3, 64))
+    """Returns why int8 matrices are not multiplied on `device`, or None; torch.compile does not look into it."""
+    return _tried(device)
+
+
+@functools.cache
+def _tried(device: torch.device) -> str | None:
     try:
-        found = product(left.to(device), right.to(device)).cpu()
+        generator = torch.Generator().manual_seed(0)
+        weight = random_weight(Grid(8), TRIAL_FEATURES, torch.bfloat16, generator, device)
+        codes = torch.randint(-128, 128, (3, TRIAL_FEATURES), generator=generator, device="cpu").to(torch.int8)
+        x = QuantizedInput(codes.to(device), torch.ones(3, 1, dtype=torch.bfloat16, device=device), None)
+        found = IntegerKernel().linear(x, weight, None).cpu()
+        sums = codes.long() @ weight.codes().cpu().long().T
     except RuntimeError as error:
         return f"torch cannot multiply int8 matrices here: {error}"
-    return None if torch.equal(found, (left.long() @ right.long().T).int()) else "torch gave other numbers"
+    expected = (sums.float() * weight.scale.view(-1).float().cpu()).to(torch.bfloat16)
+    return None if torch.equal(found, expected) else "torch gave other numbers"

@@ -176,7 +176,8 @@ def int8_codes(weight: PackedWeight) -> Tensor:
     """Returns the codes [O, I] int8 of a weight of 8 bits: unpacked from words, or as held where not packed."""
     if len(weight.parts) == 1 and weight.packed.dtype == torch.int8:
         return weight.packed
-    codes = torch.empty(weight.out_features, weight.in_features, dtype=torch.int8)  # what stays before what goes
+    shape, device = (weight.out_features, weight.in_features), weight.parts[0].packed.device
+    codes = torch.empty(shape, dtype=torch.int8, device=device)  # what stays before what goes
     return torch.cat([unpack_int32(part.packed, part.grid, part.in_features) for part in weight.parts], out=codes)
 
 

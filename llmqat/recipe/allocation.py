@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from llmqat.calibrate import Allocation, AllocationConfig, LayerSensitivity, allocate_bits, measure_sensitivity
-from llmqat.calibrate.sensitivity import Choice
+from llmqat.calibrate.sensitivity import Choice, check_budget, schemes_of, sizes_of
 from llmqat.data import Rows
 from llmqat.evaluate.documents import check_schema, head
 from llmqat.files import write_whole
-from llmqat.layers import QuantConfig
+from llmqat.layers import QuantConfig, QuantLinear, QuantModule
 from llmqat.models import load_model
 from llmqat.terminal import progress
 
@@ -73,6 +74,31 @@ def _by_choice(found: dict[str, float] | None) -> Any:
 def choice_name(choice: Choice) -> str:
     """Returns a choice in words: "4 bits", or the name of a scheme."""
     return f"{choice} bits" if isinstance(choice, int) else choice
+
+
+def check_allocation(model: PreTrainedModel, quant: QuantConfig, config: AllocationConfig) -> None:
+    """Checks choices and budget on a prepared `model`, which may be without weights.
+
+    Raises:
+        ValueError: no layer is to be chosen for, a choice does not do for one, or the budget is too small.
+    """
+    schemes = schemes_of(quant, config.choices)
+    costs = dict.fromkeys(config.choices, 0.0)
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    layers = [
+        LayerSensitivity(name, layer.rows * layer.columns, costs, sizes_of(schemes, layer.rows, layer.columns, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantModule) and id(layer) not in ends and _is_default(layer, quant)
+    ]
+    if not layers:
+        raise ValueError("no layer has the scheme of quant.weights, so there is none to choose bits for")
+    check_budget(layers, config.target_bits)
+
+
+def _is_default(layer: QuantModule, quant: QuantConfig) -> bool:
+    quantizer = getattr(layer, "input_quantizer", None)
+    inputs = None if quantizer is None else quantizer.config
+    return layer.weights == quant.weights and (not isinstance(layer, QuantLinear) or inputs == quant.input_activations)
 
 
 def plan_bits(

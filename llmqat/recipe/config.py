@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
 from llmqat.calibrate import AllocationConfig, AnyStage, CustomStage, RotateStage, SmoothStage, check_stages
-from llmqat.calibrate.sensitivity import possible_schemes
+from llmqat.calibrate.sensitivity import with_choices
 from llmqat.config import Config, UnknownKeyError
 from llmqat.data.config import PYDOC, DataConfig
 from llmqat.evaluate.protocols import PROTOCOLS
@@ -222,9 +222,8 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_stages(self) -> Recipe:
-        chosen = [] if self.allocate is None else possible_schemes(self.quant, self.allocate.choices)
-        for quant in (self.quant, *chosen):
-            check_stages(self.calibrate, quant)
+        quant = self.quant if self.allocate is None else with_choices(self.quant, self.allocate.choices)
+        check_stages(self.calibrate, quant)
         for key in ONLY_TRAINED:
             if not self.trains and getattr(self, key) is not None:
                 raise ValueError(

@@ -38,6 +38,7 @@ from llmqat.models import (
     resolve_spec,
     token_model_class,
 )
+from llmqat.recipe.allocation import check_allocation
 from llmqat.recipe.config import (
     Recipe,
     folds_weights,
@@ -489,6 +490,18 @@ def coverage_of(spec: str, quant: QuantConfig, rotated: bool = False) -> Coverag
     if is_packed(spec) or is_prepared(config):
         return audit(load(spec))
     return _prepared_without_weights(spec, config, quant, rotated)[1]
+
+
+def check_spec_allocation(spec: str, quant: QuantConfig, allocate: AllocationConfig | None) -> None:
+    """Checks choices and budget on the layers of the model `spec`, which is made without weights.
+
+    Raises:
+        FileNotFoundError: the model is not there.
+        ValueError: as `check_allocation`.
+    """
+    if allocate is not None:
+        config = read_config(resolve_spec(spec), spec)
+        check_allocation(_prepared_without_weights(spec, config, quant, rotated=False)[0], quant, allocate)
 
 
 def check_spec_served(

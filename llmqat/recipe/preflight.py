@@ -23,7 +23,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llmqat.calibrate import BlockwiseStage, GPTQStage
 from llmqat.calibrate.blocks import find_blocks
-from llmqat.calibrate.sensitivity import LayerSensitivity, allocate_bits, schemes_of, sizes_of
 from llmqat.data import DataConfig, load_blocks
 from llmqat.data.chat import Completion
 from llmqat.data.config import HUB_PREFIX, MIX
@@ -39,7 +38,7 @@ from llmqat.evaluate.generations import Prompts
 from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import record_of
 from llmqat.hub import why_unreachable
-from llmqat.layers import CoverageAudit, QuantModule
+from llmqat.layers import CoverageAudit
 from llmqat.models import (
     check_can_be_rebuilt,
     check_few_bits,
@@ -49,6 +48,7 @@ from llmqat.models import (
     vocabulary_size,
 )
 from llmqat.paths import check_folder_output
+from llmqat.recipe.allocation import check_allocation
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, training_arguments
 from llmqat.recipe.disk import Disk, disk_of, disk_problem
 from llmqat.recipe.evaluation import (
@@ -301,18 +301,7 @@ def _check_model(flight: Preflight) -> None:
 def _check_allocation(recipe: Recipe, model: PreTrainedModel) -> None:
     if recipe.allocate is None:
         return
-    schemes = schemes_of(recipe.quant, recipe.allocate.choices)
-    costs = dict.fromkeys(recipe.allocate.choices, 0.0)
-    layers = [
-        LayerSensitivity(
-            name, module.rows * module.columns, costs, sizes_of(schemes, module.rows, module.columns, name)
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, QuantModule) and module.weights == recipe.quant.weights
-    ]
-    if not layers:
-        raise ValueError("no layer has the scheme of quant.weights, so there is none to choose bits for")
-    allocate_bits(layers[:1], recipe.allocate.target_bits)
+    check_allocation(model, recipe.quant, recipe.allocate)
 
 
 # Texts

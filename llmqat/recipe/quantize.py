@@ -37,7 +37,7 @@ from llmqat.calibrate import (
     report_layers,
     rotates,
 )
-from llmqat.calibrate.sensitivity import possible_schemes
+from llmqat.calibrate.sensitivity import with_choices
 from llmqat.calibrate.stages import REPORT_FILE
 from llmqat.data import DataConfig, TextSplits, load_blocks, load_splits, open_text
 from llmqat.data.origin import origin_of
@@ -54,7 +54,7 @@ from llmqat.recipe.config import forward_dtype, scheme_of
 from llmqat.recipe.findings import all_of
 from llmqat.recipe.folder import BLOCKS_FILES, kept_text
 from llmqat.recipe.pipeline import REPORT_BLOCKS
-from llmqat.recipe.plan import check_spec_served, coverage_of
+from llmqat.recipe.plan import check_spec_allocation, check_spec_served
 from llmqat.schemes import check_method
 from llmqat.terminal import Bar, Stages, progress
 from llmqat.train import processor_has_bf16
@@ -148,8 +148,9 @@ def quantize_model(
     quant = scheme_of(scheme, group_size)
     allocate = _allocation(target_bits, choices)
     data = text_source(text, tokens, block_size, seed)
-    possible = [quant, *(() if allocate is None else possible_schemes(quant, allocate.choices))]
-    needed = any(needs_text(stages, one) for one in possible)
+    _check_group_size(group_size, allocate)
+    possible = quant if allocate is None else with_choices(quant, allocate.choices)
+    needed = needs_text(stages, possible)
 
     def check_text() -> None:
         if text is not None and not needed and target_bits is None:
@@ -161,13 +162,13 @@ def quantize_model(
 
     def check_model() -> bool:
         check_full_precision(spec)
-        for one in possible:
-            check_stages(stages, one)
+        check_stages(stages, possible)
+        check_spec_allocation(spec, quant, allocate)
         return check_spec_served(spec, clients, quant, allocate, rotates(stages))
 
     # Now: a scheme that does not do should not cost the text.
     int_quantized: bool = all_of([check_model, check_text, partial(check_new, folder, "--out", overwrite=overwrite)])[0]
-    if any(needs_text((), one) for one in possible) and not any(isinstance(stage, RangesStage) for stage in stages):
+    if needs_text((), possible) and not any(isinstance(stage, RangesStage) for stage in stages):
         # Static input ranges, which plain rounding of weights needs as well.
         stages = (*stages, RangesStage(method="minmax", blocks=math.ceil(tokens / block_size)))
     read = data if needed or allocate else None
@@ -182,6 +183,14 @@ def _allocation(target_bits: float | None, choices: Sequence[int | str] | None) 
             )
         return None
     return AllocationConfig(target_bits=target_bits, **({"choices": tuple(choices)} if choices else {}))
+
+
+def _check_group_size(group_size: int | None, allocate: AllocationConfig | None) -> None:
+    if group_size is not None and allocate is not None and isinstance(allocate.choices[0], str):
+        raise ValueError(
+            f"--group-size {group_size} changes --scheme, and --choices name schemes with groups of their own; write "
+            f"the group in their names, such as int4-g{group_size}, or drop --group-size"
+        )
 
 
 def text_source(text: str | Path | None, tokens: int, block_size: int, seed: int) -> DataConfig:
@@ -273,12 +282,13 @@ def sensitivity_of(
         FileNotFoundError: the model or the text is not there.
         ValueError: the model, text, scheme or budget does not do.
     """
+    _check_group_size(group_size, allocate)
     quant = scheme_of(scheme, group_size)
     data = text_source(text, allocate.blocks * block_size, block_size, seed)
 
     def check_model() -> None:
         check_full_precision(spec)
-        coverage_of(spec, quant)
+        check_spec_allocation(spec, quant, allocate)
 
     all_of([check_model, *([] if text is None else [partial(open_text, data)])])
     dtype, device = forward_dtype(processor_has_bf16()), default_device()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -21,8 +22,10 @@ from llmqat.calibrate import (
 )
 from llmqat.calibrate import sensitivity as sensitivity_module
 from llmqat.calibrate.probe import Probe
-from llmqat.calibrate.sensitivity import fisher_diagonal, schemes_of
+from llmqat.calibrate.sensitivity import InputNoise, fisher_diagonal, schemes_of
 from llmqat.layers import QuantLinear, QuantModule, quantizers_off
+from llmqat.recipe import Recipe
+from llmqat.recipe.allocation import check_allocation
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral
 
 INT4 = QuantConfig.preset("int4", group_size=32)
@@ -247,7 +250,43 @@ def test_choices_that_cannot_be_are_refused(choices: list[Any], said: str) -> No
 
 
 def test_names_that_are_no_schemes_of_layers_are_refused() -> None:
-    for name, said in (("int4-fp8kv", "has a KV cache, which is not a layer's"), ("fp3", "fp3")):
+    refused = {
+        "int4-fp8kv": "int4-fp8kv also says kv_cache, which is not a layer's",
+        "fp3": "fp3",
+        "int4-g32-2:4": "int4-g32-2:4 has weights that stay zero, and what these cost is not predicted",
+        "fp8-block": "fp8-block has one scale for a block",
+    }
+    for name, said in refused.items():
         with pytest.raises(ValueError, match=said):
             schemes_of(INT4, [name])
-    assert AllocationConfig(target_bits=5, choices=["3", "4"]).choices == (3, 4)
+    with pytest.raises(ValueError, match="quant has weights that stay zero"):
+        schemes_of(QuantConfig.preset("int4-2:4"), ["fp8"])
+    assert AllocationConfig(target_bits=5, choices=["3", "4 "]).choices == (3, 4)
+
+
+def test_stages_of_more_bits_fit_where_some_choice_has_fewer() -> None:
+    stages = [{"stage": "ranges", "bits": 4}, {"stage": "gptq", "bits": 4}, "ranges", "gptq"]
+    recipe = {"model": "m", "output": "o", "quant": "int2", "calibrate": stages, "allocate": {"target_bits": 3}}
+    assert Recipe.model_validate(recipe).allocate is not None
+
+
+def test_a_budget_is_checked_on_all_layers() -> None:
+    model = tiny_llama()
+    quant = QuantConfig.preset("int8")
+    prepare(model, quant)
+    # One scale a row of 64 or 128 in features: 4.25 and 4.125 bits.
+    config = AllocationConfig(target_bits=4.24, choices=("int4-channel", "int8"))
+    check_allocation(model, quant, config)
+    with pytest.raises(ValueError, match=r"is below the smallest choice of 4\.2\d+ \(int4-channel\)"):
+        check_allocation(model, quant, config.model_copy(update={"target_bits": 4.14}))
+
+
+def test_an_expert_that_no_token_chose_has_no_inputs_to_look_at() -> None:
+    model = tiny_llama()
+    prepare(model, INT4)
+    name = "model.layers.0.mlp.up_proj"
+    noise = InputNoise({name: model.get_submodule(name)}, schemes_of(INT4, ["nvfp4"]))
+    with ExitStack() as stack:
+        noise.watch(stack)
+        assert model.get_submodule(name)(torch.zeros(0, 64)).shape == (0, 128)
+    assert noise.cost(name, "nvfp4") == 0

@@ -49,6 +49,7 @@ def stand_in(product: Any = gemm_int4_forward) -> SimpleNamespace:
 def forget() -> None:
     for cached in (trial.refusal, brgemm.load_brgemm, brgemm._trial):
         cached.cache_clear()
+    brgemm._loaded.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
     monkeypatch.setattr(brgemm, "require", lambda module, purpose: SimpleNamespace(get_kernel=get_kernel))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(brgemm, "_MULTIPLIES_BF16", True)
     forget()
     yield found
     forget()
@@ -138,7 +139,7 @@ def test_other_dtypes_and_processors_are_declined(monkeypatch: pytest.MonkeyPatc
     x = torch.zeros(1, weight.in_features)
     reason = CpuBrgemmKernel().declines(x, weight)
     assert reason == "it needs bfloat16 activations and scales, not torch.float32, torch.bfloat16"
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(brgemm, "_MULTIPLIES_BF16", False)
     assert "AVX512-BF16" in str(CpuBrgemmKernel().declines(x.bfloat16(), weight))
 
 
@@ -189,3 +190,5 @@ def test_a_compiled_step_holds_the_product_whole(hub: dict[str, Any]) -> None:
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         assert torch.equal(compiled(x), expected)
     assert layer.packed_weight().layouts.keys() == {"cpu-brgemm"}
+    # A layout holds tensors alone: what the hub's module gives cannot be found by another process.
+    assert all(isinstance(part, Tensor) for part in layer.packed_weight().layouts["cpu-brgemm"])

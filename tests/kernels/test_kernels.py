@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.kernels import KERNELS, JoinedWeight, cpu, integer, packed_linear, registry
+from llmqat.kernels.reference import int8_codes
 from llmqat.kernels.zentorch import rounded_to_8_bits
 from llmqat.layers import ActivationConfig, ActivationQuantizer, PackedLinear, QuantLinear, WeightConfig
 
@@ -222,6 +223,24 @@ def test_a_large_weight_is_dequantized_in_slices(bits: int, monkeypatch: pytest.
     torch.testing.assert_close(packed_linear(x, joined, None, "reference"), whole, rtol=2**-6, atol=2**-6)
 
 
+def test_a_layer_that_never_ran_is_compiled_whole() -> None:
+    """Which kernels this processor can run is no question for the compiler."""
+    layer = packed_layer(WeightConfig(num_bits=4, group_size=64))
+    x = torch.randn(200, 384).bfloat16()
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        assert torch.equal(compiled, layer(x))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_codes_of_8_bits_are_taken_out_where_the_weight_is(joined: bool) -> None:
+    layers = [packed_layer(WeightConfig(num_bits=8, strategy="channel")) for _ in range(2)]
+    for layer in layers:
+        layer.to("meta")
+    weights = [layer.packed_weight() for layer in layers]
+    assert int8_codes(JoinedWeight(weights) if joined else weights[0]).device.type == "meta"
+
+
 def test_integers_are_multiplied_on_a_gpu_after_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in checks what torch asks of the shapes there."""
     given: list[tuple[int, ...]] = []
@@ -242,11 +261,11 @@ def test_integers_are_multiplied_on_a_gpu_after_a_trial(monkeypatch: pytest.Monk
     expected = packed_linear(x.values(), weight, None, "reference")
     torch.testing.assert_close(integer.IntegerKernel().linear(x, weight, None), expected, rtol=2**-7, atol=2**-7)
     assert given == [(32, 384)]
-    integer._trial.cache_clear()
+    integer._tried.cache_clear()
     assert integer._refusal(torch.device("cpu"), weight) is None
     ragged = packed_layer(WeightConfig(num_bits=8, strategy="channel"), 60).packed_weight()
     assert integer._refusal(torch.device("cpu"), ragged) == "60 x 384 features are not multiples of 8"
     monkeypatch.setattr(torch, "_int_mm", lambda rows, columns: of_torch(rows, columns) + 1)
-    integer._trial.cache_clear()
+    integer._tried.cache_clear()
     assert integer._refusal(torch.device("cpu"), weight) == "torch gave other numbers"
-    integer._trial.cache_clear()
+    integer._tried.cache_clear()
