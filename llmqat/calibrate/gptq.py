@@ -34,7 +34,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations, zip_longest
 from typing import Any
@@ -173,6 +174,15 @@ def round_by_gptq(
     result = torch.empty_like(codes)
     result[order] = codes
     return result.t().contiguous().to(grid.code_dtype)
+
+
+@contextmanager
+def graphs_kept() -> Iterator[None]:
+    """Inside, CUDA graphs of the rounding serve all layers of their shape; afterwards they are let go."""
+    try:
+        yield
+    finally:
+        _recorder.clear()
 
 
 @torch.no_grad()

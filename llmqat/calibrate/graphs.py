@@ -44,6 +44,10 @@ class Recorder:
         recorded = self._recorded[key]
         return function(*tensors) if recorded is None else recorded(tensors)
 
+    def clear(self) -> None:
+        """Lets the graphs go, and the memory that they read and write."""
+        self._recorded.clear()
+
 
 class _Recorded:
     """A graph, the tensors that it reads and those that it writes."""

@@ -51,7 +51,7 @@ from llmqat.calibrate.config import (
     TextStage,
     WeightStage,
 )
-from llmqat.calibrate.gptq import Clean, gptq_block
+from llmqat.calibrate.gptq import Clean, gptq_block, graphs_kept
 from llmqat.calibrate.masters import Originals, in_float32, map_tensors, take_tensors
 from llmqat.calibrate.moments import collect_moments
 from llmqat.calibrate.probe import Probe
@@ -437,7 +437,8 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
     facts: dict[str, Any] = {}
     earlier = 0.0
     memory = stage.hidden_memory * 1e9
-    with open_walk(run.model, run.text(stage), stage.batch_size, memory, run.dtype, processes) as walk:
+    opened = open_walk(run.model, run.text(stage), stage.batch_size, memory, run.dtype, processes)
+    with graphs_kept(), opened as walk:
         bar = run.bar(stage.stage, "block")(walk.blocks)
         for block in bar:
             file = files[block.index]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmqat.calibrate import gptq, graphs
-from llmqat.calibrate.gptq import Curvature, round_by_gptq
+from llmqat.calibrate.gptq import Curvature, graphs_kept, round_by_gptq
 from llmqat.calibrate.graphs import Recorder
 from llmqat.grid import Grid
 
@@ -78,6 +78,13 @@ def test_a_graph_finds_the_codes_of_the_loop(
     monkeypatch.setattr(graphs, "_may_record", lambda tensors: False)
     direct = round_by_gptq(**layer)
     assert all(torch.equal(codes, direct) for codes in by_graph)
+
+
+def test_graphs_are_let_go_with_the_stage(recorded: list[Run]) -> None:
+    with graphs_kept():
+        round_by_gptq(**problem(True, False))
+        assert gptq._recorder._recorded
+    assert not gptq._recorder._recorded
 
 
 def test_other_grids_and_shapes_have_recordings_of_their_own(recorded: list[Run]) -> None:
