@@ -18,6 +18,7 @@ Letters: M rows of activations, O out features, I in features, G scales per row,
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -137,8 +138,10 @@ def load_brgemm() -> Product:
     Raises:
         Exception: of any kind, where it cannot be had here.
     """
-    package = require("kernels", "the kernel cpu-brgemm")
-    module = package.get_kernel(REPOSITORY, version=VERSION, backend="cpu")  # torch may be built for CUDA
+    get_kernel = require("kernels", "the kernel cpu-brgemm").get_kernel
+    # Where torch is built for CUDA, the build for CPUs has to be asked for, which kernels 0.12 does not know.
+    known = inspect.signature(get_kernel).parameters
+    module = get_kernel(REPOSITORY, version=VERSION, **({"backend": "cpu"} if "backend" in known else {}))
     product: Product = module.gemm_int4_forward
     with suppress(AttributeError, RuntimeError):  # named otherwise, or known: a compiled step is divided here then
         name = module._ops.add_op_namespace_prefix("gemm_int4_forward")

@@ -57,8 +57,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A machine with AVX512-BF16 and `kernels`, whose `get_kernel` gives what is put into the dictionary."""
     found: dict[str, Any] = {"module": stand_in(), "asked": []}
 
-    def get_kernel(*args: Any, **options: Any) -> Any:
-        found["asked"].append((args, options))
+    def get_kernel(repository: str, *, version: int, backend: str | None = None) -> Any:
+        found["asked"].append((repository, version, backend))
         if isinstance(found["module"], Exception):
             raise found["module"]
         return found["module"]
@@ -118,7 +118,13 @@ def test_it_comes_first_on_a_cpu_where_it_was_loaded_and_gave_the_right_numbers(
         x = torch.randn(rows, weight.in_features).bfloat16()
         assert registry._choice(x, weight, wants_gradient=False).name == "cpu-brgemm"
         assert registry._choice(x, weight, wants_gradient=True).name != "cpu-brgemm"
-    assert hub["asked"] == [(("kernels-community/quantization-gptq",), {"version": 1, "backend": "cpu"})]
+    assert hub["asked"] == [("kernels-community/quantization-gptq", 1, "cpu")]
+
+
+def test_kernels_0_12_is_not_asked_for_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = SimpleNamespace(get_kernel=lambda repository, revision=None, version=None, user_agent=None: stand_in())
+    monkeypatch.setattr(brgemm, "require", lambda module, purpose: package)
+    assert brgemm.load_brgemm() is gemm_int4_forward
 
 
 @pytest.mark.parametrize(
