@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmqat.calibrate.chains import Chain, Some, Stopped, hidden_of
+from llmqat.calibrate.chains import Call, Chain, Some, Stopped, hidden_of
 from llmqat.calibrate.forward import input_of
 from llmqat.data.processes import ALONE, Processes
 from llmqat.layers import QuantModule, model_kind, quantized_once, quantizers_off
@@ -50,7 +50,11 @@ class Block:
             chain: that has reached the block; it stays where it is.
             rows: which token blocks of the chain.
         """
-        args, options = chain.call(self, rows)
+        return self.output(chain.call(self, rows))
+
+    def output(self, call: Call) -> Tensor:
+        """Returns the hidden states [B, L, D] after the block, of its arguments."""
+        args, options = call
         return hidden_of(self.module.forward(*args, **options))  # hooks of the block have changed the arguments already
 
     def cast(self) -> AbstractContextManager[None]:

@@ -27,12 +27,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llmqat.calibrate.blocks import Block
-from llmqat.calibrate.chains import Chain
+from llmqat.calibrate.chains import Call, Chain
 from llmqat.calibrate.config import BlockwiseStage
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import of_each_weight
+from llmqat.kernels.graphs import Recorder
 from llmqat.layers import ActivationQuantizer, KVQuantizer, quantized_once
 from llmqat.models import model_device, uploaded
 
@@ -42,6 +44,11 @@ CHECKS = 4
 """Times in a training that the error is measured on the check set."""
 CHECK_BLOCKS = 8
 """Token blocks of the check set: the last of the text."""
+
+GRAPH_CHECKS = 2
+"""Iterations in which what a CUDA graph gives is compared: at the second one parameters have moved."""
+GRAPH_TOLERANCE = 0.01
+"""Share of its norm by which a gradient may differ: attention adds up some gradients in any order on a GPU."""
 
 OnStep = Callable[[int, float], None]
 """Called after each iteration with its number and its loss."""
@@ -138,6 +145,7 @@ def train_block(
     generator = torch.Generator().manual_seed(seed * 1_000_003 + block.index)
     size = min(stage.batch_size, len(inputs))
     order = iter(_endless(inputs.units, -(-size // inputs.unit), generator))
+    recorder = Recorder(GRAPH_CHECKS, GRAPH_TOLERANCE)
     before = best_error = _check(block, inputs, targets, size, processes)
     if not math.isfinite(before):
         raise FloatingPointError(
@@ -151,7 +159,7 @@ def train_block(
         share = _rate(stage, done - 1)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
-        loss = _iteration(block, inputs, targets, next(order), optimizer, parameters, processes)
+        loss = _iteration(block, inputs, targets, next(order), optimizer, parameters, processes, recorder)
         kept.restore()
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -230,17 +238,20 @@ def _iteration(
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     processes: Processes,
+    recorder: Recorder,
 ) -> float:
     """Takes a step on the token blocks of `units` together, of which each process does some; returns the loss."""
     device, own = model_device(block.module), inputs.parts(units[processes.rank :: processes.count])
     wanted = [uploaded(targets[rows], device) for rows in own]
     size = processes.add(sum((target.float().square().sum() for target in wanted), torch.zeros((), device=device)))
     loss = torch.zeros((), device=device)
-    with block.cast():
-        for rows, target in zip(own, wanted, strict=True):
-            error = relative_error(block(inputs, rows), target, size)
-            error.backward()
-            loss = loss + error.detach()
+    for rows, target in zip(own, wanted, strict=True):
+        error, *gradients = _gradients(block, inputs.call(block, rows), target, size, parameters, recorder)
+        loss = loss + error
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            # What a graph gives is overwritten by the next part.
+            before = parameter.grad
+            parameter.grad = gradient if len(own) == 1 else gradient.clone() if before is None else before + gradient
     if processes.count > 1:
         for parameter in parameters:
             parameter.grad = processes.add(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -248,6 +259,30 @@ def _iteration(
     optimizer.step()
     optimizer.zero_grad()
     return float(processes.add(loss))  # the one wait of an iteration: the first loss that is not finite ends training
+
+
+def _gradients(
+    block: Block, call: Call, target: Tensor, size: Tensor, parameters: list[nn.Parameter], recorder: Recorder
+) -> tuple[Tensor, ...]:
+    """Returns the error of a block's output for some token blocks, and its gradient by each of `parameters`.
+
+    On a GPU the work is recorded as a CUDA graph where the block's arguments are tensors and plain values.
+    """
+    values, tree = tree_flatten(call)
+    plain = tuple(None if isinstance(value, Tensor) else value for value in values)
+
+    def run(target: Tensor, size: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        left = iter(tensors)
+        arguments = tree_unflatten([next(left) if isinstance(value, Tensor) else value for value in values], tree)
+        with block.cast():  # here, since a graph must cast parameters as they are at its time
+            error = relative_error(block.output(arguments), target, size)
+            found = torch.autograd.grad(error, parameters, allow_unused=True, materialize_grads=True)
+        return error.detach(), *found
+
+    tensors = target, size, *(value for value in values if isinstance(value, Tensor))
+    if not all(isinstance(value, (bool, int, float, str, type(None))) for value in plain):
+        return run(*tensors)
+    return recorder((str(tree), plain), run, *tensors)
 
 
 @torch.no_grad()

@@ -47,10 +47,10 @@ from llmqat.calibrate.blocks import Block, showing_inputs
 from llmqat.calibrate.chains import Call, Chain, Some
 from llmqat.calibrate.config import GPTQStage
 from llmqat.calibrate.forward import input_of
-from llmqat.calibrate.graphs import Recorder
 from llmqat.calibrate.masters import holding
 from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import Grid, most_important, of_each_weight, quantize, snap_scale
+from llmqat.kernels.graphs import Recorder
 from llmqat.layers import QuantLinear, quantized_once, quantizers_off
 from llmqat.layers.finite import is_finite
 from llmqat.models import uploaded

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
+from llmqat.kernels.graphs import Recorder
 from llmqat.layers import kv_scheme
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ ATTENTION_NAME = "llmqat_lockstep"
 _CHANGE_ARITHMETIC = ("softcap", "s_aux", "position_bias")
 """Keywords of attention functions (other than a window, which is checked) that change what attention computes."""
 _TRIAL_TOKENS = 6
+GRAPH_CHECKS = 2
+"""Steps of which what a CUDA graph gives is compared: at the second one the cache holds more."""
+GRAPH_TOLERANCE = 1e-3
+"""Share of their norm by which logits may differ: a library may choose another product for a graph."""
 MOST_ROUNDING = 0.05
 """Share of their size by which logits in bfloat16 or float16 may differ between two ways of computing them."""
 
@@ -49,6 +54,8 @@ class LockstepError(RuntimeError):
 
 class LockstepCache:
     """Keys and values of B rows that all stand at the same position, and from where on each row may look back.
+
+    For CPUs: at each length the cache is contiguous and no longer than it must be.
 
     Attributes:
         length: positions held, the open one included.
@@ -122,6 +129,52 @@ class LockstepCache:
         return longer
 
 
+class FixedCache:
+    """What `LockstepCache` is, for GPUs: in one place and at its full length from the first position on.
+
+    A CUDA graph reads and writes the same memory each time. The positions that are still empty are read and hidden.
+
+    Attributes:
+        bias: what is added to attention scores, 0 or -inf: [B, full length].
+    """
+
+    def __init__(self, most: int) -> None:
+        """Makes a cache of `most` positions."""
+        self.bias = torch.empty(0)
+        self._most = most
+        self._open = torch.empty(0, dtype=torch.int64)
+        self._memory: dict[tuple[int, str], Tensor] = {}
+
+    def advance(self, starts: Tensor, position: Tensor, dtype: torch.dtype) -> None:
+        """Opens a position, int64 [1]; row b attends to positions starts[b] to that one."""
+        positions = torch.arange(self._most, device=starts.device)
+        hidden = (positions < starts[:, None]) | (positions > position)
+        self.bias = torch.zeros(hidden.shape, dtype=dtype, device=starts.device).masked_fill_(hidden, float("-inf"))
+        self._open = position
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores key and value [B, N, 1, D] of the open position, and returns all of the layer's, each [B*N, P, D]."""
+        return self._written((layer, "key"), key.flatten(0, 1)), self._written((layer, "value"), value.flatten(0, 1))
+
+    def keep(self, rows: Tensor) -> None:
+        """Keeps only the rows [B'] of the cache, in that order."""
+        before = len(self.bias)
+        self.bias = self.bias[rows]
+        for name, memory in self._memory.items():
+            self._memory[name] = memory.unflatten(0, (before, -1))[rows].flatten(0, 1)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers that have stored something."""
+        return len({layer for layer, _ in self._memory})
+
+    def _written(self, name: tuple[int, str], new: Tensor) -> Tensor:
+        """Returns the states of that name [B*N, P, D], with `new` [B*N, 1, D] at the open position."""
+        if name not in self._memory:
+            self._memory[name] = new.new_zeros(len(new), self._most, new.shape[-1])
+        return self._memory[name].index_copy_(1, self._open, new)
+
+
 def _whole_pieces(positions: int) -> int:
     return -(-positions // PIECE) * PIECE
 
@@ -139,7 +192,7 @@ def lockstep_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    lockstep: LockstepCache | None = None,
+    lockstep: LockstepCache | FixedCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Returns the attention output [B, 1, N*G, D] of one query position over the lockstep cache.
@@ -163,22 +216,48 @@ def lockstep_attention(
 
 
 class LockstepDecoder:
-    """Decodes with `LockstepCache` and `lockstep_attention`; made by `open_decoder`."""
+    """Decodes with `lockstep_attention`; made by `open_decoder`.
 
-    def __init__(self, model: PreTrainedModel, length: int) -> None:
-        """Decodes rows of up to `length` tokens."""
+    On a GPU a step is recorded as a CUDA graph (kernels/graphs.py), since a model of a few billion parameters takes
+    longer to start its kernels than to run them.
+    """
+
+    def __init__(self, model: PreTrainedModel, length: int, by_graph: bool | None = None) -> None:
+        """Decodes rows of up to `length` tokens, by a graph where None is given and the model lies on one GPU."""
         self.model = model
-        self.cache = LockstepCache(length)
+        if by_graph is None:
+            by_graph = {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+        self.cache: LockstepCache | FixedCache = FixedCache(length) if by_graph else LockstepCache(length)
+        self._length = 0
+        self._recorder = Recorder(GRAPH_CHECKS, GRAPH_TOLERANCE)
 
     def step(self, tokens: Tensor, starts: Tensor) -> Tensor:
-        """Feeds one token a row and returns the logits [B, V] of what follows.
+        """Feeds one token a row and returns the logits [B, V] of what follows; the next step may overwrite them.
 
         Args:
             tokens: int64 [B].
             starts: position in the row at which the row's present document began, int64 [B].
         """
-        positions = self.cache.length - starts
-        self.cache.advance(starts, self.model.dtype)
+        if isinstance(self.cache, LockstepCache):
+            positions = self.cache.length - starts
+            self.cache.advance(starts, self.model.dtype)
+            return self._logits(tokens, positions)
+        position = torch.full((1,), self._length, device=tokens.device)
+        self._length += 1
+        (logits,) = self._recorder("step", self._fixed_step, tokens, starts, position)
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with the rows [B'] alone, in that order."""
+        self.cache.keep(rows.to(self.model.device))
+        self._recorder.clear()  # it reads the memory of before
+
+    def _fixed_step(self, tokens: Tensor, starts: Tensor, position: Tensor) -> tuple[Tensor]:
+        assert isinstance(self.cache, FixedCache)
+        self.cache.advance(starts, position, self.model.dtype)
+        return (self._logits(tokens, position - starts),)
+
+    def _logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         output = self.model(
             input_ids=tokens[:, None],
             position_ids=positions[:, None],
@@ -283,7 +362,7 @@ def lockstep_obstacle(model: PreTrainedModel, length: int) -> str | None:
         try:
             with lockstep_attention_in(model):
                 decoder = LockstepDecoder(model, _TRIAL_TOKENS)
-                found = torch.stack([decoder.step(column, starts) for column in ids.unbind(1)], dim=1).float()
+                found = torch.stack([decoder.step(column, starts).clone() for column in ids.unbind(1)], dim=1).float()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model's own attention makes of arguments that it does not expect

@@ -209,7 +209,7 @@ def _in_lockstep(
                 break
             if len(live) <= KEPT_ROWS * len(rows):
                 kept = torch.tensor(live)
-                decoder.cache.keep(kept.to(model.device))
+                decoder.keep(kept)
                 rows, tokens = [rows[place] for place in live], tokens[kept]
     return written
 

@@ -33,6 +33,7 @@ from llmqat.kernels import WeightPages, pages
 from llmqat.layers import QuantModule, quantizers_off
 from llmqat.models import load_model
 from llmqat.recipe import Recipe
+from tests.graphs import record_on_a_cpu
 from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama, tiny_tokenizer
 
 INT3 = QuantConfig.preset("int3", group_size=32)
@@ -72,6 +73,21 @@ def test_gptq_and_blockwise_take_every_architecture(model_type: str) -> None:
     reports = calibrate(model, INT3, stages("ranges", "gptq", gentle), text())
     assert reports[2].kl_after < reports[0].kl_after
     assert sum(len(part) - 1 for part in reports[1].parts.values()) > 0
+
+
+@pytest.mark.parametrize("trains", ["weights", "rounding"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral"])
+def test_blockwise_training_by_a_graph_ends_with_the_same_model(
+    model_type: str, trains: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    todo = stages("ranges", {"stage": "blockwise", "trains": trains, "iterations": 8, "blocks": 6, "batch_size": 2})
+    direct, by_graph = tiny_architecture(model_type), tiny_architecture(model_type)
+    calibrate(direct, INT3, todo, text())
+    recorded = record_on_a_cpu(monkeypatch)
+    calibrate(by_graph, INT3, todo, text())
+    assert len(recorded) == 2  # one for each block
+    found = state(by_graph)
+    assert all(torch.equal(value, found[name]) for name, value in state(direct).items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 
 from llmqat.data import decode
 from llmqat.data.decode import LockstepDecoder, StockDecoder, lockstep_attention_in, lockstep_obstacle, open_decoder
+from llmqat.kernels import graphs
 from llmqat.layers import QuantConfig, prepare
+from tests.graphs import Run, holds_nothing, record_on_a_cpu
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_model, tiny_qwen2, tiny_qwen3
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -36,21 +38,38 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "PIECE", 4)
 
 
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    return record_on_a_cpu(monkeypatch)
+
+
 def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def decoded(decoder: LockstepDecoder | StockDecoder, ids: Tensor, starts: Tensor) -> Tensor:
-    return torch.stack([decoder.step(*pair) for pair in zip(ids.unbind(1), starts.unbind(1), strict=True)], dim=1)
+    steps = zip(ids.unbind(1), starts.unbind(1), strict=True)
+    return torch.stack([decoder.step(*pair).clone() for pair in steps], dim=1)
 
 
+@pytest.mark.parametrize("by_graph", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_lockstep_logits_are_those_of_a_full_forward(name: str):
+def test_lockstep_logits_are_those_of_a_full_forward(name: str, by_graph: bool, recorded: list[Run]):
     model, ids = MODELS[name](), random_ids(3, 19)
     with lockstep_attention_in(model):
-        found = decoded(LockstepDecoder(model, ids.shape[1]), ids, torch.zeros_like(ids))
+        found = decoded(LockstepDecoder(model, ids.shape[1], by_graph), ids, torch.zeros_like(ids))
+    torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert len(recorded) == by_graph  # one graph serves every position
+
+
+@torch.no_grad()
+def test_a_step_that_cannot_be_recorded_is_run_as_it_is(monkeypatch: pytest.MonkeyPatch, recorded: list[Run]):
+    monkeypatch.setattr(graphs, "_record", holds_nothing)
+    model, ids = tiny_llama(), random_ids(3, 19)
+    with lockstep_attention_in(model):
+        found = decoded(LockstepDecoder(model, ids.shape[1], by_graph=True), ids, torch.zeros_like(ids))
     torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -69,19 +88,20 @@ def test_a_document_does_not_see_what_lies_before_it_in_its_row(kind: type[Locks
             torch.testing.assert_close(found[row : row + 1, begin:end], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("by_graph", [False, True])
 @torch.no_grad()
-def test_rows_that_are_kept_go_on_as_before():
+def test_rows_that_are_kept_go_on_as_before(by_graph: bool, recorded: list[Run]):
     model, ids = tiny_llama(), random_ids(5, 19)
     rows, found = torch.arange(5), []
     with lockstep_attention_in(model):
-        decoder = LockstepDecoder(model, ids.shape[1])
+        decoder = LockstepDecoder(model, ids.shape[1], by_graph)
         for position in range(ids.shape[1]):
             for at, kept in ((6, [4, 0, 2]), (9, [0, 2]), (12, [1])):  # PIECE is 4: within a piece, and between two
                 if position == at:
-                    decoder.cache.keep(torch.tensor(kept))
+                    decoder.keep(torch.tensor(kept))
                     rows = rows[kept]
             logits = decoder.step(ids[rows, position], torch.zeros(len(rows), dtype=torch.int64))
-            found += [(int(row), position, one) for row, one in zip(rows, logits, strict=True)]
+            found += [(int(row), position, one.clone()) for row, one in zip(rows, logits, strict=True)]
     assert rows.tolist() == [2]
     expected = model(ids).logits
     for row, position, one in found:

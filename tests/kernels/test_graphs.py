@@ -3,51 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from llmqat.calibrate import gptq, graphs
+from llmqat.calibrate import gptq
 from llmqat.calibrate.gptq import Curvature, graphs_kept, round_by_gptq
-from llmqat.calibrate.graphs import Recorder
 from llmqat.grid import Grid
-
-Run = Callable[[], tuple[Tensor, ...]]
-
-
-def stand_in(run: Run) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """Reads and writes the same tensors at each replay, as a graph does, and leaves nothing in them in between."""
-    outputs = run()
-
-    def replay() -> None:
-        for out, new in zip(outputs, run(), strict=True):
-            out.copy_(new)
-
-    return replay, outputs
-
-
-def holds_nothing(run: Run) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """What torch records where the kernels run on another device than the stream."""
-    outputs = run()
-    return lambda: None, outputs
+from llmqat.kernels import graphs
+from llmqat.kernels.graphs import Recorder
+from tests.graphs import Run, holds_nothing, record_on_a_cpu, stand_in
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """A GPU whose recordings are counted."""
-    runs: list[Run] = []
-
-    def record(run: Run) -> Any:
-        runs.append(run)
-        return stand_in(run)
-
-    monkeypatch.setattr(graphs, "_may_record", lambda tensors: True)
-    monkeypatch.setattr(graphs, "_record", record)
     monkeypatch.setattr(gptq, "_recorder", Recorder())
-    return runs
+    return record_on_a_cpu(monkeypatch)
 
 
 def problem(symmetric: bool, some_known: bool) -> dict[str, Any]:
@@ -119,3 +92,31 @@ def test_a_recording_that_fails_or_gives_other_numbers_is_not_used(
 def test_nothing_is_recorded_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_record", lambda run: pytest.fail("recorded"))
     assert torch.equal(Recorder()("double", lambda t: (2 * t,), torch.ones(2))[0], torch.full((2,), 2.0))
+
+
+def test_a_graph_that_reads_what_has_changed_since_is_found_at_the_second_check(recorded: list[Run]) -> None:
+    state, x, recorder = {"factor": torch.tensor(2.0)}, torch.ones(3), Recorder(checks=2)
+
+    def scaled(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x * state["factor"],)
+
+    first = recorder("scaled", scaled, x)[0].clone()
+    (graph,) = recorder._recorded.values()
+    assert graph is not None
+    old = state["factor"]
+    graph.replay = lambda: graph.outputs[0].copy_(graph.inputs[0] * old)  # a graph keeps to the memory that it knows
+    state["factor"] = torch.tensor(3.0)
+    assert first.tolist() == [2.0] * 3
+    assert [recorder("scaled", scaled, x)[0].tolist() for _ in range(2)] == [[3.0] * 3] * 2
+
+
+def test_what_adds_up_in_any_order_may_differ_a_little(recorded: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def about(run: Run) -> Any:
+        replay, outputs = stand_in(run)
+        return lambda: (replay(), outputs[0].mul_(1.001)), outputs
+
+    monkeypatch.setattr(graphs, "_record", about)
+    x = torch.arange(3.0)
+    exact, loose = Recorder(), Recorder(tolerance=0.01)
+    assert torch.equal(exact("double", lambda t: (2 * t,), x)[0], 2 * x)
+    assert torch.equal(loose("double", lambda t: (2 * t,), x)[0], 2 * x * 1.001)
