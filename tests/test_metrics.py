@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmqat.grid import fused_divergence, fusing
 from llmqat.metrics import (
     IGNORED_LABEL,
     LogitTransform,
@@ -146,6 +150,15 @@ def test_fast_argmax_is_argmax_with_ties(rows: int, blocks: int, tail: int, leve
     assert torch.equal(fast_argmax(logits), logits.argmax(-1))
 
 
+@pytest.fixture
+def gpu_that_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The loss is compiled as it is on a GPU."""
+    monkeypatch.setattr(fused_divergence, "DEVICES", ("cpu",))
+    fused_divergence._tried.cache_clear()
+    yield
+    fused_divergence._tried.cache_clear()
+
+
 @pytest.mark.parametrize("transform", [None, soft_cap])
 @pytest.mark.parametrize("chunk_tokens", [1, 16, 512])
 @pytest.mark.parametrize(("kl_weight", "cross_entropy_weight"), [(1.0, None), (None, 1.0), (0.7, 0.4)])
@@ -189,6 +202,42 @@ def test_the_loss_and_its_gradients_equal_autograd(
     (3 * expected).backward()
     for found, wanted in zip(chunked, plain, strict=True):
         torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_kernel_as_on_a_gpu_gives_the_loss_and_its_gradient(dtype: torch.dtype, gpu_that_is_a_cpu: None) -> None:
+    hidden, student, _ = states(33, 70, dtype)
+    teacher = Teacher(*states(33, 70, dtype, seed=1)[:2])
+    weights = torch.rand(33)
+    weights[::5] = 0
+
+    def loss_and_gradient() -> tuple[Tensor, Tensor]:
+        leaf = hidden.clone().requires_grad_()
+        loss = token_loss(leaf, student, weights, teacher, chunk_tokens=16)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    eager = loss_and_gradient()
+    with fusing():
+        assert fused_divergence.fused_divergence(hidden) is not None
+        compiled = loss_and_gradient()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for found, wanted in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "other numbers"])
+def test_a_kernel_of_the_loss_that_fails_its_trial_is_not_used(
+    fault: str, gpu_that_is_a_cpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiles(function: Any, **options: Any) -> Any:
+        if fault == "no compiler":
+            raise RuntimeError(fault)
+        return lambda *tensors: tuple(1.1 * one for one in function(*tensors))
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    with fusing(), caplog.at_level(logging.WARNING, logger="llmqat"):
+        assert [fused_divergence.fused_divergence(torch.ones(2, 3)) for _ in range(2)] == [None, None]
+    assert [fault in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_training_loss_and_evaluation_agree() -> None:

@@ -25,6 +25,7 @@ from llmqat.grid.levels import Grid
 logger = logging.getLogger(__name__)
 
 _TRIAL_SHAPE = (4099, 32)
+_NAME = "fake quantization"
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,14 @@ def fusing() -> Iterator[None]:
         _state["fusing"] = before
 
 
+def is_fusing() -> bool:
+    """Returns whether this is inside `fusing`."""
+    return _state["fusing"]
+
+
 def fused_kernels(grid: Grid, dtype: torch.dtype, device: torch.device) -> FusedKernels | None:
     """Returns the fused pair of a symmetric grid for an output dtype; None outside `fusing` or without a compiler."""
-    if not _state["fusing"] or device.type == "meta":
+    if not is_fusing() or device.type == "meta":
         return None
     return _tried(grid, dtype, device.type)
 
@@ -71,18 +77,23 @@ def _tried(grid: Grid, dtype: torch.dtype, device: str) -> FusedKernels | None:
         )
         same = _agree(eager, compiled, grid, dtype, device)
     except Exception as error:  # a compiler can fail in any way; without it training is slower, not wrong
-        _log_unfused(error)
+        log_unfused(_NAME, error)
         return None
     if not same:
-        logger.warning(
-            "fake quantization is not fused (slower): the compiled kernel rounds otherwise than the eager one"
-        )
+        log_unfused(_NAME, "the compiled kernel rounds otherwise than the eager one")
         return None
-    return FusedKernels(_guarded(compiled.forward, eager.forward), _guarded(compiled.backward, eager.backward))
+    pairs = (compiled.forward, eager.forward), (compiled.backward, eager.backward)
+    return FusedKernels(*(guarded(own, other, _NAME) for own, other in pairs))
 
 
-def _guarded(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `compiled`, which gives way to `eager` for good should a later shape fail to compile."""
+def guarded(compiled: Callable[..., Any], eager: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Returns `compiled`, which gives way to `eager` for good should a later shape fail to compile.
+
+    Args:
+        compiled: made of `eager` by torch.compile.
+        eager: the function.
+        name: says in the log what is slower then.
+    """
     failed = False
 
     def call(*tensors: Tensor) -> Any:
@@ -92,15 +103,16 @@ def _guarded(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callabl
                 return compiled(*tensors)
             except Exception as error:  # as in the trial
                 failed = True
-                _log_unfused(error)
+                log_unfused(name, error)
         return eager(*tensors)
 
     return call
 
 
-def _log_unfused(error: Exception) -> None:
-    reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-    logger.warning("fake quantization is not fused (slower): %s", reason)
+def log_unfused(name: str, reason: Exception | str) -> None:
+    """Logs why the passes of `name` are run one by one."""
+    said = (str(reason).strip() or repr(reason)).splitlines()[0][:200]
+    logger.warning("%s is not fused (slower): %s", name, said)
 
 
 def _passes(grid: Grid, dtype: torch.dtype) -> FusedKernels:
