@@ -36,6 +36,8 @@ OWN_KIND = 0
 _CACHES = (4, 8, HIGH_PRECISION, FP8)
 _BLOCKS = {"q40": "int4-g32", "q80": "int8-g32"}
 """GGUF's block types that hold codes and one scale, by what their weights are."""
+_FEW_LEVELS = ("ternary", "int2seq")
+"""Levels of weights of 2 bits that are no floats."""
 _NAME = re.compile(
     r"(?:(?:int|w)(?P<bits>\d+)|(?P<plain_bits>\d+)bits?|(?P<levels>ternary|int2seq|fp8|nvfp4|mxfp4|mxfp8))"
     r"(?:a(?P<inputs>\d+|fp8))?(?:kv(?P<cache>\d+|fp8)|(?P<fp8kv>fp8kv))?"
@@ -85,6 +87,29 @@ def read_scheme(name: str) -> SchemeName | None:
     extent = "block" if (found["extent"] or "").startswith("block") else found["extent"]
     ends = not found["asym"], found["sparsity"]
     return SchemeName(bits, inputs, cache, found["levels"], extent, group, *ends)
+
+
+def with_eight_bits(name: str) -> str:
+    """Returns the name of the scheme with weights of 8 bits that is most like the scheme `name`."""
+    found = read_scheme(name)
+    if found is None:  # one that somebody registered
+        return "int8"
+    if found.levels is None:
+        return re.sub(r"\d", "8", name, count=1)
+    inputs = {OWN_KIND: "", FP8: "afp8"}.get(found.inputs, f"a{found.inputs}")
+    cache = {HIGH_PRECISION: "", FP8: "kvfp8"}.get(found.cache, f"kv{found.cache}")
+    return f"{'int8' if found.levels in _FEW_LEVELS else 'fp8'}{inputs}{cache}"
+
+
+def without_cache(name: str) -> str:
+    """Returns the name of the scheme `name` with its KV cache in high precision."""
+    return re.sub(r"[-_ ]?(fp8kv|kv(fp8|\d+))", "", name)
+
+
+def has_own_levels(name: str) -> bool:
+    """Returns whether `name` is a scheme of weights with levels for which there are no other bits."""
+    found = read_scheme(name)
+    return found is not None and found.levels is not None
 
 
 def _parts_of(name: str) -> re.Match[str] | None:

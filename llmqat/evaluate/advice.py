@@ -29,6 +29,7 @@ from llmqat.evaluate.bootstrap import Interval
 from llmqat.evaluate.budget import Law, law_of
 from llmqat.evaluate.gate import REFERENCE
 from llmqat.export.commands import YOUR_TEXT, command, name_of_folder, original_in, run_commands
+from llmqat.schemes import has_own_levels, with_eight_bits, without_cache
 
 THRESHOLD = 0.02
 """KL from the reference, nats a token, up to which a model is as good as it."""
@@ -365,14 +366,18 @@ class _Adviser:
     def _more_bits(self, bits: float, worst: _Judged) -> tuple[str, list[str]]:
         """Returns the commands that make a model of more bits, and what to know of them."""
         steps = math.log(worst.value / worst.threshold, KL_A_BIT) if worst.threshold else math.inf
-        wanted = math.ceil(2 * min(MOST_BITS, max(bits + steps, bits + 0.5))) / 2
         start = ("llmqat", "quantize", self.original)
         name, scheme = name_of_folder(self.row["name"]), self._scheme()
-        eight = _DIGIT.sub("8", scheme, count=1)
+        eight, by_name = with_eight_bits(scheme), has_own_levels(scheme)
+        if by_name:  # whose bits count with those of scales
+            bits = max(bits, self.row["bits_per_weight"] or 0)
+        wanted = math.ceil(2 * min(MOST_BITS, max(bits + steps, bits + 0.5))) / 2
         one = command(*start, "--scheme", eight, "--out", f"{name}-8-bits")
         if wanted >= MOST_BITS:
             return "", [one]
-        words = ("--scheme", scheme, *self._group(), "--target-bits", f"{wanted:g}", "--out", f"{name}-{wanted:g}-bits")
+        of_layers = [word for one in (scheme, eight) for word in ("--choices", without_cache(one))]
+        choices = of_layers if by_name else self._group()
+        words = ("--scheme", scheme, *choices, "--target-bits", f"{wanted:g}", "--out", f"{name}-{wanted:g}-bits")
         return f" {NOT_SERVED.format(eight)}", [command(*start, *words), one]
 
     def _group(self) -> tuple[object, ...]:

@@ -221,10 +221,12 @@ def _floats(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, 
     except ValueError:
         return {}
     kind, extent = label.split()
+    usual = QuantConfig.preset(kind)
+    of_extent = "" if usual.weights.label == label else f"-{extent}"
     if own is None:
-        return {"preset": f"{kind}a16 {extent}"}
-    wanted = QuantConfig.preset(label)
-    return {"preset": label} if own == wanted.input_activations else {}
+        return {"preset": f"{kind}a16{of_extent}"}
+    wanted = QuantConfig.preset(f"{kind}{of_extent}")
+    return {"preset": f"{kind}{of_extent}"} if own == wanted.input_activations else {}
 
 
 def _preset(

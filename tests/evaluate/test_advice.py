@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import typer
 
+from llmqat.calibrate import AllocationConfig
+from llmqat.calibrate.sensitivity import schemes_of, sizes_of
 from llmqat.cli import app
 from llmqat.evaluate import budget
 from llmqat.evaluate.advice import advice, first_steps
 from llmqat.evaluate.documents import ComparisonDocument, head
-from llmqat.recipe import load_recipe
+from llmqat.layers import QuantConfig, stored_bytes
+from llmqat.recipe import Recipe, load_recipe
+from llmqat.recipe.quantize import scheme_of
+from llmqat.schemes import SHIPPED
 
 ORIGINAL = "someone/original"
 
@@ -113,16 +118,24 @@ def test_the_interval_decides(changes: dict[str, Any], verdict: str, words: str,
 
 def _check_runs(line: str, tmp_path: Path) -> None:
     """Parses a proposed command as the command line would, and a recipe's keys as `train` would."""
-    program, name, *words = shlex.split(line)
-    if program != "llmqat":
-        return
+    program, name, *_ = shlex.split(line)
+    if program == "llmqat":
+        given = _params(line)
+        assert name != "train" or _recipe(given, tmp_path).quant.weights.num_bits == 4
+
+
+def _params(line: str) -> dict[str, Any]:
+    _, name, *words = shlex.split(line)
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    given = command.make_context(name, words).params
-    if name == "train":
-        model = tmp_path / "model"
-        model.mkdir(exist_ok=True)
-        kept = [word if not word.startswith("model=") else f"model={model}" for word in given["overrides"]]
-        assert load_recipe(given["recipe"], kept).quant.weights.num_bits == 4
+    found: dict[str, Any] = command.make_context(name, words).params
+    return found
+
+
+def _recipe(given: dict[str, Any], tmp_path: Path) -> Recipe:
+    model = tmp_path / "model"
+    model.mkdir(exist_ok=True)
+    kept = [word if not word.startswith("model=") else f"model={model}" for word in given["overrides"]]
+    return load_recipe(given["recipe"], kept)
 
 
 def test_each_next_step_is_one_that_the_words_call_for() -> None:
@@ -139,6 +152,31 @@ def test_each_next_step_is_one_that_the_words_call_for() -> None:
     (one,) = advice(report(row("a", 0.07, **plain)))
     words = "--scheme int4 --group-size 64 --method gptq --out a-gptq"
     assert one.next == (f"llmqat quantize {ORIGINAL} {words}",)
+
+
+@pytest.mark.parametrize("how", ["plain rounding", "gptq", "trained"])
+@pytest.mark.parametrize("preset", [*SHIPPED, "fp8-tensor", "mxfp8", "int4-2:4", "ternary-g128", "nvfp4a16kvfp8"])
+def test_every_scheme_gets_commands_that_can_be(preset: str, how: str, tmp_path: Path) -> None:
+    weights = QuantConfig.preset(preset).weights
+    bits = 8 * stored_bytes(weights, 768, 768, "a layer") / 768**2
+    scheme = {"preset": preset, "group_size": weights.group_size if weights.levels == "integer" else None}
+    for kl in (0.025, 0.08, 0.4):
+        (one,) = advice(report(row("a", kl, method=how, bits_per_weight=bits, scheme=scheme)))
+        assert one.next
+        for line in one.next:
+            given = _params(line)
+            if line.split()[1] == "train":
+                assert _recipe(given, tmp_path).quant.weights == weights
+                continue
+            quant = scheme_of(given["scheme"], given["group_size"])
+            if given["target_bits"] is None:
+                assert quant.weights.num_bits >= weights.num_bits
+                continue
+            choices = given["choices"] or AllocationConfig(target_bits=3.5).choices
+            sizes = sizes_of(schemes_of(quant, choices), 768, 768, "a layer") or dict(
+                zip(choices, choices, strict=True)
+            )
+            assert min(sizes.values()) <= given["target_bits"] <= max(sizes.values())
 
 
 def test_the_threshold_is_the_users() -> None:
