@@ -1,7 +1,6 @@
 """The transformer blocks of a model: which modules they are, and how one of them is run alone on a chain's text.
 
-Blocks are the modules that transformers names for splitting a model over devices (`_no_split_modules`); where it names
-none, the entries of the model's outermost lists of modules. Only those count that hold quantized weights.
+Blocks are those of `models.named_blocks` that hold quantized weights.
 
 Letters: N token blocks, L length, B token blocks in a batch, D hidden size.
 """
@@ -9,7 +8,7 @@ Letters: N token blocks, L length, B token blocks in a batch, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from llmqat.calibrate.chains import Call, Chain, Some, Stopped, hidden_of
 from llmqat.calibrate.forward import input_of
 from llmqat.data.processes import ALONE, Processes
 from llmqat.layers import QuantModule, model_kind, quantized_once, quantizers_off
-from llmqat.models import cast_parameters
+from llmqat.models import cast_parameters, named_blocks, visiting
 
 
 @dataclass
@@ -57,9 +56,15 @@ class Block:
         args, options = call
         return hidden_of(self.module.forward(*args, **options))  # hooks of the block have changed the arguments already
 
-    def cast(self) -> AbstractContextManager[None]:
-        """Returns a context in which the block computes in its dtype, as `cast_parameters` has the model do."""
-        return cast_parameters(self.module, self.dtype, lambda name: self.is_wide(f"{self.name}.{name}"))
+    @contextmanager
+    def cast(self) -> Iterator[None]:
+        """Inside, the block computes in its dtype, as `cast_parameters` has the model do, and where it visits."""
+        is_wide = self.is_wide
+        with (
+            visiting(self.module),
+            cast_parameters(self.module, self.dtype, lambda name: is_wide(f"{self.name}.{name}")),
+        ):
+            yield
 
     def quantized(self) -> dict[str, QuantModule]:
         """Returns the quantized weights in the block, by full name."""
@@ -163,23 +168,4 @@ def has_blocks(model: nn.Module) -> bool:
 
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    kinds = getattr(model, "_no_split_modules", None) or ()
-    named = {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
-    return _outermost(named) or _outermost(
-        {
-            f"{name}.{number}" if name else number: entry
-            for name, modules in model.named_modules()
-            if isinstance(modules, nn.ModuleList)
-            for number, entry in modules.named_children()
-        }
-    )
-
-
-def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Returns those with quantized weights that do not lie in another one, each once."""
-    found: dict[str, nn.Module] = {}
-    for name, module in modules.items():
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if not inside and any(isinstance(inner, QuantModule) for inner in module.modules()):
-            found[name] = module
-    return found
+    return named_blocks(model, lambda module: any(isinstance(inner, QuantModule) for inner in module.modules()))

@@ -16,6 +16,7 @@ from llmqat.calibrate.forward import Wrap, check_finite, check_seen, observe_inp
 from llmqat.data.blocks import Rows
 from llmqat.data.processes import ALONE, Processes
 from llmqat.layers import KVQuantizer, QuantLinear, QuantModule
+from llmqat.models import visited_device
 
 
 def collect_moments(
@@ -42,7 +43,7 @@ def collect_moments(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     # Allocated before the pass: small lasting tensors among its large short-lived ones would fragment the heap.
     found = {
-        name: torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
+        name: torch.zeros(layer.in_features, dtype=torch.float64, device=visited_device(model) or layer.weight.device)
         for name, layer in layers.items()
     }
     counts = {name: torch.zeros((), dtype=torch.int64) for name in layers}

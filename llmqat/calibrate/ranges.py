@@ -17,6 +17,7 @@ from llmqat.data.processes import ALONE, Processes
 from llmqat.grid import keep_lattice, minmax_scale, most_important, percentile_scale, search_scale
 from llmqat.kernels import WeightPages
 from llmqat.layers import QuantLinear, QuantModule
+from llmqat.models import visited_device, visiting
 
 METHODS = ("minmax", "percentile", "mse", "weighted_mse")
 """Ways to set a scale."""
@@ -58,26 +59,18 @@ def calibrate_ranges(
     if method == "weighted_mse" and missing:
         raise ValueError(f"method weighted_mse needs E[x^2] of {missing[0]}; run collect_moments on this model first")
 
+    device = visited_device(model)
+
     @torch.no_grad()
     def start(name: str) -> tuple[Tensor, Tensor | None]:
-        layer = layers[name]
-        if name in known:
-            rms = known[name].to(layer.weight.device).sqrt()
-            layer.choose_zeros(lambda keep, of: most_important(layer.dense_matrix().abs() * rms, keep, of))
-        weight, grid, shape = layer.as_groups(layer.matrix()), layer.grid, layer.kept_shape
-        if method == "minmax":
-            found = minmax_scale(weight, grid, shape)
-        elif method == "percentile":
-            found = percentile_scale(weight, grid, shape, percentile)
-        else:
-            importance = known.get(name)
-            of_groups = None if importance is None else layer.importance_of_groups(importance)
-            found = search_scale(weight, grid, shape, of_groups)
-        return keep_lattice(weight, grid, *found)[:2]
+        home = layers[name].weight.device
+        with visiting(layers[name], device):
+            scale, zero_point = _start(layers[name], method, known.get(name), percentile)
+        return scale.to(home), None if zero_point is None else zero_point.to(home)
 
     on_cpu = all(layer.weight.device.type == "cpu" for layer in layers.values())
     names, pages = list(layers), WeightPages(model)
-    workers = torch.get_num_threads() if on_cpu else 1
+    workers = torch.get_num_threads() if on_cpu and device is None else 1
     with _one_thread_an_operation(), ThreadPoolExecutor(workers) as pool:
         own = processes.share(names)
         for name, found in zip(wrap(own), pool.map(start, own), strict=True):
@@ -91,6 +84,21 @@ def quantizer_tensors(layer: QuantModule) -> list[Tensor]:
     """Returns what holds the scale and zero point of a layer, and which of its weights are zero."""
     held = (layer.initial_scale, layer.clip_ratio, layer.log_scale, layer.zero_point, layer.nonzero)
     return [tensor for tensor in held if tensor is not None]
+
+
+def _start(layer: QuantModule, method: str, moments: Tensor | None, percentile: float) -> tuple[Tensor, Tensor | None]:
+    """Returns scale and zero point of a layer by a method, and chooses the zero weights where there are moments [I]."""
+    if moments is not None:
+        rms = moments.to(layer.weight.device).sqrt()
+        layer.choose_zeros(lambda keep, of: most_important(layer.dense_matrix().abs() * rms, keep, of))
+    weight, grid, shape = layer.as_groups(layer.matrix()), layer.grid, layer.kept_shape
+    if method == "minmax":
+        found = minmax_scale(weight, grid, shape)
+    elif method == "percentile":
+        found = percentile_scale(weight, grid, shape, percentile)
+    else:
+        found = search_scale(weight, grid, shape, None if moments is None else layer.importance_of_groups(moments))
+    return keep_lattice(weight, grid, *found)[:2]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from llmqat.data.blocks import Rows
 from llmqat.grid import quantize
 from llmqat.kernels import WeightPages
 from llmqat.layers import QuantLinear, QuantModule, quantizers_off
+from llmqat.models import visiting
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,9 @@ def report_layers(
     with walk:
         for block in walk.blocks:
             weights = originals.of(block)
-            errors = _output_errors(block, originals, weights, walk.full)
-            found += _reports(block, weights, errors)
+            with visiting(block.module):
+                errors = _output_errors(block, originals, weights, walk.full)
+                found += _reports(block, weights, errors)
             WeightPages().let_go((*block.module.parameters(), *block.module.buffers(), *weights.values()))
     return found
 

@@ -80,7 +80,7 @@ from llmqat.layers import (
     quantizer_state,
     short_attention,
 )
-from llmqat.models import cast_parameters, save_whole
+from llmqat.models import cast_parameters, save_whole, visiting
 from llmqat.terminal import Bar, duration, terminal_bar
 
 log = logging.getLogger(__name__)
@@ -443,7 +443,8 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
         for block in bar:
             file = files[block.index]
             if isinstance(stage, BlockwiseStage) or (done[block.index] and stage.target == "clean"):
-                with originals.in_place(block):  # gptq_block runs the original block itself, to record layer inputs
+                # gptq_block runs the original block itself, to record layer inputs.
+                with visiting(block.module), originals.in_place(block):
                     block.run_full(walk.full if stage.target == "clean" else walk.quantized, walk.full, processes)
             if done[block.index]:
                 found = _read_block(block.module, file)
@@ -452,7 +453,7 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
             else:
                 start = time.perf_counter()
                 was_mapped = any(map(WeightPages(run.model).hold, block.module.parameters()))
-                with in_float32(block), fusing():
+                with visiting(block.module, keep=True), in_float32(block), fusing():
                     found = _IN_BLOCK[type(stage)](block, walk, stage, run, bar, originals)
                     processes.copy((*block.module.parameters(), *block.module.buffers()))
                 found["seconds"] = time.perf_counter() - start

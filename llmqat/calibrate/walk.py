@@ -41,7 +41,7 @@ from llmqat.data.processes import ALONE, Processes
 from llmqat.kernels import WeightPages, weights_let_go
 from llmqat.layers import kept_in_float32, model_kind, quantizers_off
 from llmqat.layers.probe import probe_inputs
-from llmqat.models import capture_hidden, cast_parameters, model_device
+from llmqat.models import capture_hidden, cast_parameters, model_device, visited_device
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,10 @@ def _right_ways(
     quantized = [_observed(model, blocks, inputs[0])]
     blocks = [entry.block for entry in full[0]]
     fault = "it varies with the text"
-    for way in (_recorded, _paused) if all(map(_may_be_recorded, full, others)) else (_paused,):
+    ways: list[_Way] = [_recorded] if all(map(_may_be_recorded, full, others)) else []
+    if visited_device(model) is None:  # else every forward that waits would keep a block there
+        ways.append(_paused)
+    for way in ways:
         with suppress(_Varies), way(model, blocks, sample, other, 2, math.inf, dtype, ALONE) as walk:
             fault = _first_difference(walk, cut, full, quantized)
             if not fault:

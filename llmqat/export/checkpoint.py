@@ -71,11 +71,13 @@ from llmqat.models import (
     adapter_base,
     cast_parameters,
     check_can_be_rebuilt,
+    let_blocks_visit,
     load_model,
     load_tokenizer,
     model_file,
     read_config,
     resolve_spec,
+    visited_device,
     weight_files,
 )
 from llmqat.paths import user_path
@@ -465,7 +467,10 @@ def _prove(
     inputs = _probe_of(model, probe)
     _prove_tensors(folder, written)
     attention = _attention_of(model.config)
-    reloaded = format.read(folder, read_config(folder, str(folder)), dtype, attention).to(model.device)
+    reloaded = format.read(folder, read_config(folder, str(folder)), dtype, attention)
+    device = visited_device(model)
+    if device is None or not let_blocks_visit(reloaded, device):
+        reloaded.to(model.device)
     layers = _prove_weights(model, reloaded, dtype)
     logits = _prove_logits(model, reloaded, dtype, inputs)
     compared = {"tensors": len(written), "packed_layers": layers, "probe_tokens": _tokens(inputs)}

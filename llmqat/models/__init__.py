@@ -3,7 +3,7 @@
 specs.py      what a user calls a model, its configuration       gguf.py       GGUF files, dequantized once
 loading.py    load_model: full precision, adapters merged        tokenizer.py  its tokenizer
 weights.py    the files of a folder                              forward.py    hidden states, head and logits
-casting.py    a forward in another dtype
+casting.py    a forward in another dtype                          visits.py     blocks that come to the GPU in turn
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from llmqat.models.specs import (
     token_model_class,
 )
 from llmqat.models.tokenizer import load_tokenizer
+from llmqat.models.visits import let_blocks_visit, named_blocks, visited_device, visiting
 from llmqat.models.weights import check_safetensors, save_whole, shortened, weight_files, write_shards
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "is_dequantized_at_loading",
     "is_sharded",
     "keeps_documents_apart",
+    "let_blocks_visit",
     "load_adapter_base",
     "load_model",
     "load_tokenizer",
@@ -83,6 +85,7 @@ __all__ = [
     "model_device",
     "model_file",
     "name_of",
+    "named_blocks",
     "output_head",
     "plain_config",
     "quantized_by",
@@ -93,6 +96,8 @@ __all__ = [
     "to_accelerator",
     "token_model_class",
     "uploaded",
+    "visited_device",
+    "visiting",
     "vocabulary_size",
     "weight_files",
     "write_shards",

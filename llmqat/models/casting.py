@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
+from llmqat.kernels import WeightPages
 from llmqat.layers import (
     QUANTIZER_PARAMETERS,
     PackedModule,
@@ -18,6 +20,7 @@ from llmqat.layers import (
     without_adapters,
 )
 from llmqat.layers.buffers import buffers_of_checkpoint
+from llmqat.models.visits import named_blocks, visited_device
 
 
 @contextmanager
@@ -39,15 +42,33 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype, stays: Callable[[str],
     stays = kept_in_float32(model) if stays is None else stays
     names = {module: found for module, found in _cast_names(model, dtype, stays).items() if found}
     quantizers = [(module, module.compute_dtype) for module in model.modules() if isinstance(module, QuantModule)]
-    casting = _cast_within_forwards if is_sharded(model) else _cast_at_once
+    late = _cast_later(model, names)
+    at_once = {module: found for module, found in names.items() if module not in late}
     try:
         for quantizer, _ in quantizers:
             quantizer.compute_dtype = dtype
-        with buffers_of_checkpoint(without_adapters(model), dtype), casting(names, dtype):
+        with (
+            buffers_of_checkpoint(without_adapters(model), dtype),
+            _cast_at_once(at_once, dtype),
+            _cast_within_forwards(late, dtype),
+        ):
             yield
     finally:
         for quantizer, before in quantizers:
             quantizer.compute_dtype = before
+
+
+def _cast_later(model: nn.Module, names: Mapping[nn.Module, list[str]]) -> dict[nn.Module, list[str]]:
+    """Returns those of `names`, parameters by their module, that are cast when the module's forward begins.
+
+    All where FSDP2 gathers them then. Those of the blocks where a whole model lies in files or comes to a GPU block by
+    block: it may be larger than memory, and so would be the casts.
+    """
+    if is_sharded(model):
+        return dict(names)
+    is_apart = isinstance(model, PreTrainedModel) and (visited_device(model) is not None or bool(WeightPages(model)))
+    inside = {module for block in named_blocks(model).values() for module in block.modules()} if is_apart else set()
+    return {module: found for module, found in names.items() if module in inside}
 
 
 def is_sharded(model: nn.Module) -> bool:

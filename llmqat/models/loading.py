@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ from llmqat.models.specs import (
     token_model_class,
 )
 from llmqat.models.tokenizer import check_vocabulary, load_tokenizer
+from llmqat.models.visits import let_blocks_visit
 from llmqat.models.weights import (
     check_loading_info,
     check_safetensors,
@@ -52,6 +54,9 @@ from llmqat.models.weights import (
 from llmqat.paths import user_path
 
 logger = logging.getLogger(__name__)
+
+MOST_FILLED = 0.8
+"""Share of a GPU's free memory that weights may take, so that room is left to compute."""
 
 MOST_MERGED_DIFFERENCE = 0.01
 """Relative difference of a merged adapter's logits from those of the adapted model that is rounding in float32."""
@@ -69,11 +74,26 @@ def default_device() -> torch.device:
 def to_accelerator(model: Model) -> Model:
     """Moves `model` in place to the accelerator where there is one, and returns it; on a CPU nothing is asked of it.
 
-    Models that other packages have quantized may refuse to be moved, even to where they are.
+    Of a model that does not fit there, the blocks come to it one after the other (visits.py). Models that other
+    packages have quantized may refuse to be moved, even to where they are.
     """
-    if torch.accelerator.is_available():
-        model.to(default_device())
+    if not torch.accelerator.is_available():
+        return model
+    device, free = default_device(), free_bytes(default_device())
+    needed = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+    if free is not None and needed > MOST_FILLED * free and let_blocks_visit(model, device):
+        logger.warning(
+            "%s takes %.1f GB and %s has %.1f GB free, so its blocks come there one after the other, which is slower",
+            *(type(model).__name__, needed / 1e9, device, free / 1e9),
+        )
+    else:
+        model.to(device)
     return model
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the free memory of a GPU, or None where torch does not tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

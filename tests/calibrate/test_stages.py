@@ -31,7 +31,7 @@ from llmqat.calibrate.masters import Originals
 from llmqat.data import Rows
 from llmqat.kernels import WeightPages, pages
 from llmqat.layers import QuantModule, quantizers_off
-from llmqat.models import load_model
+from llmqat.models import casting, load_model
 from llmqat.recipe import Recipe
 from tests.graphs import record_on_a_cpu
 from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama, tiny_tokenizer
@@ -357,15 +357,40 @@ def test_a_stage_of_ones_own_runs_among_the_others_by_the_seed_and_again_when_a_
         del STAGES["jitter"]
 
 
+def watch_casts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns how many numbers are cast at a time; the list grows."""
+    found, cast = [0], casting._cast_at_once
+
+    def watched(names: dict[torch.nn.Module, list[str]], dtype: torch.dtype) -> Any:
+        those = {module._parameters[name] for module, own in names.items() for name in own}
+        found.append(sum(one.numel() for one in those if one is not None))
+        return cast(names, dtype)
+
+    monkeypatch.setattr(casting, "_cast_at_once", watched)
+    return found
+
+
+def numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 SPILLED = {"stage": "gptq", "hidden_memory": 1e-9}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+    ids=["bfloat16", "bfloat16 on a processor without it", "float32"],
+)
 @pytest.mark.parametrize(
     "entries", [["ranges", "gptq"], ["ranges", SPILLED], ["ranges", "gptq", BLOCKWISE]], ids=["gptq", "spilled", "both"]
 )
 def test_weights_that_stay_in_their_files_get_the_same_bits(
-    entries: list[Any], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entries: list[Any],
+    dtype: torch.dtype,
+    computed: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A model that may be larger than memory: weights are read from files, and written to others, block by block."""
     tiny_llama().to(dtype).save_pretrained(tmp_path / "model")
@@ -373,11 +398,12 @@ def test_weights_that_stay_in_their_files_get_the_same_bits(
 
     def calibrated(folder: str) -> tuple[PreTrainedModel, list[StageReport]]:
         model, _ = load_model(str(tmp_path / "model"), dtype)
-        return model, calibrate(model, INT3, stages(*entries), text(), folder=tmp_path / folder, dtype=dtype)
+        return model, calibrate(model, INT3, stages(*entries), text(), folder=tmp_path / folder, dtype=computed)
 
     original = state(load_model(str(tmp_path / "model"), dtype)[0])
     whole, expected = calibrated("whole")
     monkeypatch.setattr(pages, "LEAST_BYTES", 0)
+    most = watch_casts(monkeypatch)
     for again in range(3):
         if again == 1:  # goes on in the middle
             (tmp_path / "parts" / f"0{len(entries)}-{expected[-1].stage}" / "block-0001.safetensors").unlink()
@@ -388,6 +414,8 @@ def test_weights_that_stay_in_their_files_get_the_same_bits(
         if dtype == torch.bfloat16:
             held = WeightPages()
             assert all(held.hold(layer.weight) for layer in model.modules() if isinstance(layer, QuantModule))
+        # Embedding and norms, or a block: never all blocks, which may be larger than memory.
+        assert max(most) <= max(model.get_input_embeddings().weight.numel() + 64, numel(model.model.layers[0]))
         originals = Originals.found(model, tmp_path / "parts" / "originals.safetensors")
         assert originals is not None
         for name, module in find_blocks(model).items():
