@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmqat.grid.fused_divergence import fused_divergence
+from llmqat.kernels import weights_let_go
 from llmqat.models import capture_hidden, head_weight, logit_transform, model_device, uploaded
 
 LogitTransform = Callable[[Tensor], Tensor]
@@ -70,7 +71,7 @@ def check_predictor(model: nn.Module) -> None:
     training, ids = model.training, torch.arange(1, 5, device=model_device(model))[None]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), weights_let_go(model):
             wanted = model(input_ids=ids, use_cache=False).logits[0].float()
             with capture_hidden(model) as captured:
                 model(input_ids=ids, use_cache=False)

@@ -22,7 +22,7 @@ _HELD = "_llmqat_originals"
 
 
 class Originals:
-    """The parameters of a model's blocks before any stage changed them, in the dtype of the forward pass.
+    """The parameters of a model's blocks before any stage changed them, in the dtype of the forward pass or a narrower.
 
     They are in a file of their own, or mapped from the checkpoint files of the model, which no stage writes to.
     Non-float parameters, and those that transformers keeps in float32, keep their dtype. Learned scales and zero points
@@ -51,7 +51,7 @@ class Originals:
         Args:
             model: a prepared model.
             path: the file.
-            dtype: dtype of the forward pass, which saved floats are cast to.
+            dtype: dtype of the forward pass, which saved floats of more bits are cast to.
             hold: whether mapped weights may stay where they are; False where a custom stage may write to weights.
         """
         if path.is_file():
@@ -59,7 +59,9 @@ class Originals:
         is_wide = kept_in_float32(model)
         tensors = {
             f"{prefix}.{name}": parameter.detach()
-            if is_wide(f"{prefix}.{name}") or not parameter.is_floating_point()
+            if is_wide(f"{prefix}.{name}")
+            or not parameter.is_floating_point()
+            or parameter.dtype.itemsize <= dtype.itemsize
             else parameter.detach().to(dtype)
             for prefix, module in find_blocks(model).items()
             for name, parameter in module.named_parameters()

@@ -40,7 +40,14 @@ from llmqat.files import write_whole
 from llmqat.kernels import WeightPages, weights_let_go
 from llmqat.layers.source import checksum
 from llmqat.metrics import Predictor, TopProbabilities, check_predictor, predictor_of, token_loss, top_probabilities
-from llmqat.models import capture_hidden, model_device, name_of, save_whole, vocabulary_size
+from llmqat.models import (
+    capture_hidden,
+    computing_natively,
+    model_device,
+    name_of,
+    save_whole,
+    vocabulary_size,
+)
 from llmqat.paths import user_path
 
 HEADER_FILE = "cache.json"
@@ -400,7 +407,7 @@ def cache_teacher(
         ValueError: it holds the cache of another model, tokenizer or `top_k`; or `top_k` is out of range.
     """
     header = header or CacheHeader.of(model, tokenizer, top_k)
-    with TeacherCacheWriter(folder, header) as writer, weights_let_go(model):
+    with TeacherCacheWriter(folder, header) as writer, weights_let_go(model), computing_natively(model):
         rows = rows_of(blocks)
         wanted = {key: place for place, key in enumerate(_block_keys(rows)) if key not in writer}
         check_predictor(model)

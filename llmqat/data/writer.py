@@ -53,7 +53,7 @@ from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCache, Tea
 from llmqat.layers import dequantized_once
 from llmqat.layers.packed import FEW_ROWS
 from llmqat.metrics import TopProbabilities
-from llmqat.models import check_next_token, heads_of, keeps_documents_apart, uploaded
+from llmqat.models import check_next_token, computing_natively, heads_of, keeps_documents_apart, uploaded
 
 log = logging.getLogger(__name__)
 
@@ -435,6 +435,7 @@ def _write_tapes(
     try:
         with (
             torch.inference_mode(),
+            computing_natively(model),
             dequantized_once(model, 0 if rows <= FEW_ROWS else WEIGHT_BYTES),
             open_decoder(model, length) as decoder,
         ):

@@ -21,6 +21,7 @@ from transformers.utils import is_torch_cuda_available
 
 from llmqat.config import describe_fields
 from llmqat.extras import check_installed, check_version
+from llmqat.models import cpu_has_bf16
 from llmqat.train.optimizers import check_optimizer
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def processor_has_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.backends.mps.is_available():
         return True
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return cpu_has_bf16()
 
 
 @describe_fields
