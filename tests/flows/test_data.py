@@ -16,9 +16,10 @@ from llmqat.calibrate import BlockwiseStage, GPTQStage, RangesStage, calibrate, 
 from llmqat.data import DataConfig, blocks, load_blocks, load_splits
 from llmqat.data.origin import has_changed, origin_of
 from llmqat.layers import QuantConfig, prepare
-from llmqat.models import keeps_documents_apart
+from llmqat.models import keeps_documents_apart, load_model
 from llmqat.recipe import EvaluationSettings, compare_models, load_recipe, quantize_model, run
 from llmqat.recipe.folder import kept_text
+from tests.conftest import REAL_MODEL
 from tests.flows.small import small
 from tests.tiny import tiny_architecture, tiny_llama, tiny_tokenizer
 
@@ -57,6 +58,14 @@ def test_a_packed_document_gives_what_it_gives_alone(name: str, tmp_path: Path):
 def test_the_quantized_kv_cache_keeps_documents_apart_too():
     model = tiny_llama()
     prepare(model, QuantConfig.preset("w4a8kv8", group_size=32))
+    assert keeps_documents_apart(model)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("preset", ["w8a8", "fp8", "w4a8kv8"])
+def test_inputs_of_few_bits_do_not_make_a_model_one_that_mixes_documents(preset: str):
+    model, _ = load_model(REAL_MODEL, torch.float32)
+    prepare(model, QuantConfig.preset(preset))
     assert keeps_documents_apart(model)
 
 
