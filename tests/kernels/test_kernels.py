@@ -67,6 +67,24 @@ def test_no_kernel_hides_what_is_not_finite_or_fails_without_rows(name: str, sch
         assert is_finite[[0, 1, 3]].all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_dequantized_products_round_once_on_any_processor(
+    bits: int, has_bf16: bool, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_HAS_BF16", has_bf16)
+    layer = packed_layer(WeightConfig(num_bits=bits, group_size=64))
+    x, bias = torch.randn(40, 384).bfloat16(), torch.randn(64).bfloat16() if with_bias else None
+    found = packed_linear(x, layer.packed_weight(), bias, "cpu-dequantize")
+    weight = layer.dequantized_weight(torch.bfloat16).double()
+    exact = x.double() @ weight.T + (0 if bias is None else bias.double())
+    assert found.dtype == torch.bfloat16
+    size = x.double().abs() @ weight.abs().T
+    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-18 * size).all()
+
+
 INPUTS = {
     "token": ActivationConfig(),
     "token, zero points": ActivationConfig(symmetric=False),
