@@ -112,25 +112,30 @@ def test_a_block_leaves_when_its_forward_fails(there: list[int]) -> None:
     assert [parameter.data_ptr() for parameter in model.parameters()] == homes
 
 
-@pytest.mark.parametrize("in_files", [False, True])
-@pytest.mark.parametrize(("dtype", "computed"), [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("model_type", "computed", "in_files"),
+    [
+        ("llama", torch.bfloat16, True),
+        ("llama", torch.float32, True),
+        ("llama", torch.float32, False),
+        ("gemma2", torch.bfloat16, False),
+    ],
+)
 def test_calibration_gets_the_same_bits(
     model_type: str,
-    dtype: torch.dtype,
     computed: torch.dtype,
     in_files: bool,
     there: list[int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = saved(tmp_path / "model", tiny_architecture(model_type).to(dtype))
+    source = saved(tmp_path / "model", tiny_architecture(model_type).to(torch.bfloat16))
     if in_files:
         monkeypatch.setattr(pages, "LEAST_BYTES", 0)
     todo = stages("ranges", "gptq", {**BLOCKWISE, "learning_rate": 1e-4})
 
     def calibrated(folder: str, visit: bool) -> tuple[PreTrainedModel, list[Any], list[Any]]:
-        model, _ = load_model(source, dtype)
+        model, _ = load_model(source, torch.bfloat16)
         assert not visit or let_blocks_visit(model, CPU)
         reports = calibrate(model, INT3, todo, text(), folder=tmp_path / folder, dtype=computed)
         originals = Originals.found(model, tmp_path / folder / "originals.safetensors")
@@ -176,6 +181,8 @@ def test_a_model_that_does_not_fit_is_quantized_and_judged_block_by_block(
     assert all(torch.equal(found[name], expected[name]) for name in found)
     for folder in (source, str(tmp_path / "visits")):
         judged = load_to_judge(folder)
+        hooks = [len(block._forward_hooks) for block in named_blocks(judged).values()]
+        assert [len(b._forward_hooks) for b in named_blocks(loading.to_accelerator(judged)).values()] == hooks
         assert visited_device(judged) is not None
         with torch.no_grad():
             here = judged(text(2)).logits

@@ -42,7 +42,7 @@ from llmqat.models.specs import (
     token_model_class,
 )
 from llmqat.models.tokenizer import check_vocabulary, load_tokenizer
-from llmqat.models.visits import let_blocks_visit
+from llmqat.models.visits import let_blocks_visit, visited_device
 from llmqat.models.weights import (
     check_loading_info,
     check_safetensors,
@@ -77,7 +77,7 @@ def to_accelerator(model: Model) -> Model:
     Of a model that does not fit there, the blocks come to it one after the other (visits.py). Models that other
     packages have quantized may refuse to be moved, even to where they are.
     """
-    if not torch.accelerator.is_available():
+    if not torch.accelerator.is_available() or visited_device(model) is not None:
         return model
     device, free = default_device(), free_bytes(default_device())
     needed = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
