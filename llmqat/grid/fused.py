@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,6 @@ from llmqat.grid.levels import Grid
 logger = logging.getLogger(__name__)
 
 _TRIAL_SHAPE = (4099, 32)
-_NAME = "fake quantization"
 
 
 @dataclass(frozen=True)
@@ -70,23 +69,37 @@ def fused_kernels(grid: Grid, dtype: torch.dtype, device: torch.device) -> Fused
 @functools.cache
 def _tried(grid: Grid, dtype: torch.dtype, device: str) -> FusedKernels | None:
     eager = _passes(grid, dtype)
+
+    def agree(*compiled: Callable[..., Any]) -> bool:
+        return _agree(eager, FusedKernels(*compiled), grid, dtype, device)
+
+    found = compiled_after_trial((eager.forward, eager.backward), agree, "fake quantization")
+    return None if found is None else FusedKernels(*found)
+
+
+def compiled_after_trial(
+    eager: Sequence[Callable[..., Any]], agree: Callable[..., bool], name: str
+) -> list[Callable[..., Any]] | None:
+    """Returns functions as torch.compile makes them, if they give the same numbers; else None, and logs why.
+
+    Args:
+        eager: the functions.
+        agree: whether the compiled ones, its arguments, give the numbers of `eager`.
+        name: says in the log what is slower without them.
+    """
     try:
-        compiled = FusedKernels(
-            torch.compile(eager.forward, dynamic=True, fullgraph=True),
-            torch.compile(eager.backward, dynamic=True, fullgraph=True),
-        )
-        same = _agree(eager, compiled, grid, dtype, device)
+        compiled = [torch.compile(function, dynamic=True, fullgraph=True) for function in eager]
+        same = agree(*compiled)
     except Exception as error:  # a compiler can fail in any way; without it training is slower, not wrong
-        log_unfused(_NAME, error)
+        _log_unfused(name, error)
         return None
     if not same:
-        log_unfused(_NAME, "the compiled kernel rounds otherwise than the eager one")
+        _log_unfused(name, "the compiled kernel rounds otherwise and gives other numbers")
         return None
-    pairs = (compiled.forward, eager.forward), (compiled.backward, eager.backward)
-    return FusedKernels(*(guarded(own, other, _NAME) for own, other in pairs))
+    return [_guarded(own, other, name) for own, other in zip(compiled, eager, strict=True)]
 
 
-def guarded(compiled: Callable[..., Any], eager: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _guarded(compiled: Callable[..., Any], eager: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Returns `compiled`, which gives way to `eager` for good should a later shape fail to compile.
 
     Args:
@@ -103,13 +116,13 @@ def guarded(compiled: Callable[..., Any], eager: Callable[..., Any], name: str) 
                 return compiled(*tensors)
             except Exception as error:  # as in the trial
                 failed = True
-                log_unfused(name, error)
+                _log_unfused(name, error)
         return eager(*tensors)
 
     return call
 
 
-def log_unfused(name: str, reason: Exception | str) -> None:
+def _log_unfused(name: str, reason: Exception | str) -> None:
     """Logs why the passes of `name` are run one by one."""
     said = (str(reason).strip() or repr(reason)).splitlines()[0][:200]
     logger.warning("%s is not fused (slower): %s", name, said)

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmqat.grid.fused import guarded, is_fusing, log_unfused
+from llmqat.grid.fused import compiled_after_trial, is_fusing
 
 Divergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(logits [T, V], the teacher's [T, V], weights [T, 1]) -> (KL [T] float32, gradient [T, V] in the logits' dtype)."""
 
 DEVICES = ("cuda",)
-_NAME = "the KL divergence"
 _TRIAL_SHAPE = (67, 1031)
 _TOLERANCE = 1e-3
 """Share of its norm by which what is compiled may differ: sums are taken in another order."""
@@ -54,18 +53,11 @@ def _tried(dtype: torch.dtype, device: str) -> Divergence | None:
     generator = torch.Generator().manual_seed(0)
     logits, noise = (torch.randn(_TRIAL_SHAPE, generator=generator) for _ in range(2))
     weights = torch.rand(len(logits), 1, generator=generator).to(device)
-    pair = logits.to(device, dtype), (logits + noise).to(device, dtype)
-    try:
-        compiled = torch.compile(divergence_and_gradient, dynamic=True, fullgraph=True)
-        found, expected = compiled(*pair, weights), divergence_and_gradient(*pair, weights)
-        same = all(
-            (own.float() - other.float()).norm() <= _TOLERANCE * other.float().norm()
-            for own, other in zip(found, expected, strict=True)
-        )
-    except Exception as error:  # a compiler can fail in any way; without it training is slower, not wrong
-        log_unfused(_NAME, error)
-        return None
-    if not same:
-        log_unfused(_NAME, "the compiled kernel gives other numbers")
-        return None
-    return guarded(compiled, divergence_and_gradient, _NAME)
+    tensors = logits.to(device, dtype), (logits + noise).to(device, dtype), weights
+
+    def agree(compiled: Divergence) -> bool:
+        pairs = zip(compiled(*tensors), divergence_and_gradient(*tensors), strict=True)
+        return all((own.float() - other.float()).norm() <= _TOLERANCE * other.float().norm() for own, other in pairs)
+
+    found = compiled_after_trial([divergence_and_gradient], agree, "the KL divergence")
+    return None if found is None else found[0]

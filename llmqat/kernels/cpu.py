@@ -41,10 +41,17 @@ _BLOCK_ROWS = 64
 """Rows that torch's int4 layout keeps together, on any processor, or a multiple: such blocks are packed alone."""
 _PACKED_ELEMENTS = 131_072
 _CHUNK_ELEMENTS = 2_097_152
-_HAS_BF16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 _INT4_PACK = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 _INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _buffers = threading.local()
+
+
+def cpu_has_bf16() -> bool:
+    """Returns whether torch multiplies bfloat16 matrices on this processor without emulation; not with AVX2 alone."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+_HAS_BF16 = cpu_has_bf16()
 
 
 class CpuInt4Kernel:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from llmqat.kernels import WeightPages
+from llmqat.kernels import WeightPages, cpu_has_bf16, pages
 from llmqat.layers import (
     QUANTIZER_PARAMETERS,
     PackedModule,
@@ -78,11 +78,6 @@ def computing_natively(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def cpu_has_bf16() -> bool:
-    """Returns whether the processor multiplies bfloat16 matrices itself."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def _cast_later(model: nn.Module, names: Mapping[nn.Module, list[str]]) -> dict[nn.Module, list[str]]:
     """Returns those of `names`, parameters by their module, that are cast when the module's forward begins.
 
@@ -91,8 +86,14 @@ def _cast_later(model: nn.Module, names: Mapping[nn.Module, list[str]]) -> dict[
     """
     if is_sharded(model):
         return dict(names)
-    is_apart = isinstance(model, PreTrainedModel) and (visited_device(model) is not None or bool(WeightPages(model)))
-    inside = {module for block in named_blocks(model).values() for module in block.modules()} if is_apart else set()
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    if visited_device(model) is None:
+        # Asked for in every training step, where norms and embeddings alone are cast: files are looked for last.
+        size = sum(getattr(module, name).nbytes for module, found in names.items() for name in found)
+        if size < pages.LEAST_BYTES or not WeightPages(model):
+            return {}
+    inside = {module for block in named_blocks(model).values() for module in block.modules()}
     return {module: found for module, found in names.items() if module in inside}
 
 

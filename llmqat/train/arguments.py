@@ -21,7 +21,7 @@ from transformers.utils import is_torch_cuda_available
 
 from llmqat.config import describe_fields
 from llmqat.extras import check_installed, check_version
-from llmqat.models import cpu_has_bf16
+from llmqat.kernels import cpu_has_bf16
 from llmqat.train.optimizers import check_optimizer
 
 logger = logging.getLogger(__name__)
