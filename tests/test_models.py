@@ -28,12 +28,10 @@ from llmqat.data.hub import open_source
 from llmqat.data.teacher_cache import CacheHeader
 from llmqat.export import save
 from llmqat.files import folder_in_progress
-from llmqat.layers import QuantConfig, convert, prepare
+from llmqat.layers import QuantConfig, prepare
 from llmqat.models import (
     capture_hidden,
     cast_parameters,
-    casting,
-    computing_natively,
     gguf_folder,
     head_weight,
     load_model,
@@ -664,31 +662,3 @@ def test_an_adapter_on_an_adapter_is_refused(tmp_path: Path) -> None:
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     with pytest.raises(ValueError, match=r"is an adapter on the adapter .*, and only one is merged at a time"):
         models.load_model(str(tmp_path / "dpo"))
-
-
-@pytest.mark.parametrize("has_bf16", [False, True])
-def test_a_processor_without_bfloat16_computes_in_float32_of_the_same_weights(
-    has_bf16: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(casting, "cpu_has_bf16", lambda: has_bf16)
-    model, ids = tiny_llama().to(torch.bfloat16).eval(), torch.arange(2, 20)[None]
-    with torch.no_grad(), computing_natively(model):
-        logits = model(ids).logits
-    assert logits.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
-    assert model.dtype == torch.bfloat16
-    with torch.no_grad():
-        expected = (model if has_bf16 else model.float())(ids).logits
-    assert torch.equal(logits, expected)
-
-
-@pytest.mark.parametrize("by_others", [False, True])
-def test_quantized_models_are_computed_as_they_are_deployed(by_others: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(casting, "cpu_has_bf16", lambda: False)
-    model = tiny_llama().to(torch.bfloat16)
-    if by_others:
-        model.hf_quantizer = object()
-    else:
-        prepare(model, QuantConfig.preset("int4", group_size=32))
-        model = convert(model)
-    with torch.no_grad(), computing_natively(model):
-        assert model(torch.arange(2, 20)[None]).logits.dtype == torch.bfloat16

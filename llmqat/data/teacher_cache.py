@@ -37,12 +37,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data.blocks import Progress, Rows, rows_of
 from llmqat.files import write_whole
-from llmqat.kernels import WeightPages, weights_let_go
+from llmqat.kernels import WeightPages, float_products, weights_let_go
 from llmqat.layers.source import checksum
 from llmqat.metrics import Predictor, TopProbabilities, check_predictor, predictor_of, token_loss, top_probabilities
 from llmqat.models import (
     capture_hidden,
-    computing_natively,
     model_device,
     name_of,
     save_whole,
@@ -407,7 +406,7 @@ def cache_teacher(
         ValueError: it holds the cache of another model, tokenizer or `top_k`; or `top_k` is out of range.
     """
     header = header or CacheHeader.of(model, tokenizer, top_k)
-    with TeacherCacheWriter(folder, header) as writer, weights_let_go(model), computing_natively(model):
+    with TeacherCacheWriter(folder, header) as writer, weights_let_go(model), float_products():
         rows = rows_of(blocks)
         wanted = {key: place for place, key in enumerate(_block_keys(rows)) if key not in writer}
         check_predictor(model)

@@ -50,10 +50,11 @@ from llmqat.data.sampling import Sampling, choose
 from llmqat.data.script import Script, read_script
 from llmqat.data.strategy import SynthesisConfig
 from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCache, TeacherCacheWriter, cache_teacher
+from llmqat.kernels import float_products
 from llmqat.layers import dequantized_once
 from llmqat.layers.packed import FEW_ROWS
 from llmqat.metrics import TopProbabilities
-from llmqat.models import check_next_token, computing_natively, heads_of, keeps_documents_apart, uploaded
+from llmqat.models import check_next_token, heads_of, keeps_documents_apart, uploaded
 
 log = logging.getLogger(__name__)
 
@@ -435,7 +436,7 @@ def _write_tapes(
     try:
         with (
             torch.inference_mode(),
-            computing_natively(model),
+            float_products(),
             dequantized_once(model, 0 if rows <= FEW_ROWS else WEIGHT_BYTES),
             open_decoder(model, length) as decoder,
         ):

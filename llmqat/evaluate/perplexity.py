@@ -33,7 +33,7 @@ from torch.utils.data import Dataset, StackDataset
 
 from llmqat.data.blocks import Rows, sha256_of_rows
 from llmqat.data.length import check_length
-from llmqat.kernels import weights_let_go
+from llmqat.kernels import float_products, weights_let_go
 from llmqat.metrics import IGNORED_LABEL, Predictor, TokenScores, check_predictor, predictor_of, token_nll, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device, uploaded
 
@@ -357,7 +357,7 @@ def _deployed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with nullcontext() if dtype is None else cast_parameters(model, dtype):
+        with float_products(), nullcontext() if dtype is None else cast_parameters(model, dtype):
             yield
     finally:
         model.train(was_training)

@@ -30,6 +30,7 @@ from torch import nn
 from llmqat.data.text import read_text
 from llmqat.extras import check_installed, require
 from llmqat.files import write_whole
+from llmqat.kernels import float_products
 from llmqat.terminal.bars import bars_move
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class Tasks:
         if not bars_move():
             for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 setattr(harness, name, partial(getattr(harness, name), disable_tqdm=True))
-        with _no_search_for_a_commit():
+        with _no_search_for_a_commit(), float_products():
             found = lm_eval.simple_evaluate(
                 model=harness,
                 tasks=list(self.names),

@@ -5,8 +5,8 @@ that accept, and uses the fastest (registry.py). A kernel that declines says why
 "reference" always accepts: it dequantizes and multiplies. The proof of an export compares against it.
 """
 
-from llmqat.kernels.cpu import cpu_has_bf16
 from llmqat.kernels.pages import FileMappings, FilePages, WeightPages, weights_let_go
+from llmqat.kernels.products import cpu_has_bf16, float_products
 from llmqat.kernels.reference import JoinedWeight, PackedWeight, QuantizedInput
 from llmqat.kernels.registry import KERNELS, Kernel, packed_linear
 
@@ -20,6 +20,7 @@ __all__ = [
     "QuantizedInput",
     "WeightPages",
     "cpu_has_bf16",
+    "float_products",
     "packed_linear",
     "weights_let_go",
 ]

@@ -8,7 +8,7 @@ casting.py    a forward in another dtype                          visits.py     
 
 from __future__ import annotations
 
-from llmqat.models.casting import cast_parameters, computing_natively, is_sharded
+from llmqat.models.casting import cast_parameters, is_sharded
 from llmqat.models.forward import (
     capture_hidden,
     head_weight,
@@ -67,7 +67,6 @@ __all__ = [
     "check_next_token",
     "check_safetensors",
     "class_of",
-    "computing_natively",
     "default_device",
     "empty_model",
     "gguf_folder",

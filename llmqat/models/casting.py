@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from llmqat.kernels import WeightPages, cpu_has_bf16, pages
+from llmqat.kernels import WeightPages, pages
 from llmqat.layers import (
     QUANTIZER_PARAMETERS,
     PackedModule,
@@ -20,7 +20,6 @@ from llmqat.layers import (
     without_adapters,
 )
 from llmqat.layers.buffers import buffers_of_checkpoint
-from llmqat.models.forward import model_device
 from llmqat.models.visits import named_blocks, visited_device
 
 
@@ -57,25 +56,6 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype, stays: Callable[[str],
     finally:
         for quantizer, before in quantizers:
             quantizer.compute_dtype = before
-
-
-@contextmanager
-def computing_natively(model: nn.Module) -> Iterator[None]:
-    """Inside, a bfloat16 model computes in float32 if it lies on a CPU that does not multiply bfloat16 matrices.
-
-    For teachers, in full precision: the weights are the same numbers. A packed model stays as it is, since its weights
-    are rounded to bfloat16 where it is deployed; so does one that others have quantized. Emulated bfloat16 takes six
-    times as long (SmolLM2-135M, 512 tokens, AMD EPYC with AVX2: 32 s against 5.5 s), and rounds more.
-    """
-    is_narrow = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    is_quantized = getattr(model, "hf_quantizer", None) is not None or any(
-        isinstance(module, (PackedModule, QuantModule)) for module in model.modules()
-    )
-    if model_device(model).type != "cpu" or cpu_has_bf16() or is_quantized or not is_narrow:
-        yield
-        return
-    with cast_parameters(model, torch.float32):
-        yield
 
 
 def _cast_later(model: nn.Module, names: Mapping[nn.Module, list[str]]) -> dict[nn.Module, list[str]]:

@@ -14,9 +14,9 @@ from llmqat.data.sampling import Chosen, Sampling
 from llmqat.data.synthesis import synthesize
 from llmqat.data.teacher_cache import CachePlace, TeacherCache
 from llmqat.data.writer import COMPARED_BLOCKS
+from llmqat.kernels import products
 from llmqat.layers import PackedModule, QuantConfig, convert, prepare
 from llmqat.metrics import top_probabilities
-from llmqat.models import casting
 from tests.tiny import tiny_architecture, tiny_llama, tiny_tokenizer
 
 EOS = 1
@@ -53,8 +53,9 @@ def test_global_random_state_is_neither_used_nor_touched():
     assert written(model).sha256 == first.sha256
 
 
-def test_a_packed_writer_writes_what_its_dequantized_weights_would(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(casting, "cpu_has_bf16", lambda: True)  # without it the plain one computes in float32
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_packed_writer_writes_what_its_dequantized_weights_would(has_bf16: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(products, "_HAS_BF16", has_bf16)
     model = tiny_llama().bfloat16()
     prepare(model, QuantConfig.preset("int4", group_size=32))
     packed = convert(model)

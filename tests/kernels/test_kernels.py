@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmqat.kernels import KERNELS, JoinedWeight, cpu, integer, packed_linear, registry
+from llmqat.kernels import KERNELS, JoinedWeight, cpu, integer, packed_linear, products, registry
 from llmqat.kernels.reference import int8_codes
 from llmqat.kernels.zentorch import rounded_to_8_bits
 from llmqat.layers import ActivationConfig, ActivationQuantizer, PackedLinear, QuantLinear, WeightConfig
@@ -74,7 +74,7 @@ def test_no_kernel_hides_what_is_not_finite_or_fails_without_rows(name: str, sch
 def test_dequantized_products_round_once_on_any_processor(
     bits: int, has_bf16: bool, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_HAS_BF16", has_bf16)
+    monkeypatch.setattr(products, "_HAS_BF16", has_bf16)
     layer = packed_layer(WeightConfig(num_bits=bits, group_size=64))
     x, bias = torch.randn(40, 384).bfloat16(), torch.randn(64).bfloat16() if with_bias else None
     found = packed_linear(x, layer.packed_weight(), bias, "cpu-dequantize")
