@@ -739,7 +739,7 @@ def compile_decoding(model: PreTrainedModel) -> None:
     """
     for product in products(model):
         first = product if isinstance(product, PackedLinear) else product.members[0]
-        x = torch.zeros(1, first.in_features, dtype=first.weight_scale.dtype, device=first.weight_scale.device)
+        x = torch.zeros(1, first.in_features, dtype=first.dtype, device=first.weight_scale.device)
         if isinstance(product, PackedLinear):
             product(x)
         else:

@@ -23,7 +23,11 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from llmqat.layers import PackedExperts
 from llmqat.models import shortened
 
-_CODES = ".weight_packed"
+_CODES = (".weight_packed", ".weight")
+"""What holds the codes of a linear layer, in forms that pack them and in others."""
+_OF_TENSORS = ("weight_scale", "weight_global_scale")
+"""What may be one number for a layer."""
+_PARTS = ("weight_packed", "weight", *_OF_TENSORS, "weight_zero_point")
 
 
 def single_experts(model: PreTrainedModel, stored: Iterable[str], stacks: Mapping[str, bool]) -> dict[str, list[str]]:
@@ -37,8 +41,8 @@ def single_experts(model: PreTrainedModel, stored: Iterable[str], stacks: Mappin
     Raises:
         ValueError: a stack is made in another way than by laying rows below each other, or lacks an expert.
     """
-    names = [name.removesuffix(_CODES) for name in stored if name.endswith(_CODES)]
-    names = [name for name in names if re.search(r"\.\d+\.[^.]+$", name) and name not in stacks]
+    scaled = {name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")}
+    names = [name for name in sorted(scaled) if re.search(r"\.\d+\.[^.]+$", name) and name not in stacks]
     if not stacks or not names:
         return {}
     transforms = get_model_conversion_mapping(model)
@@ -94,11 +98,30 @@ def stacked(
     """
     found = dict(stored)
     for stack, names in singles.items():
-        path = found[names[0] + _CODES][1]
-        for leaf in ("weight_packed", "weight_scale", "weight_zero_point"):
-            if f"{names[0]}.{leaf}" in found:
-                found[f"{stack}.{leaf}"] = torch.cat([found.pop(f"{name}.{leaf}")[0] for name in names]), path
+        for leaf in _PARTS:
+            if parts := {name: found.pop(f"{name}.{leaf}") for name in names if f"{name}.{leaf}" in found}:
+                _check_all(stack, leaf, names, parts)
+                rows = [_rows(stored, name) if leaf in _OF_TENSORS else 0 for name in names]
+                tensors = [_of_rows(tensor, count) for (tensor, _), count in zip(parts.values(), rows, strict=True)]
+                found[f"{stack}.{leaf}"] = torch.cat(tensors), parts[names[0]][1]
         for name in names:
             found.pop(f"{name}.weight_shape", None)
+        path = found[f"{stack}.weight_scale"][1]
         found[f"{stack}.weight_shape"] = torch.tensor([layers[stack].rows, layers[stack].columns]), path
     return found
+
+
+def _check_all(stack: str, leaf: str, names: Iterable[str], parts: Mapping[str, object]) -> None:
+    """Raises ValueError where some of an expert's tensors are there and others are not."""
+    if missing := [f"{name}.{leaf}" for name in names if name not in parts]:
+        raise ValueError(f"{stack} lacks {shortened(missing)}, which others of its experts have; copy the folder again")
+
+
+def _rows(stored: Mapping[str, tuple[Tensor, Path]], name: str) -> int:
+    """Returns the out features of a linear layer on disk."""
+    return next(stored[name + end][0].shape[0] for end in _CODES if name + end in stored)
+
+
+def _of_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Returns the one number of a layer for each of its `rows`; any other tensor as it is."""
+    return tensor.reshape(1, 1).expand(rows, 1) if rows and tensor.numel() == 1 else tensor

@@ -14,7 +14,9 @@ Floats (grid/levels.py):
 In memory all of them are a `PackedModule`: codes as `grid.pack_codes` gives them, scales in the checkpoint's dtype.
 
 vLLM computes q, k and v as one product, gate and up as another, and knows one weight_global_scale for each. So layers
-that are such siblings are written with the same one; it is a power of two, so nothing of a scale is lost.
+that are such siblings are written with the same one; it is a power of two, so nothing of a scale is lost. Others write
+any number. What a group is multiplied with is then no bfloat16 number: such layers hold float32 scales, and are written
+with the number that they were read with. So do layers of other float formats whose scales are float32 on disk.
 
 Letters: O out features, I in features, G scales per row, b bits.
 """
@@ -37,6 +39,7 @@ from llmqat.layers import (
     KVCacheConfig,
     KVTensorConfig,
     LayerScheme,
+    PackedExperts,
     PackedModule,
     QuantModule,
     WeightConfig,
@@ -115,7 +118,7 @@ def tensors_on_disk(
         name: of the layer, for errors.
         packed: the layer.
         form: of `FORMS`.
-        dtype: of scales that are no E4M3 or E8M0.
+        dtype: of scales that are no E4M3 or E8M0, unless the layer has float32 ones.
         global_scale: of NVFP4.
 
     Raises:
@@ -123,6 +126,8 @@ def tensors_on_disk(
     """
     scale = packed.scale().detach()
     scale = scale[:: packed.weights.block]
+    if packed.has_float32_scales:
+        dtype = torch.float32
     if form in (PACKED_FORMAT, PLAIN_FORMAT):
         tensors = {"weight_scale": scale.to(dtype)}
         if form == PLAIN_FORMAT:
@@ -153,6 +158,8 @@ def tensors_on_disk(
 def shapes_on_disk(layer: QuantModule | PackedModule, form: str, dtype: torch.dtype, name: str) -> Mapping[str, Any]:
     """Returns shape and dtype of what `tensors_on_disk` gives, by the last part of the name."""
     weights = layer.weights.stored
+    if isinstance(layer, PackedModule) and layer.has_float32_scales:
+        dtype = torch.float32
     rows, groups = weights.stored_shape(layer.rows, layer.columns, name)
     shapes: dict[str, Any] = {"weight_scale": ((rows, groups), SCALE_DTYPES.get(weights.scale_dtype, dtype))}
     codes = packed_shape(layer.rows, layer.columns, weights.grid)
@@ -199,8 +206,7 @@ def take_floats(name: str, layer: PackedModule, found: dict[str, tuple[Tensor, P
         found: tensors on disk by name, each with its file; changed.
 
     Raises:
-        ValueError: some of the tensors are missing, one has another dtype than the format or is not finite, or the
-            layer cannot hold a scale exactly; names it.
+        ValueError: some of the tensors are missing, one has another dtype than the format or is not finite; names it.
     """
     kind = layer.grid
     wanted: dict[str, torch.dtype | None] = {
@@ -230,33 +236,39 @@ def take_floats(name: str, layer: PackedModule, found: dict[str, tuple[Tensor, P
 
 def _scale_of(where: str, layer: PackedModule, stored: Tensor, shared: Tensor | None) -> Tensor:
     """Returns the scale that a layer holds, of its stored form; `where` begins what is said of a wrong one."""
-    if shared is not None and (shared.numel() != 1 or float(shared) <= 0):
+    sizes = (1, layer.rows) if isinstance(layer, PackedExperts) else (1,)  # of experts one by one, one a row
+    if shared is not None and (shared.numel() not in sizes or float(shared.min()) <= 0):
         raise ValueError(f"{where}.weight_global_scale is {shared.flatten()[:3].tolist()}; it is one positive number")
     wanted = layer.weights.stored_shape(layer.rows, layer.columns)
     if layer.weights.block > 1 and stored.shape != wanted:
         raise ValueError(f"{where}.weight_scale is of {list(stored.shape)}, but config.json makes it {list(wanted)}")
-    scale, held = scale_in_memory(stored, shared, layer.grid), layer.weight_scale.dtype
-    if not torch.equal(scale.to(held).float(), scale):
-        why = "its weight_global_scale is no power of two" if shared is not None else f"they are {stored.dtype}"
-        raise ValueError(
-            f"{where} has scales that {held} does not hold ({why}), which llmqat does not run; load it with "
-            "dtype=torch.bfloat16, or with transformers' AutoModelForCausalLM.from_pretrained"
-        )
+    scale = scale_in_memory(stored, None if shared is None else shared.reshape(-1, 1), layer.grid)
+    if not torch.equal(scale.to(layer.dtype).float(), scale):
+        numbers = set() if shared is None else set(shared.flatten().tolist())
+        layer.hold_float32_scales(numbers.pop() if len(numbers) == 1 else None)
     if layer.weights.block == 1 and scale.numel() == 1:
         scale = scale.reshape(1, 1).expand(layer.rows, 1)
-    return of_all_rows(scale, layer.weights.block, layer.rows).to(held).contiguous()
+    return of_all_rows(scale, layer.weights.block, layer.rows).to(layer.weight_scale.dtype).contiguous()
 
 
 def global_scales(layers: Mapping[str, QuantModule | PackedModule]) -> dict[str, float]:
-    """Returns the weight_global_scale of each NVFP4 layer by its name: one for siblings, a power of two."""
+    """Returns the weight_global_scale of each NVFP4 layer by its name.
+
+    One for siblings, a power of two; or the number that a layer was read with, where its scales need it.
+    """
     most = torch.finfo(torch.float8_e4m3fn).max
-    scales = {name: layer.scale().detach() for name, layer in layers.items() if layer.weights.scale_dtype == "e4m3"}
+    read = {name: given for name, layer in layers.items() if (given := getattr(layer, "global_scale", None))}
+    scales = {
+        name: layer.scale().detach()
+        for name, layer in layers.items()
+        if layer.weights.scale_dtype == "e4m3" and name not in read
+    }
     own = {
         name: 2.0 ** math.floor(math.log2(most / float(scale.abs().max())))
         for name, scale in scales.items()
         if not scale.is_meta
     }
-    return {name: min(own[other] for other in _siblings(name) if other in own) for name in own}
+    return read | {name: min(own[other] for other in _siblings(name) if other in own) for name in own}
 
 
 def _siblings(name: str) -> list[str]:

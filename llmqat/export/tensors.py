@@ -72,7 +72,7 @@ class StoredWeight:
 def stored_dtype(model: nn.Module) -> torch.dtype:
     """Returns the dtype of a packed model's scales; of a prepared one bfloat16, which training keeps them in."""
     layers = (layer for _, layer in quantized_layers(model) if isinstance(layer, PackedModule))
-    return next((layer.weight_scale.dtype for layer in layers), torch.bfloat16)
+    return next((layer.dtype for layer in layers), torch.bfloat16)
 
 
 def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, StoredWeight], dict[str, Tensor]]:

@@ -83,8 +83,8 @@ class PackedEmbedding(PackedModule):
         return packed.train(layer.training)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Returns the rows [*, D] of token ids [*], in the dtype of the scales."""
-        rows = self.packed_weight().rows(ids.flatten()).dequantized(self.weight_scale.dtype)
+        """Returns the rows [*, D] of token ids [*], in the dtype of the checkpoint."""
+        rows = self.packed_weight().rows(ids.flatten()).dequantized(self.dtype)
         return _multiplied(rows.view(*ids.shape, -1), self.multiplier)
 
 

@@ -55,7 +55,7 @@ def check_packable(name: str, layer: QuantModule | PackedModule, dtype: torch.dt
     check_finite([(f"the scale of {name}", scale)])
     if isinstance(layer, QuantModule):
         scale = scale * stored_codes(torch.zeros(0, dtype=torch.int8), layer.grid)[2]
-    if scale.is_meta:
+    if scale.is_meta or (isinstance(layer, PackedModule) and layer.has_float32_scales):
         return
     rounded = scale != scale.to(dtype).float()
     if bool(rounded.any()):

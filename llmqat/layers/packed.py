@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from llmqat.grid import (
     Grid,
     gradient_factor,
+    of_all_rows,
     pack_codes,
     pack_int32,
     packed_shape,
@@ -84,12 +85,14 @@ class PackedModule(nn.Module):
     Attributes:
         weight_packed: as `grid.pack_codes` gives it, for integers [O, ceil(I * b / 32)] int32; or [O, I] int8
             (`hold_int8`), codes of 8 bits as they are.
-        weight_scale: [O, G], the checkpoint's dtype.
+        weight_scale: [O, G], the checkpoint's dtype; float32 where that does not hold them (`hold_float32_scales`).
         weight_zero_point: [ceil(O * b / 32), G] int32, packed along O; None when symmetric.
         weight_shape: [2] int64, (O, I).
+        dtype: the checkpoint's, of what is dequantized.
+        global_scale: weight_global_scale of the file that an NVFP4 weight was read from, where its scales need it.
         weights: the scheme on disk (`WeightConfig.stored`).
         label: the scheme for tables; the trained one's where it is known.
-        log_scale: [O, G] float32 parameter while scales are trained, else None.
+        log_scale: [O, G] float32 parameter while scales are trained, [ceil(O / g), G] for blocks; else None.
     """
 
     weight_packed: Tensor
@@ -132,6 +135,23 @@ class PackedModule(nn.Module):
         self._runtime: PackedWeight | None = None
         self._versions: tuple[int | None, int | None] | None = None
         self._pages: FilePages | None = None
+        self._dtype: torch.dtype | None = None
+        self.global_scale: float | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint, and of the weights that layers around this one have."""
+        return self._dtype or self.weight_scale.dtype
+
+    @property
+    def has_float32_scales(self) -> bool:
+        """Whether scales are float32 because the dtype of the checkpoint does not hold them."""
+        return self._dtype is not None
+
+    def hold_float32_scales(self, global_scale: float | None) -> None:
+        """Makes room for scales that the dtype of the model does not hold; they stay float32 when it is cast."""
+        self._dtype, self.global_scale = self.dtype, global_scale
+        self.weight_scale = torch.empty_like(self.weight_scale, dtype=torch.float32)
 
     def hold_int8(self) -> None:
         """Makes room for int8 codes that are not packed, in the place of the words of an empty matrix of 8 bits."""
@@ -164,13 +184,16 @@ class PackedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, made anew each time: for models that look at a layer's weight or its dtype."""
-        return self.dequantized_weight(self.weight_scale.dtype)
+        return self.dequantized_weight(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self._runtime = None  # moved or cast buffers: what kernels derived from the old ones is stale
         before = self.weight_scale
-        with dtypes_kept(self, ("weight_packed",)):
+        kept = ("weight_packed", "weight_scale") if self.has_float32_scales else ("weight_packed",)
+        with dtypes_kept(self, kept):
             found: PackedModule = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._dtype is not None:
+            self._dtype = fn(torch.empty(0, dtype=self._dtype, device=before.device)).dtype
         check_cast(before, self.weight_scale.dtype)
         return found
 
@@ -207,19 +230,14 @@ class PackedModule(nn.Module):
         """Makes the scales trainable, from where they are.
 
         Raises:
-            ValueError: for scales that bfloat16 does not hold: trained ones are kept on its grid. For scales of blocks.
+            ValueError: for scales that bfloat16 does not hold: trained ones are kept on its grid.
         """
-        if self.weights.strategy == "block":
-            raise ValueError(
-                f"scales of {self.weights.label} are for blocks of {self.weights.block} rows, and packed ones are "
-                "trained by row; train the model that is not packed"
-            )
         if not torch.equal(snap_scale(self.weight_scale.float(), self.grid), self.weight_scale.float()):
             raise ValueError(
                 f"scales of {self.weight_scale.dtype} that bfloat16 does not hold cannot be trained further"
             )
         if self.log_scale is None:
-            self.log_scale = nn.Parameter(torch.zeros_like(self.weight_scale, dtype=torch.float32))
+            self.log_scale = nn.Parameter(torch.zeros_like(self._of_blocks(), dtype=torch.float32))
 
     @torch.no_grad()
     def fold_scales(self) -> None:
@@ -232,8 +250,13 @@ class PackedModule(nn.Module):
         """Returns the scale [O, G] of the forward in float32, differentiable in log_scale."""
         if self.log_scale is None:
             return self.weight_scale.float()
-        group = self.columns // self.weight_scale.shape[1]
-        return scale_from_log(self.weight_scale.float(), self.log_scale, gradient_factor(group, self.grid), self.grid)
+        factor = gradient_factor(self.rows * self.columns // self.log_scale.numel(), self.grid)
+        scale = scale_from_log(self._of_blocks().float(), self.log_scale, factor, self.grid)
+        return of_all_rows(scale, self.weights.block, self.rows)
+
+    def _of_blocks(self) -> Tensor:
+        """Returns a view of the scales with each once: those of the first row where the rows of a block share them."""
+        return self.weight_scale[:: self.weights.block]
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight in `dtype`, bit-equal to QuantModule.quantized_weight; differentiable in log_scale."""
@@ -297,7 +320,7 @@ def keep_dequantized(model: nn.Module, most_bytes: int) -> list[PackedWeight]:
     for module in _packed_modules(model):
         weight, size = module.packed_weight(), _dequantized_bytes(module)
         if weight.kept is None and size <= most_bytes:
-            weight.kept = module.dequantized_weight(module.weight_scale.dtype)
+            weight.kept = module.dequantized_weight(module.dtype)
             weight.read()
             kept.append(weight)
             most_bytes -= size
@@ -309,7 +332,7 @@ def _packed_modules(model: nn.Module) -> list[PackedModule]:
 
 
 def _dequantized_bytes(module: PackedModule) -> int:
-    return module.rows * module.columns * module.weight_scale.element_size()
+    return module.rows * module.columns * module.dtype.itemsize
 
 
 def _with_scale(weight: PackedWeight, scale: Tensor) -> PackedWeight:

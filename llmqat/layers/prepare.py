@@ -192,7 +192,7 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         raise ValueError("the model has no quantized weight to convert; call llmqat.prepare(model, config) first")
     check_parameters(model)
     for name, module in trained.items():
-        check_packable(name, module, module.weight_scale.dtype)
+        check_packable(name, module, module.dtype)
         module.fold_scales()
     for name, layer in layers.items():
         check_packable(name, layer, dtype)

@@ -115,7 +115,7 @@ def _alike(members: Sequence[PackedLinear]) -> bool:
     return all(
         (member.weights, member.in_features) == (first.weights, first.in_features)
         and (member.bias is None) == (first.bias is None)
-        and member.weight_scale.dtype == first.weight_scale.dtype
+        and (member.dtype, member.weight_scale.dtype) == (first.dtype, first.weight_scale.dtype)
         and config == configs[0]
         and (config is None or not config.calibrated)
         for member, config in zip(members, configs, strict=True)

@@ -154,7 +154,7 @@ def head_weight(model: nn.Module) -> tuple[Tensor, Tensor | None]:
         dtype = source.compute_dtype or source.weight.dtype
         return source.quantized_weight(dtype), None if bias is None else bias.to(dtype)
     if isinstance(source, PackedModule):
-        return source.dequantized_weight(source.weight_scale.dtype), bias
+        return source.dequantized_weight(source.dtype), bias
     weight: Any = source.weight
     # Of a teacher that is sharded itself, whose forward is over.
     return weight.full_tensor() if isinstance(weight, DTensor) else weight, bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from llmqat.export.compressed_tensors import packed_state_dict, quantized_layers
 from llmqat.export.description import describe
 from llmqat.export.forms import weight_args, weight_config
 from llmqat.export.serving import served_by
-from llmqat.layers import PRESETS, ActivationConfig, QuantConfig, QuantLinear, WeightConfig, prepare
+from llmqat.layers import PRESETS, ActivationConfig, PackedLinear, QuantConfig, QuantLinear, WeightConfig, prepare
 from llmqat.train import QATArguments, QATTrainer
 from tests.tiny import tiny_llama, tiny_model
 
@@ -210,9 +211,28 @@ def test_what_does_not_fit_is_told():
     model = tiny_llama(**{**WIDE, "intermediate_size": 320}, head_dim=32)
     prepare(model, QuantConfig.preset("fp8-block", overrides={"re:.*down_proj": override}))
     model(torch.arange(8)[None])
-    packed = llmqat.convert(prepared())
-    with pytest.raises(ValueError, match="scales of fp8 block are for blocks of 128 rows"):
-        packed.get_submodule("model.layers.0.mlp.up_proj").train_scales()  # type: ignore[operator]
+
+
+def test_packed_scales_of_blocks_train_block_by_block(tmp_path: Path):
+    packed = llmqat.convert(prepared(), dtype=torch.float32)
+    layers = {name: module for name, module in packed.named_modules() if isinstance(module, PackedLinear)}
+    for layer in layers.values():
+        before = layer.scale()
+        layer.train_scales()
+        layer.log_scale.grad, x = None, torch.randn(7, layer.columns)
+        layer.product(x, None, "reference").square().sum().backward()
+        product = x @ layer.weight.detach().T
+        share = 2 * (product.T @ x) * layer.weight.detach()  # of each weight in dL / d log s, without LSQ's factor
+        expected = torch.stack([part.sum(0) for part in share.unflatten(1, (-1, 128)).sum(-1).split(128)])
+        factor = 1 / math.sqrt(layer.rows * layer.columns / expected.numel() * layer.grid.steps)
+        torch.testing.assert_close(layer.log_scale.grad, expected * factor, rtol=1e-3, atol=1e-3)
+        assert torch.equal(layer.scale(), before)
+        with torch.no_grad():
+            layer.log_scale.add_(0.1 * torch.randn(layer.log_scale.shape))
+    scales = {name: layer.scale().detach() for name, layer in layers.items()}
+    llmqat.save(llmqat.convert(packed), tmp_path / "packed")
+    again = llmqat.load(tmp_path / "packed")
+    assert all(torch.equal(again.get_submodule(name).scale(), scale) for name, scale in scales.items())
 
 
 def prepared() -> PreTrainedModel:

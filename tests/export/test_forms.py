@@ -199,10 +199,10 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
         lambda t: t.update({f"{Q}.weight_global_scale": torch.ones(3)}),
         r"weight_global_scale is \[1.0, 1.0, 1.0\]; it is one positive number",
     ),
-    "none that bfloat16 holds": (
+    "a negative one": (
         "nvfp4a16",
-        lambda t: t.update({f"{Q}.weight_global_scale": torch.tensor([1234.5])}),
-        r"its weight_global_scale is no power of two",
+        lambda t: t.update({f"{Q}.weight_global_scale": torch.tensor([-2.0])}),
+        r"weight_global_scale is \[-2.0\]; it is one positive number",
     ),
     "codes of another type": (
         "fp8a16",

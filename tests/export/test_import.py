@@ -10,23 +10,29 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
     apply_quantization_config,
 )
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 from llmqat import QATTrainer, convert, load, save
 from llmqat.export import CONVERSIONS, load_any
 from llmqat.layers import PackedLinear
-from tests.export.readers import READERS
+from tests.export.readers import READERS, tensors_of
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_qwen2, tiny_tokenizer
 from tests.train.test_trainer import Blocks, _arguments
 
 INT8_INPUTS = {"num_bits": 8, "strategy": "token", "dynamic": True}
+FP8_INPUTS = {**INT8_INPUTS, "type": "float"}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "group_size": None}
+NVFP4 = {"type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn}
+MXFP4 = {"type": "float", "scale_dtype": torch.uint8}
 
 
 def foreign(
@@ -61,9 +67,19 @@ def foreign(
 @torch.no_grad()
 def observe(module: Any, weights: QuantizationArgs) -> None:
     """Gives a layer the ranges of its weights, as a minmax observer would."""
-    rows = module.weight.view(*module.weight_scale.shape, -1).float()
-    scale, zero_point = calculate_qparams(rows.amin(-1), rows.amax(-1), weights)
-    module.weight_scale.copy_(scale)
+    if weights.strategy == "block":
+        size = weights.block_structure[0]
+        rows = module.weight.unflatten(1, (-1, size)).unflatten(0, (-1, size)).float().transpose(1, 2).flatten(2)
+    elif weights.strategy == "tensor":
+        rows = module.weight.view(1, -1).float()
+    else:
+        rows = module.weight.view(*module.weight_scale.shape, -1).float()
+    shared = None
+    if weights.strategy == "tensor_group":
+        shared = generate_gparam(rows.amin(), rows.amax())
+        module.weight_global_scale.copy_(shared)
+    scale, zero_point = calculate_qparams(rows.amin(-1), rows.amax(-1), weights, shared)
+    module.weight_scale.copy_(scale.view(module.weight_scale.shape))
     if hasattr(module, "weight_zero_point"):
         module.weight_zero_point.copy_(zero_point)
 
@@ -81,6 +97,23 @@ CASES: dict[str, dict[str, Any]] = {
     "W8A16 channel": {"num_bits": 8, "strategy": "channel", "group_size": None},
     "W8A16 group": {"num_bits": 8},
     "W8A8": {"num_bits": 8, "strategy": "channel", "group_size": None, "inputs": INT8_INPUTS},
+    "FP8": {**FP8, "inputs": FP8_INPUTS},
+    "FP8 weights": FP8,
+    "FP8 tensor": {**FP8, "strategy": "tensor"},
+    "FP8 block": {**FP8, "strategy": "block", "block_structure": [32, 32]},
+    "NVFP4 weights": NVFP4,
+    "MXFP4 weights": MXFP4,
+}
+
+
+FORMATS = {
+    "W8A8": "int-quantized",
+    "FP8": "float-quantized",
+    "FP8 weights": "naive-quantized",
+    "FP8 tensor": "naive-quantized",
+    "FP8 block": "naive-quantized",
+    "NVFP4 weights": "nvfp4-pack-quantized",
+    "MXFP4 weights": "mxfp4-pack-quantized",
 }
 
 
@@ -88,13 +121,52 @@ CASES: dict[str, dict[str, Any]] = {
 def test_others_checkpoints_load_as_stock_transformers_loads_them(name: str, tmp_path: Path) -> None:
     folder = foreign(tmp_path / "theirs", **CASES[name])
     format = json.loads((folder / "config.json").read_text())["quantization_config"]["format"]
-    assert format == ("int-quantized" if name == "W8A8" else "pack-quantized")
+    assert format == FORMATS.get(name, "pack-quantized")
     ours = load(folder, kernel="reference")
     assert sum(isinstance(module, PackedLinear) for module in ours.modules()) == 14
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=CASES[name].get("dtype", torch.bfloat16))
     assert torch.equal(logits(ours), logits(stock))
     save(ours, tmp_path / "ours", dtype=ours.dtype)
     assert torch.equal(logits(load(tmp_path / "ours", kernel="reference")), logits(ours))
+
+
+def wide(tmp_path: Path, case: str) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A model of others whose scales bfloat16 does not hold, and its weights as compressed-tensors has them."""
+    folder = foreign(tmp_path / "theirs", **CASES[case])
+    if case == "FP8 weights":
+        tensors = tensors_of(folder)
+        scales = {name: tensor.float() * 1.001 for name, tensor in tensors.items() if name.endswith("weight_scale")}
+        save_file(tensors | scales, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors, expected = tensors_of(folder), {}
+    for name in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
+        if case == "FP8 weights":
+            expected[name] = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"]
+        else:
+            words = tensors[f"{name}.weight_packed"]
+            codes = unpack_fp4_from_uint8(words, words.shape[0], 2 * words.shape[1], torch.float32)
+            scale = tensors[f"{name}.weight_scale"].float() / tensors[f"{name}.weight_global_scale"]
+            expected[name] = codes * scale.repeat_interleave(16, dim=1)
+    return load(folder), expected
+
+
+@pytest.mark.parametrize("case", ["FP8 weights", "NVFP4 weights"])
+def test_scales_that_bfloat16_does_not_hold_are_kept(case: str, tmp_path: Path) -> None:
+    model, expected = wide(tmp_path, case)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    assert set(layers) == set(expected)
+    save(model, tmp_path / "again", dtype=model.dtype)
+    again = load(tmp_path / "again")
+    for name, layer in layers.items():
+        assert layer.has_float32_scales
+        assert layer.weight.dtype == layer.dtype == torch.bfloat16
+        assert torch.equal(layer.weight, expected[name].bfloat16())
+        assert torch.equal(again.get_submodule(name).scale(), layer.scale())
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        model.to(dtype)
+        assert all(layer.weight.dtype == dtype for layer in layers.values())
+        assert all(torch.equal(layer.weight, expected[name].to(dtype)) for name, layer in layers.items())
+    with pytest.raises(ValueError, match=r"scales of torch.float32 that bfloat16 does not hold cannot be trained"):
+        next(iter(layers.values())).train_scales()
 
 
 @pytest.mark.parametrize(("num_bits", "inputs"), [(4, None), (8, None), (8, INT8_INPUTS)])

@@ -16,7 +16,7 @@ import gguf
 import pytest
 import torch
 import transformers
-from compressed_tensors.compressors.base import compress_module
+from compressed_tensors.compressors.base import compress_module, decompress_module
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -31,7 +31,7 @@ from llmqat import QATTrainer, QuantConfig, convert, load, save
 from llmqat.cli import app
 from llmqat.layers import PackedExperts, PackedLinear
 from tests.export.readers import READERS, tensors_of
-from tests.export.test_import import foreign, logits, observe
+from tests.export.test_import import CASES, foreign, logits, observe
 from tests.tiny import CLASSES, tiny_model, tiny_of_class, tiny_tokenizer
 from tests.train.test_trainer import Blocks, _arguments
 
@@ -157,8 +157,11 @@ ONLY_EXPERTS = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*ml
 """What Kimi K2's checkpoint ignores."""
 
 
-def only_experts(folder: Path, name: str) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A tiny checkpoint of which routed experts alone are packed, one by one; and their tensors."""
+INT4 = {"num_bits": 4, "strategy": "group", "group_size": 32}
+
+
+def only_experts(folder: Path, name: str, **weights: Any) -> tuple[Path, dict[str, torch.Tensor], torch.nn.ModuleDict]:
+    """A tiny checkpoint of which routed experts alone are packed, one by one; their tensors, and their layers."""
     model = tiny_model(name, **EXPERTS[name]).bfloat16()
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -169,31 +172,30 @@ def only_experts(folder: Path, name: str) -> tuple[Path, dict[str, torch.Tensor]
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
         linear.weight.data.copy_(weight)
         layers[key.removesuffix(".weight").replace(".", "/")] = linear
-    scheme = QuantizationScheme(
-        targets=["Linear"], weights=QuantizationArgs(num_bits=4, strategy="group", group_size=32)
-    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**(weights or INT4)))
     apply_quantization_config(layers, QuantizationConfig(config_groups={"group_0": scheme}))
     for layer in layers.values():
         observe(layer, scheme.weights)
         compress_module(layer)
     packed = {key.replace("/", "."): tensor for key, tensor in layers.state_dict().items()}
     save_file(tensors | packed, folder / "model.safetensors", metadata={"format": "pt"})
-    group = {"targets": ["Linear"], "weights": scheme.weights.model_dump(mode="json"), "format": "pack-quantized"}
+    form = next(iter(layers.values())).quantization_scheme.format
+    group = {"targets": ["Linear"], "weights": scheme.weights.model_dump(mode="json"), "format": form}
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ONLY_EXPERTS,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    return folder, packed
+    return folder, packed, layers
 
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_packed_one_by_one_are_read_as_the_stacks_of_the_model(name: str, tmp_path: Path) -> None:
-    folder, theirs = only_experts(tmp_path / "theirs", name)
+    folder, theirs, _ = only_experts(tmp_path / "theirs", name)
     model = load(folder, kernel="reference")
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
     assert len(stacks) == (2 if name == "deepseek_v3" else 4)
@@ -221,8 +223,36 @@ def test_experts_packed_one_by_one_are_read_as_the_stacks_of_the_model(name: str
     assert any(not torch.equal(after[stack].weight_scale, scale) for stack, scale in scales.items())
 
 
+@pytest.mark.parametrize("case", ["FP8 weights", "FP8 tensor", "FP8 block", "NVFP4 weights", "MXFP4 weights"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_in_floats_are_read_as_the_stacks_of_the_model(name: str, case: str, tmp_path: Path) -> None:
+    """Of NVFP4 and of FP8 with a scale a tensor, each expert has a number of its own."""
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32, **CASES[case]}
+    folder, _, layers = only_experts(tmp_path / "theirs", name, **weights)
+    stacks = {name: module for name, module in load(folder).named_modules() if isinstance(module, PackedExperts)}
+    assert len(stacks) == (2 if name == "deepseek_v3" else 4)
+    for layer in layers.values():
+        decompress_module(layer)
+    for stack, experts in stacks.items():
+        place, kinds = stack.rpartition(".")[0].replace(".", "/"), ("down_proj",)
+        if stack.endswith("gate_up_proj"):
+            kinds = ("gate_proj", "up_proj")
+        rows = [layers[f"{place}/{expert}/{kind}"].weight for expert in range(4) for kind in kinds]
+        assert torch.equal(experts.weight.flatten(0, 1), torch.cat(rows).bfloat16())
+
+
+def test_tensors_that_an_expert_lacks_are_named(tmp_path: Path) -> None:
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32, **CASES["NVFP4 weights"]}
+    folder, *_ = only_experts(tmp_path / "theirs", "qwen3_moe", **weights)
+    lacking = "model.layers.0.mlp.experts.2.up_proj.weight_global_scale"
+    kept = {name: tensor for name, tensor in tensors_of(folder).items() if name != lacking}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"experts.gate_up_proj lacks {lacking}, which others of its experts have"):
+        load(folder)
+
+
 def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
-    folder, _ = only_experts(tmp_path / "theirs", "qwen3_moe")
+    folder, *_ = only_experts(tmp_path / "theirs", "qwen3_moe")
     tensors = tensors_of(folder)
     kept = {name: tensor for name, tensor in tensors.items() if "layers.0.mlp.experts.2.up_proj" not in name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
