@@ -190,13 +190,15 @@ def one_gpu(labels: dict[str, str]) -> str:
 
 
 IN_README = {
-    "calibration, block-wise, 256 k tokens": "calibrate block by block",
+    "GPTQ, a block at a time on the GPU": "calibrate by GPTQ, one block at a time",
     "LoRA, its own teacher": "train LoRA adapters inside the quantizers",
     "scales of the packed model, a teacher's cache": "train the scales of a packed model, cached teacher",
     "all weights, a teacher": "train all weights",
 }
 IN_MEMORY = {
-    "calibration, block-wise, 256 k tokens": "block-wise calibration, no training, 256 k tokens",
+    "block-wise, 256 k tokens, the model on the GPU": "block-wise calibration, 256 k tokens, the model on the GPU",
+    "block-wise, a block at a time on the GPU": "block-wise calibration, one block at a time on the GPU",
+    "GPTQ, a block at a time on the GPU": "GPTQ, one block at a time on the GPU",
     "LoRA, its own teacher": "LoRA, the model is its own teacher",
     "scales of the packed model, a teacher's cache": "scales of a packed model, cached teacher",
     "scales of the packed model, a teacher": "scales of a packed model, teacher in memory",

@@ -17,10 +17,12 @@ from llmqat.layers import QuantConfig, prepare
 from llmqat.recipe import load_recipe
 from llmqat.recipe.memory import (
     CHUNK_TOKENS,
+    CPU_RUNTIME,
+    Calibration,
     Devices,
     Method,
     ModelSize,
-    blockwise_memory,
+    calibration_memory,
     memory_of,
     size_of,
     traffic_of,
@@ -95,6 +97,13 @@ LENGTH, GROUP, RANK = 4096, 128, 16
 SMALL_GROUP = 64
 """Where `GROUP` does not divide."""
 CALIBRATION_TOKENS = 128 * 2048
+BLOCKWISE = Calibration(CALIBRATION_TOKENS, 1, 2048, weight_bytes=2.0)
+CALIBRATIONS = {
+    f"block-wise, {CALIBRATION_TOKENS // 1024:,} k tokens, the model on the GPU": BLOCKWISE,
+    "block-wise, a block at a time on the GPU": replace(BLOCKWISE, by_block=True),
+    "GPTQ, a block at a time on the GPU": replace(BLOCKWISE, by_block=True, blockwise=False, gptq=True),
+}
+ONE = Devices(1, "ddp", "cuda")
 METHODS = {
     "all weights, DDP, a teacher on each": ("all", "ddp", False),
     "all weights, ZeRO-2, a teacher on each": ("all", "zero2", False),
@@ -145,14 +154,12 @@ def _one_gpu(sizes: dict[str, tuple[ModelSize, dict[str, int]]]) -> str:
         "|---" * (len(sizes) + 1) + "|",
     ]
     rows = {
-        f"calibration, block-wise, {CALIBRATION_TOKENS // 1024:,} k tokens": [
-            blockwise_memory(size, CALIBRATION_TOKENS, 1, 2048) for size, _ in sizes.values()
-        ]
+        label: [calibration_memory(size, how, ONE).peak for size, _ in sizes.values()]
+        for label, how in CALIBRATIONS.items()
     }
     for label, (trains, less) in ONE_GPU.items():
         rows[label] = [
-            memory_of(size, method_of(trains, trained[trains], less), Devices(1, "ddp", "cuda")).peak
-            for size, trained in sizes.values()
+            memory_of(size, method_of(trains, trained[trains], less), ONE).peak for size, trained in sizes.values()
         ]
     for label, peaks in rows.items():
         lines.append(f"| {label} | {' | '.join(_gigabytes(peak, 1 if peak < 1e10 else 0) for peak in peaks)} |")
@@ -189,7 +196,7 @@ def _section(name: str, size: ModelSize, trained: dict[str, int]) -> str:
             sent = traffic_of(size, method, devices)
             cells += [_gigabytes(memory_of(size, method, devices).peak), f"{sent / 1e9:,.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(_blockwise_line(size))
+    lines.append(_calibration_lines(size))
     return "\n".join([*lines, "", _parts(size, trained), ""])
 
 
@@ -203,11 +210,12 @@ def _parts(size: ModelSize, trained: dict[str, int]) -> str:
     return "Parts on 8 GPUs, not all at once: " + "; ".join(shown) + "."
 
 
-def _blockwise_line(size: ModelSize) -> str:
-    cell = _gigabytes(blockwise_memory(size, CALIBRATION_TOKENS, 1, 2048))
-    cells = " | ".join([f"{cell} | 0.0"] * len(GPUS))
-    label = f"block-wise, one GPU, {CALIBRATION_TOKENS // 1024:,} k tokens"
-    return f"| {label} | {size.block / 1e6:,.0f} M a block | {cells} |"
+def _calibration_lines(size: ModelSize) -> str:
+    lines = []
+    for label, how in CALIBRATIONS.items():
+        cells = " | ".join([f"{_gigabytes(calibration_memory(size, how, ONE).peak)} | 0.0"] * len(GPUS))
+        lines.append(f"| one GPU: {label} | {size.block / 1e6:,.0f} M a block | {cells} |")
+    return "\n".join(lines)
 
 
 def counted(name: str) -> tuple[ModelSize, dict[str, int]]:
@@ -258,8 +266,12 @@ def _assumptions() -> str:
   again for each, DDP does not. Nothing is said of what is hidden behind computation.
 - Activations are those of Llama's blocks in transformers with fused attention: a sequence twice as long keeps twice as
   much. Scores of attention are never whole.
-- Block-wise training holds the model in bfloat16 and one block in float32 with AdamW; hidden states of both chains lie
-  on the GPU here (llmqat puts them on disk beyond `hidden_memory`). GPUs more than one only share the text.
+- Block-wise training holds one block in float32 with AdamW. GPTQ holds one block, and of its widest layer five matrices
+  of input features x input features. Hidden states take up to 4 GB (`hidden_memory`); what is more lies in files. GPUs
+  more than one only share the text.
+- "A block at a time": `llmqat quantize` leaves weights in their safetensors files, or in the memory of the machine, and
+  moves each block to the GPU when its turn comes. On a CPU the same is held in memory, and {CPU_RUNTIME / 1e9:.1f} GB
+  more. Stages `rotate` and `smooth` need all weights in memory.
 """
 
 

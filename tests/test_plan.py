@@ -15,7 +15,7 @@ from llmqat.data.blocks import token_blocks
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.layers import QuantConfig, prepare
 from llmqat.recipe import devices_of, load_recipe, plan_run, probe
-from llmqat.recipe.memory import Devices, memory_of, optimizer_bytes, traffic_of
+from llmqat.recipe.memory import Calibration, Devices, calibration_memory, memory_of, optimizer_bytes, traffic_of
 from llmqat.recipe.plan import few_steps
 from llmqat.train import LoraSettings, QATArguments, QATTrainer, choose_trained
 from tests.flows.small import small
@@ -109,6 +109,40 @@ def test_sharding_divides_states_and_nothing_else(llama: Any) -> None:
     assert traffic_of(llama.size, accumulated, Devices(8, "fsdp2")) > 3 * traffic_of(
         llama.size, llama.method, Devices(8, "fsdp2")
     )
+
+
+STAGES = "calibrate=[ranges, {stage: gptq, blocks: 8}]"
+
+
+def test_blocks_that_come_one_by_one_need_no_other_weights(tiny_llama_folder: Path) -> None:
+    plan = planned(tiny_llama_folder, "train=null", STAGES)
+    method, found = plan.method, plan.by_block
+    assert method.gptq
+    assert not method.blockwise
+    assert found is not None
+    blocks = plan.size.block * plan.size.layers
+    assert (
+        plan.memory.weights - found.weights
+        == plan.memory.peak - found.peak
+        == method.weight_bytes * (plan.size.parameters) - 2 * (plan.size.parameters - blocks)
+    )
+    deeper = calibration_memory(replace(plan.size, parameters=plan.size.parameters + 7 * plan.size.block, layers=9),
+                                replace(method, by_block=True), plan.devices)  # fmt: skip
+    assert plan.size.layers == 2
+    assert deeper == found
+    assert planned(tiny_llama_folder, "train=null", "calibrate=[smooth, ranges]").by_block is None
+    assert planned(tiny_llama_folder, STAGES).by_block is None
+
+
+def test_gptq_holds_matrices_of_the_widest_layer(tiny_llama_folder: Path) -> None:
+    size, devices = planned(tiny_llama_folder).size, Devices(1, "ddp", "cuda")
+    assert size.widest == 128
+    wide = replace(size, widest=1 << 16)
+    gptq = Calibration(64, 1, 64, 2.0, gptq=True, blockwise=False, hidden_memory=0.0)
+    more = calibration_memory(wide, gptq, devices).peak - calibration_memory(size, gptq, devices).peak
+    assert more == pytest.approx(4 * 5 * 2.0**32, rel=0.01)
+    plain = replace(gptq, gptq=False)
+    assert calibration_memory(wide, plain, devices) == calibration_memory(size, plain, devices)
 
 
 def test_the_largest_batch_is_the_largest_that_fits(llama: Any) -> None:

@@ -537,7 +537,7 @@ def correction(weight: Tensor, hessian: Tensor, seen: Moments, rows: slice = sli
     Raises:
         ValueError: `hessian` is not positive definite.
     """
-    found, fault = _correction(weight, hessian, seen, rows)
+    found, fault = _correction(weight, hessian.clone(), seen, rows)
     _check_definite(not bool(fault))
     return found
 
@@ -551,8 +551,13 @@ def _check_definite(is_definite: bool) -> None:
 
 
 def _correction(weight: Tensor, hessian: Tensor, seen: Moments, rows: slice) -> tuple[Tensor, Tensor]:
-    """Returns what `correction` does, and a number that is not 0 where `hessian` is not positive definite."""
-    factor, fault = torch.linalg.cholesky_ex(hessian)
+    """Returns what `correction` does, and a number that is not 0 where `hessian` is not positive definite.
+
+    Of a wide layer a matrix takes gigabytes: the factor takes the place of `hessian`.
+    """
+    fault = torch.empty((), dtype=torch.int32, device=hessian.device)
+    factor = hessian.mT  # in the order that LAPACK wants, and the same, since it is symmetric
+    torch.linalg.cholesky_ex(factor, out=(factor, fault))
     return torch.cholesky_solve(seen.lacking(weight, rows).t(), factor).t(), fault
 
 

@@ -183,6 +183,8 @@ def _print_fit(plan: Plan, available: int) -> None:
                 f"{plan.memory.weights / 1e9:.2f} GB",
                 style="yellow",
             )
+            if plan.by_block is not None:
+                errors.print(f"  {plan.by_block.peak / 1e9:.2f} GB: llmqat quantize, whose weights stay in their files")
         return
     batch = plan.fitting_batch(available)
     if batch >= plan.method.batch:

@@ -64,6 +64,8 @@ class ModelSize:
     attention: int
     key_value: int
     vocabulary: int
+    widest: int
+    """Input features of the widest quantized weight."""
     sparse: int = 0
     """Quantized weights of schemes with sparsity."""
 
@@ -110,6 +112,14 @@ class Calibration:
     """Of a token block."""
     weight_bytes: float
     """Of a weight: 2 in bfloat16, or 4 in float32 where weights are folded into each other."""
+    gptq: bool = False
+    """Whether stage `gptq` is among the stages."""
+    blockwise: bool = True
+    """Whether stage `blockwise` is."""
+    hidden_memory: float = 4e9
+    """Bytes of hidden states above which they lie in files."""
+    by_block: bool = False
+    """Whether weights stay in their files, or on the CPU, until their block's turn comes: `llmqat quantize`."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +189,7 @@ def size_of(model: nn.Module, config: Any, packed_bytes: float = 0.5) -> ModelSi
         attention=heads.queries * heads.size,
         key_value=heads.keys * heads.size,
         vocabulary=text.vocab_size,
+        widest=max((module.columns for module in weights), default=0),
         sparse=sum(m.rows * m.columns for m in weights if isinstance(m, QuantModule) and m.nonzero is not None),
     )
 
@@ -232,23 +243,28 @@ def traffic_of(size: ModelSize, method: Method, devices: Devices) -> float:
     return share * (passes * _weight_bytes(size, method) + gradients * method.accumulation + teacher)
 
 
-def blockwise_memory(size: ModelSize, tokens: int, batch: int, length: int) -> float:
-    """Returns the bytes of block-wise calibration: the model in bfloat16, one block in training, two chains of states.
-
-    Args:
-        size: of the model.
-        tokens: of the calibration text.
-        batch: token blocks in an iteration.
-        length: of a token block.
-    """
-    states = 2 * 2.0 * tokens * size.hidden
-    return 2.0 * size.parameters + 16.0 * size.block + states + batch * length * _kept_by_block(size)
-
-
 def calibration_memory(size: ModelSize, calibration: Calibration, devices: Devices) -> Memory:
-    """Returns what a device holds when `size` is calibrated and not trained: as `blockwise_memory`, by parts."""
-    weights = calibration.weight_bytes * size.parameters + size.sparse
-    block = blockwise_memory(size, calibration.tokens, calibration.batch, calibration.length) - 2.0 * size.parameters
+    """Returns what a device holds when `size` is calibrated and not trained, by parts.
+
+    - weights: all of them; embeddings and output head alone where blocks come one by one
+    - a block in training (stage `blockwise`): 16 bytes a weight, masters, gradients and AdamW; what it keeps of a batch
+    - a block in stage `gptq`: 8, its weights in float32, the original and the quantized ones in bfloat16; and for its
+      widest layer, of I input features and D output features, five matrices I x I and four I x D in float32: second
+      moments and what they are to make up for, of two halves of the text, and a factor
+    - hidden states of both chains, and with `gptq` the original inputs of layers, up to `hidden_memory` each
+    """
+    tokens, hidden = calibration.tokens, size.hidden
+    outside = 2.0 * _outside(size)
+    weights = outside if calibration.by_block else calibration.weight_bytes * size.parameters + size.sparse
+    block = calibration.batch * calibration.length * _kept_by_block(size)
+    if calibration.blockwise:
+        block += 16.0 * size.block
+    if calibration.gptq:
+        inputs = 2.0 * tokens * (4 * hidden + size.attention + size.widest)
+        matrices = 4.0 * size.widest * (5 * size.widest + 4 * hidden)
+        block = max(block, 8.0 * size.block + matrices + min(inputs, calibration.hidden_memory))
+    if calibration.blockwise or calibration.gptq:
+        block += min(4.0 * tokens * hidden, calibration.hidden_memory)
     runtime = float(CPU_RUNTIME) if devices.accelerator == "cpu" else 0.0
     return Memory(weights, 0.0, 0.0, 0.0, 0.0, 0.0, block, runtime, weights + block + runtime)
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmqat.calibrate import AllocationConfig, RangesStage, rotates, untie
+from llmqat.calibrate import AllocationConfig, BlockwiseStage, GPTQStage, RangesStage, rotates, untie
 from llmqat.calibrate.sensitivity import possible_schemes
 from llmqat.data import TokenBlocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
@@ -109,6 +109,8 @@ class Plan:
     """The folder."""
     law: Law | None
     """What its tokens were worth where the like was measured; None where it was not."""
+    folds: bool
+    """Whether calibration folds weights into each other."""
 
     @property
     def memory(self) -> Memory:
@@ -116,6 +118,16 @@ class Plan:
         if isinstance(self.method, Calibration):
             return calibration_memory(self.size, self.method, self.devices)
         return memory_of(self.size, self.method, self.devices)
+
+    @property
+    def by_block(self) -> Memory | None:
+        """What `llmqat quantize` holds with the same stages: its weights stay in their files. None for other runs.
+
+        Stages that fold weights into each other change all of them, and have them in memory.
+        """
+        if not isinstance(self.method, Calibration) or self.folds:
+            return None
+        return calibration_memory(self.size, dataclasses.replace(self.method, by_block=True), self.devices)
 
     def fits(self, available: int) -> bool:
         """Returns whether the run as it is stays within `available` bytes of each device."""
@@ -219,6 +231,7 @@ def plan_run(recipe: Recipe, devices: Devices | None = None, blocks: int | None 
         disk=disk_of(recipe, arguments, coverage, size, method, blocks, steps),
         output=recipe.output,
         law=law_of_recipe(recipe, arguments),
+        folds=folds_weights(recipe),
     )
 
 
@@ -326,8 +339,15 @@ def calibration_of(recipe: Recipe) -> Calibration:
     """Returns how the recipe calibrates a model that it does not train."""
     blocks = max((getattr(stage, "blocks", 0) for stage in recipe.calibrate), default=0)
     batch = max((getattr(stage, "batch_size", 1) for stage in recipe.calibrate), default=1)
-    width = torch.finfo(master_dtype(recipe)).bits / 8
-    return Calibration(blocks * recipe.data.block_size, batch, recipe.data.block_size, width)
+    return Calibration(
+        tokens=blocks * recipe.data.block_size,
+        batch=batch,
+        length=recipe.data.block_size,
+        weight_bytes=torch.finfo(master_dtype(recipe)).bits / 8,
+        gptq=any(isinstance(stage, GPTQStage) for stage in recipe.calibrate),
+        blockwise=any(isinstance(stage, BlockwiseStage) for stage in recipe.calibrate),
+        hidden_memory=1e9 * max((getattr(stage, "hidden_memory", 0.0) for stage in recipe.calibrate), default=0.0),
+    )
 
 
 def method_of(recipe: Recipe, arguments: QATArguments, model: PreTrainedModel) -> tuple[Method, PreTrainedModel]:
