@@ -2,7 +2,7 @@
 
 A tiny random Llama is calibrated (ranges, gptq, blockwise), trained, packed and compared by `llmqat train` on two
 processes (torchrun, gloo). First undisturbed, then once for each kill: one process, the main one and another in turn,
-gets SIGKILL at another share of that time, spread from the first write on. It is measured how long the others live on,
+gets SIGKILL at another share of the time from its first write to its end. It is measured how long the others live on,
 and whether the same command, given again, ends with the same bytes in every file of the packed model. A kill that was
 measured is not repeated. The last lines are the headline, `name: number`.
 
@@ -53,7 +53,7 @@ class Kill:
 
     Attributes:
         victim: rank of the process that was killed.
-        moment: seconds after the start.
+        moment: seconds after the first write.
         doing: stage that the run's status file named then; "" before there is one.
         others: seconds until all processes had ended.
         same: whether the same command then ended with the bytes of the undisturbed run.
@@ -89,7 +89,7 @@ def main() -> None:
     found = [Kill(**one) for one in json.loads(kept.read_text(encoding="utf-8"))] if kept.is_file() else []
     expected = digests(options.out / "undisturbed" / "model")
     for number in range(len(found), options.kills):
-        moment = first + (seconds - first) * (number + 0.5) / options.kills
+        moment = (seconds - first) * (number + 0.5) / options.kills
         found.append(killed(options.out / "killed", number % options.processes, moment, options.processes, expected))
         write_whole(kept, json.dumps([asdict(one) for one in found], indent=2) + "\n")
     show(found[: options.kills])
@@ -120,8 +120,7 @@ def undisturbed(out: Path, processes: int) -> tuple[float, float]:
         shutil.rmtree(folder, ignore_errors=True)
         begun = time.monotonic()
         run = started(folder, processes)
-        while run.poll() is None and not (folder / STATUS_FILE).is_file():
-            time.sleep(0.05)
+        wait_for_write(run, folder)
         first = time.monotonic() - begun
         finish(run, folder)
         write_whole(times, json.dumps([time.monotonic() - begun, first]))
@@ -132,8 +131,9 @@ def undisturbed(out: Path, processes: int) -> tuple[float, float]:
 def killed(folder: Path, victim: int, moment: float, processes: int, expected: dict[str, str]) -> Kill:
     """Starts a run, kills one of its processes, waits for the others, gives the command again, and compares."""
     shutil.rmtree(folder, ignore_errors=True)
-    begun = time.monotonic()
     run = started(folder, processes)
+    wait_for_write(run, folder)
+    begun = time.monotonic()
     while time.monotonic() - begun < moment and run.poll() is None:
         time.sleep(0.02)
     doing = stage_of(folder)
@@ -145,6 +145,12 @@ def killed(folder: Path, victim: int, moment: float, processes: int, expected: d
         raise SystemExit(f"{folder}: the run ended well, though process {victim} was killed after {moment:.1f} s")
     finish(started(folder, processes), folder)
     return Kill(victim, moment, doing, others, digests(folder / "model") == expected)
+
+
+def wait_for_write(run: subprocess.Popen[str], folder: Path) -> None:
+    """Waits until a run has written its status."""
+    while run.poll() is None and not (folder / STATUS_FILE).is_file():
+        time.sleep(0.02)
 
 
 def started(folder: Path, processes: int) -> subprocess.Popen[str]:

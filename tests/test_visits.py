@@ -16,13 +16,20 @@ from transformers import PreTrainedModel
 from llmqat.calibrate import calibrate
 from llmqat.calibrate.masters import Originals
 from llmqat.calibrate.report import report_layers
+from llmqat.calibrate.sensitivity import measure_sensitivity
 from llmqat.evaluate.loading import load_to_judge
 from llmqat.kernels import pages
-from llmqat.layers import QuantModule
+from llmqat.layers import QuantModule, prepare
 from llmqat.models import let_blocks_visit, load_model, loading, named_blocks, visited_device, visiting, visits
+from llmqat.recipe import load_recipe, run
 from llmqat.recipe.quantize import quantize_model
+from llmqat.recipe.teacher import cache_teacher_of
+from llmqat.train import QATTrainer
 from tests.calibrate.test_stages import BLOCKWISE, INT3, stages, state, text
+from tests.flows.small import small
+from tests.test_plan import RECIPE
 from tests.tiny import tiny_architecture, tiny_llama, tiny_tokenizer
+from tests.train.test_trainer import Blocks, _arguments
 
 CPU = torch.device("cpu")
 
@@ -155,6 +162,26 @@ def test_calibration_gets_the_same_bits(
     assert all(torch.equal(tensor, state(whole)[name]) for name, tensor in state(again).items())
 
 
+@pytest.mark.parametrize("stage", ["rotate", {"stage": "smooth", "blocks": 2}])
+def test_weights_are_folded_where_they_lie(stage: Any, there: list[int]) -> None:
+    def folded(visit: bool) -> PreTrainedModel:
+        model = tiny_llama()
+        assert not visit or let_blocks_visit(model, CPU)
+        calibrate(model, INT3, stages(stage, "ranges"), text())
+        return model
+
+    whole = state(folded(visit=False))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in state(folded(visit=True)).items())
+    assert there
+
+
+def test_sensitivities_of_a_model_that_does_not_fit_are_refused_by_name() -> None:
+    model = tiny_llama()
+    let_blocks_visit(model, CPU)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not fit .* CUDA_VISIBLE_DEVICES= before the command"):
+        measure_sensitivity(model, INT3, [3, 4], text())
+
+
 @pytest.fixture
 def small_gpu(monkeypatch: pytest.MonkeyPatch, there: list[int]) -> list[int]:
     """An accelerator that holds no model of this file."""
@@ -189,3 +216,46 @@ def test_a_model_that_does_not_fit_is_quantized_and_judged_block_by_block(
             monkeypatch.setattr(loading, "free_bytes", lambda device: None)
             assert torch.equal(load_to_judge(folder)(text(2)).logits, here)
         monkeypatch.setattr(loading, "free_bytes", lambda device: 1000)
+
+
+def test_a_teacher_that_does_not_fit_beside_the_student_visits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    def trained(folder: str) -> dict[str, Tensor]:
+        model = tiny_llama(seed=1)
+        prepare(model, INT3)
+        teacher = tiny_llama()
+        trainer = QATTrainer(
+            model=model, teacher=teacher, args=_arguments(tmp_path / folder, max_steps=2), train_dataset=Blocks()
+        )
+        assert (visited_device(teacher) is not None) == (folder == "visits")
+        trainer.train()
+        return state(model)
+
+    expected = trained("whole")
+    there: list[int] = request.getfixturevalue("small_gpu")
+    found = trained("visits")
+    assert there
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_recipe_that_trains_nothing_and_a_teacher_cache_need_a_block_at_a_time(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source, document = saved(tmp_path / "model", tiny_llama()), tmp_path / "text.txt"
+    document.write_text("The cat sat on the mat, and the dog lay by the door of the old house. " * 40)
+    words = ["data={source: text}", f"data.path={document}", "quant={preset: int4, group_size: 32}"]
+
+    def made(folder: Path) -> dict[str, Tensor]:
+        recipe = load_recipe(RECIPE, small(Path(source), folder, *words, "train=null"))
+        run(recipe)
+        cache_teacher_of(recipe, folder / "teacher", top_k=4, batch_size=4)
+        cached = next(iter((folder / "teacher").glob("*.safetensors")))
+        return load_file(folder / "model" / "model.safetensors") | load_file(cached)
+
+    expected = made(tmp_path / "whole")
+    there: list[int] = request.getfixturevalue("small_gpu")
+    found = made(tmp_path / "visits")
+    assert there
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

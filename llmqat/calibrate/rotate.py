@@ -15,6 +15,7 @@ Letters: D hidden size, Q [D, D].
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -56,17 +57,16 @@ def rotate(model: nn.Module, seed: int = 0) -> None:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     size = embedding.weight.shape[1]
     stream = _stream(model, size)
-    rotation = hadamard(size, seed).to(embedding.weight.device)
+    rotation = functools.cache(hadamard(size, seed).to)  # to a device: blocks may be elsewhere than embeddings
     with unchanged_logits(model, "rotation"):
         untie(model)
         for norm in stream.norms:
             _fold_gain(norm)
             for reader in norm.readers.values():
                 for weight in _input_last(reader):
-                    weight.copy_(weight.double() @ rotation)
-        embedding.weight.copy_(embedding.weight.double() @ rotation)
-        for writer in stream.writers:
-            writer.copy_(writer.double() @ rotation)
+                    weight.copy_(weight.double() @ rotation(weight.device))
+        for writer in (embedding.weight, *stream.writers):
+            writer.copy_(writer.double() @ rotation(writer.device))
 
 
 def check_rotation(model: nn.Module) -> None:

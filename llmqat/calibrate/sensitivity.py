@@ -47,7 +47,7 @@ from llmqat.layers import (
 )
 from llmqat.layers.prepare import overridden
 from llmqat.metrics import Predictor, predictor_of
-from llmqat.models import capture_hidden, cast_parameters, model_device
+from llmqat.models import capture_hidden, cast_parameters, model_device, visited_device
 
 Choice = int | str
 """Bits of the weights, or the name of a scheme."""
@@ -220,10 +220,16 @@ def measure_sensitivity(
         wrap: put around the iteration over token blocks, for a progress bar.
 
     Raises:
-        ValueError: when there is no token block, no layer to choose for, or the scheme has no other bits.
+        ValueError: when there is no token block, no layer to choose for, or the scheme has no other bits; or when the
+            blocks of the model come to the GPU one by one, where there is no backward pass.
     """
     if len(ids) == 0:
         raise ValueError("sensitivity got no token block; give it at least one")
+    if visited_device(model) is not None:
+        raise ValueError(
+            f"{type(model).__name__} does not fit into the memory of {visited_device(model)}, and sensitivities need "
+            "gradients of the whole model; measure them on the CPU, with CUDA_VISIBLE_DEVICES= before the command"
+        )
     schemes = schemes_of(quant, choices)
     own = overridden(model, quant)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]

@@ -71,15 +71,20 @@ def default_device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def to_accelerator(model: Model) -> Model:
+def to_accelerator(model: Model, device: torch.device | None = None) -> Model:
     """Moves `model` in place to the accelerator where there is one, and returns it; on a CPU nothing is asked of it.
 
     Of a model that does not fit there, the blocks come to it one after the other (visits.py). Models that other
     packages have quantized may refuse to be moved, even to where they are.
+
+    Args:
+        model: on the CPU.
+        device: of this process, where there are several; by default `default_device()`.
     """
     if not torch.accelerator.is_available() or visited_device(model) is not None:
         return model
-    device, free = default_device(), free_bytes(default_device())
+    device = device or default_device()
+    free = free_bytes(device)
     needed = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
     if free is not None and needed > MOST_FILLED * free and let_blocks_visit(model, device):
         logger.warning(

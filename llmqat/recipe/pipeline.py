@@ -28,6 +28,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 
 from llmqat.calibrate import (
     ORIGINALS_FILE,
+    CustomStage,
     LayerReport,
     Originals,
     RangesStage,
@@ -55,7 +56,14 @@ from llmqat.files import write_whole
 from llmqat.heap import give_back_freed_memory
 from llmqat.hub import is_local
 from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert, without_adapters
-from llmqat.models import adapter_base, keeps_documents_apart, load_adapter_base, load_model, load_with_few_bits
+from llmqat.models import (
+    adapter_base,
+    keeps_documents_apart,
+    load_adapter_base,
+    load_model,
+    load_with_few_bits,
+    to_accelerator,
+)
 from llmqat.recipe.allocation import PLAN_FILE, choice_name, plan_bits, planned
 from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, unread
 from llmqat.recipe.evaluation import (
@@ -180,7 +188,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
     with stage("load", recipe.model), arguments.main_process_first():
         teacher, tokenizer = load_model(recipe.source, torch.bfloat16)
         use_chat_template(recipe.data, tokenizer)
-        teacher.to(arguments.device)
+        to_accelerator(teacher, arguments.device)
         # Now: what needs weights to be known should not cost the text.
         check_length(teacher, max(cut.read_length for cut in windows.values()), "evaluate.window")
         if flight.prompts is not None:
@@ -322,7 +330,7 @@ def _taught_by(
 
 def _original(recipe: Recipe, arguments: QATArguments) -> PreTrainedModel:
     model, _ = load_model(recipe.source, torch.bfloat16)
-    return model.to(arguments.device)
+    return to_accelerator(model, arguments.device)
 
 
 def check_documents_apart(model: PreTrainedModel, data: DataConfig) -> None:
@@ -380,7 +388,10 @@ def calibrated_model(
     if starts_packed(recipe):
         return load(recipe.model).to(arguments.device), []
     model, _ = load_model(recipe.model, master_dtype(recipe))
-    model.to(arguments.device)
+    if recipe.trains or any(isinstance(stage, CustomStage) for stage in recipe.calibrate):
+        model.to(arguments.device)  # whole
+    else:
+        to_accelerator(model, arguments.device)
     reports = calibrate(
         model,
         recipe.quant,

@@ -16,7 +16,7 @@ from llmqat.data import DataConfig, Rows, TextSplits, load_splits, read_blocks, 
 from llmqat.data.packing import CALIBRATION
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import CacheHeader, CachePlace, TeacherCache, TeacherCacheWriter, cache_teacher
-from llmqat.models import keeps_documents_apart, load_model, vocabulary_size
+from llmqat.models import keeps_documents_apart, load_model, to_accelerator, vocabulary_size
 from llmqat.recipe.config import Recipe, teacher_obstacle, training_arguments
 from llmqat.recipe.folder import kept_place
 from llmqat.recipe.preflight import check_text
@@ -45,7 +45,7 @@ def cache_teacher_of(recipe: Recipe, folder: Path, *, top_k: int, batch_size: in
     stage = Stages()
     with stage("load", recipe.source):
         model, tokenizer = load_model(recipe.source, torch.bfloat16)
-        model.to(training_arguments(recipe).device)
+        to_accelerator(model, training_arguments(recipe).device)
     TeacherCacheWriter(folder, CacheHeader.of(model, tokenizer, top_k))  # now: a folder that does not do costs no text
     with stage("text", recipe.data.source):
         place = CachePlace(folder, top_k, batch_size)

@@ -78,6 +78,7 @@ from llmqat.models import (
     is_sharded,
     keeps_documents_apart,
     loss_in_forward,
+    to_accelerator,
     vocabulary_size,
 )
 from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
@@ -201,7 +202,7 @@ class QATTrainer(Trainer):
         if isinstance(teacher, nn.Module):
             teacher.requires_grad_(False).eval()
             if not getattr(teacher, "is_quantized", False):  # bitsandbytes has put its weights where they stay
-                teacher.to(self.args.device)
+                to_accelerator(teacher, self.args.device)
         self._check_logits()
 
     def train(
