@@ -78,6 +78,8 @@ def observe(module: Any, weights: QuantizationArgs) -> None:
     if weights.strategy == "tensor_group":
         shared = generate_gparam(rows.amin(), rows.amax())
         module.weight_global_scale.copy_(shared)
+    if getattr(module, "input_global_scale", None) is not None:
+        module.input_global_scale.copy_(generate_gparam(torch.tensor(-3.0), torch.tensor(3.1)))
     scale, zero_point = calculate_qparams(rows.amin(-1), rows.amax(-1), weights, shared)
     module.weight_scale.copy_(scale.view(module.weight_scale.shape))
     if hasattr(module, "weight_zero_point"):
@@ -102,7 +104,9 @@ CASES: dict[str, dict[str, Any]] = {
     "FP8 tensor": {**FP8, "strategy": "tensor"},
     "FP8 block": {**FP8, "strategy": "block", "block_structure": [32, 32]},
     "NVFP4 weights": NVFP4,
+    "NVFP4": {**NVFP4, "inputs": {"num_bits": 4, **NVFP4, "dynamic": "local", "observer": "static_minmax"}},
     "MXFP4 weights": MXFP4,
+    "MXFP4": {**MXFP4, "inputs": {"num_bits": 4, "strategy": "group", "group_size": 32, **MXFP4, "dynamic": True}},
 }
 
 
@@ -113,6 +117,8 @@ FORMATS = {
     "FP8 tensor": "naive-quantized",
     "FP8 block": "naive-quantized",
     "NVFP4 weights": "nvfp4-pack-quantized",
+    "NVFP4": "nvfp4-pack-quantized",
+    "MXFP4": "mxfp4-pack-quantized",
     "MXFP4 weights": "mxfp4-pack-quantized",
 }
 
