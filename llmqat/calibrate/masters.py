@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from llmqat.calibrate.blocks import Block, find_blocks
 from llmqat.grid import quantize
 from llmqat.kernels import WeightPages
 from llmqat.layers import QuantModule, kept_in_float32
-from llmqat.models import save_whole, uploaded
+from llmqat.models import read_checked, save_checked, uploaded
 
 _HELD = "_llmqat_originals"
 """Attribute of a model: its `Originals`, where no file holds them."""
@@ -75,7 +74,7 @@ class Originals:
         for name, tensor in tensors.items():  # blocks that share weights are in a file once each
             tensors[name] = tensor.clone() if tensor.data_ptr() in places else tensor
             places.add(tensor.data_ptr())
-        save_whole(path, tensors)
+        save_checked(path, tensors)
         return cls(path)
 
     @classmethod
@@ -88,9 +87,8 @@ class Originals:
         prefix = f"{block.name}."
         if not isinstance(self.source, Path):
             return {n.removeprefix(prefix): tensor for n, tensor in self.source.items() if n.startswith(prefix)}
-        with safe_open(self.source, framework="pt") as file:
-            names = [name for name in list(file.keys()) if name.startswith(prefix)]
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        tensors, _ = read_checked(self.source, lambda name: name.startswith(prefix))
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     @contextmanager
     def in_place(self, block: Block) -> Iterator[None]:
@@ -143,12 +141,10 @@ def take_tensors(module: nn.Module, path: Path) -> dict[str, str]:
     Where a parameter of the module is mapped from a file, so are all of them then, and nothing is copied.
 
     Raises:
-        SafetensorError: the file is damaged.
+        ValueError: the file is damaged.
         RuntimeError: it has not the tensors of the module.
     """
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        metadata = file.metadata() or {}
+    tensors, metadata = read_checked(path)
     pages = WeightPages()
     if not any(pages.hold(parameter) for parameter in module.parameters()):
         module.load_state_dict(tensors)

@@ -31,8 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -63,7 +61,7 @@ from llmqat.data.blocks import Rows, rows_of, sha256_of_rows
 from llmqat.data.length import check_length
 from llmqat.data.processes import ALONE, Processes
 from llmqat.data.teacher_cache import model_fingerprint
-from llmqat.files import write_whole
+from llmqat.files import read_json, write_whole
 from llmqat.grid import fusing
 from llmqat.heap import give_back_freed_memory, large_tensors_given_back
 from llmqat.kernels import WeightPages
@@ -80,7 +78,7 @@ from llmqat.layers import (
     quantizer_state,
     short_attention,
 )
-from llmqat.models import cast_parameters, save_whole, visiting
+from llmqat.models import cast_parameters, read_checked, save_checked, visiting
 from llmqat.terminal import Bar, duration, terminal_bar
 
 log = logging.getLogger(__name__)
@@ -294,15 +292,15 @@ def _check_made_with(
     }
     file, differing = folder / MADE_WITH_FILE, []
     if processes.is_first:
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+        before = read_json(file) if file.is_file() else now
         differing = [name for name, value in now.items() if before.get(name) != value]
         if not differing:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(now, indent=1) + "\n")
     if differing := processes.agreed(differing):
         raise ValueError(
-            f"{folder} holds a calibration that was begun with another {', '.join(differing)}; give the same again, "
-            "another folder, or delete that one"
+            f"{file}: the calibration in this folder was begun with another {', '.join(differing)}; give the same "
+            "again, another folder, or delete this one"
         )
 
 
@@ -354,7 +352,7 @@ class _Calibration:
         place.mkdir(parents=True, exist_ok=True)
         file = place / REPORT_FILE
         is_done = self.processes.agreed(file.is_file())
-        report = StageReport(**json.loads(file.read_text(encoding="utf-8"))) if is_done else None
+        report = _read_report(file) if is_done else None
         before = None if report is not None else self.divergence()
         start = time.perf_counter()
         if isinstance(stage, WeightStage):
@@ -384,6 +382,13 @@ class _Calibration:
         return None if _lacks_input_ranges(plain) else self.probe.divergence(plain)
 
 
+def _read_report(file: Path) -> StageReport:
+    try:
+        return StageReport(**read_json(file))
+    except TypeError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it, and give the same command again") from error
+
+
 def _lacks_input_ranges(model: nn.Module) -> bool:
     """Returns whether a static input range is not set yet, so that the model cannot run."""
     return not all(module.is_calibrated for module in model.modules() if isinstance(module, RangedModule))
@@ -407,7 +412,7 @@ def _smooth(run: _Calibration, stage: SmoothStage, place: Path) -> _Done:
 def _ranges(run: _Calibration, stage: RangesStage, place: Path) -> _Done:
     file, processes = place / STATE_FILE, run.processes
     if processes.agreed(file.is_file()):
-        run.model.load_state_dict(load_file(file), strict=False)
+        run.model.load_state_dict(read_checked(file)[0], strict=False)
         return 0.0, {}
     with cast_parameters(run.model, run.dtype):
         moments = None
@@ -418,7 +423,7 @@ def _ranges(run: _Calibration, stage: RangesStage, place: Path) -> _Done:
         if static_layers(run.model) or static_caches(run.model):
             calibrate_activations(run.model, run.text(stage), stage.batch_size, run.bar("inputs", "batch"))
     if processes.is_first:
-        save_whole(file, quantizer_state(run.model))
+        save_checked(file, quantizer_state(run.model))
     return 0.0, {}
 
 
@@ -460,7 +465,7 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
                 if processes.is_first:
                     _write_block(block, file, found)
                 if was_mapped and processes.count == 1:
-                    map_tensors(block.module, load_file(file))
+                    map_tensors(block.module, read_checked(file)[0])
                     give_back_freed_memory()
             facts[block.name] = found
             block.run(walk.quantized, walk.quantized, processes)
@@ -510,12 +515,12 @@ _IN_BLOCK: dict[type[Any], Callable[[Block, Walk, Any, _Calibration, Any, Origin
 
 
 def _write_block(block: Block, path: Path, facts: Mapping[str, Any]) -> None:
-    save_whole(path, block.module.state_dict(), {"facts": json.dumps(facts)})
+    save_checked(path, block.module.state_dict(), {"facts": json.dumps(facts)})
 
 
 def _read_block(module: nn.Module, path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(take_tensors(module, path)["facts"])
-    except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except (KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and the block is calibrated again") from error
     return facts

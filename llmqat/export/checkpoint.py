@@ -44,7 +44,7 @@ from llmqat.export.prepared import is_prepared, read_prepared
 from llmqat.export.serving import Verdict, served_by
 from llmqat.export.stock import ExpectedLogits, StockTrial, loader_of, try_stock
 from llmqat.export.tensors import stored_dtype
-from llmqat.files import folder_in_progress, write_whole
+from llmqat.files import COPY_AGAIN, folder_in_progress, force_folder_to_disk, read_json, write_whole
 from llmqat.hub import may_be_hub_id
 from llmqat.kernels import KERNELS, packed_linear
 from llmqat.layers import (
@@ -346,14 +346,14 @@ def record_of(spec: str) -> dict[str, Any]:
         file = cached(spec, RUN_FILE)
     if file is None or not Path(file).is_file():
         return {}
-    return json.loads(Path(file).read_text(encoding="utf-8")).get("run") or {}
+    return read_json(Path(file), COPY_AGAIN).get("run") or {}
 
 
 def keep_record(spec: str, folder: Path) -> None:
     """Puts the run's facts of the checkpoint `spec`, if there are any, beside another form of it in `folder`."""
     run, file = record_of(spec), folder / RUN_FILE
     if run and folder.is_dir():
-        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        facts = read_json(file, COPY_AGAIN) if file.is_file() else {}
         write_whole(file, json.dumps({**facts, "run": run}, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -362,6 +362,7 @@ def _version(package: str) -> str:
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
+    force_folder_to_disk(temporary)
     if not folder.exists():
         temporary.rename(folder)
         return

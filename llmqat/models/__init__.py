@@ -51,7 +51,15 @@ from llmqat.models.specs import (
 )
 from llmqat.models.tokenizer import load_tokenizer
 from llmqat.models.visits import let_blocks_visit, named_blocks, visited_device, visiting
-from llmqat.models.weights import check_safetensors, save_whole, shortened, weight_files, write_shards
+from llmqat.models.weights import (
+    check_safetensors,
+    read_checked,
+    save_checked,
+    save_whole,
+    shortened,
+    weight_files,
+    write_shards,
+)
 
 __all__ = [
     "ADAPTER_WEIGHTS_FILE",
@@ -89,8 +97,10 @@ __all__ = [
     "output_head",
     "plain_config",
     "quantized_by",
+    "read_checked",
     "read_config",
     "resolve_spec",
+    "save_checked",
     "save_whole",
     "shortened",
     "to_accelerator",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmqat.files import file_in_progress, give_usual_rights, write_whole
+from llmqat.layers.source import checksum
 
 logger = logging.getLogger(__name__)
 
 _SCALES = (".weight_scale", ".weight_scale_inv")
 """How the names of scales end that belong to a quantized weight beside them."""
+
+_CHECKSUMS = "checksums"
+"""Key of a file's metadata: JSON, name of a tensor -> its checksum; "" -> that of all other metadata."""
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),
@@ -107,6 +112,41 @@ def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
     with file_in_progress(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         give_usual_rights(temporary)
+
+
+def save_checked(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes `tensors` as `save_whole` does, with a checksum of each, for `read_checked`."""
+    metadata = metadata or {}
+    sums = {name: checksum(tensor) for name, tensor in tensors.items()} | {"": _checksum_of_text(metadata)}
+    save_whole(path, tensors, {**metadata, _CHECKSUMS: json.dumps(sums)})
+
+
+def _checksum_of_text(metadata: Mapping[str, str]) -> int:
+    return zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+
+
+def read_checked(path: Path, wanted: Callable[[str], bool] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors of a file of `save_checked`, mapped from it, and its metadata.
+
+    Args:
+        path: the file.
+        wanted: returns whether the tensor of a name is wanted; all are by default.
+
+    Raises:
+        ValueError: the file is damaged: no safetensors, or a tensor has other bytes than were written; names it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if wanted is None or wanted(name)}  # noqa: SIM118
+        sums = json.loads(metadata.pop(_CHECKSUMS, "{}"))
+        found = {name: checksum(tensor) for name, tensor in tensors.items()} | {"": _checksum_of_text(metadata)}
+        damage = shortened([name or "its metadata" for name, value in found.items() if sums.get(name) != value])
+    except (SafetensorError, ValueError) as error:
+        damage = str(error)
+    if damage:
+        raise ValueError(f"{path} is damaged ({damage}); delete it, and give the same command again")
+    return tensors, metadata
 
 
 def other_folder(folder: Path) -> str:

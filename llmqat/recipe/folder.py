@@ -39,7 +39,7 @@ from llmqat.data.shards import TEACHER_FOLDER
 from llmqat.data.teacher_cache import HEADER_FILE, CachePlace, read_header
 from llmqat.evaluate.layers import JSON_FILE as LAYERS_FILE
 from llmqat.evaluate.layers import PICTURE_FILE as LAYERS_PICTURE
-from llmqat.files import is_locked_by_us, write_whole
+from llmqat.files import is_locked_by_us, read_json, write_whole
 from llmqat.recipe.allocation import PLAN_FILE
 from llmqat.recipe.config import RECIPE_FILE, TRAINER_FOLDER, Recipe, kept_top_k, master_dtype
 from llmqat.recipe.reading import load_recipe
@@ -370,7 +370,7 @@ def kept_text(
 def _check_unchanged(folder: Path, data: DataConfig) -> None:
     """Raises ValueError where `folder` holds blocks of other text than `data` names now."""
     file = folder / ORIGIN_FILE
-    if file.is_file() and has_changed(data, json.loads(file.read_text(encoding="utf-8"))):
+    if file.is_file() and has_changed(data, read_json(file)):
         raise ValueError(
             f"the text has changed since {folder} was begun with it; put it back, or begin anew (--overwrite, or "
             "another output)"

@@ -52,7 +52,7 @@ from llmqat.evaluate.perplexity import TokenWindows
 from llmqat.export.checkpoint import RUN_FILE, ExportReport, load, record_of, save
 from llmqat.export.registry import register, tracked_run
 from llmqat.extras import missing
-from llmqat.files import write_whole
+from llmqat.files import COPY_AGAIN, read_json, write_whole
 from llmqat.heap import give_back_freed_memory
 from llmqat.hub import is_local
 from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert, without_adapters
@@ -598,7 +598,7 @@ def _write_results(recipe: Recipe, result: RunResult, facts: Mapping[str, Any]) 
     """Puts the measured figures into the checkpoint's llmqat.json, then marks the run as finished with results.json."""
     results = {"comparison": result.comparison.to_dict(), "seconds": result.seconds, "goes_on": result.goes_on}
     run_file = result.checkpoint / RUN_FILE
-    recorded = json.loads(run_file.read_text(encoding="utf-8"))
+    recorded = read_json(run_file, COPY_AGAIN)
     recorded["run"]["results"] = results
     write_whole(run_file, json.dumps(recorded, indent=2, ensure_ascii=False) + "\n")
     everything = {**head("run"), **facts, **results, "checkpoint": result.report.to_dict()}

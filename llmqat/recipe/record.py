@@ -85,6 +85,6 @@ class RunRecord:
                 return
             self.status = replace(self.status, updated=time.time())
             try:
-                write_whole(self.file, self.status.to_json())
+                write_whole(self.file, self.status.to_json(), lasting=False)
             except OSError as error:  # a run does not end because nobody can be told
                 log.debug("%s could not be written: %s", self.file, error)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llmqat.files import force_folder_to_disk, force_to_disk, read_json
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def what_it_lacks(path: Path) -> str | None:
     """Returns why the checkpoint folder `path` is not whole; None where it is."""
     try:
-        files: dict[str, int] = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        files: dict[str, int] = read_json(path / MANIFEST_FILE)["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"no readable {MANIFEST_FILE}: {type(error).__name__}"
     for name, size in files.items():
@@ -72,7 +73,7 @@ def check_resumable(path: Path, samples: int) -> None:
             f"resume_from_checkpoint={path} is not whole: {lacking}; give another checkpoint, or True for the newest "
             "whole one"
         )
-    before = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    before = read_json(path / MANIFEST_FILE)
     if before["samples_per_step"] != samples:
         raise ValueError(
             f"{path} was trained with {before['samples_per_step']} samples a step ({before['processes']} processes), "
@@ -92,7 +93,7 @@ def check_steps(path: Path, steps: int) -> None:
             f"{path} has made {made} optimizer steps, and the training has {steps}; give an earlier checkpoint, or "
             "more steps (max_steps, num_train_epochs)"
         )
-    files = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    files = read_json(path / MANIFEST_FILE)["files"]
     if made < steps and not any("optim" in name for name in files):
         raise ValueError(
             f"{path} holds the model alone (save_only_model), so the optimizer would begin anew; train from the start, "
@@ -102,14 +103,14 @@ def check_steps(path: Path, steps: int) -> None:
 
 def tokens_of(path: Path) -> int | None:
     """Returns how many tokens the checkpoint `path` was trained on, all processes together; None where not known."""
-    tokens: int | None = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8")).get("tokens")
+    tokens: int | None = read_json(path / MANIFEST_FILE).get("tokens")
     return tokens
 
 
 def batch_size_of(path: Path) -> int | None:
     """Returns the batch size that `auto_find_batch_size` had come to in the checkpoint `path`."""
     file = path / TRAINER_STATE_NAME
-    size: int | None = json.loads(file.read_text(encoding="utf-8")).get("train_batch_size") if file.is_file() else None
+    size: int | None = read_json(file).get("train_batch_size") if file.is_file() else None
     return size
 
 
@@ -122,14 +123,13 @@ def publish(unfinished: Path, folder: Path, *, samples: int, processes: int, tok
     files = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
     manifest = {"samples_per_step": samples, "processes": processes, "tokens": tokens, "files": files}
     (unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for path in (*_files(unfinished), *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
-        _force_to_disk(path)
+    force_folder_to_disk(unfinished)
     if folder.exists():
         replaced = unfinished.with_name(f"replaced-{folder.name}")
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
     unfinished.rename(folder)
-    _force_to_disk(folder.parent)
+    force_to_disk(folder.parent)
     shutil.rmtree(unfinished.parent, ignore_errors=True)
 
 
@@ -151,11 +151,3 @@ def writing_error(error: BaseException, folder: Path, step: int) -> OSError:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
