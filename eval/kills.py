@@ -31,7 +31,7 @@ from rich.table import Table
 
 from llmqat.files import write_whole
 from llmqat.paths import user_path
-from llmqat.status import STATUS_FILE
+from llmqat.status import RESULTS_FILE, STATUS_FILE
 from llmqat.terminal import plain_console, show_any_text
 
 RECIPE = """
@@ -143,7 +143,8 @@ def killed(folder: Path, victim: int, moment: float, processes: int, expected: d
     others = time.monotonic() - at
     if run.returncode == 0:
         raise SystemExit(f"{folder}: the run ended well, though process {victim} was killed after {moment:.1f} s")
-    finish(started(folder, processes), folder)
+    if not (folder / RESULTS_FILE).is_file():  # else it was finished, and died on its way out
+        finish(started(folder, processes), folder)
     return Kill(victim, moment, doing, others, digests(folder / "model") == expected)
 
 

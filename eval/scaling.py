@@ -266,12 +266,12 @@ def _assumptions() -> str:
   again for each, DDP does not. Nothing is said of what is hidden behind computation.
 - Activations are those of Llama's blocks in transformers with fused attention: a sequence twice as long keeps twice as
   much. Scores of attention are never whole.
-- Block-wise training holds one block in float32 with AdamW. GPTQ holds one block, and of its widest layer five matrices
-  of input features x input features. Hidden states take up to 4 GB (`hidden_memory`); what is more lies in files. GPUs
-  more than one only share the text.
+- Block-wise training holds one block in float32 with AdamW. GPTQ holds one block, and of its widest layer six matrices
+  of input features x input features. Hidden states lie in the memory of the machine, not on the GPU, up to 4 GB of each
+  kind (`hidden_memory`); what is more lies in files. GPUs more than one only share the text.
 - "A block at a time": `llmqat quantize` leaves weights in their safetensors files, or in the memory of the machine, and
-  moves each block to the GPU when its turn comes. On a CPU the same is held in memory, and {CPU_RUNTIME / 1e9:.1f} GB
-  more. Stages `rotate` and `smooth` need all weights in memory.
+  moves each block to the GPU when its turn comes. On a CPU the same is held in memory, with the
+  hidden states, and {CPU_RUNTIME / 1e9:.1f} GB more. Stages `rotate` and `smooth` need all weights in memory.
 """
 
 

@@ -174,17 +174,24 @@ def _print_disk(plan: Plan) -> None:
 
 def _print_fit(plan: Plan, available: int) -> None:
     from llmqat.recipe.memory import Calibration
+    from llmqat.recipe.plan import MOST_USED
 
     if isinstance(plan.method, Calibration):
-        if not plan.fits(available):
+        least = plan.by_block
+        if plan.fits(available):
+            return
+        if least is not None and least.peak <= MOST_USED * available:
+            console.print(
+                f"the model does not fit into {available / 1e9:.1f} GB; its blocks come one by one, which takes about "
+                f"{least.peak / 1e9:.2f} GB"
+            )
+        else:
             errors.print(
                 f"warning: it does not fit into {available / 1e9:.1f} GB, of which nine tenths are planned with; a "
                 "smaller batch_size and fewer blocks of the stages need less, and the weights alone "
                 f"{plan.memory.weights / 1e9:.2f} GB",
                 style="yellow",
             )
-            if plan.by_block is not None:
-                errors.print(f"  {plan.by_block.peak / 1e9:.2f} GB: llmqat quantize, whose weights stay in their files")
         return
     batch = plan.fitting_batch(available)
     if batch >= plan.method.batch:

@@ -25,9 +25,9 @@ from llmqat.models import shortened
 
 _CODES = (".weight_packed", ".weight")
 """What holds the codes of a linear layer, in forms that pack them and in others."""
-_OF_TENSORS = ("weight_scale", "weight_global_scale")
-"""What may be one number for a layer."""
-_PARTS = ("weight_packed", "weight", *_OF_TENSORS, "weight_zero_point")
+_MAY_BE_ONE = ("weight_scale", "weight_global_scale")
+"""What may be one number for all rows of a layer."""
+_PARTS = ("weight_packed", "weight", *_MAY_BE_ONE, "weight_zero_point")
 
 
 def single_experts(model: PreTrainedModel, stored: Iterable[str], stacks: Mapping[str, bool]) -> dict[str, list[str]]:
@@ -101,8 +101,10 @@ def stacked(
         for leaf in _PARTS:
             if parts := {name: found.pop(f"{name}.{leaf}") for name in names if f"{name}.{leaf}" in found}:
                 _check_all(stack, leaf, names, parts)
-                rows = [_rows(stored, name) if leaf in _OF_TENSORS else 0 for name in names]
-                tensors = [_of_rows(tensor, count) for (tensor, _), count in zip(parts.values(), rows, strict=True)]
+                tensors = [tensor for tensor, _ in parts.values()]
+                if leaf in _MAY_BE_ONE and layers[stack].weights.block == 1:
+                    sizes = [_rows(stored, name) for name in names]
+                    tensors = [_written_out(tensor, size) for tensor, size in zip(tensors, sizes, strict=True)]
                 found[f"{stack}.{leaf}"] = torch.cat(tensors), parts[names[0]][1]
         for name in names:
             found.pop(f"{name}.weight_shape", None)
@@ -122,6 +124,6 @@ def _rows(stored: Mapping[str, tuple[Tensor, Path]], name: str) -> int:
     return next(stored[name + end][0].shape[0] for end in _CODES if name + end in stored)
 
 
-def _of_rows(tensor: Tensor, rows: int) -> Tensor:
+def _written_out(tensor: Tensor, rows: int) -> Tensor:
     """Returns the one number of a layer for each of its `rows`; any other tensor as it is."""
-    return tensor.reshape(1, 1).expand(rows, 1) if rows and tensor.numel() == 1 else tensor
+    return tensor.reshape(1, 1).expand(rows, 1) if tensor.numel() == 1 else tensor

@@ -11,7 +11,8 @@ Floats (grid/levels.py):
     float-quantized         weight E4M3 [O, I], weight_scale [O, G], or [ceil(O / g), I / g] where it is for blocks;
                             inputs quantized
     naive-quantized         the same, inputs as they are
-In memory all of them are a `PackedModule`: codes as `grid.pack_codes` gives them, scales in the checkpoint's dtype.
+In memory all of them are a `PackedModule`: codes as `grid.pack_codes` gives them, scales in the checkpoint's dtype or,
+where it does not hold them, in float32.
 
 vLLM computes q, k and v as one product, gate and up as another, and knows one weight_global_scale for each. So layers
 that are such siblings are written with the same one; it is a power of two, so nothing of a scale is lost. Others write
@@ -46,6 +47,7 @@ from llmqat.layers import (
 )
 from llmqat.layers.config import Observer
 from llmqat.layers.finite import is_finite
+from llmqat.layers.packed import check_cast
 
 PACKED_FORMAT = "pack-quantized"
 PLAIN_FORMAT = "int-quantized"
@@ -145,6 +147,11 @@ def tensors_on_disk(
     }
     if global_scale is not None:
         tensors["weight_global_scale"] = torch.tensor([global_scale], device=scale.device)
+    if packed.grid.scale_dtype == "e4m3" and packed.has_float32_scales and packed.global_scale is None:
+        raise ValueError(
+            f"{name}: its experts were read one by one, each with a weight_global_scale of its own, and a stack is "
+            "written with one; keep the checkpoint that they came from"
+        )
     back = scale_in_memory(tensors["weight_scale"], tensors.get("weight_global_scale"), packed.grid)
     if not scale.is_meta and not torch.equal(back, scale.float()):
         raise ValueError(
@@ -243,7 +250,8 @@ def _scale_of(where: str, layer: PackedModule, stored: Tensor, shared: Tensor | 
     if layer.weights.block > 1 and stored.shape != wanted:
         raise ValueError(f"{where}.weight_scale is of {list(stored.shape)}, but config.json makes it {list(wanted)}")
     scale = scale_in_memory(stored, None if shared is None else shared.reshape(-1, 1), layer.grid)
-    if not torch.equal(scale.to(layer.dtype).float(), scale):
+    check_cast(scale, layer.dtype, where)
+    if not torch.equal(scale.to(layer.dtype).to(torch.bfloat16).float(), scale):
         numbers = set() if shared is None else set(shared.flatten().tolist())
         layer.hold_float32_scales(numbers.pop() if len(numbers) == 1 else None)
     if layer.weights.block == 1 and scale.numel() == 1:

@@ -1,6 +1,6 @@
 """Products of bfloat16 matrices on CPUs that do not multiply them, with AVX2 alone for one.
 
-What emulates them there takes eight times as long as a product in float32 (576 x 1536, 512 rows, AMD EPYC: 76 ms
+What emulates them there takes several times as long as a product in float32 (576 x 1536, 512 rows, AMD EPYC: 76 ms
 against 7). A processor that has such products adds in float32 and rounds the sums once. So do these.
 """
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-FEW_ROWS = 8
-"""Products of fewer rows are faster emulated: they read a weight once, and its cast would read and write more."""
+EMULATED_ROWS = 7
+"""Products of so few rows, or fewer, are faster emulated: their cast would read and write more than they do."""
 _SLICE_ELEMENTS = 2_097_152
 """Elements of a weight that are cast at once: for a large one, memory that is asked for anew costs more than all."""
 _MATRIX_PRODUCTS = frozenset(
@@ -34,10 +34,12 @@ _HAS_BF16 = cpu_has_bf16()
 
 @contextmanager
 def float_products() -> Iterator[None]:
-    """Inside, matrix products of bfloat16 tensors on the CPU are computed in float32 and rounded to bfloat16.
+    """Inside, products of bfloat16 matrices on the CPU are computed in float32 and rounded to bfloat16.
 
-    Nothing changes on processors that multiply bfloat16 themselves, on GPUs, in other dtypes, and for products of less
-    than `FEW_ROWS` rows. Tensors keep their dtypes, so that a model gives what it gives where it is deployed.
+    Those of `F.linear` and `_MATRIX_PRODUCTS`; others, such as einsum's and attention's, stay as they are. Nothing
+    changes on processors that multiply bfloat16 themselves, on GPUs, in other dtypes, for tensors that others have
+    subclassed, and for products of at most `EMULATED_ROWS` rows. Tensors keep their dtypes, so that a model gives what
+    it gives where it is deployed.
     """
     if _HAS_BF16:
         yield
@@ -48,14 +50,14 @@ def float_products() -> Iterator[None]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns F.linear(x [*, I], weight [O, I], bias [O]), as inside `float_products`."""
-    if _HAS_BF16 or not _is_emulated(x):
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if _HAS_BF16 or not _are_emulated(operands) or weight.dim() != 2 or not weight.numel():
         return F.linear(x, weight, bias)
-    x, bias = x.float(), None if bias is None else bias.float()
-    rows = max(1, _SLICE_ELEMENTS // weight.shape[1])
-    biases = [None] * len(weight) if bias is None else bias.split(rows)
+    x, rows = x.float(), max(1, _SLICE_ELEMENTS // weight.shape[1])
+    weights = weight.split(rows)
+    biases = [None] * len(weights) if bias is None else bias.float().expand(len(weight)).split(rows)
     parts = [
-        F.linear(x, part.float(), its_bias).to(torch.bfloat16)
-        for part, its_bias in zip(weight.split(rows), biases, strict=False)
+        F.linear(x, part.float(), its_bias).to(torch.bfloat16) for part, its_bias in zip(weights, biases, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -69,16 +71,25 @@ class _FloatProducts(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and args and _is_emulated(args[0]):
-            return linear(*args, **kwargs)
-        if func in _MATRIX_PRODUCTS and not kwargs and _is_emulated(args[-2], by_matrix=args[-1].dim() > 2):
+        if kwargs or not (func is F.linear or func in _MATRIX_PRODUCTS):
+            return func(*args, **kwargs)
+        if func is F.linear:
+            return linear(*args)
+        if _are_emulated(args, left=len(args) - 2):
             return func(*(arg.float() for arg in args)).to(torch.bfloat16)
         return func(*args, **kwargs)
 
 
-def _is_emulated(left: Any, by_matrix: bool = False) -> bool:
-    """Returns whether `left` [*, M, I] is a bfloat16 tensor on the CPU of many rows, in each matrix or in all."""
-    if not isinstance(left, Tensor) or left.dtype != torch.bfloat16 or left.device.type != "cpu" or left.dim() < 2:
+def _are_emulated(operands: Sequence[Any], left: int = 0) -> bool:
+    """Returns whether all operands are plain bfloat16 tensors on the CPU, and the `left` one [*, M, I] has many rows.
+
+    In each matrix, where the right one is many as well, or in all of them. None is a bias that is not there.
+    """
+    given = [operand for operand in operands if operand is not None]
+    if not all(type(one) in (Tensor, nn.Parameter) and one.dtype == torch.bfloat16 and one.is_cpu for one in given):
         return False
-    rows = left.shape[-2] if by_matrix else left.shape[:-1].numel()
-    return rows >= FEW_ROWS
+    x, right = operands[left], operands[left + 1]
+    if x.dim() < 2:
+        return False
+    rows = x.shape[-2] if right.dim() > 2 else x.shape[:-1].numel()
+    return rows > EMULATED_ROWS

@@ -194,7 +194,7 @@ class PackedModule(nn.Module):
             found: PackedModule = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._dtype is not None:
             self._dtype = fn(torch.empty(0, dtype=self._dtype, device=before.device)).dtype
-        check_cast(before, self.weight_scale.dtype)
+        check_cast(before, self.dtype)
         return found
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
@@ -244,7 +244,7 @@ class PackedModule(nn.Module):
         """Puts trained scales in the place of the old ones: what the forward computes stays the same."""
         if self.log_scale is not None:
             self.weight_scale = self.scale().to(self.weight_scale.dtype)
-            self.log_scale, self._runtime = None, None
+            self.log_scale, self._runtime, self.global_scale = None, None, None
 
     def scale(self) -> Tensor:
         """Returns the scale [O, G] of the forward in float32, differentiable in log_scale."""

@@ -18,7 +18,7 @@ from llmqat.data import Rows
 from llmqat.evaluate.documents import check_schema, head
 from llmqat.files import write_whole
 from llmqat.layers import QuantConfig, QuantLinear, QuantModule
-from llmqat.models import load_model
+from llmqat.models import load_model, to_accelerator
 from llmqat.terminal import progress
 
 PLAN_FILE = "plan.json"
@@ -127,7 +127,7 @@ def plan_bits(
         ValueError: the model, the scheme or the budget does not do.
     """
     model, _ = load_model(spec, dtype)
-    model.to(device)
+    to_accelerator(model, device)
     wrap = progress("sensitivity", "block")
     layers = measure_sensitivity(model, quant, config.choices, ids[: config.blocks], seed=seed, dtype=dtype, wrap=wrap)
     return BitPlan(allocate_bits(layers, config.target_bits), layers)

@@ -119,7 +119,7 @@ class Calibration:
     hidden_memory: float = 4e9
     """Bytes of hidden states above which they lie in files."""
     by_block: bool = False
-    """Whether weights stay in their files, or on the CPU, until their block's turn comes: `llmqat quantize`."""
+    """Whether weights stay in their files, or in the memory of the machine, until their block's turn comes."""
 
 
 @dataclass(frozen=True)
@@ -247,25 +247,30 @@ def calibration_memory(size: ModelSize, calibration: Calibration, devices: Devic
     """Returns what a device holds when `size` is calibrated and not trained, by parts.
 
     - weights: all of them; embeddings and output head alone where blocks come one by one
-    - a block in training (stage `blockwise`): 16 bytes a weight, masters, gradients and AdamW; what it keeps of a batch
+    - a block in training (stage `blockwise`): 24 bytes a weight, masters, gradients, AdamW, and the best ones so far
+      twice while they are taken; and what it keeps of a batch
     - a block in stage `gptq`: 8, its weights in float32, the original and the quantized ones in bfloat16; and for its
-      widest layer, of I input features and D output features, five matrices I x I and four I x D in float32: second
-      moments and what they are to make up for, of two halves of the text, and a factor
-    - hidden states of both chains, and with `gptq` the original inputs of layers, up to `hidden_memory` each
+      widest layer, of I input features and D output features, six matrices I x I and four I x D in float32: second
+      moments and what they are to make up for, of two halves of the text, a factor and its copy
+    - on a CPU, hidden states of both chains, and with `gptq` the original inputs of layers, up to `hidden_memory` each;
+      a GPU has them in the memory of the machine
     """
     tokens, hidden = calibration.tokens, size.hidden
     outside = 2.0 * _outside(size)
     weights = outside if calibration.by_block else calibration.weight_bytes * size.parameters + size.sparse
     block = calibration.batch * calibration.length * _kept_by_block(size)
     if calibration.blockwise:
-        block += 16.0 * size.block
+        block += 24.0 * size.block
+    on_cpu, most = devices.accelerator == "cpu", calibration.hidden_memory
     if calibration.gptq:
         inputs = 2.0 * tokens * (4 * hidden + size.attention + size.widest)
-        matrices = 4.0 * size.widest * (5 * size.widest + 4 * hidden)
-        block = max(block, 8.0 * size.block + matrices + min(inputs, calibration.hidden_memory))
+        matrices = 4.0 * size.widest * (6 * size.widest + 4 * hidden)
+        block = max(block, 8.0 * size.block + matrices + (inputs if on_cpu and inputs <= most else 0.0))
     if calibration.blockwise or calibration.gptq:
-        block += min(4.0 * tokens * hidden, calibration.hidden_memory)
-    runtime = float(CPU_RUNTIME) if devices.accelerator == "cpu" else 0.0
+        block += min(4.0 * tokens * hidden, most) if on_cpu else 0.0
+    elif calibration.by_block:
+        block += 2.0 * size.block
+    runtime = float(CPU_RUNTIME) if on_cpu else 0.0
     return Memory(weights, 0.0, 0.0, 0.0, 0.0, 0.0, block, runtime, weights + block + runtime)
 
 

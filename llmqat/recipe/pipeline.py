@@ -435,7 +435,7 @@ def _write_layers(layers: Mapping[str, list[LayerReport]], folder: Path) -> None
 def plainly_rounded_model(recipe: Recipe, blocks: Rows, arguments: QATArguments) -> PreTrainedModel:
     """Returns the recipe's model, prepared, with the scales of plain rounding."""
     model, _ = load_model(recipe.model, master_dtype(recipe))
-    model.to(arguments.device)
+    to_accelerator(model, arguments.device)
     plain = [RangesStage(method="minmax")] if needs_text([], recipe.quant) else []
     calibrate(model, recipe.quant, plain, blocks)
     return model
@@ -561,10 +561,10 @@ def _candidates(
         return calibrated_model(recipe, blocks, arguments)[0]
 
     def base() -> nn.Module:
-        return load_adapter_base(recipe.model, torch.bfloat16).to(arguments.device)
+        return to_accelerator(load_adapter_base(recipe.model, torch.bfloat16), arguments.device)
 
     def packed() -> nn.Module:
-        return load(report.folder).to(arguments.device)
+        return to_accelerator(load(report.folder), arguments.device)
 
     original = partial(_original, recipe, arguments)
     rows = [Candidate("full precision", original, "full precision", 16.0, plain.bytes_before)]

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmqat.calibrate import AllocationConfig, BlockwiseStage, GPTQStage, RangesStage, rotates, untie
+from llmqat.calibrate import AllocationConfig, BlockwiseStage, CustomStage, GPTQStage, RangesStage, rotates, untie
 from llmqat.calibrate.sensitivity import possible_schemes
 from llmqat.data import TokenBlocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
@@ -110,7 +110,7 @@ class Plan:
     law: Law | None
     """What its tokens were worth where the like was measured; None where it was not."""
     folds: bool
-    """Whether calibration folds weights into each other."""
+    """Whether calibration changes all weights: folds them into each other, or has a stage of others."""
 
     @property
     def memory(self) -> Memory:
@@ -121,9 +121,9 @@ class Plan:
 
     @property
     def by_block(self) -> Memory | None:
-        """What `llmqat quantize` holds with the same stages: its weights stay in their files. None for other runs.
+        """What the run holds where its blocks come one by one and weights stay in their files; None where they do not.
 
-        Stages that fold weights into each other change all of them, and have them in memory.
+        Stages that fold weights into each other change all of them, and have them in memory; so do stages of others.
         """
         if not isinstance(self.method, Calibration) or self.folds:
             return None
@@ -231,7 +231,7 @@ def plan_run(recipe: Recipe, devices: Devices | None = None, blocks: int | None 
         disk=disk_of(recipe, arguments, coverage, size, method, blocks, steps),
         output=recipe.output,
         law=law_of_recipe(recipe, arguments),
-        folds=folds_weights(recipe),
+        folds=folds_weights(recipe) or any(isinstance(stage, CustomStage) for stage in recipe.calibrate),
     )
 
 

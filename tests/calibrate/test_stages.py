@@ -152,9 +152,7 @@ def test_a_damaged_block_is_named(tmp_path: Path) -> None:
     calibrate(tiny_llama(), INT3, wanted, text(), folder=tmp_path)
     file = tmp_path / "02-gptq" / "block-0001.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(
-        ValueError, match=r"block-0001.safetensors is damaged .*; delete it, and give the same command"
-    ):
+    with pytest.raises(ValueError, match=r"block-0001.safetensors is damaged .*; delete it, and give the same command"):
         calibrate(tiny_llama(), INT3, wanted, text(), folder=tmp_path)
     file.unlink()
     calibrate(tiny_llama(), INT3, wanted, text(), folder=tmp_path)
