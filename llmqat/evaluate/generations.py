@@ -37,6 +37,7 @@ from llmqat.data.script import end_ids, special_ids
 from llmqat.data.text import sha256_of_texts
 from llmqat.data.writer import CACHE_BYTES, WEIGHT_BYTES, cache_bytes_per_token
 from llmqat.evaluate.bootstrap import Interval, mean_difference, mean_interval, ratio_of_means
+from llmqat.kernels import float_products
 from llmqat.layers import dequantized_once, new_cache
 from llmqat.layers.packed import FEW_ROWS
 from llmqat.models import check_next_token
@@ -148,7 +149,7 @@ def write_answers(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), float_products():
             obstacle = lockstep_obstacle(model, longest)
             if obstacle is None:
                 rows = min(len(prompts), max(CACHE_BYTES // (cache_bytes_per_token(model) * longest), 1))

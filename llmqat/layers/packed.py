@@ -6,7 +6,7 @@ dequantizes the codes again.
 
 The buffers have the names, shapes and dtypes of compressed-tensors' `pack-quantized` files, so a checkpoint loads into
 them by name. Two kinds of file have no int32 words: `int-quantized` has int8 codes, and floats have bytes. Both are
-held in `weight_packed` as they are, with scales in the checkpoint's dtype (export/forms.py).
+held in `weight_packed` as they are, with scales in the checkpoint's dtype, or in float32 (export/forms.py).
 
 Source: EfficientQAT (2407.11062) section 3.3. Letters: O rows, I in features, G scales per row, b bits.
 """

@@ -175,6 +175,29 @@ def test_scales_that_bfloat16_does_not_hold_are_kept(case: str, tmp_path: Path) 
         next(iter(layers.values())).train_scales()
 
 
+def test_scales_are_kept_in_a_float32_model_as_well(tmp_path: Path) -> None:
+    _, expected = wide(tmp_path, "NVFP4 weights")
+    model = load(tmp_path / "theirs", dtype=torch.float32)
+    save(model, tmp_path / "again", dtype=torch.float32)
+    model.to(torch.bfloat16)
+    for name, weight in expected.items():
+        assert torch.equal(model.get_submodule(name).weight, weight.bfloat16())
+        assert torch.equal(load(tmp_path / "again").get_submodule(name).weight.float(), weight)
+
+
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+def test_scales_that_float16_turns_into_nothing_are_refused(factor: float, tmp_path: Path) -> None:
+    model, _ = wide(tmp_path, "FP8 weights")
+    tensors = tensors_of(tmp_path / "theirs")
+    scales = {name: tensor * factor for name, tensor in tensors.items() if name.endswith("weight_scale")}
+    save_file(tensors | scales, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    model = load(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="float16"):
+        load(tmp_path / "theirs", dtype=torch.float16)
+    with pytest.raises(ValueError, match="float16"):
+        model.half()
+
+
 @pytest.mark.parametrize(("num_bits", "inputs"), [(4, None), (8, None), (8, INT8_INPUTS)])
 def test_others_zero_points_are_read_as_compressed_tensors_writes_them(
     num_bits: int, inputs: Any, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,34 @@ def test_few_rows_and_other_dtypes_are_left_alone(x: Tensor, weight: Tensor) -> 
         assert torch.equal(F.linear(x, weight), torch._C._nn.linear(x, weight))
         assert torch.equal(x @ weight.T, torch.matmul(x, weight.T))
     assert torch.equal(products.linear(x, weight), F.linear(x, weight))
+
+
+class Foreign(Tensor):
+    """A weight of another package, with a product of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return torch.full((args[0].shape[0], 3), 7.0)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("side", ["x", "weight"])
+def test_tensors_of_other_packages_multiply_themselves(side: str) -> None:
+    operands = {"x": drawn(20, 64), "weight": drawn(48, 64)}
+    operands[side] = operands[side].as_subclass(Foreign)
+    with float_products():
+        assert (F.linear(*operands.values()) == 7).all()
+
+
+def test_a_bias_of_one_number_and_a_weight_without_rows_are_as_torch_has_them() -> None:
+    x, weight = drawn(9, 1024), drawn(4099, 1024)
+    with float_products():
+        assert F.linear(x, weight, drawn(1)).shape == (9, 4099)
+        assert F.linear(x, weight[:0]).shape == (9, 0)
+        assert F.linear(x, weight[0]).shape == (9,)
+        with pytest.raises(RuntimeError):
+            F.linear(x, weight.float())
 
 
 def test_a_processor_with_bfloat16_products_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
