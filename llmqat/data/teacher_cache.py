@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmqat.data.blocks import Progress, Rows, rows_of
-from llmqat.files import write_whole
+from llmqat.files import read_json, write_whole
 from llmqat.kernels import WeightPages, float_products, weights_let_go
 from llmqat.layers.source import checksum
 from llmqat.metrics import Predictor, TopProbabilities, check_predictor, predictor_of, token_loss, top_probabilities
@@ -469,12 +469,12 @@ def read_header(folder: Path) -> CacheHeader:
             f"{folder}"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, f"delete {folder} and make the cache anew")
         found = content.pop("format", None)
         if found != FORMAT:
             raise ValueError(f"{file} says format={found!r}, and {FORMAT!r} is read here; make the cache anew")
         return CacheHeader(**content)
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}; delete {folder} and make the cache anew") from error
 
 

@@ -16,7 +16,7 @@ from llmqat.calibrate import Allocation, AllocationConfig, LayerSensitivity, all
 from llmqat.calibrate.sensitivity import Choice, check_budget, schemes_of, sizes_of
 from llmqat.data import Rows
 from llmqat.evaluate.documents import check_schema, head
-from llmqat.files import write_whole
+from llmqat.files import read_json, write_whole
 from llmqat.layers import QuantConfig, QuantLinear, QuantModule
 from llmqat.models import load_model, to_accelerator
 from llmqat.terminal import progress
@@ -54,7 +54,7 @@ class BitPlan:
             ValueError: the file holds no plan, or one of a later llmqat.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, "delete it and run again")
             check_schema(content, path)
             layers = [
                 LayerSensitivity(e["name"], e["weights"], _by_choice(e["cost"]), _by_choice(e.get("bits_per_weight")))
@@ -62,7 +62,7 @@ class BitPlan:
             ]
             names = (field.name for field in fields(Allocation))
             return cls(Allocation(**{name: content[name] for name in names}), layers)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds no plan of bits ({error!r}); delete it and run again") from error
 
 

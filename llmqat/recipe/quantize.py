@@ -311,7 +311,7 @@ def _work_folder(folder: Path, settings: dict[str, Any]) -> Path:
     file = work / SETTINGS_FILE
     now = json.dumps(settings, indent=2, default=str)
     if work.is_dir():
-        if file.is_file() and file.read_text(encoding="utf-8") == now:
+        if file.is_file() and file.read_bytes() == now.encode():
             log.info("resuming the interrupted calibration in %s: %s", work, _finished(work))
             return work
         log.warning(
