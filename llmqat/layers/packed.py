@@ -197,9 +197,13 @@ class PackedModule(nn.Module):
         check_cast(before, self.dtype)
         return found
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **options: Any) -> None:
         self._runtime = None
-        super()._load_from_state_dict(*args, **options)
+        scale = state_dict.get(f"{prefix}weight_scale")
+        is_known = scale is not None and self.grid.levels == "float" and not scale.is_meta
+        if is_known and not torch.equal(scale.to(self.dtype).float(), scale.float()):
+            self.hold_float32_scales(None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def packed_weight(self) -> PackedWeight:
         """Returns the weight as kernels take it; rebuilt when the buffers were loaded, moved or replaced."""

@@ -175,6 +175,16 @@ def test_scales_that_bfloat16_does_not_hold_are_kept(case: str, tmp_path: Path) 
         next(iter(layers.values())).train_scales()
 
 
+def test_a_state_dict_keeps_them_too(tmp_path: Path) -> None:
+    model, expected = wide(tmp_path, "NVFP4 weights")
+    for name, weight in expected.items():
+        layer = model.get_submodule(name)
+        empty = PackedLinear(layer.in_features, layer.out_features, layer.bias is not None, layer.weights)
+        empty.load_state_dict(layer.state_dict())
+        assert empty.dtype == torch.bfloat16
+        assert torch.equal(empty.weight, weight.bfloat16())
+
+
 def test_scales_are_kept_in_a_float32_model_as_well(tmp_path: Path) -> None:
     _, expected = wide(tmp_path, "NVFP4 weights")
     model = load(tmp_path / "theirs", dtype=torch.float32)
