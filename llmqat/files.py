@@ -126,10 +126,19 @@ def force_folder_to_disk(folder: Path) -> None:
 
 
 def force_to_disk(path: Path) -> None:
-    """Returns when a file, or the list of the files in a folder, is on the disk."""
+    """Returns when a file, or the list of files in a folder, is on the disk; at once where a system cannot tell.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems over a network
+            raise
     finally:
         os.close(descriptor)
 

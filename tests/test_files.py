@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_a_file_is_forced_to_disk_before_it_has_its_name(
     monkeypatch.setattr(os, "fsync", fsync)
     write_whole(tmp_path / "out", "text", lasting=lasting)
     assert forced == (["file, not there yet", "folder"] if lasting else [])
+
+
+@pytest.mark.parametrize(("code", "is_raised"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_force_is_no_failure(
+    code: int, is_raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(code, "as it is told")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="as it is told") if is_raised else nullcontext():
+        write_whole(tmp_path / "out", "text")
+    assert (tmp_path / "out").exists() is not is_raised
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe{}"])
