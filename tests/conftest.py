@@ -65,6 +65,12 @@ def _what_is_there_stays() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_cut_is_feared() -> None:
+    """Thousands of small files are written, and forcing one to a disk takes ten milliseconds."""
+    os.fsync = lambda descriptor: None
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
