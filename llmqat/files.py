@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
 COPY_AGAIN = "copy it again"
 """What to do about a damaged file of a model."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -105,10 +103,13 @@ def file_in_progress(path: Path, *, lasting: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def _full_disk_named(path: Path) -> Iterator[None]:
-    """Inside, an error of a full disk names `path`, what is free, and what to do; safetensors' own is no OSError."""
+    """Inside, an error of a full disk names `path`, what is free, and what to do.
+
+    safetensors and tokenizers raise it as exceptions of their own, with the number in their words.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         if getattr(error, "errno", None) not in _FULL and not any(f"(os error {code})" in str(error) for code in _FULL):
             raise
         free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free

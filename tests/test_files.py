@@ -19,6 +19,7 @@ from llmqat.models import read_checked, save_checked
 FULL = (
     OSError(errno.ENOSPC, "No space left on device"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    Exception("No space left on device (os error 28)"),  # of tokenizers
 )
 
 
