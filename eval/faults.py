@@ -19,7 +19,6 @@ lines are the headline, `name: number`.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -32,8 +31,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from inference import byte_tokenizer, random_llama
-from kills import some_text
+from kills import digests, write_inputs
 from made import recorded, result_options
 from rich.table import Table
 
@@ -81,12 +79,12 @@ def main() -> None:
     parser.add_argument("--out", type=user_path, required=True, help="folder of the runs")
     parser.add_argument("--faults", type=int, default=100, help="how many")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    model, disk = options.out / "model", options.out / "disk"
-    if not model.is_dir():
-        random_llama("tiny").save_pretrained(model)
-        byte_tokenizer().save_pretrained(model)
-        (options.out / "text.txt").write_text(some_text(), encoding="utf-8")
+    if options.faults < 1:
+        parser.error("--faults is 1 or more")
+    if os.geteuid() != 0:
+        parser.error("it mounts disks of its own: be root, or put `unshare -rm` before the command")
+    write_inputs(options.out)
+    disk = options.out / "disk"
     mount(disk, ROOM)
     code, said = quantize(options.out)
     if code:
@@ -221,12 +219,6 @@ def last_line(said: str) -> str:
     """Returns the last line of what a command said, in at most 300 characters."""
     lines = [line for line in said.splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of the weights and the configuration of a packed model, by name."""
-    files = sorted((*folder.glob("*.safetensors"), folder / "config.json"))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 
 if __name__ == "__main__":

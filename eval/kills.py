@@ -78,12 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.kills, options.processes) < 1:
         parser.error("--kills and --processes are 1 or more")
-    options.out.mkdir(parents=True, exist_ok=True)
-    model = options.out / "model"
-    if not model.is_dir():
-        random_llama("tiny").save_pretrained(model)
-        byte_tokenizer().save_pretrained(model)
-        (options.out / "text.txt").write_text(some_text(), encoding="utf-8")
+    write_inputs(options.out)
     seconds, first = undisturbed(options.out, options.processes)
     kept = options.out / "kills.json"
     found = [Kill(**one) for one in json.loads(kept.read_text(encoding="utf-8"))] if kept.is_file() else []
@@ -105,6 +100,16 @@ def show(found: Sequence[Kill]) -> None:
     print(f"kills: {len(found)}")
     print(f"same bytes: {sum(one.same for one in found)}")
     print(f"slowest end of the others, s: {max(one.others for one in found):.1f}")
+
+
+def write_inputs(out: Path) -> None:
+    """Writes a tiny random model and a text into `out`, where they are not there."""
+    model = out / "model"
+    if not model.is_dir():
+        out.mkdir(parents=True, exist_ok=True)
+        random_llama("tiny").save_pretrained(model)
+        byte_tokenizer().save_pretrained(model)
+        (out / "text.txt").write_text(some_text(), encoding="utf-8")
 
 
 def some_text() -> str:
@@ -199,7 +204,7 @@ def stage_of(folder: Path) -> str:
 def digests(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of the weights and the configuration of a packed model, by name."""
     files = sorted((*folder.glob("*.safetensors"), folder / "config.json"))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 
 if __name__ == "__main__":

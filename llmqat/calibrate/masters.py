@@ -31,6 +31,7 @@ class Originals:
     def __init__(self, source: Path | Mapping[str, Tensor]) -> None:
         """Reads what `set_aside` has left in a file, or holds tensors by their names."""
         self.source = source
+        self._checked: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Originals:
         """Returns itself: nothing is written to what it holds."""
@@ -87,7 +88,9 @@ class Originals:
         prefix = f"{block.name}."
         if not isinstance(self.source, Path):
             return {n.removeprefix(prefix): tensor for n, tensor in self.source.items() if n.startswith(prefix)}
-        tensors, _ = read_checked(self.source, lambda name: name.startswith(prefix))
+        again = block.name in self._checked
+        tensors, _ = read_checked(self.source, lambda name: name.startswith(prefix), again=again)
+        self._checked.add(block.name)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     @contextmanager

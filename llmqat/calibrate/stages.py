@@ -465,7 +465,7 @@ def _block_by_block(run: _Calibration, stage: BlockStage, place: Path) -> _Done:
                 if processes.is_first:
                     _write_block(block, file, found)
                 if was_mapped and processes.count == 1:
-                    map_tensors(block.module, read_checked(file)[0])
+                    map_tensors(block.module, read_checked(file, again=True)[0])
                     give_back_freed_memory()
             facts[block.name] = found
             block.run(walk.quantized, walk.quantized, processes)

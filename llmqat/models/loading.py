@@ -78,13 +78,14 @@ def to_accelerator(model: Model, device: torch.device | None = None) -> Model:
     packages have quantized may refuse to be moved, even to where they are.
 
     Args:
-        model: on the CPU.
+        model: on the CPU, or where it belongs already.
         device: of this process, where there are several; by default `default_device()`.
     """
     if not torch.accelerator.is_available() or visited_device(model) is not None:
         return model
     device = device or default_device()
-    free = free_bytes(device)
+    is_there = model_device(model).type != "cpu"  # whole: then what it needs is not needed once more
+    free = None if is_there else free_bytes(device)
     needed = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
     if free is not None and needed > MOST_FILLED * free and let_blocks_visit(model, device):
         logger.warning(

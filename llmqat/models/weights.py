@@ -125,12 +125,15 @@ def _checksum_of_text(metadata: Mapping[str, str]) -> int:
     return zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
 
 
-def read_checked(path: Path, wanted: Callable[[str], bool] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_checked(
+    path: Path, wanted: Callable[[str], bool] | None = None, *, again: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors of a file of `save_checked`, mapped from it, and its metadata.
 
     Args:
         path: the file.
         wanted: returns whether the tensor of a name is wanted; all are by default.
+        again: whether they were checked before, or just written: then no tensor is read.
 
     Raises:
         ValueError: the file is damaged: no safetensors, or a tensor has other bytes than were written; names it.
@@ -140,7 +143,8 @@ def read_checked(path: Path, wanted: Callable[[str], bool] | None = None) -> tup
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys() if wanted is None or wanted(name)}  # noqa: SIM118
         sums = json.loads(metadata.pop(_CHECKSUMS, "{}"))
-        found = {name: checksum(tensor) for name, tensor in tensors.items()} | {"": _checksum_of_text(metadata)}
+        found = {} if again else {name: checksum(tensor) for name, tensor in tensors.items()}
+        found[""] = _checksum_of_text(metadata)
         damage = shortened([name or "its metadata" for name, value in found.items() if sums.get(name) != value])
     except (SafetensorError, ValueError) as error:
         damage = str(error)

@@ -390,13 +390,18 @@ def folds_weights(recipe: Recipe) -> bool:
     return any(isinstance(stage, (RotateStage, SmoothStage)) for stage in recipe.calibrate)
 
 
+def moves_weights(recipe: Recipe) -> bool:
+    """Returns whether calibration may write to any weight: folds them into each other, or has a stage of the user's."""
+    return folds_weights(recipe) or any(isinstance(stage, CustomStage) for stage in recipe.calibrate)
+
+
 def master_dtype(recipe: Recipe) -> torch.dtype:
     """Returns float32 for weights that are trained, folded into each other, or changed by a stage of the user's own.
 
     Frozen ones keep their bfloat16.
     """
     is_frozen = recipe.lora is not None or not recipe.trains
-    moved = folds_weights(recipe) or any(isinstance(stage, CustomStage) for stage in recipe.calibrate)
+    moved = moves_weights(recipe)
     return torch.bfloat16 if is_frozen and not moved else torch.float32
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmqat.calibrate import AllocationConfig, BlockwiseStage, CustomStage, GPTQStage, RangesStage, rotates, untie
+from llmqat.calibrate import AllocationConfig, BlockwiseStage, GPTQStage, RangesStage, rotates, untie
 from llmqat.calibrate.sensitivity import possible_schemes
 from llmqat.data import TokenBlocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
@@ -44,6 +44,7 @@ from llmqat.recipe.config import (
     folds_weights,
     kept_top_k,
     master_dtype,
+    moves_weights,
     teacher_obstacle,
     training_arguments,
 )
@@ -109,8 +110,8 @@ class Plan:
     """The folder."""
     law: Law | None
     """What its tokens were worth where the like was measured; None where it was not."""
-    folds: bool
-    """Whether calibration changes all weights: folds them into each other, or has a stage of others."""
+    moves: bool
+    """Whether calibration may write to any weight."""
 
     @property
     def memory(self) -> Memory:
@@ -123,9 +124,9 @@ class Plan:
     def by_block(self) -> Memory | None:
         """What the run holds where its blocks come one by one and weights stay in their files; None where they do not.
 
-        Stages that fold weights into each other change all of them, and have them in memory; so do stages of others.
+        Stages that may write to any weight have all of them in memory.
         """
-        if not isinstance(self.method, Calibration) or self.folds:
+        if not isinstance(self.method, Calibration) or self.moves:
             return None
         return calibration_memory(self.size, dataclasses.replace(self.method, by_block=True), self.devices)
 
@@ -231,7 +232,7 @@ def plan_run(recipe: Recipe, devices: Devices | None = None, blocks: int | None 
         disk=disk_of(recipe, arguments, coverage, size, method, blocks, steps),
         output=recipe.output,
         law=law_of_recipe(recipe, arguments),
-        folds=folds_weights(recipe) or any(isinstance(stage, CustomStage) for stage in recipe.calibrate),
+        moves=moves_weights(recipe),
     )
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import Tensor, nn
 
 from llmqat.layers import ActivationQuantizer, KVQuantizer, PackedModule, QuantModule
-from llmqat.models import model_device, shortened, to_accelerator, visited_device
+from llmqat.models import shortened
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +36,6 @@ def check_teacher(model: nn.Module, teacher: nn.Module) -> None:
         raise ValueError(
             f"the teacher shares memory with what is trained ({shortened(shared)}), so it would change along; {copied}"
         )
-
-
-def place(teacher: nn.Module, device: torch.device) -> None:
-    """Moves a teacher in place to the device of this process; where it does not fit there, its blocks visit."""
-    if model_device(teacher).type == "cpu":
-        to_accelerator(teacher, device)
-    elif visited_device(teacher) is None:
-        teacher.to(device)
 
 
 def shared_with(model: nn.Module, teacher: nn.Module) -> list[str]:

@@ -78,6 +78,7 @@ from llmqat.models import (
     is_sharded,
     keeps_documents_apart,
     loss_in_forward,
+    to_accelerator,
     vocabulary_size,
 )
 from llmqat.train.adapter import add_quantizers, check_self_teacher, original_model
@@ -100,7 +101,7 @@ from llmqat.train.optimizers import check_own_optimizer, keep_weights_of
 from llmqat.train.scores import EvaluationMetrics, known_metrics, logits_of
 from llmqat.train.stability import check_warmups, is_finite, not_finite_error, not_finite_parameter, where_not_finite
 from llmqat.train.targets import documents_begin, scored_labels
-from llmqat.train.teacher import check_teacher, place
+from llmqat.train.teacher import check_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ class QATTrainer(Trainer):
         if isinstance(teacher, nn.Module):
             teacher.requires_grad_(False).eval()
             if not getattr(teacher, "is_quantized", False):  # bitsandbytes has put its weights where they stay
-                place(teacher, self.args.device)
+                to_accelerator(teacher, self.args.device)
         self._check_logits()
 
     def train(
