@@ -296,5 +296,5 @@ def with_ranges(model: PreTrainedModel, number: float = 0.1) -> PreTrainedModel:
         if isinstance(module, ActivationQuantizer) and module.config.calibrated:
             (module.scale if module.global_scale is None else module.global_scale).fill_(number)
         elif isinstance(module, StateQuantizer) and module.scale is not None:
-            module.scale.fill_(1 / 256)
+            module.scale.copy_(torch.arange(1, len(module.scale) + 1).view(module.scale.shape) / 256)
     return model

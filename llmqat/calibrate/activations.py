@@ -29,6 +29,7 @@ BINS = 2048
 CLIP_RATIOS = tuple(1.0 - 0.01 * step for step in range(70))
 
 Range = tuple[float, float]
+"""The smallest and the largest entry; of keys and values with a scale a head, lists of them."""
 
 
 def calibrate_activations(model: nn.Module, blocks: Tensor | Rows, batch_size: int = 4, wrap: Wrap = iter) -> int:
@@ -86,10 +87,12 @@ def _config(layer: nn.Module) -> ActivationConfig:
 def _full_ranges(
     model: nn.Module, layers: dict[str, nn.Module], blocks: Tensor | Rows, batch_size: int, wrap: Wrap
 ) -> dict[str, Range]:
-    kept: dict[str, Tensor] = {}  # [2] float64: the ends stay on the device until the text is at its end
+    kept: dict[str, Tensor] = {}  # [2] or [2, H] float64: the ends stay on the device until the text is at its end
 
     def record(name: str, x: Tensor) -> None:
-        new = torch.stack(torch.aminmax(x)).double()
+        layer = layers[name]
+        by_head = isinstance(layer, StateQuantizer) and layer.config.strategy == "attn_head"
+        new = torch.stack(torch.aminmax(x.transpose(0, 1).flatten(1), dim=1) if by_head else torch.aminmax(x)).double()
         if name not in kept:
             kept[name] = new
             return
@@ -101,9 +104,8 @@ def _full_ranges(
 
     observe_inputs(model, layers, record, blocks, batch_size, wrap)
     check_seen({name: name in kept for name in layers})
-    found: dict[str, Range] = {name: tuple(ends.tolist()) for name, ends in kept.items()}
-    check_finite({name: all(abs(end) < float("inf") for end in ends) for name, ends in found.items()})
-    return found
+    check_finite({name: bool(ends.isfinite().all()) for name, ends in kept.items()})
+    return {name: tuple(ends.tolist()) for name, ends in kept.items()}
 
 
 def _histograms(

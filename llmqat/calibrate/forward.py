@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.data.processes import ALONE, Processes
 from llmqat.kernels import weights_let_go
-from llmqat.layers import quantizers_off
+from llmqat.layers import StateQuantizer, quantizers_off
 from llmqat.models import capture_hidden, model_device
 
 Wrap = Callable[[Iterable[int]], Iterable[int]]
@@ -35,7 +35,7 @@ def observe_inputs(
     Args:
         model: a causal language model.
         layers: modules by name; the first input of each, by position or keyword, is recorded.
-        record: called with the name and the input [tokens, features].
+        record: called with the name and the input [tokens, features]; with keys and values [B, H, L, D] as they are.
         blocks: token ids [N, L], or token blocks with their documents.
         batch_size: blocks per forward.
         wrap: put around the iteration over batches.
@@ -53,7 +53,7 @@ def observe_inputs(
         def observe(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
             x = input_of(inputs, options).detach()
             if x.numel():  # an expert that no token chose may be called with none
-                record(name, x.reshape(-1, x.shape[-1]))
+                record(name, x if isinstance(module, StateQuantizer) else x.reshape(-1, x.shape[-1]))
 
         return observe
 

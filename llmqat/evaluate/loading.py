@@ -209,6 +209,8 @@ def _nearest_scheme(found: Mapping[str, Any]) -> dict[str, Any]:
     if weights.get("type") != "int" or inputs.get("type", "int") != "int":
         return {}
     cache = found.get("kv_cache_scheme") or {}
+    if cache.get("strategy") == "attn_head":  # which no name says
+        return {}
     kept = "fp8" if cache.get("type") == "float" else cache.get("num_bits")
     return _preset(weights["num_bits"], inputs.get("num_bits"), kept, weights.get("group_size"))
 

@@ -260,8 +260,9 @@ def _schemes(config: Mapping[str, Any]) -> str:
     ignored = config["quantization_config"].get("ignore") or []
     kept = f"\n\nLeft in high precision: {', '.join(f'`{name}`' for name in ignored)}." if ignored else ""
     cache = f"\n\nKV cache: `{json.dumps(config[KV_KEY])}`; other loaders keep it plain." if KV_KEY in config else ""
-    if config["quantization_config"].get("kv_cache_scheme"):
-        cache = "\n\nKV cache: FP8, with calibrated scales in the checkpoint."
+    if scheme := config["quantization_config"].get("kv_cache_scheme"):
+        extent = "KV head" if scheme.get("strategy") == "attn_head" else "layer"
+        cache = f"\n\nKV cache: FP8, with a calibrated scale for the keys and the values of each {extent}."
     return table + kept + cache
 
 

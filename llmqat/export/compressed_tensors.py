@@ -21,7 +21,8 @@ parameter; a quantized embedding is stored like a linear layer, and a head tied 
 loader needs: stock transformers, vLLM and `read` below recover from it which modules are packed and how. It is derived
 from the modules themselves, never from the configuration that once prepared them, so it cannot disagree with the
 tensors. A KV cache of integers, whose scales come with each token, which the format cannot say, stands beside it
-as `llmqat_kv_cache`; one in FP8 is its `kv_cache_scheme`, with ATTENTION.k_scale and ATTENTION.v_scale [1].
+as `llmqat_kv_cache`; one in FP8 is its `kv_cache_scheme`, with ATTENTION.k_scale and ATTENTION.v_scale,
+[1] or one for each KV head [H, 1, 1].
 
 Stock transformers would leave Conv1D layers and stacked experts random, without an error (`stock.py` tries it). Such a
 checkpoint has a key of llmqat's in each group (`ONLY_HERE`), so that stock transformers refuses it. vLLM, which serves
@@ -439,7 +440,10 @@ def _unsupported(scheme: QuantizationScheme, config: QuantizationConfig) -> str 
     checks = (
         (form in FORMS, f"format {form!r} (not {', '.join(FORMS)})"),
         (config.quantization_status == QuantizationStatus.COMPRESSED, f"status {config.quantization_status!r}"),
-        (_runs_cache(config.kv_cache_scheme), "a KV cache quantized otherwise than in FP8 with one scale a layer"),
+        (
+            _runs_cache(config.kv_cache_scheme),
+            "a KV cache quantized otherwise than in FP8 with calibrated scales of layers or heads",
+        ),
         (scheme.output_activations is None, "quantized output activations"),
         (weights is not None and 2 <= weights.num_bits <= 8, "weights of fewer than 2 or more than 8 bits"),
         (

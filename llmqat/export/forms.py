@@ -63,7 +63,7 @@ FLOAT_WEIGHTS_ALONE = "naive-quantized"
 """The form of FP8 weights whose inputs are not quantized."""
 FORMS = (PACKED_FORMAT, PLAIN_FORMAT, *FLOAT_FORMATS.values(), FLOAT_WEIGHTS_ALONE)
 """All that are written and read."""
-_FP8_CACHE = (8, "float", True, "tensor", False)
+_FP8_CACHE = (8, "float", True, False)
 _E8M0_BIAS = 127
 SCALE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
 """What scales that are no bfloat16 numbers are stored as."""
@@ -359,7 +359,7 @@ def cache_args(config: KVCacheConfig | None) -> QuantizationArgs | None:
     """Returns a scheme of the KV cache in compressed-tensors' vocabulary; None for what that cannot say."""
     if config is None or not config.calibrated:
         return None
-    return QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor", dynamic=False)
+    return QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy=config.key.strategy, dynamic=False)
 
 
 def cache_config(cache: QuantizationArgs | None) -> KVCacheConfig | None:
@@ -370,9 +370,10 @@ def cache_config(cache: QuantizationArgs | None) -> KVCacheConfig | None:
     """
     if cache is None:
         return None
-    if (cache.num_bits, cache.type, cache.symmetric, cache.strategy, bool(cache.dynamic)) != _FP8_CACHE:
-        raise ValueError("a KV cache quantized otherwise than in FP8 with one calibrated scale a layer")
-    floats = KVTensorConfig(levels="float")
+    found = (cache.num_bits, cache.type, cache.symmetric, bool(cache.dynamic))
+    if found != _FP8_CACHE or cache.strategy not in ("tensor", "attn_head"):
+        raise ValueError("a KV cache quantized otherwise than in FP8 with calibrated scales of layers or heads")
+    floats = KVTensorConfig(levels="float", strategy=cache.strategy)
     return KVCacheConfig(key=floats, value=floats)
 
 

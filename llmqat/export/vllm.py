@@ -84,6 +84,7 @@ TRIED = frozenset(
 PLAIN_INPUTS = "inputs are not quantized: its kernel for packed 4-bit weights takes them as they are"
 HUMMING = "runs with its Humming kernels, on Nvidia GPUs only"
 ON_HOPPER = "runs on Hopper GPUs (compute capability 9.0) only"
+SCALES_OF_HEADS = "an FP8 KV cache with a scale for each head runs with FlashAttention 3 or later only"
 BEFORE_BLACKWELL = "inputs stay in high precision on GPUs before Blackwell (compute capability 10.0)"
 BEFORE_ADA = "inputs stay in high precision on GPUs before Ada (compute capability 8.9)"
 FP8_GROUP = 128
@@ -122,6 +123,8 @@ def losses(description: ModelDescription, cpu: bool) -> tuple[str, ...]:
             lost += [MADE_FOR_ARM, BYTE_A_WEIGHT, *([ZERO_POINTS] if inputs.symmetric else [])]
     if description.kv_cache is not None and not description.kv_cache.calibrated:
         lost.append("keys and values stay in high precision")
+    if not cpu and _has_scales_of_heads(description):
+        lost.append(SCALES_OF_HEADS)
     return tuple(dict.fromkeys(lost))
 
 
@@ -183,6 +186,8 @@ def _of_the_model(description: ModelDescription) -> tuple[str, str] | None:
 def _of_the_cache(description: ModelDescription, cpu: bool) -> tuple[str, str] | None:
     if not cpu or description.kv_cache is None or not description.kv_cache.calibrated:
         return None
+    if _has_scales_of_heads(description):
+        return "its attention on CPUs has one scale for the FP8 KV cache of a layer", "backends/cpu_attn.py"
     text: Any = description.config.get_text_config(decoder=True)
     try:
         size = int(text.head_dim)
@@ -191,6 +196,14 @@ def _of_the_cache(description: ModelDescription, cpu: bool) -> tuple[str, str] |
     if size % CPU_MULTIPLE:
         return f"its FP8 KV cache needs heads of a multiple of {CPU_MULTIPLE}, not of {size}", "backends/cpu_attn.py"
     return None
+
+
+def _has_scales_of_heads(description: ModelDescription) -> bool:
+    """Returns whether the KV cache has a scale for each head.
+
+    Source of its rules: `supports_per_head_quant_scales` of the attention backends.
+    """
+    return description.kv_cache is not None and description.kv_cache.key.strategy == "attn_head"
 
 
 def _of_layers(description: ModelDescription, cpu: bool) -> Iterator[tuple[str, str]]:

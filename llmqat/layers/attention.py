@@ -10,8 +10,8 @@ A layer that computes attention in its own forward (BLOOM, Falcon) would silentl
 
 The arithmetic is float32, rounded once to the dtype of the states. A symmetric scheme is code * scale; an asymmetric
 one is code * scale + offset, the offset being the smallest entry of the group: no zero point is rounded to a code.
-Floats (E4M3) have one calibrated scale for the keys of a layer and one for its values, in the dtype of the states and
-in the order of compressed-tensors: what vLLM keeps with an FP8 cache.
+Floats (E4M3) have calibrated scales for the keys of a layer and for its values, one for all or one for each head, in
+the dtype of the states and in the order of compressed-tensors: what vLLM keeps with an FP8 cache.
 
 Letters: B batch, H heads, L length, D head size, g entries per scale.
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,45 +51,55 @@ class StateQuantizer(RangedModule):
 
     Attributes:
         config: the scheme.
-        scale: [1] float32 buffer, NaN until it is calibrated; None where each token has its own.
+        scale: float32 buffer, [1] or [H, 1, 1], NaN until it is calibrated; None where each token has its own.
     """
 
     scale: Tensor | None
 
-    def __init__(self, config: KVTensorConfig, name: str, device: torch.device | str | None = None) -> None:
-        """Makes a quantizer; one with a scale of its own refuses to run until `set_range`."""
+    def __init__(
+        self, config: KVTensorConfig, name: str, device: torch.device | str | None = None, heads: int = 1
+    ) -> None:
+        """Makes a quantizer for `heads` heads; one with scales of its own refuses to run until `set_range`."""
         super().__init__(f"the range of {name}")
-        self.config = config
-        self.register_buffer("scale", torch.full((1,), torch.nan, device=device) if config.levels == "float" else None)
+        self.config, self.states = config, name
+        shape = (heads, 1, 1) if config.strategy == "attn_head" else (1,)
+        self.register_buffer("scale", torch.full(shape, torch.nan, device=device) if config.levels == "float" else None)
 
     def found(self) -> tuple[Tensor, ...]:
-        """Returns the scale, or nothing."""
+        """Returns the scales, or nothing."""
         return () if self.scale is None else (self.scale,)
 
     @torch.no_grad()
-    def set_range(self, low: float, high: float) -> None:
-        """Sets the scale for states in [low, high], snapped to bfloat16, as it will be stored.
+    def set_range(self, low: float | Sequence[float], high: float | Sequence[float]) -> None:
+        """Sets the scale for states in [low, high], snapped to bfloat16, as it will be stored; or that of each head.
 
         Raises:
-            ValueError: when the range is not finite.
+            ValueError: when a range is not finite, or the layer has another number of heads.
         """
         assert self.scale is not None
-        self.check_range(low, high)
-        scale, _ = range_parameters(torch.tensor([low]), torch.tensor([high]), E4M3)
-        self.scale.copy_(scale.to(torch.bfloat16))
+        lows, highs = torch.tensor(low).view(-1), torch.tensor(high).view(-1)
+        if len(lows) != len(self.scale):
+            self._refuse(len(lows))
+        for ends in zip(lows.tolist(), highs.tolist(), strict=True):
+            self.check_range(*ends)
+        scale, _ = range_parameters(lows, highs, E4M3)
+        self.scale.copy_(scale.to(torch.bfloat16).view(self.scale.shape))
 
     def forward(self, x: Tensor, enabled: bool) -> Tensor:
         """Returns x [B, H, L, D], quantized and dequantized where `enabled`; gradients pass straight through.
 
         Raises:
             RuntimeError: for a scale that was never calibrated.
+            ValueError: for scales of another number of heads.
         """
         if not enabled:
             return x
+        if self.scale is not None and self.scale.dim() == 3 and x.shape[1] != len(self.scale):
+            self._refuse(x.shape[1])
         return _StraightThrough.apply(x, self.config, self.calibrated_scale())  # type: ignore[no-untyped-call]
 
     def calibrated_scale(self) -> Tensor | None:
-        """Returns the scale of all states; None where each token has its own.
+        """Returns the scale of all states, or of each head; None where each token has its own.
 
         Raises:
             RuntimeError: it was never calibrated.
@@ -97,6 +107,13 @@ class StateQuantizer(RangedModule):
         if not torch.compiler.is_compiling():
             self.numbers()  # which raises
         return self.scale
+
+    def _refuse(self, heads: int) -> None:
+        assert self.scale is not None
+        raise ValueError(
+            f"quant.kv_cache: {self.states} have {heads} heads, but the configuration of the model says "
+            f"{len(self.scale)}; take strategy: tensor"
+        )
 
 
 class KVQuantizer(nn.Module):
@@ -109,12 +126,14 @@ class KVQuantizer(nn.Module):
         enabled: False lets keys and values through.
     """
 
-    def __init__(self, config: KVCacheConfig, device: torch.device | str | None = None, name: str = "") -> None:
-        """Makes a quantizer; `name` is the layer's, for errors."""
+    def __init__(
+        self, config: KVCacheConfig, device: torch.device | str | None = None, name: str = "", heads: int = 1
+    ) -> None:
+        """Makes a quantizer for a layer of so many KV heads; `name` is the layer's, for errors."""
         super().__init__()
         self.config, self.enabled = config, True
-        self.key = StateQuantizer(config.key, f"the keys of {name or 'a layer'}", device)
-        self.value = StateQuantizer(config.value, f"the values of {name or 'a layer'}", device)
+        self.key = StateQuantizer(config.key, f"the keys of {name or 'a layer'}", device, heads)
+        self.value = StateQuantizer(config.value, f"the values of {name or 'a layer'}", device, heads)
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Returns key and value [B, H, L, D], quantized and dequantized; gradients pass straight through."""
@@ -132,8 +151,8 @@ def quantize_states(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns codes 0..2^b-1 uint8 [*, D], scale [*, D/g] and offset [*, D/g] (None when symmetric) of states [*, D].
 
-    Scale and offset have the dtype of the states, and the codes are made with the rounded ones. Of floats, `scale` [1]
-    is the calibrated one, and codes are the bytes of E4M3 numbers.
+    Scale and offset have the dtype of the states, and the codes are made with the rounded ones. Of floats, `scale`, [1]
+    or [H, 1, 1] for states [B, H, L, D], is the calibrated one, and codes are the bytes of E4M3 numbers.
     """
     if scale is not None:
         own = scale.to(x.dtype)
@@ -183,7 +202,7 @@ def quantize_kv(model: nn.Module, config: KVCacheConfig) -> None:
     check_kv_groups(layers, config)
     for name, layer in layers.items():
         device = next((parameter.device for parameter in layer.parameters()), None)
-        layer.add_module("kv_quantizer", KVQuantizer(config, device, name))
+        layer.add_module("kv_quantizer", KVQuantizer(config, device, name, kv_heads(layer)))
     implementation = str(model.config._attn_implementation)
     if not implementation.startswith(IMPLEMENTATION_PREFIX):
         model.set_attn_implementation(quantizing_implementation(implementation))
@@ -226,6 +245,12 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
             "interface; leave out quant.kv_cache"
         )
     return found
+
+
+def kv_heads(layer: nn.Module) -> int:
+    """Returns the number of KV heads of an attention layer, from its configuration, as vLLM reads it there."""
+    config: Any = layer.config
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def model_kind(model: nn.Module) -> str:

@@ -28,7 +28,7 @@ class QuantizedStates:
 
     Attributes:
         codes: uint8 [B, H, Q, D]; [B, H, Q, D/2] with two codes a byte for up to 4 bits and even D.
-        scale: [B, H, Q, G] in the dtype of the states; [1] where it was calibrated.
+        scale: [B, H, Q, G] in the dtype of the states; [1] or [H, 1, 1] where it was calibrated.
         offset: [B, H, Q, G] in the dtype of the states, or None when symmetric.
         first: [B, H, F, D], kept in full precision.
         recent: [B, H, R, D], kept in full precision.

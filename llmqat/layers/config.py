@@ -322,10 +322,17 @@ class KVTensorConfig(Config):
     group_size: int | None = Field(None, ge=1)
     """Entries of a head that share a scale; the whole head where not given."""
     levels: Literal["integer", "float"] = "integer"
-    """Integers, or E4M3 floats of 8 bits with one scale for all keys (or values) of a layer, from calibration."""
+    """Integers, or E4M3 floats of 8 bits with calibrated scales."""
+    strategy: Literal["tensor", "attn_head"] = "tensor"
+    """Of floats: one scale for all keys (or values) of a layer, or one for each KV head."""
 
     @model_validator(mode="after")
     def _check_together(self) -> KVTensorConfig:
+        if self.strategy != "tensor" and self.levels != "float":
+            raise ValueError(
+                f"strategy={self.strategy!r} with levels={self.levels!r}; integers of the KV cache have a scale for "
+                "each token and head anyway: leave strategy out, or take levels='float'"
+            )
         if self.levels == "float" and (self.num_bits, self.symmetric, self.group_size) != (8, True, None):
             raise ValueError(
                 f"levels='float' with num_bits={self.num_bits}, symmetric={self.symmetric}, "
@@ -335,15 +342,17 @@ class KVTensorConfig(Config):
 
     @property
     def label(self) -> str:
-        """Short name for tables: '8', '4 g32 asym', 'fp8'."""
+        """Short name for tables: '8', '4 g32 asym', 'fp8', 'fp8 by head'."""
         if self.levels == "float":
-            return "fp8"
+            return "fp8" if self.strategy == "tensor" else "fp8 by head"
         group = f" g{self.group_size}" if self.group_size else ""
         return f"{self.num_bits}{group}{'' if self.symmetric else ' asym'}"
 
 
 class KVCacheConfig(Config):
-    """The arithmetic of the KV cache: keys after rotary embedding, and values, per token and head, or in FP8 per layer.
+    """The arithmetic of the KV cache: keys after rotary embedding, and values.
+
+    A scale is one token's and head's, or in FP8 a layer's or a head's.
 
     Source: LLM-QAT (2305.17888) section 3.3; KIVI (2402.02750) for groups, but along the head only: statistics over
     tokens would leak the future in training.

@@ -62,7 +62,7 @@ class RangedModule(nn.Module):
                     f"{self.name} is not calibrated; call "
                     f"llmqat.calibrate.calibrate_activations(model, blocks) first{self.way_out}"
                 )
-            self._numbers = tuple(map(float, found))
+            self._numbers = tuple(number for tensor in found for number in tensor.flatten().tolist())
         return self._numbers
 
     @property

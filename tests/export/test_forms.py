@@ -23,7 +23,16 @@ from llmqat.export.description import describe
 from llmqat.export.forms import global_scales, input_args, weight_args, weight_config
 from llmqat.export.serving import served_by
 from llmqat.grid import dequantize, keep_lattice, minmax_scale, quantize, search_scale
-from llmqat.layers import ActivationConfig, ActivationQuantizer, QuantConfig, WeightConfig, prepare
+from llmqat.layers import (
+    ActivationConfig,
+    ActivationQuantizer,
+    KVCacheConfig,
+    KVTensorConfig,
+    QuantConfig,
+    WeightConfig,
+    kv_scheme,
+    prepare,
+)
 from llmqat.recipe.config import scheme_of
 from llmqat.recipe.quantize import quantize_model
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer, with_ranges
@@ -122,10 +131,17 @@ def test_what_is_written_is_decompressed_by_them_to_the_weight(name: str) -> Non
         assert torch.equal(found.bfloat16(), layer.quantized_weight(torch.bfloat16)), layer_name
 
 
-@pytest.mark.parametrize("name", ["fp8", "nvfp4", "mxfp4", "mxfp8", "w4afp8-g32", "int4-fp8kv", *WEIGHTS])
+BY_HEAD = KVTensorConfig(levels="float", strategy="attn_head")
+CACHES = {
+    "int4-fp8kv": QuantConfig.preset("int4-fp8kv"),
+    "int4-fp8kv by head": QuantConfig.preset("int4", kv_cache=KVCacheConfig(key=BY_HEAD, value=BY_HEAD)),
+}
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4", "mxfp4", "mxfp8", "w4afp8-g32", *CACHES, *WEIGHTS])
 def test_stock_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     model = tiny_llama()
-    prepare(model, QuantConfig.preset(name))
+    prepare(model, CACHES[name] if name in CACHES else QuantConfig.preset(name))
     with_ranges(model, 100.0)
     report = save(model, tmp_path / "packed")
     assert report.stock.loads
@@ -135,6 +151,7 @@ def test_stock_transformers_computes_the_same(name: str, tmp_path: Path) -> None
     with torch.no_grad():
         assert torch.equal(stock(ids).logits, loaded(ids).logits)
     again = llmqat.export.checkpoint.save(loaded, tmp_path / "again")
+    assert kv_scheme(loaded) == kv_scheme(model)
     assert again.bits_per_weight == report.bits_per_weight
     first, second = (load_file(tmp_path / part / "model.safetensors") for part in ("packed", "again"))
     assert first.keys() == second.keys()

@@ -17,7 +17,7 @@ from llmqat.export import CONVERSIONS
 from llmqat.export.compressed_tensors import packed_shapes, packed_state_dict, try_unwritten
 from llmqat.export.description import ModelDescription, describe
 from llmqat.export.serving import CLIENTS, check_served, form_for, proposals, served_by
-from llmqat.layers import PRESETS
+from llmqat.layers import PRESETS, KVCacheConfig, KVTensorConfig
 from llmqat.models import empty_model
 from llmqat.recipe.config import scheme_of
 from tests.tiny import (
@@ -284,3 +284,9 @@ def test_kernels_that_not_every_gpu_or_server_has_are_named() -> None:
     narrow = served_by(describe(empty_like(tiny_llama(head_dim=16), QuantConfig.preset("int4"))))["sglang"]
     assert "o_proj: its Marlin kernel needs" in narrow.reason
     assert "64 x 64" in narrow.reason
+    one = KVTensorConfig(levels="float", strategy="attn_head")
+    by_head = described("llama", "int4", kv_cache=KVCacheConfig(key=one, value=one))
+    assert served_by(by_head)["vllm"].lost == (
+        "an FP8 KV cache with a scale for each head runs with FlashAttention 3 or later only",
+    )
+    assert "one scale for the FP8 KV cache of a layer" in served_by(by_head)["vllm-cpu"].reason

@@ -24,11 +24,13 @@ from tests.tiny import tiny_architecture, tiny_llama
 FOUR = KVTensorConfig(num_bits=4, symmetric=False, group_size=8)
 EIGHT = KVTensorConfig()
 FLOATS = KVTensorConfig(levels="float")
+BY_HEAD = KVTensorConfig(levels="float", strategy="attn_head")
 SCHEMES = {
     "kv8": KVCacheConfig(),
     "kv4": KVCacheConfig(key=FOUR, value=FOUR),
     "k8v4": KVCacheConfig(value=FOUR),
     "kvfp8": KVCacheConfig(key=FLOATS, value=FLOATS),
+    "kvfp8 by head": KVCacheConfig(key=BY_HEAD, value=BY_HEAD),
 }
 
 
@@ -200,7 +202,7 @@ def test_the_cache_gives_the_numbers_that_training_saw(name: str) -> None:
     assert torch.allclose(stepped.float(), whole.float(), atol=2**-6 * float(whole.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["k8v4", "kvfp8"])
+@pytest.mark.parametrize("name", ["k8v4", "kvfp8", "kvfp8 by head"])
 def test_generate_takes_the_cache_and_writes_what_the_model_writes_without(name: str) -> None:
     model = prepared(SCHEMES[name])
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
@@ -281,6 +283,34 @@ def test_floats_have_one_scale_which_text_decides() -> None:
         KVTensorConfig(levels="float", num_bits=4)
     with pytest.raises(ValueError, match="has no calibrated scales for keys and values in floats"):
         QuantizedCache(tiny_llama(), SCHEMES["kvfp8"])
+
+
+def test_each_head_can_have_a_scale_of_its_own() -> None:
+    """Against compressed-tensors' own arithmetic; the largest entry seen of a head becomes 448."""
+    model = prepared(SCHEMES["kvfp8 by head"])
+    quantizer = model.model.layers[1].self_attn.kv_quantizer
+    assert quantizer.key.scale.shape == quantizer.value.scale.shape == (2, 1, 1)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = quantizer.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
+    with torch.no_grad(), quantizers_off(model):
+        model(ids())
+    ((key, value), _) = seen.pop()
+    for x, part in ((key, quantizer.key), (value, quantizer.value)):
+        assert torch.equal(part.scale.flatten(), (x.abs().amax((0, 2, 3)) / 448).bfloat16().float())
+    with torch.no_grad():
+        model(ids())
+    handle.remove()
+    args = QuantizationArgs(num_bits=8, type="float", strategy="attn_head")
+    for x, found, part in zip(*seen[0], (quantizer.key, quantizer.value), strict=True):
+        assert torch.equal(found, fake_quantize(x, part.scale, None, args))
+    with pytest.raises(ValueError, match=r"integers of the KV cache have a scale for each token and head anyway"):
+        KVTensorConfig(strategy="attn_head")
+    with pytest.raises(ValueError, match=r"the keys of model.layers.1.self_attn have 3 heads, but .* says 2"):
+        quantizer(torch.ones(1, 3, 4, 16), torch.ones(1, 3, 4, 16))
+    with pytest.raises(ValueError, match=r"the keys of model.layers.1.self_attn have 3 heads"):
+        quantizer.key.set_range([-1.0] * 3, [1.0] * 3)
+    with pytest.raises(ValueError, match="is not finite"):
+        quantizer.key.set_range([-1.0] * 2, [1.0, float("nan")])
 
 
 def test_a_cache_without_a_scheme_or_with_negative_counts_is_refused() -> None:
