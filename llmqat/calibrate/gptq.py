@@ -63,6 +63,8 @@ RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Ridges that cross-validation tries, as shares of the mean of the diagonal of the second moments."""
 PRODUCT_ELEMENTS = 1 << 19
 """Elements of one product with a part of the second moments on a CPU, so that it fits the cache."""
+SYSTEM_ELEMENTS = 1 << 24
+"""Elements of the linear systems, [G, G] for each row, that are solved at once on other devices."""
 SAMPLED_ROWS = 128
 """Rows of a weight that cross-validation uses: at least so many, where there are, and fewer than twice so many."""
 PIECE = 2
@@ -311,18 +313,26 @@ def refit_scales(
     """
     rows, groups = scale.shape
     level = _levels(codes.view(rows, groups, -1), zero_point, grid)
-    flat = level.view(rows, -1)
-    # A[g, h] = level_g H_gh level_h, b[g] = level_g (H w)_g: both by products with parts of H.
-    matrix = torch.empty(rows, groups, groups, device=weight.device)
-    size = flat.shape[1] // groups
-    count = max(1, PRODUCT_ELEMENTS // flat.shape[1]) if weight.device.type == "cpu" else rows  # to stay in cache
+    product = weight @ hessian if product is None else product
+    target = (product * level.flatten(1)).view(level.shape).sum(-1)
+    found = torch.empty_like(scale)
+    most = PRODUCT_ELEMENTS // weight.shape[1] if weight.device.type == "cpu" else SYSTEM_ELEMENTS // groups**2
+    count = max(1, most)
     for start in range(0, rows, count):
         some = slice(start, start + count)
-        for g in range(groups):
-            part = level[some, g] @ hessian[g * size : (g + 1) * size]
-            matrix[some, g] = part.mul_(flat[some]).view(-1, groups, size).sum(-1)
-    product = weight @ hessian if product is None else product
-    target = (product * flat).view(rows, groups, size).sum(-1)
+        found[some] = _scales_of(level[some], hessian, target[some], scale[some], grid)
+    return found
+
+
+def _scales_of(level: Tensor, hessian: Tensor, target: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Returns the scales [n, G] of some rows with `level` [n, G, g], for `target` [n, G]: level_g (H w)_g."""
+    rows, groups, size = level.shape
+    # A[g, h] = level_g H_gh level_h by products with parts of H; it is symmetric.
+    matrix = level.new_zeros(rows, groups, groups)
+    for g in range(groups):
+        part = level[:, g] @ hessian[g * size : (g + 1) * size, g * size :]
+        matrix[:, g, g:] = part.view(rows, -1, size).mul_(level[:, g:]).sum(-1)
+    matrix += matrix.triu(1).mT
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     # A little of the old scale keeps a row solvable whose group has no code but zero.
     ridge = 1e-4 * diagonal.mean(-1, keepdim=True).clamp(min=1e-12).expand_as(diagonal)
