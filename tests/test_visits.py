@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmqat.calibrate import calibrate
+from llmqat.calibrate import calibrate, fisher
 from llmqat.calibrate.masters import Originals
 from llmqat.calibrate.report import report_layers
 from llmqat.calibrate.sensitivity import measure_sensitivity
@@ -175,11 +175,19 @@ def test_weights_are_folded_where_they_lie(stage: Any, there: list[int]) -> None
     assert there
 
 
-def test_sensitivities_of_a_model_that_does_not_fit_are_refused_by_name() -> None:
-    model = tiny_llama()
+def test_sensitivities_are_measured_block_by_block(there: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = tiny_llama(), tiny_llama()
     let_blocks_visit(model, CPU)
+    weights = state(model)
+    assert measure_sensitivity(model, INT3, [3, 4], text()) == measure_sensitivity(other, INT3, [3, 4], text())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, state(model)[name]) for name, tensor in weights.items() if "layers" in name)
+    assert max(there) <= 1.01 * max(map(nbytes, named_blocks(model).values()))
+    monkeypatch.setattr(fisher, "_opened", lambda *args: None)  # of blocks that cannot run by themselves
+    refused = tiny_llama()
+    let_blocks_visit(refused, CPU)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM does not fit .* CUDA_VISIBLE_DEVICES= before the command"):
-        measure_sensitivity(model, INT3, [3, 4], text())
+        measure_sensitivity(refused, INT3, [3, 4], text())
 
 
 @pytest.fixture

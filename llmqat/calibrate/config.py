@@ -191,6 +191,8 @@ class AllocationConfig(Config):
     """What to choose among: bits, 2 to 8, for the weights of the default scheme, or names of schemes, as nvfp4, fp8."""
     blocks: int = Field(16, ge=1)
     """Token blocks of the text that gradients are taken on, from its start."""
+    hidden_memory: float = Field(4.0, ge=0)
+    """Gigabytes of hidden states and gradients kept in memory; above that they lie in temporary files."""
 
     @field_validator("choices", mode="before")
     @classmethod

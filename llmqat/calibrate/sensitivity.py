@@ -3,7 +3,7 @@
 The divergence that a change of weights causes is, to second order, KL = 1/2 ΔW^T F ΔW, with F the Fisher information of
 the model's own predictions: the second moment of the gradient of log p(y) with y drawn from the model. Rounding errors
 of different weights are nearly independent, so the diagonal of F does: one backward pass for each of a few token
-blocks, squared and added up. Then every layer and every candidate scheme costs one rounding and one sum, no forward.
+blocks, squared and added up (fisher.py). Then every layer and every candidate scheme costs one rounding and one sum.
 
 Candidates are bits of one scheme, or schemes by name, such as nvfp4 and fp8. Named ones may quantize inputs, which
 costs as well: 1/2 E[sum_i (d log p / d x_i)^2 (x̂_i - x_i)^2], over the tokens of the text. For bits, whose inputs are
@@ -12,8 +12,7 @@ alike, this is left out.
 The assignment is a knapsack with one choice a layer, solved exactly by dynamic programming over bits.
 
 Letters: N token blocks, L length, O out features, I in features, C candidate schemes.
-Source: Fisher information for quantization, SqueezeLLM (2306.07629) section 4.1; labels drawn from the model, Kunstner
-et al. (1905.12558) section 2.
+Source: Fisher information for quantization, SqueezeLLM (2306.07629) section 4.1.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from llmqat.calibrate.forward import Wrap, check_seen, input_of
+from llmqat.calibrate.fisher import fisher_diagonals
+from llmqat.calibrate.forward import Wrap, input_of
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.grid import fake_quantize, keep_lattice, search_scale
 from llmqat.layers import (
@@ -42,19 +41,15 @@ from llmqat.layers import (
     QuantModule,
     WeightConfig,
     prepare,
-    quantizers_off,
     stored_bytes,
 )
 from llmqat.layers.prepare import overridden
-from llmqat.metrics import Predictor, predictor_of
-from llmqat.models import capture_hidden, cast_parameters, model_device, visited_device
 
 Choice = int | str
 """Bits of the weights, or the name of a scheme."""
 
 MAX_CELLS = 2_000_000
 """Budget steps of the dynamic programme; sizes are rounded up to units so coarse that no more are needed."""
-CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -204,6 +199,7 @@ def measure_sensitivity(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    hidden_memory: float = 4.0,
     wrap: Wrap = iter,
 ) -> list[LayerSensitivity]:
     """Prepares `model` in place and returns what each of `choices` would cost each layer under the default scheme.
@@ -217,19 +213,16 @@ def measure_sensitivity(
         ids: token ids [N, L], or token blocks with their documents.
         seed: of the labels that the model draws.
         dtype: what forwards compute in.
-        wrap: put around the iteration over token blocks, for a progress bar.
+        hidden_memory: gigabytes of hidden states and gradients kept in memory; above that they lie in temporary files.
+        wrap: put around the iteration over transformer blocks, for a progress bar.
 
     Raises:
-        ValueError: when there is no token block, no layer to choose for, or the scheme has no other bits; or when the
-            blocks of the model come to the GPU one by one, where there is no backward pass.
+        ValueError: when there is no token block, no layer to choose for, or the scheme has no other bits; or as
+            `fisher_diagonals`.
     """
-    if len(ids) == 0:
+    rows = rows_of(ids)
+    if len(rows) == 0:
         raise ValueError("sensitivity got no token block; give it at least one")
-    if visited_device(model) is not None:
-        raise ValueError(
-            f"{type(model).__name__} does not fit into the memory of {visited_device(model)}, and sensitivities need "
-            "gradients of the whole model; measure them on the CPU, with CUDA_VISIBLE_DEVICES= before the command"
-        )
     schemes = schemes_of(quant, choices)
     own = overridden(model, quant)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
@@ -243,27 +236,41 @@ def measure_sensitivity(
     if not layers:
         raise ValueError("no layer has the scheme of quant.weights, so there is none to choose bits for")
     sizes = {name: sizes_of(schemes, layer.rows, layer.columns, name) for name, layer in layers.items()}
-    noise = InputNoise(layers, {} if None in sizes.values() else schemes)
-    information = fisher_diagonal(model, layers, ids, seed=seed, dtype=dtype, wrap=wrap, noise=noise)
-    found = []
-    for name, layer in layers.items():
-        cost = _costs(layer, information.pop(name), schemes)
-        cost = {choice: of_weights + noise.cost(name, choice) for choice, of_weights in cost.items()}
-        found.append(LayerSensitivity(name, layer.rows * layer.columns, cost, sizes[name]))
-    return found
+    noise = InputNoise(layers, {} if None in sizes.values() else schemes, rows.stored.numel())
+    costs = {
+        name: _costs(layers[name], information, schemes)
+        for name, information in fisher_diagonals(
+            *(model, layers, rows),
+            seed=seed,
+            dtype=dtype,
+            memory_limit=hidden_memory * 1e9,
+            wrap=wrap,
+            watch=noise.watch,
+        )
+    }
+    return [
+        LayerSensitivity(
+            name,
+            layer.rows * layer.columns,
+            {choice: of_weights + noise.cost(name, choice) for choice, of_weights in costs[name].items()},
+            sizes[name],
+        )
+        for name, layer in layers.items()
+    ]
 
 
 class InputNoise:
     """What quantized inputs cost: 1/2 sum_i (d log p / d x_i)^2 (x̂_i - x_i)^2, added up over tokens and features."""
 
-    def __init__(self, layers: Mapping[str, QuantModule], schemes: Mapping[Choice, LayerScheme]) -> None:
+    def __init__(self, layers: Mapping[str, QuantModule], schemes: Mapping[Choice, LayerScheme], tokens: int) -> None:
         """Makes a quantizer for each layer and each scheme that quantizes inputs.
 
         Args:
             layers: by name. Experts that are stacked as one matrix have no quantized inputs.
             schemes: candidates.
+            tokens: of the text.
         """
-        self.tokens = 0
+        self.tokens = tokens
         self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, QuantLinear)}
         self._total: dict[tuple[str, Choice], Tensor] = {}
         self._quantizers: dict[str, dict[Choice, ActivationQuantizer]] = {}
@@ -306,73 +313,6 @@ class InputNoise:
             added = (weight * (quantizer(x) - x).float().square()).sum(dtype=torch.float64)
             key = name, choice
             self._total[key] = self._total[key] + added if key in self._total else added
-
-
-def fisher_diagonal(
-    model: nn.Module,
-    layers: Mapping[str, QuantModule],
-    ids: Tensor | Rows,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-    wrap: Wrap = iter,
-    noise: InputNoise | None = None,
-) -> dict[str, Tensor]:
-    """Returns for each layer the diagonal of the Fisher information a token, [O, I] float32.
-
-    Args:
-        model: prepared; runs with its quantizers off.
-        layers: by name.
-        ids: token ids [N, L], or token blocks with their documents.
-        seed: of the labels drawn from the model's own distribution.
-        dtype: what forwards compute in.
-        wrap: put around the iteration over token blocks.
-        noise: of inputs, added up in the same passes.
-
-    Raises:
-        ValueError: when the text does not reach a layer.
-    """
-    rows, device = rows_of(ids), model_device(model)
-    generator = torch.Generator(device).manual_seed(seed)
-    found = {name: torch.zeros(layer.rows, layer.columns, device=device) for name, layer in layers.items()}
-    seen = dict.fromkeys(layers, False)
-    wanted = {id(layer.weight) for layer in layers.values()}
-    with ExitStack() as stack:
-        stack.callback(model.train, model.training)
-        model.eval()
-        for parameter in model.parameters():
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(id(parameter) in wanted)
-        stack.enter_context(quantizers_off(model))
-        if noise is not None:
-            noise.tokens = rows.stored.numel()
-            noise.watch(stack)
-        for index in wrap(range(len(rows))):
-            with cast_parameters(model, dtype), capture_hidden(model) as captured:
-                model(**rows[index : index + 1].inputs(device), use_cache=False)
-                hidden = captured.take()[0]
-                hidden.backward(_label_gradient(hidden.detach(), predictor_of(model).detached(), generator))
-            for name, layer in layers.items():
-                if layer.weight.grad is None:  # an expert that no token chose
-                    continue
-                seen[name] = True
-                gradient = layer.weight.grad.mT if layer.transposed else layer.weight.grad
-                found[name] += gradient.reshape(found[name].shape).float().square()
-                layer.weight.grad = None
-    check_seen(seen)
-    return {name: total.div_(rows.stored.numel()) for name, total in found.items()}
-
-
-def _label_gradient(hidden: Tensor, predictor: Predictor, generator: torch.Generator) -> Tensor:
-    """Returns the gradient of sum_t log p(y_t) with respect to hidden states [L, D], y_t drawn from p."""
-    gradient = torch.empty_like(hidden)
-    for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-        rows = slice(start, start + CHUNK_TOKENS)
-        leaf = hidden[rows].clone().requires_grad_()
-        log_probs = F.log_softmax(predictor.logits(leaf).float(), dim=-1)
-        labels = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
-        (gradient[rows],) = torch.autograd.grad(log_probs.gather(-1, labels).sum(), leaf)
-    return gradient
 
 
 @torch.no_grad()

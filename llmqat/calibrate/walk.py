@@ -405,7 +405,7 @@ def _recorded(
     first = _first_call(model, blocks[0], rows[:1].inputs(device)).hidden
     if first is None or first.shape[0] != 1:
         raise _Varies
-    chains = _hidden_states((len(rows), *first.shape[1:]), memory_limit, dtype)
+    chains = hidden_states(2, (len(rows), *first.shape[1:]), memory_limit, dtype)
     for part in batches(len(rows), batch_size):
         inputs = rows[part].inputs(device)
         seen = _first_call(model, blocks[0], inputs)
@@ -492,12 +492,11 @@ def _first_call(model: nn.Module, block: Block, inputs: Mapping[str, Tensor]) ->
     return reached[0]
 
 
-def _hidden_states(shape: tuple[int, ...], memory_limit: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns room for two chains of hidden states: in memory, or in files where they take too much of it."""
+def hidden_states(count: int, shape: tuple[int, ...], memory_limit: float, dtype: torch.dtype) -> list[Tensor]:
+    """Returns `count` tensors of a shape for hidden states: in memory, or in files where they take too much of it."""
     size = math.prod(shape)
-    if 2 * size * dtype.itemsize <= memory_limit:
-        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    if count * size * dtype.itemsize <= memory_limit:
+        return [torch.empty(shape, dtype=dtype) for _ in range(count)]
     with tempfile.TemporaryDirectory(prefix="llmqat-") as folder:  # a mapping outlives the name of its file
-        files = (str(Path(folder) / name) for name in ("full", "quantized"))
-        full, quantized = (torch.from_file(file, True, size, dtype=dtype).view(shape) for file in files)
-    return full, quantized
+        files = (str(Path(folder) / str(number)) for number in range(count))
+        return [torch.from_file(file, True, size, dtype=dtype).view(shape) for file in files]

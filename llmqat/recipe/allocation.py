@@ -120,7 +120,7 @@ def plan_bits(
         ids: token ids [N, L], or token blocks.
         seed: of the labels that the model draws.
         dtype: what forwards compute in, and weights are held in.
-        device: where.
+        device: where; the blocks of a model that it does not hold come there one by one.
 
     Raises:
         FileNotFoundError: the model is not there.
@@ -128,8 +128,13 @@ def plan_bits(
     """
     model, _ = load_model(spec, dtype)
     to_accelerator(model, device)
-    wrap = progress("sensitivity", "block")
-    layers = measure_sensitivity(model, quant, config.choices, ids[: config.blocks], seed=seed, dtype=dtype, wrap=wrap)
+    layers = measure_sensitivity(
+        *(model, quant, config.choices, ids[: config.blocks]),
+        seed=seed,
+        dtype=dtype,
+        hidden_memory=config.hidden_memory,
+        wrap=progress("sensitivity", "block"),
+    )
     return BitPlan(allocate_bits(layers, config.target_bits), layers)
 
 

@@ -47,7 +47,7 @@ from llmqat.export.serving import known_clients
 from llmqat.files import write_whole
 from llmqat.hub import is_local
 from llmqat.layers import QuantConfig, lattice_note
-from llmqat.models import check_full_precision, default_device, load_model, to_accelerator, visited_device
+from llmqat.models import check_full_precision, default_device, load_model, to_accelerator
 from llmqat.paths import check_new
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.config import forward_dtype, scheme_of
@@ -239,9 +239,7 @@ def _quantized(
     if allocate is not None:
         assert ids is not None
         with stage("allocate", f"{allocate.target_bits} bits"):
-            # Its gradients need all weights in one place.
-            device = torch.device("cpu") if visited_device(model) else model.device
-            how: dict[str, Any] = {"seed": seed, "dtype": dtype, "device": device}
+            how: dict[str, Any] = {"seed": seed, "dtype": dtype, "device": default_device()}
             plan = planned(work / PLAN_FILE, partial(plan_bits, spec, quant, allocate, ids, **how)).allocation
         facts["allocation"] = plan.to_dict()
         quant = plan.applied_to(quant)

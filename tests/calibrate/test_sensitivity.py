@@ -18,15 +18,18 @@ from llmqat.calibrate import (
     LayerSensitivity,
     allocate_bits,
     calibrate,
+    fisher,
     measure_sensitivity,
 )
 from llmqat.calibrate import sensitivity as sensitivity_module
+from llmqat.calibrate.fisher import fisher_diagonals
 from llmqat.calibrate.probe import Probe
-from llmqat.calibrate.sensitivity import InputNoise, fisher_diagonal, schemes_of
+from llmqat.calibrate.sensitivity import InputNoise, schemes_of
+from llmqat.data.blocks import Rows, rows_of
 from llmqat.layers import QuantLinear, QuantModule, quantizers_off
 from llmqat.recipe import Recipe
 from llmqat.recipe.allocation import check_allocation
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_mixtral
+from tests.tiny import tiny_architecture, tiny_gpt2, tiny_llama, tiny_mixtral
 
 INT4 = QuantConfig.preset("int4", group_size=32)
 CHOICES = (2, 3, 4, 8)
@@ -39,7 +42,7 @@ def test_the_diagonal_is_the_mean_square_of_the_gradient_of_drawn_labels() -> No
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
     name = "model.layers.0.mlp.up_proj"
     before = {n: p.requires_grad for n, p in model.named_parameters()}
-    found = fisher_diagonal(model, layers, IDS[:2], seed=3, dtype=torch.float32)
+    found = dict(fisher_diagonals(model, layers, rows_of(IDS[:2]), seed=3, dtype=torch.float32))
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
     assert all(p.grad is None for p in model.parameters())
     assert all(layer.enabled for layer in layers.values())
@@ -52,6 +55,32 @@ def test_the_diagonal_is_the_mean_square_of_the_gradient_of_drawn_labels() -> No
         (gradient,) = torch.autograd.grad(log_probs.gather(-1, labels).sum(), layers[name].weight)
         expected += gradient.square()
     assert torch.allclose(found[name], expected / 32, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", [4.0, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [tiny_llama, tiny_gpt2, tiny_mixtral, "gemma3_text", "qwen2", "documents"])
+def test_blocks_one_by_one_give_what_the_whole_model_gives(
+    kind: Any, dtype: torch.dtype, memory: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: Any = IDS
+    if kind == "documents":
+        starts = torch.zeros_like(IDS, dtype=torch.uint8)
+        starts[:, [0, 5]] = 1
+        ids = Rows(IDS, starts=starts)
+    quant, choices = QuantConfig.preset("int4", group_size=16), ("int4-g16", "w4a8-g16")
+
+    def measured() -> list[LayerSensitivity]:
+        made = tiny_llama() if kind == "documents" else tiny_architecture(kind) if isinstance(kind, str) else kind()
+        return measure_sensitivity(made, quant, choices, ids, dtype=dtype, hidden_memory=memory)
+
+    opened: list[Any] = []
+    own = fisher._opened
+    monkeypatch.setattr(fisher, "_opened", lambda *args: opened.append(own(*args)) or opened[-1])
+    by_blocks = measured()
+    assert opened[0] is not None
+    monkeypatch.setattr(fisher, "_opened", lambda *args: None)
+    assert by_blocks == measured()
 
 
 def test_predicted_costs_are_of_the_size_of_measured_ones() -> None:
@@ -285,7 +314,7 @@ def test_an_expert_that_no_token_chose_has_no_inputs_to_look_at() -> None:
     model = tiny_llama()
     prepare(model, INT4)
     name = "model.layers.0.mlp.up_proj"
-    noise = InputNoise({name: model.get_submodule(name)}, schemes_of(INT4, ["nvfp4"]))
+    noise = InputNoise({name: model.get_submodule(name)}, schemes_of(INT4, ["nvfp4"]), 1)
     with ExitStack() as stack:
         noise.watch(stack)
         assert model.get_submodule(name)(torch.zeros(0, 64)).shape == (0, 128)
