@@ -10,12 +10,12 @@ index in the text does not matter. So shuffled text, several processes, resumed 
 A block that the teacher has not read is never found.
 
     cache.json               the model, tokenizer and precision it was made with; written first
-    shard-00000.safetensors  blocks [N, 32] uint8 (SHA-256), offsets [N + 1] int64, and of all their positions in a row:
-                             indices [T, K] uint16 (int32 for large vocabularies), log_probs [T, K] float16,
-                             log_rest [T] float16
+    shard-00000.safetensors  blocks [N, 32] uint8 (SHA-256), offsets [N + 1] int64, checksums [N] int64 of what follows,
+                             and of all their positions in a row: indices [T, K] uint16 (int32 for large vocabularies),
+                             log_probs [T, K] float16, log_rest [T] float16
 
 A shard is whole or absent, so an interrupted cache goes on with the blocks that it lacks. Reading maps the shards into
-memory and touches the rows that are asked for.
+memory, touches the rows that are asked for, and checks their sums, which caches of earlier versions lack.
 
 Letters: B blocks of a batch, N blocks of a shard, L tokens a block, T positions, K tokens kept a position.
 """
@@ -58,6 +58,9 @@ CHUNK_TOKENS = 512
 _NO_MASS = -1e4
 """Its exponential is 0, and so is that times it."""
 _SHARDS = "shard-*.safetensors"
+_ANSWERS = ("indices", "log_probs", "log_rest")
+"""Tensors of a shard that hold the answers."""
+_CHECKSUMS = "checksums"
 _NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 """Keys of a model's configuration that change nothing in what it predicts."""
 
@@ -217,12 +220,14 @@ class TeacherCacheWriter:
         """Writes blocks (key, answers) as the shard of this number, in place of one that is there."""
         lengths = torch.tensor([0, *(len(top.log_rest) for _, top in blocks)])
         wide = torch.uint16 if self.header.vocabulary <= 2**16 else torch.int32
+        answers = [
+            (top.indices.to(wide), top.log_probs.to(torch.float16), top.log_rest.to(torch.float16)) for _, top in blocks
+        ]
         tensors = {
             "blocks": torch.tensor([list(key) for key, _ in blocks], dtype=torch.uint8),
             "offsets": lengths.cumsum(0),
-            "indices": torch.cat([top.indices for _, top in blocks]).to(wide),
-            "log_probs": torch.cat([top.log_probs for _, top in blocks]).to(torch.float16),
-            "log_rest": torch.cat([top.log_rest for _, top in blocks]).to(torch.float16),
+            _CHECKSUMS: torch.tensor([_checksum(answer) for answer in answers]),
+            **{name: torch.cat(parts) for name, parts in zip(_ANSWERS, zip(*answers, strict=True), strict=True)},
         }
         save_whole(self.folder / f"shard-{number:05d}.safetensors", tensors)
         self._written.update(key for key, _ in blocks)
@@ -245,12 +250,13 @@ class TeacherCache:
         """
         self.folder = user_path(folder, "folder")
         self.header = read_header(self.folder)
-        self._places: dict[bytes, tuple[Any, int, int]] = {}
+        self._places: dict[bytes, _Place] = {}
         for path in sorted(self.folder.glob(_SHARDS)):
             keys, offsets = _keys(path), _read(path, "offsets").tolist()
             shard = _opened(path)
+            sums = _read(path, _CHECKSUMS).tolist() if _CHECKSUMS in shard.keys() else [None] * len(keys)  # noqa: SIM118
             for row, key in enumerate(keys):
-                self._places[key] = (shard, offsets[row], offsets[row + 1])
+                self._places[key] = _Place(path, shard, slice(offsets[row], offsets[row + 1]), sums[row])
         if not self._places:
             raise ValueError(f"the teacher cache {self.folder} holds no block; make it with `llmqat cache-teacher`")
 
@@ -345,7 +351,7 @@ class TeacherCache:
             TopProbabilities of B (L - 1) positions.
 
         Raises:
-            ValueError: when a row is not in the cache, or is padded at its beginning.
+            ValueError: when a row is not in the cache, or is padded at its beginning, or a shard is damaged.
         """
         ids, mask, positions = _on_the_cpu(input_ids, attention_mask, position_ids)
         lengths = _lengths(ids, mask)
@@ -356,17 +362,17 @@ class TeacherCache:
         log_rest = torch.zeros(rows, width)
         for row, length in enumerate(lengths):
             key = block_key(ids[row, :length], None if positions is None else positions[row, :length])
-            shard, begin, end = self._place_of(key)
-            span = slice(0, end - begin)
-            indices[row, span] = shard.get_slice("indices")[begin:end].to(torch.int64)
-            log_probs[row, span] = shard.get_slice("log_probs")[begin:end].float()
-            log_rest[row, span] = shard.get_slice("log_rest")[begin:end].float()
+            found_indices, found_log_probs, found_log_rest = self._place_of(key).read()
+            span = slice(0, len(found_log_rest))
+            indices[row, span] = found_indices.to(torch.int64)
+            log_probs[row, span] = found_log_probs.float()
+            log_rest[row, span] = found_log_rest.float()
         total = torch.cat([log_probs, log_rest.unsqueeze(-1)], -1).logsumexp(-1)  # rounded to float16, so not quite 0
         found = TopProbabilities(indices, log_probs - total.unsqueeze(-1), log_rest - total)
         flat = TopProbabilities(found.indices.flatten(0, 1), found.log_probs.flatten(0, 1), found.log_rest.flatten())
         return flat.to(input_ids.device)
 
-    def _place_of(self, key: bytes) -> tuple[Any, int, int]:
+    def _place_of(self, key: bytes) -> _Place:
         if key not in self._places:
             raise ValueError(
                 f"a block to be trained or evaluated on is not in the teacher cache {self.folder}, which has "
@@ -374,6 +380,39 @@ class TeacherCache:
                 "itself as teacher"
             )
         return self._places[key]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the answers for a block lie.
+
+    Attributes:
+        path: the shard's file.
+        shard: the open file.
+        rows: of its tensors.
+        checksum: of these rows; None in caches of earlier versions.
+    """
+
+    path: Path
+    shard: Any
+    rows: slice
+    checksum: int | None
+
+    def read(self) -> tuple[Tensor, ...]:
+        """Returns `_ANSWERS` for the block, as they are stored.
+
+        Raises:
+            ValueError: they are not what was written.
+        """
+        with _damage_named(self.path):
+            found = tuple(self.shard.get_slice(name)[self.rows] for name in _ANSWERS)
+            if self.checksum is not None and _checksum(found) != self.checksum:
+                raise SafetensorError(f"rows {self.rows.start} to {self.rows.stop} have other bytes than were written")
+        return found
+
+
+def _checksum(answers: Sequence[Tensor]) -> int:
+    return sum(place * checksum(tensor) for place, tensor in enumerate(answers, start=1))
 
 
 def cache_teacher(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -170,6 +172,28 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     header.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         TeacherCache(tmp_path / "cache")
+
+
+def test_a_changed_byte_is_found_where_it_is_read(tmp_path: Path) -> None:
+    ids = text()
+    cached(tmp_path / "cache", ids)
+    shard = tmp_path / "cache" / "shard-00000.safetensors"
+    content = shard.read_bytes()
+    with safe_open(shard, "pt") as file:
+        size = file.get_tensor("log_probs")[:23].nbytes
+        first = content.index(file.get_tensor("log_probs")[:23].numpy().tobytes())
+    for place in (first, first + size - 1):
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        damaged = TeacherCache(tmp_path / "cache")
+        damaged.lookup(ids[1:])
+        with pytest.raises(ValueError, match=r"shard-00000.safetensors is damaged \(rows 0 to 23 have other bytes"):
+            damaged.lookup(ids[:1])
+    shard.write_bytes(content)
+    plain = TeacherCache(tmp_path / "cache").lookup(ids)
+    tensors = load_file(shard)
+    del tensors["checksums"]  # as earlier versions wrote it
+    save_file(tensors, shard)
+    assert torch.equal(TeacherCache(tmp_path / "cache").lookup(ids).log_probs, plain.log_probs)
 
 
 def test_the_writer_takes_whole_blocks_only(tmp_path: Path) -> None:
