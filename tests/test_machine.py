@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from llmqat.calibrate import RangesStage
 from llmqat.cli.plan import answer
 from llmqat.recipe import load_recipe, plan_run
+from llmqat.recipe.block_probe import BlockProbe
 from llmqat.recipe.machine import FILE, expected_time, remember_probe, remember_run
 
 
@@ -55,7 +57,13 @@ def test_a_run_that_trains_nothing_tells_its_time_as_well(recipe: Any) -> None:
     planned = plan_run(alone)
     asked = (alone, planned.coverage, 1, planned.tokens)
     assert planned.tokens == 0
-    assert "; how long is not known here; " in answer(planned, 10**12, None)
+    assert "; how long is not known here (--probe measures it); " in answer(planned, 10**12, None)
+    calibrated = BlockProbe(30, 19.0, 30.0, None)
+    assert "; calibration takes about 10.0 min, text and evaluation not counted; " in answer(
+        planned, 10**12, None, calibrated
+    )
+    without = recipe.model_copy(update={"train": {"max_steps": 0}, "calibrate": [RangesStage(method="mse")]})
+    assert "; how long is not known here; " in answer(plan_run(without), 10**12, None)
     remember_run(*asked[:3], None, {"text": 20.0, "evaluate": 30.0}, goes_on=False)
     found = expected_time(*asked)
     assert found is not None

@@ -14,7 +14,8 @@ import torch
 from llmqat.data.blocks import token_blocks
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.layers import QuantConfig, prepare
-from llmqat.recipe import devices_of, load_recipe, plan_run, probe
+from llmqat.recipe import block_probe, devices_of, load_recipe, plan_run, probe
+from llmqat.recipe.block_probe import probe_block
 from llmqat.recipe.memory import Calibration, Devices, calibration_memory, memory_of, optimizer_bytes, traffic_of
 from llmqat.recipe.plan import few_steps
 from llmqat.train import LoraSettings, QATArguments, QATTrainer, choose_trained
@@ -249,6 +250,44 @@ def test_a_probe_counts_what_was_held_above_what_was_there(
     monkeypatch.setattr(module, "peak", lambda _: 5_000)
     recipe = load_recipe(RECIPE, small(tiny_llama_folder, tiny_llama_folder / "run", QUANT))
     assert probe(recipe).peak_bytes == 4_000
+
+
+KINDS = ("llama", "gpt2", "mixtral", "gemma3_text", "phi3", "opt", "falcon", "qwen3_moe")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_probe_calibrates_one_block_of_a_model_without_weights(kind: str, tmp_path: Path) -> None:
+    config = tiny_architecture(kind).config
+    config.save_pretrained(tmp_path / "model")
+    words = [f"model={tmp_path / 'model'}", f"output={tmp_path / 'run'}", "quant.group_size=16", "train=null"]
+    stages = "{stage: ranges, blocks: 8}, {stage: gptq, blocks: 8}"
+    if kind == "llama":
+        stages = f"rotate, {{stage: smooth, blocks: 2}}, {stages}, {{stage: blockwise, blocks: 8}}"
+    found = probe_block(load_recipe(RECIPE, [*words, f"calibrate=[{stages}]", "data.block_size=16"]))
+    assert found.blocks == config.num_hidden_layers
+    assert found.block_seconds > 0
+    assert found.seconds == found.blocks * found.block_seconds + found.other_seconds
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_time_grows_with_the_token_blocks_of_each_stage(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def timed(recipe: Any, count: int, arguments: Any) -> tuple[dict[str, float], float]:
+        seen.append(count)
+        return {"moments": 1.0 * count, "ranges": 5.0, "gptq": 100.0 + 2.0 * count}, 7.0
+
+    monkeypatch.setattr(block_probe, "_timed", timed)
+    words = small(tiny_llama_folder, tiny_llama_folder / "run", "data.tokens=3200")
+    stages = "calibrate=[{stage: ranges, blocks: 10}, {stage: gptq, blocks: 64}]"
+    found = probe_block(load_recipe(RECIPE, [*words, stages]))
+    assert seen == [1, 4]  # what took 100 seconds is not done twice
+    assert found.block_seconds == pytest.approx(10 + 5 + 100 + 2 * 64)
+    assert found.seconds == pytest.approx(2 * found.block_seconds + 7)
+    with pytest.raises(ValueError, match=r"calibrate=\['ranges'\] looks at no text, so there is nothing to probe"):
+        probe_block(load_recipe(RECIPE, [*words, "train=null", "calibrate=[{stage: ranges, method: mse}]"]))
 
 
 def test_the_page_on_scaling_is_what_its_script_prints() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.data.processes import ALONE, Processes
-from llmqat.kernels import weights_let_go
+from llmqat.kernels import float_products, weights_let_go
 from llmqat.layers import StateQuantizer, quantizers_off
 from llmqat.models import capture_hidden, model_device
 
@@ -62,6 +62,7 @@ def observe_inputs(
         model.eval()
         stack.enter_context(quantizers_off(model))
         stack.enter_context(weights_let_go(model))
+        stack.enter_context(float_products())
         captured = stack.enter_context(capture_hidden(model))
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)

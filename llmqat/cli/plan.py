@@ -14,6 +14,7 @@ from llmqat.cli.show import print_next
 
 if TYPE_CHECKING:
     from llmqat.recipe import Plan
+    from llmqat.recipe.block_probe import BlockProbe
     from llmqat.recipe.machine import ExpectedTime
     from llmqat.recipe.probe import Probe
 
@@ -36,7 +37,8 @@ def plan(
         float | None, typer.Option(min=0.0, help="GB of a device; else what is free here, where it is of that kind.")
     ] = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Train a few steps on random tokens: real memory, time.")
+        bool,
+        typer.Option("--probe", help="Calibrate a block and train a few steps on random tokens: real memory, time."),
     ] = False,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show every tensor: quantized how, or left alone and why.")
@@ -58,6 +60,7 @@ def plan(
     from llmqat.export.commands import command as command_of
     from llmqat.recipe import available_bytes, devices_of, load_recipe, plan_run
     from llmqat.recipe import probe as probed
+    from llmqat.recipe.block_probe import calibrates_on_text, probe_block
     from llmqat.recipe.machine import expected_time, remember_probe
     from llmqat.recipe.memory import Devices
     from llmqat.recipe.preflight import begin, check_run, count_blocks
@@ -83,12 +86,15 @@ def plan(
     here = Devices(processes=world, accelerator=flight.arguments.device.type)
     available = round(memory * 1e9) if memory is not None else available_bytes(planned.devices)
     found = None
-    if probe:
+    calibrated = probe_block(loaded) if probe and calibrates_on_text(loaded) else None
+    if probe and (loaded.trains or calibrated is None):
         found = probed(loaded)
         remember_probe(loaded, planned.coverage, world, found.tokens_per_second)
     time = expected_time(loaded, planned.coverage, world, planned.tokens) if planned.devices == here else None
-    console.print(answer(planned, available, time), style="bold", soft_wrap=True)
+    console.print(answer(planned, available, time, calibrated), style="bold", soft_wrap=True)
     _print_plan(planned, available)
+    if calibrated is not None:
+        _print_block_probe(calibrated)
     if found is not None:
         _print_probe(planned, found)
     print_audit(planned.coverage, tensors=layers)
@@ -116,7 +122,7 @@ def _print_plan(planned: Plan, available: int | None) -> None:
         _print_fit(planned, available)
 
 
-def answer(plan: Plan, available: int | None, time: ExpectedTime | None) -> str:
+def answer(plan: Plan, available: int | None, time: ExpectedTime | None, calibrated: BlockProbe | None = None) -> str:
     """Returns what a plan comes to: does it fit, how long, how much disk, which programs can load it."""
     peak = plan.memory.peak
     if available is None:
@@ -127,16 +133,18 @@ def answer(plan: Plan, available: int | None, time: ExpectedTime | None) -> str:
         fits = f"It does not fit: {peak / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free"
     served = [verdict.title for verdict in plan.served.values() if verdict.serves]
     disk = f"{plan.disk.peak / 1e9:.1f} GB of disk"
-    return (
-        f"{fits}; {_duration(time, probes=plan.steps != 0)}; {disk}; served by {', '.join(served) or 'llmqat alone'}."
-    )
+    return f"{fits}; {_duration(plan, time, calibrated)}; {disk}; served by {', '.join(served) or 'llmqat alone'}."
 
 
-def _duration(time: ExpectedTime | None, *, probes: bool) -> str:
+def _duration(plan: Plan, time: ExpectedTime | None, calibrated: BlockProbe | None) -> str:
+    from llmqat.recipe.memory import Calibration
     from llmqat.terminal.bars import duration
 
+    if time is None and calibrated is not None:
+        return f"calibration takes about {duration(calibrated.seconds)}, text and evaluation not counted"
     if time is None:
-        return "how long is not known here" + (" (--probe measures it)" if probes else "")
+        does_nothing = isinstance(plan.method, Calibration) and not plan.method.tokens
+        return "how long is not known here" + ("" if does_nothing else " (--probe measures it)")
     words = f"about {duration(time.seconds)} on this machine, as {time.measured.by} of {time.measured.date} went"
     return words if time.whole else f"training takes {words}, text, calibration and evaluation not counted"
 
@@ -209,6 +217,19 @@ def _print_fit(plan: Plan, available: int) -> None:
         errors.print(f"  {memory.peak / 1e9:.2f} GB: {name}")
     if not ways:
         errors.print("  nor does any cheaper way; spread it over more devices (--processes N --sharding fsdp2)")
+
+
+def _print_block_probe(found: BlockProbe) -> None:
+    from llmqat.terminal.bars import duration
+
+    taken = (
+        "unknown" if found.peak_bytes is None else f"{found.peak_bytes / 1e9:.2f} GB with embeddings and output head"
+    )
+    console.print(
+        f"probe: a block is calibrated in {duration(found.block_seconds)}, all {found.blocks} in about "
+        f"{duration(found.seconds)}; memory of one block {taken}",
+        soft_wrap=True,
+    )
 
 
 def _print_probe(plan: Plan, found: Probe) -> None:

@@ -10,6 +10,7 @@ text.py        text that a model writes                 chat.py        a convers
 teacher.py     what a teacher predicts, kept on disk    start.py       a model that is packed already
 schema.py      the keys of a recipe, explained          preflight.py   what is known to be wrong before a run begins
 disk.py        bytes that a run writes, by arithmetic   findings.py    what checks find, told together
+block_probe.py the calibration of one block, timed
 """
 
 from llmqat.recipe.chat import Conversation

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmqat.calibrate import AllocationConfig, BlockwiseStage, GPTQStage, RangesStage, rotates, untie
+from llmqat.calibrate import AllocationConfig, BlockwiseStage, GPTQStage, RangesStage, needs_text, rotates, untie
 from llmqat.calibrate.sensitivity import possible_schemes
 from llmqat.data import TokenBlocks
 from llmqat.data.config import DEFAULT_SYNTHETIC_TOKENS
@@ -338,7 +338,8 @@ def packed_bytes(coverage: CoverageAudit) -> float:
 
 def calibration_of(recipe: Recipe) -> Calibration:
     """Returns how the recipe calibrates a model that it does not train."""
-    blocks = max((getattr(stage, "blocks", 0) for stage in recipe.calibrate), default=0)
+    looks = needs_text(recipe.calibrate, recipe.quant)
+    blocks = max((getattr(stage, "blocks", 0) for stage in recipe.calibrate), default=0) if looks else 0
     batch = max((getattr(stage, "batch_size", 1) for stage in recipe.calibrate), default=1)
     return Calibration(
         tokens=blocks * recipe.data.block_size,
