@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GENERATED = ("commands", "recipe-keys", "python-api")
 PAGES = {
     **{file.relative_to(ROOT).as_posix(): file for name, file in guides().items() if name not in GENERATED},
-    **{name: ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "recipes/serving.md")},
+    **{name: ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")},
 }
 LONGEST_SENTENCE, MEAN_SENTENCE = 25, 16
 """Words."""
