@@ -29,7 +29,14 @@ shared.py      one matrix product for q, k and v
 """
 
 from llmqat.layers.activation import ActivationQuantizer
-from llmqat.layers.attention import KVQuantizer, StateQuantizer, attention_layers, model_kind, quantize_kv
+from llmqat.layers.attention import (
+    KVQuantizer,
+    StateQuantizer,
+    attention_layers,
+    kv_heads,
+    model_kind,
+    quantize_kv,
+)
 from llmqat.layers.audit import AuditEntry, CoverageAudit, audit, lattice_note, stored_bytes
 from llmqat.layers.cache import QuantizedCache, kv_scheme, new_cache
 from llmqat.layers.causal import short_attention
@@ -122,6 +129,7 @@ __all__ = [
     "is_checked",
     "keep_dequantized",
     "kept_in_float32",
+    "kv_heads",
     "kv_scheme",
     "lattice_note",
     "linear_maps",

@@ -202,7 +202,8 @@ def quantize_kv(model: nn.Module, config: KVCacheConfig) -> None:
     check_kv_groups(layers, config)
     for name, layer in layers.items():
         device = next((parameter.device for parameter in layer.parameters()), None)
-        layer.add_module("kv_quantizer", KVQuantizer(config, device, name, kv_heads(layer)))
+        heads = kv_heads(layer.config) if config.key.strategy == "attn_head" else 1
+        layer.add_module("kv_quantizer", KVQuantizer(config, device, name, heads))
     implementation = str(model.config._attn_implementation)
     if not implementation.startswith(IMPLEMENTATION_PREFIX):
         model.set_attn_implementation(quantizing_implementation(implementation))
@@ -247,9 +248,8 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def kv_heads(layer: nn.Module) -> int:
-    """Returns the number of KV heads of an attention layer, from its configuration, as vLLM reads it there."""
-    config: Any = layer.config
+def kv_heads(config: Any) -> int:
+    """Returns the number of KV heads that a text model's `config` states, as vLLM reads it there."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 

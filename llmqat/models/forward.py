@@ -23,6 +23,7 @@ from llmqat.layers import (
     PackedModule,
     QuantModule,
     TiedHead,
+    kv_heads,
     quantizers_off,
     without_adapter,
     without_adapters,
@@ -180,8 +181,7 @@ def heads_of(config: Any) -> Heads:
     if not getattr(config, "num_attention_heads", None):
         return Heads(1, 1, int(config.hidden_size))
     queries = config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or queries
-    return Heads(queries, keys, int(getattr(config, "head_dim", None) or config.hidden_size // queries))
+    return Heads(queries, kv_heads(config), int(getattr(config, "head_dim", None) or config.hidden_size // queries))
 
 
 def _head_source(model: nn.Module) -> nn.Module:
