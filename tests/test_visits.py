@@ -17,6 +17,7 @@ from llmqat.calibrate import calibrate, fisher
 from llmqat.calibrate.masters import Originals
 from llmqat.calibrate.report import report_layers
 from llmqat.calibrate.sensitivity import measure_sensitivity
+from llmqat.data import writer
 from llmqat.evaluate.loading import load_to_judge
 from llmqat.kernels import pages
 from llmqat.layers import QuantModule, prepare
@@ -224,6 +225,31 @@ def test_a_model_that_does_not_fit_is_quantized_and_judged_block_by_block(
             monkeypatch.setattr(loading, "free_bytes", lambda device: None)
             assert torch.equal(load_to_judge(folder)(text(2)).logits, here)
         monkeypatch.setattr(loading, "free_bytes", lambda device: 1000)
+
+
+def test_a_model_that_leaves_no_room_to_calibrate_writes_its_text_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_gpu: list[int]
+) -> None:
+    source = saved(tmp_path / "model", tiny_llama().to(torch.bfloat16))
+    size = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
+    seen: list[bool] = []
+    write = writer._write_tapes
+
+    def spy(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+        seen.append(visited_device(model) is not None)
+        return write(model, *args, **options)
+
+    monkeypatch.setattr(writer, "_write_tapes", spy)
+    given = {"tokens": 96, "block_size": 32, "group_size": 32}
+    monkeypatch.setattr(loading, "free_bytes", lambda device: int(size / 0.7))
+    quantize_model(source, tmp_path / "visits", **given)
+    assert small_gpu
+    assert seen
+    assert not any(seen)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: None)
+    quantize_model(source, tmp_path / "whole", **given)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("visits", "whole"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_teacher_that_does_not_fit_beside_the_student_visits(

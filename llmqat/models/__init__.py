@@ -23,6 +23,7 @@ from llmqat.models.forward import (
 )
 from llmqat.models.gguf import cache_folder, gguf_folder
 from llmqat.models.loading import (
+    CALIBRATION_FILLED,
     check_few_bits,
     default_device,
     load_adapter_base,
@@ -63,6 +64,7 @@ from llmqat.models.weights import (
 
 __all__ = [
     "ADAPTER_WEIGHTS_FILE",
+    "CALIBRATION_FILLED",
     "DEQUANTIZED",
     "PACKAGE_PREFIX",
     "adapter_base",

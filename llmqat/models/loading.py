@@ -57,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 MOST_FILLED = 0.8
 """Share of a GPU's free memory that weights may take, so that room is left to compute."""
+CALIBRATION_FILLED = 0.5
+"""The same for a model that is calibrated: second moments of layers and a block's float32 weights need more room."""
 
 MOST_MERGED_DIFFERENCE = 0.01
 """Relative difference of a merged adapter's logits from those of the adapted model that is rounding in float32."""
@@ -71,7 +73,7 @@ def default_device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def to_accelerator(model: Model, device: torch.device | None = None) -> Model:
+def to_accelerator(model: Model, device: torch.device | None = None, *, filled: float = MOST_FILLED) -> Model:
     """Moves `model` in place to the accelerator where there is one, and returns it; on a CPU nothing is asked of it.
 
     Of a model that does not fit there, the blocks come to it one after the other (visits.py). Models that other
@@ -80,6 +82,7 @@ def to_accelerator(model: Model, device: torch.device | None = None) -> Model:
     Args:
         model: on the CPU, or where it belongs already.
         device: of this process, where there are several; by default `default_device()`.
+        filled: share of the device's free memory that weights may take; of a larger model the blocks come one by one.
     """
     if not torch.accelerator.is_available() or visited_device(model) is not None:
         return model
@@ -87,7 +90,7 @@ def to_accelerator(model: Model, device: torch.device | None = None) -> Model:
     is_there = model_device(model).type != "cpu"  # whole: then what it needs is not needed once more
     free = None if is_there else free_bytes(device)
     needed = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
-    if free is not None and needed > MOST_FILLED * free and let_blocks_visit(model, device):
+    if free is not None and needed > filled * free and let_blocks_visit(model, device):
         logger.warning(
             "%s takes %.1f GB and %s has %.1f GB free, so its blocks come there one after the other, which is slower",
             *(type(model).__name__, needed / 1e9, device, free / 1e9),
@@ -98,8 +101,11 @@ def to_accelerator(model: Model, device: torch.device | None = None) -> Model:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Returns the free memory of a GPU, or None where torch does not tell."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Returns the free memory of a GPU, what torch holds in reserve included; None where torch does not tell."""
+    if device.type != "cuda":
+        return None
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
 
 
 def load_model(spec: str, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

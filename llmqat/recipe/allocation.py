@@ -18,7 +18,7 @@ from llmqat.data import Rows
 from llmqat.evaluate.documents import check_schema, head
 from llmqat.files import read_json, write_whole
 from llmqat.layers import QuantConfig, QuantLinear, QuantModule
-from llmqat.models import load_model, to_accelerator
+from llmqat.models import CALIBRATION_FILLED, load_model, to_accelerator
 from llmqat.terminal import progress
 
 PLAN_FILE = "plan.json"
@@ -127,7 +127,7 @@ def plan_bits(
         ValueError: the model, the scheme or the budget does not do.
     """
     model, _ = load_model(spec, dtype)
-    to_accelerator(model, device)
+    to_accelerator(model, device, filled=CALIBRATION_FILLED)
     layers = measure_sensitivity(
         *(model, quant, config.choices, ids[: config.blocks]),
         seed=seed,

@@ -57,6 +57,7 @@ from llmqat.heap import give_back_freed_memory
 from llmqat.hub import is_local
 from llmqat.layers import CoverageAudit, QuantModule, changed_since_prepared, convert, without_adapters
 from llmqat.models import (
+    CALIBRATION_FILLED,
     adapter_base,
     keeps_documents_apart,
     load_adapter_base,
@@ -391,7 +392,7 @@ def calibrated_model(
     if recipe.trains or any(isinstance(stage, CustomStage) for stage in recipe.calibrate):
         model.to(arguments.device)  # whole
     else:
-        to_accelerator(model, arguments.device)
+        to_accelerator(model, arguments.device, filled=CALIBRATION_FILLED)
     reports = calibrate(
         model,
         recipe.quant,

@@ -45,9 +45,10 @@ from llmqat.data.text import text_config
 from llmqat.export.checkpoint import ExportReport, save
 from llmqat.export.serving import known_clients
 from llmqat.files import write_whole
+from llmqat.heap import give_back_freed_memory
 from llmqat.hub import is_local
 from llmqat.layers import QuantConfig, lattice_note
-from llmqat.models import check_full_precision, default_device, load_model, to_accelerator
+from llmqat.models import CALIBRATION_FILLED, check_full_precision, default_device, load_model, to_accelerator
 from llmqat.paths import check_new
 from llmqat.recipe.allocation import PLAN_FILE, BitPlan, plan_bits, planned
 from llmqat.recipe.config import forward_dtype, scheme_of
@@ -222,19 +223,22 @@ def _quantized(
     stage = Stages()
     with stage("load", spec):
         model, tokenizer = load_model(spec, torch.float32 if folds else torch.bfloat16)
-        to_accelerator(model)
     work, ids = _work_folder(folder, settings), None
     if data is not None:
 
         def read() -> TextSplits:
             with Bar("text", "token") as bar:
-                writer = model if not folds else to_accelerator(load_model(spec, torch.bfloat16)[0])
+                writes = data.source == "synthetic" and data.server is None
+                # To write text, a model should lie on the GPU as a whole; to be calibrated, it need not.
+                apart = writes and (folds or torch.accelerator.is_available())
+                writer = to_accelerator(load_model(spec, torch.bfloat16)[0]) if apart else model
                 return load_splits(data, tokenizer, writer, bar.update)
 
         with stage("text", data.source), _no_empty_work(work):
             blocks = kept_text(work, data, read).train
         facts["text"] = blocks.record()
         ids = blocks.rows
+    give_back_freed_memory()
     dtype = forward_dtype(processor_has_bf16())
     if allocate is not None:
         assert ids is not None
@@ -243,6 +247,7 @@ def _quantized(
             plan = planned(work / PLAN_FILE, partial(plan_bits, spec, quant, allocate, ids, **how)).allocation
         facts["allocation"] = plan.to_dict()
         quant = plan.applied_to(quant)
+    to_accelerator(model, filled=CALIBRATION_FILLED)
     with stage("calibrate", ", ".join(one.stage for one in stages) or "plain rounding"), _no_empty_work(work):
         reports = calibrate(model, quant, stages, ids, seed=seed, folder=work, dtype=dtype, bar=progress)
     facts["calibration"] = [asdict(report) for report in reports]
