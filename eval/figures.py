@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -88,35 +88,39 @@ def shown(perplexity: float) -> str:
 
 
 def front() -> str:
-    """Returns the table of README.md: each bit width on the same text, rounded, calibrated and trained.
+    """Returns the table of README.md: each bit width by the text of its calibration, rounded, calibrated and trained.
 
-    The run at 4 bits was on other text and trained nothing; what text of the domain gives is in `BUDGET`.
+    The run at 4 bits was on generated text and trained nothing; what text of the domain gives is in `BUDGET`.
     """
-    runs = {"int4": run_of(DEMO["int4"]), "int3": run_of(FEW_BITS["int3-hour"]), "int2": run_of(FEW_BITS["int2-hour"])}
-    full = next(row for row in runs["int4"]["comparison"]["rows"] if row["role"] == "full precision")
-    rows = [
-        ["full precision", "16", f"{full['bytes_on_disk'] / 1e6:.0f}", shown(perplexities(runs["int4"])[full["name"]])]
-    ]
-    rows[0] += ["", ""]
+    own = {scheme: run_of(file) for scheme, file in DEMO.items()}
+    wikitext = {"int4": own["int4"], "int3": run_of(FEW_BITS["int3-hour"]), "int2": run_of(FEW_BITS["int2-hour"])}
+    full = next(row for row in own["int4"]["comparison"]["rows"] if row["role"] == "full precision")
+    size = f"{full['bytes_on_disk'] / 1e6:.0f}"
+    rows = [["full precision", "16", size, "", shown(perplexities(own["int4"])[full["name"]]), "", ""]]
     by_tokens = means("perplexity")["int4"]
     most = max(by_tokens)
-    for scheme, run in runs.items():
-        stored, found = run["checkpoint"], perplexities(run)
+    for scheme, on_wikitext in wikitext.items():
+        stored = on_wikitext["checkpoint"]
+        head = [f"`{scheme}`", f"{stored['bits_per_weight']:.2f}", f"{stored['weight_bytes'] / 1e6:.0f}"]
+        if scheme in own:
+            rows.append([*head, "generated", *_three(perplexities(own[scheme]), own[scheme]["training"])])
+        found, training = perplexities(on_wikitext), on_wikitext["training"]
         if scheme == "int4":
-            found, tokens = {**found, "calibrated": by_tokens[0], "trained": by_tokens[most]}, most
-        else:
-            tokens = run["training"]["tokens"]
-        rows.append(
-            [
-                f"`{scheme}`",
-                f"{stored['bits_per_weight']:.2f}",
-                f"{stored['weight_bytes'] / 1e6:.0f}",
-                *(shown(found[name]) for name in ("plain rounding", "calibrated")),
-                f"{shown(found['trained'])} ({tokens // 1000:,} k tokens)",
-            ]
-        )
-    heads = ("scheme", "bits per weight", "size, MB", "plain rounding", "calibrated", "calibrated and trained")
+            found = {**found, "calibrated": by_tokens[0], "trained": by_tokens[most]}
+            training = {"tokens": most}
+        rows.append([*head, "WikiText-2", *_three(found, training)])
+    heads = ("scheme", "bits per weight", "size, MB", "text", "plain rounding", "calibrated", "and trained")
     return markdown_table(heads, rows)
+
+
+def _three(found: Mapping[str, float], training: Mapping[str, Any] | None) -> list[str]:
+    """Returns perplexities rounded, calibrated and trained; the last with its tokens, where anything was trained."""
+    cells = [shown(found[name]) for name in ("plain rounding", "calibrated")]
+    if not training:
+        return [*cells, "not trained"]
+    thousands = training["tokens"] // 1000
+    amount = f"{thousands / 1000:.0f} M" if thousands >= 1000 else f"{thousands} k"
+    return [*cells, f"{shown(found['trained'])} ({amount} tokens)"]
 
 
 def means(figure: str, text: str = DOMAIN, judged_on: str = "test") -> dict[str, dict[int, float]]:
@@ -196,8 +200,8 @@ def one_gpu(labels: dict[str, str]) -> str:
 
 IN_README = {
     "GPTQ, a block at a time on the GPU": "calibrate by GPTQ, one block at a time",
-    "LoRA, its own teacher": "train LoRA adapters inside the quantizers",
-    "scales of the packed model, a teacher's cache": "train the scales of a packed model, cached teacher",
+    "LoRA, its own teacher": "train LoRA adapters, added to the weights before these are rounded",
+    "scales of the packed model, a teacher's cache": "train the scales of a packed model",
     "all weights, a teacher": "train all weights",
 }
 IN_MEMORY = {
