@@ -205,7 +205,7 @@ IN_README = {
     "all weights, a teacher": "train all weights",
 }
 IN_MEMORY = {
-    "block-wise, 256 k tokens, the model on the GPU": "stage `blockwise` alone, 256 k tokens of text, the whole model on the GPU",
+    "block-wise, 256 k tokens, the model on the GPU": "stage `blockwise` alone, 256 k tokens, model on the GPU",
     "block-wise, a block at a time on the GPU": "stage `blockwise` alone, one block at a time on the GPU",
     "GPTQ, a block at a time on the GPU": "stage `gptq`, one block at a time on the GPU",
     "LoRA, its own teacher": "LoRA, the model is its own teacher",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,10 @@ def test_a_run_that_trains_nothing_tells_its_time_as_well(recipe: Any) -> None:
     assert planned.tokens == 0
     assert "; how long is not known here (--probe measures it); " in answer(planned, 10**12, None)
     calibrated = BlockProbe(30, 19.0, 30.0, None)
-    assert "; calibration takes about 10.0 min, text and evaluation not counted; " in answer(
-        planned, 10**12, None, calibrated
+    words = "; calibration takes about 10.0 min on this machine, text and evaluation not counted; "
+    assert words in answer(planned, 10**12, None, calibrated)
+    assert "machine, training, the choice of bits, text and" in answer(
+        dataclasses.replace(planned, steps=None, target_bits=3.5), 10**12, None, calibrated
     )
     without = recipe.model_copy(update={"train": {"max_steps": 0}, "calibrate": [RangesStage(method="mse")]})
     assert "; how long is not known here; " in answer(plan_run(without), 10**12, None)

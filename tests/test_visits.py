@@ -184,10 +184,18 @@ def test_sensitivities_are_measured_block_by_block(there: list[int], monkeypatch
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, state(model)[name]) for name, tensor in weights.items() if "layers" in name)
     assert max(there) <= 1.01 * max(map(nbytes, named_blocks(model).values()))
-    monkeypatch.setattr(fisher, "_opened", lambda *args: None)  # of blocks that cannot run by themselves
+    visitor, whole = tiny_llama(), tiny_llama()
+    let_blocks_visit(visitor, CPU)
+    named = ("nvfp4", "fp8")  # whose inputs are quantized where the layer visits
+    assert measure_sensitivity(visitor, INT3, named, text()) == measure_sensitivity(whole, INT3, named, text())
+
+    def refuse(*args: Any) -> None:
+        raise fisher._CannotRunAloneError("they share a weight")
+
+    monkeypatch.setattr(fisher._Backward, "of", refuse)
     refused = tiny_llama()
     let_blocks_visit(refused, CPU)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not fit .* CUDA_VISIBLE_DEVICES= before the command"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not fit .*\(they share a weight\).* CUDA_VIS"):
         measure_sensitivity(refused, INT3, [3, 4], text())
 
 

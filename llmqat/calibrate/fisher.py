@@ -3,8 +3,10 @@
 Gradients go through the model block by block, from the last to the first. The hidden states before each block are kept,
 in memory or in files, and the gradients after it. A block runs again for its own backward pass, over all of the text.
 So the gradients and the information of one block are held at a time, and the weights of one block where they lie in
-files or come to a GPU one by one. The numbers are those of backward passes through the whole model, bit for bit. Such
-passes are taken where blocks get more from each other than hidden states (walk.py), or a layer lies in no block.
+files or come to a GPU one by one. The numbers are those of backward passes through the whole model, bit for bit where
+hidden states have the dtype of the forward. Such passes are taken where a block gets more than the hidden states of
+the one before it, such as its keys and values (walk.py), and where a layer lies in no block. No weight is in two
+blocks: those that are tied are not quantized.
 
 Letters: N token blocks, L length, D hidden size, V vocabulary, O out features, I in features.
 Source: labels drawn from the model, Kunstner et al. (1905.12558) section 2.
@@ -12,9 +14,11 @@ Source: labels drawn from the model, Kunstner et al. (1905.12558) section 2.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +28,14 @@ from torch.nn import functional as F
 from llmqat.calibrate.blocks import Block
 from llmqat.calibrate.chains import RecordedChain, batches, hidden_of
 from llmqat.calibrate.forward import Wrap, check_seen
-from llmqat.calibrate.walk import hidden_states, open_walk
+from llmqat.calibrate.walk import TOLERANCE, hidden_states, open_walk
 from llmqat.data.blocks import Rows
 from llmqat.kernels import WeightPages
 from llmqat.layers import QuantModule, quantizers_off
 from llmqat.metrics import Predictor, predictor_of
 from llmqat.models import capture_hidden, cast_parameters, model_device, uploaded, visited_device, visiting
+
+log = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 256
 """Tokens whose logits are made at once."""
@@ -45,7 +51,7 @@ def fisher_diagonals(
     memory_limit: float = math.inf,
     wrap: Wrap = iter,
     watch: Callable[[ExitStack], None] = lambda stack: None,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Generator[tuple[str, Tensor], None, None]:
     """Yields the name of each of `layers`, in some order, and the Fisher information a token, [O, I] float32.
 
     Args:
@@ -60,7 +66,7 @@ def fisher_diagonals(
 
     Raises:
         ValueError: when the text does not reach a layer; or when the blocks of the model come to a GPU one by one and
-            get more from each other than hidden states.
+            cannot run by themselves; says why.
     """
     device = model_device(model)
     generator = torch.Generator(device).manual_seed(seed)
@@ -68,29 +74,38 @@ def fisher_diagonals(
         stack.callback(model.train, model.training)
         model.eval()
         stack.enter_context(quantizers_off(model))
-        opened = _opened(model, layers, rows, dtype, memory_limit)
         wanted = {id(layer.weight) for layer in layers.values()}
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(id(parameter) in wanted)
-        watched = stack.enter_context(ExitStack())
-        if opened is not None:
-            blocks, chain = opened
-            yield from _by_blocks(model, blocks, chain, layers, rows, generator, dtype, memory_limit, wrap, watch)
+        try:
+            backward = _Backward.of(model, layers, rows, dtype, memory_limit)
+        except _CannotRunAloneError as error:
+            if (visited := visited_device(model)) is not None:
+                raise ValueError(
+                    f"{type(model).__name__} does not fit into the memory of {visited}, and its blocks cannot run one "
+                    f"by one ({error}); measure sensitivities on the CPU, with CUDA_VISIBLE_DEVICES= before the command"
+                ) from error
+            log.info("sensitivities take the gradients of the whole model in memory: %s", error)
+            stack.enter_context(watching(watch))
+            sums = _Sums(layers, device)
+            for index in wrap(range(len(rows))):
+                with cast_parameters(model, dtype), capture_hidden(model) as captured:
+                    model(**rows[index : index + 1].inputs(device), use_cache=False)
+                    _take_back(model, captured.take()[0], generator)
+                sums.add()
+            yield from sums.taken(rows.stored.numel())
             return
-        if visited_device(model) is not None:
-            raise ValueError(
-                f"{type(model).__name__} does not fit into the memory of {visited_device(model)}, and its blocks do "
-                "not run one by one; measure sensitivities on the CPU, with CUDA_VISIBLE_DEVICES= before the command"
-            )
-        watch(watched)
-        sums = _Sums(layers, device)
-        for index in wrap(range(len(rows))):
-            with cast_parameters(model, dtype), capture_hidden(model) as captured:
-                model(**rows[index : index + 1].inputs(device), use_cache=False)
-                _backward(model, captured.take()[0], generator)
-            sums.add()
-        yield from sums.taken(rows.stored.numel())
+        for block in wrap(backward.through_the_end(generator)):
+            yield from backward.through(block, watch)
+
+
+@contextmanager
+def watching(watch: Callable[[ExitStack], None]) -> Iterator[None]:
+    """Inside, layers are watched by what `watch` put on them."""
+    with ExitStack() as stack:
+        watch(stack)
+        yield
 
 
 class _Sums:
@@ -123,67 +138,119 @@ class _Sums:
             yield name, total.div_(tokens)
 
 
-def _opened(
-    model: nn.Module, layers: Mapping[str, QuantModule], rows: Rows, dtype: torch.dtype, memory_limit: float
-) -> tuple[list[Block], RecordedChain] | None:
-    """Returns the blocks of `model` in their order and a chain before the first; None where they do not run alone."""
-    try:
-        walk = open_walk(model, rows, 1, memory_limit, dtype)
-    except ValueError:  # what is wrong is told by the passes through the whole model, or nothing is
-        return None
-    inside = {name for block in walk.blocks for name in block.quantized()}
-    if not isinstance(walk.full, RecordedChain) or not inside.issuperset(layers):
-        walk.__exit__(None, None, None)
-        return None
-    return walk.blocks, walk.full
+class _CannotRunAloneError(Exception):
+    """Why the blocks of a model do not run by themselves."""
 
 
-def _by_blocks(
-    model: nn.Module,
-    blocks: Sequence[Block],
-    chain: RecordedChain,
-    layers: Mapping[str, QuantModule],
-    rows: Rows,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    memory_limit: float,
-    wrap: Wrap,
-    watch: Callable[[ExitStack], None],
-) -> Iterator[tuple[str, Tensor]]:
-    count = len(rows)
-    (states,) = hidden_states(1, (len(blocks) + 1, *chain.hidden.shape), memory_limit, dtype)
-    gradients, forms = states[-1], dict[str, Form]()
-    for block, before in zip(blocks, states, strict=False):
-        before.copy_(chain.hidden)
-        with torch.no_grad(), block.cast():
-            for row in batches(count, 1):
-                args, options = chain.call(block, row)
-                output = block.module.forward(*args, **options)
-                chain.hidden[row] = hidden_of(output).to(chain.hidden.device)
-        forms[block.name] = _form_of(output)
-        WeightPages(model).let_go(block.module.parameters())
-    device = model_device(model)
-    for row in batches(count, 1):
-        leaf = uploaded(chain.hidden[row], device).requires_grad_()
-        with without_blocks(model, forms, leaf), cast_parameters(model, dtype), capture_hidden(model) as captured:
-            model(**rows[row].inputs(device), use_cache=False)
-            _backward(model, captured.take()[0], generator)
-        gradients[row] = _taken(leaf).to(gradients.device)
-    for number in wrap(range(len(blocks))):
-        block, before = blocks[-1 - number], states[len(blocks) - 1 - number]
-        own = {name: layer for name, layer in block.quantized().items() if name in layers}
-        with visiting(block.module), ExitStack() as stack:
+@dataclass
+class _Backward:
+    """A backward pass through a model, block by block.
+
+    Attributes:
+        model: runs with its quantizers off.
+        blocks: in the order they run.
+        chain: what they get beside hidden states.
+        layers: by name; all lie in the blocks.
+        rows: token blocks.
+        dtype: what forwards compute in.
+        states: [blocks + 1, N, L, D] hidden states before each block, and after the last; gradients take their place.
+        forms: what each block returns, by name.
+    """
+
+    model: nn.Module
+    blocks: Sequence[Block]
+    chain: RecordedChain
+    layers: Mapping[str, QuantModule]
+    rows: Rows
+    dtype: torch.dtype
+    states: Tensor
+    forms: dict[str, Form] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, layers: Mapping[str, QuantModule], rows: Rows, dtype: torch.dtype, memory_limit: float
+    ) -> _Backward:
+        """Runs the forward through all blocks, and returns what the backward pass needs.
+
+        Raises:
+            _CannotRunAloneError: the blocks do not.
+        """
+        try:
+            walk = open_walk(model, rows, 1, memory_limit / 2, dtype)
+        except (ValueError, TypeError, KeyError) as error:
+            raise _CannotRunAloneError(str(error)) from error
+        with walk:
+            blocks, chain = walk.blocks, walk.full
+            if not isinstance(chain, RecordedChain):
+                raise _CannotRunAloneError("its blocks get more from each other than hidden states")
+            if outside := set(layers).difference(*(block.quantized() for block in blocks)):
+                raise _CannotRunAloneError(f"{min(outside)} is in none of them")
+            (states,) = hidden_states(1, (len(blocks) + 1, *chain.hidden.shape), memory_limit / 2, dtype)
+            found = cls(model, blocks, chain, layers, rows, dtype, states)
+            found._run()
+            return found
+
+    def _run(self) -> None:
+        """Fills `states`, and checks that what follows the blocks reads the states after the last one alone.
+
+        Raises:
+            _CannotRunAloneError: it does not.
+        """
+        self.states[0].copy_(self.chain.hidden)
+        for block, before, after in zip(self.blocks, self.states, self.states[1:], strict=False):
+            with torch.no_grad(), block.cast():
+                for row in batches(len(self.rows), 1):
+                    hidden = uploaded(before[row], model_device(block.module))
+                    args, options = self.chain.calls[block.index].call(hidden, row)
+                    output = block.module.forward(*args, **options)
+                    after[row] = hidden_of(output).to(after.device)
+            self.forms[block.name] = _form_of(output)
+            WeightPages(self.model).let_go(block.module.parameters())
+        first = slice(0, 1)
+        with torch.no_grad(), cast_parameters(self.model, self.dtype), capture_hidden(self.model) as captured:
+            self.model(**self.rows[first].inputs(model_device(self.model)), use_cache=False)
+            own = captured.take()
+        with torch.no_grad(), self._end(first, self.states[-1, first]) as alone:
+            pass
+        if not bool(((alone - own).float().norm() <= TOLERANCE * own.float().norm()).all()):
+            raise _CannotRunAloneError("what follows them reads more than the hidden states after the last")
+
+    @contextmanager
+    def _end(self, row: slice, hidden: Tensor) -> Iterator[Tensor]:
+        """Yields what enters the output head, [B, L, D], for the states after the last block."""
+        with (
+            without_blocks(self.model, self.forms, uploaded(hidden, model_device(self.model))),
+            cast_parameters(self.model, self.dtype),
+            capture_hidden(self.model) as captured,
+        ):
+            self.model(**self.rows[row].inputs(model_device(self.model)), use_cache=False)
+            yield captured.take()
+
+    def through_the_end(self, generator: torch.Generator) -> Sequence[int]:
+        """Takes the gradients of drawn labels back to the last block; returns the numbers of the blocks, last first."""
+        for row in batches(len(self.rows), 1):
+            leaf = uploaded(self.states[-1, row], model_device(self.model)).requires_grad_()
+            with self._end(row, leaf) as hidden:
+                _take_back(self.model, hidden[0], generator)
+            self.states[-1, row] = _taken(leaf).to(self.states.device)
+        return range(len(self.blocks) - 1, -1, -1)
+
+    def through(self, number: int, watch: Callable[[ExitStack], None]) -> Iterator[tuple[str, Tensor]]:
+        """Takes the gradients from after a block, in its `states`, to before it; yields what its layers have."""
+        block, before, gradients = self.blocks[number], self.states[number], self.states[number + 1]
+        own = {name: layer for name, layer in block.quantized().items() if name in self.layers}
+        with visiting(block.module), watching(watch):
             device = model_device(block.module)
             sums = _Sums(own, device)
-            watch(stack)
-            for row in batches(count, 1):
+            for row in batches(len(self.rows), 1):
                 leaf = uploaded(before[row], device).requires_grad_()
                 with block.cast():
-                    block.output(chain.calls[block.index].call(leaf, row)).backward(uploaded(gradients[row], device))
-                gradients[row] = _taken(leaf).to(gradients.device)
+                    args = self.chain.calls[block.index].call(leaf, row)
+                    block.output(args).backward(uploaded(gradients[row], device))
+                before[row] = _taken(leaf).to(before.device)
                 sums.add()
-            yield from sums.taken(rows.stored.numel())
-        WeightPages(model).let_go(block.module.parameters())
+            yield from sums.taken(self.rows.stored.numel())
+        WeightPages(self.model).let_go(block.module.parameters())
 
 
 Form = Callable[[Tensor], Any]
@@ -191,7 +258,8 @@ Form = Callable[[Tensor], Any]
 
 
 def _form_of(output: Any) -> Form:
-    others = None if isinstance(output, Tensor) else output[1:]
+    # What else a block gives, such as attention weights, nobody asks for.
+    others = None if isinstance(output, Tensor) else [None if isinstance(one, Tensor) else one for one in output[1:]]
     return lambda hidden: hidden if others is None else (hidden, *others)
 
 
@@ -234,7 +302,7 @@ def _taken(leaf: Tensor) -> Tensor:
     return leaf.grad
 
 
-def _backward(model: nn.Module, hidden: Tensor, generator: torch.Generator) -> None:
+def _take_back(model: nn.Module, hidden: Tensor, generator: torch.Generator) -> None:
     """Takes sum_t log p(y_t), y_t drawn from p, back from the hidden states [L, D] that enter the output head."""
     hidden.backward(_label_gradient(hidden.detach(), predictor_of(model).detached(), generator))
 

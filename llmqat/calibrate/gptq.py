@@ -63,7 +63,7 @@ RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Ridges that cross-validation tries, as shares of the mean of the diagonal of the second moments."""
 PRODUCT_ELEMENTS = 1 << 19
 """Elements of one product with a part of the second moments on a CPU, so that it fits the cache."""
-SYSTEM_ELEMENTS = 1 << 24
+SYSTEM_ELEMENTS = 1 << 27
 """Elements of the linear systems, [G, G] for each row, that are solved at once on other devices."""
 SAMPLED_ROWS = 128
 """Rows of a weight that cross-validation uses: at least so many, where there are, and fewer than twice so many."""

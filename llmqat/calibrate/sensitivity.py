@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -237,9 +237,8 @@ def measure_sensitivity(
         raise ValueError("no layer has the scheme of quant.weights, so there is none to choose bits for")
     sizes = {name: sizes_of(schemes, layer.rows, layer.columns, name) for name, layer in layers.items()}
     noise = InputNoise(layers, {} if None in sizes.values() else schemes, rows.stored.numel())
-    costs = {
-        name: _costs(layers[name], information, schemes)
-        for name, information in fisher_diagonals(
+    with closing(
+        fisher_diagonals(
             *(model, layers, rows),
             seed=seed,
             dtype=dtype,
@@ -247,7 +246,8 @@ def measure_sensitivity(
             wrap=wrap,
             watch=noise.watch,
         )
-    }
+    ) as diagonals:
+        costs = {name: _costs(layers[name], information, schemes) for name, information in diagonals}
     return [
         LayerSensitivity(
             name,
@@ -274,11 +274,9 @@ class InputNoise:
         self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, QuantLinear)}
         self._total: dict[tuple[str, Choice], Tensor] = {}
         self._quantizers: dict[str, dict[Choice, ActivationQuantizer]] = {}
-        for name, layer in self.layers.items():
-            configs = {choice: scheme.input_activations for choice, scheme in schemes.items()}
-            made = {c: ActivationQuantizer(one, layer.weight.device, name) for c, one in configs.items() if one}
-            if made:
-                self._quantizers[name] = made
+        inputs = {choice: config for choice, scheme in schemes.items() if (config := scheme.input_activations)}
+        for name in self.layers if inputs else ():
+            self._quantizers[name] = {choice: ActivationQuantizer(one, name=name) for choice, one in inputs.items()}
 
     def cost(self, name: str, choice: Choice) -> float:
         """Returns the cost a token, nats."""
@@ -308,6 +306,8 @@ class InputNoise:
     def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         weight = gradient.float().square()
         for choice, quantizer in self._quantizers[name].items():
+            if any(one.device != x.device for one in quantizer.found()):
+                quantizer.to(x.device)  # where the layer is, or visits
             if any(bool(one.isnan().any()) for one in quantizer.found()):  # as large as the first block
                 quantizer.set_range(*torch.stack(torch.aminmax(x)).tolist())
             added = (weight * (quantizer(x) - x).float().square()).sum(dtype=torch.float64)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -493,10 +494,31 @@ def _first_call(model: nn.Module, block: Block, inputs: Mapping[str, Tensor]) ->
 
 
 def hidden_states(count: int, shape: tuple[int, ...], memory_limit: float, dtype: torch.dtype) -> list[Tensor]:
-    """Returns `count` tensors of a shape for hidden states: in memory, or in files where they take too much of it."""
+    """Returns `count` tensors of a shape for hidden states: in memory, or in files where they take too much of it.
+
+    Raises:
+        OSError: the disk has no room for the files.
+    """
     size = math.prod(shape)
     if count * size * dtype.itemsize <= memory_limit:
         return [torch.empty(shape, dtype=dtype) for _ in range(count)]
     with tempfile.TemporaryDirectory(prefix="llmqat-") as folder:  # a mapping outlives the name of its file
-        files = (str(Path(folder) / str(number)) for number in range(count))
-        return [torch.from_file(file, True, size, dtype=dtype).view(shape) for file in files]
+        files = [Path(folder) / str(number) for number in range(count)]
+        for file in files:
+            _take_room(file, size * dtype.itemsize)
+        return [torch.from_file(str(file), True, size, dtype=dtype).view(shape) for file in files]
+
+
+def _take_room(file: Path, size: int) -> None:
+    """Makes a file of so many bytes that the disk really has: else a write to the mapped file would end the process."""
+    with file.open("wb") as opened:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(opened.fileno(), 0, size)
+            else:
+                opened.truncate(size)
+        except OSError as error:
+            raise OSError(
+                f"hidden states take {size / 1e9:.1f} GB in {file.parent.parent}, which has no room ({error}); "
+                "set TMPDIR to a folder on a larger disk, or take fewer token blocks"
+            ) from error

@@ -86,12 +86,18 @@ def plan(
     here = Devices(processes=world, accelerator=flight.arguments.device.type)
     available = round(memory * 1e9) if memory is not None else available_bytes(planned.devices)
     found = None
-    calibrated = probe_block(loaded) if probe and calibrates_on_text(loaded) else None
-    if probe and (loaded.trains or calibrated is None):
+    calibrated = None
+    if probe and calibrates_on_text(loaded):
+        try:
+            calibrated = probe_block(loaded)
+        except ValueError as error:
+            errors.print(f"warning: {error}", style="yellow", soft_wrap=True)
+    if probe and (loaded.trains or not calibrates_on_text(loaded)):
         found = probed(loaded)
         remember_probe(loaded, planned.coverage, world, found.tokens_per_second)
     time = expected_time(loaded, planned.coverage, world, planned.tokens) if planned.devices == here else None
-    console.print(answer(planned, available, time, calibrated), style="bold", soft_wrap=True)
+    timed = calibrated if planned.devices == here else None
+    console.print(answer(planned, available, time, timed), style="bold", soft_wrap=True)
     _print_plan(planned, available)
     if calibrated is not None:
         _print_block_probe(calibrated)
@@ -141,7 +147,12 @@ def _duration(plan: Plan, time: ExpectedTime | None, calibrated: BlockProbe | No
     from llmqat.terminal.bars import duration
 
     if time is None and calibrated is not None:
-        return f"calibration takes about {duration(calibrated.seconds)}, text and evaluation not counted"
+        training = "" if plan.steps == 0 else "training, "
+        choosing = "" if plan.target_bits is None else "the choice of bits, "
+        return (
+            f"calibration takes about {duration(calibrated.seconds)} on this machine, {training}{choosing}text and "
+            "evaluation not counted"
+        )
     if time is None:
         does_nothing = isinstance(plan.method, Calibration) and not plan.method.tokens
         return "how long is not known here" + ("" if does_nothing else " (--probe measures it)")

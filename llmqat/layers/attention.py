@@ -51,6 +51,7 @@ class StateQuantizer(RangedModule):
 
     Attributes:
         config: the scheme.
+        what: the keys or values of which layer, for errors.
         scale: float32 buffer, [1] or [H, 1, 1], NaN until it is calibrated; None where each token has its own.
     """
 
@@ -61,7 +62,7 @@ class StateQuantizer(RangedModule):
     ) -> None:
         """Makes a quantizer for `heads` heads; one with scales of its own refuses to run until `set_range`."""
         super().__init__(f"the range of {name}")
-        self.config, self.states = config, name
+        self.config, self.what = config, name
         shape = (heads, 1, 1) if config.strategy == "attn_head" else (1,)
         self.register_buffer("scale", torch.full(shape, torch.nan, device=device) if config.levels == "float" else None)
 
@@ -111,7 +112,7 @@ class StateQuantizer(RangedModule):
     def _refuse(self, heads: int) -> None:
         assert self.scale is not None
         raise ValueError(
-            f"quant.kv_cache: {self.states} have {heads} heads, but the configuration of the model says "
+            f"quant.kv_cache: {self.what} have {heads} heads, but the configuration of the model says "
             f"{len(self.scale)}; take strategy: tensor"
         )
 
@@ -200,9 +201,9 @@ def quantize_kv(model: nn.Module, config: KVCacheConfig) -> None:
     layers = attention_layers(model)
     assert isinstance(model, PreTrainedModel)
     check_kv_groups(layers, config)
+    heads = heads_with_scales(model, config)
     for name, layer in layers.items():
         device = next((parameter.device for parameter in layer.parameters()), None)
-        heads = kv_heads(layer.config) if config.key.strategy == "attn_head" else 1
         layer.add_module("kv_quantizer", KVQuantizer(config, device, name, heads))
     implementation = str(model.config._attn_implementation)
     if not implementation.startswith(IMPLEMENTATION_PREFIX):
@@ -246,6 +247,24 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
             "interface; leave out quant.kv_cache"
         )
     return found
+
+
+def heads_with_scales(model: nn.Module, config: KVCacheConfig) -> int:
+    """Returns how many heads of a layer have scales of their own: its KV heads, or 1 where the scheme has none.
+
+    Raises:
+        ValueError: not all layers have the same number of KV heads, which no checkpoint can say.
+    """
+    if config.key.strategy != "attn_head":
+        return 1
+    assert isinstance(model, PreTrainedModel)
+    try:
+        return kv_heads(model.config.get_text_config(decoder=True))
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"quant.kv_cache: {model_kind(model)} does not have the same number of KV heads in all layers ({error}); "
+            "take strategy: tensor"
+        ) from error
 
 
 def kv_heads(config: Any) -> int:

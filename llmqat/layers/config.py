@@ -352,7 +352,7 @@ class KVTensorConfig(Config):
 class KVCacheConfig(Config):
     """The arithmetic of the KV cache: keys after rotary embedding, and values.
 
-    A scale is one token's and head's, or in FP8 a layer's or a head's.
+    Integers have a scale for each token and head. FP8 has one for each layer, or for each head of it.
 
     Source: LLM-QAT (2305.17888) section 3.3; KIVI (2402.02750) for groups, but along the head only: statistics over
     tokens would leak the future in training.

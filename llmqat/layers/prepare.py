@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.kernels import WeightPages
-from llmqat.layers.attention import KVQuantizer, attention_layers, check_kv_groups, quantize_kv
+from llmqat.layers.attention import (
+    KVQuantizer,
+    attention_layers,
+    check_kv_groups,
+    heads_with_scales,
+    quantize_kv,
+)
 from llmqat.layers.audit import (
     DROPPED,
     IDLE,
@@ -130,6 +136,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> CoverageAudit:
     replacements |= _quantized_ends(model, config)
     if config.kv_cache is not None:
         check_kv_groups(attention_layers(model), config.kv_cache)
+        heads_with_scales(model, config.kv_cache)
     if not replacements and config.kv_cache is None:
         raise ValueError(
             f"nothing is left to quantize: quant.targets={list(config.targets)} without quant.ignore, skipped layers, "

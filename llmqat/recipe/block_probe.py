@@ -1,8 +1,9 @@
 """How long a calibration takes here: its stages on one transformer block of a model, with random weights and tokens.
 
-Neither time nor memory depend on the values. The block is one of the size that most blocks have; embeddings and output
-head stand around it. Time grows in a straight line with the token blocks of a stage, so two small numbers of them say
-what the stage's own number takes. What does not grow with the depth of the model is counted once.
+Time hardly depends on the values. The block is one of middle size, with the default scheme; embeddings and output head
+stand around it. Where a stage runs text through the block, time grows in a straight line with its token blocks, so two
+small numbers of them say what the stage's own number takes. What no bar is shown for, such as rotation and the checks
+of a walk, is counted once and not by depth: a part of it is left out.
 
 Letters: N token blocks, L length.
 """
@@ -27,6 +28,7 @@ from llmqat.calibrate.config import RangesStage, TextStage
 from llmqat.calibrate.stages import needs_text
 from llmqat.evaluate.memory import forget_peak, peak
 from llmqat.layers.buffers import make_buffers
+from llmqat.layers.probe import probe_inputs
 from llmqat.models import (
     empty_model,
     named_blocks,
@@ -35,15 +37,14 @@ from llmqat.models import (
     resolve_spec,
     to_accelerator,
     token_model_class,
-    vocabulary_size,
 )
 from llmqat.recipe.config import Recipe, forward_dtype, master_dtype, training_arguments
 from llmqat.recipe.plan import blocks_of
 from llmqat.recipe.start import starts_packed
 from llmqat.terminal.bars import Bar
 
-FEW, MORE = 1, 4
-"""Token blocks of the two calibrations that are timed."""
+BY_TEXT = ("moments", "inputs", "smooth", "gptq", "blockwise")
+"""Bars of what takes longer with more token blocks; the search for scales does not."""
 SHORT_SECONDS = 30.0
 """A first calibration that took no longer is done once more, since kernels were made in it."""
 _SPREAD = 0.02
@@ -57,9 +58,9 @@ class BlockProbe:
     Attributes:
         blocks: transformer blocks of the model.
         block_seconds: of all stages for one of them, with the token blocks that each stage takes.
-        other_seconds: what does not grow with their number.
-        peak_bytes: most memory held while the block was calibrated, embeddings and output head included. None where
-            nobody counted.
+        other_seconds: what no bar is shown for.
+        peak_bytes: most memory held beyond what was held before, embeddings and output head included. None where nobody
+            counted.
     """
 
     blocks: int
@@ -89,15 +90,23 @@ class _Clock:
 
         class Timed(Bar):
             def __enter__(self) -> Bar:
+                _wait()
                 self.began = time.perf_counter()
                 return super().__enter__()
 
             def __exit__(self, *args: Any) -> None:
                 super().__exit__(*args)
+                _wait()
                 taken = time.perf_counter() - self.began
                 clock.seconds[what] = clock.seconds.get(what, 0.0) + taken
 
         return lambda items: Timed(what, unit, items, shown=False)
+
+
+def _wait() -> None:
+    """Waits for what the accelerator has to do, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def calibrates_on_text(recipe: Recipe) -> bool:
@@ -110,7 +119,7 @@ def probe_block(recipe: Recipe) -> BlockProbe:
 
     Raises:
         FileNotFoundError: the model is not there.
-        ValueError: the recipe calibrates nothing, or its model has no blocks that can be calibrated alone.
+        ValueError: the recipe calibrates nothing on text, or no block of its model can be calibrated alone.
     """
     if not calibrates_on_text(recipe):
         raise ValueError(
@@ -120,29 +129,35 @@ def probe_block(recipe: Recipe) -> BlockProbe:
     arguments = training_arguments(recipe)
     most = blocks_of(recipe)
     counts = {stage.stage: min(stage.blocks, most or stage.blocks) for stage in stages}
-    forget_peak()
-    few = min(FEW, *counts.values())
-    first, others = _timed(recipe, few, arguments)
-    if sum(first.values()) + others <= SHORT_SECONDS:
+    usual = {"ignore": (), "overrides": {}, "skip_first": 0, "skip_last": 0}  # which tell layers by number
+    recipe = recipe.model_copy(update={"quant": recipe.quant.model_copy(update=usual)})
+    before = forget_peak() or 0
+    try:
+        # At least two, since GPTQ validates on halves of the text; and a batch, as a stage runs.
+        few = min(max(2, *(stage.batch_size for stage in stages)), max(counts.values()))
         first, others = _timed(recipe, few, arguments)
-    more = min(MORE, max(counts.values()))
-    second = first if more == few else _timed(recipe, more, arguments)[0]
+        if sum(first.values()) + others <= SHORT_SECONDS:
+            first, others = _timed(recipe, few, arguments)
+        more = min(2 * few, max(counts.values()))
+        second = first if more == few else _timed(recipe, more, arguments)[0]
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"a block of {recipe.model} cannot be calibrated alone to probe it: {error}") from error
     highest = peak(arguments.device)
     seconds = 0.0
     for what, least in first.items():
-        count = counts.get(what) or counts.get(RangesStage.model_fields["stage"].default, few)
-        slope = max(0.0, second[what] - least) / max(1, more - few)
-        seconds += least + slope * (count - few)
-    return BlockProbe(_one_block(recipe)[1], seconds, others, highest)
+        seconds += least
+        if what in BY_TEXT and more > few:
+            count = counts.get(what) or counts.get(RangesStage.model_fields["stage"].default, few)
+            seconds += max(0.0, second[what] - least) / (more - few) * (count - few)
+    return BlockProbe(_one_block(recipe)[1], seconds, others, None if highest is None else highest - before)
 
 
 def _timed(recipe: Recipe, count: int, arguments: Any) -> tuple[dict[str, float], float]:
     """Returns the seconds of each part of a calibration on `count` token blocks, and those of the rest."""
     model, _ = _one_block(recipe)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    _fill(model, generator)
+    _fill(model, torch.Generator().manual_seed(recipe.seed))
     to_accelerator(model, arguments.device)
-    ids = torch.randint(vocabulary_size(model), (count, recipe.data.block_size), generator=generator)
+    ids = probe_inputs(model, count, recipe.data.block_size, seed=recipe.seed)["input_ids"].cpu()
     clock, start = _Clock(), time.perf_counter()
     with _no_news():
         calibrate(

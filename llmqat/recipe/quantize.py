@@ -247,6 +247,7 @@ def _quantized(
             plan = planned(work / PLAN_FILE, partial(plan_bits, spec, quant, allocate, ids, **how)).allocation
         facts["allocation"] = plan.to_dict()
         quant = plan.applied_to(quant)
+        give_back_freed_memory()
     to_accelerator(model, filled=CALIBRATION_FILLED)
     with stage("calibrate", ", ".join(one.stage for one in stages) or "plain rounding"), _no_empty_work(work):
         reports = calibrate(model, quant, stages, ids, seed=seed, folder=work, dtype=dtype, bar=progress)

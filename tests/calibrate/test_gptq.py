@@ -145,6 +145,15 @@ def test_refitted_scales_solve_the_least_squares() -> None:
         assert torch.allclose(found[row].double(), solved, rtol=2**-7)  # bfloat16, and a little of the old scale
 
 
+def test_rows_are_refitted_alike_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid(4)
+    weight, hessian, scale, _ = problem(24, 128, grid, 32)
+    codes = round_by_gptq(weight, Curvature.of(hessian), scale, None, grid)
+    whole = refit_scales(weight, hessian, codes, scale, None, grid)
+    monkeypatch.setattr(gptq_module, "PRODUCT_ELEMENTS", 128 * 5)
+    assert torch.equal(refit_scales(weight, hessian, codes, scale, None, grid), whole)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(GRIDS)), st.integers(0, 10_000))
 def test_the_master_weight_rounds_to_the_codes(name: str, seed: int) -> None:

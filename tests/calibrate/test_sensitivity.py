@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from contextlib import ExitStack
 from typing import Any
 
@@ -61,7 +62,11 @@ def test_the_diagonal_is_the_mean_square_of_the_gradient_of_drawn_labels() -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [tiny_llama, tiny_gpt2, tiny_mixtral, "gemma3_text", "qwen2", "documents"])
 def test_blocks_one_by_one_give_what_the_whole_model_gives(
-    kind: Any, dtype: torch.dtype, memory: float, monkeypatch: pytest.MonkeyPatch
+    kind: Any,
+    dtype: torch.dtype,
+    memory: float,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     ids: Any = IDS
     if kind == "documents":
@@ -74,13 +79,31 @@ def test_blocks_one_by_one_give_what_the_whole_model_gives(
         made = tiny_llama() if kind == "documents" else tiny_architecture(kind) if isinstance(kind, str) else kind()
         return measure_sensitivity(made, quant, choices, ids, dtype=dtype, hidden_memory=memory)
 
-    opened: list[Any] = []
-    own = fisher._opened
-    monkeypatch.setattr(fisher, "_opened", lambda *args: opened.append(own(*args)) or opened[-1])
-    by_blocks = measured()
-    assert opened[0] is not None
-    monkeypatch.setattr(fisher, "_opened", lambda *args: None)
+    with caplog.at_level(logging.INFO, logger="llmqat.calibrate.fisher"):
+        by_blocks = measured()
+    assert not caplog.records  # by which it would say that it takes the whole model
+    monkeypatch.setattr(fisher._Backward, "of", _refuse)
     assert by_blocks == measured()
+
+
+def _refuse(*args: Any) -> None:
+    raise fisher._CannotRunAloneError("it is not asked to")
+
+
+def test_blocks_that_cannot_run_alone_are_taken_with_the_whole_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def measured() -> list[LayerSensitivity]:
+        model, kept = tiny_llama(), list[torch.Tensor]()
+        model.model.layers[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
+        model.model.norm.register_forward_pre_hook(lambda module, inputs: inputs[0] + kept.pop() if kept else None)
+        return measure_sensitivity(model, INT4, (3, 4), IDS, dtype=torch.float32)
+
+    with caplog.at_level(logging.INFO, logger="llmqat.calibrate.fisher"):
+        found = measured()
+    assert "whole model in memory: what follows them reads more than the hidden states after the last" in caplog.text
+    monkeypatch.setattr(fisher._Backward, "of", _refuse)
+    assert found == measured()
 
 
 def test_predicted_costs_are_of_the_size_of_measured_ones() -> None:

@@ -15,7 +15,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmqat.calibrate.activations import calibrate_activations
-from llmqat.layers import KVCacheConfig, KVTensorConfig, QuantConfig, QuantizedCache, prepare, quantizers_off
+from llmqat.layers import (
+    KVCacheConfig,
+    KVTensorConfig,
+    QuantConfig,
+    QuantizedCache,
+    QuantModule,
+    attention,
+    prepare,
+    quantizers_off,
+)
 from llmqat.layers.attention import KVQuantizer, dequantize_states, quantize_states
 from llmqat.layers.cache import QuantizedStates
 from llmqat.models import cast_parameters
@@ -311,6 +320,19 @@ def test_each_head_can_have_a_scale_of_its_own() -> None:
         quantizer.key.set_range([-1.0] * 3, [1.0] * 3)
     with pytest.raises(ValueError, match="is not finite"):
         quantizer.key.set_range([-1.0] * 2, [1.0, float("nan")])
+
+
+def test_heads_that_differ_by_layer_have_no_scales_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+
+    def differs(config: object) -> int:
+        raise RuntimeError("num_key_value_heads is not the same in all layers")
+
+    monkeypatch.setattr(attention, "kv_heads", differs)  # as configurations say it that differ by layer
+    with pytest.raises(ValueError, match=r"not have the same number of KV heads in all layers .*; take"):
+        prepare(model, QuantConfig.preset("int4", group_size=32, kv_cache=SCHEMES["kvfp8 by head"]))
+    assert not any(isinstance(module, QuantModule) for module in model.modules())
+    prepare(model, QuantConfig.preset("int4", group_size=32, kv_cache=SCHEMES["kvfp8"]))
 
 
 def test_a_cache_without_a_scheme_or_with_negative_counts_is_refused() -> None:
