@@ -32,6 +32,8 @@ FEW_BITS = {
 DEMO = {"int4": "demo-smollm2-135m-int4.json", "int3": "demo-smollm2-135m-int3.json"}
 BUDGET, DOMAIN = "budget-smollm2-135m.json", "valid"
 """Results of eval/budget.py, and its text of the domain: WikiText-2 validation."""
+FORMATS = ("schemes-formats-smollm2-135m.json", "schemes-floats-smollm2-135m.json")
+"""Results of eval/schemes.py: integers, NVFP4 and zeros; other floats, on another draw of generated text."""
 FINETUNING = ("finetuning-int4-smollm2-135m.json", "finetuning-smollm2-135m.json")
 """4 bits, and 3."""
 WAYS = {
@@ -147,6 +149,22 @@ def by_scheme() -> str:
         trained = f"{found['trained']} ({run['training']['steps']} steps)" if run["training"] else "not trained"
         rows.append([f"`{scheme}`", text, found["plain rounding"], found["calibrated"], trained])
     heads = ("scheme", "text for calibration and training", "plain rounding", "calibrated", "trained")
+    return markdown_table(heads, rows)
+
+
+def formats() -> str:
+    """Returns the table of float formats and zeros in the guide `choose`: KL rounded, calibrated and trained."""
+    found = sorted((row for file in FORMATS for row in run_of(file)["rows"]), key=lambda row: float(row["trained"]["kl"]))
+    rows = [
+        [
+            f"`{row['scheme']}`",
+            f"{row['bits_per_weight']:.2f}",
+            *(f"{row[role]['kl']:.3f}" for role in ("plain rounding", "training-free", "trained")),
+            f"{row['trained']['top1']:.1%}",
+        ]
+        for row in found
+    ]
+    heads = ("scheme", "bits per weight", "plain rounding", "calibrated", "and trained", "top-1")
     return markdown_table(heads, rows)
 
 
