@@ -154,7 +154,9 @@ def by_scheme() -> str:
 
 def formats() -> str:
     """Returns the table of float formats and zeros in the guide `choose`: KL rounded, calibrated and trained."""
-    found = sorted((row for file in FORMATS for row in run_of(file)["rows"]), key=lambda row: float(row["trained"]["kl"]))
+    found = sorted(
+        (row for file in FORMATS for row in run_of(file)["rows"]), key=lambda row: float(row["trained"]["kl"])
+    )
     rows = [
         [
             f"`{row['scheme']}`",

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -412,7 +413,10 @@ class _Place:
 
 
 def _checksum(answers: Sequence[Tensor]) -> int:
-    return sum(place * checksum(tensor) for place, tensor in enumerate(answers, start=1))
+    found = 0
+    for tensor in answers:
+        found = zlib.crc32(memoryview(tensor.contiguous().view(torch.uint8).numpy()), found)
+    return found
 
 
 def cache_teacher(
