@@ -415,7 +415,7 @@ class _Place:
 def _checksum(answers: Sequence[Tensor]) -> int:
     found = 0
     for tensor in answers:
-        found = zlib.crc32(memoryview(tensor.contiguous().view(torch.uint8).numpy()), found)
+        found = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes(), found)
     return found
 
 
