@@ -236,6 +236,7 @@ IN_MEMORY = {
 TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "by-scheme": by_scheme,
+    "formats": formats,
     "by-tokens": by_tokens,
     "by-own-tokens": by_own_tokens,
     "fine-tuning": finetuning,

@@ -129,8 +129,8 @@ def figures(row: Mapping[str, Any]) -> dict[str, float]:
 def stock(folder: Path) -> str:
     """Returns whether stock transformers loads the checkpoint, and with which logits."""
     ours = llmqat.load(folder, kernel="reference")
-    caches = [module for module in ours.modules() if isinstance(module, KVQuantizer)]
-    for cache in caches:  # stock transformers has none
+    caches = [one for one in ours.modules() if isinstance(one, KVQuantizer) and not one.config.calibrated]
+    for cache in caches:  # stock transformers has those in FP8 only
         cache.enabled = False
     with torch.no_grad():
         try:
