@@ -4,8 +4,6 @@ Time hardly depends on the values. The block is one of middle size, with the def
 stand around it. Where a stage runs text through the block, time grows in a straight line with its token blocks, so two
 small numbers of them say what the stage's own number takes. What no bar is shown for, such as rotation and the checks
 of a walk, is counted once and not by depth: a part of it is left out.
-
-Letters: N token blocks, L length.
 """
 
 from __future__ import annotations
