@@ -32,6 +32,11 @@ def cpu_has_bf16() -> bool:
 _HAS_BF16 = cpu_has_bf16()
 
 
+def is_emulated(x: Tensor) -> bool:
+    """Returns whether products of `x` are of bfloat16 matrices, on a processor that only emulates them."""
+    return not _HAS_BF16 and _is_emulated(x)
+
+
 @contextmanager
 def float_products() -> Iterator[None]:
     """Inside, products of bfloat16 matrices on the CPU are computed in float32 and rounded to bfloat16.
@@ -56,9 +61,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, rows = x.float(), max(1, _SLICE_ELEMENTS // weight.shape[1])
     weights = weight.split(rows)
     biases = [None] * len(weights) if bias is None else bias.float().expand(len(weight)).split(rows)
-    parts = [
-        F.linear(x, part.float(), its_bias).to(torch.bfloat16) for part, its_bias in zip(weights, biases, strict=True)
-    ]
+    with torch.autocast("cpu", enabled=False):  # which would cast them back
+        parts = [F.linear(x, part.float(), one).to(torch.bfloat16) for part, one in zip(weights, biases, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -76,8 +80,13 @@ class _FloatProducts(TorchFunctionMode):
         if func is F.linear:
             return linear(*args)
         if _are_emulated(args, left=len(args) - 2):
-            return func(*(arg.float() for arg in args)).to(torch.bfloat16)
+            with torch.autocast("cpu", enabled=False):
+                return func(*(arg.float() for arg in args)).to(torch.bfloat16)
         return func(*args, **kwargs)
+
+
+def _is_emulated(x: Any) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.bfloat16 and x.is_cpu
 
 
 def _are_emulated(operands: Sequence[Any], left: int = 0) -> bool:
@@ -86,7 +95,7 @@ def _are_emulated(operands: Sequence[Any], left: int = 0) -> bool:
     In each matrix, where the right one is many as well, or in all of them. None is a bias that is not there.
     """
     given = [operand for operand in operands if operand is not None]
-    if not all(type(one) in (Tensor, nn.Parameter) and one.dtype == torch.bfloat16 and one.is_cpu for one in given):
+    if not all(map(_is_emulated, given)):
         return False
     x, right = operands[left], operands[left + 1]
     if x.dim() < 2:

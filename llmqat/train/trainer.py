@@ -48,6 +48,7 @@ from transformers.trainer_utils import (
 from llmqat.data.length import check_length
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.grid import fusing
+from llmqat.kernels import float_products
 from llmqat.layers import (
     KVQuantizer,
     PackedEmbedding,
@@ -482,7 +483,8 @@ class QATTrainer(Trainer):
                     f"{type(without_adapters(student)).__name__} gives its output head states {list(hidden.shape)} for "
                     f"{list(labels.shape)} tokens; QATTrainer trains models that predict one next token at each"
                 )
-            with torch.autocast(hidden.device.type, enabled=False):  # dtypes are those of the checkpoint already
+            # Dtypes are those of the checkpoint already.
+            with torch.autocast(hidden.device.type, enabled=False), float_products():
                 predictor = predictor_of(without_adapters(student))
                 if return_outputs:
                     outputs.update(_likelihoods(hidden, predictor, labels), labels=labels)
@@ -543,7 +545,7 @@ class QATTrainer(Trainer):
             teacher = student if self.teacher is None else self.teacher
             training = teacher.training
             teacher.eval()
-            with capture_hidden(without_adapters(teacher)) as captured:
+            with capture_hidden(without_adapters(teacher)) as captured, float_products():
                 teacher(**inputs, use_cache=False)
                 hidden = captured.take()
             teacher.train(training)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from llmqat.kernels import float_products, products
 from llmqat.layers import QuantConfig, convert, prepare
+from llmqat.layers.causal import causal_attention
 from tests.tiny import tiny_llama
 
 
@@ -46,6 +47,24 @@ def test_the_sum_is_rounded_once(name: str) -> None:
     size = product(*(operand.double().abs() for operand in operands))
     assert found.dtype == torch.bfloat16
     assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-18 * size).all()
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_autocast_does_not_cast_back(name: str) -> None:
+    product, shapes = PRODUCTS[name]
+    operands = [drawn(*shape) for shape in shapes]
+    with float_products():
+        expected = product(*operands)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(product(*operands), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_attention_is_rounded_once(autocast: bool) -> None:
+    query, key, value = (drawn(2, heads, 24, 16) for heads in (4, 2, 2))
+    expected = causal_attention(query.float(), key.float(), value.float(), 0.25)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert torch.equal(causal_attention(query, key, value, 0.25), expected.bfloat16())
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
