@@ -221,6 +221,7 @@ def one_gpu(labels: dict[str, str]) -> str:
 IN_README = {
     "GPTQ, a block at a time on the GPU": "calibrate by GPTQ, one block at a time",
     "LoRA, its own teacher": "train LoRA adapters, added to the weights before these are rounded",
+    "LoRA on the packed model, a teacher's cache": "the same, starting from a packed model",
     "scales of the packed model, a teacher's cache": "train the scales of a packed model",
     "all weights, a teacher": "train all weights",
 }
@@ -229,6 +230,7 @@ IN_MEMORY = {
     "block-wise, a block at a time on the GPU": "stage `blockwise` alone, one block at a time on the GPU",
     "GPTQ, a block at a time on the GPU": "stage `gptq`, one block at a time on the GPU",
     "LoRA, its own teacher": "LoRA, the model is its own teacher",
+    "LoRA on the packed model, a teacher's cache": "LoRA on a packed model, cached teacher",
     "scales of the packed model, a teacher's cache": "scales of a packed model, cached teacher",
     "scales of the packed model, a teacher": "scales of a packed model, teacher in memory",
     "all weights, a teacher": "all weights, teacher in memory",

@@ -85,12 +85,13 @@ SETTINGS = (
 )
 MANY_GPUS = ("8B", "70B")
 ONE_GPU = {
-    "LoRA, its own teacher": ("lora", False),
-    "scales of the packed model, a teacher's cache": ("scales", True),
-    "scales of the packed model, a teacher": ("scales", False),
-    "all weights, a teacher": ("all", False),
+    "LoRA, its own teacher": ("lora", False, False),
+    "LoRA on the packed model, a teacher's cache": ("lora", True, True),
+    "scales of the packed model, a teacher's cache": ("scales", True, False),
+    "scales of the packed model, a teacher": ("scales", False, False),
+    "all weights, a teacher": ("all", False, False),
 }
-"""What is trained -> (memory.Method.trains, whether the teacher takes less than a model)."""
+"""What is trained -> (memory.Method.trains, whether the teacher takes less than a model, memory.Method.packed)."""
 GPUS = (8, 64)
 GPU_BYTES = 80e9
 LENGTH, GROUP, RANK = 4096, 128, 16
@@ -157,9 +158,10 @@ def _one_gpu(sizes: dict[str, tuple[ModelSize, dict[str, int]]]) -> str:
         label: [calibration_memory(size, how, ONE).peak for size, _ in sizes.values()]
         for label, how in CALIBRATIONS.items()
     }
-    for label, (trains, less) in ONE_GPU.items():
+    for label, (trains, less, packed) in ONE_GPU.items():
+        methods = [replace(method_of(trains, trained[trains], less), packed=packed) for _, trained in sizes.values()]
         rows[label] = [
-            memory_of(size, method_of(trains, trained[trains], less), ONE).peak for size, trained in sizes.values()
+            memory_of(size, method, ONE).peak for (size, _), method in zip(sizes.values(), methods, strict=True)
         ]
     for label, peaks in rows.items():
         lines.append(f"| {label} | {' | '.join(_gigabytes(peak, 1 if peak < 1e10 else 0) for peak in peaks)} |")

@@ -477,7 +477,8 @@ def test_a_teacher_that_reads_text_as_other_tokens_is_refused(
     prepare(model, QuantConfig.preset("int4", group_size=32))
     tokenizer.chat_template = "{{ x }}"
     save(model, tmp_path / "packed", tokenizer)
-    recipe = Recipe(model=str(tmp_path / "packed"), output=tmp_path / "run", teacher=str(tiny_folder))
+    places = {"model": str(tmp_path / "packed"), "output": tmp_path / "run", "teacher": str(tiny_folder)}
+    recipe = Recipe(**places, train={"trainable": "scales"})
     check_packed_start(recipe)
     assert "another chat template" in caplog.text
     tokenizer.backend_tokenizer.normalizer = Lowercase()  # the same tokens have the same ids

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from llmqat.extras import hidden
 from llmqat.layers.embedding import QuantEmbedding
+from llmqat.layers.packed import PackedLinear
 from llmqat.layers.quantized import QuantModule, without_adapters
 from llmqat.layers.source import forget_source
 
@@ -60,13 +61,13 @@ class QuantLora(ParamWrapper):
     """
 
     _before_merging: Tensor | None = None
-    """The weight as it was, while adapters are merged into it."""
+    """The weight as it was, or its codes, while adapters are merged into it."""
 
     @property
-    def layer(self) -> QuantModule:
+    def layer(self) -> QuantModule | PackedLinear:
         """The quantized weight that is adapted."""
         layer = self.get_base_layer()
-        assert isinstance(layer, QuantModule)
+        assert isinstance(layer, (QuantModule, PackedLinear))
         return layer
 
     def factors(self) -> Iterator[nn.Parameter]:
@@ -94,6 +95,12 @@ class QuantLora(ParamWrapper):
                 weight = weight.float() + self.get_delta_weight(name)
         return weight
 
+    def is_folded(self) -> bool:
+        """Returns whether the adapters are merged into the weight; takes them out of it where they are switched off."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return bool(self.merged)
+
     def state(self) -> tuple[bool, bool, tuple[str, ...]]:
         """Returns what says which adapters count now."""
         return self.disable_adapters, self.merged, tuple(self.active_adapters)
@@ -110,31 +117,37 @@ class QuantLora(ParamWrapper):
                     delta = delta.mT
             else:
                 delta = up @ down
-            return (delta * self.scaling[adapter_name]).view(self.layer.weight.shape)
+            delta = delta * self.scaling[adapter_name]
+            return delta if delta.dim() == self._param_ndim else delta.view(self.layer.weight.shape)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the adapters to the weight, which becomes float32: its codes are those of the forward before.
+        """Adds the adapters to the weight: its codes are those of the forward before.
+
+        A master weight becomes float32. A packed weight gets the codes of the sum.
 
         Raises:
             ValueError: when a merged weight is not finite.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
-                continue
-            weight = self.layer.weight.float() + self.get_delta_weight(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        names = [*self.merged_adapters, *names]
+        self.unmerge()
+        weight = self.layer.base()
+        for name in names:
+            weight = weight + self.get_delta_weight(name)
             if not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"the adapter {name!r} makes a weight that is not finite; it cannot be merged")
-            if self._before_merging is None:
-                self._before_merging = self.layer.weight.data
-            self.layer.weight.data = weight
-            self.merged_adapters.append(name)
+        self._before_merging = self.layer.put_base(weight)
+        self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the weight back as it was before the adapters were merged, bit for bit."""
         if self._before_merging is not None:
-            self.layer.weight.data, self._before_merging = self._before_merging, None
+            self.layer.put_back(self._before_merging)
+            self._before_merging = None
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
@@ -177,7 +190,9 @@ def adopt_adapters(model: nn.Module) -> list[QuantLora]:
             forget_source(inner)
     found = []
     for name, module in model.named_modules():
-        if not isinstance(module, ParamWrapper) or not isinstance(module.get_base_layer(), QuantModule):
+        if not isinstance(module, ParamWrapper):
+            continue
+        if not isinstance(module.get_base_layer(), (QuantModule, PackedLinear)):
             continue
         if isinstance(module.get_base_layer(), QuantEmbedding):
             raise ValueError(f"{name} is a quantized embedding, which takes no adapter; leave it out of the targets")
@@ -216,7 +231,7 @@ def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **option
             f"lora_dropout={options['lora_dropout']}: inside a quantizer the adapter is part of the weight, which has "
             "no input of its own to drop; leave lora_dropout out"
         )
-    layers = [name for name, module in model.named_modules() if isinstance(module, QuantModule)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, (QuantModule, PackedLinear))]
     embedded = {id(getattr(model, "get_input_embeddings", lambda: None)())}
     layers = [name for name in layers if id(model.get_submodule(name)) not in embedded]
     if not layers:
@@ -229,10 +244,43 @@ def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **option
     suffixes = wanted if wanted is not None else sorted({name.rpartition(".")[2] for name in layers})
     if _means_more(model, suffixes, layers):
         suffixes = [name for name in layers if any(name == part or name.endswith(f".{part}") for part in suffixes)]
+    take_adapters(model)
     for key in ("rank_pattern", "alpha_pattern"):  # peft looks for the names of weights in them
         if options.get(key):
             options[key] = {_of_weight(name): value for name, value in options[key].items()}
     return LoraConfig(target_modules=[], target_parameters=[f"{name}.{WEIGHT}" for name in suffixes], **options)
+
+
+def take_adapters(model: nn.Module) -> None:
+    """Lets peft find the weights of packed layers of `model`, which are no parameters.
+
+    Raises:
+        ValueError: for weights whose levels or zeros the packed form does not hold, so that new codes would be others.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, PackedLinear):
+            continue
+        if restriction := _restriction(module):
+            raise ValueError(
+                f"{name} {restriction}, and adapters would use all codes of {module.weights.label}; train adapters on "
+                "the full-precision model, whose scheme says what to keep"
+            )
+        module.shows_weight = True
+
+
+def _restriction(layer: PackedLinear) -> str:
+    """Returns how the codes of a packed weight keep to a part of what its scheme has; empty where they do not.
+
+    A checkpoint does not say that its integers are ternary, or that its zeros are to stay.
+    """
+    levels, bits = layer.levels(), layer.weights.num_bits
+    if layer.weights.levels == "integer" and layer.weights.symmetric:
+        if bits == 2 and bool((levels.abs() <= 1).all()):
+            return "has the levels -1, 0 and 1 alone (ternary)"
+        if bits == 3 and bool((levels % 2 == 1).all()):
+            return "has the levels of int2-seq alone"
+    share = float((levels == 0).float().mean())
+    return f"has {share:.0%} zeros" if bits > 2 and share >= 0.5 else ""
 
 
 def _of_weight(name: str) -> str:

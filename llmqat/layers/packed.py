@@ -4,11 +4,15 @@ The scales of a packed weight can be trained while its codes stay (EfficientQAT'
 a log-scale, and gradients go through the dequantization. No full-precision weight is kept: the backward pass
 dequantizes the codes again.
 
+LoRA adapters can be trained inside the quantizer of a packed weight, too (lora.py). What is quantized then is the
+dequantized weight plus what the adapters add, so codes change. To fold the adapters is to put the new codes in place.
+
 The buffers have the names, shapes and dtypes of compressed-tensors' `pack-quantized` files, so a checkpoint loads into
 them by name. Two kinds of file have no int32 words: `int-quantized` has int8 codes, and floats have bytes. Both are
 held in `weight_packed` as they are, with scales in the checkpoint's dtype, or in float32 (export/forms.py).
 
-Source: EfficientQAT (2407.11062) section 3.3. Letters: O rows, I in features, G scales per row, b bits.
+Source: EfficientQAT (2407.11062) section 3.3; for adapters LR-QAT (2406.06385) section 3.
+Letters: O rows, I in features, G scales per row, b bits.
 """
 
 from __future__ import annotations
@@ -25,11 +29,13 @@ from torch.nn import functional as F
 
 from llmqat.grid import (
     Grid,
+    fake_quantize,
     gradient_factor,
     of_all_rows,
     pack_codes,
     pack_int32,
     packed_shape,
+    quantize,
     scale_from_log,
     snap_scale,
     stored_codes,
@@ -40,7 +46,7 @@ from llmqat.layers.activation import ActivationQuantizer
 from llmqat.layers.config import ActivationConfig, WeightConfig
 from llmqat.layers.kept import dtypes_kept
 from llmqat.layers.linear import QuantLinear
-from llmqat.layers.quantized import QuantModule, compute_dtype
+from llmqat.layers.quantized import Adapter, QuantModule, compute_dtype
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +99,7 @@ class PackedModule(nn.Module):
         weights: the scheme on disk (`WeightConfig.stored`).
         label: the scheme for tables; the trained one's where it is known.
         log_scale: [O, G] float32 parameter while scales are trained, [ceil(O / g), G] for blocks; else None.
+        adapters: what adds LoRA to the dequantized weight inside its quantizer, or nothing.
     """
 
     weight_packed: Tensor
@@ -137,6 +144,7 @@ class PackedModule(nn.Module):
         self._pages: FilePages | None = None
         self._dtype: torch.dtype | None = None
         self.global_scale: float | None = None
+        self.adapters: tuple[Adapter, ...] = ()  # in a tuple no module of theirs becomes one of this module's
 
     @property
     def dtype(self) -> torch.dtype:
@@ -242,6 +250,7 @@ class PackedModule(nn.Module):
             )
         if self.log_scale is None:
             self.log_scale = nn.Parameter(torch.zeros_like(self._of_blocks(), dtype=torch.float32))
+        self.log_scale.requires_grad_(True)
 
     @torch.no_grad()
     def fold_scales(self) -> None:
@@ -263,17 +272,57 @@ class PackedModule(nn.Module):
         return self.weight_scale[:: self.weights.block]
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """Returns the weight in `dtype`, bit-equal to QuantModule.quantized_weight; differentiable in log_scale."""
+        """Returns the weight in `dtype`, bit-equal to QuantModule.quantized_weight; differentiable in what trains."""
+        adapters = [adapter for adapter in self.adapters if not adapter.is_folded()]
+        if adapters:
+            base = self.base()
+            for adapter in adapters:
+                base = adapter.adapted(base)
+            return fake_quantize(self._as_rows(base), self.scale(), self._zero_point(), self.grid, dtype)
         if self.log_scale is None:
             return self.packed_weight().dequantized(dtype)
         weight: Tensor = _Dequantize.apply(self.scale(), self.packed_weight(), dtype)  # type: ignore[no-untyped-call]
         return weight
+
+    @torch.no_grad()
+    def base(self) -> Tensor:
+        """Returns the weight that adapters are added to, in float32 and the layout of the layer: codes times scales."""
+        return self.packed_weight().dequantized(torch.float32)
+
+    @torch.no_grad()
+    def put_base(self, weight: Tensor) -> Tensor:
+        """Puts codes of `weight` in place, float32 in the layout of the layer; returns `weight_packed` before that."""
+        before = self.weight_packed
+        self.weight_packed = pack_codes(
+            quantize(self._as_rows(weight), self.scale(), self._zero_point(), self.grid), self.grid
+        )
+        return before
+
+    def put_back(self, before: Tensor) -> None:
+        """Undoes `put_base`, which returned `before`."""
+        self.weight_packed = before
+
+    @torch.no_grad()
+    def levels(self) -> Tensor:
+        """Returns the codes [O, I] as the numbers that scales multiply, in float32."""
+        return _levels(self.packed_weight())
+
+    def _as_rows(self, weight: Tensor) -> Tensor:
+        """Returns a weight in the layout of the layer as [O, I]."""
+        return weight
+
+    def _zero_point(self) -> Tensor | None:
+        """Returns the zero point [O, G] in float32, or None."""
+        zero_point = self.packed_weight().zero_point
+        return None if zero_point is None else zero_point.float()
 
     def product(self, x: Tensor | QuantizedInput, bias: Tensor | None, kernel: str) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in x's dtype."""
         codes = x.codes if isinstance(x, QuantizedInput) else x
         if (kept := self.kept_for(codes)) is not None and kept.dtype == (values := _values(x)).dtype:
             return F.linear(values, kept, bias)
+        if self.adapters:
+            return F.linear(_values(x), self.dequantized_weight(_values(x).dtype), bias)
         if self.log_scale is None:
             return packed_linear(x, self.packed_weight(), bias, kernel)
         output: Tensor = _Product.apply(_values(x), self.scale(), bias, self.packed_weight())  # type: ignore[no-untyped-call]
@@ -282,7 +331,7 @@ class PackedModule(nn.Module):
     def kept_for(self, x: Tensor) -> Tensor | None:
         """Returns the dequantized weight [O, I] where it is kept and is faster for `x` [*, I], else None."""
         weight = self._runtime
-        if weight is None or weight.kept is None or x.numel() <= FEW_ROWS * self.columns:
+        if weight is None or weight.kept is None or x.numel() <= FEW_ROWS * self.columns or self.adapters:
             return None
         return weight.kept if self.log_scale is None and weight.packed is self.weight_packed else None
 
@@ -343,10 +392,13 @@ def _with_scale(weight: PackedWeight, scale: Tensor) -> PackedWeight:
     return PackedWeight(weight.packed, scale.detach(), weight.zero_point, weight.grid, weight.in_features)
 
 
+def _levels(weight: PackedWeight) -> Tensor:
+    return _with_scale(weight, torch.ones_like(weight.scale, dtype=torch.float32)).dequantized(torch.float32)
+
+
 def _scale_gradient(weight: PackedWeight, gradient: Tensor) -> Tensor:
     """Returns dL/ds [O, G] from dL/dŵ [O, I]: the sum over each group of dL/dŵ times the level."""
-    ones = torch.ones_like(weight.scale, dtype=torch.float32)
-    levels = _with_scale(weight, ones).dequantized(torch.float32)
+    levels = _levels(weight)
     return (gradient.float() * levels).view(*weight.scale.shape, -1).sum(-1)
 
 
@@ -394,6 +446,7 @@ class PackedLinear(PackedModule):
         kernel: "auto", or the name of the kernel to insist on.
         transposed: it stands for a Conv1D; the codes are [O, I] all the same.
         shared: the product that it shares with other layers of the same input (`shared.py`), or None.
+        shows_weight: whether `named_parameters` of this module alone names a `weight`, for peft to adapt (lora.py).
     """
 
     bias: Tensor | None
@@ -417,7 +470,7 @@ class PackedLinear(PackedModule):
         """
         super().__init__(out_features, in_features, weights, dtype, device, name)
         self.in_features, self.out_features, self.kernel = in_features, out_features, "auto"
-        self.transposed, self.shared = False, None
+        self.transposed, self.shared, self.shows_weight = False, None, False
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
         self.input_quantizer = (
             None if input_activations is None else ActivationQuantizer(input_activations, device, name)
@@ -439,6 +492,23 @@ class PackedLinear(PackedModule):
     def weight(self) -> Tensor:
         """The dequantized weight, laid out as in the layer that this one stands for."""
         return super().weight.mT if self.transposed else super().weight
+
+    def base(self) -> Tensor:
+        """Returns the weight that adapters are added to, in float32, [O, I] ([I, O] when transposed)."""
+        return super().base().mT if self.transposed else super().base()
+
+    def _as_rows(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields the parameters, and, to peft, which looks for one to adapt, one of the shape of the weight."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        if self.shows_weight and not recurse:
+            shape = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+            stand_in = torch.empty(shape, dtype=self.dtype, device="meta")
+            yield f"{prefix}.weight" if prefix else "weight", nn.Parameter(stand_in, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in the autocast dtype or else x's."""

@@ -686,11 +686,15 @@ def other_than(model: nn.Module, noted: Mapping[str, Checksum]) -> list[str]:
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns all that the quantizers of `model` hold beside weights, by name in the state dict."""
+    """Returns all that the quantizers of `model` hold beside weights, by name in the state dict; no packed scales."""
     owners = [name for name, module in model.named_modules() if isinstance(module, (QuantModule, RangedModule))]
-    return {
+    state = {
         f"{owner}.{name}": tensor.detach()
         for owner in owners
         for name, tensor in model.get_submodule(owner).state_dict().items()
         if name not in ("weight", "bias")
     }
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule) and module.log_scale is not None:
+            state[f"{name}.log_scale"] = module.log_scale.detach()
+    return state

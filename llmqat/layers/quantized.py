@@ -61,6 +61,10 @@ class Adapter(Protocol):
         """Yields the parameters it is made of."""
         ...
 
+    def is_folded(self) -> bool:
+        """Returns whether the weight holds already what the adapter adds; unfolds it where it is switched off."""
+        ...
+
     def state(self) -> tuple[Any, ...]:
         """Returns what `adapted` depends on besides the parameters; hashable."""
         ...
@@ -191,6 +195,19 @@ class QuantModule(nn.Module):
         weight = self.master()
         weight = weight.mT if self.transposed else weight
         return weight.reshape(-1, weight.shape[-1])
+
+    def base(self) -> Tensor:
+        """Returns the master weight without adapters, in float32 and its own layout."""
+        return self.weight.float()
+
+    def put_base(self, weight: Tensor) -> Tensor:
+        """Makes `weight`, in its own layout, the master weight; returns the one before."""
+        before, self.weight.data = self.weight.data, weight
+        return before
+
+    def put_back(self, before: Tensor) -> None:
+        """Undoes `put_base`, which returned `before`."""
+        self.weight.data = before
 
     @torch.no_grad()
     def choose_zeros(self, choose: Callable[[int, int], Tensor] | None = None) -> None:

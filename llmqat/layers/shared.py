@@ -68,7 +68,10 @@ class SharedProduct:
     def _usable(self, x: Tensor) -> bool:
         # Parameters are looked up where modules keep them: this is asked for every token.
         kernel = self.members[0].kernel
-        return all(member._parameters["log_scale"] is None and member.kernel == kernel for member in self.members)
+        return all(
+            member._parameters["log_scale"] is None and not member.adapters and member.kernel == kernel
+            for member in self.members
+        )
 
     def _product(self, x: Tensor) -> Sequence[Tensor]:
         dtype, first = compute_dtype(x), self.members[0]

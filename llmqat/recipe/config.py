@@ -131,6 +131,8 @@ TRAINS_NOTHING = "train (null, or max_steps: 0) trains nothing"
 """What errors say of a recipe that does not train."""
 READ_WITHOUT_TRAINING = ("max_steps", "num_train_epochs", "bf16", "use_cpu")
 """Fields of `train` that are read where nothing is trained."""
+UNPACKED_ONLY = ("quant", "calibrate", "allocate")
+"""Keys that say how full-precision weights are quantized."""
 ONLY_TRAINED = ("lora", "teacher", "teacher_cache", "teacher_bits")
 """Keys of a recipe that say something of its training alone."""
 
@@ -146,7 +148,7 @@ class Recipe(Config):
 
     model: str
     """Hub id, folder, .gguf file, or `package:` and the path of a file inside an installed Python package; a packed
-    checkpoint, whose scales alone are trained, with a `teacher`."""
+    checkpoint, whose scales or adapters are trained, with a `teacher`."""
     output: Path
     """Run folder, made by the run; it holds the checkpoint in `model/`."""
     seed: int = 0
@@ -200,6 +202,14 @@ class Recipe(Config):
         if isinstance(values, dict) and isinstance(data := values.get("data", {}), dict) and "seed" in values:
             return {**values, "data": {"seed": values["seed"], **data}}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_of_packed(cls, values: Any) -> Any:
+        """Takes out what is null beside a teacher, which means a packed model: `quant=null` behind a recipe."""
+        if not isinstance(values, dict) or values.get("teacher") is None:
+            return values
+        return {key: value for key, value in values.items() if value is not None or key not in UNPACKED_ONLY}
 
     @field_validator("quant", mode="before")
     @classmethod

@@ -5,7 +5,8 @@ optimizer): when the loss is made (all activations, a chunk of logits, the head'
 begins (the same, and the head's gradient on its way), and when it ends (all gradients). `peak` is the highest of them.
 
 Counted in bytes a device:
-    weights       float32 masters where weights train, bfloat16 where they are frozen, packed codes where scales train;
+    weights       float32 masters where weights train, bfloat16 where they are frozen, packed codes where scales train,
+                  and under adapters of a packed model;
                   for each group a starting scale and a log-scale in float32; a byte a weight where zeros are kept
     gradients     float32, of what trains; DDP holds them a second time in its buckets
     optimizer     8 bytes a trained parameter for AdamW, 2 in 8 bits
@@ -76,6 +77,8 @@ class Method:
 
     trains: str = "all"
     """`all` weights, `lora` adapters with the scales, or `scales` with the norms."""
+    packed: bool = False
+    """Whether the weights under adapters are packed."""
     trained: int = 0
     """Parameters that train, scales included."""
     teacher: float = 2.0
@@ -289,6 +292,8 @@ def _weight_bytes(size: ModelSize, method: Method) -> float:
         return 4.0 * size.parameters + 8.0 * size.groups + size.sparse
     if method.trains == "scales":  # codes, scales in bfloat16, log-scales
         return size.packed_bytes * size.quantized + 6.0 * size.groups + 2.0 * rest
+    if method.packed:
+        return size.packed_bytes * size.quantized + 2.0 * size.groups + 2.0 * rest + 4.0 * method.trained
     return method.frozen_bytes * size.parameters + 4.0 * method.trained + 4.0 * size.groups + size.sparse
 
 
@@ -350,7 +355,7 @@ def _activation_bytes(size: ModelSize, method: Method, devices: Devices) -> floa
     tokens = method.batch * method.length
     ends = 12.0 * size.hidden * tokens  # hidden states of student and teacher before the head, and their gradients
     if method.checkpointing:
-        whole = devices.kind == "ddp" and method.trains != "scales"
+        whole = devices.kind == "ddp" and method.trains != "scales" and not method.packed
         reuses = method.accumulation > 1 if method.reuses is None else method.reuses
         reused = 2.0 * size.quantized if reuses and whole else 0.0
         return ends + 2.0 * size.hidden * tokens * size.layers + _block_bytes(size, method, devices) + reused

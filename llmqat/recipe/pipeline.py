@@ -66,7 +66,7 @@ from llmqat.models import (
     to_accelerator,
 )
 from llmqat.recipe.allocation import PLAN_FILE, choice_name, plan_bits, planned
-from llmqat.recipe.config import TRAINER_FOLDER, Recipe, forward_dtype, master_dtype, unread
+from llmqat.recipe.config import TRAINER_FOLDER, UNPACKED_ONLY, Recipe, forward_dtype, master_dtype, unread
 from llmqat.recipe.evaluation import (
     ANSWERED,
     EARLIER_TEXTS,
@@ -92,7 +92,7 @@ from llmqat.recipe.machine import remember_run
 from llmqat.recipe.plan import check_blocks, coverage_of, learns_answers
 from llmqat.recipe.preflight import Preflight, begin, check_run
 from llmqat.recipe.record import RunRecord
-from llmqat.recipe.start import UNPACKED_ONLY, starts_packed
+from llmqat.recipe.start import starts_packed
 from llmqat.recipe.teacher import cache_while_writing, check_cached, teacher_cache_of, text_of, written_cache
 from llmqat.recipe.training import TrainingLines
 from llmqat.terminal import Stages, progress
@@ -253,7 +253,7 @@ def _run(recipe: Recipe, flight: Preflight, record: RunRecord | None) -> RunResu
         "training": training,
     }
     with stage("save", "packing, and checking the files"):
-        if arguments.trainable == "scales":
+        if arguments.trainable == "scales" or starts_packed(recipe):
             convert(trained)
         elif recipe.trains:
             layers["trained"] = layers_of(recipe, trained, calibration_rows, arguments)

@@ -365,6 +365,7 @@ def method_of(recipe: Recipe, arguments: QATArguments, model: PreTrainedModel) -
         model.get_input_embeddings().requires_grad_(False)
     method = Method(
         trains=trains,
+        packed=starts_packed(recipe),
         trained=sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad),
         teacher=_teacher(recipe, arguments),
         head_trains=_head_trains(model),
@@ -393,7 +394,8 @@ def _head_trains(model: PreTrainedModel) -> bool:
 
 def _teacher(recipe: Recipe, arguments: QATArguments) -> float:
     """Returns the bytes of one of the teacher's linear weights while training; 0 where no second model is held."""
-    own = recipe.lora is not None and all(isinstance(stage, RangesStage) for stage in recipe.calibrate)
+    is_moved = starts_packed(recipe) or not all(isinstance(stage, RangesStage) for stage in recipe.calibrate)
+    own = recipe.lora is not None and not is_moved
     if own or recipe.teacher_cache is not None or kept_top_k(recipe) is not None or arguments.kl_weight == 0:
         return 0.0
     return 2.0 if recipe.teacher_bits is None else recipe.teacher_bits / 8

@@ -1,23 +1,26 @@
-"""What a recipe starts from: a full-precision model, or one that is packed already and trains its scales as they lie.
+"""What a recipe starts from: a full-precision model, or one that is packed already.
 
-A packed model has no weights to calibrate or to train, and keeps its scheme; the model that it is to be like is named
-beside it. It may be llmqat's own or another tool's.
+A packed model has no full-precision weights to calibrate or to train, and keeps its scheme. Its scales are trained as
+they lie, or LoRA adapters inside its quantizers, which change its codes. Beside it is named the model that it is to be
+like. It may be llmqat's own or another tool's.
 """
 
 from __future__ import annotations
 
 import logging
 
+from torch import nn
+
 from llmqat.evaluate.tokenizers import reading_difference, vocabulary_difference
 from llmqat.export import is_packed, load
 from llmqat.models import load_tokenizer, resolve_spec
-from llmqat.recipe.config import TRAINS_NOTHING, Recipe, training_arguments
+from llmqat.recipe.config import TRAINS_NOTHING, UNPACKED_ONLY, Recipe, training_arguments
 from llmqat.train import choose_trained
 
 log = logging.getLogger(__name__)
 
-UNPACKED_ONLY = ("quant", "calibrate", "allocate", "lora")
-"""Keys of a recipe that say how full-precision weights are quantized or trained."""
+WAYS = "train its scales with train.trainable=scales, or adapters with lora={r: 16}, or give the model it was made from"
+"""What can be done with a packed model."""
 
 
 def starts_packed(recipe: Recipe) -> bool:
@@ -38,19 +41,15 @@ def starts_packed(recipe: Recipe) -> bool:
     given = [key for key in UNPACKED_ONLY if key in recipe.model_fields_set and getattr(recipe, key) not in (None, ())]
     if given:
         raise ValueError(
-            f"{given[0]}: model {recipe.model!r} is packed already and keeps its codes and its scheme; leave out "
-            f"{', '.join(given)}, or give the model it was made from"
+            f"{given[0]}: model {recipe.model!r} is packed already and keeps its scheme; leave out "
+            f"{', '.join(given)} (behind a recipe: {'=null '.join(given)}=null), or give the model it was made from"
         )
     if not recipe.trains:
         raise ValueError(
-            f"model {recipe.model!r} is packed already, and {TRAINS_NOTHING}, so there is nothing to do; train its "
-            "scales with train.trainable=scales, or give the model it was made from"
+            f"model {recipe.model!r} is packed already, and {TRAINS_NOTHING}, so there is nothing to do; {WAYS}"
         )
-    if training_arguments(recipe).trainable != "scales":
-        raise ValueError(
-            f"model {recipe.model!r} is packed, so it has no weights to train; train its scales with "
-            "train.trainable=scales, or give the model it was made from"
-        )
+    if recipe.lora is None and training_arguments(recipe).trainable != "scales":
+        raise ValueError(f"model {recipe.model!r} is packed, so it has no weights to train; {WAYS}")
     if recipe.teacher is None:
         raise ValueError(
             f"model {recipe.model!r} is packed and cannot teach itself; give the full-precision model it was made from "
@@ -60,12 +59,15 @@ def starts_packed(recipe: Recipe) -> bool:
 
 
 def check_packed_start(recipe: Recipe) -> None:
-    """Raises where the scales of the packed model of `recipe` cannot be trained, or its tokenizer is not its teacher's.
+    """Raises where what `recipe` trains of its packed model cannot be, or its tokenizer is not its teacher's.
 
     Raises:
         ValueError: says which.
     """
-    choose_trained(load(recipe.model), "scales")
+    model: nn.Module = load(recipe.model)
+    if recipe.lora is not None:
+        model = recipe.lora.attach(model)
+    choose_trained(model, training_arguments(recipe).trainable)
     own, taught = (load_tokenizer(resolve_spec(spec), spec) for spec in (recipe.model, recipe.source))
     differing = " ".join(vocabulary_difference(taught, own)).strip() or reading_difference(taught, own)
     if differing:

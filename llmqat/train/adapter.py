@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llmqat.config import Config
-from llmqat.layers import QuantModule, changed_since_prepared, quantizer_state, quantizers_off
+from llmqat.layers import PackedModule, QuantModule, changed_since_prepared, quantizer_state, quantizers_off
 from llmqat.layers.lora import QuantLora, adapters_off, adopt_adapters, lora_config
 from llmqat.layers.prepare import CONFIG_KEY, noted_source, other_than
 from llmqat.layers.source import Checksum, checksums_from_json, checksums_to_json
@@ -113,6 +113,11 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     Raises:
         ValueError: when the base weights are not those of the original model, which whoever loads the adapter has.
     """
+    if any(isinstance(module, PackedModule) for module in model.modules()):
+        raise ValueError(
+            "the adapters are on a packed model, whose codes are to become those of the sum: fold them with "
+            "merge_and_unload(), then call llmqat.convert and llmqat.save"
+        )
     if changed_since_prepared(model) != []:
         raise ValueError(
             "the base weights were moved (by gptq, block-wise training, rotation, or training), so the adapter alone "

@@ -795,26 +795,34 @@ def choose_trained(model: nn.Module, trainable: str) -> None:
         if adapters:
             raise ValueError("trainable='scales' trains no adapter; take the adapters off, or leave trainable out")
         freeze_weights(model)
-    elif any(isinstance(module, PackedModule) for module in model.modules()):
-        raise ValueError(
-            "the model is packed, so it has no weights to train; train its scales with "
-            "QATArguments(trainable='scales'), or prepare the original model"
-        )
     elif adapters:
         if not any(factor.requires_grad for adapter in adapters for factor in adapter.factors()):
             raise ValueError(
                 "no adapter is trainable; load it with llmqat.load_adapter(model, folder, is_trainable=True)"
             )
         train_quantizers(model)
+    elif any(isinstance(module, PackedModule) for module in model.modules()):
+        raise ValueError(
+            "the model is packed, so it has no weights to train; train its scales with "
+            "QATArguments(trainable='scales'), attach adapters with llmqat.lora_config(model), or prepare the original "
+            "model"
+        )
 
 
 def train_quantizers(model: nn.Module) -> None:
     """Makes log-scales and learned zero points of `model` trainable, in place: peft freezes all but its adapters."""
+    _train_packed_scales(model)
     for module in model.modules():
         if isinstance(module, QuantModule):
             for parameter in (module.log_scale, module.zero_point):
                 if isinstance(parameter, nn.Parameter):
                     parameter.requires_grad_(True)
+
+
+def _train_packed_scales(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, PackedModule) and not isinstance(module, PackedEmbedding):
+            module.train_scales()
 
 
 def freeze_weights(model: nn.Module) -> None:
@@ -825,9 +833,7 @@ def freeze_weights(model: nn.Module) -> None:
     Raises:
         ValueError: when the scheme has no learned scale, and so next to nothing to train.
     """
-    for module in model.modules():
-        if isinstance(module, PackedModule) and not isinstance(module, PackedEmbedding):
-            module.train_scales()
+    _train_packed_scales(model)
     holders = [module for module in model.modules() if isinstance(module, (QuantModule, PackedModule))]
     if all(module.log_scale is None for module in holders):
         raise ValueError("trainable='scales' needs learned scales; the scheme has scales: fixed or dynamic")

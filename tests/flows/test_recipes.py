@@ -656,6 +656,48 @@ def test_the_text_that_a_packed_start_has_seen_is_remembered(tiny_folder: Path, 
         compare_models([str(result.checkpoint)], settings)
 
 
+QUANTIZED = ("quant={preset: int4}", "calibrate=[gptq]")
+
+
+def test_adapters_of_a_packed_model_are_trained_folded_and_resumed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    start = tmp_path / "start"
+    quantize_model(str(tiny_folder), start, scheme="int3", group_size=32, method="rtn")
+
+    def recipe(output: str, *more: str) -> Recipe:
+        words = [word for word in small(start, tmp_path / output) if not word.startswith("calibrate=")]
+        words += [f"teacher={tiny_folder}", "quant=null", "calibrate=null", "train.learning_rate=5e-3"]
+        return load_recipe("lora-int4", [*words, "train.max_steps=8", "train.save_steps=4", *more])
+
+    plan, whole = plan_run(recipe("whole")), run(recipe("whole"))
+    assert whole is not None
+    assert plan.method.packed
+    assert plan.method.trained == whole.training["trained_parameters"]
+    assert not whole.training["own_teacher"]
+    assert [row.role for row in whole.comparison.rows] == ["full precision", "training-free", "trained"]
+    divergence = [next(iter(row.evaluations.values())).kl for row in whole.comparison.rows]
+    assert divergence[2] < divergence[1]
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, whole.checkpoint))
+    moved = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert moved == {"weight_packed", "weight_scale"}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmqat.recipe.pipeline.save", fail)
+        with pytest.raises(Interrupted):
+            run(recipe("run"))
+    resumed = run(recipe("run"))
+    assert resumed is not None
+    assert resumed.training["resumed_from"] == "checkpoint-8"
+    found = load_file(resumed.checkpoint / "model.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in after.items())
+    assert probe(load_recipe(resumed.checkpoint, [f"model={start}", f"output={tmp_path / 'again'}"])).step_seconds > 0
+
+
 def test_what_a_packed_model_cannot_start_is_refused(tiny_folder: Path, tmp_path: Path):
     start = packed_folder(tmp_path / "start")
 
@@ -664,9 +706,10 @@ def test_what_a_packed_model_cannot_start_is_refused(tiny_folder: Path, tmp_path
             with pytest.raises(ValueError, match=message):
                 start_run(packed_recipe(model, tiny_folder, tmp_path / "run", *more))
 
-    refused("quant: model .* is packed already and keeps its codes", "quant={preset: int4}")
-    refused("leave out calibrate, lora", "calibrate=[gptq]", "lora={r: 4}", "train={}")
-    refused("no weights to train; train its scales with train.trainable=scales", "train.trainable=all")
+    refused("quant: model .* is packed already and keeps its scheme", "quant={preset: int4}")
+    refused(r"leave out quant, calibrate \(behind a recipe: quant=null calibrate=null\)", *QUANTIZED)
+    refused("no weights to train; train its scales with .*, or adapters with lora=", "train.trainable=all")
+    refused("'scales' trains no adapter", "lora={r: 4}")
     refused("cannot teach itself; give the full-precision model .* teacher=MODEL", "teacher=null")
     refused("is packed already, and train .* trains nothing, so there is nothing to do", "teacher=null", "train=null")
     refused("is in full precision and is its own teacher; leave teacher out", model=tiny_folder)
