@@ -148,6 +148,19 @@ def test_gptq_holds_matrices_of_the_widest_layer(tiny_llama_folder: Path) -> Non
     assert calibration_memory(wide, plain, devices) == calibration_memory(size, plain, devices)
 
 
+def test_sensitivities_hold_hidden_states_between_all_blocks(tiny_llama_folder: Path) -> None:
+    alone = planned(tiny_llama_folder, "train=null", "allocate={target_bits: 3, choices: [2, 4], blocks: 3}")
+    assert isinstance(alone.method, Calibration)
+    assert alone.method.sensitivity == 3 * 32
+    size = replace(alone.size, layers=7)
+    peaks = [
+        calibration_memory(size, replace(alone.method, sensitivity=tokens, sensitivity_memory=most), alone.devices).peak
+        for tokens, most in ((1 << 20, 1e12), (2 << 20, 1e12), (2 << 20, 0.0))
+    ]
+    assert peaks[1] - peaks[0] == 2 * 8 * size.hidden << 20
+    assert peaks[1] - peaks[2] == 2 * 8 * size.hidden << 21
+
+
 def test_the_largest_batch_is_the_largest_that_fits(llama: Any) -> None:
     available = int(2 * llama.memory.peak)
     batch = llama.fitting_batch(available)

@@ -29,6 +29,7 @@ from typing import Any
 
 from torch import nn
 
+from llmqat.calibrate import fisher
 from llmqat.layers import PackedModule, QuantModule
 from llmqat.layers.causal import LONGEST
 from llmqat.models import heads_of
@@ -123,6 +124,10 @@ class Calibration:
     """Bytes of hidden states above which they lie in files."""
     by_block: bool = False
     """Whether weights stay in their files, or in the memory of the machine, until their block's turn comes."""
+    sensitivity: int = 0
+    """Tokens of the text that sensitivities are measured on before; 0 where none are."""
+    sensitivity_memory: float = 4e9
+    """Bytes of their hidden states above which these lie in files."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,9 @@ def calibration_memory(size: ModelSize, calibration: Calibration, devices: Devic
     - a block in stage `gptq`: 8, its weights in float32, the original and the quantized ones in bfloat16; and for its
       widest layer, of I input features and D output features, six matrices I x I and four I x D in float32: second
       moments and what they are to make up for, of two halves of the text, a factor and its copy
+    - a block whose sensitivities are measured: 14, its weights in float32 and in the dtype of the forward, their
+      gradients and Fisher information; what it keeps of a token block; logits, their probabilities and gradients of a
+      chunk; and on a CPU the hidden states between all blocks, up to `sensitivity_memory`
     - on a CPU, hidden states of both chains, and with `gptq` the original inputs of layers, up to `hidden_memory` each;
       a GPU has them in the memory of the machine
     """
@@ -273,6 +281,11 @@ def calibration_memory(size: ModelSize, calibration: Calibration, devices: Devic
         block += min(4.0 * tokens * hidden, most) if on_cpu else 0.0
     elif calibration.by_block:
         block += 2.0 * size.block
+    if calibration.sensitivity:
+        states = min(2.0 * calibration.sensitivity * hidden * (size.layers + 1), calibration.sensitivity_memory)
+        own = 14.0 * size.block + calibration.length * _kept_by_block(size)
+        own += 12.0 * fisher.CHUNK_TOKENS * size.vocabulary
+        block = max(block, own + (states if on_cpu else 0.0))
     runtime = float(CPU_RUNTIME) if on_cpu else 0.0
     return Memory(weights, 0.0, 0.0, 0.0, 0.0, 0.0, block, runtime, weights + block + runtime)
 

@@ -338,7 +338,7 @@ def packed_bytes(coverage: CoverageAudit) -> float:
 
 def calibration_of(recipe: Recipe) -> Calibration:
     """Returns how the recipe calibrates a model that it does not train."""
-    looks = needs_text(recipe.calibrate, recipe.quant)
+    looks, allocate = needs_text(recipe.calibrate, recipe.quant), recipe.allocate
     blocks = max((getattr(stage, "blocks", 0) for stage in recipe.calibrate), default=0) if looks else 0
     batch = max((getattr(stage, "batch_size", 1) for stage in recipe.calibrate), default=1)
     return Calibration(
@@ -349,6 +349,8 @@ def calibration_of(recipe: Recipe) -> Calibration:
         gptq=any(isinstance(stage, GPTQStage) for stage in recipe.calibrate),
         blockwise=any(isinstance(stage, BlockwiseStage) for stage in recipe.calibrate),
         hidden_memory=1e9 * max((getattr(stage, "hidden_memory", 0.0) for stage in recipe.calibrate), default=0.0),
+        sensitivity=0 if allocate is None else allocate.blocks * recipe.data.block_size,
+        sensitivity_memory=0.0 if allocate is None else 1e9 * allocate.hidden_memory,
     )
 
 
