@@ -231,6 +231,7 @@ def test_quantize_memory(
 NO_RESULTS = {
     *("ablation_levers.py", "budget_law.py", "client_checkpoints.py", "client_table.py", "figures.py", "made.py"),
     *("gpu.py", "gpu_models.py", "gpu_steps.py", "gpu_tables.py", "peer_methods.py", "references.py", "scaling.py"),
+    "report_picture.py",
 }
 """Scripts that measure nothing, are part of another, or (gpu.py) write their own report after each step."""
 
