@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,13 +132,14 @@ class QuantLora(ParamWrapper):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
+        for name in names:
+            if not bool(torch.isfinite(self.get_delta_weight(name)).all()):
+                raise ValueError(f"the adapter {name!r} makes a weight that is not finite; it cannot be merged")
         names = [*self.merged_adapters, *names]
         self.unmerge()
         weight = self.layer.base()
         for name in names:
             weight = weight + self.get_delta_weight(name)
-            if not bool(torch.isfinite(weight).all()):
-                raise ValueError(f"the adapter {name!r} makes a weight that is not finite; it cannot be merged")
         self._before_merging = self.layer.put_base(weight)
         self.merged_adapters.extend(names)
 
@@ -171,23 +172,7 @@ def adopt_adapters(model: nn.Module) -> list[QuantLora]:
         ValueError: when an adapter is on a quantized embedding, on a parameter of a QuantModule other than `weight`, or
             on a weight that has one already; or when it starts from the rounding error (LoftQ).
     """
-    inner = without_adapters(model)
-    configs = getattr(inner, "peft_config", None) or {}
-    if len(configs) > 1:
-        log.warning(
-            "adapters %s share the scales of the quantizers, so only the one whose scales were loaded or trained last "
-            "gives what it was trained to give; load one adapter a model",
-            ", ".join(configs),
-        )
-    for name, config in configs.items():
-        start = getattr(config, "init_lora_weights", None)
-        if start == "loftq":
-            raise ValueError(
-                f"adapter {name!r} has init_lora_weights='loftq': it starts as the rounding error, which repairs a "
-                "weight beside the quantizer and adds to the error inside it; leave init_lora_weights out"
-            )
-        if isinstance(start, str) and start.startswith(MOVES_THE_BASE):
-            forget_source(inner)
+    _check_starts(without_adapters(model))
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, ParamWrapper):
@@ -205,7 +190,29 @@ def adopt_adapters(model: nn.Module) -> list[QuantLora]:
         assert isinstance(module, QuantLora)
         module.layer.adapters = (module,)
         found.append(module)
+    for layer in (module for module in model.modules() if isinstance(module, PackedLinear)):
+        layer.shows_weight = False
     return found
+
+
+def _check_starts(inner: nn.Module) -> None:
+    """Warns of several adapters that share scales; raises ValueError for one that starts from the rounding error."""
+    configs = getattr(inner, "peft_config", None) or {}
+    if len(configs) > 1:
+        log.warning(
+            "adapters %s share the scales of the quantizers, so only the one whose scales were loaded or trained last "
+            "gives what it was trained to give; load one adapter a model",
+            ", ".join(configs),
+        )
+    for name, config in configs.items():
+        start = getattr(config, "init_lora_weights", None)
+        if start == "loftq":
+            raise ValueError(
+                f"adapter {name!r} has init_lora_weights='loftq': it starts as the rounding error, which repairs a "
+                "weight beside the quantizer and adds to the error inside it; leave init_lora_weights out"
+            )
+        if isinstance(start, str) and start.startswith(MOVES_THE_BASE):
+            forget_source(inner)
 
 
 def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **options: Any) -> LoraConfig:
@@ -244,22 +251,30 @@ def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **option
     suffixes = wanted if wanted is not None else sorted({name.rpartition(".")[2] for name in layers})
     if _means_more(model, suffixes, layers):
         suffixes = [name for name in layers if any(name == part or name.endswith(f".{part}") for part in suffixes)]
-    take_adapters(model)
+    named = [name for name in layers if any(name == part or name.endswith(f".{part}") for part in suffixes)]
+    _show_weights(
+        {name: layer for name in named if isinstance(layer := model.get_submodule(name), PackedLinear)}, options
+    )
     for key in ("rank_pattern", "alpha_pattern"):  # peft looks for the names of weights in them
         if options.get(key):
             options[key] = {_of_weight(name): value for name, value in options[key].items()}
     return LoraConfig(target_modules=[], target_parameters=[f"{name}.{WEIGHT}" for name in suffixes], **options)
 
 
-def take_adapters(model: nn.Module) -> None:
-    """Lets peft find the weights of packed layers of `model`, which are no parameters.
+def _show_weights(layers: Mapping[str, PackedLinear], options: Mapping[str, Any]) -> None:
+    """Lets peft find the weights of packed layers, which are no parameters, until adapters are adopted.
 
     Raises:
-        ValueError: for weights whose levels or zeros the packed form does not hold, so that new codes would be others.
+        ValueError: for weights whose levels or zeros the packed form does not hold, so that new codes would be others;
+            or for options of peft that would move the base weight.
     """
-    for name, module in model.named_modules():
-        if not isinstance(module, PackedLinear):
-            continue
+    start = options.get("init_lora_weights")
+    if layers and isinstance(start, str) and start.startswith(MOVES_THE_BASE):
+        raise ValueError(
+            f"init_lora_weights={start!r} takes the start of an adapter out of the weight under it, and "
+            f"{next(iter(layers))} is packed; leave init_lora_weights out, or train the full-precision model"
+        )
+    for name, module in layers.items():
         if restriction := _restriction(module):
             raise ValueError(
                 f"{name} {restriction}, and adapters would use all codes of {module.weights.label}; train adapters on "
@@ -279,8 +294,10 @@ def _restriction(layer: PackedLinear) -> str:
             return "has the levels -1, 0 and 1 alone (ternary)"
         if bits == 3 and bool((levels % 2 == 1).all()):
             return "has the levels of int2-seq alone"
-    share = float((levels == 0).float().mean())
-    return f"has {share:.0%} zeros" if bits > 2 and share >= 0.5 else ""
+    for most, group in ((2, 4), (4, 8)):
+        if levels.shape[1] % group == 0 and bool(((levels == 0).view(-1, group).sum(-1) >= group - most).all()):
+            return f"has at most {most} weights of {group} that are not zero"
+    return ""
 
 
 def _of_weight(name: str) -> str:

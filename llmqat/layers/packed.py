@@ -238,16 +238,20 @@ class PackedModule(nn.Module):
             return True
         return self._versions == (packed._version, scale._version)
 
-    def train_scales(self) -> None:
-        """Makes the scales trainable, from where they are.
-
-        Raises:
-            ValueError: for scales that bfloat16 does not hold: trained ones are kept on its grid.
-        """
+    def check_scales_train(self) -> None:
+        """Raises ValueError for scales that bfloat16 does not hold: trained ones are kept on its grid."""
         if not torch.equal(snap_scale(self.weight_scale.float(), self.grid), self.weight_scale.float()):
             raise ValueError(
                 f"scales of {self.weight_scale.dtype} that bfloat16 does not hold cannot be trained further"
             )
+
+    def train_scales(self) -> None:
+        """Makes the scales trainable, from where they are.
+
+        Raises:
+            ValueError: for scales that bfloat16 does not hold.
+        """
+        self.check_scales_train()
         if self.log_scale is None:
             self.log_scale = nn.Parameter(torch.zeros_like(self._of_blocks(), dtype=torch.float32))
         self.log_scale.requires_grad_(True)
@@ -293,9 +297,8 @@ class PackedModule(nn.Module):
     def put_base(self, weight: Tensor) -> Tensor:
         """Puts codes of `weight` in place, float32 in the layout of the layer; returns `weight_packed` before that."""
         before = self.weight_packed
-        self.weight_packed = pack_codes(
-            quantize(self._as_rows(weight), self.scale(), self._zero_point(), self.grid), self.grid
-        )
+        codes = quantize(self._as_rows(weight), self.scale(), self._zero_point(), self.grid)
+        self.weight_packed = codes.to(torch.int8) if before.dtype == torch.int8 else pack_codes(codes, self.grid)
         return before
 
     def put_back(self, before: Tensor) -> None:
@@ -381,7 +384,8 @@ def keep_dequantized(model: nn.Module, most_bytes: int) -> list[PackedWeight]:
 
 
 def _packed_modules(model: nn.Module) -> list[PackedModule]:
-    return [module for module in model.modules() if isinstance(module, PackedModule)]
+    found = [module for module in model.modules() if isinstance(module, PackedModule)]
+    return [module for module in found if module.log_scale is None and not module.adapters]  # what does not change
 
 
 def _dequantized_bytes(module: PackedModule) -> int:
@@ -446,7 +450,8 @@ class PackedLinear(PackedModule):
         kernel: "auto", or the name of the kernel to insist on.
         transposed: it stands for a Conv1D; the codes are [O, I] all the same.
         shared: the product that it shares with other layers of the same input (`shared.py`), or None.
-        shows_weight: whether `named_parameters` of this module alone names a `weight`, for peft to adapt (lora.py).
+        shows_weight: whether peft is about to put an adapter on it (lora.py): `named_parameters` of this module alone
+            then names a `weight`.
     """
 
     bias: Tensor | None
@@ -490,7 +495,13 @@ class PackedLinear(PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, laid out as in the layer that this one stands for."""
+        """The dequantized weight, laid out as in the layer that this one stands for.
+
+        While peft puts an adapter on it, one number, NaN, of its shape: it refuses to be written to.
+        """
+        if self.shows_weight:
+            shape = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+            return self.weight_scale.new_full((), float("nan"), dtype=self.dtype).expand(shape)
         return super().weight.mT if self.transposed else super().weight
 
     def base(self) -> Tensor:
@@ -506,9 +517,8 @@ class PackedLinear(PackedModule):
         """Yields the parameters, and, to peft, which looks for one to adapt, one of the shape of the weight."""
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
         if self.shows_weight and not recurse:
-            shape = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
-            stand_in = torch.empty(shape, dtype=self.dtype, device="meta")
-            yield f"{prefix}.weight" if prefix else "weight", nn.Parameter(stand_in, requires_grad=False)
+            stand_in = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
+            yield f"{prefix}.weight" if prefix else "weight", stand_in
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x [*, I] @ ŵ.T + bias, [*, O], in the autocast dtype or else x's."""

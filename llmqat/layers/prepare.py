@@ -182,7 +182,7 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     Packed weights whose scales were trained (`PackedModule.train_scales`) take those scales.
 
     Args:
-        model: a prepared model, or a packed one whose scales were trained.
+        model: a prepared model, or a packed one, whose scales may have been trained.
         dtype: of scales, biases and the parameters left in high precision.
 
     Returns:
@@ -195,7 +195,7 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     check_merged(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
     trained = {n: m for n, m in model.named_modules() if isinstance(m, PackedModule) and m.log_scale is not None}
-    if not layers and not trained:
+    if not layers and not any(isinstance(module, PackedModule) for module in model.modules()):
         raise ValueError("the model has no quantized weight to convert; call llmqat.prepare(model, config) first")
     check_parameters(model)
     for name, module in trained.items():

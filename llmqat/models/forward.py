@@ -189,7 +189,7 @@ def _head_source(model: nn.Module) -> nn.Module:
     head = _active_copy(output_head(model))
     inner = without_adapter(head)
     if inner is not head:
-        if not isinstance(inner, QuantModule):
+        if not isinstance(inner, (QuantModule, PackedModule)):
             raise ValueError("an adapter on an output head that is not quantized is not trained; leave the head out")
         return inner
     return head.embedding if isinstance(head, TiedHead) else head

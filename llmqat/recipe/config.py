@@ -219,7 +219,10 @@ class Recipe(Config):
         if isinstance(value, QuantConfig):
             return value
         if not isinstance(value, Mapping):
-            raise ValueError(f"{value!r} is no scheme; give a name, such as int4, or a section with preset: int4")
+            raise ValueError(
+                f"{value!r} is no scheme; give a name, such as int4, or a section with preset: int4 (null leaves it "
+                "out of a recipe for a packed model, beside teacher=MODEL)"
+            )
         if "weights" not in value:
             changes = {str(key): entry for key, entry in value.items() if key != "preset"}
             return QuantConfig.preset(value.get("preset", DEFAULT_PRESET), **changes)

@@ -40,9 +40,10 @@ def starts_packed(recipe: Recipe) -> bool:
         return False
     given = [key for key in UNPACKED_ONLY if key in recipe.model_fields_set and getattr(recipe, key) not in (None, ())]
     if given:
+        words = [f"{key}=null" for key in given] + ([] if recipe.teacher else ["teacher=MODEL"])
         raise ValueError(
             f"{given[0]}: model {recipe.model!r} is packed already and keeps its scheme; leave out "
-            f"{', '.join(given)} (behind a recipe: {'=null '.join(given)}=null), or give the model it was made from"
+            f"{', '.join(given)} (behind a recipe: {' '.join(words)}), or give the model it was made from"
         )
     if not recipe.trains:
         raise ValueError(

@@ -142,6 +142,11 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
             weights, or its files lack the scales that it was trained with.
     """
     folder = user_path(folder, "folder")
+    if any(isinstance(module, PackedModule) for module in model.modules()):
+        raise ValueError(
+            f"the model is packed, and adapters of packed models are folded when they are trained; to go on from "
+            f"{folder}, give it to QATTrainer.train(resume_from_checkpoint=…)"
+        )
     if not any(isinstance(module, QuantModule) for module in model.modules()):
         raise ValueError(
             f"the model is not prepared, so the scales of {folder} have no place; call llmqat.prepare(model, config) "

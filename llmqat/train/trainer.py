@@ -810,8 +810,14 @@ def choose_trained(model: nn.Module, trainable: str) -> None:
 
 
 def train_quantizers(model: nn.Module) -> None:
-    """Makes log-scales and learned zero points of `model` trainable, in place: peft freezes all but its adapters."""
-    _train_packed_scales(model)
+    """Makes log-scales and learned zero points of `model` trainable, in place: peft freezes all but its adapters.
+
+    Packed scales that cannot be trained stay as they are.
+    """
+    try:
+        _train_packed_scales(model)
+    except ValueError as error:
+        logger.warning("adapters are trained, and no scale with them: %s", error)
     for module in model.modules():
         if isinstance(module, QuantModule):
             for parameter in (module.log_scale, module.zero_point):
@@ -820,9 +826,13 @@ def train_quantizers(model: nn.Module) -> None:
 
 
 def _train_packed_scales(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, PackedModule) and not isinstance(module, PackedEmbedding):
-            module.train_scales()
+    """Makes the scales of packed linear weights trainable; of all of them, or of none where it raises."""
+    found = [module for module in model.modules() if isinstance(module, PackedModule)]
+    linear = [module for module in found if not isinstance(module, PackedEmbedding)]
+    for module in linear:
+        module.check_scales_train()
+    for module in linear:
+        module.train_scales()
 
 
 def freeze_weights(model: nn.Module) -> None:
