@@ -32,9 +32,9 @@ def cpu_has_bf16() -> bool:
 _HAS_BF16 = cpu_has_bf16()
 
 
-def is_emulated(x: Tensor) -> bool:
-    """Returns whether products of `x` are of bfloat16 matrices, on a processor that only emulates them."""
-    return not _HAS_BF16 and _is_emulated(x)
+def is_emulated(x: Any) -> bool:
+    """Returns whether `x` is a plain bfloat16 tensor on a processor that only emulates products of such."""
+    return not _HAS_BF16 and type(x) in (Tensor, nn.Parameter) and x.dtype == torch.bfloat16 and x.is_cpu
 
 
 @contextmanager
@@ -85,17 +85,13 @@ class _FloatProducts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_emulated(x: Any) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.bfloat16 and x.is_cpu
-
-
 def _are_emulated(operands: Sequence[Any], left: int = 0) -> bool:
     """Returns whether all operands are plain bfloat16 tensors on the CPU, and the `left` one [*, M, I] has many rows.
 
     In each matrix, where the right one is many as well, or in all of them. None is a bias that is not there.
     """
     given = [operand for operand in operands if operand is not None]
-    if not all(map(_is_emulated, given)):
+    if not all(map(is_emulated, given)):
         return False
     x, right = operands[left], operands[left + 1]
     if x.dim() < 2:

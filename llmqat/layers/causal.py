@@ -50,8 +50,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: 
     if visible is not None:  # one sample at a time: the products of all would want the mask once a head
         masks = mask.masked_fill(visible.squeeze(1), 0)
         samples = (slice(row, row + 1) for row in range(batch))
-        mixed = [_mixed(query[s], key[s], value[s], scaling, masks[s].squeeze(0)) for s in samples]
-        return torch.cat(mixed)
+        return torch.cat([_mixed(query[s], key[s], value[s], scaling, masks[s].squeeze(0)) for s in samples])
     return _mixed(query, key, value, scaling, mask.triu_(1))
 
 

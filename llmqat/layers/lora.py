@@ -216,10 +216,10 @@ def _check_starts(inner: nn.Module) -> None:
 
 
 def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **options: Any) -> LoraConfig:
-    """Returns peft's configuration of adapters inside the quantizers of a prepared `model`.
+    """Returns peft's configuration of adapters inside the quantizers of a prepared or packed `model`.
 
     Args:
-        model: a prepared model.
+        model: a prepared model, or a packed one, whose packed linear layers then wait for the adapters.
         targets: last parts of the names of layers, such as 'q_proj'; all quantized linear weights where not given.
         **options: of peft.LoraConfig: r, lora_alpha, use_rslora, … Names in rank_pattern and alpha_pattern are those of
             layers, or regular expressions. peft warns that they match no module, because they are to match weights.
@@ -249,12 +249,11 @@ def lora_config(model: nn.Module, targets: Iterable[str] | None = None, **option
             known = sorted({name.rpartition(".")[2] for name in layers})
             raise ValueError(f"targets has {target!r}, which no quantized weight is called; choose among {known}")
     suffixes = wanted if wanted is not None else sorted({name.rpartition(".")[2] for name in layers})
-    if _means_more(model, suffixes, layers):
-        suffixes = [name for name in layers if any(name == part or name.endswith(f".{part}") for part in suffixes)]
     named = [name for name in layers if any(name == part or name.endswith(f".{part}") for part in suffixes)]
-    _show_weights(
-        {name: layer for name in named if isinstance(layer := model.get_submodule(name), PackedLinear)}, options
-    )
+    if _means_more(model, suffixes, layers):
+        suffixes = named
+    adapted = {name: model.get_submodule(name) for name in named}
+    _show_weights({name: one for name, one in adapted.items() if isinstance(one, PackedLinear)}, options)
     for key in ("rank_pattern", "alpha_pattern"):  # peft looks for the names of weights in them
         if options.get(key):
             options[key] = {_of_weight(name): value for name, value in options[key].items()}

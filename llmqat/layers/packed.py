@@ -354,7 +354,7 @@ def dequantized_once(model: nn.Module, most_bytes: int) -> Iterator[None]:
     For many products with some dozens of rows each, such as decoding in a large batch: there a kernel spends more time
     on dequantizing than on multiplying. Weights must not change inside.
     """
-    wanted = sum(map(_dequantized_bytes, _packed_modules(model)))
+    wanted = sum(map(_dequantized_bytes, _unchanging(model)))
     kept = keep_dequantized(model, most_bytes) if wanted <= most_bytes else []
     try:
         yield
@@ -373,7 +373,7 @@ def keep_dequantized(model: nn.Module, most_bytes: int) -> list[PackedWeight]:
         Those that are kept now and were not before, in the order of the layers.
     """
     kept = []
-    for module in _packed_modules(model):
+    for module in _unchanging(model):
         weight, size = module.packed_weight(), _dequantized_bytes(module)
         if weight.kept is None and size <= most_bytes:
             weight.kept = module.dequantized_weight(module.dtype)
@@ -383,9 +383,10 @@ def keep_dequantized(model: nn.Module, most_bytes: int) -> list[PackedWeight]:
     return kept
 
 
-def _packed_modules(model: nn.Module) -> list[PackedModule]:
+def _unchanging(model: nn.Module) -> list[PackedModule]:
+    """Returns the packed modules in which nothing is trained."""
     found = [module for module in model.modules() if isinstance(module, PackedModule)]
-    return [module for module in found if module.log_scale is None and not module.adapters]  # what does not change
+    return [module for module in found if module.log_scale is None and not module.adapters]
 
 
 def _dequantized_bytes(module: PackedModule) -> int:
