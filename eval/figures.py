@@ -125,12 +125,12 @@ def _three(found: Mapping[str, float], training: Mapping[str, Any] | None) -> li
     return [*cells, f"{shown(found['trained'])} ({amount} tokens)"]
 
 
-def means(figure: str, text: str = DOMAIN, judged_on: str = "test") -> dict[str, dict[int, float]]:
-    """Returns scheme -> tokens of training on a text -> a figure on another text, WikiText-2 test; a mean of seeds."""
+def means(figure: str) -> dict[str, dict[int, float]]:
+    """Returns scheme -> tokens of training on `DOMAIN` -> a figure on WikiText-2 test; a mean of seeds."""
     seeds: dict[tuple[str, int], list[float]] = {}
     for row in run_of(BUDGET)["rows"]:
-        if row["text"] == text:
-            seeds.setdefault((row["scheme"], row["asked_tokens"]), []).append(row["texts"][judged_on][figure])
+        if row["text"] == DOMAIN:
+            seeds.setdefault((row["scheme"], row["asked_tokens"]), []).append(row["texts"]["test"][figure])
     found: dict[str, dict[int, float]] = {}
     for (scheme, tokens), values in seeds.items():
         found.setdefault(scheme, {})[tokens] = mean(values)
@@ -172,23 +172,13 @@ def formats() -> str:
 
 def by_tokens() -> str:
     """Returns KL on WikiText-2 test by tokens of training, of all schemes."""
-    return _by_tokens(means("kl"), {})
-
-
-def by_own_tokens() -> str:
-    """Returns the same of text that the model writes itself, with KL on the Python manual after a slash."""
-    return _by_tokens(means("kl", "own"), means("kl", "own", "pydoc"))
-
-
-def _by_tokens(found: dict[str, dict[int, float]], others: dict[str, dict[int, float]]) -> str:
+    found = means("kl")
     tokens = sorted({one for cells in found.values() for one in cells})
     heads = ["scheme", *(f"{one // 1000:,} k tokens" if one else "0" for one in tokens)]
-
-    def cell(scheme: str, one: int) -> str:
-        figures = [cells[scheme][one] for cells in (found, others) if one in cells.get(scheme, {})]
-        return " / ".join(f"{figure:.3g}" for figure in figures)
-
-    rows = [[f"`{scheme}`", *(cell(scheme, one) for one in tokens)] for scheme in sorted(found, reverse=True)]
+    rows = [
+        [f"`{scheme}`", *(f"{found[scheme][one]:.3g}" if one in found[scheme] else "" for one in tokens)]
+        for scheme in sorted(found, reverse=True)
+    ]
     return markdown_table(heads, rows)
 
 
@@ -240,7 +230,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "by-scheme": by_scheme,
     "formats": formats,
     "by-tokens": by_tokens,
-    "by-own-tokens": by_own_tokens,
     "fine-tuning": finetuning,
     "one-gpu": lambda: one_gpu(IN_README),
     "memory": lambda: one_gpu(IN_MEMORY),
