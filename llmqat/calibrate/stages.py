@@ -85,6 +85,9 @@ log = logging.getLogger(__name__)
 
 PROBE_BLOCKS = 4
 """Token blocks that the divergence before and after a stage is measured on."""
+LOSS = 0.1
+"""Share by which a stage's KL may rise by chance: `PROBE_BLOCKS` are little text."""
+WORSE = "%s has made the model worse on the first token blocks: KL %s. Leave it out, or give it more text"
 REPORT_FILE = "report.json"
 STATE_FILE = "state.safetensors"
 ORIGINALS_FILE = "originals.safetensors"
@@ -112,6 +115,12 @@ class StageReport:
     kl_before: float | None
     kl_after: float | None
     parts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the KL rose by more than its noise, `LOSS`."""
+        known = self.kl_before is not None and self.kl_after is not None
+        return known and self.kl_after > (1 + LOSS) * self.kl_before  # type: ignore[operator]
 
     @property
     def change(self) -> str:
@@ -353,7 +362,7 @@ class _Calibration:
         file = place / REPORT_FILE
         is_done = self.processes.agreed(file.is_file())
         report = _read_report(file) if is_done else None
-        before = None if report is not None else self.divergence()
+        before, bits = None if report is not None else self.divergence(), self.bits
         start = time.perf_counter()
         if isinstance(stage, WeightStage):
             self.bits = stage.bits
@@ -367,6 +376,8 @@ class _Calibration:
         if self.processes.is_first:
             write_whole(file, json.dumps(asdict(report)))
         log.info("%s: %s, KL %s", stage.stage, duration(seconds), report.change)
+        if self.bits == bits and report.is_worse:
+            log.warning(WORSE, stage.stage, report.change)
         return report
 
     def divergence(self) -> float | None:

@@ -309,7 +309,7 @@ def test_encoder_decoder_models_are_calibrated_by_their_weights_alone() -> None:
 
 
 def test_a_stage_of_ones_own_runs_among_the_others_by_the_seed_and_again_when_a_calibration_goes_on(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     @STAGES.register("jitter")
     class JitterStage(CustomStage):
@@ -337,6 +337,9 @@ def test_a_stage_of_ones_own_runs_among_the_others_by_the_seed_and_again_when_a_
             found.append(state(model))
         for other in found[1:]:
             assert all(torch.equal(tensor, other[name]) for name, tensor in found[0].items())
+        assert "worse" not in caplog.text
+        calibrate(tiny_llama(), INT3, stages("ranges", {"stage": "jitter", "blocks": 3, "amount": 0.5}), text())
+        assert "jitter has made the model worse on the first token blocks: KL " in caplog.text
         assert (
             Recipe(model="m", output="o", calibrate=("ranges", wanted[1])).model_dump()["calibrate"][1]["blocks"] == 3
         )

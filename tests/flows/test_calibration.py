@@ -23,18 +23,12 @@ def test_the_real_model_comes_nearer_with_each_stage_and_is_saved_as_it_is(
     model = copy.deepcopy(full)
     ids = load_blocks(DataConfig(source="pydoc", tokens=8 * 128, block_size=128), tokenizer, full).ids
     quant = llmqat.QuantConfig.preset("int3", group_size=64, skip_first=28)
-    stages = [
-        RangesStage(blocks=8),
-        GPTQStage(blocks=8),
-        BlockwiseStage(blocks=8, iterations=4, learning_rate=1e-4),
-    ]
+    stages = [RangesStage(blocks=8), BlockwiseStage(blocks=8, iterations=8), GPTQStage(blocks=8)]
     reports = calibrate(model, quant, stages, ids, folder=tmp_path / "kept")
-    plain, (searched, rounded, trained) = reports[0].kl_before, (report.kl_after for report in reports)
+    plain, (searched, trained, rounded) = reports[0].kl_before, (report.kl_after for report in reports)
     assert searched < 0.75 * plain
-    assert rounded < 0.75 * searched
-    assert (
-        trained < 1.2 * rounded
-    )  # four iterations, so near the end of the model, win or lose a tenth by rounding alone
+    assert trained < 0.95 * searched
+    assert rounded < 0.75 * trained
     llmqat.save(model, tmp_path / "model", tokenizer)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     with torch.no_grad():
