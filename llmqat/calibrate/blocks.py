@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from llmqat.calibrate.chains import Call, Chain, Some, Stopped, hidden_of
 from llmqat.calibrate.forward import input_of
 from llmqat.data.processes import ALONE, Processes
+from llmqat.kernels import float_training
 from llmqat.layers import QuantModule, model_kind, quantized_once, quantizers_off
-from llmqat.models import cast_parameters, named_blocks, visiting
+from llmqat.models import cast_parameters, model_device, named_blocks, visiting
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Block:
         is_wide = self.is_wide
         with (
             visiting(self.module),
+            float_training(model_device(self.module)),
             cast_parameters(self.module, self.dtype, lambda name: is_wide(f"{self.name}.{name}")),
         ):
             yield

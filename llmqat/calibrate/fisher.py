@@ -30,7 +30,7 @@ from llmqat.calibrate.chains import RecordedChain, batches, hidden_of
 from llmqat.calibrate.forward import Wrap, check_seen
 from llmqat.calibrate.walk import TOLERANCE, hidden_states, open_walk
 from llmqat.data.blocks import Rows
-from llmqat.kernels import WeightPages
+from llmqat.kernels import WeightPages, float_training
 from llmqat.layers import QuantModule, quantizers_off
 from llmqat.metrics import Predictor, predictor_of
 from llmqat.models import capture_hidden, cast_parameters, model_device, uploaded, visited_device, visiting
@@ -90,7 +90,7 @@ def fisher_diagonals(
             stack.enter_context(watching(watch))
             sums = _Sums(layers, device)
             for index in wrap(range(len(rows))):
-                with cast_parameters(model, dtype), capture_hidden(model) as captured:
+                with cast_parameters(model, dtype), capture_hidden(model) as captured, float_training(device):
                     model(**rows[index : index + 1].inputs(device), use_cache=False)
                     _take_back(model, captured.take()[0], generator)
                 sums.add()
@@ -207,7 +207,12 @@ class _Backward:
             self.forms[block.name] = _form_of(output)
             WeightPages(self.model).let_go(block.module.parameters())
         first = slice(0, 1)
-        with torch.no_grad(), cast_parameters(self.model, self.dtype), capture_hidden(self.model) as captured:
+        with (
+            torch.no_grad(),
+            cast_parameters(self.model, self.dtype),
+            capture_hidden(self.model) as captured,
+            float_training(model_device(self.model)),
+        ):
             self.model(**self.rows[first].inputs(model_device(self.model)), use_cache=False)
             own = captured.take()
         with torch.no_grad(), self._end(first, self.states[-1, first]) as alone:
@@ -222,6 +227,7 @@ class _Backward:
             without_blocks(self.model, self.forms, uploaded(hidden, model_device(self.model))),
             cast_parameters(self.model, self.dtype),
             capture_hidden(self.model) as captured,
+            float_training(model_device(self.model)),
         ):
             self.model(**self.rows[row].inputs(model_device(self.model)), use_cache=False)
             yield captured.take()

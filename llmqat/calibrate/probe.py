@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmqat.data.blocks import Rows, rows_of
-from llmqat.kernels import weights_let_go
+from llmqat.kernels import float_products, weights_let_go
 from llmqat.metrics import Predictor, check_predictor, predictor_of, token_scores
 from llmqat.models import capture_hidden, cast_parameters, model_device
 
@@ -35,7 +35,8 @@ class Probe:
         """Returns KL(full precision || model) a token on the probe, nats."""
         hidden, predictor = self._forward(model)
         labels = self.rows.ids[:, 1:].flatten()
-        found = token_scores(hidden, predictor, labels, self.hidden, self.predictor)
+        with float_products():
+            found = token_scores(hidden, predictor, labels, self.hidden, self.predictor)
         assert found.kl is not None
         return float(found.kl.mean(dtype=torch.float64))
 
@@ -44,7 +45,12 @@ class Probe:
         training = model.training
         model.eval()
         try:
-            with cast_parameters(model, self.dtype), weights_let_go(model), capture_hidden(model) as captured:
+            with (
+                cast_parameters(model, self.dtype),
+                weights_let_go(model),
+                capture_hidden(model) as captured,
+                float_products(),
+            ):
                 model(**self.rows.inputs(model_device(model)), use_cache=False)
                 found = predictor_of(model)
                 return captured.take()[:, :-1].flatten(0, 1), found.detached()

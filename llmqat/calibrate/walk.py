@@ -39,7 +39,7 @@ from llmqat.calibrate.chains import (
 )
 from llmqat.data.blocks import Rows, rows_of
 from llmqat.data.processes import ALONE, Processes
-from llmqat.kernels import WeightPages, weights_let_go
+from llmqat.kernels import WeightPages, float_training, weights_let_go
 from llmqat.layers import kept_in_float32, model_kind, quantizers_off
 from llmqat.layers.probe import probe_inputs
 from llmqat.models import capture_hidden, cast_parameters, model_device, visited_device
@@ -131,10 +131,10 @@ def check_walk(model: nn.Module, ids: Tensor | Rows, dtype: torch.dtype = torch.
 @contextmanager
 def _at_rest(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, `model` evaluates in `dtype`, and makes no logits."""
-    training = model.training
+    training, device = model.training, model_device(model)
     model.eval()
     try:
-        with cast_parameters(model, dtype), weights_let_go(model), capture_hidden(model):
+        with cast_parameters(model, dtype), weights_let_go(model), capture_hidden(model), float_training(device):
             yield
     finally:
         model.train(training)

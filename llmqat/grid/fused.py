@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from llmqat.grid.levels import Grid
 
@@ -89,7 +90,8 @@ def compiled_after_trial(
     """
     try:
         compiled = [torch.compile(function, dynamic=True, fullgraph=True) for function in eager]
-        same = agree(*compiled)
+        with _disable_current_modes():
+            same = agree(*compiled)
     except Exception as error:  # a compiler can fail in any way; without it training is slower, not wrong
         _log_unfused(name, error)
         return None
@@ -113,7 +115,8 @@ def _guarded(compiled: Callable[..., Any], eager: Callable[..., Any], name: str)
         nonlocal failed
         if not failed:
             try:
-                return compiled(*tensors)
+                with _disable_current_modes():  # inside one, torch runs what is compiled as it was written
+                    return compiled(*tensors)
             except Exception as error:  # as in the trial
                 failed = True
                 _log_unfused(name, error)

@@ -6,7 +6,7 @@ that accept, and uses the fastest (registry.py). A kernel that declines says why
 """
 
 from llmqat.kernels.pages import FileMappings, FilePages, WeightPages, weights_let_go
-from llmqat.kernels.products import cpu_has_bf16, float_products, is_emulated
+from llmqat.kernels.products import cpu_has_bf16, float_products, float_training
 from llmqat.kernels.reference import JoinedWeight, PackedWeight, QuantizedInput
 from llmqat.kernels.registry import KERNELS, Kernel, packed_linear
 
@@ -21,7 +21,7 @@ __all__ = [
     "WeightPages",
     "cpu_has_bf16",
     "float_products",
-    "is_emulated",
+    "float_training",
     "packed_linear",
     "weights_let_go",
 ]

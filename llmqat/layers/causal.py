@@ -4,7 +4,7 @@ torch's flash attention never makes the [L, L] scores. On a CPU that costs more 
 SmolLM2-135M, 4 x 512 tokens, two cores with AVX512-bf16: torch takes 15.9 ms a layer, this file 8.7; with the backward
 pass 45.5 and 19.7. The price is memory: B H L^2 bfloat16 numbers a layer where gradients are kept (19 MB there). Scores
 are also rounded to bfloat16, as in transformers' "eager" attention. So training and calibration use this file, and
-evaluation does not. A processor that emulates products in bfloat16 computes it in float32.
+evaluation does not.
 
 Letters: B batch, H heads, K heads of keys and values, L length, D and E head sizes.
 """
@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from llmqat.kernels import is_emulated
 
 LONGEST = 1024
 """Tokens up to which the scores are made."""
@@ -38,13 +36,6 @@ def causal_attention(
         scaling: of the scores.
         visible: bool [B, 1, L, L], what each position sees, such as the past of its own document; None: all its past.
     """
-    if is_emulated(query):
-        with torch.autocast("cpu", enabled=False):
-            return _causal(query.float(), key.float(), value.float(), scaling, visible).to(query.dtype)
-    return _causal(query, key, value, scaling, visible)
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor | None) -> Tensor:
     batch, length = query.shape[0], query.shape[2]
     mask = torch.full((length, length), float("-inf"), dtype=query.dtype, device=query.device)
     if visible is not None:  # one sample at a time: the products of all would want the mask once a head

@@ -48,7 +48,7 @@ from transformers.trainer_utils import (
 from llmqat.data.length import check_length
 from llmqat.data.teacher_cache import TeacherCache
 from llmqat.grid import fusing
-from llmqat.kernels import float_products
+from llmqat.kernels import float_training
 from llmqat.layers import (
     KVQuantizer,
     PackedEmbedding,
@@ -384,6 +384,7 @@ class QATTrainer(Trainer):
         with (
             self._warming(model),
             self._checkpoint_numbers(model),
+            float_training(self.args.device),
             short_attention(),
             fusing() if self._fuse else nullcontext(),
             reused_in_step(model, self.accelerator.sync_gradients) if self._reuse else nullcontext(),
@@ -484,7 +485,7 @@ class QATTrainer(Trainer):
                     f"{list(labels.shape)} tokens; QATTrainer trains models that predict one next token at each"
                 )
             # Dtypes are those of the checkpoint already.
-            with torch.autocast(hidden.device.type, enabled=False), float_products():
+            with torch.autocast(hidden.device.type, enabled=False):
                 predictor = predictor_of(without_adapters(student))
                 if return_outputs:
                     outputs.update(_likelihoods(hidden, predictor, labels), labels=labels)
@@ -545,7 +546,7 @@ class QATTrainer(Trainer):
             teacher = student if self.teacher is None else self.teacher
             training = teacher.training
             teacher.eval()
-            with capture_hidden(without_adapters(teacher)) as captured, float_products():
+            with capture_hidden(without_adapters(teacher)) as captured:
                 teacher(**inputs, use_cache=False)
                 hidden = captured.take()
             teacher.train(training)
@@ -562,7 +563,7 @@ class QATTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Any, Tensor | None]:
         """Returns the loss of an evaluation batch, and what `EvaluationMetrics` wants."""
-        with torch.no_grad(), self._checkpoint_numbers(model):
+        with torch.no_grad(), self._checkpoint_numbers(model), float_training(self.args.device):
             loss, found = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None

@@ -12,11 +12,13 @@ from llmqat import QuantConfig, prepare
 from llmqat.calibrate import BlockwiseStage, open_walk, train_block
 from llmqat.calibrate.blockwise import SignSGD, _all_parameters, relative_error
 from llmqat.calibrate.masters import in_float32
+from llmqat.kernels import float_training
 from llmqat.layers import KVQuantizer, QuantModule, quantized_once, quantizers_off
 from llmqat.models import capture_hidden, cast_parameters
 from tests.tiny import ARCHITECTURES, tiny_architecture, tiny_llama
 
 INT3 = QuantConfig.preset("int3", group_size=32)
+CPU = torch.device("cpu")
 
 
 def ids(blocks: int = 5, length: int = 16) -> Tensor:
@@ -26,7 +28,7 @@ def ids(blocks: int = 5, length: int = 16) -> Tensor:
 def last_block_output(model: nn.Module, module: nn.Module, tokens: Tensor) -> Tensor:
     seen: list[Tensor] = []
     hook = module.register_forward_hook(lambda m, i, o: seen.append(o if isinstance(o, Tensor) else o[0]))
-    with torch.no_grad(), cast_parameters(model, torch.bfloat16), capture_hidden(model):
+    with torch.no_grad(), cast_parameters(model, torch.bfloat16), capture_hidden(model), float_training(CPU):
         model(input_ids=tokens, use_cache=False)
     hook.remove()
     return seen[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmqat.grid import Grid, fake_quantize, fused, fusing, snap_scale
 
@@ -52,6 +53,32 @@ def test_fused_is_eager_bit_for_bit() -> None:
         assert torch.equal(eager[1], compiled[1])
         assert torch.allclose(eager[2], compiled[2], rtol=1e-4, atol=1e-4)
     assert fused.fused_kernels(Grid(4), torch.float32, torch.device("cpu")) is None
+
+
+class _Rounds(TorchDispatchMode):
+    """Sees the passes that are not fused."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= func is torch.ops.aten.round.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_is_fused_stays_so_inside_a_mode() -> None:
+    eager = _gradients(torch.bfloat16, 96)
+    with fusing():
+        assert fused.fused_kernels(Grid(4), torch.bfloat16, torch.device("cpu")) is not None
+        with _Rounds() as rounds:
+            assert torch.equal(_gradients(torch.bfloat16, 96)[1], eager[1])
+    assert not rounds.seen
+    with _Rounds() as rounds:
+        _gradients(torch.bfloat16, 96)
+    assert rounds.seen
+    fused._tried.cache_clear()
+    with fusing(), _Rounds():
+        assert fused.fused_kernels(Grid(4), torch.bfloat16, torch.device("cpu")) is not None
 
 
 @pytest.mark.usefixtures("fresh")

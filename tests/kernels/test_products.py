@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmqat.kernels import float_products, products
+from llmqat.kernels import float_products, float_training, products
 from llmqat.layers import QuantConfig, convert, prepare
-from llmqat.layers.causal import causal_attention
 from tests.tiny import tiny_llama
 
 
@@ -25,6 +25,7 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
+MODES = {"forward": float_products, "training": partial(float_training, torch.device("cpu"))}
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "linear": (F.linear, ((4, 20, 64), (48, 64))),
     "linear with bias": (F.linear, ((20, 64), (48, 64), (48,))),
@@ -33,15 +34,17 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] =
     "@": (Tensor.__matmul__, ((20, 64), (64, 30))),
     "mm": (torch.mm, ((20, 64), (64, 30))),
     "bmm": (torch.bmm, ((2, 20, 64), (2, 64, 30))),
+    "baddbmm": (partial(torch.baddbmm, alpha=0.25), ((2, 20, 30), (2, 20, 64), (2, 64, 30))),
     "addmm": (torch.addmm, ((30,), (20, 64), (64, 30))),
 }
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_the_sum_is_rounded_once(name: str) -> None:
+def test_the_sum_is_rounded_once(name: str, mode: str) -> None:
     product, shapes = PRODUCTS[name]
     operands = [drawn(*shape) for shape in shapes]
-    with float_products():
+    with MODES[mode]():
         found = product(*operands)
     exact = product(*(operand.double() for operand in operands))
     size = product(*(operand.double().abs() for operand in operands))
@@ -49,29 +52,23 @@ def test_the_sum_is_rounded_once(name: str) -> None:
     assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-18 * size).all()
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_autocast_does_not_cast_back(name: str) -> None:
+def test_autocast_does_not_cast_back(name: str, mode: str) -> None:
     product, shapes = PRODUCTS[name]
     operands = [drawn(*shape) for shape in shapes]
-    with float_products():
+    with MODES[mode]():
         expected = product(*operands)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(product(*operands), expected)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_short_attention_is_rounded_once(autocast: bool) -> None:
-    query, key, value = (drawn(2, heads, 24, 16) for heads in (4, 2, 2))
-    expected = causal_attention(query.float(), key.float(), value.float(), 0.25)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        assert torch.equal(causal_attention(query, key, value, 0.25), expected.bfloat16())
-
-
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_gradients_are_those_of_the_product(name: str) -> None:
+def test_gradients_are_those_of_the_product(name: str, mode: str) -> None:
     product, shapes = PRODUCTS[name]
     operands = [drawn(*shape).requires_grad_() for shape in shapes]
-    with float_products():
+    with MODES[mode]():
         product(*operands).sum().backward()
     wide = [operand.detach().float().requires_grad_() for operand in operands]
     product(*wide).sum().backward()

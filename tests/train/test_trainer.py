@@ -11,15 +11,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from llmqat import QATArguments, QATTrainer, QuantConfig, convert, prepare, save
 from llmqat.data.blocks import Rows, TokenBlocks, token_blocks
 from llmqat.data.teacher_cache import CacheHeader, TeacherCache, TeacherCacheWriter, cache_teacher
+from llmqat.kernels import products
 from llmqat.layers import QuantLinear, QuantModule, short_attention
 from llmqat.metrics import top_probabilities
 from llmqat.models import cast_parameters
+from llmqat.train.adapter import LoraSettings
 from tests.tiny import VOCAB_SIZE, tiny_architecture, tiny_llama, tiny_model, tiny_qwen2, tiny_tokenizer
 
 
@@ -636,3 +639,38 @@ def test_logits_that_are_made_in_an_unknown_way_are_not_trained_on(tmp_path: Pat
     teacher.lm_head.register_forward_hook(lambda module, args, output: 3 * output)
     with pytest.raises(ValueError, match="computes its logits from the output head in a way that llmqat does not know"):
         QATTrainer(model=student, teacher=teacher, args=_arguments(tmp_path, bf16=False), train_dataset=Blocks())
+
+
+class EmulatedProducts(TorchDispatchMode):
+    """Counts products of bfloat16 matrices with more rows than are faster emulated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        left = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(func.overloadpacket.__name__)
+        if left is not None and args[left].dtype == torch.bfloat16 and args[left].shape[-2] > products.EMULATED_ROWS:
+            self.found.append(f"{func} {list(args[left].shape)}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trains", ["all", "scales", "packed scales", "lora", "packed lora"])
+def test_no_product_is_emulated_on_a_cpu_without_bfloat16(
+    trains: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_HAS_BF16", False)
+    student, teacher = _pair()
+    teacher.bfloat16()
+    if trains.startswith("packed"):
+        convert(student, torch.bfloat16)
+    if "lora" in trains:
+        student = LoraSettings(r=2).attach(student)
+    changes = {"trainable": "scales"} if "scales" in trains else {}
+    arguments = _arguments(tmp_path, bf16=True, max_steps=2, gradient_checkpointing=checkpointing, **changes)
+    trainer = QATTrainer(model=student, teacher=teacher, args=arguments, train_dataset=Blocks(), eval_dataset=Blocks())
+    with EmulatedProducts() as emulated:
+        trainer.train()
+        trainer.evaluate()
+    assert emulated.found == []
