@@ -43,6 +43,7 @@ WAYS = {
     "LoRA, distilled by KL alone": "the same with the KL divergence alone, 128 steps",
     "LoRA, distilled for longer": "the same with cross-entropy too, 128 steps",
     "LoRA inside": "LoRA inside the quantizers, after GPTQ",
+    "LoRA inside, from packed": "the same, of the packed model",
 }
 """Ways of eval/finetuning.py, in words."""
 TEST_TEXT = "test.txt"
@@ -193,7 +194,8 @@ def finetuning() -> str:
                 row += ["", ""]
                 continue
             share = f"{ways[way]['kept']:.0%}" if ways[way]["kept"] > 0 else "less than none"
-            row += [share, f"{ways[way]['minutes']:.0f}"]
+            taken = ways[way]["minutes"]
+            row += [share, "another processor" if taken is None else f"{taken:.0f}"]
         rows.append(row)
     return markdown_table(("way", *(head for one in found for head in (f"`{one}` keeps", "minutes"))), rows)
 

@@ -48,6 +48,7 @@ from llmqat.data.pydoc import pydoc_text
 from llmqat.evaluate.bootstrap import Interval, mean_interval
 from llmqat.evaluate.perplexity import TokenWindows, evaluate, windows_from_text
 from llmqat.files import write_whole
+from llmqat.kernels import float_training
 from llmqat.layers import PackedModule, QuantConfig, QuantModule
 from llmqat.models import load_model
 from llmqat.paths import check_outputs, user_path
@@ -67,6 +68,8 @@ SECONDS_FILE = "seconds.json"
 """What a folder of the work took."""
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 """Shares of the records, in their order."""
+BY_RUN = ("commit", "processor")
+"""What of `made` each run tells, as runs of earlier commits stay."""
 FASTER = {3: 4.0, 2: 5.0}
 """Times that weights of few bits train faster: at 3 bits chosen on validation text, among 2, 4 and 8."""
 BASELINE = "LoRA, calibrated"
@@ -91,6 +94,8 @@ class Arm:
     """Weight of the cross-entropy."""
     rate: float = 0.0
     """Learning rate of adapters, or of all weights at 4 bits and more; at fewer `FASTER` times that."""
+    packed: bool = False
+    """Whether the calibrated model is packed, saved and loaded before it is trained."""
 
 
 ARMS = {
@@ -105,6 +110,9 @@ ARMS = {
     ),
     "LoRA, distilled by KL alone": Arm(lora=1, stages="gptq", trained="all", steps=1, kl=1, rate=2.5e-5),
     "LoRA inside": Arm(lora=0, stages="gptq", trained="lora", steps=1, cross_entropy=1, rate=5e-4),
+    "LoRA inside, from packed": Arm(
+        lora=0, stages="gptq", trained="lora", steps=1, cross_entropy=1, rate=5e-4, packed=True
+    ),
 }
 """Name -> way."""
 
@@ -136,13 +144,15 @@ def main() -> None:
         write_whole(options.table, text)
 
 
-def summary(runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+def summary(
+    runs: dict[str, dict[str, Any]], options: argparse.Namespace
+) -> dict[str, dict[str, dict[str, float | None]]]:
     """Returns by scheme and way the share of the gain that is kept and the minutes of one core, means of the seeds."""
     return {
         scheme: {
             name: {
                 "kept": mean(kept(runs, scheme, seed, name) for seed in options.seeds),
-                "minutes": mean(sum(runs[key(scheme, seed, name)]["seconds"].values()) / 60 for seed in options.seeds),
+                "minutes": minutes(runs, [key(scheme, seed, name) for seed in options.seeds]),
             }
             for name in options.arms
         }
@@ -150,11 +160,19 @@ def summary(runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> dic
     }
 
 
+def minutes(runs: dict[str, dict[str, Any]], names: Sequence[str]) -> float | None:
+    """Returns the minutes of one core of some runs, their mean; None where another processor did the base."""
+    found = [runs[name] for name in names]
+    if {run["processor"] for run in found} != {runs["base"]["processor"]}:
+        return None
+    return mean(sum(run["seconds"].values()) / 60 for run in found)
+
+
 def shown(
-    runs: dict[str, dict[str, Any]], found: dict[str, dict[str, dict[str, float]]], options: argparse.Namespace
+    runs: dict[str, dict[str, Any]], found: dict[str, dict[str, dict[str, float | None]]], options: argparse.Namespace
 ) -> str:
     """Returns the table of each scheme, then the headline, which is what `summary` has found."""
-    console = plain_console(width=110)
+    console = plain_console(width=130)
     console.file = io.StringIO()
     names = {key(scheme, seed, name) for scheme in options.scheme for seed in options.seeds for name in options.arms}
     for scheme in options.scheme:
@@ -219,11 +237,12 @@ class Report:
         found = json.loads(options.json.read_text(encoding="utf-8"))
         if found.get("settings") != settings:
             raise SystemExit(f"{options.json} is of {found.get('settings')}, not of {settings}; give another --json")
-        return cls(options.json, settings, found["runs"])
+        earlier = {fact: found[fact] for fact in BY_RUN}
+        return cls(options.json, settings, {name: {**earlier, **run} for name, run in found["runs"].items()})
 
     def add(self, name: str, run: dict[str, Any]) -> None:
-        """Adds a run, and writes the file."""
-        self.runs[name] = run
+        """Adds a run, with what it was made by, and writes the file."""
+        self.runs[name] = {**run, **{fact: value for fact, value in made("finetuning.py").items() if fact in BY_RUN}}
         print(f"{name}: {mean(run['validation']):.4f} (validation), {sum(run['seconds'].values()):.0f} s", flush=True)
         self.write()
 
@@ -254,6 +273,7 @@ def ahead(runs: dict[str, dict[str, Any]], scheme: str, seeds: Sequence[int], na
 def table_of(runs: dict[str, dict[str, Any]], scheme: str, options: argparse.Namespace) -> Table:
     """Returns the table of one scheme."""
     seeds: list[int] = options.seeds
+    commit = made("finetuning.py")["commit"]
     table = Table(
         f"{scheme} g{options.group_size}", "steps", "seconds", "validation", "test", "of the gain kept", "ahead"
     )
@@ -265,10 +285,12 @@ def table_of(runs: dict[str, dict[str, Any]], scheme: str, options: argparse.Nam
         if BASELINE in options.arms and name not in ("base", BASELINE):
             interval = ahead(runs, scheme, seeds, name)
             spread = f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
+        taken = minutes(runs, [key(scheme, seed, name) for seed in seeds])
+        by = " ".join(sorted({run["commit"][:7] for run in found} - {commit[:7]}))
         table.add_row(
-            name,
+            f"{name} ({by})" if by else name,
             " + ".join(str(count) for count in found[0]["steps"].values()),
-            f"{mean(sum(run['seconds'].values()) for run in found):.0f}",
+            "" if taken is None else f"{60 * taken:.0f}",
             *(f"{mean(mean(run[part]) for run in found):.4f}" for part in ("validation", "test")),
             f"{mean(shares):.1%}{each}",
             spread,
@@ -336,6 +358,8 @@ class Bench:
         model, _ = load_model(start, torch.float32)
         name = f"{scheme}-from-{Path(start).parent.name if steps else 'base'}"
         seconds["calibration"] = self.calibrated(model, quant, arm.stages, name, seed)
+        if arm.packed:
+            model = self.reloaded(model)
         adapted: PreTrainedModel | PeftModel = model
         if arm.trained is not None:
             count = round(arm.steps * self.options.steps)
@@ -388,16 +412,26 @@ class Bench:
     def packed(self, adapted: PreTrainedModel | PeftModel) -> tuple[nn.Module, int]:
         """Returns the packed model as it lies on disk, and how many codes are not those that training computed with."""
         trained = [layer.codes() for layer in adapted.modules() if isinstance(layer, QuantModule)]
-        with tempfile.TemporaryDirectory() as folder:
-            whole = adapted.merge_and_unload() if isinstance(adapted, PeftModel) else adapted
-            llmqat.save(whole, Path(folder) / "model", self.tokenizer)
-            found = llmqat.load(Path(folder) / "model")
-        stored = [layer.packed_weight().codes() for layer in found.modules() if isinstance(layer, PackedModule)]
+        whole = adapted.merge_and_unload() if isinstance(adapted, PeftModel) else adapted
+        trained = trained or [layer.packed_weight().codes() for layer in packed_layers(whole)]
+        found = self.reloaded(whole)
+        stored = [layer.packed_weight().codes() for layer in packed_layers(found)]
         return found, sum(int((a != b).sum()) for a, b in zip(trained, stored, strict=True))
+
+    def reloaded(self, model: nn.Module) -> nn.Module:
+        """Returns a prepared or packed model as it is after it was packed, saved and loaded."""
+        with tempfile.TemporaryDirectory() as folder:
+            llmqat.save(model, Path(folder) / "model", self.tokenizer)
+            return llmqat.load(Path(folder) / "model")
 
     def scores(self, model: nn.Module) -> dict[str, list[float]]:
         """Returns the mean cross-entropy on each window, nats a token, by part."""
         return {part: by_window(model, windows) for part, windows in self.windows.items()}
+
+
+def packed_layers(model: nn.Module) -> list[PackedModule]:
+    """Returns the packed layers of a model."""
+    return [layer for layer in model.modules() if isinstance(layer, PackedModule)]
 
 
 def by_window(model: nn.Module, windows: TokenWindows) -> list[float]:
@@ -436,7 +470,8 @@ def plain_lora(options: argparse.Namespace, blocks: TokenBlocks, steps: int, see
     adapted = get_peft_model(model, config)
     with tempfile.TemporaryDirectory() as folder:
         given = arguments(options, folder, steps, options.learning_rate, seed)
-        Trainer(model=adapted, args=given, train_dataset=blocks.dataset()).train()
+        with float_training(model.device):
+            Trainer(model=adapted, args=given, train_dataset=blocks.dataset()).train()
     merged: PreTrainedModel = adapted.float().merge_and_unload()
     return merged.to(torch.bfloat16).eval()
 

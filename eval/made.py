@@ -30,8 +30,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import llmqat
 from llmqat.files import write_whole
+from llmqat.kernels import cpu_has_bf16
 from llmqat.paths import check_outputs, user_path
 
 PACKAGES = ("torch", "transformers", "peft", "compressed-tensors")
@@ -117,11 +120,12 @@ def commit(root: Path = _ROOT) -> str | None:
 
 
 def processor() -> str:
-    """Returns the processor's name and the number of its cores."""
+    """Returns the processor's name, the number of its cores and the instructions that torch uses."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
+    products = ", bfloat16 products" if cpu_has_bf16() else ""
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}{products}"
 
 
 def line_of(found: dict[str, Any]) -> str:

@@ -54,6 +54,11 @@ def test_every_guide_is_there_and_listed() -> None:
     assert [line.split()[0] for line in output.splitlines() if line.startswith("  ")] == [*TOPICS]
 
 
+@pytest.mark.parametrize("topic", [topic for topic in TOPICS if topic not in GENERATED])
+def test_a_guide_is_short(topic: str) -> None:
+    assert 60 <= len(guides()[topic].read_text(encoding="utf-8").splitlines()) <= 150
+
+
 @pytest.mark.parametrize("topic", TOPICS)
 def test_a_guide_is_printed_with_links_that_a_terminal_s_reader_can_use(topic: str) -> None:
     done = runner.invoke(cli.app, ["help", topic.upper()])
