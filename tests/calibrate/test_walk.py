@@ -27,6 +27,7 @@ from llmqat.calibrate.chains import PausedChain, RecordedChain
 from llmqat.calibrate.gptq import joined, layers_by_input, moments_by_half
 from llmqat.calibrate.walk import Walk
 from llmqat.data.blocks import Rows
+from llmqat.kernels import float_training
 from llmqat.layers import QuantModule, quantizers_off
 from llmqat.models import capture_hidden, cast_parameters
 from tests.calibrate.carrying import CARRYING, TEXT, carrying
@@ -57,7 +58,7 @@ def passed(walk: Walk) -> Walk:
 def last_output(model: PreTrainedModel, module: nn.Module, tokens: Tensor) -> Tensor:
     seen: list[Tensor] = []
     hook = module.register_forward_hook(lambda m, i, o: seen.append(o if isinstance(o, Tensor) else o[0]))
-    with cast_parameters(model, torch.bfloat16), capture_hidden(model):
+    with cast_parameters(model, torch.bfloat16), capture_hidden(model), float_training(torch.device("cpu")):
         model(input_ids=tokens, use_cache=False)
     hook.remove()
     return seen[0]
