@@ -188,6 +188,8 @@ def finetuning() -> str:
     found = {scheme: ways for name in FINETUNING for scheme, ways in run_of(name)["summary"].items()}
     rows = []
     for way, label in WAYS.items():
+        if not any(way in ways for ways in found.values()):
+            continue
         row = [label]
         for ways in found.values():
             if way not in ways:
@@ -211,10 +213,10 @@ def one_gpu(labels: dict[str, str]) -> str:
 
 
 IN_README = {
-    "GPTQ, a block at a time on the GPU": "calibrate by GPTQ, one block at a time",
-    "LoRA, its own teacher": "train LoRA adapters, added to the weights before these are rounded",
-    "LoRA on the packed model, a teacher's cache": "the same, starting from a packed model",
-    "scales of the packed model, a teacher's cache": "train the scales of a packed model",
+    "GPTQ, a block at a time on the GPU": "GPTQ, one block at a time on the GPU",
+    "LoRA, its own teacher": "train LoRA, original weights in bfloat16 (`lora-int4`)",
+    "LoRA on the packed model, a teacher's cache": "train LoRA, original weights in 4 bits ([how](https://github.com/llmqat/llmqat/blob/main/llmqat/help/finetune.md))",
+    "scales of the packed model, a teacher's cache": "train the scales alone, weights in 4 bits",
     "all weights, a teacher": "train all weights",
 }
 IN_MEMORY = {
