@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -150,6 +150,13 @@ class QuantLora(ParamWrapper):
             self.layer.put_back(self._before_merging)
             self._before_merging = None
         self.merged_adapters.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLora:
+        """Moves what is kept aside, too."""
+        super()._apply(fn, recurse)
+        if self._before_merging is not None:
+            self._before_merging = fn(self._before_merging)
+        return self
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -114,6 +114,16 @@ def test_folding_keeps_every_code_and_is_undone(name: str) -> None:
         assert torch.equal(convert(folded).layer.dequantized_weight(torch.float32), weight)
 
 
+@pytest.mark.parametrize("kind", ["packed", "prepared"])
+def test_what_merging_keeps_aside_moves_with_the_model(kind: str) -> None:
+    model = pair(SCHEMES["int4"])[kind == "prepared"]
+    model.merge_adapter()
+    model.to("meta")
+    model.unmerge_adapter()
+    layer = model.get_base_model().layer.base_layer
+    assert (layer.weight_packed if kind == "packed" else layer.weight).is_meta
+
+
 def test_an_adapter_that_adds_nothing_changes_nothing() -> None:
     for weights in SCHEMES.values():
         torch.manual_seed(0)
