@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and the guides from the files in eval/results, between markers.
+"""Writes the tables of README.md, eval/README.md and the guides from the files in eval/results, between markers.
 
 A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. A test compares the pages with what this script
 would write, so no figure in such a table is typed by hand.
@@ -16,12 +16,12 @@ from statistics import mean
 from typing import Any
 
 from llmqat.files import write_whole
-from llmqat.guides import guides
+from llmqat.guides import REPOSITORY, guides
 from llmqat.terminal import markdown_table, show_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results"
-PAGES = (ROOT / "README.md", *guides().values())
+PAGES = (ROOT / "README.md", ROOT / "eval" / "README.md", *guides().values())
 MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 FEW_BITS = {
     "int3-wikitext": "run-smollm2-135m-int3-wikitext.json",
@@ -202,6 +202,41 @@ def finetuning() -> str:
     return markdown_table(("way", *(head for one in found for head in (f"`{one}` keeps", "minutes"))), rows)
 
 
+def ledger() -> str:
+    """Returns the table of all results: files, the command that made them, its commit and date where they tell."""
+    rows = []
+    for stem in sorted({file.stem for file in RESULTS.iterdir()}):
+        files = sorted(RESULTS.glob(f"{stem}.*"))
+        heads = [_head(file) for file in files if file.suffix != ".png"]
+        made = {name: value for head in reversed(heads) for name, value in head.items()}
+        links = ", ".join(f"[{file.suffix[1:]}](results/{file.name})" for file in files)
+        script = f"eval/{stem.partition('-')[0]}.py"
+        known = f"`python {script}`, words not recorded" if (ROOT / script).is_file() else "not recorded"
+        command = f"`{made['command']}`" if "command" in made else known
+        rows.append([f"`{stem}`: {links}", command, made.get("commit", "not recorded"), made.get("date", "")])
+    return markdown_table(("result", "made by", "commit", "date"), rows)
+
+
+def _head(file: Path) -> dict[str, str]:
+    """Returns what the head of a file of results says of its command (script and first words), commit and date."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        found = json.loads(text)
+        told = found if isinstance(found, dict) else {}
+        facts = {name: str(told[name]) for name in ("command", "commit", "date") if told.get(name)}
+    else:
+        patterns = {
+            "command": r"((?:python eval|make|llmqat) ?[^`\n]*)",
+            "commit": r"commit ([0-9a-f]{7,12}\+?)",
+            "date": r"(\d{4}-\d\d-\d\d)",
+        }
+        head = text[:2000]
+        facts = {name: one[1] for name, pattern in patterns.items() if (one := re.search(pattern, head))}
+    if "command" in facts:
+        facts["command"] = re.match(r"(?:python )?\S+(?: (?:train|plan|clients|bounds) ?\S*)?", facts["command"])[0]
+    return {name: value[:10] if name == "date" else value for name, value in facts.items()}
+
+
 def one_gpu(labels: dict[str, str]) -> str:
     """Returns rows of the table "One GPU" of eval/scaling.md under other names."""
     text = (ROOT / "eval" / "scaling.md").read_text(encoding="utf-8")
@@ -215,7 +250,8 @@ def one_gpu(labels: dict[str, str]) -> str:
 IN_README = {
     "GPTQ, a block at a time on the GPU": "GPTQ, one block at a time on the GPU",
     "LoRA, its own teacher": "train LoRA, original weights in bfloat16 (`lora-int4`)",
-    "LoRA on the packed model, a teacher's cache": "train LoRA, original weights in 4 bits ([how](https://github.com/llmqat/llmqat/blob/main/llmqat/help/finetune.md))",
+    "LoRA on the packed model, a teacher's cache": f"train LoRA, original weights in 4 bits ([how]({REPOSITORY}"
+    "/llmqat/help/finetune.md))",
     "scales of the packed model, a teacher's cache": "train the scales alone, weights in 4 bits",
     "all weights, a teacher": "train all weights",
 }
@@ -235,6 +271,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "by-tokens": by_tokens,
     "fine-tuning": finetuning,
+    "ledger": ledger,
     "one-gpu": lambda: one_gpu(IN_README),
     "memory": lambda: one_gpu(IN_MEMORY),
 }

@@ -413,6 +413,8 @@ class Bench:
         """Returns the packed model as it lies on disk, and how many codes are not those that training computed with."""
         trained = [layer.codes() for layer in adapted.modules() if isinstance(layer, QuantModule)]
         whole = adapted.merge_and_unload() if isinstance(adapted, PeftModel) else adapted
+        if packed_layers(whole):
+            whole = llmqat.convert(whole)  # trained scales take their place
         trained = trained or [layer.packed_weight().codes() for layer in packed_layers(whole)]
         found = self.reloaded(whole)
         stored = [layer.packed_weight().codes() for layer in packed_layers(found)]
