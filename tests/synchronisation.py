@@ -225,6 +225,9 @@ def _short(path: str) -> str:
 def _frames() -> Iterator[tuple[str, int, str]]:
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if "/tests/synchronisation.py" not in frame.f_code.co_filename:
+        code = frame.f_code
+        # All operations go through a mode of torch.
+        is_mode = code.co_qualname.endswith((".__torch_dispatch__", ".__torch_function__"))
+        if not is_mode and "/tests/synchronisation.py" not in code.co_filename:
             yield frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
         frame = frame.f_back
