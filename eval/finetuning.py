@@ -113,6 +113,9 @@ ARMS = {
     "LoRA inside, from packed": Arm(
         lora=0, stages="gptq", trained="lora", steps=1, cross_entropy=1, rate=5e-4, packed=True
     ),
+    "LoRA inside, from packed, at four times the rate": Arm(
+        lora=0, stages="gptq", trained="lora", steps=1, cross_entropy=1, rate=2e-3, packed=True
+    ),
 }
 """Name -> way."""
 
@@ -357,7 +360,7 @@ class Bench:
         quant = QuantConfig.preset(scheme, group_size=self.options.group_size)
         model, _ = load_model(start, torch.float32)
         name = f"{scheme}-from-{Path(start).parent.name if steps else 'base'}"
-        seconds["calibration"] = self.calibrated(model, quant, arm.stages, name, seed)
+        seconds["calibration"] = self.calibrated(model, quant, arm.stages, name, seed if steps else 0)
         if arm.packed:
             model = self.reloaded(model)
         adapted: PreTrainedModel | PeftModel = model
